@@ -1,0 +1,48 @@
+"""64-bit words in shared memory with the ordering that publishing needs: release stores and acquire loads.
+
+On x86-64 an aligned 8-byte plain store is a release store and a plain load an acquire load (total store order), and
+CPython makes neither in pieces when it goes through an 8-byte `memoryview` item. Other processors need real ones,
+taken from libatomic. Nothing here is sequentially consistent, and nothing in ringfeed needs that: a doorbell is rung
+after every publish (`ipc/doorbell.py`), so there is no "arm the flag, then look again".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import platform
+from collections.abc import Callable
+
+from ipc.errors import RingError
+
+_TOTAL_STORE_ORDER = platform.machine() in ("x86_64", "AMD64")
+_ACQUIRE, _RELEASE = 2, 3  # C11 memory_order
+
+
+class Words:
+    """A view of `num_words` signed 64-bit words, `offset` bytes (a multiple of 8) into a writable buffer."""
+
+    def __init__(self, buffer: memoryview, offset: int, num_words: int) -> None:
+        assert offset % 8 == 0, f"words at byte {offset} would straddle cache lines"
+        view = buffer[offset : offset + 8 * num_words].cast("q")
+        self._view = view
+        self.load: Callable[[int], int] = view.__getitem__  # acquire
+        self.store: Callable[[int, int], None] = view.__setitem__  # release
+        if not _TOTAL_STORE_ORDER:
+            self._use_libatomic(view)
+
+    def _use_libatomic(self, view: memoryview) -> None:
+        path = ctypes.util.find_library("atomic")
+        if path is None:
+            raise RingError(f"rings on {platform.machine()} need libatomic (Debian: apt install libatomic1)")
+        library = ctypes.CDLL(path)
+        library.__atomic_load_8.restype = ctypes.c_int64
+        base = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        self.load = lambda i: library.__atomic_load_8(ctypes.c_void_p(base + 8 * i), _ACQUIRE)
+        self.store = lambda i, value: library.__atomic_store_8(
+            ctypes.c_void_p(base + 8 * i), ctypes.c_int64(value), _RELEASE
+        )
+
+    def release(self) -> None:
+        """Let go of the buffer, so that its mapping can be closed."""
+        self._view.release()

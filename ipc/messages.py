@@ -1,0 +1,309 @@
+"""Every message of ringfeed, by the sockets it travels on.
+
+    client  --DEALER-->  gateway   (ROUTER `frontend`)
+    gateway <--ROUTER-- tokenizer  (DEALER to `tokenize`)
+    tokenizer, gateway, detokenizer  --DEALER-->  scheduler  (ROUTER `schedule`)
+    scheduler, gateway  --DEALER-->  detokenizer  (ROUTER `detokenize`)
+    detokenizer  --DEALER-->  gateway  (ROUTER `deliver`)
+    every worker  --DEALER-->  launcher  (ROUTER `control`)
+
+A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway
+draws once and never again. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway), so nobody
+hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ipc.sampling import SamplingParams
+
+PROTOCOL_VERSION = 1
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Base of all messages; on the wire a map whose `type` is the class name."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+# ---- client -> gateway
+
+
+class Generate(Message):
+    """Ask for a completion of exactly one of `prompt`, `chat` and `token_ids` (int32 bytes)."""
+
+    request_id: str
+    params: SamplingParams
+    prompt: str | None = None
+    chat: list[ChatMessage] | None = None
+    token_ids: bytes | None = None
+    stream: bool = False  # False: nothing is sent before the end
+
+
+class Cancel(Message):
+    """End one of the client's own requests; it is answered with finish reason `cancelled`. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class Delivered(Message):
+    """Credit: the client has taken in this many `Outputs` messages."""
+
+    count: int
+
+
+class Query(Message):
+    """Ask for `Health` or `Stats`; the answer carries the same `query_id`."""
+
+    query_id: int
+    what: Literal["health", "stats"]
+
+
+ClientMessage = Generate | Cancel | Delivered | Query
+
+
+# ---- gateway -> client
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Log-probabilities of consecutive sampled tokens of one request, n of them, each with `num_top` alternatives."""
+
+    num_top: int
+    logprobs: bytes  # float32 [n]
+    top_ids: bytes  # int32 [n, num_top], likeliest first
+    top_logprobs: bytes  # float32 [n, num_top]
+
+
+class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The end of a request."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    error_code: str = ""
+    error_message: str = ""
+
+
+class Outputs(Message):
+    """News of several requests of one client, in columns. Costs one credit."""
+
+    request_ids: list[str]  # n requests
+    texts: list[str]  # n; new text of each
+    num_token_ids: bytes  # int32 [n]
+    token_ids: bytes  # int32 [sum of num_token_ids]
+    finals: list[tuple[int, Final]] = []  # (index into request_ids, its end)
+    logprobs: list[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of its new tokens)
+
+
+class Refused(Message):
+    """A message of the client's that was not taken. `request_id` is empty where none could be read."""
+
+    request_id: str
+    error_code: str
+    error_message: str
+
+
+class Health(Message):
+    query_id: int
+    state: Literal["starting", "ready", "draining", "failed"]
+    detail: str  # what a starting engine is at, or why a failed one failed
+    protocol_version: int
+    model: str
+    max_model_len: int
+    max_open_requests: int  # of one client: more are refused at once
+
+
+class Stats(Message):
+    """Counters and gauges of every process by role: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}}."""
+
+    query_id: int
+    roles: dict[str, dict[str, float]]
+
+
+GatewayToClient = Outputs | Refused | Health | Stats
+
+
+# ---- a request inside the engine
+
+
+class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a request's text goes: carried along its whole path, read by the detokenizer and the gateway."""
+
+    client: bytes  # ROUTER identity
+    request_id: str
+    stream: bool
+
+
+class Tokenize(Message):
+    """gateway -> tokenizer. The seed in `params` is set."""
+
+    key: int
+    route: Route
+    params: SamplingParams
+    prompt: str | None = None
+    chat: list[ChatMessage] | None = None
+    token_ids: bytes | None = None
+
+
+class Tokenized(Message):
+    """tokenizer -> scheduler: the ids lie in consecutive records of the prompt ring. `error_code` set: they do not."""
+
+    key: int
+    route: Route
+    params: SamplingParams
+    ring: int = 0
+    ticket: int = 0  # of the first record
+    num_prompt_tokens: int = 0
+    error_code: str = ""
+    error_message: str = ""
+
+
+class TokenizeDone(Message):
+    """tokenizer -> gateway: credit for one `Tokenize`; its `Tokenized` has been sent."""
+
+    key: int
+
+
+class Accepted(Message):
+    """scheduler -> gateway: these requests have arrived, and from now on a `CancelRequests` finds them."""
+
+    keys: list[int]
+
+
+class CancelRequests(Message):
+    """gateway -> scheduler (the client gave up) or detokenizer -> scheduler (a stop string was found).
+
+    Keys that are unknown have ended already and are ignored.
+    """
+
+    keys: list[int]
+
+
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the detokenizer must know of a request before its first token."""
+
+    key: int
+    route: Route
+    stop: list[str]
+    num_prompt_tokens: int
+    num_logprobs: int | None  # SamplingParams.logprobs
+
+
+class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The end of a request that no token of this step brought about: cancelled, refused, or failed."""
+
+    key: int
+    finish_reason: FinishReason
+    error_code: str = ""
+    error_message: str = ""
+
+
+class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For the tokens of one StepOutputs, in its order; rows of tokens that want none are undefined."""
+
+    num_top: int
+    logprobs: bytes  # float32 [n]
+    top_ids: bytes  # int32 [n, num_top]
+    top_logprobs: bytes  # float32 [n, num_top]
+
+
+class StepOutputs(Message):
+    """scheduler -> detokenizer: one message per step. `opened` comes before `tokens` comes before `ended`."""
+
+    opened: list[Opened] = []
+    keys: bytes = b""  # int64 [n]
+    token_ids: bytes = b""  # int32 [n]
+    finish: bytes = b""  # uint8 [n], FinishCode
+    logprobs: StepLogprobs | None = None
+    ended: list[Ended] = []
+
+
+class Delivery(Message):
+    """detokenizer -> gateway: head of a multipart message; frame i + 1 is an encoded `Outputs` for `clients[i]`."""
+
+    clients: list[bytes]
+    finished: list[list[int]]  # per client: keys whose final answer is in its frame
+
+
+class ClientCredit(Message):
+    """gateway -> detokenizer: this client has taken in `count` more `Outputs`."""
+
+    client: bytes
+    count: int
+
+
+class ClientGone(Message):
+    """gateway -> detokenizer: forget what is undelivered to this client; its requests are being cancelled."""
+
+    client: bytes
+
+
+ToTokenizer = Tokenize
+TokenizerToGateway = TokenizeDone
+ToScheduler = Tokenized | CancelRequests
+SchedulerToGateway = Accepted
+ToDetokenizer = StepOutputs | ClientCredit | ClientGone
+
+
+# ---- lifecycle: worker -> launcher, launcher -> worker
+
+
+class Progress(Message):
+    """How far a worker's start-up is; `fraction` in [0, 1]."""
+
+    role: str
+    stage: str
+    fraction: float
+
+
+class Ready(Message):
+    """A worker can take work. `info` holds what others need of it (the GPU process: num_blocks)."""
+
+    role: str
+    info: dict[str, int] = {}
+
+
+class Failed(Message):
+    """A worker cannot go on; it exits after this."""
+
+    role: str
+    error_code: str
+    error_message: str
+
+
+class Drained(Message):
+    """The gateway has no open request left and has told its clients everything."""
+
+
+class Start(Message):
+    """Everything upstream is ready. `info` of all workers, merged."""
+
+    info: dict[str, int] = {}
+
+
+class Drain(Message):
+    """Take no new requests, finish the open ones, say `Drained`."""
+
+
+class Abort(Message):
+    """Answer every open request with an error now, say `Drained`."""
+
+    error_message: str
+
+
+class Stop(Message):
+    """Exit now, with status 0."""
+
+
+WorkerToLauncher = Progress | Ready | Failed | Drained
+LauncherToWorker = Start | Drain | Abort | Stop

@@ -1,0 +1,176 @@
+"""A ring of fixed-size records in shared memory with exactly one writer and one owner of the read cursor.
+
+    header page:  magic | layout hash | num_slots | epoch      written once, by the creator
+                  read cursor                                   owned by one process: records below it are free
+    then, padded to pages, per ring slot:  ticket word | epoch word | record
+
+Ticket t (counting from 1) lies in ring slot t % num_slots. The writer fills the record and stores the ticket last,
+with release order; a reader that loads the expected ticket (acquire) sees the whole record. A record whose epoch is
+not the ring's is refused: each incarnation of a pair of processes has its own ring, and this is what proves it.
+The writer may reuse a ring slot once the read cursor has passed it. A third process may read records by ticket (the GPU
+process does, from prompt rings); who owns the cursor must not pass them meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import msgspec
+
+from ipc.atomics import Words
+from ipc.errors import LayoutMismatch, RingError, RingFull
+from ipc.layout import Layout
+from ipc.memory import PAGE_BYTES, create_segment, map_segment
+
+MAGIC: Final = 0x52494E47_46454544 >> 1  # "RINGFEED"
+_HEADER_BYTES: Final = PAGE_BYTES
+_MAGIC, _HASH, _NUM_SLOTS, _EPOCH = range(4)  # word indices in the header
+_READ_CURSOR: Final = 16  # on a cache line of its own: it is the one header word that changes
+_TICKET, _SLOT_EPOCH = 0, 1  # word indices in a ring slot
+_SLOT_HEADER_BYTES: Final = 64
+
+
+class RingHandle(msgspec.Struct, frozen=True):
+    """What another process needs to attach: an inherited descriptor and what it must find behind it."""
+
+    name: str
+    fd: int
+    num_slots: int
+    epoch: int
+
+
+class Ring:
+    """One process's view of a ring: writer, cursor owner, or reader by ticket.
+
+    `records[slot]` are the numpy views of each record (see Layout.views). Methods are for one thread.
+    """
+
+    def __init__(self, handle: RingHandle, layout: Layout) -> None:
+        self.handle = handle
+        self.layout = layout
+        self.name = handle.name
+        self.num_slots = handle.num_slots
+        self.epoch = handle.epoch
+        self._map = map_segment(handle.fd)
+        self.buffer = memoryview(self._map)  # the whole segment, page aligned: what CUDA page-locks
+        slot_bytes = _slot_bytes(layout)
+        if len(self.buffer) < _HEADER_BYTES + self.num_slots * slot_bytes:
+            raise LayoutMismatch(f"ring {self.name}: {len(self.buffer)} bytes hold no {self.num_slots} records")
+        self._header = Words(self.buffer, 0, _HEADER_BYTES // 8)
+        starts = [_HEADER_BYTES + i * slot_bytes for i in range(self.num_slots)]
+        self.record_offsets = [start + _SLOT_HEADER_BYTES for start in starts]  # bytes from the start of `buffer`
+        self._slot_words = [Words(self.buffer, start, 2) for start in starts]
+        self.records = [layout.views(self.buffer, offset) for offset in self.record_offsets]
+        self.next_ticket = 1  # the writer's next to publish; the cursor owner's next to consume
+
+    @classmethod
+    def create(cls, name: str, layout: Layout, num_slots: int, epoch: int) -> Ring:
+        """Make the segment and attach to it. The descriptor in `handle` is the caller's to close."""
+        assert num_slots >= 1, f"ring {name} needs a record"
+        fd = create_segment(f"ringfeed-{name}", _HEADER_BYTES + num_slots * _slot_bytes(layout))
+        ring = cls(RingHandle(name, fd, num_slots, epoch), layout)
+        for word, value in ((_HASH, layout.hash()), (_NUM_SLOTS, num_slots), (_EPOCH, epoch)):
+            ring._header.store(word, value)
+        ring._header.store(_READ_CURSOR, 1)
+        ring._header.store(_MAGIC, MAGIC)
+        return ring
+
+    @classmethod
+    def attach(cls, handle: RingHandle, layout: Layout) -> Ring:
+        """Attach to a ring that another process made.
+
+        Raises LayoutMismatch if it is not what the handle and the layout say.
+        """
+        ring = cls(handle, layout)
+        expected = {_MAGIC: MAGIC, _HASH: layout.hash(), _NUM_SLOTS: handle.num_slots, _EPOCH: handle.epoch}
+        for word, value in expected.items():
+            if ring._header.load(word) != value:
+                what = {_MAGIC: "magic", _HASH: "layout", _NUM_SLOTS: "number of records", _EPOCH: "epoch"}[word]
+                raise LayoutMismatch(f"ring {handle.name}: {what} {ring._header.load(word)} found, {value} expected")
+        ring.next_ticket = ring.read_cursor
+        return ring
+
+    # Writer
+
+    def num_free(self) -> int:
+        """How many records the writer could publish before it meets one that is not yet released."""
+        return self.num_slots - (self.next_ticket - self.read_cursor)
+
+    def claim(self) -> Any:
+        """The next record to write, as numpy views. It is ours until `publish()`; no reader sees it before.
+
+        Raises RingFull if the cursor owner has not released it yet.
+        """
+        if self.num_free() < 1:
+            raise RingFull(f"ring {self.name}: all {self.num_slots} records from {self.read_cursor} are unreleased")
+        return self.records[self.next_ticket % self.num_slots]
+
+    def publish(self) -> int:
+        """Make the claimed record visible and return its ticket. Ring the reader's doorbell afterwards."""
+        ticket = self.next_ticket
+        words = self._slot_words[ticket % self.num_slots]
+        words.store(_SLOT_EPOCH, self.epoch)
+        words.store(_TICKET, ticket)  # last, with release order: who sees it sees the record
+        self.next_ticket = ticket + 1
+        return ticket
+
+    # Reader
+
+    def is_published(self, ticket: int) -> bool:
+        return self._slot_words[ticket % self.num_slots].load(_TICKET) == ticket
+
+    def record(self, ticket: int) -> Any:
+        """Numpy views of a published record, valid until the cursor owner releases it.
+
+        Raises RingError if that record is not there: not yet, no longer, or of another epoch.
+        """
+        words = self._slot_words[ticket % self.num_slots]
+        found = words.load(_TICKET)
+        if found != ticket:
+            raise RingError(f"ring {self.name}: record {ticket} is not there (its place holds {found})")
+        if words.load(_SLOT_EPOCH) != self.epoch:
+            raise RingError(f"ring {self.name}: record {ticket} is of epoch {words.load(_SLOT_EPOCH)}, not {self.epoch}")
+        return self.records[ticket % self.num_slots]
+
+    def take(self) -> Any | None:
+        """The next unread record and advance past it, or None. Releases nothing: see `release_through`."""
+        if not self.is_published(self.next_ticket):
+            return None
+        record = self.record(self.next_ticket)
+        self.next_ticket += 1
+        return record
+
+    @property
+    def read_cursor(self) -> int:
+        """The first ticket that is not released."""
+        return self._header.load(_READ_CURSOR)
+
+    def release_through(self, ticket: int) -> None:
+        """Free every record up to and with `ticket` for reuse. Only the cursor's owner calls this.
+
+        Everything that reads those records, DMA included, must have completed.
+        """
+        assert ticket >= self.read_cursor - 1, f"ring {self.name}: the read cursor may not go back to {ticket}"
+        self._header.store(_READ_CURSOR, ticket + 1)
+
+    def close(self) -> None:
+        """Unmap. The views in `records` must not be used afterwards; the descriptor stays open."""
+        for words in (self._header, *self._slot_words):
+            words.release()
+        self.records.clear()
+        self.buffer.release()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # somebody still holds a view of a record: the mapping goes with it
+
+
+def _slot_bytes(layout: Layout) -> int:
+    """Bytes from one ring slot to the next."""
+    return _SLOT_HEADER_BYTES + layout.num_bytes
+
+
+def close_handle(handle: RingHandle) -> None:
+    """Give up a ring's descriptor. Mappings stay valid; the memory goes with the last of both."""
+    os.close(handle.fd)

@@ -1,0 +1,79 @@
+"""Sampling parameters: one immutable struct per request, checked where it is made and again at the gateway.
+
+To add a parameter: a field here, a column in `ipc/records.py` (ADMISSION), a function in the sampler, a test row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import msgspec
+
+from ipc.errors import InvalidRequest
+
+MAX_STOP_TOKEN_IDS: Final = 16  # per request, besides the model's own end-of-sequence ids
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_STRING_CHARS: Final = 256
+MAX_LOGPROBS: Final = 20
+MAX_SEED: Final = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """How one request is sampled and when it ends. Every field is per request and applies in a mixed batch.
+
+    Args:
+        max_tokens: most tokens to generate, >= 1; None = up to the model's length.
+        temperature: 0 = greedy (the default); otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 = off.
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 = off.
+        min_p: drop tokens less likely than `min_p` times the likeliest, in [0, 1]; 0 = off.
+        seed: same seed, same prompt, same parameters = same tokens, whatever else runs. None: the gateway draws one.
+        stop: strings that end the text; the text stops before the first of them.
+        stop_token_ids: token ids that end the sequence, besides the model's end-of-sequence ids.
+        ignore_eos: do not end at the model's end-of-sequence ids (`stop_token_ids` still apply).
+        logprobs: None = none; n >= 0: log-probability of each sampled token and of the n likeliest ones.
+
+    Filters apply in the order temperature, top_k, top_p, min_p; log-probabilities are the model's own (before any
+    of them). Raises InvalidRequest, naming field and value, for anything out of range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, rule: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{field} ({getattr(self, field)!r}) {rule}")
+
+        def is_int(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        def is_real(value: object) -> bool:
+            return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+        check(self.max_tokens is None or (is_int(self.max_tokens) and self.max_tokens >= 1),
+              "max_tokens", "must be an integer of at least 1, or None")  # fmt: skip
+        check(is_real(self.temperature) and 0 <= self.temperature <= 100, "temperature", "must lie in [0, 100]")
+        check(is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "must be an integer >= 0 (0 = off)")
+        check(is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "must lie in (0, 1] (1 = off)")
+        check(is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must lie in [0, 1] (0 = off)")
+        check(self.seed is None or (is_int(self.seed) and 0 <= self.seed <= MAX_SEED),
+              "seed", "must be an integer in [0, 2**63), or None")  # fmt: skip
+        check(isinstance(self.stop, list) and len(self.stop) <= MAX_STOP_STRINGS
+              and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop),
+              "stop", f"must be a list of at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_STRING_CHARS} characters")  # fmt: skip
+        check(isinstance(self.stop_token_ids, list) and len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+              and all(is_int(t) and 0 <= t < 2**31 for t in self.stop_token_ids),
+              "stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")  # fmt: skip
+        check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false")
+        check(self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+              "logprobs", f"must be an integer in [0, {MAX_LOGPROBS}], or None")  # fmt: skip

@@ -1,0 +1,59 @@
+"""Counters that any process may read and one writes: a page of shared 64-bit integers per worker.
+
+Updating one is a memory store: it costs the writer nothing and asks nobody. To add a metric: a name in `FIELDS`, and
+the line that counts. Names end in `_ns` for durations; all others are counts, and a gauge says so by its `num_` now.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from ipc.layout import Layout
+from ipc.memory import create_segment, map_segment
+
+_COMMON: Final = ("cpu_ns", "num_wakeups")  # process CPU time; returns from the worker's poll
+
+FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    "gateway": ("num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients"),
+    "tokenizer": ("num_requests", "num_tokens", "num_rejected", "encode_ns"),
+    "detokenizer": ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered"),
+    "scheduler": (
+        "num_waiting", "num_running", "num_preempted", "num_free_blocks", "num_steps", "num_sampled_tokens",
+        "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled", "num_refused", "num_preemptions",
+        "plan_ns", "apply_ns",
+        # Of the device, from the times in the result records. A step waits for the scheduler if work was there.
+        "device_busy_ns", "device_wait_ns", "device_no_work_ns", "device_last_end_ns",
+    ),
+    "gpu": ("num_steps", "launch_ns", "num_rows", "load_ns"),
+}  # fmt: skip
+
+
+class StatsHandle(msgspec.Struct, frozen=True):
+    """One worker's page: `role` is "gateway", "tokenizer.0", ..."""
+
+    role: str
+    fd: int
+
+
+class StatsPage:
+    """A mapped page; `values.<field>[0]` reads or, in its one writer, writes a counter."""
+
+    def __init__(self, handle: StatsHandle) -> None:
+        self.role = handle.role
+        self.layout = stats_layout(handle.role)
+        self._map = map_segment(handle.fd)
+        self.values: Any = self.layout.views(memoryview(self._map))
+
+    @staticmethod
+    def create(role: str) -> StatsHandle:
+        return StatsHandle(role, create_segment(f"ringfeed-stats-{role}", stats_layout(role).num_bytes))
+
+    def snapshot(self) -> dict[str, float]:
+        return {name: float(getattr(self.values, name)[0]) for name in self.layout.fields}
+
+
+def stats_layout(role: str) -> Layout:
+    """The layout of a role's page; "tokenizer.1" has that of "tokenizer"."""
+    return Layout(f"stats.{role}", [(name, "<i8", (1,)) for name in (*_COMMON, *FIELDS[role.split(".")[0]])])

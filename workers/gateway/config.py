@@ -1,0 +1,44 @@
+"""Configuration of the gateway: [frontend], and what it is given at birth."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ipc.stats import StatsHandle
+from workers.process import WorkerBootstrap
+
+
+class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[frontend]: the socket that clients connect to.
+
+    Args:
+        endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
+            also where a client without an endpoint looks.
+        max_open_requests: of one client; more are refused at once.
+        slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
+            cancelled.
+        drain_timeout_s: how long a draining engine waits for open requests.
+    """
+
+    endpoint: str | None = None
+    max_open_requests: int = 16_384
+    slow_client_timeout_s: float = 30.0
+    drain_timeout_s: float = 30.0
+
+
+class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    worker: WorkerBootstrap
+    frontend: FrontendConfig
+    endpoint: str  # where to listen, resolved
+    run_dir: str  # the engine's private folder; removed here if the launcher dies before it could
+    model_name: str
+    max_model_len: int
+    num_tokenizers: int
+    tokenizer_window: int  # Tokenize messages under way to one tokenizer
+    client_window: int  # Outputs messages under way to one client
+    tokenize_endpoint: str  # ROUTER, bound here: tokenizers connect under their role
+    deliver_endpoint: str  # ROUTER, bound here: the detokenizer connects
+    schedule_endpoint: str  # connected here under `identity`
+    detokenize_endpoint: str
+    identity: bytes
+    stats: list[StatsHandle]  # of every worker, for `stats()`

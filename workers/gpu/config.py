@@ -1,0 +1,61 @@
+"""Configuration of the GPU process: [model] and [cache], and what it is given at birth."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ipc.records import StepShape
+from ipc.ring import RingHandle
+from workers.process import WorkerBootstrap
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[model]: what runs, and where.
+
+    Args:
+        path: a folder with config.json (and weights and a tokenizer), or a hub id.
+        dtype: of weights, activations and KV cache; "auto" = what config.json says.
+        device: "auto" = CUDA where there is one, else the CPU.
+        load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no model
+            at all: every step takes `null_step_ms` of device time and samples made-up tokens (for measuring the host).
+        num_threads: threads of CPU computation; None = one per core.
+        null_step_ms: device time of a step with load_format "null".
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_format: Literal["safetensors", "dummy", "null"] = "safetensors"
+    num_threads: int | None = None
+    null_step_ms: float = 0.0
+
+
+class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[cache]: the paged KV cache.
+
+    Args:
+        block_size: tokens per block.
+        num_blocks: how many blocks; None = as many as fit in `memory_share`.
+        memory_share: share of the device's free memory after loading that the blocks may take (of the machine's
+            available memory, on the CPU).
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory_share: float = 0.9
+
+
+class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """`prompt_rings[0]` is the scheduler's upload ring, the others the tokenizers', in order."""
+
+    worker: WorkerBootstrap
+    model: ModelConfig
+    cache: CacheConfig
+    shape: StepShape
+    depth: int
+    step_ring: RingHandle
+    result_ring: RingHandle
+    prompt_rings: list[RingHandle]
+    scheduler_doorbell_fd: int

@@ -1,0 +1,29 @@
+"""Configuration of the tokenizers: [tokenizer], and what each is given at birth."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ipc.ring import RingHandle
+from workers.process import WorkerBootstrap
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[tokenizer].
+
+    Args:
+        num_workers: tokenizer processes; each encodes one prompt at a time.
+    """
+
+    num_workers: int = 1
+
+
+class TokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    worker: WorkerBootstrap
+    model_path: str  # a folder
+    vocab_size: int  # ids given by clients must be below it
+    max_model_len: int
+    prompt_ring: RingHandle
+    ring_index: int  # of `prompt_ring` in admissions; 0 is the scheduler's
+    tokenize_endpoint: str  # the gateway's ROUTER; connected here under this worker's role
+    schedule_endpoint: str
