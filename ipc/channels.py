@@ -23,7 +23,7 @@ _HEARTBEAT_TIMEOUT_MS: Final = 30_000  # a process may hold its machine's cores 
 
 def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> zmq.Socket[Any]:
     """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound."""
-    socket = context.socket(zmq.ROUTER)
+    socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _set_common_options(socket, max_frame_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:
@@ -36,7 +36,7 @@ def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: in
 
 def connect_dealer(context: zmq.Context[Any], endpoint: str, *, identity: bytes | None = None) -> zmq.Socket[Any]:
     """A connected DEALER; messages sent before the peer is there wait for it."""
-    socket = context.socket(zmq.DEALER)
+    socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _set_common_options(socket, MAX_FRAME_BYTES)
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)

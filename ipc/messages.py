@@ -8,8 +8,8 @@
     every worker  --DEALER-->  launcher  (ROUTER `control`)
 
 A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway
-draws once and never again. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway), so nobody
-hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their dtype.
+draws once and never again. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway),
+so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their dtype.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ---- client -> gateway
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     """Ask for a completion of exactly one of `prompt`, `chat` and `token_ids` (int32 bytes)."""
 
     request_id: str
@@ -50,19 +50,19 @@ class Generate(Message):
     stream: bool = False  # False: nothing is sent before the end
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """End one of the client's own requests; it is answered with finish reason `cancelled`. Unknown ids are ignored."""
 
     request_id: str
 
 
-class Delivered(Message):
+class Delivered(Message, frozen=True):
     """Credit: the client has taken in this many `Outputs` messages."""
 
     count: int
 
 
-class Query(Message):
+class Query(Message, frozen=True):
     """Ask for `Health` or `Stats`; the answer carries the same `query_id`."""
 
     query_id: int
@@ -94,7 +94,7 @@ class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error_message: str = ""
 
 
-class Outputs(Message):
+class Outputs(Message, frozen=True):
     """News of several requests of one client, in columns. Costs one credit."""
 
     request_ids: list[str]  # n requests
@@ -105,7 +105,7 @@ class Outputs(Message):
     logprobs: list[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of its new tokens)
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """A message of the client's that was not taken. `request_id` is empty where none could be read."""
 
     request_id: str
@@ -113,7 +113,7 @@ class Refused(Message):
     error_message: str
 
 
-class Health(Message):
+class Health(Message, frozen=True):
     query_id: int
     state: Literal["starting", "ready", "draining", "failed"]
     detail: str  # what a starting engine is at, or why a failed one failed
@@ -123,7 +123,7 @@ class Health(Message):
     max_open_requests: int  # of one client: more are refused at once
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Counters and gauges of every process by role: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}}."""
 
     query_id: int
@@ -144,7 +144,7 @@ class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream: bool
 
 
-class Tokenize(Message):
+class Tokenize(Message, frozen=True):
     """gateway -> tokenizer. The seed in `params` is set."""
 
     key: int
@@ -155,7 +155,7 @@ class Tokenize(Message):
     token_ids: bytes | None = None
 
 
-class Tokenized(Message):
+class Tokenized(Message, frozen=True):
     """tokenizer -> scheduler: the ids lie in consecutive records of the prompt ring. `error_code` set: they do not."""
 
     key: int
@@ -168,19 +168,19 @@ class Tokenized(Message):
     error_message: str = ""
 
 
-class TokenizeDone(Message):
+class TokenizeDone(Message, frozen=True):
     """tokenizer -> gateway: credit for one `Tokenize`; its `Tokenized` has been sent."""
 
     key: int
 
 
-class Accepted(Message):
+class Accepted(Message, frozen=True):
     """scheduler -> gateway: these requests have arrived, and from now on a `CancelRequests` finds them."""
 
     keys: list[int]
 
 
-class CancelRequests(Message):
+class CancelRequests(Message, frozen=True):
     """gateway -> scheduler (the client gave up) or detokenizer -> scheduler (a stop string was found).
 
     Keys that are unknown have ended already and are ignored.
@@ -217,7 +217,7 @@ class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_logprobs: bytes  # float32 [n, num_top]
 
 
-class StepOutputs(Message):
+class StepOutputs(Message, frozen=True):
     """scheduler -> detokenizer: one message per step. `opened` comes before `tokens` comes before `ended`."""
 
     opened: list[Opened] = []
@@ -228,21 +228,21 @@ class StepOutputs(Message):
     ended: list[Ended] = []
 
 
-class Delivery(Message):
+class Delivery(Message, frozen=True):
     """detokenizer -> gateway: head of a multipart message; frame i + 1 is an encoded `Outputs` for `clients[i]`."""
 
     clients: list[bytes]
     finished: list[list[int]]  # per client: keys whose final answer is in its frame
 
 
-class ClientCredit(Message):
+class ClientCredit(Message, frozen=True):
     """gateway -> detokenizer: this client has taken in `count` more `Outputs`."""
 
     client: bytes
     count: int
 
 
-class ClientGone(Message):
+class ClientGone(Message, frozen=True):
     """gateway -> detokenizer: forget what is undelivered to this client; its requests are being cancelled."""
 
     client: bytes
@@ -258,7 +258,7 @@ ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 # ---- lifecycle: worker -> launcher, launcher -> worker
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """How far a worker's start-up is; `fraction` in [0, 1]."""
 
     role: str
@@ -266,14 +266,14 @@ class Progress(Message):
     fraction: float
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """A worker can take work. `info` holds what others need of it (the GPU process: num_blocks)."""
 
     role: str
     info: dict[str, int] = {}
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """A worker cannot go on; it exits after this."""
 
     role: str
@@ -281,27 +281,27 @@ class Failed(Message):
     error_message: str
 
 
-class Drained(Message):
+class Drained(Message, frozen=True):
     """The gateway has no open request left and has told its clients everything."""
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """Everything upstream is ready. `info` of all workers, merged."""
 
     info: dict[str, int] = {}
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Take no new requests, finish the open ones, say `Drained`."""
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Answer every open request with an error now, say `Drained`."""
 
     error_message: str
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Exit now, with status 0."""
 
 

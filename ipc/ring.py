@@ -129,8 +129,9 @@ class Ring:
         found = words.load(_TICKET)
         if found != ticket:
             raise RingError(f"ring {self.name}: record {ticket} is not there (its place holds {found})")
-        if words.load(_SLOT_EPOCH) != self.epoch:
-            raise RingError(f"ring {self.name}: record {ticket} is of epoch {words.load(_SLOT_EPOCH)}, not {self.epoch}")
+        epoch = words.load(_SLOT_EPOCH)
+        if epoch != self.epoch:
+            raise RingError(f"ring {self.name}: record {ticket} is of epoch {epoch}, not {self.epoch}")
         return self.records[ticket % self.num_slots]
 
     def take(self) -> Any | None:

@@ -1,7 +1,7 @@
 """What every worker process does alike: start from inherited descriptors, announce itself, wait, and exit.
 
-Owns signals, the launcher's control channel, the process's doorbell, its statistics page and its exit status. Knows nothing of
-what any role does.
+Owns signals, the launcher's control channel, the process's doorbell, its statistics page and its exit status. Knows
+nothing of what any role does.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class WorkerProcess:
     def wait(self, timeout_ms: int | None = None) -> set[Any]:
         """Sleep until something is readable, for at most `timeout_ms` (None = for ever, 0 = only look).
 
-        Returns the readable sockets and descriptors that were given to `watch`. The doorbell is drained here, before the caller
-        looks at its rings. Raises StopWorker when the launcher says so.
+        Returns the readable sockets and descriptors that were given to `watch`. The doorbell is drained here, before
+        the caller looks at its rings. Raises StopWorker when the launcher says so.
         """
         if timeout_ms != 0:
             self.stats.cpu_ns[0] = time.process_time_ns()
@@ -114,8 +114,8 @@ def run_worker(
     """Entry point of every worker module: `python -m workers.ROLE --bootstrap-fd N`.
 
     `bootstrap_type` is the role's struct; its field `worker` is the WorkerBootstrap. Exits 0 after Stop, 1 after an
-    error, which the launcher has then been told. A role that `outlives_launcher` must watch for the launcher's death itself;
-    the kernel kills the others with it.
+    error, which the launcher has then been told. A role that `outlives_launcher` must watch for the launcher's death
+    itself; the kernel kills the others with it.
     """
     parser = argparse.ArgumentParser(description="A ringfeed worker; started by pipeline.launch, not by hand.")
     parser.add_argument("--bootstrap-fd", type=int, required=True)

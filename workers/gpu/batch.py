@@ -2,8 +2,8 @@
 
 `prepare` (the executor's) fills them from a step record and the row tables; the model runner and the attention
 backends read them. Buffers are fixed: every step of the same bucket has the same addresses and sizes, so that the
-model call can be captured once and replayed. S and T are the bucket's sizes; padding beyond the step's real sequences and
-tokens points at the trash row and the trash block, and a padding sequence has no tokens and length 0.
+model call can be captured once and replayed. S and T are the bucket's sizes; padding beyond the step's real sequences
+and tokens points at the trash row and the trash block, and a padding sequence has no tokens and length 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step. The trash row is the last row of `block_table`; all its entries are the trash block, the cache's last."""
+    """One step. The trash row is the last row of `block_table`, all of it the trash block, which is the cache's last."""
 
     input_ids: torch.Tensor  # [T] int64; 0 = padding
     positions: torch.Tensor  # [T] int64; 0 = padding

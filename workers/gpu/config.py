@@ -18,8 +18,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         path: a folder with config.json (and weights and a tokenizer), or a hub id.
         dtype: of weights, activations and KV cache; "auto" = what config.json says.
         device: "auto" = CUDA where there is one, else the CPU.
-        load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no model
-            at all: every step takes `null_step_ms` of device time and samples made-up tokens (for measuring the host).
+        load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no
+            model at all: every step takes `null_step_ms` of device time and samples made-up tokens (to measure the
+            host).
         num_threads: threads of CPU computation; None = one per core.
         null_step_ms: device time of a step with load_format "null".
     """
