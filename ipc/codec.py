@@ -53,7 +53,7 @@ def decode(frame: bytes | memoryview, kind: type[T] | Any) -> T:
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"not a msgpack message: {error or type(error).__name__}") from None
     try:
-        return msgspec.convert(plain, kind, builtin_types=(bytes,))  # type: ignore[no-any-return]
+        return msgspec.convert(plain, kind, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, InvalidRequest):
             raise InvalidRequest(str(error.__cause__)) from None

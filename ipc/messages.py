@@ -9,7 +9,8 @@
 
 A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway
 draws once and never again. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway),
-so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their dtype.
+so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their
+dtype.
 """
 
 from __future__ import annotations

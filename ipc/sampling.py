@@ -70,8 +70,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
               "seed", "must be an integer in [0, 2**63), or None")  # fmt: skip
         check(isinstance(self.stop, list) and len(self.stop) <= MAX_STOP_STRINGS
               and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop),
-              "stop",
-              f"must be a list of at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_STRING_CHARS} characters")  # fmt: skip
+              "stop", f"must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_STRING_CHARS} characters")  # fmt: skip
         check(isinstance(self.stop_token_ids, list) and len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
               and all(is_int(t) and 0 <= t < 2**31 for t in self.stop_token_ids),
               "stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")  # fmt: skip

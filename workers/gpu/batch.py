@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step. The trash row is the last row of `block_table`, all of it the trash block, which is the cache's last."""
+    """One step. The trash row is the last row of `block_table`, all of it the trash block, the cache's last."""
 
     input_ids: torch.Tensor  # [T] int64; 0 = padding
     positions: torch.Tensor  # [T] int64; 0 = padding
