@@ -1,0 +1,24 @@
+"""Command line of the benchmarks: one subcommand per module."""
+
+from __future__ import annotations
+
+import argparse
+
+from pipeline.bench import host
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Measure ringfeed.")
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    for module in (host,):
+        name = module.__name__.rpartition(".")[2]
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
