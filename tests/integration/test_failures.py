@@ -1,0 +1,124 @@
+"""Death, signals and misuse: every open request is answered, the exit status says so, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ipc.errors import EngineUnavailable
+from pipeline import Output, Pipeline, SamplingParams
+from tests.integration.conftest import TINY_CONFIG
+
+ENDLESS = SamplingParams(ignore_eos=True)
+ROLES = ("gateway", "tokenizer.0", "detokenizer", "scheduler", "gpu")
+NULL = {"model.load_format": "null", "model.null_step_ms": 5.0}  # starts fast, and is busy as long as one likes
+
+
+def traces() -> set[str]:
+    """Files and folders that an engine could leave behind."""
+    places = [Path("/tmp"), Path("/dev/shm"), Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))]
+    return {str(entry) for place in places if place.is_dir() for entry in place.glob("*ringfeed*")}
+
+
+def open_streams(pipeline: Pipeline, count: int) -> list[threading.Thread]:
+    """Streams under way, each consumed by a thread that records how it ended in `.result`."""
+
+    def consume(thread: list[object]) -> None:
+        try:
+            last: Output | None = None
+            for last in pipeline.client.generate("A module is", ENDLESS, stream=True):
+                begun.release()
+            thread.append(last)
+        except Exception as error:
+            thread.append(error)
+
+    begun = threading.Semaphore(0)
+    threads = []
+    for _ in range(count):
+        result: list[object] = []
+        thread = threading.Thread(target=consume, args=(result,))
+        thread.result = result  # type: ignore[attr-defined]
+        thread.start()
+        threads.append(thread)
+    for _ in range(2 * count):
+        assert begun.acquire(timeout=60)
+    return threads
+
+
+def ends(threads: list[threading.Thread]) -> list[object]:
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "a stream hangs"
+    return [thread.result[0] for thread in threads]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_killed_worker_ends_the_engine_and_every_request_is_told(role: str) -> None:
+    before = traces()
+    with Pipeline(TINY_CONFIG, NULL) as pipeline:
+        pids = dict(pipeline.pids)
+        threads = open_streams(pipeline, 6)
+        os.kill(pids[role], signal.SIGKILL)
+        for end in ends(threads):
+            assert isinstance(end, EngineUnavailable), end
+        assert pipeline.wait(timeout_s=20) == 1
+    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+    assert traces() <= before
+
+
+def test_a_killed_launcher_takes_everything_with_it() -> None:
+    before = traces()
+    with Pipeline(TINY_CONFIG, NULL) as pipeline:
+        pids = dict(pipeline.pids)
+        threads = open_streams(pipeline, 6)
+        os.kill(pids["launcher"], signal.SIGKILL)
+        for end in ends(threads):
+            assert isinstance(end, EngineUnavailable), end
+    workers = [psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    assert traces() <= before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_open_requests_to_their_end(number: signal.Signals) -> None:
+    before = traces()
+    with Pipeline(TINY_CONFIG, NULL) as pipeline:
+        stream = pipeline.client.generate("A module is", SamplingParams(max_tokens=100, ignore_eos=True), stream=True)
+        first = next(stream)
+        os.kill(pipeline.pids["launcher"], number)
+        pieces = [first, *stream]
+        assert pieces[-1].finish_reason == "length"
+        assert sum(len(piece.token_ids) for piece in pieces) == 100
+        assert pipeline.wait(timeout_s=20) == 0
+    assert traces() <= before
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    before = traces()
+    with Pipeline(TINY_CONFIG, {**NULL, "model.null_step_ms": 100.0}) as pipeline:
+        threads = open_streams(pipeline, 2)
+        os.kill(pipeline.pids["launcher"], signal.SIGINT)
+        while pipeline.client.health().state != "draining":
+            pass
+        os.kill(pipeline.pids["launcher"], signal.SIGINT)
+        assert all(isinstance(end, EngineUnavailable) for end in ends(threads))
+        assert pipeline.wait(timeout_s=10) == 130
+    assert traces() <= before
+
+
+def test_an_endpoint_in_use_is_refused_and_not_stolen() -> None:
+    with Pipeline(TINY_CONFIG, NULL) as pipeline:
+        command = [sys.executable, "-m", "pipeline.launch", "--config", str(TINY_CONFIG)]
+        command += ["--set", "model.load_format=null", "--set", f"frontend.endpoint={pipeline.endpoint}"]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode != 0
+        assert pipeline.endpoint in second.stderr
+        assert pipeline.client.generate("A module is", SamplingParams(max_tokens=3)).error is None

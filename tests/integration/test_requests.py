@@ -1,0 +1,201 @@
+"""What users do with a running engine, through the SDK, on the shipped model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from ipc.errors import InvalidRequest
+from pipeline import AsyncClient, Client, Pipeline, SamplingParams
+
+GREEDY = SamplingParams(max_tokens=24)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+def is_idle(client: Client) -> bool:
+    stats = client.stats().roles
+    return (
+        stats["gateway"]["num_open"] == stats["detokenizer"]["num_open"] == 0
+        and stats["scheduler"]["num_running"] == stats["scheduler"]["num_waiting"] == 0
+    )
+
+
+def test_a_string_a_chat_and_token_ids_are_completed(client: Client) -> None:
+    by_text = client.generate("The for statement", GREEDY)
+    assert by_text.finished
+    assert by_text.finish_reason in ("stop", "length")
+    assert by_text.text
+    assert by_text.usage.completion_tokens == len(by_text.token_ids) <= 24
+    by_chat = client.generate([{"role": "user", "content": "What is the while statement?"}], GREEDY)
+    assert by_chat.text
+    by_ids = client.generate(by_text.token_ids, GREEDY)
+    assert by_ids.usage.prompt_tokens == len(by_text.token_ids)
+
+
+def test_streamed_pieces_add_up_to_the_whole(client: Client) -> None:
+    whole = client.generate("An exception is raised when", GREEDY)
+    pieces = list(client.generate("An exception is raised when", GREEDY, stream=True))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [t for piece in pieces for t in piece.token_ids] == whole.token_ids
+    assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_a_prompt_in_chinese_and_one_with_emoji_are_served(client: Client) -> None:
+    for prompt in ("请解释一下循环语句。", "🙂🚀 and then"):
+        output = client.generate(prompt, GREEDY)
+        assert output.error is None
+        assert output.usage.prompt_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ("", GREEDY, "empty"),
+        ([], GREEDY, "empty"),
+        ([10**6], GREEDY, "1000000"),
+        ("x " * 20_000, GREEDY, "max_model_len"),
+        ("hello", SamplingParams(max_tokens=10**6), "max_model_len"),
+        ("hello", SamplingParams(stop_token_ids=[10**6]), "1000000"),
+    ],
+)
+def test_a_bad_request_gets_a_clear_error_and_disturbs_nothing(
+    client: Client, prompt: object, params: SamplingParams, words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        client.generate(prompt, params)
+    assert client.generate("The for statement", GREEDY).error is None
+
+
+def test_a_batch_keeps_its_order_and_a_bad_prompt_fails_alone(client: Client) -> None:
+    prompts = ["The for statement", "", "A class definition", [10**6], "A module is"]
+    outputs = client.generate_batch(prompts, GREEDY)
+    assert [output.finish_reason == "error" for output in outputs] == [False, True, False, True, False]
+    alone = [client.generate(prompts[i], GREEDY).token_ids for i in (0, 2, 4)]
+    assert [outputs[i].token_ids for i in (0, 2, 4)] == alone
+
+
+def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Client) -> None:
+    prompt = "The with statement is used to"
+    greedy = client.generate(prompt, GREEDY)
+    third = greedy.token_ids[2]
+    word = greedy.text.split()[1]
+    params = [
+        GREEDY,
+        SamplingParams(max_tokens=24, temperature=1.5, seed=11),
+        SamplingParams(max_tokens=24, temperature=1.5, seed=12),
+        SamplingParams(max_tokens=24, temperature=1.5, seed=11),
+        SamplingParams(max_tokens=24, temperature=5.0, top_k=1, seed=3),
+        SamplingParams(max_tokens=24, temperature=5.0, top_p=1e-6, seed=3),
+        SamplingParams(max_tokens=24, temperature=5.0, min_p=1.0, seed=3),
+        SamplingParams(max_tokens=24, stop_token_ids=[third]),
+        SamplingParams(max_tokens=24, stop=[word]),
+        SamplingParams(max_tokens=5, ignore_eos=True),
+        SamplingParams(max_tokens=24, logprobs=3),
+    ]
+    outputs = client.generate_batch([prompt] * len(params), params)
+    ids = [output.token_ids for output in outputs]
+    assert ids[0] == greedy.token_ids
+    assert ids[1] == ids[3] != ids[2]
+    assert ids[4] == ids[5] == ids[6] == ids[0]  # one token survives each of these filters: the likeliest
+    assert ids[7] == greedy.token_ids[: greedy.token_ids.index(third) + 1]
+    assert outputs[7].finish_reason == "stop"
+    assert outputs[8].text == greedy.text[: greedy.text.index(word)]
+    assert outputs[8].finish_reason == "stop"
+    assert (len(ids[9]), outputs[9].finish_reason) == (5, "length")
+    assert ids[10] == ids[0]
+    logprobs = outputs[10].logprobs
+    assert logprobs is not None
+    assert len(logprobs) == len(ids[10])
+    for token, entry in zip(ids[10], logprobs, strict=True):
+        assert len(entry.top) == 3
+        assert entry.top[0] == (token, pytest.approx(entry.logprob))  # greedy: the sampled one is the likeliest
+
+
+def test_cancelling_answers_with_what_there_is(client: Client) -> None:
+    stream = client.generate("Return a list of", SamplingParams(ignore_eos=True), stream=True)
+    first = next(stream)
+    client.cancel(first.request_id)
+    last = list(stream)[-1]
+    assert last.finish_reason == "cancelled"
+    wait_until(lambda: is_idle(client))
+
+
+def test_breaking_out_of_a_stream_cancels_it(client: Client) -> None:
+    for output in client.generate("Return a list of", SamplingParams(ignore_eos=True), stream=True):
+        assert not output.finished
+        break
+    wait_until(lambda: is_idle(client))
+
+
+def test_a_vanished_client_has_its_requests_cancelled(engine: Pipeline) -> None:
+    script = (
+        "import sys\n"
+        "from pipeline import Client, SamplingParams\n"
+        "client = Client(sys.argv[1])\n"
+        "streams = [client.generate('A module is', SamplingParams(ignore_eos=True), stream=True) for _ in range(4)]\n"
+        "[next(s) for s in streams]\n"
+        "print('streaming', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, engine.endpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "streaming\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    wait_until(lambda: is_idle(engine.client))
+
+
+def test_ten_thousand_at_once_are_all_answered(client: Client) -> None:
+    outputs = client.generate_batch(["A module is"] * 10_000, SamplingParams(max_tokens=1))
+    assert len(outputs) == 10_000
+    assert {output.error for output in outputs} == {None}
+    assert len({tuple(output.token_ids) for output in outputs}) == 1
+    wait_until(lambda: is_idle(client))
+
+
+def test_two_asynchronous_clients_stream_at_the_same_time(engine: Pipeline) -> None:
+    async def stream(client: AsyncClient, prompt: str) -> str:
+        return "".join([output.text async for output in client.generate(prompt, GREEDY, stream=True)])
+
+    async def both() -> list[str]:
+        async with AsyncClient(engine.endpoint) as one, AsyncClient(engine.endpoint) as two:
+            return await asyncio.gather(stream(one, "A class definition"), stream(two, "Lambda expressions"))
+
+    expected = [engine.client.generate(p, GREEDY).text for p in ("A class definition", "Lambda expressions")]
+    assert asyncio.run(both()) == expected
+
+
+def test_health_and_stats_speak_of_the_engine(client: Client) -> None:
+    health = client.health()
+    assert health.state == "ready"
+    assert health.max_model_len > 0
+    roles = client.stats().roles
+    assert {"gateway", "tokenizer.0", "detokenizer", "scheduler", "gpu"} <= set(roles)
+    assert roles["scheduler"]["num_steps"] >= 0
+
+
+def test_an_idle_engine_holds_nothing(client: Client) -> None:
+    client.generate_batch(["A module is"] * 40, GREEDY)
+    wait_until(lambda: is_idle(client))
+    stats = client.stats().roles
+    assert stats["scheduler"]["num_preempted"] == 0
+    assert stats["scheduler"]["num_free_blocks"] == stats["scheduler"]["num_blocks"]
+    assert stats["detokenizer"]["num_undelivered"] == 0

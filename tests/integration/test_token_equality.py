@@ -1,0 +1,73 @@
+"""The whole pipeline against transformers' own `generate`: the same tokens, id for id, in float32."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from tests.reference.tiny_models import FAMILIES, make_tiny_model, reference_generate
+
+from pipeline import Pipeline, SamplingParams
+
+MAX_NEW_TOKENS = 20
+# Small enough that prompts take several chunks, requests queue for a row, and sequences are preempted for blocks.
+TIGHT = {
+    "scheduler.max_num_seqs": 4,
+    "scheduler.max_num_batched_tokens": 16,
+    "scheduler.max_model_len": 96,
+    "cache.block_size": 4,
+    "cache.num_blocks": 40,
+}
+
+
+def config(folder: Path, **overrides: object) -> dict[str, dict[str, object]]:
+    sections: dict[str, dict[str, object]] = {
+        "model": {"path": str(folder), "dtype": "float32", "device": "cpu", "num_threads": 1}
+    }
+    for name, value in {**TIGHT, **overrides}.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def mixed_prompts(seed: int, count: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(5, 190) for _ in range(draw.choice([1, 3, 7, 15, 16, 17, 33, 60]))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> None:
+    make_tiny_model(family, tmp_path, seed=1)
+    prompts = mixed_prompts(seed=2, count=12)
+    expected = reference_generate(tmp_path, prompts, MAX_NEW_TOKENS)
+    with Pipeline(config(tmp_path)) as pipeline:
+        outputs = pipeline.client.generate_batch(prompts, SamplingParams(max_tokens=MAX_NEW_TOKENS))
+        stats = pipeline.client.stats().roles["scheduler"]
+    assert [output.token_ids for output in outputs] == expected
+    assert stats["num_preemptions"] > 0, "the limits were meant to force preemption"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("llama")
+    make_tiny_model("llama", folder, seed=3)
+    return folder
+
+
+def test_depth_order_and_number_of_tokenizers_change_no_token(llama: Path) -> None:
+    prompts = mixed_prompts(seed=4, count=24)
+    params = [
+        SamplingParams(max_tokens=MAX_NEW_TOKENS, temperature=(i % 3) * 0.8, seed=i, top_k=(i % 4) * 9, top_p=1 - i % 5 / 9)
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    order = list(range(len(prompts)))
+    results = []
+    for depth, num_tokenizers, shuffle in ((1, 1, 0), (2, 1, 1), (3, 3, 2), (4, 3, 3)):
+        random.Random(shuffle).shuffle(order)
+        overrides = {"ring.depth": depth, "tokenizer.num_workers": num_tokenizers}
+        with Pipeline(config(llama, **overrides)) as pipeline:
+            outputs = pipeline.client.generate_batch([prompts[i] for i in order], [params[i] for i in order])
+        results.append({i: output.token_ids for i, output in zip(order, outputs, strict=True)})
+    assert results[0] == results[1] == results[2] == results[3]
+    assert len({tuple(ids) for ids in results[0].values()}) > len(prompts) // 2

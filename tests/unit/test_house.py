@@ -1,0 +1,66 @@
+"""The rules of the house: who may import whom, and what a client must not pull in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("ipc", "workers", "pipeline")
+MAY_IMPORT = {"ipc": {"ipc"}, "workers": {"ipc", "workers"}, "pipeline": {"ipc", "workers", "pipeline"}}
+SHARED_BY_WORKERS = {"workers.process"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_lies_below_them(package: str) -> None:
+    for path in modules(package):
+        for name in imported_names(path):
+            top = name.split(".")[0]
+            assert top not in PACKAGES or top in MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_workers_do_not_import_each_other() -> None:
+    for path in modules("workers"):
+        role = path.relative_to(ROOT / "workers").parts[0]
+        for name in imported_names(path):
+            if name.startswith("workers.") and name not in SHARED_BY_WORKERS:
+                assert name.split(".")[1] == role, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_only_the_gpu_process_imports_torch() -> None:
+    for package in PACKAGES:
+        for path in modules(package):
+            if (ROOT / "workers" / "gpu") not in path.parents:
+                heavy = {n for n in imported_names(path) if n.split(".")[0] in ("torch", "triton")}
+                assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
+
+
+@pytest.mark.parametrize("module", ["pipeline", "workers.scheduler.worker", "workers.gateway.worker"])
+def test_importing_the_client_or_a_host_role_does_not_load_torch(module: str) -> None:
+    script = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
+def test_every_module_says_what_it_owns() -> None:
+    for package in PACKAGES:
+        for path in modules(package):
+            assert path.name == "__main__.py" or ast.get_docstring(ast.parse(path.read_text())), path
