@@ -109,7 +109,9 @@ class Ring:
         """
         assert not self.is_published(self.next_ticket), f"ring {self.name}: attach to write with writer=True"
         if self.num_free() < 1:
-            raise RingFull(f"ring {self.name}: all {self.num_slots} records from {self.read_cursor} are unreleased")
+            raise RingFull(
+                f"ring {self.name}: all {self.num_slots} records up to {self.next_ticket - 1} are unreleased"
+            )
         return self.records[self.next_ticket % self.num_slots]
 
     def publish(self) -> int:
