@@ -2,7 +2,8 @@
 
 On x86-64 an aligned 8-byte plain store is a release store and a plain load an acquire load (total store order), and
 CPython makes neither in pieces when it goes through an 8-byte `memoryview` item. Other processors need real ones,
-taken from libatomic. Nothing here is sequentially consistent, and nothing in ringfeed needs that: a doorbell is rung
+taken from libatomic: a release store there also waits for the payload reads before it, as freeing a record needs.
+Nothing here is sequentially consistent, and nothing in ringfeed needs that: a doorbell is rung
 after every publish (`ipc/doorbell.py`), so there is no "arm the flag, then look again".
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 import platform
 from collections.abc import Callable
 
@@ -32,17 +34,25 @@ class Words:
             self._use_libatomic(view)
 
     def _use_libatomic(self, view: memoryview) -> None:
-        path = ctypes.util.find_library("atomic")
-        if path is None:
-            raise RingError(f"rings on {platform.machine()} need libatomic (Debian: apt install libatomic1)")
-        library = ctypes.CDLL(path)
-        library.__atomic_load_8.restype = ctypes.c_int64
-        base = ctypes.addressof(ctypes.c_char.from_buffer(view))
-        self.load = lambda i: library.__atomic_load_8(ctypes.c_void_p(base + 8 * i), _ACQUIRE)
-        self.store = lambda i, value: library.__atomic_store_8(
-            ctypes.c_void_p(base + 8 * i), ctypes.c_int64(value), _RELEASE
-        )
+        load, store = _libatomic()
+        cells = [ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(view, 8 * i))) for i in range(len(view))]
+        self.load = lambda i: load(cells[i], _ACQUIRE)
+        self.store = lambda i, value: store(cells[i], value, _RELEASE)
 
     def release(self) -> None:
-        """Let go of the buffer, so that its mapping can be closed."""
+        """Let go of the buffer, so that its mapping can be closed. Loads and stores raise ValueError from then on."""
         self._view.release()
+        self.load, self.store = self._view.__getitem__, self._view.__setitem__  # libatomic's would hit unmapped memory
+
+
+@functools.cache
+def _libatomic() -> tuple[Callable[[ctypes.c_void_p, int], int], Callable[[ctypes.c_void_p, int, int], None]]:
+    """Its 8-byte load and store. Outside of the class, which would mangle their names."""
+    path = ctypes.util.find_library("atomic")
+    if path is None:
+        raise RingError(f"rings on {platform.machine()} need libatomic (Debian: apt install libatomic1)")
+    library = ctypes.CDLL(path)
+    load, store = library.__atomic_load_8, library.__atomic_store_8
+    load.argtypes, load.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int64
+    store.argtypes, store.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], None
+    return load, store

@@ -2,7 +2,9 @@
 
 No socket here drops in silence: ROUTERs are mandatory-routing (a send to nobody says so), DEALERs queue without a
 high-water mark (libzmq loses messages at an orderly close over ipc when a receive mark is set: its issue 4660), and the
-bounds come from credits and bounded queues in the protocol itself.
+bounds come from credits and bounded queues in the protocol itself. A ROUTER gives an identity to its newest holder
+(otherwise it ignores a restarted worker while messages of the dead one are unread); what the former holder has sent
+still arrives, perhaps under another identity.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ from typing import Any, Final
 import zmq
 
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
-from ipc.errors import EngineUnavailable
+from ipc.errors import ConfigError, EngineUnavailable
 
 MAX_CLIENT_FRAME_BYTES: Final = 16 << 20
 MAX_IPC_PATH_BYTES: Final = 107  # of a Unix socket's path
 _HEARTBEAT_MS: Final = 2_000
-_HEARTBEAT_TIMEOUT_MS: Final = 30_000  # a process may hold its machine's cores for long; death shows elsewhere
+_HEARTBEAT_TIMEOUT_MS: Final = 30_000
 
 
 def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> zmq.Socket[Any]:
     """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound."""
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-    _set_common_options(socket, max_frame_bytes)
+    _set_common_options(socket, endpoint, max_frame_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -35,25 +38,32 @@ def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: in
 
 
 def connect_dealer(context: zmq.Context[Any], endpoint: str, *, identity: bytes | None = None) -> zmq.Socket[Any]:
-    """A connected DEALER; messages sent before the peer is there wait for it."""
+    """A connected DEALER; messages sent before the peer is there wait for it. Raises ConfigError for no endpoint."""
     socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
-    _set_common_options(socket, MAX_FRAME_BYTES)
+    _set_common_options(socket, endpoint, MAX_FRAME_BYTES)
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
-    socket.connect(endpoint)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(
+            f"cannot connect to {endpoint!r} ({error.strerror or error}): give ipc://PATH or tcp://HOST:PORT"
+        ) from None
     return socket
 
 
-def _set_common_options(socket: zmq.Socket[Any], max_frame_bytes: int) -> None:
+def _set_common_options(socket: zmq.Socket[Any], endpoint: str, max_frame_bytes: int) -> None:
     for option, value in (
         (zmq.SNDHWM, 0),
         (zmq.RCVHWM, 0),
         (zmq.LINGER, 1_000),
         (zmq.MAXMSGSIZE, max_frame_bytes),
-        (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
-        (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
     ):
         socket.setsockopt(option, value)
+    if endpoint.startswith("tcp:"):  # ipc shows death by itself, and must not take a frozen peer for a dead one
+        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
 
 
 def send(socket: zmq.Socket[Any], message: Any) -> None:

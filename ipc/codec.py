@@ -20,8 +20,17 @@ T = TypeVar("T")
 
 
 def encode(message: Any) -> bytes:
-    """Pack a message struct (or plain containers of them)."""
-    return msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)  # type: ignore[no-any-return]
+    """Pack a message struct (or plain containers of them).
+
+    Raises InvalidRequest for text that has no UTF-8 form, ProtocolError for a frame larger than any peer takes in.
+    """
+    try:
+        frame: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"text with a lone surrogate at character {error.start} cannot be sent") from None
+    if len(frame) > MAX_FRAME_BYTES:  # its receiver would cut the connection
+        raise ProtocolError(f"frame of {len(frame)} bytes is larger than {MAX_FRAME_BYTES}")
+    return frame
 
 
 def _refuse_extension(code: int, _: bytes) -> Any:
@@ -51,7 +60,7 @@ def decode(frame: bytes | memoryview, kind: type[T] | Any) -> T:
     except ProtocolError:
         raise
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"not a msgpack message: {error or type(error).__name__}") from None
+        raise ProtocolError(f"not a msgpack message: {str(error) or type(error).__name__}") from None
     try:
         return msgspec.convert(plain, kind, builtin_types=(bytes,))
     except msgspec.ValidationError as error:

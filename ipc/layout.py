@@ -7,6 +7,7 @@ ring's header, so that two programs that disagree find out at attach and not in 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,8 +28,12 @@ class Field:
     offset: int
 
     @property
+    def num_items(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return self.num_items * self.dtype.itemsize
 
 
 class Layout:
@@ -54,8 +59,9 @@ class Layout:
     def views(self, buffer: memoryview | np.ndarray[Any, Any], offset: int = 0) -> Any:
         """Numpy views of one record that starts `offset` bytes into `buffer`, one attribute per field.
 
-        The views alias the buffer: they are valid as long as it is mapped.
+        The views alias the buffer and keep it from being unmapped (`np.ndarray(buffer=...)` would not).
         """
         return SimpleNamespace(**{
-            f.name: np.ndarray(f.shape, f.dtype, buffer, offset + f.offset) for f in self.fields.values()
+            f.name: np.frombuffer(buffer, f.dtype, f.num_items, offset + f.offset).reshape(f.shape)
+            for f in self.fields.values()
         })  # fmt: skip

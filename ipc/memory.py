@@ -1,7 +1,7 @@
 """Anonymous shared memory: a memfd that has no name, cannot shrink, and is gone with its last holder.
 
-`posix_fallocate` turns a lack of memory into an error here instead of a SIGBUS later; the seals stop any holder
-from resizing it under another. /dev/shm is not involved, whatever its size.
+All pages are taken at once, so a lack of memory is an error here and no SIGBUS later; the seals stop any holder from
+resizing it under another. /dev/shm is not involved, whatever its size.
 """
 
 from __future__ import annotations
@@ -21,18 +21,36 @@ def create_segment(name: str, num_bytes: int) -> int:
     Raises RingError, with the size, if the memory cannot be had.
     """
     num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-    fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
+    available = _available_bytes()
+    if num_bytes > available:  # asked for it all the same, the kernel would kill somebody rather than refuse
+        raise RingError(f"shared memory for {name} ({num_bytes} bytes) cannot be had: {available} bytes are available")
+    fd = -1
     try:
+        fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
         os.posix_fallocate(fd, 0, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         os.set_inheritable(fd, True)
     except OSError as error:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         raise RingError(f"shared memory for {name} ({num_bytes} bytes) cannot be had: {error.strerror}") from error
     return fd
 
 
 def map_segment(fd: int, *, writable: bool = True) -> mmap.mmap:
-    """Map a whole segment. The mapping outlives the descriptor; closing it waits for its views to go."""
+    """Map a whole segment. The mapping outlives the descriptor; closing it needs its views gone.
+
+    Raises RingError if `fd` is no segment, or there is no room for the mapping.
+    """
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    return mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED, access)
+    try:
+        return mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED, access)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise RingError(f"descriptor {fd} cannot be mapped: {error}") from error
+
+
+def _available_bytes() -> int:
+    """What the kernel believes it could give without swapping."""
+    with open("/proc/meminfo") as file:
+        kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
+    return kib["MemAvailable"] * 1024

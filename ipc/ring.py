@@ -2,7 +2,7 @@
 
     header page:  magic | layout hash | num_slots | epoch      written once, by the creator
                   read cursor                                   owned by one process: records below it are free
-    then, padded to pages, per ring slot:  ticket word | epoch word | record
+    then, per ring slot:  ticket word | epoch word | record      each from a cache line on; the whole fills pages
 
 Ticket t (counting from 1) lies in ring slot t % num_slots. The writer fills the record and stores the ticket last,
 with release order; a reader that loads the expected ticket (acquire) sees the whole record. A record whose epoch is
@@ -77,10 +77,13 @@ class Ring:
         return ring
 
     @classmethod
-    def attach(cls, handle: RingHandle, layout: Layout) -> Ring:
+    def attach(cls, handle: RingHandle, layout: Layout, *, writer: bool = False) -> Ring:
         """Attach to a ring that another process made.
 
-        Raises LayoutMismatch if it is not what the handle and the layout say.
+        The cursor owner goes on at the first unreleased record, so it may get records again that a former owner took;
+        `writer=True` goes on after the last record that a former writer published. Where either had a forerunner, ring
+        both ends' doorbells now: it may have died between its last store and its ring.
+        Raises LayoutMismatch if the ring is not what the handle and the layout say.
         """
         ring = cls(handle, layout)
         expected = {_MAGIC: MAGIC, _HASH: layout.hash(), _NUM_SLOTS: handle.num_slots, _EPOCH: handle.epoch}
@@ -89,6 +92,8 @@ class Ring:
                 what = {_MAGIC: "magic", _HASH: "layout", _NUM_SLOTS: "number of records", _EPOCH: "epoch"}[word]
                 raise LayoutMismatch(f"ring {handle.name}: {what} {ring._header.load(word)} found, {value} expected")
         ring.next_ticket = ring.read_cursor
+        while writer and ring.is_published(ring.next_ticket):  # ends: only the writer publishes, and that is us
+            ring.next_ticket += 1
         return ring
 
     # Writer
@@ -102,8 +107,11 @@ class Ring:
 
         Raises RingFull if the cursor owner has not released it yet.
         """
+        assert not self.is_published(self.next_ticket), f"ring {self.name}: attach to write with writer=True"
         if self.num_free() < 1:
-            raise RingFull(f"ring {self.name}: all {self.num_slots} records from {self.read_cursor} are unreleased")
+            raise RingFull(
+                f"ring {self.name}: all {self.num_slots} records up to {self.next_ticket - 1} are unreleased"
+            )
         return self.records[self.next_ticket % self.num_slots]
 
     def publish(self) -> int:
@@ -125,6 +133,8 @@ class Ring:
 
         Raises RingError if that record is not there: not yet, no longer, or of another epoch.
         """
+        if ticket < self.read_cursor:
+            raise RingError(f"ring {self.name}: record {ticket} has been released (up to {self.read_cursor - 1})")
         words = self._slot_words[ticket % self.num_slots]
         found = words.load(_TICKET)
         if found != ticket:
@@ -152,7 +162,11 @@ class Ring:
 
         Everything that reads those records, DMA included, must have completed.
         """
-        assert ticket >= self.read_cursor - 1, f"ring {self.name}: the read cursor may not go back to {ticket}"
+        cursor = self.read_cursor
+        assert ticket >= cursor - 1, f"ring {self.name}: the read cursor may not go back to {ticket}"
+        assert ticket < cursor or self.is_published(ticket), (
+            f"ring {self.name}: record {ticket} is not there to release"
+        )
         self._header.store(_READ_CURSOR, ticket + 1)
 
     def close(self) -> None:
@@ -160,8 +174,8 @@ class Ring:
         for words in (self._header, *self._slot_words):
             words.release()
         self.records.clear()
-        self.buffer.release()
         try:
+            self.buffer.release()
             self._map.close()
         except BufferError:
             pass  # somebody still holds a view of a record: the mapping goes with it

@@ -6,6 +6,7 @@ To add a parameter: a field here, a column in `ipc/records.py` (ADMISSION), a fu
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Final
 
 import msgspec
@@ -17,6 +18,7 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_CHARS: Final = 256
 MAX_LOGPROBS: Final = 20
 MAX_SEED: Final = 2**63 - 1
+MIN_TEMPERATURE: Final = 0.001  # logits divided by less could overflow float32 and sample from NaN
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -24,7 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     Args:
         max_tokens: most tokens to generate, >= 1; None = up to the model's length.
-        temperature: 0 = greedy (the default); otherwise logits are divided by it.
+        temperature: 0 = greedy (the default); otherwise, from 0.001 to 100, logits are divided by it.
         top_k: keep the k most likely tokens; 0 = off.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 = off.
         min_p: drop tokens less likely than `min_p` times the likeliest, in [0, 1]; 0 = off.
@@ -52,7 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
             if not ok:
-                raise InvalidRequest(f"{field} ({getattr(self, field)!r}) {rule}")
+                raise InvalidRequest(f"{field} ({reprlib.repr(getattr(self, field))}) {rule}")
 
         def is_int(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
@@ -62,18 +64,20 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
         check(self.max_tokens is None or (is_int(self.max_tokens) and self.max_tokens >= 1),
               "max_tokens", "must be an integer of at least 1, or None")  # fmt: skip
-        check(is_real(self.temperature) and 0 <= self.temperature <= 100, "temperature", "must lie in [0, 100]")
-        check(is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "must be an integer >= 0 (0 = off)")
+        check(is_real(self.temperature) and (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= 100),
+              "temperature", f"must be 0 (greedy) or lie in [{MIN_TEMPERATURE}, 100]")  # fmt: skip
+        check(is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "must be an integer in [0, 2**31) (0 = off)")
         check(is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "must lie in (0, 1] (1 = off)")
         check(is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must lie in [0, 1] (0 = off)")
         check(self.seed is None or (is_int(self.seed) and 0 <= self.seed <= MAX_SEED),
               "seed", "must be an integer in [0, 2**63), or None")  # fmt: skip
         check(isinstance(self.stop, list) and len(self.stop) <= MAX_STOP_STRINGS
               and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop),
-              "stop", f"must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_STRING_CHARS} characters")  # fmt: skip
+              "stop", f"must be a list of at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_STRING_CHARS} "
+              "characters each")  # fmt: skip
         check(isinstance(self.stop_token_ids, list) and len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
               and all(is_int(t) and 0 <= t < 2**31 for t in self.stop_token_ids),
-              "stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")  # fmt: skip
+              "stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} integers in [0, 2**31)")  # fmt: skip
         check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false")
         check(self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
               "logprobs", f"must be an integer in [0, {MAX_LOGPROBS}], or None")  # fmt: skip
