@@ -1,0 +1,77 @@
+"""One request as the scheduler knows it: its prompt, its bounds, and what its admission entry says of sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ipc.messages import Opened, Tokenized
+from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
+from ipc.sampling import SamplingParams
+from workers.scheduler.blocks import Int32Array
+from workers.scheduler.prompts import PromptLease
+
+NO_ROW = -1
+
+
+class Request:
+    """Open from `Scheduler.add` to its one end.
+
+    `token_ids` [num_prompt] int32 is the scheduler's own copy: the records behind `lease` may be given up before it is
+    admitted.
+    """
+
+    def __init__(
+        self, message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
+    ) -> None:
+        params = message.params
+        self.key = message.key
+        self.num_prompt = len(token_ids)
+        self.max_len = max_len  # tokens, prompt and output
+        self.token_ids = token_ids
+        self.lease = lease
+        self.row = NO_ROW
+        self.params = params
+        self.variant = sampler_variant(params)
+        self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
+        end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
+        self._end_ids = np.full(MAX_END_IDS, NO_TOKEN, np.int32)
+        self._end_ids[: len(end_ids)] = end_ids
+
+    @property
+    def has_row(self) -> bool:
+        return self.row != NO_ROW
+
+    def write_admission(self, record: Any, i: int) -> None:
+        """Fill entry i of a step record's admissions, all but where its ids come from."""
+        params = self.params
+        record.admit_row[i] = self.row
+        record.admit_num_computed[i] = 0
+        record.admit_max_len[i] = self.max_len
+        record.admit_temperature[i] = params.temperature
+        record.admit_top_k[i] = params.top_k
+        record.admit_top_p[i] = params.top_p
+        record.admit_min_p[i] = params.min_p
+        record.admit_seed[i] = params.seed or 0  # the gateway has drawn one where the client gave none
+        record.admit_end_ids[i] = self._end_ids
+
+
+def opened(message: Tokenized) -> Opened:
+    """What the detokenizer hears of a request first."""
+    return Opened(
+        key=message.key,
+        route=message.route,
+        stop=message.params.stop,
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_logprobs=message.params.logprobs,
+    )
+
+
+def sampler_variant(params: SamplingParams) -> SamplerVariant:
+    """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
+    if params.temperature == 0:
+        return SamplerVariant.GREEDY
+    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        return SamplerVariant.FILTERED
+    return SamplerVariant.PLAIN

@@ -1,0 +1,427 @@
+"""Decides which sequences run next. Knows no tensors, no sockets and no processes.
+
+A request waits (FIFO) until it gets a row, runs, may be preempted and come back, and ends once:
+
+    add -> waiting -> running <-> preempted
+                         |  ^ every step: tokens planned, blocks given
+                      planned out (all its tokens are planned; no blocks any more) -> end -> row retired -> row free
+
+Iteration-level continuous batching: each step computes one token of every decoding sequence, then chunks of prompts of
+running sequences, oldest first, then admits: preempted sequences first, then waiting ones. Steps are planned up to
+`depth` ahead, assuming that no row stops early; what later steps say of a row that did is dropped by its generation.
+When blocks run out, the newest running sequence is preempted: it gives up its blocks and computes its tokens again
+later. All columns speak of the state after every planned step has run, `num_tokens` alone of what has been applied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ipc.errors import ConfigError, InvalidRequest, QueueFull
+from ipc.messages import Ended, StepOutputs, Tokenized
+from ipc.records import FinishCode, StepShape
+from workers.scheduler.blocks import BlockPool, BlockTables, IntArray
+from workers.scheduler.config import SchedulerConfig
+from workers.scheduler.device_time import DeviceTime
+from workers.scheduler.outputs import LogprobArrays, OutputBuffer
+from workers.scheduler.prompts import PromptLease, PromptRings
+from workers.scheduler.request import Request, opened
+from workers.scheduler.rows import Rows
+
+NO_ROWS: IntArray = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step in flight, as it was when it was planned. Sequences in the record's order."""
+
+    ticket: int
+    rows: IntArray  # [num_seqs]
+    generations: IntArray  # [num_seqs]
+    samples: np.ndarray[Any, np.dtype[np.bool_]]  # [num_seqs]
+    want_logprobs: int
+    leases: list[PromptLease]  # prompt records that its admissions are copied from
+    work_since_ns: int
+
+
+class Scheduler:
+    """Plans steps into records and applies their results, both in ticket order, from 1."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        shape: StepShape,
+        depth: int,
+        num_blocks: int,
+        eos_token_ids: list[int],
+        prompts: PromptRings,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        if prompts.max_upload_tokens < shape.max_model_len:
+            raise ConfigError(
+                f"the upload ring holds {prompts.max_upload_tokens} tokens, less than scheduler.max_model_len "
+                f"({shape.max_model_len}): a prompt could not be sent again; give the prompt rings more records"
+            )
+        self.depth = depth
+        self.prompts = prompts
+        self.device_time = DeviceTime()
+        self.counts = dict.fromkeys(
+            ("num_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
+             "num_refused", "num_preemptions"), 0,
+        )  # fmt: skip
+        self._max_num_waiting = config.max_num_waiting
+        self._shape = shape
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._rows = Rows(shape.max_num_seqs)
+        self._blocks = BlockPool(num_blocks)
+        self._tables = BlockTables(self._blocks, shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
+        self._requests: dict[int, Request] = {}  # every open one by key
+        self._waiting: OrderedDict[int, Request] = OrderedDict()  # by key, oldest first
+        self._preempted: OrderedDict[int, Request] = OrderedDict()  # the same; all older than those waiting
+        self._running = NO_ROWS  # rows, oldest first; replaced and never changed in place: steps in flight keep it
+        self._num_running = 0
+        self._has_left = False  # some row in `_running` is not running any more
+        self._in_flight: deque[PlannedStep] = deque()
+        self._next_ticket = 1
+        self._outputs = OutputBuffer()
+        self._work_since_ns = 0  # when there was last nothing to plan before
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that are planned and not applied."""
+        return len(self._in_flight)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    @property
+    def has_work(self) -> bool:
+        """Something can be planned, now or when a step in flight has been applied."""
+        return bool(self._num_running or self._preempted or self._waiting)
+
+    def gauges(self) -> dict[str, int]:
+        """The scheduler's statistics by their names in `ipc/stats.py`, durations of the host excepted."""
+        return {
+            **self.counts,
+            "num_waiting": len(self._waiting),
+            "num_running": self._num_running,
+            "num_preempted": len(self._preempted),
+            "num_free_blocks": self._blocks.num_free,
+            "device_busy_ns": self.device_time.busy_ns,
+            "device_wait_ns": self.device_time.wait_ns,
+            "device_no_work_ns": self.device_time.no_work_ns,
+            "device_last_end_ns": self.device_time.last_end_ns,
+        }
+
+    def take_outputs(self) -> StepOutputs | None:
+        """What the detokenizer must hear since the last call. Call until None: a huge burst takes several messages."""
+        return self._outputs.take()
+
+    # Arrivals and cancellations
+
+    def add(self, message: Tokenized) -> None:
+        """Take in a request; one that cannot be served is opened and ended at once."""
+        assert message.key not in self._requests, f"key {message.key} was drawn twice"
+        self._outputs.opened.append(opened(message))
+        refusal = self._refusal(message)
+        if refusal is not None:
+            if message.ticket:  # its ids lie in the ring all the same
+                self.prompts.decline(message.ring, message.ticket, message.num_prompt_tokens)
+            self.counts["num_refused"] += 1
+            self._outputs.ended.append(refusal)
+            return
+        if not self.has_work:
+            self._work_since_ns = self._clock()
+        ids, lease = self.prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
+        request = Request(message, self._max_len(message), ids, lease, self._eos_token_ids)
+        self._requests[request.key] = self._waiting[request.key] = request
+        if self.num_in_flight >= self.depth:  # it waits for a step to end, at least
+            self.prompts.relieve()
+
+    def cancel(self, keys: list[int]) -> None:
+        """End requests now. What steps in flight sample for them is dropped; keys that have ended are ignored."""
+        for key in keys:
+            request = self._requests.get(key)
+            if request is not None:
+                self._end(request)
+                self.counts["num_cancelled"] += 1
+                self._outputs.ended.append(Ended(key=key, finish_reason="cancelled"))
+
+    def _refusal(self, message: Tokenized) -> Ended | None:
+        """Why a request cannot be served, or None."""
+
+        def error(code: str, text: str) -> Ended:
+            return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
+
+        if message.error_code:
+            return error(message.error_code, message.error_message)
+        num_prompt, limit = message.num_prompt_tokens, self._shape.max_model_len
+        if not 1 <= num_prompt < limit:
+            return error(
+                InvalidRequest.code,
+                f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for one more within "
+                f"scheduler.max_model_len ({limit})",
+            )
+        max_len, size = self._max_len(message), self._shape.block_size
+        if num_prompt >= max_len or self._tables.blocks_for(max_len) > self._blocks.num_blocks:
+            return error(
+                InvalidRequest.code,
+                f"the prompt has {num_prompt} tokens; with max_tokens ({message.params.max_tokens}) it does not fit "
+                f"into the KV cache of {self._blocks.num_blocks * size} tokens: lower max_tokens or raise "
+                f"cache.num_blocks ({self._blocks.num_blocks})",
+            )
+        room = self._max_num_waiting + self._rows.num_free
+        if len(self._waiting) >= room:
+            return error(
+                QueueFull.code,
+                f"{len(self._waiting)} requests wait already, as many as scheduler.max_num_waiting "
+                f"({self._max_num_waiting}) and free rows ({self._rows.num_free}) allow: try again later",
+            )
+        return None
+
+    def _max_len(self, message: Tokenized) -> int:
+        """The length, prompt and output, at which a request ends."""
+        max_tokens = message.params.max_tokens
+        if max_tokens is None:
+            return min(self._shape.max_model_len, self._blocks.num_blocks * self._shape.block_size)
+        return min(self._shape.max_model_len, message.num_prompt_tokens + max_tokens)
+
+    # Planning
+
+    def plan(self, record: Any) -> bool:
+        """Fill a step record with what runs next; the caller publishes it. False: nothing can run, nothing is written.
+
+        Only with credit: at most `depth` steps are in flight.
+        """
+        assert self.num_in_flight < self.depth, f"{self.num_in_flight} steps are in flight already"
+        rows, counts, num_appends = self._plan_running(record)
+        new_rows, new_counts, leases = self._admit(record, self._shape.max_num_batched_tokens - int(counts.sum()))
+        if new_rows.size:
+            num_appends = self._append_blocks(record, num_appends, *self._tables.missing(new_rows, new_counts))
+            rows, counts = np.concatenate((rows, new_rows)), np.concatenate((counts, new_counts))
+        if not rows.size:
+            self.prompts.relieve()
+            return False
+        self._commit(record, rows, counts, leases)
+        record.num_appends[0] = num_appends
+        record.num_admissions[0] = new_rows.size
+        self.prompts.relieve()  # who still waits does so for a step
+        return True
+
+    def _plan_running(self, record: Any) -> tuple[IntArray, IntArray, int]:
+        """Tokens for the running rows, and their blocks: rows, tokens of each, block-table entries written."""
+        columns = self._rows
+        if self._has_left:
+            self._running = self._running[columns.is_running[self._running]]
+            self._has_left = False
+        while True:
+            rows = self._running
+            remaining = columns.num_planned_tokens[rows] - columns.num_computed[rows]
+            rows, counts = share_tokens(rows, remaining, self._shape.max_num_batched_tokens)
+            missing = self._tables.missing(rows, columns.num_computed[rows] + counts)
+            if missing[2] <= self._blocks.num_free:
+                return rows, counts, self._append_blocks(record, 0, *missing)
+            self._preempt_newest()  # until it fits: the oldest alone always does
+
+    def _admit(self, record: Any, num_tokens: int) -> tuple[IntArray, IntArray, list[PromptLease]]:
+        """Bring in preempted, then waiting requests with `num_tokens` tokens: rows, tokens of each, prompt records.
+
+        One comes in only if there are blocks for all its tokens besides those that running prompts have yet to take,
+        and one more for each sequence: it should have computed something before the others' growth preempts it.
+        """
+        rows: list[int] = []
+        counts: list[int] = []
+        leases: list[PromptLease] = []
+        if num_tokens < 1 or not (self._preempted or (self._waiting and self._rows.num_free)):
+            return NO_ROWS, NO_ROWS, leases
+        num_blocks = self._blocks.num_free - self._blocks_promised() - len(self._running)
+        while num_tokens > 0 and len(rows) < self._shape.max_admissions:
+            i, request = len(rows), self._next_request()
+            if request is None:
+                break
+            num_known = int(self._rows.num_planned_tokens[request.row]) if request.has_row else request.num_prompt
+            needed = self._tables.blocks_for(num_known)
+            if needed > num_blocks:
+                break
+            if request.has_row:
+                del self._preempted[request.key]
+                record.admit_ring[i] = record.admit_ticket[i] = record.admit_length[i] = 0  # the row keeps its ids
+            else:
+                lease = self.prompts.admit(request.lease, request.token_ids)
+                if lease is None:
+                    break
+                del self._waiting[request.key]
+                leases.append(lease)
+                request.row = self._rows.take(request)
+                record.admit_ring[i] = lease.ring
+                record.admit_ticket[i] = lease.ticket
+                record.admit_length[i] = request.num_prompt
+                self.counts["num_admitted"] += 1
+                self.counts["num_prompt_tokens"] += request.num_prompt
+            request.write_admission(record, i)
+            rows.append(request.row)
+            counts.append(min(num_tokens, num_known))
+            num_tokens -= counts[-1]
+            num_blocks -= needed + 1
+        self._start_running(rows)
+        return np.array(rows, np.int64), np.array(counts, np.int64), leases
+
+    def _next_request(self) -> Request | None:
+        """Who comes in next. Preempted ones are older than all that wait."""
+        if self._preempted:
+            return next(iter(self._preempted.values()))
+        if self._waiting and self._rows.num_free:
+            return next(iter(self._waiting.values()))
+        return None
+
+    def _blocks_promised(self) -> int:
+        """Blocks that running rows will still take for tokens they have: the rest of prompts in chunks."""
+        rows = self._running
+        return self._tables.missing(rows, self._rows.num_planned_tokens[rows])[2]
+
+    def _append_blocks(self, record: Any, start: int, rows: IntArray, counts: IntArray, total: int) -> int:
+        """Give rows the blocks they miss and write that from entry `start` on; returns the end."""
+        if total == 0:
+            return start
+        end = start + total
+        assert end <= self._shape.max_appends, f"{end} block-table entries in one step, {self._shape.max_appends} fit"
+        row, index, block = self._tables.extend(rows, counts, total)
+        record.append_row[start:end] = row
+        record.append_index[start:end] = index
+        record.append_block[start:end] = block
+        return end
+
+    def _commit(self, record: Any, rows: IntArray, counts: IntArray, leases: list[PromptLease]) -> None:
+        """Write the sequences, and take the step as run."""
+        columns, n = self._rows, len(rows)
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        computed = columns.num_computed[rows] + counts
+        planned = columns.num_planned_tokens[rows]
+        samples = computed == planned
+        planned += samples
+        columns.num_computed[rows] = computed
+        columns.num_planned_tokens[rows] = planned
+        columns.last_ticket[rows] = ticket
+        want_logprobs = int(columns.want_logprobs[rows].max())
+        record.num_seqs[0] = n
+        record.num_tokens[0] = counts.sum()
+        record.variant[0] = columns.variant[rows].max()
+        record.want_logprobs[0] = want_logprobs
+        record.planned_at_ns[0] = self._clock()
+        record.seq_row[:n] = rows
+        record.seq_num_tokens[:n] = counts
+        record.seq_sample[:n] = samples
+        self._in_flight.append(
+            PlannedStep(ticket, rows, columns.generation[rows], samples, want_logprobs, leases, self._work_since_ns)
+        )
+        self.counts["num_steps"] += 1
+        planned_out = planned == columns.max_len[rows]
+        if planned_out.any():
+            for row in rows[planned_out].tolist():
+                self._stop_running(row)  # its last token is never computed: it needs no block after this step
+
+    def _start_running(self, rows: list[int]) -> None:
+        """New ones at the end: all that run are older."""
+        self._running = np.append(self._running, np.array(rows, np.int64))
+        self._rows.is_running[rows] = True
+        self._num_running += len(rows)
+
+    def _stop_running(self, row: int) -> None:
+        """Take a row out of the batch; its blocks go to whoever is planned next."""
+        self._rows.is_running[row] = False
+        self._num_running -= 1
+        self._has_left = True
+        self._tables.free_row(row)
+
+    def _preempt_newest(self) -> None:
+        """The newest running sequence gives up its blocks; it waits, row and ids kept, to compute them again."""
+        row = int(self._running[-1])
+        assert len(self._running) > 1, f"row {row} runs alone and lacks blocks"
+        self._running = self._running[:-1]
+        self._stop_running(row)
+        self._rows.num_computed[row] = 0
+        request = self._rows.requests[row]
+        assert request is not None, f"row {row} runs for nobody"
+        self._preempted[request.key] = request
+        self._preempted.move_to_end(request.key, last=False)  # it is older than those preempted before it
+        self.counts["num_preemptions"] += 1
+
+    # Results
+
+    def apply(self, result: Any) -> None:
+        """Take in the result record of the oldest step in flight; nothing of it is kept by reference."""
+        step = self._in_flight.popleft()
+        columns, n = self._rows, len(step.rows)
+        valid = (columns.generation[step.rows] == step.generations) & step.samples
+        rows, token_ids, finish = step.rows, result.token_ids[:n], result.finish[:n]
+        if not valid.all():
+            rows, token_ids, finish = rows[valid], token_ids[valid], finish[valid]
+        if rows.size:
+            columns.num_tokens[rows] += 1
+            logprobs = _copy_logprobs(result, n, valid, step.want_logprobs) if step.want_logprobs else None
+            self._outputs.add_tokens(columns.key[rows], token_ids, finish, logprobs)
+            self.counts["num_sampled_tokens"] += rows.size
+            if finish.any():
+                self._finish(rows, finish)
+        columns.step_applied(step.ticket)
+        for lease in step.leases:
+            self.prompts.release(lease)
+        self.device_time.add_step(int(result.device_start_ns[0]), int(result.device_end_ns[0]), step.work_since_ns)
+
+    def _finish(self, rows: IntArray, finish: IntArray) -> None:
+        """End the rows whose token was their last."""
+        for i in finish.nonzero()[0].tolist():
+            row = int(rows[i])
+            request = self._rows.requests[row]
+            assert request is not None, f"row {row} finished for nobody"
+            at_end = self._rows.num_tokens[row] == request.max_len
+            assert at_end or finish[i] != FinishCode.LENGTH, f"row {row} ended by length before its length"
+            self._end(request)
+            self.counts["num_finished"] += 1
+
+    def _end(self, request: Request) -> None:
+        """Forget a request in whatever state it is: blocks go back at once, its row when no step in flight names it."""
+        del self._requests[request.key]
+        if not request.has_row:
+            del self._waiting[request.key]
+            self.prompts.release(request.lease)
+            return
+        if self._preempted.pop(request.key, None) is None and self._rows.is_running[request.row]:
+            self._stop_running(request.row)
+        self._rows.retire(request.row)
+
+
+def share_tokens(rows: IntArray, remaining: IntArray, budget: int) -> tuple[IntArray, IntArray]:
+    """Deal out a step's token budget among rows, oldest first, of which each has `remaining` tokens to compute.
+
+    Those with one (decodes) come first; prompts share the rest in order, cut into chunks. Returns rows and the tokens
+    of each, decodes in front; rows that get none are left out.
+    """
+    if not rows.size or remaining.max() == 1:
+        return rows[:budget], remaining[:budget]
+    is_decode = remaining == 1
+    decodes = rows[is_decode][:budget]
+    prompts, wanted = rows[~is_decode], remaining[~is_decode]
+    before = wanted.cumsum() - wanted
+    chunks = np.clip(budget - len(decodes) - before, 0, wanted)
+    served = chunks > 0
+    return (
+        np.concatenate((decodes, prompts[served])),
+        np.concatenate((np.ones(len(decodes), np.int64), chunks[served])),
+    )
+
+
+def _copy_logprobs(result: Any, n: int, valid: IntArray, want_logprobs: int) -> LogprobArrays:
+    num_top = want_logprobs - 1
+    return LogprobArrays(
+        result.logprob[:n][valid], result.top_ids[:n, :num_top][valid], result.top_logprobs[:n, :num_top][valid]
+    )

@@ -1,0 +1,124 @@
+"""The scheduler's process: carries messages and records between the sockets, the rings and the `Scheduler`.
+
+    tokenizers: Tokenized     --schedule-->                --step ring-->    GPU process
+    gateway, detokenizer: CancelRequests -->   Scheduler   <--result ring--
+    gateway: Accepted            <--schedule--             --detokenize--> detokenizer: StepOutputs
+
+Owns the read cursors of the result ring and the step ring: the credit rule makes result k the release of step record k.
+It sleeps without a time-out: whatever could be done next announces itself on a socket or the doorbell.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import perf_counter_ns
+from typing import Any, Final
+
+import zmq
+
+from ipc.channels import bind_router, connect_dealer, receive_from, send, send_to
+from ipc.doorbell import Doorbell
+from ipc.errors import EngineUnavailable
+from ipc.messages import Accepted, Start, Tokenized, ToScheduler
+from ipc.records import prompt_layout, result_layout, step_layout
+from ipc.ring import Ring
+from workers.process import WorkerProcess
+from workers.scheduler.config import SchedulerBootstrap
+from workers.scheduler.prompts import PromptRings
+from workers.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGES: Final = 64  # taken in between two looks at the result ring: about 1 ms, so that arrivals stall no step
+ACCEPTED_RETRY_MS: Final = 50
+
+
+def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
+    """Schedule until the launcher says Stop."""
+    schedule = bind_router(process.context, bootstrap.schedule_endpoint)
+    detokenizer = connect_dealer(process.context, bootstrap.detokenize_endpoint, identity=process.role.encode())
+    process.watch(schedule)
+    rings = [Ring.attach(handle, prompt_layout()) for handle in bootstrap.prompt_rings]
+    scheduler = Scheduler(
+        bootstrap.scheduler,
+        bootstrap.shape,
+        bootstrap.depth,
+        _await_num_blocks(process),
+        bootstrap.eos_token_ids,
+        PromptRings(rings),
+    )
+    steps = StepChannel(scheduler, process, bootstrap)
+    tokenizers = [Doorbell(fd) for fd in bootstrap.tokenizer_doorbell_fds]
+    accepted: list[int] = []
+    process.ready()
+    while True:
+        accepted += take_messages(schedule, scheduler)
+        steps.advance()
+        while (outputs := scheduler.take_outputs()) is not None:
+            send(detokenizer, outputs)
+        if accepted and send_to(schedule, bootstrap.gateway_identity, Accepted(keys=accepted)):
+            accepted = []
+        for ring in scheduler.prompts.take_moved():
+            tokenizers[ring - 1].ring()  # ring 0 is our own
+        for name, value in scheduler.gauges().items():
+            getattr(process.stats, name)[0] = value
+        process.wait(ACCEPTED_RETRY_MS if accepted else None)  # only a gateway that is still connecting is waited for
+
+
+def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[int]:
+    """Hand what has arrived to the scheduler, up to a bound; returns the keys of new requests."""
+    keys = []
+    for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
+        if isinstance(message, Tokenized):
+            scheduler.add(message)
+            keys.append(message.key)
+        else:
+            scheduler.cancel(message.keys)
+    return keys
+
+
+class StepChannel:
+    """The two rings between the scheduler and the GPU process."""
+
+    def __init__(self, scheduler: Scheduler, process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
+        self._scheduler = scheduler
+        self._stats = process.stats
+        self._steps = Ring.attach(bootstrap.step_ring, step_layout(bootstrap.shape))
+        self._results = Ring.attach(bootstrap.result_ring, result_layout(bootstrap.shape))
+        self._gpu = Doorbell(bootstrap.gpu_doorbell_fd)
+
+    def advance(self) -> None:
+        """Apply every result that is there, then publish steps as far as credit and work go."""
+        scheduler, stats = self._scheduler, self._stats
+        started = perf_counter_ns()
+        while (result := self._results.take()) is not None:
+            scheduler.apply(result)
+            ticket = self._results.next_ticket - 1
+            self._results.release_through(ticket)
+            self._steps.release_through(ticket)
+        applied = perf_counter_ns()
+        stats.apply_ns[0] += applied - started
+        while scheduler.num_in_flight < scheduler.depth and scheduler.has_work:
+            if not scheduler.plan(self._steps.claim()):
+                break
+            self._steps.publish()
+            self._gpu.ring()
+        stats.plan_ns[0] += perf_counter_ns() - applied
+
+
+def _await_num_blocks(process: WorkerProcess) -> int:
+    """Sleep until the launcher's Start says how many KV blocks the GPU process has."""
+    starts: list[Start] = []
+
+    def on_control(message: Any) -> None:
+        if isinstance(message, Start):
+            starts.append(message)
+
+    process.on_control(on_control)
+    while not starts:
+        process.wait()
+    num_blocks = starts[0].info.get("num_blocks", 0)
+    if num_blocks < 1:
+        raise EngineUnavailable(f"the GPU process has {num_blocks} KV blocks: the scheduler needs at least one")
+    logger.info("schedules over %d KV blocks", num_blocks)
+    return num_blocks
