@@ -1,7 +1,7 @@
 """Enqueues steps on the device, and says when their results may be read.
 
-Owns the order of copies, launches and events, and the buffers between them. It never waits for the device: `submit_next`
-only enqueues. Which thread then waits for a result, and who is told, is the worker's.
+Owns the order of copies, launches and events, and the buffers between them. It never waits for the device:
+`submit_next` only enqueues. Which thread then waits for a result, and who is told, is the worker's.
 
     copy-in   |record k+1, prompt ids|  |record k+2 ...|
                           inputs_ready[k+1] v
@@ -13,8 +13,8 @@ only enqueues. Which thread then waits for a result, and who is told, is the wor
     a step on compute:  clock | record <- staging[k % D] | admit | prepare + model | sampler | clock | outputs[k % D] <-
 
 What keeps the buffers whole, with D = depth: step k+D is not published before result k is applied, thus after
-outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when submit_next meets k+D; record and
-output, which graphs know by address, are touched on compute alone.
+outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when submit_next meets k+D; record
+and output, which graphs know by address, are touched on compute alone.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Executor:
         ring.records[step.ticket % ring.num_slots].received_at_ns[0] = step.received_at_ns
         self._rings.step.release_through(step.ticket)
         ring.publish()
-        self.under_way.popleft()  # last: as long as the step is there, no other thread takes the next one for the oldest
+        self.under_way.popleft()  # last: until then no other thread takes the next step for the oldest
 
     def _upload_prompt(self, record: Any, admission: int) -> None:
         """Enqueue copies of an admission's ids from the prompt ring to its row, on copy-in.

@@ -1,7 +1,7 @@
 """Turns a step record into a batch, on the device: applies what it changes, then lays out its tokens.
 
-Everything here can be captured in a graph: the record is read at one address, sizes come from the bucket, and counts are
-compared on the device, never looked at on the host. What lies beyond a count is sent to the trash row.
+Everything here can be captured in a graph: the record is read at one address, sizes come from the bucket, and counts
+are compared on the device, never looked at on the host. What lies beyond a count is sent to the trash row.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Prepare:
         num_seqs, num_tokens = batch.num_seqs, batch.num_tokens
 
         real = self._arange32[:num_seqs] < step.num_seqs  # [S] bool
-        torch.where(real, step.seq_row[:num_seqs], tables.trash_row, out=batch.seq_row)
+        batch.seq_row.copy_(torch.where(real, step.seq_row[:num_seqs], tables.trash_row))
         lengths = step.seq_num_tokens[:num_seqs] * real  # [S] int32
         cumulative = batch.cu_seqlens[1:]  # its first entry, 0, is never written
         torch.cumsum(lengths, 0, dtype=torch.int32, out=cumulative)
@@ -92,9 +92,7 @@ class Prepare:
         batch.logits_index.mul_(real)  # a padding sequence takes the logits of the first token
 
         tokens = self._arange[:num_tokens]
-        sequence = torch.searchsorted(cumulative, tokens, right=True).clamp_(
-            max=num_seqs - 1
-        )  # [T] int64, of each token
+        sequence = torch.searchsorted(cumulative, tokens, right=True).clamp_(max=num_seqs - 1)  # [T] int64
         real = tokens < cumulative[-1]  # [T] bool
         first_position = computed - batch.cu_seqlens[:-1]  # [S], where token 0 of the batch would lie in each sequence
         torch.add(tokens, first_position.index_select(0, sequence), out=batch.positions)
@@ -106,6 +104,4 @@ class Prepare:
         blocks = tables.block_table.view(-1).take(rows * tables.block_table.shape[1] + index)
         blocks = torch.where(real, blocks, tables.trash_block)
         torch.remainder(batch.positions, batch.block_size, out=batch.slot_mapping)
-        batch.slot_mapping.add_(
-            blocks.to(torch.int64), alpha=batch.block_size
-        )  # int64: a cache may hold over 2**31 tokens
+        batch.slot_mapping.add_(blocks.to(torch.int64), alpha=batch.block_size)

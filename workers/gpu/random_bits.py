@@ -1,7 +1,7 @@
 """Random numbers without a state: a hash of (seed, position, vocabulary index).
 
-What a request draws therefore depends on nothing else: not on its batch, its row, the order of steps, how far the host is
-ahead, or a restart. All arithmetic wraps; tensors of any device give the same bits.
+What a request draws therefore depends on nothing else: not on its batch, its row, the order of steps, how far the host
+is ahead, or a restart. All arithmetic wraps; tensors of any device give the same bits.
 """
 
 from __future__ import annotations

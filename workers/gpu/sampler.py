@@ -1,8 +1,8 @@
 """Chooses each sequence's next token, on the device, with every parameter per row.
 
 Owns what follows the logits: filters, the draw, log-probabilities, whether the row ends, and the write of the token to
-where the next step reads it. Like `prepare`, it can be captured: no host value, a fixed number of passes, no sort of the
-vocabulary.
+where the next step reads it. Like `prepare`, it can be captured: no host value, a fixed number of passes, no sort of
+the vocabulary.
 
 To add a parameter: a column in `tables.py`, a function here, and a row in its test.
 """
@@ -60,7 +60,7 @@ def sample(
     is_full = position + 1 >= tables.max_len.index_select(0, rows)
     finish = torch.where(is_end, FinishCode.STOP, is_full.to(torch.int32) * FinishCode.LENGTH)
     torch.mul(finish, sampled, out=outputs.finish[:num_seqs])
-    torch.where(sampled, tokens32, NO_TOKEN, out=outputs.token_ids[:num_seqs])
+    outputs.token_ids[:num_seqs].copy_(torch.where(sampled, tokens32, NO_TOKEN))
     if want_logprobs:
         write_logprobs(logits, tokens, outputs)
 

@@ -1,7 +1,7 @@
 """The state of every request that holds a row, on the device.
 
-Owns the memory and its layout. `prepare.py` writes what a step record changes, the sampler writes tokens and lengths, and
-uploaded prompt ids come straight from the prompt rings; nothing else writes here, and nothing is read back.
+Owns the memory and its layout. `prepare.py` writes what a step record changes, the sampler writes tokens and lengths,
+and uploaded prompt ids come straight from the prompt rings; nothing else writes here, and nothing is read back.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from workers.gpu.records import views
 class RowTables:
     """Tables indexed by row. The last row, `trash_row`, belongs to padding: written with anything, read as harmless.
 
-    Its block table stays all `trash_block`, the KV cache's last block, which is no sequence's. So are the unused entries
-    of every other row. `token_ids` is apart from the `columns`: it alone is written on the copy stream as well.
+    Its block table stays all `trash_block`, the KV cache's last block, which is no sequence's; so are the unused
+    entries of every other row. `token_ids` is apart from the `columns`: it alone is written on the copy stream as well.
     """
 
     def __init__(self, device: Device[Any, Any], shape: StepShape, num_blocks: int) -> None:

@@ -1,7 +1,7 @@
 """What the executor asks of a device: ordered queues of work, events between them, and asynchronous copies.
 
-Owns the protocol only. `cpu.py` runs work at once, `timed.py` as well but lets it take made-up time, `simulated.py` runs
-it late and checks that events order every access. The shape is CUDA's: calls enqueue and return, and nothing but
+Owns the protocol only. `cpu.py` runs work at once, `timed.py` as well but lets it take made-up time, `simulated.py`
+runs it late and checks that events order every access. The shape is CUDA's: calls enqueue and return, and nothing but
 `synchronize` blocks the host.
 """
 

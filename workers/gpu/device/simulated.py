@@ -1,15 +1,15 @@
 """A device that runs work as late and in as strange an order as events allow, and reports what no event orders.
 
 Streams are queues that `run_one` serves in an order drawn from a seed, so stale and half-written data is really seen.
-Besides, and whatever order was drawn, every access carries a vector clock (Fidge, Mattern; the check is FastTrack's): of
-two accesses to the same bytes, one of them a write, the first must happen before the second, by way of
+Besides, and whatever order was drawn, every access carries a vector clock (Fidge, Mattern; the check is FastTrack's):
+of two accesses to the same bytes, one of them a write, the first must happen before the second, by way of
 
 - one stream's or one host thread's own order,
 - enqueueing: work runs after everything that its host thread did before it enqueued it,
 - events: `record` -> `wait`, `synchronize`, or a `query` that said yes,
 - `release` -> `acquire` between host threads: publishing and consuming, which watched rings do by themselves.
 
-Clocks are known when work is enqueued, so a missing order is reported in every run, also where the drawn order is lucky.
+Clocks are known when work is enqueued, so a missing order is reported also where the drawn order happens to be right.
 """
 
 from __future__ import annotations
@@ -88,10 +88,9 @@ class SimulatedDevice:
         self._hosts: dict[str, Actor] = {}
         self._released: dict[Hashable, Clock] = {}
         self._accesses: dict[str, list[Access]] = {}  # by storage
-        self._storages: dict[
-            int, tuple[str, torch.Tensor]
-        ] = {}  # by address; kept alive, so that addresses stay unique
+        self._storages: dict[int, tuple[str, torch.Tensor]] = {}  # by address, which is kept from reuse
         self._host = self._host_actor("host")
+        self._num_run = 0
 
     # Device
 
@@ -120,8 +119,8 @@ class SimulatedDevice:
         return work
 
     def read_clock(self, stream: SimulatedStream, target: torch.Tensor) -> None:
-        """The time is the stream's own: how many things it has done."""
-        self._enqueue(stream, lambda: target.fill_(stream.clock[stream.index]), ((), (target,)))
+        """The time is how many pieces of work have run."""
+        self._enqueue(stream, lambda: target.fill_(self._num_run), ((), (target,)))
 
     def record(self, event: SimulatedEvent, stream: SimulatedStream) -> None:
         def fire() -> None:
@@ -157,6 +156,7 @@ class SimulatedDevice:
         if not ready:
             raise Deadlock(f"nothing can run; queued: { ({s.name: len(s.queue) for s in self._streams}) }")
         stream = ready[0] if len(ready) == 1 else self._random.choice(ready)
+        self._num_run += 1
         stream.queue.popleft()[1]()
 
     @property
@@ -177,7 +177,6 @@ class SimulatedDevice:
         known = self._released.get(token)
         clock = self._host.clock
         self._released[token] = clock.copy() if known is None else list(map(max, known, clock))
-        clock[self._host.index] += 1
 
     def acquire(self, token: Hashable) -> None:
         """The acting thread has seen what was published under the token; nothing, if nothing was."""
@@ -217,7 +216,7 @@ class SimulatedDevice:
             for tensor in tensors:
                 name, _ = self._storages[tensor.untyped_storage().data_ptr()]
                 assert tensor.is_contiguous(), f"an access to {name} is not one run of bytes"
-                start = tensor.storage_offset() * tensor.itemsize
+                start = int(tensor.storage_offset()) * tensor.itemsize
                 self._check(stream, name, start, start + tensor.nbytes, is_write)
         stream.queue.append((None, work))
 
@@ -230,8 +229,8 @@ class SimulatedDevice:
             if other.start < end and start < other.end:
                 if (is_write or other.is_write) and clock[other.actor.index] < other.time:
                     raise UnorderedAccess(
-                        f"{actor.name} {'writes' if is_write else 'reads'} {storage}[{start}:{end}], and nothing orders "
-                        f"it after {other.actor.name}'s {'write' if other.is_write else 'read'} of "
+                        f"{actor.name} {'writes' if is_write else 'reads'} {storage}[{start}:{end}], and nothing "
+                        f"orders it after {other.actor.name}'s {'write' if other.is_write else 'read'} of "
                         f"[{other.start}:{other.end}]"
                     )
                 # Whatever conflicts with the other access, and comes later, conflicts with this one, too.

@@ -6,8 +6,8 @@ Work runs when it is enqueued, as on the CPU, but each stream keeps a timeline o
     stream  |======== step k ========|==== step k+1 ====|  idle    |==== step k+2 ====|
                                      ^ step_done[k]     ^ step_done[k+1]
 
-Work begins when it is enqueued or when what is in front of it ends, whichever is later, and an event fires when the wall
-clock reaches the end of what was enqueued before it.
+Work begins when it is enqueued or when what is in front of it ends, whichever is later, and an event fires when the
+wall clock reaches the end of what was enqueued before it.
 """
 
 from __future__ import annotations
