@@ -1,0 +1,22 @@
+"""What the executor asks of a model: logits for a batch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from workers.gpu.batch import StepBatch
+
+
+class ModelRunner(Protocol):
+    """Owns weights and KV cache. Called within `torch.inference_mode()`, on the current stream."""
+
+    vocab_size: int
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """[S, vocab_size] float32: row i is what follows the last token of sequence i; padding is arbitrary but finite.
+
+        Enqueues work and looks at no value on the host, so that it can be captured in a graph.
+        """
+        ...

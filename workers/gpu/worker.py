@@ -1,0 +1,104 @@
+"""The GPU process: takes step records, enqueues steps, and does nothing else that takes time.
+
+Owns the choice of device and model and the process's one loop. Any error on the step path ends the process: what a
+device is left with after one cannot be trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+import torch
+
+from ipc.doorbell import Doorbell
+from ipc.errors import ConfigError
+from ipc.records import StepShape, prompt_layout, result_layout, step_layout
+from ipc.ring import Ring
+from workers.gpu.completion import Completion
+from workers.gpu.config import GpuBootstrap
+from workers.gpu.device.base import Device
+from workers.gpu.device.cpu import CpuDevice
+from workers.gpu.device.timed import TimedDevice
+from workers.gpu.executor import Executor, GpuRings
+from workers.gpu.null_model import NullModel
+from workers.gpu.runner import ModelRunner
+from workers.process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+_LOOK_FOR_STOP_NS: Final = 50_000_000  # how long steps may follow on each other before the control channel is looked at
+
+
+def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
+    """Load, announce the number of KV blocks, and run steps until the launcher says Stop."""
+    with torch.inference_mode():
+        started_ns = time.monotonic_ns()
+        device, runner, num_blocks = load(process, bootstrap)
+        executor = Executor(device, runner, bootstrap.shape, bootstrap.depth, num_blocks, attach_rings(bootstrap))
+        process.stats.load_ns[0] = time.monotonic_ns() - started_ns
+        logger.info("loaded in %.1f s; %d KV blocks", process.stats.load_ns[0] * 1e-9, num_blocks)
+
+        scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
+        completion = Completion(device, executor, ring_scheduler=scheduler.ring, failed=process.doorbell.ring)
+        process.ready(num_blocks=num_blocks)
+        run_steps(process, executor, completion)
+
+
+def run_steps(process: WorkerProcess, executor: Executor, completion: Completion) -> None:
+    """The loop. Returns by StopWorker or an error only."""
+    stats = process.stats
+    looked_at_ns = 0
+    while True:
+        completion.check()
+        now_ns = time.monotonic_ns()
+        step = executor.submit_next(now_ns)
+        if step is None:
+            process.wait()
+            continue
+        completion.submitted(step)
+        stats.launch_ns[0] += time.monotonic_ns() - now_ns
+        stats.num_steps[0] += 1
+        stats.num_rows[0] = step.num_seqs
+        if now_ns - looked_at_ns > _LOOK_FOR_STOP_NS:
+            process.wait(timeout_ms=0)
+            looked_at_ns = now_ns
+
+
+def load(process: WorkerProcess, bootstrap: GpuBootstrap) -> tuple[Device[Any, Any], ModelRunner, int]:
+    """The device, the model on it, and how many KV blocks the scheduler may give away.
+
+    Raises ConfigError or ModelUnsupported for what cannot run here.
+    """
+    model, shape = bootstrap.model, bootstrap.shape
+    if model.load_format == "null":
+        torch.set_num_threads(1)
+        timed = TimedDevice()
+        step_ns = round(model.null_step_ms * 1e6)
+        runner = NullModel(shape, timed.torch_device, spend=lambda: timed.spend(step_ns))
+        return timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape)
+
+    if model.device == "cuda":
+        raise ConfigError('model.device ("cuda"): this version computes on the CPU only; set it to "cpu"')
+    if model.num_threads is not None:
+        torch.set_num_threads(model.num_threads)
+    from workers.gpu.model.loader import load_model  # takes seconds to import, and the null model needs none of it
+
+    device = CpuDevice()
+    loaded = load_model(model, bootstrap.cache, shape, device.torch_device, process.progress)
+    return device, loaded.runner, loaded.num_blocks
+
+
+def default_num_blocks(shape: StepShape) -> int:
+    """Enough for every row at full length."""
+    return shape.max_num_seqs * shape.max_blocks_per_seq
+
+
+def attach_rings(bootstrap: GpuBootstrap) -> GpuRings:
+    """Raises LayoutMismatch if a ring is not what the launcher said."""
+    return GpuRings(
+        step=Ring.attach(bootstrap.step_ring, step_layout(bootstrap.shape)),
+        result=Ring.attach(bootstrap.result_ring, result_layout(bootstrap.shape)),
+        prompts=[Ring.attach(handle, prompt_layout()) for handle in bootstrap.prompt_rings],
+    )
