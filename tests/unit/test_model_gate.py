@@ -1,0 +1,249 @@
+"""Models that would run wrongly on paged attention are refused at load, each with one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from ipc.errors import ConfigError, ModelUnsupported
+from ipc.records import StepShape
+from tests.reference.packed_steps import run_packed
+from tests.reference.tiny_models import MAX_POSITIONS, make_tiny_config, make_tiny_model, reference_generate
+from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.model.gate import prepare_model, probe_model
+from workers.gpu.model.loader import LoadedModel, load_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def load(
+    folder: Path, load_format: Any = "dummy", max_model_len: int = 64, cache: CacheConfig | None = None
+) -> LoadedModel:
+    return load_model(
+        ModelConfig(path=str(folder), device="cpu", load_format=load_format, num_threads=1),
+        cache or CacheConfig(),
+        StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=max_model_len, block_size=4),
+        torch.device("cpu"),
+        lambda stage, fraction: None,
+    )
+
+
+def falcon() -> Any:
+    return transformers.FalconConfig(**SIZES, ffn_hidden_size=64)
+
+
+def gptj() -> Any:
+    return transformers.GPTJConfig(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=256, rotary_dim=8)
+
+
+def bloom() -> Any:
+    return transformers.BloomConfig(vocab_size=99, hidden_size=64, n_layer=2, n_head=4)
+
+
+def mamba() -> Any:
+    return transformers.MambaConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, state_size=4)
+
+
+def doge() -> Any:
+    return transformers.DogeConfig(**SIZES)
+
+
+def gemma3n() -> Any:
+    return transformers.Gemma3nTextConfig(
+        **{**SIZES, "num_hidden_layers": 4}, head_dim=16, vocab_size_per_layer_input=99, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+
+
+def lfm2() -> Any:
+    return transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+
+
+def qwen3_next() -> Any:
+    return transformers.Qwen3NextConfig(
+        **SIZES, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+
+
+def llama4() -> Any:
+    return transformers.Llama4TextConfig(
+        **SIZES, head_dim=16, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=16
+    )
+
+
+def bart() -> Any:
+    return transformers.BartConfig(
+        vocab_size=99, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+
+
+def bert() -> Any:
+    return transformers.BertConfig(**SIZES)
+
+
+def bamba() -> Any:
+    return transformers.BambaConfig(
+        **SIZES, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=32, mamba_n_groups=1, mamba_d_state=8
+    )
+
+
+def rwkv() -> Any:
+    return transformers.RwkvConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64)
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (falcon, "attention interface"),
+    (gptj, "attention interface"),
+    (bloom, "attention interface"),
+    (mamba, "layers of type linear_attention"),
+    (doge, "mask of its own"),
+    (gemma3n, "share the KV"),
+    (lfm2, "layers of type conv"),
+    (qwen3_next, "layers of type linear_attention"),
+    (llama4, "chunks of 16 tokens"),
+    (bart, "encoder-decoder"),
+    (bert, "not causal"),
+    (bamba, "layers of type"),
+    (rwkv, "attention interface"),
+]
+
+
+@pytest.mark.parametrize(("make_config", "reason"), REFUSED, ids=[make.__name__ for make, _ in REFUSED])
+def test_a_model_that_would_run_wrongly_is_refused_with_its_reason(
+    make_config: Callable[[], Any], reason: str, tmp_path: Path
+) -> None:
+    make_config().save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match=reason) as refusal:
+        load(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+class TokenShift(torch.nn.Module):
+    """Mixes half of each token's predecessor into it: a short convolution that no configuration declares."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + 0.5 * torch.nn.functional.pad(hidden, (0, 0, 1, -1))
+
+
+class OwnPositions(torch.nn.Module):
+    """Adds something for each place in the input, whatever the positions say."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.arange(hidden.shape[1]).view(1, -1, 1) / 4
+
+
+@pytest.mark.parametrize("intruder", [TokenShift, OwnPositions])
+def test_the_probe_finds_tokens_that_meet_outside_of_attention(intruder: type[torch.nn.Module]) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(make_tiny_config("llama"), dtype=torch.float32).eval()
+    prepare_model(model, 64)
+    assert probe_model(model, 64, torch.device("cpu")).vocab_size == model.config.vocab_size
+    model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, intruder())
+    with pytest.raises(ModelUnsupported, match="outside of attention"):
+        probe_model(model, 64, torch.device("cpu"))
+
+
+def test_a_layer_without_attention_is_named() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(make_tiny_config("llama"), dtype=torch.float32).eval()
+    prepare_model(model, 64)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ModelUnsupported, match="its layers 1 have no attention"):
+        probe_model(model, 64, torch.device("cpu"))
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match=rf"max_model_len \(257\) is more than the {MAX_POSITIONS} positions"):
+        load(tmp_path, max_model_len=MAX_POSITIONS + 1)
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64, "factor": 4.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [4.0 + 0.5 * i for i in range(8)],
+}  # fmt: skip
+
+
+def test_longrope_runs_up_to_its_original_length_and_is_refused_beyond(tmp_path: Path) -> None:
+    make_tiny_model("phi3", tmp_path, rope_parameters=LONGROPE, original_max_position_embeddings=64)
+    with pytest.raises(ConfigError, match="more than 64: beyond it the longrope RoPE"):
+        load(tmp_path, max_model_len=65)
+    prompts = [[3, 14, 15, 92, 65], [35] * 20]
+    expected = reference_generate(tmp_path, prompts, 16)
+    loaded = load(tmp_path, "safetensors", max_model_len=64)
+    sequences = run_packed(loaded.runner, prompts, 16, num_blocks=loaded.num_blocks)
+    assert [sequence.generated for sequence in sequences] == expected
+
+
+def test_dynamic_rope_is_frozen_to_its_form_for_short_sequences(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    prompts = [[3, 14, 15, 92, 65], [35] * 20]
+    expected = reference_generate(tmp_path, prompts, 16)
+    loaded = load(tmp_path, "safetensors")
+    sequences = run_packed(loaded.runner, prompts, 16, num_blocks=loaded.num_blocks)
+    assert [sequence.generated for sequence in sequences] == expected
+
+
+def test_dummy_weights_are_the_same_every_time_and_leave_the_random_state_alone(tmp_path: Path) -> None:
+    make_tiny_config("llama").save_pretrained(tmp_path)  # config.json alone
+    torch.manual_seed(5)
+    untouched = torch.rand(1)
+    generated = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        loaded = load(tmp_path)
+        sequences = run_packed(loaded.runner, [[3, 14, 15]], 8, num_blocks=loaded.num_blocks)
+        generated.append(sequences[0].generated)
+        if seed == 5:
+            assert torch.rand(1) == untouched
+    assert generated[0] == generated[1]
+
+
+def test_a_folder_that_is_none_or_lacks_weights_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no folder with a config\.json"):
+        load(tmp_path / "nowhere")
+    folder = make_tiny_model("llama", tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="the weights of"):
+        load(folder, "safetensors")
+
+
+def test_weights_that_the_model_needs_and_the_file_lacks_are_refused(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    make_tiny_config("llama", num_hidden_layers=4).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"lacks 9 of the model's weights, model\.layers\.3"):
+        load(tmp_path, "safetensors")
+
+
+def test_loading_reports_each_stage_up_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model("llama", tmp_path)
+    capfd.readouterr()
+    seen: list[tuple[str, float]] = []
+    load_model(
+        ModelConfig(path=str(tmp_path), device="cpu"),
+        CacheConfig(),
+        StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4),
+        torch.device("cpu"),
+        lambda stage, fraction: seen.append((stage, fraction)),
+    )
+    weights = [fraction for stage, fraction in seen if stage == "loading weights"]
+    assert weights == sorted(weights)
+    assert len(weights) > 10
+    assert weights[-1] == 1.0
+    assert seen[-1] == ("allocating the KV cache", 1.0)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""

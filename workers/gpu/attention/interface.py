@@ -1,0 +1,141 @@
+"""Where transformers' models call us for attention.
+
+One name, `ATTENTION_NAME`, is registered with transformers' AttentionInterface. It is not registered with the mask
+interface: for a name unknown there no mask is built at all, while a registered builder costs a host sync first.
+
+What a layer needs to know of the step does not travel through the models' keyword arguments (some families drop them
+on the way) but through the handler that is installed around the model's forward: `PagedAttention` in a step, a probe
+when the gate looks at a new model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from workers.gpu.attention.backend import StepAttention
+from workers.gpu.batch import StepBatch
+from workers.gpu.kv_cache import KVCache
+
+ATTENTION_NAME: Final = "ringfeed_paged"
+
+
+class AttentionHandler(Protocol):
+    """Takes the attention calls of one forward, of a packed batch of T tokens."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,  # [T, num_heads, head_dim_k]
+        key: torch.Tensor,  # [T, num_kv_heads, head_dim_k]
+        value: torch.Tensor,  # [T, num_kv_heads, head_dim_v]
+        *,
+        attention_mask: Any,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,  # [num_heads]
+        others: dict[str, Any],
+    ) -> torch.Tensor: ...  # [T, num_heads, head_dim_v]
+
+
+class PagedAttention:
+    """The handler of one step: writes the step's K and V into the cache, then lets the backend attend to it."""
+
+    def __init__(self, cache: KVCache, batch: StepBatch, step_attention: StepAttention) -> None:
+        self._cache = cache
+        self._slot_mapping = batch.slot_mapping
+        self._step_attention = step_attention
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attention_mask: Any,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        others: dict[str, Any],
+    ) -> torch.Tensor:
+        layer_idx: int = module.layer_idx  # type: ignore[assignment]
+        return self.run_layer(layer_idx, query, key, value, scaling, sliding_window, softcap, sinks)
+
+    def run_layer(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One layer's attention, from tensors and scalars alone: what `torch.library.custom_op` can wrap."""
+        cache = self._cache
+        cache.write(layer_idx, self._slot_mapping, key, value)
+        return self._step_attention(
+            query,
+            cache.key[layer_idx],
+            cache.value[layer_idx],
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+
+_handler: AttentionHandler | None = None  # of the forward that runs now; this process runs one at a time
+
+
+@contextmanager
+def handling_attention(handler: AttentionHandler) -> Iterator[None]:
+    """Send the attention calls of the forwards inside this block to `handler`."""
+    global _handler
+    outer, _handler = _handler, handler
+    try:
+        yield
+    finally:
+        _handler = outer
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, num_heads, T, head_dim_k]
+    key: torch.Tensor,  # [1, num_kv_heads, T, head_dim_k]
+    value: torch.Tensor,  # [1, num_kv_heads, T, head_dim_v]
+    attention_mask: Any = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls. Returns ([1, T, num_heads, head_dim_v], None)."""
+    assert _handler is not None, "a model on paged attention was called outside of a step"
+    output = _handler.attend(
+        module,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        attention_mask=attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        others=others,
+    )
+    return output.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)

@@ -1,0 +1,223 @@
+"""Attention over the paged cache in plain torch: the oracle that other backends are held to, and the CPU's backend.
+
+A step's sequences are sorted into groups that are computed together: sequences with one token (decodes) share a group
+with others of a similar length, a prefill chunk is a group of its own. A group gathers its blocks of the cache into
+one padded tensor. Which blocks, and the masks, are the same in every layer with the same window: they are computed
+once per step and window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from workers.gpu.batch import StepBatch
+
+_PADDING_IS_CHEAP: Final = 4096  # gathered kv_slots of padding that cost less than one more group
+
+
+class TorchBackend:
+    """See `AttentionBackend`."""
+
+    needs_host_lengths = True
+
+    def begin_step(self, batch: StepBatch) -> _TorchStep:
+        return _TorchStep(batch)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence of a step, as host integers: its tokens are start..start + num_tokens of the packed batch."""
+
+    index: int  # in the batch
+    start: int
+    num_tokens: int
+    seq_len: int  # of its KV, this step's tokens included
+
+
+@dataclass(frozen=True)
+class _Group:
+    """G sequences with n tokens each, whose KV is gathered into L positions."""
+
+    tokens: torch.Tensor | slice  # of the packed batch, G * n of them
+    num_seqs: int
+    num_tokens: int  # n
+    num_keys: int  # L
+    blocks: torch.Tensor  # [G * ceil(L / block_size)] int64
+    mask: torch.Tensor | None  # [G, 1, n, L] bool, True = attend; None = plain causal with n == L
+
+
+class _TorchStep:
+    """See `StepAttention`."""
+
+    def __init__(self, batch: StepBatch) -> None:
+        self._batch = batch
+        starts = batch.cu_seqlens.tolist()
+        self._sequences = [
+            _Sequence(index, start, end - start, seq_len)
+            for index, (start, end, seq_len) in enumerate(
+                zip(starts[:-1], starts[1:], batch.seq_lens.tolist(), strict=True)
+            )
+            if end > start
+        ]
+        self._groups: dict[int | None, list[_Group]] = {}  # by sliding window
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        groups = self._groups.get(sliding_window)
+        if groups is None:
+            groups = self._groups[sliding_window] = list(self._make_groups(sliding_window))
+        num_tokens, num_heads, _ = query.shape
+        outputs: list[torch.Tensor] = []
+        for group in groups:
+            keys = _gather(key_cache, group)
+            values = _gather(value_cache, group)
+            queries = query[group.tokens].unflatten(0, (group.num_seqs, group.num_tokens))
+            if softcap is None and sinks is None:
+                output = _attend_fused(queries, keys, values, group.mask, scaling)
+            else:
+                output = _attend_in_steps(queries, keys, values, group.mask, scaling, softcap, sinks)
+            outputs.append(output)
+        if len(groups) == 1 and outputs[0].shape[0] == num_tokens:
+            return outputs[0]
+        result = query.new_zeros(num_tokens, num_heads, value_cache.shape[-1])
+        for group, output in zip(groups, outputs, strict=True):
+            result[group.tokens] = output
+        return result
+
+    def _make_groups(self, window: int | None) -> Iterator[_Group]:
+        decodes = [sequence for sequence in self._sequences if sequence.num_tokens == 1]
+        for members in _by_length(decodes, window):
+            yield self._make_group(members, window)
+        for sequence in self._sequences:
+            if sequence.num_tokens > 1:
+                yield self._make_group([sequence], window)
+
+    def _make_group(self, members: list[_Sequence], window: int | None) -> _Group:
+        block_table, block_size, device = (
+            self._batch.block_table,
+            self._batch.block_size,
+            self._batch.block_table.device,
+        )
+        num_tokens = members[0].num_tokens
+        first_blocks = [_first_position(sequence, window) // block_size for sequence in members]
+        num_keys = max(
+            sequence.seq_len - first * block_size for sequence, first in zip(members, first_blocks, strict=True)
+        )
+        num_blocks = -(-num_keys // block_size)
+        if len(members) == 1:
+            tokens: torch.Tensor | slice = slice(members[0].start, members[0].start + num_tokens)
+        elif all(second.start == first.start + 1 for first, second in pairwise(members)):
+            tokens = slice(members[0].start, members[-1].start + 1)
+        else:
+            tokens = torch.tensor([sequence.start for sequence in members], device=device)
+
+        first_block = torch.tensor(first_blocks, device=device).unsqueeze(1)  # [G, 1]
+        row = self._batch.seq_row[torch.tensor([sequence.index for sequence in members], device=device)]
+        column = first_block + torch.arange(num_blocks, device=device)  # [G, blocks each]
+        column = column.clamp(max=block_table.shape[1] - 1)  # beyond the table is beyond the sequence: masked
+        blocks = block_table[row.unsqueeze(1), column].flatten()
+
+        mask: torch.Tensor | None = None
+        is_causal = len(members) == 1 and num_keys == num_tokens and first_blocks == [0]
+        if not is_causal or (window is not None and window < num_tokens):
+            seq_len = torch.tensor([sequence.seq_len for sequence in members], device=device)
+            query_position = (seq_len.unsqueeze(1) - num_tokens + torch.arange(num_tokens, device=device)).unsqueeze(2)
+            key_position = (first_block * block_size + torch.arange(num_keys, device=device)).unsqueeze(1)
+            mask = key_position <= query_position
+            if window is not None:
+                mask &= key_position > query_position - window
+            mask = mask.unsqueeze(1)
+        return _Group(tokens, len(members), num_tokens, num_keys, blocks.long(), mask)
+
+
+def _first_position(sequence: _Sequence, window: int | None) -> int:
+    """The first KV position that any of the step's tokens of a sequence sees."""
+    return 0 if window is None else max(0, sequence.seq_len - sequence.num_tokens + 1 - window)
+
+
+def _by_length(decodes: list[_Sequence], window: int | None) -> Iterator[list[_Sequence]]:
+    """Sequences to compute together: all, or those within a factor of two of a length if padding would be too much."""
+    if not decodes:
+        return
+    lengths = [sequence.seq_len - _first_position(sequence, window) for sequence in decodes]
+    padding = max(lengths) * len(lengths) - sum(lengths)
+    if padding <= max(_PADDING_IS_CHEAP, sum(lengths)):
+        yield decodes
+        return
+    by_magnitude: dict[int, list[_Sequence]] = {}
+    for sequence, length in zip(decodes, lengths, strict=True):
+        by_magnitude.setdefault(length.bit_length(), []).append(sequence)
+    yield from by_magnitude.values()
+
+
+def _gather(cache: torch.Tensor, group: _Group) -> torch.Tensor:
+    """The group's KV, [G, num_kv_heads, L, head_dim], as a view of gathered blocks."""
+    blocks = cache.index_select(0, group.blocks)  # [G * blocks each, block_size, num_kv_heads, head_dim]
+    return blocks.view(group.num_seqs, -1, *cache.shape[2:])[:, : group.num_keys].transpose(1, 2)
+
+
+def _attend_fused(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """[G, n, num_heads, head_dim] queries -> [G * n, num_heads, head_dim_v], by torch's fused kernels."""
+    num_seqs, num_tokens, num_heads, _ = queries.shape
+    num_kv_heads = keys.shape[1]
+    if num_tokens == 1:  # the heads that share a KV head become its query positions: K and V need no repetition
+        queries = queries.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, -1)
+        output = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        return output.reshape(num_seqs, num_heads, -1)
+    output = scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_in_steps(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same with a soft cap or sinks; the softmax in float32."""
+    num_seqs, num_tokens, num_heads, _ = queries.shape
+    num_kv_heads, num_keys = keys.shape[1:3]
+    queries = queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [G, num_kv_heads, heads each, n, dim]
+    scores = torch.matmul(queries, keys.unsqueeze(2).transpose(3, 4)).float() * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=scores.device).tril()
+    else:
+        mask = mask.unsqueeze(1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, num_kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    output = torch.matmul(weights.to(values.dtype), values.unsqueeze(2))  # [G, num_kv_heads, heads each, n, head_dim_v]
+    return output.permute(0, 3, 1, 2, 4).reshape(num_seqs * num_tokens, num_heads, -1)

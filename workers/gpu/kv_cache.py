@@ -1,0 +1,109 @@
+"""The paged KV cache: one K and one V tensor per layer, cut into blocks that sequences hold in any order.
+
+Owns the tensors and their size. Which block belongs to whom is the scheduler's; where a token goes comes with each
+step as its `slot_mapping`. One block more than the scheduler knows of, the last, is the trash block: padding is
+written there and read from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from ipc.errors import ConfigError
+from ipc.records import StepShape
+from workers.gpu.config import CacheConfig
+
+MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One token's K and V in one layer. Value heads may be narrower than key heads."""
+
+    num_kv_heads: int
+    head_dim_k: int
+    head_dim_v: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
+
+
+class KVCache:
+    """The tensors, allocated once and zeroed, so that what padding reads is finite. They live as long as this object.
+
+    `key[i]` is [num_blocks + 1, block_size, num_kv_heads, head_dim_k] of layer i, `value[i]` the same with head_dim_v.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def zeros(layer: LayerShape, head_dim: int) -> torch.Tensor:
+            return torch.zeros(num_blocks + 1, block_size, layer.num_kv_heads, head_dim, dtype=dtype, device=device)
+
+        self.num_blocks = num_blocks  # without the trash block
+        self.block_size = block_size
+        self.key = [zeros(layer, layer.head_dim_k) for layer in layers]
+        self.value = [zeros(layer, layer.head_dim_v) for layer in layers]
+        self._key_slots = [key.flatten(0, 1) for key in self.key]  # views: [num_kv_slots, num_kv_heads, head_dim]
+        self._value_slots = [value.flatten(0, 1) for value in self.value]
+
+    def write(self, layer_idx: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store K and V of a step's tokens, [T, num_kv_heads, head_dim], at the kv_slots `slot_mapping`, [T] int64.
+
+        Padding tokens share kv_slots of the trash block; which of them stays there does not matter.
+        """
+        self._key_slots[layer_idx].index_copy_(0, slot_mapping, key)
+        self._value_slots[layer_idx].index_copy_(0, slot_mapping, value)
+
+
+def choose_num_blocks(
+    layers: Sequence[LayerShape], config: CacheConfig, shape: StepShape, dtype: torch.dtype, device: torch.device
+) -> int:
+    """How many blocks the cache gets, the trash block not counted.
+
+    On the CPU never more than all rows at full length can hold: what is left is of use to others there.
+    Raises ConfigError if the blocks do not fit the device's memory, or do not hold one sequence of `max_model_len`.
+    """
+    block_bytes = shape.block_size * sum(layer.num_elements for layer in layers) * dtype.itemsize
+    free_bytes = free_memory_bytes(device)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+        if (num_blocks + 1) * block_bytes > free_bytes:
+            raise ConfigError(
+                f"cache.num_blocks ({num_blocks}) blocks of {block_bytes} bytes take {num_blocks * block_bytes // MIB} "
+                f"MiB, but {device} has {free_bytes // MIB} MiB free: at most {free_bytes // block_bytes - 1} fit"
+            )
+    else:
+        num_blocks = int(free_bytes * config.memory_share) // block_bytes - 1
+        if device.type == "cpu":
+            num_blocks = min(num_blocks, shape.max_num_seqs * shape.max_blocks_per_seq)
+    if num_blocks < shape.max_blocks_per_seq:
+        source = "cache.num_blocks" if config.num_blocks is not None else f"cache.memory_share ({config.memory_share})"
+        raise ConfigError(
+            f"{source} gives {max(num_blocks, 0)} blocks of {shape.block_size} tokens ({block_bytes} bytes each), but "
+            f"one sequence of scheduler.max_model_len ({shape.max_model_len}) tokens takes {shape.max_blocks_per_seq}: "
+            f"give the cache more, or lower scheduler.max_model_len"
+        )
+    return num_blocks
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory of `device` that nobody uses, in bytes; the machine's available memory, on the CPU."""
+    if device.type == "cpu":
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        raise ConfigError("this machine does not say how much memory is available: set cache.num_blocks")
+    free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
+    return int(free_bytes)

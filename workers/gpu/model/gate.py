@@ -1,0 +1,236 @@
+"""Decides whether a model of transformers computes the same on paged attention; refuses it at load if not.
+
+A packed step is right for a model whose tokens meet in the attention function alone, which knows who may see whom.
+Three looks decide. The configuration says what a family declares. The parts of the built model say how positions are
+embedded. And a probe runs the model's forward twice, with an attention in which no token sees another: it finds
+the calls of each layer, and whether anything else carries information from token to token (state-space layers,
+convolutions, linear attention) or counts positions by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ipc.errors import ConfigError, ModelUnsupported
+from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
+from workers.gpu.kv_cache import LayerShape
+
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
+_HARMLESS_TENSORS: Final = ("position_ids", "cache_position")  # passed on to attention by some, and not needed there
+_PROBE_TOKENS: Final = 8
+_PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the probe found out about a model that may run."""
+
+    layers: list[LayerShape]
+    cache_dtype: torch.dtype
+    vocab_size: int  # of the logits
+
+
+def check_config(config: Any, max_model_len: int) -> None:
+    """Look at a transformers configuration, before any weight is read.
+
+    Raises ModelUnsupported for a declared trait that paged attention does not cover, ConfigError if sequences of
+    `max_model_len` are longer than the model's positions.
+    """
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise _unsupported(config, "it is an encoder-decoder model")
+    if not getattr(text, "is_causal", True):
+        raise _unsupported(config, "its attention is not causal")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise _unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
+    if getattr(text, "attention_chunk_size", None):
+        raise _unsupported(config, f"its attention is cut into chunks of {text.attention_chunk_size} tokens")
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    if others:
+        raise _unsupported(config, f"it has layers of type {', '.join(others)}; known are {', '.join(_LAYER_TYPES)}")
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and max_model_len > limit:
+        raise ConfigError(
+            f"scheduler.max_model_len ({max_model_len}) is more than the {limit} positions of this {config.model_type} "
+            f"model: set it to {limit} or less"
+        )
+
+
+def prepare_model(model: nn.Module, max_model_len: int) -> None:
+    """Set a loaded model to paged attention and freeze what would depend on a step's longest sequence.
+
+    Raises ModelUnsupported where either is impossible, ConfigError where it is with this `max_model_len`.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    if {config._attn_implementation, text._attn_implementation} != {ATTENTION_NAME}:  # it keeps the old one, in silence
+        raise _unsupported(config, "its attention does not go through transformers' attention interface")
+    for each in (config, text):
+        each.pad_token_id = None  # with one, some families look for padding in every input, and wait for the device
+    for module in model.modules():
+        if getattr(module, "rope_type", None) is not None:
+            _freeze_rope(config, module, max_model_len)
+
+
+def _freeze_rope(config: Any, module: Any, max_model_len: int) -> None:
+    """Replace RoPE that changes with the longest position of the whole batch by its form for short sequences.
+
+    Up to the original length that is exactly what the model does. Beyond, one sequence would change the others.
+    """
+    by_layer_type = isinstance(module.rope_type, dict)
+    for layer_type, rope_type in list(module.rope_type.items()) if by_layer_type else [(None, module.rope_type)]:
+        if rope_type != "longrope" and "dynamic" not in rope_type:
+            continue
+        parameters = module.config.rope_parameters[layer_type] if by_layer_type else module.config.rope_parameters
+        limit = parameters.get("original_max_position_embeddings") or module.config.max_position_embeddings
+        if max_model_len > limit:
+            raise ConfigError(
+                f"scheduler.max_model_len ({max_model_len}) is more than {limit}: beyond it the {rope_type} RoPE of "
+                f"this {config.model_type} model depends on the longest sequence of a batch; set it to {limit} or less"
+            )
+        if by_layer_type:
+            module.rope_type[layer_type] = "default"
+        else:
+            module.rope_type = "default"
+
+
+@torch.inference_mode()
+def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> ModelFacts:
+    """Run a prepared model on a few tokens. Raises ModelUnsupported if its tokens meet anywhere but in attention."""
+    config: Any = model.config
+    text = config.get_text_config()
+    num_tokens = min(_PROBE_TOKENS, max_model_len)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, text.vocab_size, (num_tokens,), generator=generator).to(device)
+    positions = torch.arange(num_tokens, device=device)
+    wanted = torch.arange(num_tokens - 1, -1, -1, device=device)
+
+    probe = _Probe(config)
+    logits = _call(model, probe, input_ids, positions, wanted)
+    _check_calls(config, text, probe.calls)
+    if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
+        raise _unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
+    if not logits.isfinite().all():
+        raise _unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
+    if torch.equal(logits, _call(model, _Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
+        raise _unsupported(config, "its logits_to_keep does not select tokens by index")
+
+    # The same tokens at the same positions in the opposite order change nothing where tokens meet in attention alone.
+    turned = _call(model, _Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
+    error = (turned - logits).abs().amax(dim=-1).flatten() / logits.abs().max().clamp(min=1e-6)
+    if error.median() > _PROBE_TOLERANCE[logits.dtype]:  # the median: a rounding may send one token to other experts
+        raise _unsupported(
+            config,
+            "its tokens affect each other outside of attention, or it counts positions by itself "
+            f"(the same tokens in another order change the logits by {error.median().item():.0%})",
+        )
+    first = probe.calls[0]
+    return ModelFacts([call.shape for call in probe.calls], first.dtype, logits.shape[-1])
+
+
+def _call(
+    model: nn.Module, probe: _Probe, input_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    parameters = inspect.signature(model.forward).parameters
+    for name in ("position_ids", "logits_to_keep"):
+        if name not in parameters:
+            raise _unsupported(model.config, f"its forward takes no {name}")
+    with handling_attention(probe):
+        output = model(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=wanted,
+        )
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+@dataclass(frozen=True)
+class _Call:
+    layer_idx: int | None
+    shape: LayerShape
+    dtype: torch.dtype
+    sliding_window: int | None
+    key: torch.Tensor  # kept, so that a later key at the same address is the same key
+
+
+class _Probe:
+    """Records the attention calls of a forward. Its attention is a function of each token's own q, k and v."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self.calls: list[_Call] = []
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attention_mask: Any,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        others: dict[str, Any],
+    ) -> torch.Tensor:
+        layer_idx = getattr(module, "layer_idx", None)
+        where = f"attention layer {layer_idx}"
+        if attention_mask is not None:
+            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
+        if others.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise _unsupported(self._config, f"{where} is not causal")
+        extra = sorted(
+            name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _HARMLESS_TENSORS
+        )
+        if extra:
+            raise _unsupported(self._config, f"{where} takes further tensors: {', '.join(extra)}")
+        if not query.dtype == key.dtype == value.dtype:
+            raise _unsupported(
+                self._config, f"{where} mixes dtypes: query {query.dtype}, key {key.dtype}, value {value.dtype}"
+            )
+        if any(call.key.data_ptr() == key.data_ptr() for call in self.calls):
+            raise _unsupported(self._config, f"{where} shares the KV of an earlier layer")
+        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.calls.append(_Call(layer_idx, shape, key.dtype, sliding_window, key))
+        num_heads = query.shape[1]
+        repeats = num_heads // shape.num_kv_heads
+        gate = torch.tanh(query.mean(-1) + key.mean(-1).repeat_interleave(repeats, dim=1))  # [T, num_heads]
+        return value.repeat_interleave(repeats, dim=1) * (1 + gate.unsqueeze(-1))
+
+
+def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
+    num_layers = text.num_hidden_layers
+    indices = [call.layer_idx for call in calls]
+    if indices != list(range(num_layers)):
+        missing = sorted(set(range(num_layers)) - {index for index in indices if index is not None})
+        if not calls:
+            detail = "none of its layers calls transformers' attention interface"
+        elif missing:
+            detail = f"its layers {', '.join(map(str, missing))} have no attention"
+        else:
+            detail = f"its {num_layers} layers call attention {len(calls)} times, as layers {indices}"
+        raise _unsupported(config, detail)
+    if len({call.dtype for call in calls}) > 1:
+        raise _unsupported(config, "its layers have KV of different dtypes")
+    for call, layer_type in zip(calls, _layer_types(text, num_layers), strict=True):
+        if layer_type == "sliding_attention" and call.sliding_window is None:
+            raise _unsupported(config, f"attention layer {call.layer_idx} keeps its sliding window to its mask")
+
+
+def _layer_types(text: Any, num_layers: int) -> Iterator[str | None]:
+    declared = getattr(text, "layer_types", None)
+    yield from declared if declared else [None] * num_layers
+
+
+def _unsupported(config: Any, reason: str) -> ModelUnsupported:
+    return ModelUnsupported(f"a {config.model_type} model cannot run on paged attention: {reason}")

@@ -1,0 +1,172 @@
+"""Loads a model of transformers and makes it ready to run: weights, gate, KV cache, attention backend.
+
+Reads a local folder or the local hub cache, never the network, and never a pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from ipc.errors import ConfigError, ModelUnsupported
+from ipc.records import StepShape
+from workers.gpu.attention.backend import make_backend
+from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.kv_cache import KVCache, choose_num_blocks
+from workers.gpu.model.gate import check_config, prepare_model, probe_model
+from workers.gpu.model.runner import PagedModelRunner
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
+
+_DUMMY_SEED: Final = 0
+_LOCAL_ONLY: Final[dict[str, Any]] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready for its first step."""
+
+    runner: PagedModelRunner
+    num_blocks: int  # that sequences can hold; the cache has one more, the last: the trash block
+
+
+def load_model(
+    config: ModelConfig, cache: CacheConfig, shape: StepShape, device: torch.device, progress: Progress
+) -> LoadedModel:
+    """Load what `config` names onto `device`, with load_format "safetensors" or "dummy".
+
+    Raises ConfigError for a folder, a length or a cache that cannot work, ModelUnsupported for a model that would run
+    wrongly. Silences transformers' own output for the rest of the process.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+    progress("reading config.json", 0.0)
+    model_config = _load_config(config.path)
+    check_config(model_config, shape.max_model_len)
+    load_weights = _random_weights if config.load_format == "dummy" else _read_weights
+    progress("loading weights", 0.0)
+    model = load_weights(config, model_config, device, progress)
+    model.eval().requires_grad_(False)
+    progress("loading weights", 1.0)
+
+    progress("checking the model", 0.0)
+    prepare_model(model, shape.max_model_len)
+    facts = probe_model(model, shape.max_model_len, device)
+    progress("checking the model", 1.0)
+
+    progress("allocating the KV cache", 0.0)
+    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device)
+    kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
+    progress("allocating the KV cache", 1.0)
+    logger.info(
+        "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
+        shape.block_size,
+    )  # fmt: skip
+    return LoadedModel(PagedModelRunner(model, kv_cache, make_backend("torch"), facts.vocab_size), num_blocks)
+
+
+def _load_config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
+            f"{_first_line(error)}"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise ModelUnsupported(f"model.path ({path!r}): {_first_line(error)}") from None
+
+
+def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
+    with _weights_progress(progress):
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                config=model_config,
+                dtype=config.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **_LOCAL_ONLY,
+            )
+        except ValueError as error:
+            raise ModelUnsupported(f"model.path ({config.path!r}): {_first_line(error)}") from None
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"the weights of model.path ({config.path!r}) cannot be read: {error}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would run on with random ones
+        raise ConfigError(
+            f"model.path ({config.path!r}) lacks {len(missing)} of the model's weights, {missing[0]} among them"
+        )
+    on_device: nn.Module = model.to(device)
+    return on_device
+
+
+def _random_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
+    declared = model_config.get_text_config().dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), device:
+            torch.manual_seed(_DUMMY_SEED)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                model_config, dtype=declared or torch.float32, trust_remote_code=False
+            )
+    except ValueError as error:
+        raise ModelUnsupported(f"model.path ({config.path!r}): {_first_line(error)}") from None
+    return model
+
+
+@contextmanager
+def _weights_progress(progress: Progress) -> Iterator[None]:
+    """Report each tensor that transformers loads, through the hook it has for progress bars of one's own."""
+
+    def make_bar(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CountedItems:
+        return _CountedItems(args[0] if args else kwargs.get("iterable", ()), progress)
+
+    outer = transformers_logging.set_tqdm_hook(make_bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(outer)
+
+
+class _CountedItems:
+    """Stands in for a tqdm bar: iterates, and reports how far it is in steps of a hundredth."""
+
+    def __init__(self, items: Iterable[Any], progress: Progress) -> None:
+        self._items = list(items)
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[Any]:
+        reported = 0
+        for count, item in enumerate(self._items, start=1):
+            yield item
+            percent = 100 * count // len(self._items)
+            if percent > reported:
+                reported = percent
+                self._progress("loading weights", percent / 100)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None  # close, update, set_description: nothing to draw
+
+    def __enter__(self) -> _CountedItems:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,40 @@
+"""Calls the model for one step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from workers.gpu.attention.backend import AttentionBackend
+from workers.gpu.attention.interface import PagedAttention, handling_attention
+from workers.gpu.batch import StepBatch
+from workers.gpu.kv_cache import KVCache
+
+
+class PagedModelRunner:
+    """A prepared model with its cache. The model sees a step as one sequence of T tokens; attention knows better."""
+
+    def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.can_be_captured = not backend.needs_host_lengths  # in a graph
+        self._model = model
+        self._cache = cache
+        self._backend = backend
+
+    @torch.inference_mode()
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """[S, vocab_size] float32: row i follows sequence i's last token; finite for padding sequences.
+
+        Writes the step's K and V into the cache. Queues work on the current stream, and waits for none of it where
+        `can_be_captured`.
+        """
+        attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
+        with handling_attention(attention):
+            output = self._model(
+                input_ids=batch.input_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=batch.logits_index,
+            )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
