@@ -73,7 +73,7 @@ def _apply_added_ends(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
 def _convert_with_transformers(folder: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    backend = getattr(AutoTokenizer.from_pretrained(folder), "backend_tokenizer", None)
+    backend: Tokenizer | None = getattr(AutoTokenizer.from_pretrained(folder), "backend_tokenizer", None)
     if backend is None:
         raise ModelUnsupported("it has no fast form; save it as tokenizer.json")
     return backend

@@ -19,13 +19,15 @@ from ipc.messages import (
     ClientGone,
     Delivery,
     Ended,
-    Final as FinalAnswer,
     FinishReason,
     Opened,
     Outputs,
     StepLogprobs,
     StepOutputs,
     TokenLogprobs,
+)
+from ipc.messages import (
+    Final as FinalAnswer,
 )
 from ipc.records import FinishCode
 from workers.detokenizer.decoding import TextDecoder
@@ -242,7 +244,9 @@ class Detokenizer:
                 request.token_ids = []
                 request.idle = request.end is None
                 is_last = request.end is not None
-            texts.append(request.decoder.push(new) if request.is_plain and not is_last else _text_of(request, new, is_last))
+            texts.append(
+                request.decoder.push(new) if request.is_plain and not is_last else _text_of(request, new, is_last)
+            )
             request.num_sent += len(new)
             if request.logprobs is not None and new:
                 logprobs.append((len(request_ids), request.logprobs.take(len(new))))

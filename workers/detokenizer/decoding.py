@@ -39,8 +39,10 @@ def decoder_factory(tokenizer: Tokenizer) -> Callable[[], TextDecoder]:
     if isinstance(tokenizer.decoder, decoders.ByteLevel):
         byte_table, text_table = _byte_level_tables(tokenizer)
         return lambda: ByteLevelDecoder(byte_table, text_table)
-    byte_tokens = frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
-    return lambda: WindowDecoder(tokenizer, byte_tokens)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    spoken = frozenset(vocabulary.values()) - _special_ids(tokenizer)
+    byte_tokens = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+    return lambda: WindowDecoder(tokenizer, spoken, byte_tokens)
 
 
 class ByteLevelDecoder:
@@ -88,18 +90,20 @@ class WindowDecoder:
     which may be the beginning of a character.
     """
 
-    __slots__ = ("_byte_tokens", "_prefix", "_tokenizer", "_window")
+    __slots__ = ("_byte_tokens", "_prefix", "_spoken", "_tokenizer", "_window")
 
-    def __init__(self, tokenizer: Tokenizer, byte_tokens: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, spoken: frozenset[int], byte_tokens: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._spoken = spoken  # ids that have text at all
         self._byte_tokens = byte_tokens
         self._window: list[int] = []
         self._prefix = ""  # of the window's text, what has been given out
 
     def push(self, token_ids: list[int]) -> str:
         window = self._window
-        window += token_ids
-        if token_ids[-1] in self._byte_tokens:
+        new = [i for i in token_ids if i in self._spoken]
+        window += new
+        if not new or new[-1] in self._byte_tokens:
             return ""
         text = self._certain(window)
         delta = text[len(self._prefix) :]
@@ -116,27 +120,27 @@ class WindowDecoder:
         return text[:-1] if text.endswith(_REPLACEMENT) else text
 
     def _shorten(self) -> None:
-        """Forget the window's beginning; what stays has text of its own, so that it is not a mere leading space."""
+        """Forget the window's beginning. What stays has a text, so that the treatment of a first token is behind it."""
         num_kept = _OVERLAP
         while num_kept < len(self._window):
             # A run of byte tokens decodes as a whole or not at all: never begin inside one.
             if self._window[-num_kept] not in self._byte_tokens:
                 kept = self._window[-num_kept:]
                 prefix = self._certain(kept)
-                if prefix.strip() and self._prefix.endswith(prefix.lstrip()):
+                if prefix and self._prefix.endswith(prefix.lstrip()):
                     self._window, self._prefix = kept, prefix
                     return
             num_kept *= 2
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)  # there are none
         return text
 
 
 def _byte_level_tables(tokenizer: Tokenizer) -> tuple[list[bytes], list[str | None]]:
     """By token id: its bytes, and its text where these are whole characters."""
     to_byte = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = _special_ids(tokenizer)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     byte_table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, i in vocabulary.items():
@@ -146,6 +150,10 @@ def _byte_level_tables(tokenizer: Tokenizer) -> tuple[list[bytes], list[str | No
             except KeyError:  # an added token that is no byte-level text stands for itself
                 byte_table[i] = token.encode()
     return byte_table, [_whole_text(data) for data in byte_table]
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 def _whole_text(data: bytes) -> str | None:

@@ -100,4 +100,6 @@ class PromptEncoder:
     @staticmethod
     def _failed(request: Tokenize, error: BaseException) -> Encoded:
         logger.warning("request %d cannot be encoded", request.key, exc_info=error)
-        return Encoded(request, _NO_IDS, RequestFailed(f"the prompt cannot be encoded: {error or type(error).__name__}"))
+        return Encoded(
+            request, _NO_IDS, RequestFailed(f"the prompt cannot be encoded: {error or type(error).__name__}")
+        )
