@@ -131,7 +131,11 @@ class Stats(Message, frozen=True):
     roles: dict[str, dict[str, float]]
 
 
-GatewayToClient = Outputs | Refused | Health | Stats
+class Alive(Message, frozen=True):
+    """Asks for no answer: a client that cannot be reached with it has gone, and its requests are cancelled."""
+
+
+GatewayToClient = Outputs | Refused | Health | Stats | Alive
 
 
 # ---- a request inside the engine
@@ -140,7 +144,7 @@ GatewayToClient = Outputs | Refused | Health | Stats
 class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a request's text goes: carried along its whole path, read by the detokenizer and the gateway."""
 
-    client: bytes  # ROUTER identity
+    client: bytes  # the gateway's own name for one stay of a client; opaque to all others
     request_id: str
     stream: bool
 
@@ -170,7 +174,7 @@ class Tokenized(Message, frozen=True):
 
 
 class TokenizeDone(Message, frozen=True):
-    """tokenizer -> gateway: credit for one `Tokenize`; its `Tokenized` has been sent."""
+    """tokenizer -> gateway: credit for one `Tokenize`; its `Tokenized` has been sent. Key 0: I am connected."""
 
     key: int
 

@@ -1,0 +1,356 @@
+"""The detokenizer's core: news, credit, stop strings, ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipc.codec import decode
+from ipc.messages import (
+    ClientCredit,
+    ClientGone,
+    Ended,
+    Opened,
+    Outputs,
+    Route,
+    StepLogprobs,
+    StepOutputs,
+)
+from ipc.messages import Final as FinalAnswer
+from ipc.records import FinishCode
+from tests.unit.text_tools import byte_level_tokenizer
+from workers.detokenizer import core as detokenizer_core
+from workers.detokenizer.core import Detokenizer
+from workers.detokenizer.decoding import decoder_factory
+
+TOKENIZER = byte_level_tokenizer()
+NEW_DECODER = decoder_factory(TOKENIZER)
+EOS = TOKENIZER.token_to_id("</s>")
+
+
+def ids_of(text: str) -> list[int]:
+    token_ids: list[int] = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return token_ids
+
+
+def opened(key: int, *, client: bytes = b"c", stream: bool = True, stop: list[str] | None = None, **more: Any) -> Opened:
+    return Opened(key, Route(client, f"r{key}", stream), stop or [], 5, more.get("num_logprobs"))
+
+
+def step(tokens: list[tuple[int, int, FinishCode]] | None = None, **more: Any) -> StepOutputs:
+    tokens = tokens or []
+    return StepOutputs(
+        keys=np.array([key for key, _, _ in tokens], "<i8").tobytes(),
+        token_ids=np.array([token for _, token, _ in tokens], "<i4").tobytes(),
+        finish=bytes(code for _, _, code in tokens),
+        **more,
+    )
+
+
+class Reader:
+    """Collects what clients would see, and checks what must hold for any of it."""
+
+    def __init__(self, core: Detokenizer) -> None:
+        self.core = core
+        self.frames: list[tuple[bytes, Outputs]] = []
+        self.texts: dict[str, str] = {}
+        self.token_ids: dict[str, list[int]] = {}
+        self.finals: dict[str, FinalAnswer] = {}
+        self.logprobs: dict[str, list[Any]] = {}
+        self.finished: list[int] = []
+
+    def collect(self) -> int:
+        """Take what can be delivered now; returns the number of frames."""
+        before = len(self.frames)
+        for head, frames in self.core.deliveries():
+            assert len(head.clients) == len(head.finished) == len(frames)
+            for client, keys, frame in zip(head.clients, head.finished, frames, strict=True):
+                outputs = decode(frame, Outputs)
+                self.frames.append((client, outputs))
+                self._take(outputs, keys)
+        return len(self.frames) - before
+
+    def _take(self, outputs: Outputs, keys: list[int]) -> None:
+        token_ids = np.frombuffer(outputs.token_ids, "<i4").tolist()
+        counts = np.frombuffer(outputs.num_token_ids, "<i4").tolist()
+        assert len(outputs.request_ids) == len(outputs.texts) == len(counts) <= 8_192
+        assert sum(counts) == len(token_ids)
+        at = 0
+        for request_id, text, count in zip(outputs.request_ids, outputs.texts, counts, strict=True):
+            assert request_id not in self.finals, "news after the final answer"
+            self.texts[request_id] = self.texts.get(request_id, "") + text
+            self.token_ids.setdefault(request_id, []).extend(token_ids[at : at + count])
+            at += count
+        for index, final in outputs.finals:
+            request_id = outputs.request_ids[index]
+            assert request_id not in self.finals, "two final answers"
+            self.finals[request_id] = final
+        for index, logprobs in outputs.logprobs:
+            self.logprobs.setdefault(outputs.request_ids[index], []).append(logprobs)
+        assert keys == [int(outputs.request_ids[index][1:]) for index, _ in outputs.finals]
+        self.finished += keys
+
+
+def new_core(window: int = 4) -> tuple[Detokenizer, Reader]:
+    core = Detokenizer(NEW_DECODER, window)
+    return core, Reader(core)
+
+
+def run_text(core: Detokenizer, key: int, token_ids: list[int], last: FinishCode = FinishCode.LENGTH) -> None:
+    for at, token_id in enumerate(token_ids):
+        code = last if at == len(token_ids) - 1 else FinishCode.RUNNING
+        core.handle(step([(key, token_id, code)]))
+
+
+def test_a_stream_has_every_token_as_it_comes() -> None:
+    core, reader = new_core(window=100)
+    core.handle(step(opened=[opened(1)]))
+    token_ids = ids_of("the fox 🙂")
+    for token_id in token_ids:
+        core.handle(step([(1, token_id, FinishCode.RUNNING)]))
+        assert reader.collect() == 1
+    core.handle(step(ended=[Ended(1, "cancelled")]))
+    assert reader.collect() == 1
+    assert reader.texts["r1"] == "the fox 🙂"
+    assert reader.token_ids["r1"] == token_ids
+    assert reader.finals["r1"] == FinalAnswer("cancelled", 5, len(token_ids))
+
+
+def test_a_request_that_is_no_stream_has_one_item_at_its_end() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1, stream=False)]))
+    run_text(core, 1, ids_of("the lazy dog"))
+    assert reader.collect() == 1
+    assert reader.texts == {"r1": "the lazy dog"}
+    assert reader.finals["r1"].finish_reason == "length"
+
+
+def test_the_token_that_ends_a_sequence_is_counted_and_has_no_text() -> None:
+    for stream in (True, False):
+        for stop in ([], ["zzz"]):
+            core, reader = new_core()
+            core.handle(step(opened=[opened(1, stream=stream, stop=stop)]))
+            token_ids = [*ids_of("the fox"), ids_of("!")[0]]  # a stop token of the request's own: it has a text
+            run_text(core, 1, token_ids, FinishCode.STOP)
+            reader.collect()
+            assert reader.texts["r1"] == "the fox"
+            assert reader.token_ids["r1"] == token_ids
+            assert reader.finals["r1"] == FinalAnswer("stop", 5, len(token_ids))
+
+
+def test_half_a_character_at_the_end_is_flushed() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1), opened(2, stop=["x"])]))
+    half = ids_of("🙂")[:-1]
+    for key in (1, 2):
+        run_text(core, key, half)
+    reader.collect()
+    assert reader.texts["r1"] == reader.texts["r2"] == TOKENIZER.decode(half)
+
+
+def test_a_stop_string_cuts_the_text_ends_the_request_at_once_and_stops_the_scheduler() -> None:
+    core, reader = new_core(window=100)
+    core.handle(step(opened=[opened(1, stop=["fox j"])]))
+    token_ids = ids_of("quick fox jumps over")
+    num_counted = 0
+    for token_id in token_ids:
+        num_counted += "1" not in "".join(map(str, reader.finished))
+        core.handle(step([(1, token_id, FinishCode.RUNNING)]))
+        reader.collect()
+    assert core.take_cancels() == [1]
+    assert reader.texts["r1"] == "quick "
+    assert reader.token_ids["r1"] == token_ids[:num_counted]
+    assert reader.finals["r1"] == FinalAnswer("stop", 5, num_counted)
+    core.handle(step(ended=[Ended(1, "cancelled")]))  # the scheduler's answer to the cancellation
+    assert reader.collect() == 0
+    assert core.num_open == 0
+
+
+def test_a_stop_string_complete_with_the_last_token_wins_and_needs_no_cancellation() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1, stop=["dog"])]))
+    run_text(core, 1, ids_of("lazy dog"))
+    reader.collect()
+    assert reader.texts["r1"] == "lazy "
+    assert reader.finals["r1"].finish_reason == "stop"
+    assert core.take_cancels() == []
+
+
+def test_text_that_was_held_back_comes_with_the_end() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1, stop=["dogs"]), opened(2, stop=["dogs"]), opened(3, stop=["dogs"])]))
+    run_text(core, 1, ids_of("lazy dog"))
+    run_text(core, 2, [*ids_of("lazy dog"), EOS], FinishCode.STOP)
+    for token_id in ids_of("lazy dog"):
+        core.handle(step([(3, token_id, FinishCode.RUNNING)]))
+    core.handle(step(ended=[Ended(3, "error", "request_failed", "broken")]))
+    reader.collect()
+    assert set(reader.texts.values()) == {"lazy dog"}
+    assert [reader.finals[f"r{i}"].finish_reason for i in (1, 2, 3)] == ["length", "stop", "error"]
+    assert reader.finals["r3"].error_message == "broken"
+
+
+def test_without_credit_tokens_wait_and_go_out_as_one_item() -> None:
+    core, reader = new_core(window=2)
+    core.handle(step(opened=[opened(1)]))
+    token_ids = ids_of("the quick brown fox jumps")
+    for token_id in token_ids[:-1]:
+        core.handle(step([(1, token_id, FinishCode.RUNNING)]))
+        reader.collect()
+    assert len(reader.frames) == 2
+    assert core.num_undelivered() == 1
+    core.handle(step([(1, token_ids[-1], FinishCode.LENGTH)]))
+    assert reader.collect() == 0
+    core.handle(ClientCredit(client=b"c", count=1))
+    assert reader.collect() == 1
+    assert reader.texts["r1"] == "the quick brown fox jumps"
+    assert reader.token_ids["r1"] == token_ids
+
+
+def test_a_client_without_credit_holds_up_no_other() -> None:
+    core, reader = new_core(window=1)
+    core.handle(step(opened=[opened(1), opened(2, client=b"d")]))
+    for _ in range(3):
+        core.handle(step([(1, EOS, FinishCode.RUNNING), (2, EOS, FinishCode.RUNNING)]))
+        reader.collect()
+        core.handle(ClientCredit(client=b"d", count=1))
+    assert [client for client, _ in reader.frames] == [b"c", b"d", b"d", b"d"]
+
+
+def test_several_steps_make_one_frame_per_client() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1), opened(2), opened(3, client=b"d")]))
+    for token_id in ids_of("the fox"):
+        core.handle(step([(key, token_id, FinishCode.RUNNING) for key in (1, 2, 3)]))
+    assert reader.collect() == 2
+    assert reader.texts == dict.fromkeys(("r1", "r2", "r3"), "the fox")
+
+
+def test_a_client_that_has_gone_is_forgotten_and_a_late_request_of_its_still_ends() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1), opened(2, client=b"d")]))
+    core.handle(step([(1, EOS, FinishCode.RUNNING)]))
+    core.handle(ClientGone(client=b"c"))
+    assert reader.collect() == 0
+    assert core.num_open == 1
+    core.handle(step([(1, EOS, FinishCode.RUNNING)], opened=[opened(3)], ended=[Ended(1, "cancelled")]))
+    core.handle(step(ended=[Ended(3, "cancelled")]))
+    reader.collect()
+    assert reader.finished == [3]
+    core.handle(ClientGone(client=b"c"))
+    core.handle(ClientGone(client=b"d"))
+    assert core.num_clients == core.num_open == 0
+
+
+def test_a_client_is_forgotten_once_it_has_taken_in_everything() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1)], ended=[Ended(1, "error", "invalid_request", "too long")]))
+    reader.collect()
+    assert reader.finals["r1"].error_code == "invalid_request"
+    assert core.num_clients == 1
+    core.handle(ClientCredit(client=b"c", count=1))
+    assert core.num_clients == 0
+
+
+def test_logprobs_travel_with_their_tokens() -> None:
+    core, reader = new_core(window=1)
+    core.handle(step(opened=[opened(1), opened(2, num_logprobs=2), opened(3, num_logprobs=0, stream=False)]))
+    for at in range(3):
+        logprobs = StepLogprobs(
+            num_top=3,
+            logprobs=np.array([9, -at, -10 - at], "<f4").tobytes(),
+            top_ids=np.array([[7, 7, 7], [at, at + 1, 7], [7, 7, 7]], "<i4").tobytes(),
+            top_logprobs=np.array([[9, 9, 9], [-at, -at - 0.5, 9], [9, 9, 9]], "<f4").tobytes(),
+        )
+        last = FinishCode.LENGTH if at == 2 else FinishCode.RUNNING
+        core.handle(step([(key, EOS, last) for key in (1, 2, 3)], logprobs=logprobs))
+        reader.collect()
+    core.handle(ClientCredit(client=b"c", count=1))
+    reader.collect()
+    assert list(reader.logprobs) == ["r2", "r3"]
+    first, rest = reader.logprobs["r2"]
+    assert first.num_top == rest.num_top == 2
+    assert np.frombuffer(first.logprobs + rest.logprobs, "<f4").tolist() == [0, -1, -2]
+    assert np.frombuffer(rest.top_ids, "<i4").tolist() == [1, 2, 2, 3]
+    assert np.frombuffer(rest.top_logprobs, "<f4").tolist() == [-1, -1.5, -2, -2.5]
+    assert np.frombuffer(reader.logprobs["r3"][0].logprobs, "<f4").tolist() == [-10, -11, -12]
+
+
+def test_frames_stay_within_their_bounds(monkeypatch: Any) -> None:
+    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_REQUESTS", 3)
+    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_TOKENS", 8)
+    monkeypatch.setattr(detokenizer_core, "MAX_ITEM_TOKENS", 5)
+    core, reader = new_core(window=100)
+    core.handle(step(opened=[opened(key, stream=key % 2 == 0) for key in range(1, 11)]))
+    token_ids = ids_of("the quick brown fox jumps over the lazy dog 🙂")
+    for at, token_id in enumerate(token_ids):
+        code = FinishCode.LENGTH if at == len(token_ids) - 1 else FinishCode.RUNNING
+        core.handle(step([(key, token_id, code) for key in range(1, 11)]))
+    reader.collect()
+    for _, outputs in reader.frames:
+        assert len(outputs.request_ids) <= 3
+        assert len(outputs.token_ids) // 4 < 8 + 5
+    assert len(reader.finals) == 10
+    assert set(reader.texts.values()) == {"the quick brown fox jumps over the lazy dog 🙂"}
+    assert all(ids == token_ids for ids in reader.token_ids.values())
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_interleaving_gives_every_request_its_text_and_one_final_answer(data: st.DataObject) -> None:
+    window = data.draw(st.integers(1, 3))
+    core, reader = new_core(window)
+    vocabulary = TOKENIZER.get_vocab_size()
+    plan: dict[int, list[int]] = {}
+    stops: dict[int, list[str]] = {}
+    requests = []
+    for key in range(1, data.draw(st.integers(1, 6)) + 1):
+        plan[key] = data.draw(st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=20))
+        stops[key] = data.draw(st.sampled_from([[], ["e"], ["th", "\N{REPLACEMENT CHARACTER}"]]))
+        client = data.draw(st.sampled_from([b"c", b"d"]))
+        requests.append(opened(key, client=client, stream=data.draw(st.booleans()), stop=stops[key]))
+    core.handle(step(opened=requests))
+    unacknowledged = {b"c": 0, b"d": 0}
+
+    def collect() -> None:
+        before = len(reader.frames)
+        reader.collect()
+        for client, _ in reader.frames[before:]:
+            unacknowledged[client] += 1
+            assert unacknowledged[client] <= window
+
+    progress = dict.fromkeys(plan, 0)
+    while running := [key for key in plan if progress[key] < len(plan[key])]:
+        batch = []
+        for key in data.draw(st.sets(st.sampled_from(running), min_size=1)):
+            token_id = plan[key][progress[key]]
+            progress[key] += 1
+            batch.append((key, token_id, FinishCode(2 * (progress[key] == len(plan[key])))))
+        core.handle(step(batch))
+        if data.draw(st.booleans()):
+            collect()
+        client = data.draw(st.sampled_from([b"c", b"d"]))
+        if unacknowledged[client] and data.draw(st.booleans()):
+            unacknowledged[client] -= 1
+            core.handle(ClientCredit(client=client, count=1))
+    while len(reader.finals) < len(plan):
+        for client, count in unacknowledged.items():
+            unacknowledged[client] = 0
+            core.handle(ClientCredit(client=client, count=count))
+        collect()
+    assert sorted(reader.finished) == sorted(plan)
+    assert core.num_open == 0
+    for key, token_ids in plan.items():
+        name, final = f"r{key}", reader.finals[f"r{key}"]
+        whole = TOKENIZER.decode(token_ids, skip_special_tokens=True)
+        assert final.num_completion_tokens == len(reader.token_ids[name])
+        assert token_ids[: final.num_completion_tokens] == reader.token_ids[name]
+        if final.finish_reason == "stop":
+            assert not any(stop in reader.texts[name] for stop in stops[key])
+            assert whole.startswith(reader.texts[name])
+        else:
+            assert reader.texts[name] == whole
+            assert reader.token_ids[name] == token_ids

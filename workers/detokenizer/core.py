@@ -1,0 +1,321 @@
+"""Collects each request's tokens and turns them into news for its client, as much as the client's credit allows.
+
+Owns text, stop strings, usage and the one final answer of every request. Knows no sockets.
+
+While a client has credit, each of its requests with new tokens gets an item in the next `Outputs`; while it has none,
+tokens pile up as plain ints and go out as one item later. So the cost of a slow client falls, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from ipc.codec import encode
+from ipc.messages import (
+    ClientCredit,
+    ClientGone,
+    Delivery,
+    Ended,
+    FinishReason,
+    Opened,
+    Outputs,
+    StepLogprobs,
+    StepOutputs,
+    TokenLogprobs,
+)
+from ipc.messages import (
+    Final as FinalAnswer,
+)
+from ipc.records import FinishCode
+from workers.detokenizer.decoding import TextDecoder
+from workers.detokenizer.stop_strings import StopMatcher
+
+MAX_FRAME_REQUESTS: Final = 8_192  # in one Outputs
+MAX_FRAME_TOKENS: Final = 131_072  # in one Outputs, before its last item: keeps it far below the largest frame
+MAX_ITEM_TOKENS: Final = 65_536  # of one request in one Outputs
+
+RUNNING: Final = int(FinishCode.RUNNING)
+STOP: Final = int(FinishCode.STOP)
+
+
+class Client:
+    """One client's credit and what waits for it."""
+
+    __slots__ = ("credit", "name", "num_open", "ready")
+
+    def __init__(self, name: bytes, window: int) -> None:
+        self.name = name
+        self.credit = window
+        self.num_open = 0
+        self.ready: list[Request] = []  # have news
+
+
+class Request:
+    """One request between `Opened` and the delivery of its final answer."""
+
+    __slots__ = (
+        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "num_prompt_tokens",
+        "num_sent", "request_id", "stream", "text", "token_ids",
+    )  # fmt: skip
+
+    def __init__(self, opened: Opened, client: Client, decoder: TextDecoder) -> None:
+        self.key = opened.key
+        self.client = client
+        self.request_id = opened.route.request_id
+        self.stream = opened.route.stream
+        self.num_prompt_tokens = opened.num_prompt_tokens
+        self.decoder = decoder
+        self.matcher = StopMatcher(opened.stop) if opened.stop else None
+        self.logprobs = None if opened.num_logprobs is None else _LogprobColumns(opened.num_logprobs)
+        self.is_plain = self.matcher is None and self.logprobs is None
+        self.token_ids: list[int] = []  # not sent yet
+        self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
+        self.num_sent = 0  # tokens
+        self.idle = self.stream  # not in client.ready, and the next token puts it there
+        self.end: Ended | None = None
+        self.hides_last = False  # the last token ended the sequence: it has no text
+
+
+class Detokenizer:
+    """The role's whole behaviour. Feed it messages, then collect `deliveries()` and `take_cancels()`."""
+
+    def __init__(self, new_decoder: Callable[[], TextDecoder], client_window: int) -> None:
+        self._new_decoder = new_decoder
+        self._window = client_window
+        self._open: dict[int, Request] = {}
+        self._clients: dict[bytes, Client] = {}
+        self._cancels: list[int] = []
+        self.num_tokens = 0
+        self.num_outputs = 0
+        self.num_finished = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_clients(self) -> int:
+        return len(self._clients)
+
+    def num_undelivered(self) -> int:
+        """Requests with news that wait for credit."""
+        return sum(len(client.ready) for client in self._clients.values())
+
+    def handle(self, message: StepOutputs | ClientCredit | ClientGone) -> None:
+        if isinstance(message, StepOutputs):
+            self._step(message)
+        elif isinstance(message, ClientCredit):
+            client = self._clients.get(message.client)
+            if client is not None:
+                client.credit = min(self._window, client.credit + message.count)
+                self._forget_if_idle(client)
+        else:
+            self._forget(message.client)
+
+    def take_cancels(self) -> list[int]:
+        """Keys that a stop string has ended and the scheduler still runs."""
+        cancels, self._cancels = self._cancels, []
+        return cancels
+
+    # A step
+
+    def _step(self, step: StepOutputs) -> None:
+        for opened in step.opened:
+            name = opened.route.client
+            client = self._clients.get(name)
+            if client is None:
+                client = self._clients[name] = Client(name, self._window)
+            client.num_open += 1
+            self._open[opened.key] = Request(opened, client, self._new_decoder())
+        keys = np.frombuffer(step.keys, "<i8").tolist()
+        token_ids = np.frombuffer(step.token_ids, "<i4").tolist()
+        self.num_tokens += len(keys)
+        find = self._open.get
+        for index, (key, token_id, code) in enumerate(zip(keys, token_ids, step.finish, strict=True)):
+            request = find(key)
+            if request is None:  # a stop string ended it, or its client has gone
+                continue
+            request.token_ids.append(token_id)
+            if request.idle:
+                request.idle = False
+                request.client.ready.append(request)
+            if code or not request.is_plain:
+                self._look_closer(request, token_id, code, step.logprobs, index)
+        for ended in step.ended:
+            request = find(ended.key)
+            if request is not None:
+                self._finish_text(request)
+                self._end(request, ended)
+
+    def _look_closer(
+        self, request: Request, token_id: int, code: int, logprobs: StepLogprobs | None, index: int
+    ) -> None:
+        """What a token may mean besides being one: a stop string's end, log-probabilities, the end of the request."""
+        if request.logprobs is not None:
+            assert logprobs is not None, f"request {request.key} wants log-probabilities and its step has none"
+            request.logprobs.append(logprobs, index)
+        request.hides_last = code == STOP
+        matcher = request.matcher
+        if matcher is not None:
+            if not request.hides_last:
+                request.text += matcher.feed(request.decoder.push([token_id]))
+            if code and not matcher.matched:
+                self._finish_text(request)
+            if matcher.matched:
+                if code == RUNNING:
+                    self._cancels.append(request.key)
+                self._end(request, Ended(request.key, "stop"))
+                return
+        if code:
+            self._end(request, Ended(request.key, "stop" if code == STOP else "length"))
+
+    @staticmethod
+    def _finish_text(request: Request) -> None:
+        """Decode the end of a text that is decoded eagerly; a stop string may be complete only here."""
+        matcher = request.matcher
+        if matcher is not None:
+            request.text += matcher.feed(request.decoder.flush()) + matcher.finish()
+
+    def _end(self, request: Request, ended: Ended) -> None:
+        request.end = ended
+        request.client.num_open -= 1
+        del self._open[request.key]
+        if request.idle or not request.stream:
+            request.idle = False
+            request.client.ready.append(request)
+
+    # Clients
+
+    def _forget(self, name: bytes) -> None:
+        client = self._clients.pop(name, None)
+        if client is not None and client.num_open:
+            for key in [key for key, request in self._open.items() if request.client is client]:
+                del self._open[key]
+
+    def _forget_if_idle(self, client: Client) -> None:
+        if not client.num_open and not client.ready and client.credit == self._window:
+            del self._clients[client.name]
+
+    # News
+
+    def deliveries(self) -> Iterator[tuple[Delivery, list[bytes]]]:
+        """All that may be sent now: heads, each with its encoded `Outputs` frames."""
+        clients: list[bytes] = []
+        finished: list[list[int]] = []
+        frames: list[bytes] = []
+        for client in self._clients.values():
+            while client.ready and client.credit:
+                client.credit -= 1
+                outputs, keys = self._next_outputs(client)
+                clients.append(client.name)
+                finished.append(keys)
+                frames.append(encode(outputs))
+                if len(clients) == MAX_FRAME_REQUESTS:
+                    yield Delivery(clients=clients, finished=finished), frames
+                    clients, finished, frames = [], [], []
+        if clients:
+            yield Delivery(clients=clients, finished=finished), frames
+
+    def _next_outputs(self, client: Client) -> tuple[Outputs, list[int]]:
+        """Take news of the client's requests, within the bounds of a frame, and the keys that it ends."""
+        request_ids: list[str] = []
+        texts: list[str] = []
+        counts: list[int] = []
+        token_ids: list[int] = []
+        finals: list[tuple[int, FinalAnswer]] = []
+        logprobs: list[tuple[int, TokenLogprobs]] = []
+        keys: list[int] = []
+        ready = client.ready
+        num_taken = 0
+        for request in ready[:MAX_FRAME_REQUESTS]:
+            if len(token_ids) >= MAX_FRAME_TOKENS:
+                break
+            num_taken += 1
+            new = request.token_ids
+            if len(new) > MAX_ITEM_TOKENS:
+                request.token_ids = new[MAX_ITEM_TOKENS:]
+                new = new[:MAX_ITEM_TOKENS]
+                ready.append(request)
+                is_last = False
+            else:
+                request.token_ids = []
+                request.idle = request.end is None
+                is_last = request.end is not None
+            texts.append(
+                request.decoder.push(new) if request.is_plain and not is_last else _text_of(request, new, is_last)
+            )
+            request.num_sent += len(new)
+            if request.logprobs is not None and new:
+                logprobs.append((len(request_ids), request.logprobs.take(len(new))))
+            if is_last:
+                finals.append((len(request_ids), _final_answer(request)))
+                keys.append(request.key)
+            request_ids.append(request.request_id)
+            counts.append(len(new))
+            token_ids += new
+        del ready[:num_taken]
+        self.num_outputs += 1
+        self.num_finished += len(keys)
+        outputs = Outputs(
+            request_ids=request_ids,
+            texts=texts,
+            num_token_ids=np.array(counts, "<i4").tobytes(),
+            token_ids=np.array(token_ids, "<i4").tobytes(),
+            finals=finals,
+            logprobs=logprobs,
+        )
+        return outputs, keys
+
+
+def _text_of(request: Request, new: list[int], is_last: bool) -> str:
+    """The text of an item; `new` are its tokens."""
+    if request.matcher is not None:
+        text, request.text = request.text, ""
+        return text
+    visible = new[:-1] if is_last and request.hides_last else new
+    text = request.decoder.push(visible) if visible else ""
+    return text + request.decoder.flush() if is_last else text
+
+
+def _final_answer(request: Request) -> FinalAnswer:
+    end = request.end
+    assert end is not None, f"request {request.request_id} has not ended"
+    reason: FinishReason = end.finish_reason
+    return FinalAnswer(reason, request.num_prompt_tokens, request.num_sent, end.error_code, end.error_message)
+
+
+class _LogprobColumns:
+    """Log-probabilities of one request's unsent tokens, with the `num_top` alternatives that it asked for."""
+
+    __slots__ = ("_logprobs", "_num_top", "_top_ids", "_top_logprobs")
+
+    def __init__(self, num_top: int) -> None:
+        self._num_top = num_top
+        self._logprobs = bytearray()
+        self._top_ids = bytearray()
+        self._top_logprobs = bytearray()
+
+    def append(self, step: StepLogprobs, index: int) -> None:
+        """Take the row of the step's token `index`. The step has at least `num_top` alternatives."""
+        assert step.num_top >= self._num_top, f"{step.num_top} alternatives, {self._num_top} wanted"
+        row, num_bytes = 4 * step.num_top * index, 4 * self._num_top
+        self._logprobs += step.logprobs[4 * index : 4 * index + 4]
+        self._top_ids += step.top_ids[row : row + num_bytes]
+        self._top_logprobs += step.top_logprobs[row : row + num_bytes]
+
+    def take(self, num_tokens: int) -> TokenLogprobs:
+        return TokenLogprobs(
+            self._num_top,
+            _cut(self._logprobs, 4 * num_tokens),
+            _cut(self._top_ids, 4 * num_tokens * self._num_top),
+            _cut(self._top_logprobs, 4 * num_tokens * self._num_top),
+        )
+
+
+def _cut(column: bytearray, num_bytes: int) -> bytes:
+    part: Any = bytes(column[:num_bytes])
+    del column[:num_bytes]
+    return part  # type: ignore[no-any-return]

@@ -1,0 +1,78 @@
+"""Finds the first stop string in a text that arrives piece by piece, and holds back what may become one."""
+
+from __future__ import annotations
+
+
+class StopMatcher:
+    """One sequence's stop strings, each with the Knuth-Morris-Pratt automaton: time linear in the text.
+
+    The first string to be complete ends the text, whatever the pieces; of several that end at the same character
+    the longest. `matched` says that it has happened.
+    """
+
+    __slots__ = ("_fallbacks", "_matched_chars", "_stops", "held", "matched")
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = stops
+        self._fallbacks = [_fallback(stop) for stop in stops]
+        self._matched_chars = [0] * len(stops)  # how many leading characters of each end the text so far
+        self.held = ""  # end of the text that may be the beginning of a stop string
+        self.matched = False
+
+    def feed(self, piece: str) -> str:
+        """Add a piece of text; returns what no stop string can contain any more. After a match: nothing."""
+        if self.matched:
+            return ""
+        text = self.held + piece
+        end, length = len(piece) + 1, 0
+        for which, stop in enumerate(self._stops):
+            found = self._advance(which, stop, piece)
+            if found and (found < end or (found == end and len(stop) > length)):
+                end, length = found, len(stop)
+        if length:
+            self.matched = True
+            text = text[: len(self.held) + end - length]
+            self.held = ""
+            return text
+        num_certain = len(text) - max(self._matched_chars)
+        self.held = text[num_certain:]
+        return text[:num_certain]
+
+    def finish(self) -> str:
+        """What was held back, when the text ends without a stop string."""
+        held, self.held = self.held, ""
+        return held
+
+    def _advance(self, which: int, stop: str, piece: str) -> int:
+        """Run one automaton over the piece. Number of its characters up to the end of the first match, 0 for none."""
+        matched = self._matched_chars[which]
+        fallback = self._fallbacks[which]
+        at = 0
+        while at < len(piece):
+            if matched == 0:  # look for a beginning at the speed of C
+                at = piece.find(stop[0], at)
+                if at < 0:
+                    break
+            character = piece[at]
+            while matched and stop[matched] != character:
+                matched = fallback[matched - 1]
+            if stop[matched] == character:
+                matched += 1
+            at += 1
+            if matched == len(stop):
+                return at
+        self._matched_chars[which] = matched
+        return 0
+
+
+def _fallback(stop: str) -> list[int]:
+    """By prefix length - 1: the length of the longest proper prefix of `stop` that also ends that prefix."""
+    table = [0] * len(stop)
+    matched = 0
+    for at in range(1, len(stop)):
+        while matched and stop[matched] != stop[at]:
+            matched = table[matched - 1]
+        if stop[matched] == stop[at]:
+            matched += 1
+        table[at] = matched
+    return table

@@ -1,0 +1,38 @@
+"""The detokenizer process: its sockets and its loop. What it says is decided in core.py."""
+
+from __future__ import annotations
+
+from ipc.channels import bind_router, connect_dealer, receive_from, send
+from ipc.codec import encode
+from ipc.messages import CancelRequests, ToDetokenizer
+from workers.detokenizer.config import DetokenizerBootstrap
+from workers.detokenizer.core import Detokenizer
+from workers.detokenizer.decoding import decoder_factory
+from workers.process import WorkerProcess
+from workers.tokenizer_files import load_tokenizer
+
+
+def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
+    """Serve until Stop."""
+    process.progress("loading tokenizer", 0.0)
+    core = Detokenizer(decoder_factory(load_tokenizer(bootstrap.model_path)), bootstrap.client_window)
+    inbox = bind_router(process.context, bootstrap.detokenize_endpoint)
+    scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)
+    gateway = connect_dealer(process.context, bootstrap.deliver_endpoint)
+    process.watch(inbox)
+    process.ready()
+    stats = process.stats
+    while True:
+        process.wait()
+        # All that has arrived first: the more steps lie here, the fewer and fuller the frames.
+        for _, message in receive_from(inbox, ToDetokenizer):
+            core.handle(message)
+        if cancels := core.take_cancels():
+            send(scheduler, CancelRequests(keys=cancels))
+        for head, frames in core.deliveries():
+            gateway.send_multipart([encode(head), *frames])
+        stats.num_open[0] = core.num_open
+        stats.num_tokens[0] = core.num_tokens
+        stats.num_outputs[0] = core.num_outputs
+        stats.num_finished[0] = core.num_finished
+        stats.num_undelivered[0] = core.num_undelivered()

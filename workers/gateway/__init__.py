@@ -1,0 +1,1 @@
+"""The gateway role: the one door for clients; owns the table of open requests."""

@@ -1,0 +1,371 @@
+"""Decides everything that the gateway says. Knows no sockets: events come in by method, messages go out by `outbox`.
+
+    QUEUED --dispatch--> TOKENIZING --Accepted--> ACCEPTED --Delivery--> closed
+      |                      |                       |
+    answered here     remembered until Accepted   CancelRequests            (a cancellation, or a client that is gone)
+
+Final answers come from the detokenizer, in frames that pass unread. The gateway answers by itself only what the
+detokenizer never hears of (a cancelled QUEUED request), or what it will not be listened to any more (a dropped client,
+an engine that fails): so every request that was taken gets exactly one.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
+
+from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed, RingfeedError
+from ipc.messages import (
+    PROTOCOL_VERSION,
+    Alive,
+    Cancel,
+    CancelRequests,
+    ClientCredit,
+    ClientGone,
+    Delivered,
+    Delivery,
+    Drained,
+    Generate,
+    Health,
+    Outputs,
+    Query,
+    Refused,
+    Route,
+    Stats,
+    Tokenize,
+)
+from ipc.messages import (
+    Final as FinalAnswer,
+)
+from ipc.sampling import MAX_SEED
+from workers.gateway.config import GatewayBootstrap
+from workers.gateway.frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
+from workers.gateway.table import Client, Request, RequestState, RequestTable
+
+logger = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S: Final = 1.0
+MAX_LIST: Final = 8_192  # requests in one message
+
+
+class Peer(enum.Enum):
+    """Whom a message is for."""
+
+    CLIENT = "client"
+    TOKENIZER = "tokenizer"
+    SCHEDULER = "scheduler"
+    DETOKENIZER = "detokenizer"
+    LAUNCHER = "launcher"
+
+
+class Send(NamedTuple):
+    """A message to send; `identity` on a ROUTER, b"" elsewhere. Bytes are an encoded frame."""
+
+    peer: Peer
+    identity: bytes
+    message: Any
+
+
+class Gateway:
+    """The role's whole behaviour. Times are seconds of one monotonic clock.
+
+    After every event the owner sends what `take_outbox()` gives, and reports a client that cannot be reached
+    with `client_gone()`.
+    """
+
+    def __init__(self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[], dict[str, dict[str, float]]]) -> None:
+        self.table = RequestTable()
+        self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
+        self.num_received = 0
+        self.num_refused = 0
+        self.num_finished = 0
+        self.num_cancelled = 0
+        self._bootstrap = bootstrap
+        self._snapshot_stats = snapshot_stats
+        self._detail = "the engine's workers are starting"
+        self._queue: OrderedDict[int, Tokenize] = OrderedDict()  # of the QUEUED requests
+        self._under_way: dict[bytes, int] = {}  # Tokenize messages, by tokenizer
+        self._tokenizer_of: dict[int, bytes] = {}  # of each of these
+        self._cancels: list[int] = []
+        self._outbox: list[Send] = []
+        self._next_probe = 0.0
+        self._drain_deadline = float("inf")
+        self._has_answered_all = False  # what the detokenizer still says is too late
+        self._has_drained = False
+
+    def take_outbox(self) -> list[Send]:
+        """What has to be sent, in order."""
+        for start in range(0, len(self._cancels), MAX_LIST):
+            self._send(Peer.SCHEDULER, CancelRequests(keys=self._cancels[start : start + MAX_LIST]))
+        self._cancels = []
+        outbox, self._outbox = self._outbox, []
+        return outbox
+
+    def timeout_s(self) -> float | None:
+        """How long `tick` may wait; None: until something happens."""
+        return PROBE_INTERVAL_S if self.table.clients or self._drain_deadline != float("inf") else None
+
+    def _send(self, peer: Peer, message: Any, identity: bytes = b"") -> None:
+        self._outbox.append(Send(peer, identity, message))
+
+    # The launcher
+
+    def start(self) -> None:
+        if self.state == "starting":
+            self.state, self._detail = "ready", ""
+
+    def drain(self, now: float) -> None:
+        """Take nothing new; `Drained` is said when nothing is open, or at the time-out."""
+        if self.state in ("starting", "ready"):
+            self.state, self._detail = "draining", "the engine is draining"
+            self._drain_deadline = now + self._bootstrap.frontend.drain_timeout_s
+        self._say_drained_if_so()
+
+    def abort(self, error_message: str) -> None:
+        """Answer every open request with an error."""
+        self.state, self._detail = "failed", error_message
+        self._answer_all(error_message)
+
+    def _answer_all(self, error_message: str) -> None:
+        self._has_answered_all = True
+        for client in list(self.table.clients):
+            self._answer_open_requests(client, EngineUnavailable(error_message))
+        self.num_finished += len(self.table)
+        self.table.clear()
+        self._queue.clear()
+        self._say_drained_if_so()
+
+    def _say_drained_if_so(self) -> None:
+        if self.state in ("draining", "failed") and not len(self.table) and not self._has_drained:
+            self._has_drained = True
+            self._drain_deadline = float("inf")
+            self._send(Peer.LAUNCHER, Drained())
+
+    # Clients
+
+    def client_frames(self, identity: bytes, frames: list[bytes], now: float) -> None:
+        """A client's message, whatever it holds."""
+        self.num_received += 1
+        request_id = ""
+        try:
+            message = read_client_frames(frames)
+            if isinstance(message, Generate):
+                request_id = message.request_id
+                self._generate(identity, message)
+            elif isinstance(message, Query):
+                self._answer_query(identity, message)
+            elif isinstance(message, Cancel):
+                self._cancel(identity, message.request_id, now)
+            else:
+                self._credit(identity, message, now)
+        except UnreadableFrame as unreadable:
+            self._refuse(identity, unreadable.request_id, unreadable.error)
+        except RingfeedError as error:
+            self._refuse(identity, request_id, error)
+
+    def _refuse(self, identity: bytes, request_id: str, error: RingfeedError) -> None:
+        self.num_refused += 1
+        logger.debug("refused %s: %s", request_id or "a message", error)
+        text = str(error)[:MAX_ERROR_CHARS]
+        refused = Refused(request_id=request_id, error_code=error.code, error_message=text)
+        self._send(Peer.CLIENT, refused, identity)
+
+    def _generate(self, identity: bytes, message: Generate) -> None:
+        if self.state != "ready":
+            raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
+        client = self.table.client(identity)
+        if client is not None:
+            if message.request_id in client.keys:
+                raise InvalidRequest(f"request_id ({message.request_id!r}) is that of a request that is still open")
+            limit = self._bootstrap.frontend.max_open_requests
+            if len(client.keys) >= limit:
+                raise QueueFull(f"{limit} requests of this client are open: wait for one to end")
+        params = message.params
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
+        request = self.table.open(identity, message.request_id)
+        assert request.client is not None, "a new request has its client"
+        self._queue[request.key] = Tokenize(
+            key=request.key,
+            route=Route(request.client.name, message.request_id, message.stream),
+            params=params,
+            prompt=message.prompt,
+            chat=message.chat,
+            token_ids=message.token_ids,
+        )
+        self._dispatch()
+
+    def _answer_query(self, identity: bytes, query: Query) -> None:
+        if query.what == "stats":
+            self._send(Peer.CLIENT, Stats(query_id=query.query_id, roles=self._snapshot_stats()), identity)
+            return
+        health = Health(
+            query_id=query.query_id,
+            state=self.state,
+            detail=self._detail,
+            protocol_version=PROTOCOL_VERSION,
+            model=self._bootstrap.model_name,
+            max_model_len=self._bootstrap.max_model_len,
+            max_open_requests=self._bootstrap.frontend.max_open_requests,
+        )
+        self._send(Peer.CLIENT, health, identity)
+
+    def _cancel(self, identity: bytes, request_id: str, now: float) -> None:
+        client = self.table.client(identity)
+        key = None if client is None else client.keys.get(request_id)
+        request = None if key is None else self.table.request(key)
+        if client is None or request is None or request.is_cancelled:
+            return
+        request.is_cancelled = True
+        self.num_cancelled += 1
+        if request.state is RequestState.ACCEPTED:
+            self._cancels.append(request.key)
+        elif request.state is RequestState.QUEUED:
+            del self._queue[request.key]
+            self._answer(client, [request_id], FinalAnswer("cancelled", 0, 0), now)
+            self._close(request)
+
+    def _credit(self, identity: bytes, delivered: Delivered, now: float) -> None:
+        """The client has taken in some `Outputs`. Nobody gets credit for more than was sent."""
+        if delivered.count < 1:
+            raise InvalidRequest(f"count ({delivered.count}) must be at least 1")
+        client = self.table.client(identity)
+        count = 0 if client is None else min(delivered.count, client.num_outputs)
+        if client is None or count == 0:
+            return
+        client.num_outputs -= count
+        client.last_progress = now
+        # Which ones it took in does not matter: in the end the detokenizer gets back what it spent.
+        own = min(count, client.num_own_outputs)
+        client.num_own_outputs -= own
+        if count > own:
+            self._send(Peer.DETOKENIZER, ClientCredit(client=client.name, count=count - own))
+        self.table.forget_if_idle(client)
+
+    def _answer_open_requests(self, client: Client, error: RingfeedError) -> None:
+        """Errors for all of a client's open requests; the caller takes them out of the table."""
+        final = FinalAnswer("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
+        request_ids = list(client.keys)
+        for start in range(0, len(request_ids), MAX_LIST):
+            self._answer(client, request_ids[start : start + MAX_LIST], final, client.last_progress)
+
+    def _answer(self, client: Client, request_ids: list[str], final: FinalAnswer, now: float) -> None:
+        """The same final answer to some requests, in the gateway's own words."""
+        outputs = Outputs(
+            request_ids=request_ids,
+            texts=[""] * len(request_ids),
+            num_token_ids=bytes(4 * len(request_ids)),
+            token_ids=b"",
+            finals=[(index, final) for index in range(len(request_ids))],
+        )
+        client.num_own_outputs += 1
+        self._send_outputs(client, outputs, now)
+
+    def _send_outputs(self, client: Client, outputs: Outputs | bytes, now: float) -> None:
+        if client.num_outputs == 0:
+            client.last_progress = now
+        client.num_outputs += 1
+        client.was_sent_to = True
+        self._send(Peer.CLIENT, outputs, client.identity)
+
+    def client_gone(self, identity: bytes) -> None:
+        """A client cannot be reached: nobody waits for its requests any more."""
+        client = self.table.client(identity)
+        if client is not None:
+            logger.info("a client has gone; %d of its requests are cancelled", len(client.keys))
+            self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        self._send(Peer.DETOKENIZER, ClientGone(client=client.name))
+        for request in self.table.forget(client):
+            if not request.is_cancelled:
+                request.is_cancelled = True
+                self.num_cancelled += 1
+                if request.state is RequestState.ACCEPTED:
+                    self._cancels.append(request.key)
+            self._queue.pop(request.key, None)
+            if request.state is not RequestState.TOKENIZING:  # those must be remembered until they can be cancelled
+                self._close(request)
+
+    def _close(self, request: Request) -> None:
+        self.num_finished += 1
+        self.table.close(request)
+        self._say_drained_if_so()
+
+    # The other workers
+
+    def tokenizer_done(self, identity: bytes, key: int) -> None:
+        """A tokenizer has handed on a request, or (key 0) is there."""
+        self._under_way.setdefault(identity, 0)
+        if self._tokenizer_of.pop(key, None) is not None:
+            self._under_way[identity] -= 1
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give queued requests to the tokenizers, each to the one that has the fewest."""
+        while self._queue and self._under_way:
+            identity = min(self._under_way, key=self._under_way.__getitem__)
+            if self._under_way[identity] >= self._bootstrap.tokenizer_window:
+                return
+            key, message = self._queue.popitem(last=False)
+            request = self.table.request(key)
+            assert request is not None, f"request {key} is queued and not in the table"
+            request.state = RequestState.TOKENIZING
+            self._under_way[identity] += 1
+            self._tokenizer_of[key] = identity
+            self._send(Peer.TOKENIZER, message, identity)
+
+    def accepted(self, keys: Iterable[int]) -> None:
+        """The scheduler has these requests: cancellations that came before can be passed on."""
+        for key in keys:
+            request = self.table.request(key)
+            if request is None:  # ended already
+                continue
+            request.state = RequestState.ACCEPTED
+            if request.is_cancelled:
+                self._cancels.append(key)
+                if request.client is None:
+                    self._close(request)
+
+    def delivery(self, head: Delivery, frames: list[bytes], now: float) -> None:
+        """The detokenizer's news: one encoded frame for each client that the head names."""
+        if self._has_answered_all:
+            return
+        for name, finished, frame in zip(head.clients, head.finished, frames, strict=True):
+            client = self.table.client_named(name)
+            if client is None:
+                # Its requests are cancelled, and these are their ends; what it owed is nobody's debt.
+                self._send(Peer.DETOKENIZER, ClientGone(client=name))
+            else:
+                self._send_outputs(client, frame, now)
+            for key in finished:
+                request = self.table.request(key)
+                if request is not None:
+                    self._close(request)
+
+    # Time
+
+    def tick(self, now: float) -> None:
+        """Look after clients that have vanished or stopped reading. Call at least as often as `timeout_s` says."""
+        if now >= self._drain_deadline:
+            self._drain_deadline = float("inf")
+            self._answer_all("the engine was stopped before this request was finished")
+        if now < self._next_probe:
+            return
+        self._next_probe = now + PROBE_INTERVAL_S
+        patience = self._bootstrap.frontend.slow_client_timeout_s
+        for client in list(self.table.clients):
+            if client.num_outputs >= self._bootstrap.client_window and now - client.last_progress > patience:
+                logger.warning("a client has taken in nothing for %g s and is dropped", patience)
+                error = RequestFailed(f"cancelled: this client took in no output for {patience:g} s")
+                self._answer_open_requests(client, error)
+                self._drop(client)
+            elif not client.was_sent_to:
+                self._send(Peer.CLIENT, Alive(), client.identity)
+            client.was_sent_to = False

@@ -1,0 +1,65 @@
+"""Reads what clients send. A client is a stranger: nothing in a frame is believed before it is checked here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.codec import decode
+from ipc.errors import InvalidRequest, ProtocolError, RingfeedError
+from ipc.messages import ClientMessage, Generate
+
+MAX_REQUEST_ID_CHARS: Final = 256
+MAX_ERROR_CHARS: Final = 1_000
+
+
+class UnreadableFrame(Exception):
+    """A client's frames that are no acceptable message: the `request_id` they name ("" = none), and what is wrong."""
+
+    def __init__(self, request_id: str, error: RingfeedError) -> None:
+        super().__init__(str(error))
+        self.request_id = request_id
+        self.error = error
+
+
+def read_client_frames(frames: list[bytes]) -> ClientMessage:
+    """Decode and check one message; a `Generate` is complete and consistent afterwards. Raises UnreadableFrame."""
+    if len(frames) != 1:
+        raise UnreadableFrame(
+            "", ProtocolError(f"a message is one frame and not {len(frames)} (a DEALER's, not a REQ's)")
+        )
+    frame = frames[0]
+    if len(frame) > MAX_CLIENT_FRAME_BYTES:
+        raise UnreadableFrame(
+            "", ProtocolError(f"a message of {len(frame)} bytes is larger than {MAX_CLIENT_FRAME_BYTES} bytes")
+        )
+    try:
+        message: ClientMessage = decode(frame, ClientMessage)
+        if isinstance(message, Generate):
+            _check(message)
+    except (ProtocolError, InvalidRequest) as error:
+        raise UnreadableFrame(_request_id(frame), error) from None
+    return message
+
+
+def _check(message: Generate) -> None:
+    if not 1 <= len(message.request_id) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters")
+    inputs = {"prompt": message.prompt, "chat": message.chat, "token_ids": message.token_ids}
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise InvalidRequest(f"exactly one of prompt, chat and token_ids must be given, not {found}")
+    if not inputs[given[0]]:
+        raise InvalidRequest(f"{given[0]} is empty")
+    if message.token_ids is not None and len(message.token_ids) % 4:
+        raise InvalidRequest(f"token_ids must be int32 values: {len(message.token_ids)} bytes are no multiple of 4")
+
+
+def _request_id(frame: bytes) -> str:
+    """The request id of a message that is wrong otherwise, if it has one that can be told back."""
+    try:
+        request_id: object = decode(frame, dict).get("request_id", "")
+    except ProtocolError:
+        return ""
+    return request_id if isinstance(request_id, str) and len(request_id) <= MAX_REQUEST_ID_CHARS else ""

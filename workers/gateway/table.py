@@ -1,0 +1,109 @@
+"""The table of open requests and of the clients that they belong to."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import ValuesView
+
+
+class RequestState(enum.Enum):
+    """How far a request is; what a cancellation has to do depends on it."""
+
+    QUEUED = "queued"  # here
+    TOKENIZING = "tokenizing"  # on its way to the scheduler, which does not know it yet
+    ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
+
+
+class Request:
+    """An open request. `client` None: its client has gone, and it is to be cancelled as soon as that can be."""
+
+    __slots__ = ("client", "is_cancelled", "key", "request_id", "state")
+
+    def __init__(self, key: int, client: Client, request_id: str) -> None:
+        self.key = key
+        self.client: Client | None = client
+        self.request_id = request_id
+        self.state = RequestState.QUEUED
+        self.is_cancelled = False
+
+
+class Client:
+    """One stay of a client: from its first request until it has none open and has taken in everything, or is gone.
+
+    `name` is never used twice. So what is still under way to a client that was dropped reaches nobody, even if the
+    client is back under the same socket identity.
+    """
+
+    __slots__ = ("identity", "keys", "last_progress", "name", "num_outputs", "num_own_outputs", "was_sent_to")
+
+    def __init__(self, identity: bytes, name: bytes) -> None:
+        self.identity = identity  # on the frontend socket
+        self.name = name  # in routes
+        self.keys: dict[str, int] = {}  # of its open requests, by request_id
+        self.num_outputs = 0  # sent, and not taken in yet
+        self.num_own_outputs = 0  # of these, those that the detokenizer knows nothing of
+        self.last_progress = 0.0  # when it last took something in, or began to owe that
+        self.was_sent_to = False  # since the last probe
+
+
+class RequestTable:
+    """Open requests by key, and their clients by socket identity and by name. Keys and names are drawn here, once."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, Request] = {}
+        self._by_identity: dict[bytes, Client] = {}
+        self._by_name: dict[bytes, Client] = {}
+        self._last_key = 0
+        self._last_name = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def clients(self) -> ValuesView[Client]:
+        return self._by_identity.values()
+
+    def client(self, identity: bytes) -> Client | None:
+        return self._by_identity.get(identity)
+
+    def client_named(self, name: bytes) -> Client | None:
+        return self._by_name.get(name)
+
+    def request(self, key: int) -> Request | None:
+        return self._requests.get(key)
+
+    def open(self, identity: bytes, request_id: str) -> Request:
+        """Enter a new request, and its client if it has none open."""
+        client = self._by_identity.get(identity)
+        if client is None:
+            self._last_name += 1
+            client = Client(identity, self._last_name.to_bytes(8, "big"))
+            self._by_identity[identity] = self._by_name[client.name] = client
+        self._last_key += 1
+        request = self._requests[self._last_key] = Request(self._last_key, client, request_id)
+        client.keys[request_id] = request.key
+        return request
+
+    def close(self, request: Request) -> None:
+        del self._requests[request.key]
+        if request.client is not None:
+            del request.client.keys[request.request_id]
+            self.forget_if_idle(request.client)
+
+    def forget_if_idle(self, client: Client) -> None:
+        if not client.keys and not client.num_outputs:
+            self.forget(client)
+
+    def forget(self, client: Client) -> list[Request]:
+        """Take a client out. Its open requests, which this returns, belong to nobody from now on."""
+        self._by_identity.pop(client.identity, None)
+        self._by_name.pop(client.name, None)
+        orphans = [self._requests[key] for key in client.keys.values()]
+        for request in orphans:
+            request.client = None
+        return orphans
+
+    def clear(self) -> None:
+        self._requests.clear()
+        self._by_identity.clear()
+        self._by_name.clear()

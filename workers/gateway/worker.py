@@ -1,0 +1,154 @@
+"""The gateway process: its sockets and its loop. What it says is decided in core.py.
+
+It outlives its launcher by a moment: somebody has to tell the clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from ipc.channels import bind_router, connect_dealer, receive, receive_frames, receive_from, send_frames_to
+from ipc.codec import MAX_FRAME_BYTES, decode, encode
+from ipc.errors import EngineUnavailable
+from ipc.messages import Abort, Accepted, Delivery, Drain, Start, TokenizeDone
+from ipc.stats import StatsPage
+from workers.gateway.config import GatewayBootstrap
+from workers.gateway.core import Gateway, Peer
+from workers.process import StopWorker, WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+_IPC = "ipc://"
+_LAUNCHER_DIED = "the engine's launcher died"
+
+
+def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
+    """Serve until Stop, or until the launcher dies."""
+    launcher = _watch_launcher(bootstrap)
+    try:
+        GatewayWorker(process, bootstrap, launcher).serve()
+    finally:
+        if bootstrap.endpoint.startswith(_IPC):
+            Path(bootstrap.endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
+
+
+class GatewayWorker:
+    """Binds and connects the sockets, and carries messages between them and the core."""
+
+    def __init__(self, process: WorkerProcess, bootstrap: GatewayBootstrap, launcher_fd: int) -> None:
+        self.process = process
+        self.bootstrap = bootstrap
+        self.launcher_fd = launcher_fd
+        self._pages = [StatsPage(handle) for handle in bootstrap.stats]
+        self.core = Gateway(bootstrap, lambda: {page.role: page.snapshot() for page in self._pages})
+        context = process.context
+        self.clients = _bind_frontend(context, bootstrap.endpoint)
+        self.tokenizers = bind_router(context, bootstrap.tokenize_endpoint)
+        self.deliveries = bind_router(context, bootstrap.deliver_endpoint)
+        self.scheduler = connect_dealer(context, bootstrap.schedule_endpoint, identity=bootstrap.identity)
+        self.detokenizer = connect_dealer(context, bootstrap.detokenize_endpoint)
+        for source in (self.clients, self.tokenizers, self.deliveries, self.scheduler, launcher_fd):
+            process.watch(source)
+        process.on_control(self._on_control)
+
+    def serve(self) -> None:
+        """Ends with an exception, and then with no request unanswered."""
+        try:
+            self._loop()
+        except StopWorker:
+            self.core.abort("the engine was stopped before this request was finished")
+            raise
+        except Exception:
+            self.core.abort("the engine's gateway failed")
+            raise
+        finally:
+            self._flush()
+
+    def _loop(self) -> None:
+        core = self.core
+        self.process.ready()
+        while True:
+            timeout_s = core.timeout_s()
+            ready = self.process.wait(None if timeout_s is None else int(timeout_s * 1_000))
+            now = time.monotonic()
+            for frames in receive_frames(self.deliveries):
+                core.delivery(decode(frames[1], Delivery), frames[2:], now)
+            for accepted in receive(self.scheduler, Accepted):
+                core.accepted(accepted.keys)
+            for identity, done in receive_from(self.tokenizers, TokenizeDone):
+                core.tokenizer_done(identity, done.key)
+            for frames in receive_frames(self.clients):
+                core.client_frames(frames[0], frames[1:], now)
+            core.tick(now)
+            if self.launcher_fd in ready:
+                self._end_without_launcher()
+            self._flush()
+            self._count()
+
+    def _on_control(self, message: Start | Drain | Abort) -> None:
+        if isinstance(message, Start):
+            self.core.start()
+        elif isinstance(message, Drain):
+            self.core.drain(time.monotonic())
+        else:
+            self.core.abort(message.error_message)
+
+    def _flush(self) -> None:
+        while outbox := self.core.take_outbox():
+            for peer, identity, message in outbox:
+                frame = message if isinstance(message, bytes) else encode(message)
+                if peer is Peer.CLIENT:
+                    if not send_frames_to(self.clients, identity, frame):
+                        self.core.client_gone(identity)  # which may have more to say
+                elif peer is Peer.TOKENIZER:
+                    if not send_frames_to(self.tokenizers, identity, frame):
+                        logger.error("%s has died", identity.decode())  # the launcher sees that too and says Abort
+                elif peer is Peer.LAUNCHER:
+                    self.process.say(message)
+                else:
+                    (self.scheduler if peer is Peer.SCHEDULER else self.detokenizer).send(frame)
+
+    def _count(self) -> None:
+        core, stats = self.core, self.process.stats
+        stats.num_open[0] = len(core.table)
+        stats.num_clients[0] = len(core.table.clients)
+        stats.num_received[0] = core.num_received
+        stats.num_refused[0] = core.num_refused
+        stats.num_finished[0] = core.num_finished
+        stats.num_cancelled[0] = core.num_cancelled
+
+    def _end_without_launcher(self) -> None:
+        self.core.abort(_LAUNCHER_DIED)
+        shutil.rmtree(self.bootstrap.run_dir, ignore_errors=True)
+        raise EngineUnavailable(_LAUNCHER_DIED)
+
+
+def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
+    """The clients' socket. A file that only this user may connect to.
+
+    libzmq disconnects who sends more than its own bound, without a word; so that bound lies above the one that the core
+    answers with a text.
+    """
+    before = os.umask(0o177)
+    try:
+        return bind_router(context, endpoint, max_frame_bytes=MAX_FRAME_BYTES)
+    finally:
+        os.umask(before)
+
+
+def _watch_launcher(bootstrap: GatewayBootstrap) -> int:
+    """A descriptor that is readable once the launcher is dead."""
+    try:
+        fd = os.pidfd_open(bootstrap.worker.launcher_pid)
+    except ProcessLookupError:
+        raise EngineUnavailable(_LAUNCHER_DIED) from None
+    if os.getppid() != bootstrap.worker.launcher_pid:  # the number is somebody else's by now
+        raise EngineUnavailable(_LAUNCHER_DIED)
+    return fd

@@ -1,0 +1,105 @@
+"""Turns one request into token ids, or into the reason why not. Knows no sockets and no rings.
+
+A prompt is a stranger's: whatever it makes the template or the tokenizer raise is that request's error and no more.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
+from ipc.messages import Tokenize
+from workers.tokenizer.chat_template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+
+_NO_IDS: Final = np.empty(0, np.int32)
+_SHRINK: Final = 4  # normalisers may shorten a text (decomposed characters, runs of spaces), hardly by more than this
+
+
+class Encoded(NamedTuple):
+    """What became of a request: `token_ids` (int32 [n]), or an `error` and none."""
+
+    request: Tokenize
+    token_ids: Ids
+    error: RingfeedError | None
+
+
+class PromptEncoder:
+    """Encodes and checks prompts, chats and token ids for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, vocab_size: int, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._max_chars = _SHRINK * max_model_len * longest_token
+
+    def encode(self, request: Tokenize) -> Encoded:
+        """Never raises for what a request holds."""
+        try:
+            token_ids = self._token_ids(request)
+            self._check(token_ids, request)
+        except RingfeedError as error:
+            return Encoded(request, _NO_IDS, error)
+        except Exception as error:
+            return self._failed(request, error)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # a Rust panic in `tokenizers`: theirs, about this text
+                raise
+            return self._failed(request, error)
+        return Encoded(request, token_ids, None)
+
+    def _token_ids(self, request: Tokenize) -> Ids:
+        if request.token_ids is not None:
+            token_ids = np.frombuffer(request.token_ids, "<i4")
+            outside = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
+            if outside.size:
+                raise InvalidRequest(f"token_ids holds {outside[0]}; the model's ids are 0 to {self._vocab_size - 1}")
+            return token_ids
+        if request.chat is not None:
+            # The template has written the special tokens already.
+            return self._encode(self._template.render(request.chat), add_special_tokens=False)
+        return self._encode(request.prompt or "", add_special_tokens=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Ids:
+        # Encoding takes some 150 bytes a token: what cannot fit by far is refused before that.
+        if len(text) > self._max_chars:
+            raise InvalidRequest(
+                f"the prompt ({len(text)} characters) is far longer than {self._max_model_len} tokens, the longest "
+                "sequence of this engine"
+            )
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        return np.array(encoding.ids, np.int32)
+
+    def _check(self, token_ids: Ids, request: Tokenize) -> None:
+        if token_ids.size == 0:
+            raise InvalidRequest("the prompt has no tokens")
+        highest = int(token_ids.max())
+        if highest >= self._vocab_size:
+            raise InvalidRequest(f"the prompt holds token {highest}, which the model does not have")
+        for token_id in request.params.stop_token_ids:
+            if token_id >= self._vocab_size:
+                raise InvalidRequest(
+                    f"stop_token_ids holds {token_id}; the model's ids are 0 to {self._vocab_size - 1}"
+                )
+        num_new = request.params.max_tokens or 1
+        if token_ids.size + num_new > self._max_model_len:
+            raise InvalidRequest(
+                f"the prompt ({token_ids.size} tokens) and max_tokens ({num_new}) exceed the longest sequence of this "
+                f"engine ({self._max_model_len} tokens)"
+            )
+
+    @staticmethod
+    def _failed(request: Tokenize, error: BaseException) -> Encoded:
+        logger.warning("request %d cannot be encoded", request.key, exc_info=error)
+        return Encoded(
+            request, _NO_IDS, RequestFailed(f"the prompt cannot be encoded: {error or type(error).__name__}")
+        )

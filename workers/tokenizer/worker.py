@@ -1,0 +1,94 @@
+"""The tokenizer process: its sockets, its prompt ring and its loop. What a prompt becomes is decided in core.py."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from ipc.channels import connect_dealer, receive, send
+from ipc.errors import RequestFailed
+from ipc.messages import Tokenize, Tokenized, TokenizeDone
+from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
+from ipc.ring import Ring
+from workers.process import WorkerProcess
+from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer.config import TokenizerBootstrap
+from workers.tokenizer.core import Encoded, PromptEncoder
+from workers.tokenizer_files import load_tokenizer
+
+
+def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
+    """Serve until Stop."""
+    process.progress("loading tokenizer", 0.0)
+    tokenizer = load_tokenizer(bootstrap.model_path)
+    template = ChatTemplate.load(bootstrap.model_path)
+    encoder = PromptEncoder(tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
+    TokenizerWorker(process, bootstrap, encoder).serve()
+
+
+class TokenizerWorker:
+    """One prompt at a time: encode it, wait for room in the ring, publish it, tell scheduler and gateway."""
+
+    def __init__(self, process: WorkerProcess, bootstrap: TokenizerBootstrap, encoder: PromptEncoder) -> None:
+        self.process = process
+        self.encoder = encoder
+        self.ring = Ring.attach(bootstrap.prompt_ring, prompt_layout())
+        self.ring_index = bootstrap.ring_index
+        identity = bootstrap.worker.role.encode()
+        self.gateway = connect_dealer(process.context, bootstrap.tokenize_endpoint, identity=identity)
+        self.scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)
+        process.watch(self.gateway)
+
+    def serve(self) -> None:
+        waiting: deque[Tokenize] = deque()  # the gateway bounds how many
+        encoded: Encoded | None = None  # done, and waiting for the scheduler to free records
+        self.process.ready()
+        send(self.gateway, TokenizeDone(key=0))
+        while True:
+            # With a prompt that waits for records, only a message or the scheduler's doorbell can help.
+            self.process.wait(0 if waiting and encoded is None else None)
+            waiting.extend(receive(self.gateway, Tokenize))
+            if encoded is None and waiting:
+                encoded = self._encode(waiting.popleft())
+            if encoded is not None and self.ring.num_free() >= self._num_records(encoded):
+                self._hand_over(encoded)
+                encoded = None
+
+    def _encode(self, request: Tokenize) -> Encoded:
+        started = time.monotonic_ns()
+        encoded = self.encoder.encode(request)
+        if (num_records := self._num_records(encoded)) > self.ring.num_slots:
+            error = RequestFailed(f"the prompt takes {num_records} ring records; there are {self.ring.num_slots}")
+            encoded = Encoded(request, encoded.token_ids[:0], error)
+        stats = self.process.stats
+        stats.encode_ns[0] += time.monotonic_ns() - started
+        stats.num_requests[0] += 1
+        stats.num_tokens[0] += encoded.token_ids.size
+        stats.num_rejected[0] += encoded.error is not None
+        return encoded
+
+    @staticmethod
+    def _num_records(encoded: Encoded) -> int:
+        return -(-encoded.token_ids.size // PROMPT_RECORD_TOKENS)
+
+    def _hand_over(self, encoded: Encoded) -> None:
+        request, token_ids, error = encoded
+        first_ticket = self.ring.next_ticket
+        for start in range(0, token_ids.size, PROMPT_RECORD_TOKENS):
+            part = token_ids[start : start + PROMPT_RECORD_TOKENS]
+            self.ring.claim().token_ids[: part.size] = part
+            self.ring.publish()  # the message below is what wakes the scheduler
+        send(
+            self.scheduler,
+            Tokenized(
+                key=request.key,
+                route=request.route,
+                params=request.params,
+                ring=self.ring_index,
+                ticket=first_ticket if token_ids.size else 0,
+                num_prompt_tokens=int(token_ids.size),
+                error_code=error.code if error else "",
+                error_message=str(error) if error else "",
+            ),
+        )
+        send(self.gateway, TokenizeDone(key=request.key))

@@ -1,0 +1,79 @@
+"""Loads a model folder's tokenizer for the processes that encode or decode text, without torch where possible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+
+from ipc.errors import ModelUnsupported
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """The folder's tokenizer, with neither truncation nor padding, adding the special tokens that AutoTokenizer adds.
+
+    A folder without tokenizer.json is left to AutoTokenizer, which can convert older formats but takes seconds and
+    needs torch. Raises ModelUnsupported if no tokenizer can be loaded.
+    """
+    file = Path(folder) / "tokenizer.json"
+    try:
+        if file.is_file():
+            tokenizer = Tokenizer.from_file(str(file))
+            _apply_added_ends(tokenizer, read_tokenizer_config(folder))
+        else:
+            tokenizer = _convert_with_transformers(folder)
+    except Exception as error:  # `tokenizers` raises bare Exceptions, and a converter may raise anything
+        raise ModelUnsupported(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_tokenizer_config(folder: str) -> dict[str, Any]:
+    """tokenizer_config.json, or nothing if there is none."""
+    file = Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    plain = json.loads(file.read_bytes())
+    if not isinstance(plain, dict):
+        raise ModelUnsupported(f"{file} must hold a JSON object")
+    return plain
+
+
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens (`bos_token`, ...) of a tokenizer_config.json, as text."""
+    named: dict[str, str] = {}
+    for name, value in config.items():
+        if name.endswith("_token") and not name.startswith("add_"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                named[name] = text
+    return named
+
+
+def _apply_added_ends(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """What transformers does where `add_bos_token` or `add_eos_token` is written down: it outranks tokenizer.json."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    named = special_tokens(config)
+    parts, used = ["$A:0"], []
+    for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        if config.get(flag) and name in named:
+            text = named[name]
+            token_id = tokenizer.token_to_id(text)
+            if token_id is None:
+                raise ModelUnsupported(f"{name} ({text!r}) of tokenizer_config.json is not in the vocabulary")
+            parts.insert(0 if name == "bos_token" else len(parts), f"{text}:0")
+            used.append((text, token_id))
+    tokenizer.post_processor = processors.TemplateProcessing(single=parts, pair=[*parts, "$B:1"], special_tokens=used)
+
+
+def _convert_with_transformers(folder: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    backend: Tokenizer | None = getattr(AutoTokenizer.from_pretrained(folder), "backend_tokenizer", None)
+    if backend is None:
+        raise ModelUnsupported("it has no fast form; save it as tokenizer.json")
+    return backend
