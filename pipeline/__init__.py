@@ -1,0 +1,28 @@
+"""ringfeed's front door: launch an engine, talk to one.
+
+    from pipeline import Client, SamplingParams
+    with Client() as client:
+        print(client.generate("Hello", SamplingParams(max_tokens=16)).text)
+
+Importing it loads neither torch nor transformers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ipc.sampling import SamplingParams
+from pipeline.client import AsyncClient
+from pipeline.outputs import Output
+from pipeline.sync_client import Client
+
+if TYPE_CHECKING:
+    from pipeline.harness import Pipeline
+
+__all__ = ["AsyncClient", "Client", "Output", "Pipeline", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":  # brings the launcher's configuration along, which a client does not need
+        from pipeline.harness import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

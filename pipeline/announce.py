@@ -1,0 +1,95 @@
+"""Tells people and programs how the engine comes up: log lines, a progress bar on a terminal, JSON on a pipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any, Final
+
+from ipc.messages import Progress
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY: Final = 0.25  # of a stage, where there is no terminal
+
+
+class Announcer:
+    """What the supervisor has to say before the engine serves.
+
+    `status_fd`, if given, gets one JSON object a line: {"event": "spawned", "pids": {role: pid}} and
+    {"event": "ready", "endpoint": ...}. It is closed by `close()`.
+    """
+
+    def __init__(self, endpoint: str, model_name: str, details: str, status_fd: int | None = None) -> None:
+        self._endpoint = endpoint
+        self._model_name = model_name
+        self._details = details
+        self._status_fd = status_fd
+        self._said: dict[str, tuple[str, float]] = {}
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self.is_ready = False
+
+    def spawned(self, pids: dict[str, int]) -> None:
+        logger.info("started %s", ", ".join(f"{role} ({pid})" for role, pid in pids.items()))
+        self._tell_program(event="spawned", endpoint=self._endpoint, pids=pids)
+
+    def progress(self, message: Progress) -> None:
+        """A worker's start-up has come so far."""
+        if sys.stderr.isatty():
+            self._show(message)
+            return
+        stage, fraction = self._said.get(message.role, ("", 0.0))
+        if message.stage != stage or message.fraction >= min(1.0, fraction + _LOG_EVERY):
+            self._said[message.role] = (message.stage, message.fraction)
+            logger.info("%s: %s (%.0f %%)", message.role, message.stage, 100 * message.fraction)
+
+    def worker_ready(self, role: str) -> None:
+        logger.debug("%s is ready", role)
+
+    def ready(self, info: dict[str, int]) -> None:
+        """The engine serves."""
+        self._close_bar()
+        self.is_ready = True
+        logger.info(
+            "ready: %s (model %s, %d KV blocks, %s)",
+            self._endpoint,
+            self._model_name,
+            info["num_blocks"],
+            self._details,
+        )
+        self._tell_program(event="ready", endpoint=self._endpoint, info=info)
+
+    def close(self) -> None:
+        """Take down what is shown and close the pipe."""
+        self._close_bar()
+        if self._status_fd is not None:
+            os.close(self._status_fd)
+            self._status_fd = None
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, message: Progress) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress as ProgressBar
+
+            self._bar = ProgressBar(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        if message.role not in self._tasks:
+            self._tasks[message.role] = self._bar.add_task(message.stage, total=1.0)
+        self._bar.update(
+            self._tasks[message.role], description=f"{message.role}: {message.stage}", completed=message.fraction
+        )
+
+    def _tell_program(self, **event: Any) -> None:
+        if self._status_fd is not None:
+            try:
+                os.write(self._status_fd, (json.dumps(event) + "\n").encode())
+            except BrokenPipeError:  # whoever asked does not listen any more
+                self.close()

@@ -1,0 +1,111 @@
+"""A client's socket on an asyncio loop: connects, tells when the engine comes and goes, sends and receives frames.
+
+Everything runs in the loop's thread. ZeroMQ's descriptor is edge-triggered: after every receive and send the socket is
+asked whether more has arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ipc.channels import connect_dealer
+
+_EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_BURST: Final = 256  # frames taken in before other tasks get their turn
+
+
+class Connection:
+    """A DEALER that is renewed when its engine goes, so that nothing meant for one engine reaches the next.
+
+    `on_frames` gets the frames that have arrived, in order. `on_up` and `on_down` are called after the engine has come
+    and gone; all frames that it sent are handed over before `on_down`. ZeroMQ keeps trying to connect in between.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_frames: Callable[[list[bytes]], None],
+        on_up: Callable[[], None],
+        on_down: Callable[[], None],
+    ) -> None:
+        self.is_up = False
+        self._endpoint = endpoint
+        self._loop = loop
+        self._on_frames = on_frames
+        self._on_up = on_up
+        self._on_down = on_down
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._again_scheduled = False
+        self._closed = False
+        self._open()
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame. Never blocks."""
+        self._socket.send(frame)
+        self._look_again_if_needed()
+
+    def close(self) -> None:
+        """Flush what was sent to a living engine (at most for the socket's linger), and close."""
+        if not self._closed:
+            self._closed = True
+            self._close_socket(linger_ms=None if self.is_up else 0)
+            self._context.term()
+            self.is_up = False
+
+    def _open(self) -> None:
+        self._socket = connect_dealer(self._context, self._endpoint)
+        self._monitor: zmq.Socket[Any] = self._socket.get_monitor_socket(_EVENTS)
+        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._take_frames)
+        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._take_events)
+        self._loop.call_soon(self._take_events)  # what happened before the readers were there
+
+    def _close_socket(self, linger_ms: int | None) -> None:
+        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(linger_ms)
+
+    def _take_frames(self) -> None:
+        if self._closed:
+            return
+        self._again_scheduled = False
+        self._hand_over(_BURST)
+        if not self._closed:
+            self._look_again_if_needed()
+
+    def _hand_over(self, limit: int | None) -> None:
+        frames: list[bytes] = []
+        try:
+            while limit is None or len(frames) < limit:
+                frames.append(self._socket.recv(zmq.DONTWAIT))
+        except zmq.Again:
+            pass
+        if frames:
+            self._on_frames(frames)
+
+    def _look_again_if_needed(self) -> None:
+        if not self._again_scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._again_scheduled = True
+            self._loop.call_soon(self._take_frames)
+
+    def _take_events(self) -> None:
+        while not self._closed and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.is_up = True
+                self._on_up()
+            elif self.is_up:
+                self._hand_over(None)  # its last words, which may be errors worth more than ours
+                self.is_up = False
+                self._close_socket(linger_ms=0)
+                self._open()
+                self._on_down()
+                return

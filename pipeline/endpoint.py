@@ -1,0 +1,142 @@
+"""Where engine and clients meet: the syntax of endpoints, the default one, and who may listen on one.
+
+ZeroMQ removes a socket file that is in its way, also one that another engine listens on. So an engine first claims its
+endpoint: it holds a lock in the kernel's abstract socket namespace, which is gone with the processes that hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import ipaddress
+import os
+import re
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+from ipc.channels import MAX_IPC_PATH_BYTES
+from ipc.errors import ConfigError
+
+_IPC: Final = "ipc://"
+_TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>\d{1,5})")
+
+
+def runtime_folder() -> Path:
+    """This user's folder for sockets: XDG_RUNTIME_DIR if it is one, else /tmp."""
+    folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    if folder.startswith("/") and len(os.fsencode(folder)) <= MAX_IPC_PATH_BYTES // 2 and os.access(folder, os.W_OK):
+        return Path(folder)
+    return Path("/tmp")
+
+
+def default_endpoint() -> str:
+    """Where this user's engine listens, and a client without an endpoint looks."""
+    return f"{_IPC}{_default_folder() / 'default.sock'}"
+
+
+def _default_folder() -> Path:
+    return runtime_folder() / f"ringfeed-{os.getuid()}"
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raise ConfigError, as the end of a sentence, if nobody could listen or connect there."""
+    if endpoint.startswith(_IPC):
+        path = endpoint.removeprefix(_IPC)
+        if not path.startswith("/") or path.endswith("/") or "\0" in path:
+            raise ConfigError('must name a file by its absolute path: "ipc:///folder/name.sock"')
+        if (num_bytes := len(os.fsencode(path))) > MAX_IPC_PATH_BYTES:
+            raise ConfigError(f"is a path of {num_bytes} bytes; a socket's may have {MAX_IPC_PATH_BYTES}: shorten it")
+        return
+    match = _TCP.fullmatch(endpoint)
+    if match is None:
+        raise ConfigError('must have the form "ipc:///folder/name.sock" or "tcp://address:port"')
+    if not 1 <= int(match["port"]) <= 65_535:
+        raise ConfigError("must have a port from 1 to 65535")
+    host = match["host"].strip("[]")
+    if host != "*" and host not in (name for _, name in socket.if_nameindex()):
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ConfigError('must name an IP address of this machine ("127.0.0.1"), an interface, or "*"') from None
+
+
+class EndpointClaim:
+    """The right to listen on an endpoint, from construction until `close()`, or the end of all its holders.
+
+    `fd` (None for tcp, where the kernel itself refuses a second listener) is for the process that listens: as long as
+    it holds it, no other engine takes the endpoint. Makes a missing folder, private to the user.
+    Raises ConfigError if another process listens there or the folder will not do.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self.fd: int | None = None
+        self._path: Path | None = None
+        self._owned_folder: Path | None = None
+        if not endpoint.startswith(_IPC):
+            return
+        path = Path(endpoint.removeprefix(_IPC))
+        self._make_folder(path.parent, endpoint)
+        self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+        try:
+            self._lock.bind(f"\0ringfeed-{digest}")
+            self._refuse_foreign_file(path, endpoint)
+        except OSError as error:
+            self._give_up()
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise ConfigError(f"frontend.endpoint ({endpoint}) is in use by another engine: {_CURE}") from None
+        except ConfigError:
+            self._give_up()
+            raise
+        self._path = path
+        self.fd = self._lock.fileno()
+
+    def close(self) -> None:
+        """Remove what is left of the endpoint in the file system and let others have it."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = self.fd = None
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._lock.close()
+        if self._owned_folder is not None:
+            with contextlib.suppress(OSError):  # not empty: another engine of this user listens in it
+                self._owned_folder.rmdir()
+
+    def _make_folder(self, folder: Path, endpoint: str) -> None:
+        where = f"frontend.endpoint ({endpoint})"
+        try:
+            folder.mkdir(mode=0o700)
+            self._owned_folder = folder
+        except FileExistsError:
+            status = folder.lstat()
+            if folder == _default_folder():
+                private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+                if not private or status.st_uid != os.getuid():
+                    raise ConfigError(f"{where}: {folder} must be a private folder (0700) of this user") from None
+                self._owned_folder = folder
+            elif not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise ConfigError(f"{where}: {folder} is no folder that this user may write to") from None
+        except OSError as error:
+            raise ConfigError(f"{where}: folder {folder} cannot be made: {error.strerror}") from None
+
+    @staticmethod
+    def _refuse_foreign_file(path: Path, endpoint: str) -> None:
+        """ZeroMQ would delete whatever stands there: only a socket on which nobody listens may go."""
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(status.st_mode):
+            raise ConfigError(f"frontend.endpoint ({endpoint}): {path} is a file and not a socket: {_CURE}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(os.fsencode(path)) != errno.ECONNREFUSED:
+                raise ConfigError(f"frontend.endpoint ({endpoint}) is in use by another process: {_CURE}")
+
+
+_CURE: Final = "choose another endpoint, or end what uses this one"

@@ -1,0 +1,180 @@
+"""A whole engine for a script or a test: `with Pipeline(config) as p: p.client.generate(...)`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, Final, Self
+
+import msgspec
+
+from ipc.errors import EngineUnavailable
+from pipeline.config import Config, config_from_dict, load_config, overrides_from_dict, to_toml
+from pipeline.endpoint import runtime_folder
+from pipeline.python_module import module_command, module_environment
+from pipeline.sync_client import Client
+
+_STOP_MARGIN_S: Final = 15.0  # beyond the drain's own time-out
+_LAST_LINES: Final = 20
+
+
+class Pipeline:
+    """Launches `python -m pipeline.launch` and takes it down again.
+
+    Args:
+        config: a TOML file, a Config, or nested plain values.
+        overrides: "section.key=value" strings, or {"section.key": value}.
+        log: a file to write the engine's log to; None = only `log_text()` has it.
+        startup_timeout_s: how long the engine may take to be ready.
+
+    Without `frontend.endpoint` the engine gets a private one of its own. Raises ConfigError for a configuration that
+    cannot work, EngineUnavailable, with the last lines of its log, for an engine that does not come up. Leaves nothing:
+    the engine ends also if this process is killed.
+    """
+
+    def __init__(
+        self,
+        config: str | os.PathLike[str] | Config | Mapping[str, Any],
+        overrides: Iterable[str] | Mapping[str, Any] = (),
+        *,
+        log: str | os.PathLike[str] | None = None,
+        startup_timeout_s: float = 120.0,
+    ) -> None:
+        overrides = overrides_from_dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
+        if isinstance(config, Config):
+            config = {
+                section: {key: value for key, value in values.items() if value is not None}
+                for section, values in msgspec.to_builtins(config).items()
+            }
+        if isinstance(config, Mapping):
+            self.config = config_from_dict(config, overrides=overrides)
+        else:
+            self.config = load_config(config, overrides)
+        self._log_path = log
+        self._startup_timeout_s = startup_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: Client | None = None
+        self._private_folder: Path | None = None
+        self._lifeline: int | None = None
+        self.endpoint = self.config.frontend.endpoint or ""
+        self.pids: dict[str, int] = {}  # role -> process id, "launcher" included
+
+    @property
+    def client(self) -> Client:
+        """A client of this engine, closed with it."""
+        if self._client is None:
+            self._client = Client(self.endpoint)
+        return self._client
+
+    def start(self) -> Self:
+        """Launch the engine and wait until it is ready."""
+        assert self._process is None, "a Pipeline is started once"
+        config = self.config
+        if not self.endpoint:
+            self._private_folder = Path(tempfile.mkdtemp(prefix="ringfeed-", dir=runtime_folder()))
+            self.endpoint = f"ipc://{self._private_folder}/client.sock"
+            config = msgspec.structs.replace(
+                config, frontend=msgspec.structs.replace(config.frontend, endpoint=self.endpoint)
+            )
+        self._log: IO[bytes] = open(self._log_path, "w+b") if self._log_path else tempfile.TemporaryFile()
+        status_reader, status_writer = os.pipe()
+        lifeline_reader, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                module_command(
+                    "pipeline.launch", "--config", "-",
+                    "--status-fd", str(status_writer), "--lifeline-fd", str(lifeline_reader),
+                ),
+                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
+                pass_fds=(status_writer, lifeline_reader), env=module_environment(), process_group=0,
+            )  # fmt: skip
+            assert self._process.stdin is not None, "asked for a pipe"
+            with self._process.stdin as stdin, contextlib.suppress(BrokenPipeError):
+                stdin.write(to_toml(config).encode())
+        finally:
+            os.close(status_writer)
+            os.close(lifeline_reader)
+        self.pids["launcher"] = self._process.pid
+        try:
+            with os.fdopen(status_reader, "rb", buffering=0) as status:
+                self._wait_ready(status.fileno())
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def stop(self) -> int:
+        """End the engine in order, finishing what is open, and return its exit status. A second call does nothing."""
+        assert self._process is not None, "the Pipeline was not started"
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        return self._finish(self.config.frontend.drain_timeout_s + _STOP_MARGIN_S)
+
+    def kill(self) -> int:
+        """End the engine in haste: open requests get an error. Returns its exit status."""
+        assert self._process is not None, "the Pipeline was not started"
+        return self._finish(_STOP_MARGIN_S)
+
+    def log_text(self) -> str:
+        """What the engine has logged so far."""
+        self._log.flush()
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._client is not None:
+            self._client.close()  # cancels what is open, so that draining has nothing to wait for
+        self.stop() if kind is None else self.kill()
+
+    def _wait_ready(self, status_fd: int) -> None:
+        deadline = time.monotonic() + self._startup_timeout_s
+        pending = b""
+        while True:
+            readable, _, _ = select.select([status_fd], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                raise self._startup_error(f"is not ready after {self._startup_timeout_s:g} s")
+            chunk = os.read(status_fd, 65_536)
+            if not chunk:
+                raise self._startup_error("did not come up")
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                self.pids |= event.get("pids", {})
+                if event["event"] == "ready":
+                    return
+
+    def _startup_error(self, what: str) -> EngineUnavailable:
+        lines = self.log_text().splitlines()[-_LAST_LINES:]
+        return EngineUnavailable(f"the engine {what}; its log ends:\n" + "\n".join(lines))
+
+    def _finish(self, timeout_s: float) -> int:
+        assert self._process is not None, "the Pipeline was not started"
+        if self._client is not None:
+            self._client.close()
+        if timeout_s <= _STOP_MARGIN_S:
+            self._close_lifeline()
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._close_lifeline()
+        if self._private_folder is not None:
+            shutil.rmtree(self._private_folder, ignore_errors=True)
+        return status
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None

@@ -1,0 +1,126 @@
+"""`python -m pipeline.launch --config FILE`: check all that can be checked, then run one engine until told to end.
+
+Exit status: 0 after an orderly end, 1 after a failure, 2 for a configuration that cannot work, 128 + signal if
+stopped at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+
+import msgspec
+
+from ipc.errors import ConfigError, RingfeedError
+from pipeline.announce import Announcer
+from pipeline.config import Config, load_config, to_toml
+from pipeline.endpoint import EndpointClaim, default_endpoint
+from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
+from pipeline.supervisor import Supervisor, signal_pipe
+from pipeline.wiring import Wiring
+from workers.process import LOG_FORMAT
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=options.log_level, format=LOG_FORMAT.format(role="launcher"), stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config = load_config(options.config, options.set)
+        try:
+            if options.check:
+                _print_resolved(config)
+                return 0
+            return launch(
+                config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{options.config}: {error}") from None
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RingfeedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the supervisor took the signals over: nothing runs yet
+        return 130
+
+
+def launch(
+    config: Config,
+    *,
+    log_level: str = "INFO",
+    status_fd: int | None = None,
+    lifeline_fd: int | None = None,
+    package: str = "workers",
+) -> int:
+    """Run an engine until it is told to end, and return the exit status. Call it in the main thread.
+
+    `package` holds the workers' modules, one per role. Raises ConfigError before anything is spawned.
+    """
+    check_device(config.model.device)
+    model = find_model(config)
+    endpoint = config.frontend.endpoint or default_endpoint()
+    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint)) as claim:
+        supervisor = Supervisor(
+            Wiring(config, model, endpoint, claim.fd, log_level),
+            Announcer(endpoint, model.name, _details(config, model), status_fd),
+            drain_timeout_s=config.frontend.drain_timeout_s,
+            signal_fd=signal_fd,
+            lifeline_fd=lifeline_fd,
+            package=package,
+        )
+        return supervisor.run()
+
+
+def _details(config: Config, model: ModelFacts) -> str:
+    return (
+        f"{config.cache.block_size} tokens each, {config.scheduler.max_num_seqs} sequences of up to "
+        f"{model.max_model_len} tokens, ring depth {config.ring.depth}"
+    )
+
+
+def _print_resolved(config: Config) -> None:
+    """The configuration as it would run. A model that is not on this machine yet leaves its own values open."""
+    try:
+        model = find_model(config, download=False)
+    except ModelNotHere as error:
+        print(f"note: {error}; it is not checked", file=sys.stderr)
+    else:
+        config = msgspec.structs.replace(
+            config, scheduler=msgspec.structs.replace(config.scheduler, max_model_len=model.max_model_len)
+        )
+    endpoint = config.frontend.endpoint or default_endpoint()
+    print(
+        to_toml(msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint)))
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ringfeed", description="Run a ringfeed engine.")
+    parser.add_argument("--config", required=True, metavar="FILE", help='TOML file; "-" = standard input')
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    parser.add_argument("--check", action="store_true", help="check and print the resolved configuration, run nothing")
+    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument("--status-fd", type=_descriptor, help="write life events to this descriptor, one JSON a line")
+    parser.add_argument("--lifeline-fd", type=_descriptor, help="end soon after this descriptor's other end is closed")
+    return parser
+
+
+def _descriptor(text: str) -> int:
+    """An inherited descriptor that our own children shall not have."""
+    fd = int(text)
+    os.set_inheritable(fd, False)
+    return fd
+
+
+if __name__ == "__main__":
+    sys.exit(main())

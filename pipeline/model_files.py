@@ -1,0 +1,190 @@
+"""Finds the model's folder and what the engine must know of it, before anything is spawned.
+
+Reads JSON and looks at file names; loads neither weights nor tokenizer, and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from ipc.errors import ConfigError
+from ipc.records import MAX_EOS_TOKEN_IDS
+from pipeline.config import Config, check_cache_holds_one_sequence
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES: Final = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+_LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_SLOW_TOKENIZER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the launcher tells the workers of a model."""
+
+    name: str  # as the configuration has it
+    folder: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_model_len: int  # prompt + output tokens of one sequence: the configuration's, or what the model can
+
+
+class ModelNotHere(ConfigError):
+    """A hub id whose files are not on this machine."""
+
+
+def find_model(config: Config, *, download: bool = True) -> ModelFacts:
+    """Resolve `model.path` to a folder and read its facts.
+
+    A hub id is looked for in the local Hugging Face cache and then, with `download`, at the hub. Raises ConfigError
+    (ModelNotHere for files that `download` might get), naming the key, the value and the cure.
+    """
+    path = config.model.path
+    folder = Path(path) if path.startswith("/") else _hub_folder(path, config.model.load_format, download)
+    if not folder.is_dir():
+        raise ConfigError(f"model.path ({path!r}): there is no such folder; relative ones start at the config file's")
+    plain = _read_json(folder / "config.json", path)
+    text = plain.get("text_config") or plain
+    generation = _read_json(folder / "generation_config.json", path, optional=True)
+    vocab_size = text.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ConfigError(f"model.path ({path!r}): config.json gives no vocab_size; is it a language model?")
+    _check_tokenizer(folder, path)
+    if config.model.load_format == "safetensors":
+        _check_weights(folder, path)
+    facts = ModelFacts(
+        name=Path(path).name if path.startswith("/") else path,
+        folder=str(folder),
+        vocab_size=vocab_size,
+        eos_token_ids=_eos_token_ids((generation, text, plain), path),
+        max_model_len=_max_model_len(config, text),
+    )
+    if config.cache.num_blocks is not None:
+        check_cache_holds_one_sequence(config.cache.num_blocks, config.cache.block_size, facts.max_model_len)
+    return facts
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError if the configuration insists on CUDA and there is none."""
+    if device == "cuda" and (reason := _cuda_missing()):
+        raise ConfigError(f'model.device ("cuda"): {reason}; set model.device = "cpu" or use a machine with a CUDA GPU')
+
+
+def _cuda_missing() -> str | None:
+    """Why CUDA cannot be used, or None. Asks the driver, which is a few milliseconds; torch takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver is installed here (libcuda.so.1)"
+    if status := driver.cuInit(0):
+        return f"the CUDA driver does not start (cuInit: error {status})"
+    count = ctypes.c_int(0)
+    if driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "the CUDA driver sees no GPU"
+    return None
+
+
+def _hub_folder(hub_id: str, load_format: str, download: bool) -> Path:
+    if not _HUB_ID.fullmatch(hub_id):
+        raise ConfigError(f"model.path ({hub_id!r}) is neither a folder nor a hub id (organization/name)")
+    import huggingface_hub  # half a second that only hub ids cost
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = [p for p in _HUB_FILES if load_format == "safetensors" or p != "*.safetensors"]
+    missing = f"model.path ({hub_id!r}) is neither a folder nor in the local Hugging Face cache"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns))
+        if (folder / "config.json").is_file():
+            return folder
+    except (LocalEntryNotFoundError, ValueError):
+        pass  # not in the cache
+    if not download:
+        raise ModelNotHere(missing)
+    logger.info("downloading %s from the Hugging Face hub", hub_id)
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # the hub client's, the HTTP library's and the system's: to the user they are one
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelNotHere(
+            f"{missing}, and cannot be downloaded ({first_line}): "
+            "give the path of a folder, or log in with a token that may read it (hf auth login)"
+        ) from None
+
+
+def _read_json(file: Path, path: str, *, optional: bool = False) -> dict[str, Any]:
+    try:
+        plain = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise ConfigError(f"model.path ({path!r}): {file.parent} has no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path ({path!r}): {file} cannot be read: {error}") from None
+    if not isinstance(plain, dict):
+        raise ConfigError(f"model.path ({path!r}): {file} must hold a JSON object")
+    return plain
+
+
+def _check_tokenizer(folder: Path, path: str) -> None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW_TOKENIZER_FILES)):
+        raise ConfigError(f"model.path ({path!r}): {folder} has no tokenizer (tokenizer.json)")
+
+
+def _check_weights(folder: Path, path: str) -> None:
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        weight_map = _read_json(index, path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"model.path ({path!r}): {index.name} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"model.path ({path!r}): {folder} lacks weights ({missing[0]}{', ...' if missing[1:] else ''}); only "
+            'safetensors are read. Set model.load_format = "dummy" for random ones'
+        )
+
+
+def _eos_token_ids(sources: Iterable[dict[str, Any]], path: str) -> list[int]:
+    """The ids that end a sequence: of the first file that names any, as `model.generate` has it."""
+    for source in sources:
+        value = source.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ConfigError(f"model.path ({path!r}): eos_token_id ({value!r}) must be a token id or a list of them")
+        if len(ids) > MAX_EOS_TOKEN_IDS:
+            raise ConfigError(
+                f"model.path ({path!r}): eos_token_id lists {len(ids)} ids; at most {MAX_EOS_TOKEN_IDS} are supported"
+            )
+        return [i for i in ids if i >= 0]
+    return []
+
+
+def _max_model_len(config: Config, text_config: dict[str, Any]) -> int:
+    configured = config.scheduler.max_model_len
+    known = (text_config[key] for key in _LENGTH_KEYS if isinstance(text_config.get(key), int))
+    possible: int | None = next(known, None)
+    if configured is None:
+        if possible is None:
+            raise ConfigError(
+                "scheduler.max_model_len is missing, and the model's config.json gives no max_position_embeddings: "
+                "set it to the most tokens (prompt + output) of one sequence"
+            )
+        return possible
+    if possible is not None and configured > possible:
+        raise ConfigError(
+            f"scheduler.max_model_len ({configured}) is larger than what the model can "
+            f"(max_position_embeddings {possible}): lower it, or leave it out"
+        )
+    return configured

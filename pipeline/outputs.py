@@ -1,0 +1,137 @@
+"""What a client sends and gets, in Python's own types: prompts in, outputs out. Knows no sockets."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeAlias, cast
+
+import msgspec
+
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.codec import encode
+from ipc.errors import InvalidRequest
+from ipc.messages import ChatMessage, FinishReason, Generate, TokenLogprobs
+from ipc.sampling import SamplingParams
+
+# A text; a chat, as messages or {"role": ..., "content": ...}; or token ids, as a list or a 1-d integer array.
+Prompt: TypeAlias = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]] | Sequence[int]
+
+assert array("i").itemsize == 4, "token ids travel as 32-bit integers"
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probability of one sampled token, and of the likeliest ones at its place, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+class Output(msgspec.Struct, kw_only=True):
+    """News of a request.
+
+    Of a stream, each Output has the text and tokens that are new since the one before (several steps' worth if the
+    consumer is slower than the engine), and the last one has `finished`. Otherwise there is one Output, with everything.
+    A stop string is never in `text`; `token_ids` may end with the tokens that completed it. `logprobs` has one entry
+    per token id if the request asked for them.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finished: bool = False
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None  # of a finished request
+    error: str | None = None  # with finish reason "error"
+    logprobs: list[TokenLogprob] | None = None
+
+    @classmethod
+    def failed(cls, request_id: str, error: str) -> Output:
+        """The one Output of a request that failed."""
+        return cls(request_id=request_id, text="", token_ids=[], finished=True, finish_reason="error", error=error)
+
+
+def generate_frame(request_id: str, prompt: Prompt, params: SamplingParams, stream: bool) -> bytes:
+    """The encoded request. Raises InvalidRequest for what no engine would take."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params ({params!r}) must be SamplingParams")
+    if not isinstance(request_id, str) or not request_id:
+        raise InvalidRequest(f"request_id ({request_id!r}) must be a string of at least 1 character")
+    text: str | None = None
+    chat: list[ChatMessage] | None = None
+    token_ids: bytes | None = None
+    if isinstance(prompt, str):
+        text = prompt
+    elif _is_array(prompt):
+        token_ids = _token_id_bytes(cast(Any, prompt).tolist())
+    elif not isinstance(prompt, Sequence):
+        raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}, not {type(prompt).__name__}")
+    elif prompt and isinstance(prompt[0], ChatMessage | Mapping):
+        chat = [_chat_message(message) for message in prompt]
+    else:
+        token_ids = _token_id_bytes(cast(Sequence[int], prompt))
+    if len(cast(Any, prompt)) == 0:
+        raise InvalidRequest("prompt is empty")
+    message = Generate(request_id=request_id, params=params, prompt=text, chat=chat, token_ids=token_ids, stream=stream)
+    try:
+        frame = encode(message)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"prompt is not valid Unicode: {error.reason} at character {error.start}") from None
+    if len(frame) > MAX_CLIENT_FRAME_BYTES:
+        raise InvalidRequest(f"prompt is too large: {len(frame)} bytes, at most {MAX_CLIENT_FRAME_BYTES} are taken")
+    return frame
+
+
+def token_logprobs(token_ids: Sequence[int], parts: Sequence[TokenLogprobs]) -> list[TokenLogprob]:
+    """Unpack consecutive columns; together they have one row per token id."""
+    rows: list[tuple[float, dict[int, float]]] = []
+    for part in parts:
+        n = part.num_top
+        ids = memoryview(part.top_ids).cast("i").tolist()
+        values = memoryview(part.top_logprobs).cast("f").tolist()
+        for i, logprob in enumerate(memoryview(part.logprobs).cast("f").tolist()):
+            rows.append((logprob, dict(zip(ids[i * n : (i + 1) * n], values[i * n : (i + 1) * n], strict=True))))
+    return [TokenLogprob(token, logprob, top) for token, (logprob, top) in zip(token_ids, rows, strict=True)]
+
+
+_PROMPT_KINDS: Final = "a string, a list of chat messages or a list of token ids"
+
+
+def _is_array(prompt: object) -> bool:
+    """A numpy array or something like it, without importing numpy."""
+    if not hasattr(prompt, "dtype") or not hasattr(prompt, "tolist"):
+        return False
+    if getattr(prompt, "ndim", None) != 1 or getattr(prompt.dtype, "kind", "") not in ("i", "u"):
+        raise InvalidRequest("prompt is an array, but not a 1-dimensional one of integers")
+    return True
+
+
+def _token_id_bytes(token_ids: Sequence[int]) -> bytes:
+    try:
+        packed = array("i", token_ids)
+    except TypeError:
+        raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}; something in this list is none of them") from None
+    except OverflowError:
+        raise InvalidRequest("prompt: token ids must lie in [0, 2**31)") from None
+    if packed and min(packed) < 0:
+        raise InvalidRequest(f"prompt: token id {min(packed)} is negative")
+    return packed.tobytes()
+
+
+def _chat_message(message: object) -> ChatMessage:
+    try:
+        return msgspec.convert(msgspec.to_builtins(message), ChatMessage)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise InvalidRequest(f'chat message must be {{"role": text, "content": text}}: {error}') from None

@@ -1,0 +1,20 @@
+"""One progress bar on the terminal, or none. Loads rich only if it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """Yields a function that advances the bar by one."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
