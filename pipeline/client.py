@@ -264,6 +264,8 @@ class AsyncClient:
                     self._take_outputs(message)
                 case Refused():
                     self._take_refusal(message)
+                case Alive():
+                    pass  # the gateway asks the socket, not us
                 case _:
                     query = self._queries.pop(message.query_id, None)
                     if query is not None and not query.done():

@@ -112,6 +112,14 @@ class Pipeline:
             raise
         return self
 
+    def wait(self, timeout_s: float) -> int:
+        """Wait for the engine to end by itself and return its exit status. Raises TimeoutError if it does not."""
+        assert self._process is not None, "the Pipeline was not started"
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the engine still runs after {timeout_s:g} s") from None
+
     def stop(self) -> int:
         """End the engine in order, finishing what is open, and return its exit status. A second call does nothing."""
         assert self._process is not None, "the Pipeline was not started"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 Roles = dict[str, dict[str, float]]
 
@@ -42,16 +41,16 @@ class Figures:
 class Window:
     """A measurement that is under way: opened with one reading, closed with another."""
 
-    def __init__(self, before: Any) -> None:
-        self._before: Roles = before.roles
+    def __init__(self, before: Roles) -> None:
+        self._before = before
         self._start = time.perf_counter()
 
-    def close(self, after: Any) -> Figures:
+    def close(self, after: Roles) -> Figures:
         """Figures between the two readings. A window without a step gives zeros."""
         seconds = time.perf_counter() - self._start
 
         def change(role: str, name: str) -> float:
-            return float(after.roles[role][name] - self._before[role][name])
+            return float(after[role][name] - self._before[role][name])
 
         num_steps = int(change("scheduler", "num_steps"))
         per_step = max(num_steps, 1)
@@ -60,7 +59,7 @@ class Window:
             seconds=seconds,
             num_steps=num_steps,
             num_sampled_tokens=int(change("scheduler", "num_sampled_tokens")),
-            host_us_per_step={role: change(role, "cpu_ns") / per_step / 1e3 for role in after.roles},
+            host_us_per_step={role: change(role, "cpu_ns") / per_step / 1e3 for role in after},
             plan_us_per_step=change("scheduler", "plan_ns") / per_step / 1e3,
             apply_us_per_step=change("scheduler", "apply_ns") / per_step / 1e3,
             device_us_per_step=busy / per_step / 1e3,

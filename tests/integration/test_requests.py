@@ -26,7 +26,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
 
 
 def is_idle(client: Client) -> bool:
-    stats = client.stats().roles
+    stats = client.stats()
     return (
         stats["gateway"]["num_open"] == stats["detokenizer"]["num_open"] == 0
         and stats["scheduler"]["num_running"] == stats["scheduler"]["num_waiting"] == 0
@@ -187,7 +187,7 @@ def test_health_and_stats_speak_of_the_engine(client: Client) -> None:
     health = client.health()
     assert health.state == "ready"
     assert health.max_model_len > 0
-    roles = client.stats().roles
+    roles = client.stats()
     assert {"gateway", "tokenizer.0", "detokenizer", "scheduler", "gpu"} <= set(roles)
     assert roles["scheduler"]["num_steps"] >= 0
 
@@ -195,7 +195,7 @@ def test_health_and_stats_speak_of_the_engine(client: Client) -> None:
 def test_an_idle_engine_holds_nothing(client: Client) -> None:
     client.generate_batch(["A module is"] * 40, GREEDY)
     wait_until(lambda: is_idle(client))
-    stats = client.stats().roles
+    stats = client.stats()
     assert stats["scheduler"]["num_preempted"] == 0
     assert stats["scheduler"]["num_free_blocks"] == stats["scheduler"]["num_blocks"]
     assert stats["detokenizer"]["num_undelivered"] == 0

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.reference.tiny_models import FAMILIES, make_tiny_model, reference_generate
 
 from pipeline import Pipeline, SamplingParams
+from tests.reference.tiny_models import FAMILIES, make_tiny_model, reference_generate
 
 MAX_NEW_TOKENS = 20
 # Small enough that prompts take several chunks, requests queue for a row, and sequences are preempted for blocks.
@@ -43,7 +43,7 @@ def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> N
     expected = reference_generate(tmp_path, prompts, MAX_NEW_TOKENS)
     with Pipeline(config(tmp_path)) as pipeline:
         outputs = pipeline.client.generate_batch(prompts, SamplingParams(max_tokens=MAX_NEW_TOKENS))
-        stats = pipeline.client.stats().roles["scheduler"]
+        stats = pipeline.client.stats()["scheduler"]
     assert [output.token_ids for output in outputs] == expected
     assert stats["num_preemptions"] > 0, "the limits were meant to force preemption"
 

@@ -36,7 +36,9 @@ def ids_of(text: str) -> list[int]:
     return token_ids
 
 
-def opened(key: int, *, client: bytes = b"c", stream: bool = True, stop: list[str] | None = None, **more: Any) -> Opened:
+def opened(
+    key: int, *, client: bytes = b"c", stream: bool = True, stop: list[str] | None = None, **more: Any
+) -> Opened:
     return Opened(key, Route(client, f"r{key}", stream), stop or [], 5, more.get("num_logprobs"))
 
 
