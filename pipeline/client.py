@@ -17,7 +17,18 @@ from typing import Any, Final, Literal, Self, overload
 
 from ipc.codec import decode, encode
 from ipc.errors import EngineUnavailable, InvalidRequest, ProtocolError, QueueFull, RingfeedError, error_from_code
-from ipc.messages import PROTOCOL_VERSION, Cancel, Delivered, GatewayToClient, Health, Outputs, Query, Refused, Stats
+from ipc.messages import (
+    PROTOCOL_VERSION,
+    Alive,
+    Cancel,
+    Delivered,
+    GatewayToClient,
+    Health,
+    Outputs,
+    Query,
+    Refused,
+    Stats,
+)
 from ipc.messages import Final as FinalAnswer
 from ipc.sampling import SamplingParams
 from pipeline.connection import Connection
