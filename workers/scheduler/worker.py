@@ -93,9 +93,7 @@ class StepChannel:
         started = perf_counter_ns()
         while (result := self._results.take()) is not None:
             scheduler.apply(result)
-            ticket = self._results.next_ticket - 1
-            self._results.release_through(ticket)
-            self._steps.release_through(ticket)
+            self._results.release_through(self._results.next_ticket - 1)  # its step record: the GPU process has
         applied = perf_counter_ns()
         stats.apply_ns[0] += applied - started
         while scheduler.num_in_flight < scheduler.depth and scheduler.has_work:
