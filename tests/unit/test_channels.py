@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ipc.channels import (
     bind_router,
@@ -20,7 +21,7 @@ from ipc.channels import (
     send,
     send_frames_to,
     send_to,
-)  # fmt: skip
+)
 from ipc.errors import ConfigError, EngineUnavailable, ProtocolError
 from ipc.messages import CancelRequests, TokenizeDone
 
@@ -129,11 +130,17 @@ def test_an_orderly_close_loses_nothing(context, endpoint, spawn):
 
 def test_a_restarted_worker_is_heard_while_messages_of_the_dead_one_are_unread(context, endpoint, spawn):
     router = bind_router(context, endpoint)
+    monitor = router.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     dead = spawn("worker", 0, 5, "stay")
     assert router.poll(DEADLINE_S * 1000)
     dead.kill()
     dead.wait()
     spawn("worker", 100, 5, "stay")
+    events: list[int] = []  # nothing is read before the successor is connected
+    while events.count(zmq.EVENT_HANDSHAKE_SUCCEEDED) < 2:
+        assert monitor.poll(DEADLINE_S * 1000), "the successor does not connect"
+        events.append(recv_monitor_message(monitor)["event"])
+    router.disable_monitor()
     keys: set[int] = set()
     deadline = time.monotonic() + DEADLINE_S
     while not keys >= set(range(100, 105)):

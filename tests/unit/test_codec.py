@@ -42,7 +42,7 @@ from ipc.messages import (
     TokenLogprobs,
     ToScheduler,
     WorkerToLauncher,
-)  # fmt: skip
+)
 from ipc.sampling import SamplingParams
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
