@@ -6,6 +6,7 @@ resizing it under another. /dev/shm is not involved, whatever its size.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -21,11 +22,11 @@ def create_segment(name: str, num_bytes: int) -> int:
     Raises RingError, with the size, if the memory cannot be had.
     """
     num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
-    available = _available_bytes()
-    if num_bytes > available:  # asked for it all the same, the kernel would kill somebody rather than refuse
-        raise RingError(f"shared memory for {name} ({num_bytes} bytes) cannot be had: {available} bytes are available")
     fd = -1
     try:
+        available = _available_bytes()
+        if num_bytes > available:  # the kernel would sooner kill some process than refuse
+            raise OSError(errno.ENOMEM, f"{available} bytes are available")
         fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
         os.posix_fallocate(fd, 0, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ipc.stats import FIELDS, StatsPage, stats_layout
+
+
+@pytest.mark.parametrize("role", [*FIELDS, "tokenizer.3"])
+def test_a_counter_of_any_role_is_read_through_another_mapping(role):
+    handle = StatsPage.create(role)
+    writer, reader = StatsPage(handle), StatsPage(handle)
+    for number, name in enumerate(writer.layout.fields, start=1):
+        getattr(writer.values, name)[0] += number
+    expected = {name: float(number) for number, name in enumerate(writer.layout.fields, start=1)}
+    assert reader.snapshot() == expected
+    assert {"cpu_ns", "num_wakeups", *FIELDS[role.split(".")[0]]} == set(expected)
+    os.close(handle.fd)
+
+
+def test_counters_outlive_the_process_that_counted():
+    handle = StatsPage.create("gpu")
+    pid = os.fork()
+    if pid == 0:
+        StatsPage(handle).values.num_steps[0] += 3
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    successor = StatsPage(handle)
+    successor.values.num_steps[0] += 1
+    assert StatsPage(handle).snapshot()["num_steps"] == 4.0
+    os.close(handle.fd)
+
+
+def test_no_two_counters_share_a_cache_line():
+    offsets = [field.offset for field in stats_layout("scheduler").fields.values()]
+    assert len({offset // 64 for offset in offsets}) == len(offsets)
