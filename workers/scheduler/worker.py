@@ -4,8 +4,8 @@
     gateway, detokenizer: CancelRequests -->   Scheduler   <--result ring--
     gateway: Accepted            <--schedule--             --detokenize--> detokenizer: StepOutputs
 
-Owns the read cursors of the result ring and the step ring: the credit rule makes result k the release of step record k.
-It sleeps without a time-out: whatever could be done next announces itself on a socket or the doorbell.
+Owns the read cursors of the result ring and of the prompt rings; step records are released by the GPU process. It
+sleeps without a time-out: whatever could be done next announces itself on a socket or the doorbell.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class StepChannel:
         started = perf_counter_ns()
         while (result := self._results.take()) is not None:
             scheduler.apply(result)
-            self._results.release_through(self._results.next_ticket - 1)  # its step record: the GPU process has
+            self._results.release_through(self._results.next_ticket - 1)
         applied = perf_counter_ns()
         stats.apply_ns[0] += applied - started
         while scheduler.num_in_flight < scheduler.depth and scheduler.has_work:

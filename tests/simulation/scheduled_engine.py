@@ -1,0 +1,214 @@
+"""The scheduler with a fake GPU, fake tokenizers and a fake detokenizer around it, moved by hand one event at a time.
+
+Every ring is real. What the detokenizer hears is checked as it comes: no token before its request is opened, exactly
+one end, nothing after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ipc.layout import Layout
+from ipc.messages import Route, Tokenized
+from ipc.records import StepShape, result_layout, step_layout
+from ipc.ring import Ring, close_handle
+from ipc.sampling import SamplingParams
+from tests.simulation.fake_gpu import FakeGpu
+from workers.scheduler.config import SchedulerConfig
+from workers.scheduler.prompts import PromptRings
+from workers.scheduler.scheduler import Scheduler
+
+RECORD_TOKENS = 8  # of a prompt record here: prompts of several records stay short
+ROUTE = Route(client=b"c", request_id="r", stream=True)
+
+
+class Clock:
+    """Nanoseconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_000
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+class ScheduledEngine:
+    """`send` what a tokenizer would; `plan`, `run_device` and `apply` one step each; `drain` to the end."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 64,
+        block_size: int = 4,
+        num_blocks: int = 64,
+        depth: int = 2,
+        max_num_waiting: int = 1_000,
+        eos_token_ids: tuple[int, ...] = (),
+        num_tokenizers: int = 1,
+        prompt_records: int = 32,
+    ) -> None:
+        self.shape = StepShape(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
+        self.depth = depth
+        self.num_blocks = num_blocks
+        prompt_layout = Layout("prompt", [("token_ids", "<i4", (RECORD_TOKENS,))])
+        sizes = [max(prompt_records, -(-max_model_len // RECORD_TOKENS))] + [prompt_records] * num_tokenizers
+        # The scheduler and the tokenizers attach apart, as they are apart in processes.
+        created = [Ring.create(f"prompt.{i}", prompt_layout, size, 1) for i, size in enumerate(sizes)]
+        self.prompt_rings = [Ring.attach(ring.handle, prompt_layout) for ring in created]
+        self.tokenizer_rings = created
+        for ring in created:
+            close_handle(ring.handle)
+        self.clock = Clock()
+        config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_num_waiting=max_num_waiting,
+        )
+        self.prompts = PromptRings(self.prompt_rings)
+        self.scheduler = Scheduler(
+            config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock
+        )
+        self.gpu = FakeGpu(self.shape, num_blocks, created)
+        self._step_records = [_record(step_layout(self.shape)) for _ in range(2 * depth)]
+        self._result_records = [_record(result_layout(self.shape)) for _ in range(2 * depth)]
+        self.num_planned = self.num_run = self.num_applied = 0
+        self.opened: dict[int, Any] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, str] = {}  # "stop", "length", "cancelled", "error"
+        self.errors: dict[int, tuple[str, str]] = {}
+        self.last_outputs: Any = None
+
+    # What others do
+
+    def can_publish(self, num_tokens: int, ring: int = 1) -> bool:
+        return self.tokenizer_rings[ring].num_free() >= -(-num_tokens // RECORD_TOKENS)
+
+    def publish_prompt(self, prompt: list[int], ring: int = 1) -> int:
+        """Write a prompt into a tokenizer's ring; returns its first ticket."""
+        writer = self.tokenizer_rings[ring]
+        first = writer.next_ticket
+        for start in range(0, len(prompt), RECORD_TOKENS):
+            part = prompt[start : start + RECORD_TOKENS]
+            writer.claim().token_ids[:] = -99  # whoever reads beyond the prompt reads nonsense
+            writer.records[writer.next_ticket % writer.num_slots].token_ids[: len(part)] = part
+            writer.publish()
+        return first
+
+    def send(self, key: int, prompt: list[int], params: SamplingParams | None = None, *, ring: int = 1) -> None:
+        """Tokenize and hand to the scheduler."""
+        self.scheduler.add(
+            Tokenized(
+                key=key,
+                route=ROUTE,
+                params=params or SamplingParams(max_tokens=4),
+                ring=ring,
+                ticket=self.publish_prompt(prompt, ring),
+                num_prompt_tokens=len(prompt),
+            )
+        )
+
+    def send_error(self, key: int, code: str, text: str) -> None:
+        self.scheduler.add(
+            Tokenized(key=key, route=ROUTE, params=SamplingParams(), error_code=code, error_message=text)
+        )
+
+    # One event each
+
+    def plan(self) -> Any | None:
+        """Plan a step and submit it. Returns its record, valid for 2 * depth steps, or None."""
+        record = self._step_records[self.num_planned % (2 * self.depth)]
+        before = record.storage.tobytes()
+        if not self.scheduler.plan(record):
+            assert record.storage.tobytes() == before, "a record was written though there was nothing to plan"
+            return None
+        self.num_planned += 1
+        self.gpu.submit(record)
+        return record
+
+    def run_device(self) -> None:
+        """Let the device run its oldest step."""
+        self.gpu.run_next(self._result_records[self.num_run % (2 * self.depth)])
+        self.num_run += 1
+
+    def apply(self) -> None:
+        """Apply the oldest step, after the device has run it if it has not yet."""
+        if self.num_run == self.num_applied:
+            self.run_device()
+        record = self._result_records[self.num_applied % (2 * self.depth)]
+        self.scheduler.apply(record)
+        record.storage[:] = 0xEE  # the ring reuses it
+        self.num_applied += 1
+
+    def hear(self) -> Any | None:
+        """Take and check one message for the detokenizer."""
+        outputs = self.scheduler.take_outputs()
+        if outputs is None:
+            return None
+        self.last_outputs = outputs
+        for opened in outputs.opened:
+            assert opened.key not in self.opened, f"request {opened.key} was opened twice"
+            self.opened[opened.key] = opened
+            self.tokens[opened.key] = []
+        keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
+        finish = np.frombuffer(outputs.finish, np.uint8)
+        for key, token_id, code in zip(keys.tolist(), token_ids.tolist(), finish.tolist(), strict=True):
+            assert key not in self.ends, f"request {key} got a token after its end"
+            self.tokens[key].append(token_id)
+            if code:
+                self.ends[key] = ("", "stop", "length")[code]
+        for ended in outputs.ended:
+            assert ended.key in self.opened, f"request {ended.key} ended unopened"
+            assert ended.key not in self.ends, f"request {ended.key} ended twice"
+            self.ends[ended.key] = ended.finish_reason
+            self.errors[ended.key] = (ended.error_code, ended.error_message)
+        return outputs
+
+    # Several
+
+    def step(self) -> Any | None:
+        """Plan as far as credit goes, then apply one step. Returns the first record planned, or None."""
+        first = None
+        while self.scheduler.num_in_flight < self.depth:
+            record = self.plan()
+            if record is None:
+                break
+            first = first or record
+        if self.scheduler.num_in_flight:
+            self.apply()
+        while self.hear() is not None:
+            pass
+        return first
+
+    def drain(self, max_steps: int = 10_000) -> None:
+        """Run until nothing is open and nothing in flight."""
+        for _ in range(max_steps):
+            if not (self.scheduler.has_work or self.scheduler.num_in_flight):
+                break
+            self.step()
+        while self.hear() is not None:
+            pass
+        assert not self.scheduler.num_open, f"{self.scheduler.num_open} requests never ended"
+
+    def check_empty(self) -> None:
+        """Nothing is held by anybody: blocks, rows, prompt records, requests."""
+        gauges = self.scheduler.gauges()
+        assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
+        assert self.scheduler._rows.num_free == self.shape.max_num_seqs, "a row leaked"
+        assert not self.scheduler._rows._retired
+        for ring in self.tokenizer_rings[1:]:
+            assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"
+        assert self.prompt_rings[0].num_free() == self.prompt_rings[0].num_slots, "a record of the upload ring leaked"
+        assert set(self.opened) == set(self.ends), "a request was not ended"
+        assert gauges["num_waiting"] == gauges["num_running"] == gauges["num_preempted"] == 0
+
+
+def _record(layout: Layout) -> Any:
+    storage = np.zeros(layout.num_bytes, np.uint8)
+    views = layout.views(memoryview(storage))
+    views.storage = storage
+    return views
