@@ -1,0 +1,219 @@
+"""Runs the step protocol on the simulated device: scheduler, GPU process and device take turns in an order from a seed.
+
+Owns the turns, the rings and the clocks between them; what is planned is the planner's, a scripted one or the real
+Scheduler. Everything that a host thread does to a ring is an access that is checked: filling and reading records by the
+"scheduler", prompt records by whoever writes them, taking steps by "gpu-host", publishing results by "completion".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, Protocol
+
+import torch
+
+from ipc.layout import Layout
+from ipc.records import StepShape, prompt_layout, result_layout, step_layout
+from ipc.ring import Ring, close_handle
+from workers.gpu.batch import StepBatch
+from workers.gpu.device.simulated import SimulatedDevice
+from workers.gpu.executor import Executor, GpuRings
+from workers.gpu.runner import ModelRunner
+
+MAX_IDLE_TURNS = 2_000
+
+
+class Planner(Protocol):
+    """The scheduler's side: see workers/scheduler/scheduler.py."""
+
+    def plan(self, record: Any) -> bool: ...
+
+    def apply(self, result: Any) -> None: ...
+
+
+class WatchedRing(Ring):
+    """A ring that tells a simulated device who does what to its records, and what publishing and releasing order."""
+
+    device: SimulatedDevice
+
+    def claim(self) -> Any:
+        record = super().claim()
+        self._access(self.next_ticket, write=True)
+        return record
+
+    def publish(self) -> int:
+        self._access(self.next_ticket, write=True)  # results are written by the device, but for their last field
+        self.device.release((self.name, self.next_ticket))
+        return super().publish()
+
+    def record(self, ticket: int) -> Any:
+        record = super().record(ticket)
+        self.device.acquire((self.name, ticket))
+        self._access(ticket, write=False)
+        return record
+
+    @property
+    def read_cursor(self) -> int:
+        self.device.acquire((self.name, "cursor"))
+        return super().read_cursor
+
+    def release_through(self, ticket: int) -> None:
+        self.device.release((self.name, "cursor"))
+        super().release_through(ticket)
+
+    def _access(self, ticket: int, *, write: bool) -> None:
+        start = self.record_offsets[ticket % self.num_slots]
+        self.device.host_access(self.name, start, start + self.layout.num_bytes, write=write)
+
+
+class Simulation:
+    """One engine without processes. Build the planner on `prompt_rings` ([0] is its own to write), then `run` it.
+
+    Args:
+        credits: steps in flight that the scheduler allows itself; the depth, unless a fault is to be planted.
+        num_tokenizers: prompt rings besides the scheduler's; `tokenizer_rings` are their writers' ends.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        shape: StepShape,
+        depth: int,
+        num_blocks: int,
+        runner: ModelRunner,
+        *,
+        credits: int | None = None,
+        num_tokenizers: int = 1,
+        prompt_records: int = 8,
+        pad_batches: bool = False,
+        device: type[SimulatedDevice] = SimulatedDevice,
+    ) -> None:
+        self.random = Random(seed)
+        self.device = device(self.random)
+        self._credits = depth if credits is None else credits
+        self._rings: list[WatchedRing] = []
+        steps = self._ring("step", step_layout(shape), 2 * depth, 2)
+        results = self._ring("result", result_layout(shape), 2 * depth, 2)
+        prompts = [
+            self._ring(f"prompt.{i}", prompt_layout(), prompt_records, 2 if i == 0 else 3)
+            for i in range(1 + num_tokenizers)
+        ]
+        self._steps, self._results = steps[0], results[0]
+        self.prompt_rings: Sequence[WatchedRing] = [ends[0] for ends in prompts]
+        self.tokenizer_rings: Sequence[WatchedRing] = [ends[2] for ends in prompts[1:]]
+        rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts])
+        with self.device.acting_as("gpu-host"):
+            self.executor = Executor(self.device, runner, shape, depth, num_blocks, rings, pad_batches=pad_batches)
+        self.num_published = 0
+        self.num_applied = 0
+        self._actors: dict[str, Callable[[], bool]] = {
+            "gpu-host": self._take_step,
+            "completion": self._publish_result,
+            "device": self._run_device,
+        }
+
+    def add_actor(self, name: str, act: Callable[[], bool]) -> None:
+        """Give a host thread turns. `act` does at most one thing and says whether it did."""
+        self._actors[name] = act
+
+    def run(self, planner: Planner, is_done: Callable[[], bool]) -> None:
+        """Take turns until `is_done` and nothing is in flight.
+
+        Raises UnorderedAccess for the first access that nothing orders, AssertionError if nobody gets on.
+        """
+        self._actors["scheduler"] = lambda: self._schedule(planner)
+        names = list(self._actors)
+        speeds = [self.random.choice((1, 3, 10)) for _ in names]
+        idle = 0
+        with torch.inference_mode():
+            while not (is_done() and self.num_applied == self.num_published and self.device.is_idle):
+                for name in self.random.choices(names, speeds, k=16):
+                    with self.device.acting_as(name if name != "device" else "gpu-host"):  # the device is no thread
+                        acted = self._actors[name]()
+                    idle = 0 if acted else idle + 1
+                assert idle < MAX_IDLE_TURNS, f"nobody gets on: {self.num_published - self.num_applied} in flight"
+
+    def close(self) -> None:
+        for ring in self._rings:
+            ring.close()
+
+    def _ring(self, name: str, layout: Layout, num_slots: int, num_ends: int) -> list[WatchedRing]:
+        ring = Ring.create(name, layout, num_slots, epoch=1)
+        ends = []
+        for _ in range(num_ends):
+            end = WatchedRing(ring.handle, layout)
+            end.device = self.device
+            ends.append(end)
+        close_handle(ring.handle)
+        ring.close()
+        self._rings += ends
+        return ends
+
+    def _schedule(self, planner: Planner) -> bool:
+        """Apply a result or publish a step, as chance has it where both can be done."""
+        in_flight = self.num_published - self.num_applied
+        if in_flight and (in_flight >= self._credits or self.random.random() < 0.5):
+            return self._apply(planner)
+        if in_flight < self._credits and planner.plan(self._steps.claim()):
+            self._steps.publish()
+            self.num_published += 1
+            return True
+        return self._apply(planner)
+
+    def _apply(self, planner: Planner) -> bool:
+        result = self._results.take()
+        if result is None:
+            return False
+        planner.apply(result)
+        self._results.release_through(self._results.next_ticket - 1)
+        self.num_applied += 1
+        return True
+
+    def _take_step(self) -> bool:
+        return self.executor.submit_next(now_ns=0) is not None
+
+    def _publish_result(self) -> bool:
+        under_way = self.executor.under_way
+        if not under_way or not self.device.query(under_way[0].outputs_done):
+            return False
+        self.executor.publish()
+        return True
+
+    def _run_device(self) -> bool:
+        if self.device.is_idle:
+            return False
+        self.device.run_one()
+        return True
+
+
+class ToyModel:
+    """A model whose next token depends on every earlier token and its position, through a paged cache, exactly.
+
+    `greedy` says the same in plain Python.
+    """
+
+    vocab_size = 16
+
+    def __init__(self, shape: StepShape, num_blocks: int) -> None:
+        self._cache = torch.zeros((num_blocks + 1) * shape.block_size, dtype=torch.int64)
+        self._positions = torch.arange(shape.max_blocks_per_seq * shape.block_size)
+        self._offsets = torch.arange(shape.block_size)
+        self._factors = 2 * torch.arange(self.vocab_size) + 1
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        self._cache[batch.slot_mapping] = (batch.input_ids * 40_503 + 1) * (2 * batch.positions + 1)
+        blocks = batch.block_table[batch.seq_row]
+        kv_slots = (blocks[:, :, None] * batch.block_size + self._offsets).flatten(1)  # [S, max_len]
+        context = (self._cache[kv_slots] * (self._positions < batch.seq_lens[:, None])).sum(-1, keepdim=True)
+        return (((context & 0xFFFFFF) * self._factors >> 7) & 1023).float() / 256
+
+    @classmethod
+    def greedy(cls, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """The next `num_tokens` tokens."""
+        ids = list(prompt)
+        for _ in range(num_tokens):
+            context = sum((token * 40_503 + 1) * (2 * i + 1) for i, token in enumerate(ids)) & 0xFFFFFF
+            logits = [(context * (2 * v + 1) >> 7) & 1023 for v in range(cls.vocab_size)]
+            ids.append(logits.index(max(logits)))
+        return ids[len(prompt) :]

@@ -1,0 +1,199 @@
+"""A scheduler small enough to be read at once, with chance in place of policy, and with faults to order.
+
+It chunks prompts, interleaves them with decodes, preempts, lets rows wait for their last step before it gives them on,
+and takes prompts from either kind of prompt ring.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from ipc.records import FinishCode, SamplerVariant, StepShape
+from ipc.ring import Ring
+
+
+@dataclass
+class ScriptedRequest:
+    """One request. `num_computed` and `num_planned` speak of the state after every planned step."""
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    top_k: int = 0
+    end_ids: tuple[int, ...] = ()
+    ring: int = 0  # where its ids come from; 0: the scheduler uploads them
+    row: int = -1
+    num_computed: int = 0
+    num_planned: int = 0
+    blocks: list[int] = field(default_factory=list)
+    last_ticket: int = 0
+    has_ids: bool = False  # its row has been given its prompt
+    tokens: list[int] = field(default_factory=list)  # what results have brought
+    is_done: bool = False
+
+
+class ScriptedScheduler:
+    """Plans what chance wants. With `recycle_early`, a row goes to the next request while steps in flight name it."""
+
+    def __init__(
+        self, random: Random, shape: StepShape, num_blocks: int, rings: Sequence[Ring], *, recycle_early: bool = False
+    ) -> None:
+        self._random = random
+        self._shape = shape
+        self._rings = rings
+        self._recycle_early = recycle_early
+        self._free_blocks = list(range(num_blocks))
+        self._free_rows = list(range(shape.max_num_seqs))
+        self._retired: list[ScriptedRequest] = []  # their rows still occur in steps in flight
+        self._in_flight: deque[tuple[list[tuple[ScriptedRequest, bool]], list[tuple[int, int]]]] = deque()
+        self._ticket = 0
+        self._applied = 0
+        self.waiting: deque[ScriptedRequest] = deque()
+        self.running: list[ScriptedRequest] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.running or self._in_flight)
+
+    def plan(self, record: Any) -> bool:
+        budget = self._shape.max_num_batched_tokens
+        planned: list[tuple[ScriptedRequest, int]] = []
+        admitted: list[ScriptedRequest] = []
+        uploads: list[tuple[int, int]] = []  # (ring, ticket) to be released with this step
+        appends: list[tuple[int, int, int]] = []
+        for request in list(self.running):
+            is_back = request.has_ids and request.num_computed == 0 and not request.blocks
+            if not self._random.random() < 0.85:
+                if request.blocks and self._random.random() < 0.3:
+                    self._preempt(request)
+                continue
+            count = self._plan_tokens(request, budget, appends)
+            if count:
+                budget -= count
+                planned.append((request, count))
+                if is_back:
+                    self._admit(record, len(admitted), request, 0, 0, 0)
+                    admitted.append(request)
+        while self.waiting and self._free_rows and budget:
+            request = self.waiting[0]
+            if request.ring == 0 and self._rings[0].num_free() < 1:
+                break
+            request.row = self._free_rows.pop()
+            request.num_planned = len(request.prompt)
+            count = self._plan_tokens(request, budget, appends)
+            if not count:
+                self._free_rows.append(request.row)
+                break
+            budget -= count
+            self.waiting.popleft()
+            self.running.append(request)
+            ticket = self._prompt_ticket(request)
+            uploads.append((request.ring, ticket))
+            self._admit(record, len(admitted), request, request.ring, ticket, len(request.prompt))
+            request.has_ids = True
+            admitted.append(request)
+            planned.append((request, count))
+        if not planned:
+            return False
+        self._ticket += 1
+        self._random.shuffle(planned)
+        self._write(record, planned, appends, len(admitted))
+        sequences = []
+        for request, count in planned:
+            request.num_computed += count
+            samples = request.num_computed == request.num_planned
+            request.num_planned += samples
+            request.last_ticket = self._ticket
+            sequences.append((request, samples))
+            if request.num_planned == len(request.prompt) + request.max_tokens:
+                self._retire(request)  # planned out
+        self._in_flight.append((sequences, uploads))
+        return True
+
+    def apply(self, result: Any) -> None:
+        self._applied += 1
+        sequences, uploads = self._in_flight.popleft()
+        for i, (request, samples) in enumerate(sequences):
+            if not samples or request.is_done:
+                continue
+            request.tokens.append(int(result.token_ids[i]))
+            finish = FinishCode(int(result.finish[i]))
+            assert (finish == FinishCode.LENGTH) <= (len(request.tokens) == request.max_tokens), "ended too early"
+            if finish != FinishCode.RUNNING:
+                request.is_done = True
+                if request in self.running:
+                    self._retire(request)
+        for ring, ticket in uploads:
+            self._rings[ring].release_through(ticket)
+        for request in [r for r in self._retired if r.last_ticket <= self._applied]:
+            self._retired.remove(request)
+            self._free_rows.append(request.row)
+
+    def _plan_tokens(self, request: ScriptedRequest, budget: int, appends: list[tuple[int, int, int]]) -> int:
+        """A chunk of at most `budget` tokens with the blocks that it needs: how many tokens, 0 if there are no blocks."""
+        left = request.num_planned - request.num_computed
+        count = min(left if self._random.random() < 0.5 else self._random.randint(1, left), budget)
+        needed = -(-(request.num_computed + count) // self._shape.block_size) - len(request.blocks)
+        if count and needed > len(self._free_blocks):
+            return 0
+        for _ in range(needed if count else 0):
+            block = self._free_blocks.pop(self._random.randrange(len(self._free_blocks)))
+            appends.append((request.row, len(request.blocks), block))
+            request.blocks.append(block)
+        return count
+
+    def _prompt_ticket(self, request: ScriptedRequest) -> int:
+        ring = self._rings[request.ring]
+        if request.ring:
+            ticket = ring.next_ticket
+            assert ring.take() is not None, "the prompt was announced but is not there"
+            return ticket
+        ring.claim().token_ids[: len(request.prompt)] = request.prompt
+        return ring.publish()
+
+    def _admit(self, record: Any, i: int, request: ScriptedRequest, ring: int, ticket: int, length: int) -> None:
+        record.admit_row[i] = request.row
+        record.admit_ring[i], record.admit_ticket[i], record.admit_length[i] = ring, ticket, length
+        record.admit_num_computed[i] = 0
+        record.admit_max_len[i] = len(request.prompt) + request.max_tokens
+        record.admit_temperature[i], record.admit_seed[i] = request.temperature, request.seed
+        record.admit_top_k[i], record.admit_top_p[i], record.admit_min_p[i] = request.top_k, 1.0, 0.0
+        record.admit_end_ids[i] = -1
+        record.admit_end_ids[i, : len(request.end_ids)] = request.end_ids
+
+    def _write(
+        self, record: Any, planned: list[tuple[ScriptedRequest, int]], appends: list[tuple[int, int, int]], num_admissions: int
+    ) -> None:
+        n = len(planned)
+        record.num_seqs[0], record.num_tokens[0] = n, sum(count for _, count in planned)
+        record.num_appends[0], record.num_admissions[0] = len(appends), num_admissions
+        record.want_logprobs[0] = 0
+        record.variant[0] = max(
+            SamplerVariant.FILTERED if request.top_k else SamplerVariant.PLAIN if request.temperature else 0
+            for request, _ in planned
+        )
+        record.seq_row[:n] = [request.row for request, _ in planned]
+        record.seq_num_tokens[:n] = [count for _, count in planned]
+        record.seq_sample[:n] = [request.num_computed + count == request.num_planned for request, count in planned]
+        for i, (row, index, block) in enumerate(appends):
+            record.append_row[i], record.append_index[i], record.append_block[i] = row, index, block
+
+    def _preempt(self, request: ScriptedRequest) -> None:
+        self._free_blocks += request.blocks
+        request.blocks = []
+        request.num_computed = 0
+
+    def _retire(self, request: ScriptedRequest) -> None:
+        """No further step names its row; those in flight still do. Its blocks may go on at once: steps run in order."""
+        self.running.remove(request)
+        self._free_blocks += request.blocks
+        request.blocks = []
+        if self._recycle_early:
+            self._free_rows.append(request.row)
+        else:
+            self._retired.append(request)
