@@ -8,6 +8,7 @@ once per step and window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from workers.gpu.batch import StepBatch
 
-_PADDING_IS_CHEAP: Final = 4096  # gathered kv_slots of padding that cost less than one more group
+_MAX_GATHERED: Final = 2048  # KV positions that decodes gather together, so that they stay in a core's cache
 
 
 class TorchBackend:
@@ -26,8 +27,31 @@ class TorchBackend:
 
     needs_host_lengths = True
 
+    def __init__(self) -> None:
+        self._keys = _Gatherer()
+        self._values = _Gatherer()
+
     def begin_step(self, batch: StepBatch) -> _TorchStep:
-        return _TorchStep(batch)
+        return _TorchStep(batch, self._keys, self._values)
+
+
+class _Gatherer:
+    """Gathers blocks into memory that it keeps: fresh memory of this size would cost more page faults than copying.
+
+    What it gave is overwritten by its next call.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, cache: torch.Tensor, group: _Group) -> torch.Tensor:
+        """The group's KV, a view of [G, num_kv_heads, L, head_dim]."""
+        sizes = (group.blocks.shape[0], *cache.shape[1:])
+        if self._memory.numel() < math.prod(sizes) or self._memory.dtype != cache.dtype:
+            self._memory = cache.new_empty(math.prod(sizes))
+        blocks = self._memory[: math.prod(sizes)].view(sizes)
+        torch.index_select(cache, 0, group.blocks, out=blocks)
+        return blocks.view(group.num_seqs, -1, *cache.shape[2:])[:, : group.num_keys].transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -55,8 +79,10 @@ class _Group:
 class _TorchStep:
     """See `StepAttention`."""
 
-    def __init__(self, batch: StepBatch) -> None:
+    def __init__(self, batch: StepBatch, gather_keys: _Gatherer, gather_values: _Gatherer) -> None:
         self._batch = batch
+        self._gather_keys = gather_keys
+        self._gather_values = gather_values
         starts = batch.cu_seqlens.tolist()
         self._sequences = [
             _Sequence(index, start, end - start, seq_len)
@@ -84,9 +110,9 @@ class _TorchStep:
         num_tokens, num_heads, _ = query.shape
         outputs: list[torch.Tensor] = []
         for group in groups:
-            keys = _gather(key_cache, group)
-            values = _gather(value_cache, group)
-            queries = query[group.tokens].unflatten(0, (group.num_seqs, group.num_tokens))
+            keys = self._gather_keys(key_cache, group)
+            values = self._gather_values(value_cache, group)
+            queries = query[group.tokens].view(group.num_seqs, group.num_tokens, num_heads, -1)
             if softcap is None and sinks is None:
                 output = _attend_fused(queries, keys, values, group.mask, scaling)
             else:
@@ -151,24 +177,19 @@ def _first_position(sequence: _Sequence, window: int | None) -> int:
 
 
 def _by_length(decodes: list[_Sequence], window: int | None) -> Iterator[list[_Sequence]]:
-    """Sequences to compute together: all, or those within a factor of two of a length if padding would be too much."""
-    if not decodes:
-        return
-    lengths = [sequence.seq_len - _first_position(sequence, window) for sequence in decodes]
-    padding = max(lengths) * len(lengths) - sum(lengths)
-    if padding <= max(_PADDING_IS_CHEAP, sum(lengths)):
-        yield decodes
-        return
-    by_magnitude: dict[int, list[_Sequence]] = {}
-    for sequence, length in zip(decodes, lengths, strict=True):
-        by_magnitude.setdefault(length.bit_length(), []).append(sequence)
-    yield from by_magnitude.values()
+    """Sequences to compute together: of similar lengths, so that there is little padding, and few enough."""
 
+    def length(sequence: _Sequence) -> int:
+        return sequence.seq_len - _first_position(sequence, window)
 
-def _gather(cache: torch.Tensor, group: _Group) -> torch.Tensor:
-    """The group's KV, [G, num_kv_heads, L, head_dim], as a view of gathered blocks."""
-    blocks = cache.index_select(0, group.blocks)  # [G * blocks each, block_size, num_kv_heads, head_dim]
-    return blocks.view(group.num_seqs, -1, *cache.shape[2:])[:, : group.num_keys].transpose(1, 2)
+    group: list[_Sequence] = []
+    for sequence in sorted(decodes, key=length):
+        if group and (len(group) + 1) * length(sequence) > _MAX_GATHERED:
+            yield sorted(group, key=lambda member: member.start)
+            group = []
+        group.append(sequence)
+    if group:
+        yield sorted(group, key=lambda member: member.start)
 
 
 def _attend_fused(
@@ -205,7 +226,9 @@ def _attend_in_steps(
     """The same with a soft cap or sinks; the softmax in float32."""
     num_seqs, num_tokens, num_heads, _ = queries.shape
     num_kv_heads, num_keys = keys.shape[1:3]
-    queries = queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [G, num_kv_heads, heads each, n, dim]
+    queries = queries.view(num_seqs, num_tokens, num_kv_heads, num_heads // num_kv_heads, -1).permute(
+        0, 2, 3, 1, 4
+    )  # [G, num_kv_heads, heads each, n, dim]
     scores = torch.matmul(queries, keys.unsqueeze(2).transpose(3, 4)).float() * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
