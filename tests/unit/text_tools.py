@@ -32,7 +32,9 @@ def byte_level_tokenizer() -> Tokenizer:
 
 def byte_fallback_tokenizer() -> Tokenizer:
     """Like Llama 2: pieces with a visible space, and single bytes for what no piece covers."""
-    return _sentence_pieces([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return _sentence_pieces(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
 
 
 def metaspace_tokenizer() -> Tokenizer:
@@ -52,7 +54,24 @@ def word_piece_tokenizer() -> Tokenizer:
 
 def _sentence_pieces(chain: list[object]) -> Tokenizer:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "▁▁", "▁the", "▁fox", "t", "h", "e", "he", "the", "\n", ".", "天", "好", "▁a", "é", "\N{REPLACEMENT CHARACTER}"]
+    pieces += [
+        "▁",
+        "▁▁",
+        "▁the",
+        "▁fox",
+        "t",
+        "h",
+        "e",
+        "he",
+        "the",
+        "\n",
+        ".",
+        "天",
+        "好",
+        "▁a",
+        "é",
+        "\N{REPLACEMENT CHARACTER}",
+    ]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
