@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ def ids_of(text: str) -> list[int]:
 
 
 def opened(
-    key: int, *, client: bytes = b"c", stream: bool = True, stop: list[str] | None = None, **more: Any
+    key: int, *, client: bytes = b"c", stream: bool = True, stop: Sequence[str] = (), logprobs: int | None = None
 ) -> Opened:
-    return Opened(key, Route(client, f"r{key}", stream), stop or [], 5, more.get("num_logprobs"))
+    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs)
 
 
 def step(tokens: list[tuple[int, int, FinishCode]] | None = None, **more: Any) -> StepOutputs:
@@ -259,7 +260,7 @@ def test_a_client_is_forgotten_once_it_has_taken_in_everything() -> None:
 
 def test_logprobs_travel_with_their_tokens() -> None:
     core, reader = new_core(window=1)
-    core.handle(step(opened=[opened(1), opened(2, num_logprobs=2), opened(3, num_logprobs=0, stream=False)]))
+    core.handle(step(opened=[opened(1), opened(2, logprobs=2), opened(3, logprobs=0, stream=False)]))
     for at in range(3):
         logprobs = StepLogprobs(
             num_top=3,

@@ -9,6 +9,7 @@ other decoder is asked for the text of a window of ids that overlaps what was gi
 
 from __future__ import annotations
 
+import json
 import re
 from codecs import utf_8_decode
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders
 
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_PIECEWISE: Final = re.compile(r"(?: ?(?:Replace|ByteFallback|Metaspace))+(?: Fuse(?: Strip)?)?")
 _WINDOW: Final = 32  # ids
 _OVERLAP: Final = 8
 
@@ -39,10 +41,9 @@ def decoder_factory(tokenizer: Tokenizer) -> Callable[[], TextDecoder]:
     if isinstance(tokenizer.decoder, decoders.ByteLevel):
         byte_table, text_table = _byte_level_tables(tokenizer)
         return lambda: ByteLevelDecoder(byte_table, text_table)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    spoken = frozenset(vocabulary.values()) - _special_ids(tokenizer)
-    byte_tokens = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
-    return lambda: WindowDecoder(tokenizer, spoken, byte_tokens)
+    vocabulary = Vocabulary(tokenizer)
+    pieces = PieceTexts.of(tokenizer, vocabulary)
+    return lambda: WindowDecoder(vocabulary, pieces)
 
 
 class ByteLevelDecoder:
@@ -88,52 +89,102 @@ class WindowDecoder:
     takes a leading space off) does so to prefix and whole alike. Two ends of a text may still change and are held back:
     a run of byte-fallback tokens, which turns into U+FFFDs as a whole if it is not UTF-8 as a whole, and a last U+FFFD,
     which may be the beginning of a character.
+
+    Where the decoder is a chain that treats each piece by itself (`PieceTexts`), any one piece will do for an overlap,
+    and a piece that is no byte has always the same text.
     """
 
-    __slots__ = ("_byte_tokens", "_prefix", "_spoken", "_tokenizer", "_window")
+    __slots__ = ("_pieces", "_prefix", "_vocabulary", "_window")
 
-    def __init__(self, tokenizer: Tokenizer, spoken: frozenset[int], byte_tokens: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
-        self._spoken = spoken  # ids that have text at all
-        self._byte_tokens = byte_tokens
+    def __init__(self, vocabulary: Vocabulary, pieces: PieceTexts | None) -> None:
+        self._vocabulary = vocabulary
+        self._pieces = pieces
         self._window: list[int] = []
         self._prefix = ""  # of the window's text, what has been given out
 
     def push(self, token_ids: list[int]) -> str:
-        window = self._window
-        new = [i for i in token_ids if i in self._spoken]
+        window, pieces = self._window, self._pieces
+        if pieces is not None and window == pieces.overlap:
+            try:
+                return "".join([pieces[i] for i in token_ids])
+            except KeyError:
+                pass  # a byte: it depends on its neighbours
+        new = [i for i in token_ids if i in self._vocabulary.spoken]
         window += new
-        if not new or new[-1] in self._byte_tokens:
+        if not new or new[-1] in self._vocabulary.byte_tokens:
             return ""
-        text = self._certain(window)
+        text = self._vocabulary.decode(window)
+        if pieces is None and text.endswith(_REPLACEMENT):
+            text = text[:-1]
         delta = text[len(self._prefix) :]
         self._prefix = text
-        if len(window) > _WINDOW:
+        if pieces is not None and text:
+            self._window, self._prefix = pieces.overlap.copy(), pieces.overlap_text
+        elif len(window) > _WINDOW:
             self._shorten()
         return delta
 
     def flush(self) -> str:
-        return self._decode(self._window)[len(self._prefix) :]
-
-    def _certain(self, window: list[int]) -> str:
-        text = self._decode(window)
-        return text[:-1] if text.endswith(_REPLACEMENT) else text
+        return self._vocabulary.decode(self._window)[len(self._prefix) :]
 
     def _shorten(self) -> None:
         """Forget the window's beginning. What stays has a text, so that the treatment of a first token is behind it."""
         num_kept = _OVERLAP
         while num_kept < len(self._window):
             # A run of byte tokens decodes as a whole or not at all: never begin inside one.
-            if self._window[-num_kept] not in self._byte_tokens:
+            if self._window[-num_kept] not in self._vocabulary.byte_tokens:
                 kept = self._window[-num_kept:]
-                prefix = self._certain(kept)
+                prefix = self._vocabulary.decode(kept).removesuffix(_REPLACEMENT)
                 if prefix and self._prefix.endswith(prefix.lstrip()):
                     self._window, self._prefix = kept, prefix
                     return
             num_kept *= 2
 
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)  # there are none
+
+class Vocabulary:
+    """A tokenizer's ids: which have text at all, and which are single bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        self._tokenizer = tokenizer
+        self.spoken = frozenset(ids.values()) - _special_ids(tokenizer)
+        self.byte_tokens = frozenset(i for token, i in ids.items() if _BYTE_TOKEN.fullmatch(token))
+
+    def decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)  # there are none among them
+        return text
+
+
+class PieceTexts(dict[int, str]):
+    """By id, a piece's text anywhere but at the beginning; filled as it is asked for. Bytes are not in it."""
+
+    def __init__(self, vocabulary: Vocabulary, overlap: int) -> None:
+        super().__init__()
+        self._vocabulary = vocabulary
+        self.overlap = [overlap]
+        self.overlap_text = vocabulary.decode(self.overlap)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocabulary: Vocabulary) -> PieceTexts | None:
+        """None if the tokenizer's decoder does not treat each piece by itself, as far as is known here."""
+        if tokenizer.decoder is None:
+            return None
+        state = json.loads(tokenizer.decoder.__getstate__())
+        chain = state["decoders"] if state["type"] == "Sequence" else [state]
+        kinds = " ".join(link["type"] for link in chain)
+        if not _PIECEWISE.fullmatch(kinds) or any(link.get("stop") for link in chain):
+            return None
+        whole = (i for i in sorted(vocabulary.spoken - vocabulary.byte_tokens) if vocabulary.decode([i]).strip())
+        overlap = next(whole, None)
+        return None if overlap is None else cls(vocabulary, overlap)
+
+    def __missing__(self, token_id: int) -> str:
+        if token_id in self._vocabulary.byte_tokens:
+            raise KeyError(token_id)
+        text = ""
+        if token_id in self._vocabulary.spoken:
+            text = self._vocabulary.decode([*self.overlap, token_id])[len(self.overlap_text) :]
+        self[token_id] = text
         return text
 
 

@@ -1,0 +1,387 @@
+"""The gateway's core, event by event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.codec import encode
+from ipc.messages import (
+    Alive,
+    Cancel,
+    CancelRequests,
+    ChatMessage,
+    ClientCredit,
+    ClientGone,
+    Delivered,
+    Drained,
+    Health,
+    Outputs,
+    Query,
+    Stats,
+)
+from ipc.messages import Final as FinalAnswer
+from ipc.sampling import MAX_SEED, SamplingParams
+from tests.unit.gateway_tools import TOKENIZERS, Harness, generate
+from workers.gateway.core import Peer
+
+
+def test_a_request_travels_to_a_tokenizer_and_its_answer_back_to_the_client() -> None:
+    gateway = Harness()
+    gateway.client(generate("r", stream=True))
+    [request] = gateway.pass_on()
+    assert (request.prompt, request.route.request_id, request.route.stream) == ("hello", "r", True)
+    gateway.deliver(request)
+    assert [len(finals) for finals in gateway.finals.values()] == [1]
+    assert len(gateway.core.table) == 0
+
+
+def test_a_request_without_a_seed_gets_one_and_a_given_one_stays() -> None:
+    gateway = Harness()
+    gateway.client(generate("a"))
+    gateway.client(generate("b"))
+    gateway.client(generate("c", params=SamplingParams(seed=7)))
+    first, second, third = (request.params.seed for _, request in gateway.tokenized())
+    assert first is not None
+    assert second is not None
+    assert 0 <= first <= MAX_SEED
+    assert first != second
+    assert third == 7
+
+
+def test_tokenizers_are_loaded_evenly_and_never_beyond_their_window() -> None:
+    gateway = Harness()
+    for number in range(6):
+        gateway.client(generate(f"r{number}"))
+    assert [tokenizer for tokenizer, _ in gateway.tokenized()] == [*TOKENIZERS, *TOKENIZERS]
+    gateway.core.tokenizer_done(TOKENIZERS[1], gateway.tokenized()[1][1].key)
+    gateway.flush()
+    assert gateway.tokenized()[-1][0] == TOKENIZERS[1]
+    assert [request.route.request_id for _, request in gateway.tokenized()] == ["r0", "r1", "r2", "r3", "r4"]
+
+
+def test_nothing_is_sent_to_a_tokenizer_that_is_not_connected_yet() -> None:
+    gateway = Harness(started=False)
+    gateway.core.start()
+    gateway.client(generate("r"))
+    assert gateway.tokenized() == []
+    gateway.core.tokenizer_done(TOKENIZERS[0], 0)
+    gateway.flush()
+    assert [tokenizer for tokenizer, _ in gateway.tokenized()] == [TOKENIZERS[0]]
+
+
+def _params(**fields: Any) -> bytes:
+    plain = {"type": "Generate", "request_id": "bad", "prompt": "x", "params": fields}
+    return msgpack.packb(plain)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "text"),
+    [
+        (generate("bad", prompt=""), "invalid_request", "prompt is empty"),
+        (generate("bad", chat=[]), "invalid_request", "chat is empty"),
+        (generate("bad", token_ids=b""), "invalid_request", "token_ids is empty"),
+        (generate("bad", token_ids=b"12345"), "invalid_request", "no multiple of 4"),
+        (generate("bad", prompt="x", token_ids=b"1234"), "invalid_request", "prompt and token_ids"),
+        (generate("bad", prompt=None), "invalid_request", "not none"),
+        (_params(temperature=-1.0), "invalid_request", "temperature (-1.0) must lie in [0, 100]"),
+        (_params(max_tokens="many"), "protocol", "params.max_tokens"),
+        (_params(tempreture=1.0), "protocol", "tempreture"),
+        (msgpack.packb({"type": "Generate", "request_id": "bad", "extra": 1}), "protocol", "extra"),
+        (msgpack.packb({"type": "Nonsense", "request_id": "bad"}), "protocol", "Nonsense"),
+        (msgpack.packb({"type": "Cancel", "request_id": "bad", "extra": 1}), "protocol", "extra"),
+    ],
+)
+def test_a_bad_message_is_refused_by_its_name_with_a_clear_text(message: Any, code: str, text: str) -> None:
+    gateway = Harness()
+    gateway.client(message)
+    refused = gateway.refusal()
+    assert (refused.request_id, refused.error_code) == ("bad", code)
+    assert text in refused.error_message
+    assert len(gateway.core.table) == 0
+
+
+@pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x93\x01", bytes(100), b"\xdd\xff\xff\xff\xff", b"\x91" * 3_000])
+def test_garbage_is_refused_without_a_name(frame: bytes) -> None:
+    gateway = Harness()
+    gateway.client(frame)
+    assert gateway.refusal().request_id == ""
+    assert gateway.refusal().error_code == "protocol"
+
+
+def test_oversized_and_multipart_messages_are_refused() -> None:
+    gateway = Harness()
+    gateway.client(bytes(MAX_CLIENT_FRAME_BYTES + 1))
+    assert "larger than" in gateway.refusal().error_message
+    gateway.core.client_frames(b"c", [b"", encode(generate("r"))], gateway.now)
+    gateway.flush()
+    assert "one frame and not 2" in gateway.refusal().error_message
+
+
+def test_request_ids_are_bounded_and_unique_among_a_clients_open_requests() -> None:
+    gateway = Harness()
+    for request_id in ("", "x" * 257):
+        gateway.client(generate(request_id))
+        assert "1 to 256 characters" in gateway.refusal().error_message
+    gateway.client(generate("r"))
+    gateway.client(generate("r"))
+    assert "still open" in gateway.refusal().error_message
+    gateway.client(generate("r"), identity=b"other")
+    [request, _] = gateway.pass_on()
+    gateway.deliver(request)
+    gateway.client(generate("r"))
+    assert len(gateway.tokenized()) == 1
+
+
+def test_a_client_with_too_many_open_requests_is_refused_and_others_are_not() -> None:
+    gateway = Harness(max_open_requests=3)
+    for number in range(4):
+        gateway.client(generate(f"r{number}"))
+    assert (gateway.refusal().request_id, gateway.refusal().error_code) == ("r3", "queue_full")
+    gateway.client(generate("r"), identity=b"other")
+    assert len(gateway.core.table) == 4
+
+
+def test_long_values_are_not_told_back_in_full() -> None:
+    gateway = Harness()
+    gateway.client(_params(stop=["x" * 100_000]))
+    assert len(gateway.refusal().error_message) <= 1_000
+
+
+def test_a_chat_travels_as_it_is() -> None:
+    gateway = Harness()
+    chat = [ChatMessage("user", "hi")]
+    gateway.client(generate("r", chat=chat))
+    assert gateway.tokenized()[0][1].chat == chat
+
+
+# Cancellation
+
+
+def test_a_queued_request_is_cancelled_here() -> None:
+    gateway = Harness()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    gateway.client(Cancel(request_id="r4"))
+    assert gateway.finals == {(b"c", "r4"): [FinalAnswer("cancelled", 0, 0)]}
+    assert [request.route.request_id for request in gateway.pass_on()] == ["r0", "r1", "r2", "r3"]
+
+
+def test_a_cancellation_during_tokenizing_waits_for_the_scheduler() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    gateway.client(Cancel(request_id="r"))
+    assert gateway.sent[Peer.SCHEDULER] == []
+    [request] = gateway.pass_on()
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[request.key])]
+    assert gateway.finals == {}
+    gateway.deliver(request, reason="cancelled")
+    assert len(gateway.finals[b"c", "r"]) == 1
+
+
+def test_an_accepted_request_is_cancelled_once_however_often_that_is_asked() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    [request] = gateway.pass_on()
+    for _ in range(3):
+        gateway.client(Cancel(request_id="r"))
+    gateway.client(Cancel(request_id="unknown"))
+    gateway.client(Cancel(request_id="r"), identity=b"stranger")
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[request.key])]
+
+
+# Credit
+
+
+def test_credit_is_passed_on_and_never_more_than_was_sent() -> None:
+    gateway = Harness()
+    gateway.client(Delivered(count=5))
+    for number in range(2):
+        gateway.client(generate(f"r{number}"))
+    first, second = gateway.pass_on()
+    gateway.deliver(first)
+    gateway.client(Delivered(count=1_000_000))
+    gateway.deliver(second)
+    gateway.client(Delivered(count=1))
+    name = first.route.client
+    assert gateway.messages(Peer.DETOKENIZER, ClientCredit) == [ClientCredit(client=name, count=1)] * 2
+    assert len(gateway.core.table.clients) == 0
+    gateway.client(Delivered(count=0))
+    assert "at least 1" in gateway.refusal().error_message
+
+
+def test_the_gateways_own_answers_give_the_detokenizer_no_credit() -> None:
+    gateway = Harness()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    gateway.client(Cancel(request_id="r4"))
+    gateway.client(Delivered(count=1))
+    assert gateway.messages(Peer.DETOKENIZER, ClientCredit) == []
+
+
+def test_a_client_that_takes_in_nothing_is_dropped_with_errors_and_its_late_news_reach_nobody() -> None:
+    gateway = Harness()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    requests = gateway.pass_on()
+    for request in requests[:3]:
+        gateway.deliver(request)
+    gateway.tick(29)
+    assert len(gateway.core.table) == 2
+    gateway.tick(2)
+    assert [gateway.finals[b"c", f"r{n}"][0].error_code for n in (3, 4)] == ["request_failed"] * 2
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[r.key for r in requests[3:]])]
+    gateway.client(generate("r3"))  # it is back
+    gateway.deliver(requests[3])
+    assert len(gateway.finals[b"c", "r3"]) == 1
+    assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=requests[0].route.client)] * 2
+
+
+def test_a_client_that_is_slow_and_reads_is_not_dropped() -> None:
+    gateway = Harness()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    requests = gateway.pass_on()
+    for request in requests[:3]:
+        gateway.deliver(request)
+    for _ in range(3):
+        gateway.tick(29)
+        gateway.client(Delivered(count=1))
+    assert len(gateway.core.table) == 2
+
+
+# Vanished clients
+
+
+def test_a_silent_client_is_probed_every_second_and_cancelled_when_it_has_gone() -> None:
+    gateway = Harness()
+    gateway.tick()
+    gateway.client(generate("accepted"))
+    [accepted] = gateway.pass_on()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    gateway.client(generate("other"), identity=b"other")
+    gateway.tick(1.5)
+    assert len(gateway.answers(Alive)) == 1
+    assert gateway.core.timeout_s() == 1.0
+    gateway.unreachable.add(b"c")
+    gateway.tick(1.5)
+    assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=accepted.route.client)]
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[accepted.key])]
+    tokenizing = [request.key for _, request in gateway.tokenized()]
+    passed_on = gateway.pass_on()
+    assert [r.key for r in passed_on[:4]] == tokenizing
+    assert [r.route.request_id for r in passed_on[4:]] == ["other"]  # the queued one was never sent
+    cancelled = [key for m in gateway.messages(Peer.SCHEDULER, CancelRequests) for key in m.keys]
+    assert cancelled == [accepted.key, *tokenizing]
+    assert len(gateway.core.table) == 1
+
+
+def test_a_client_with_news_is_not_probed() -> None:
+    gateway = Harness()
+    gateway.client(generate("a"))
+    gateway.client(generate("b"))
+    first, _ = gateway.pass_on()
+    gateway.tick()
+    num_probes = len(gateway.answers(Alive))
+    gateway.deliver(first)
+    gateway.tick(1.5)
+    assert len(gateway.answers(Alive)) == num_probes
+
+
+def test_an_idle_gateway_needs_no_clock() -> None:
+    gateway = Harness()
+    assert gateway.core.timeout_s() is None
+    gateway.client(generate("r"))
+    [request] = gateway.pass_on()
+    gateway.deliver(request)
+    gateway.client(Delivered(count=1))
+    assert gateway.core.timeout_s() is None
+
+
+# Queries and the engine's state
+
+
+def test_health_and_stats_answer_by_their_query_id() -> None:
+    gateway = Harness(started=False)
+    gateway.client(Query(query_id=1, what="health"))
+    gateway.core.start()
+    gateway.client(Query(query_id=2, what="health"))
+    gateway.client(Query(query_id=3, what="stats"))
+    starting, ready = gateway.answers(Health)
+    assert (starting.query_id, starting.state, ready.query_id, ready.state) == (1, "starting", 2, "ready")
+    assert (ready.model, ready.max_model_len, ready.max_open_requests) == ("tiny", 128, 100)
+    assert gateway.answers(Stats)[0] == Stats(query_id=3, roles={"gateway": {"num_open": 0.0}})
+
+
+def test_a_starting_engine_refuses_requests() -> None:
+    gateway = Harness(started=False)
+    gateway.client(generate("r"))
+    assert (gateway.refusal().error_code, gateway.refusal().error_message) == ("unavailable", "the engine is starting")
+
+
+def test_draining_finishes_what_is_open_and_refuses_what_is_new() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    gateway.core.drain(gateway.now)
+    gateway.client(generate("late"))
+    assert gateway.refusal().error_code == "unavailable"
+    assert "draining" in gateway.refusal().error_message
+    assert gateway.messages(Peer.LAUNCHER, Drained) == []
+    [request] = gateway.pass_on()
+    gateway.deliver(request)
+    gateway.tick(30)
+    assert gateway.messages(Peer.LAUNCHER, Drained) == [Drained()]
+    assert [final.finish_reason for final in gateway.finals[b"c", "r"]] == ["length"]
+
+
+def test_draining_an_idle_engine_is_done_at_once() -> None:
+    gateway = Harness()
+    gateway.core.drain(gateway.now)
+    gateway.flush()
+    assert gateway.messages(Peer.LAUNCHER, Drained) == [Drained()]
+
+
+def test_draining_ends_at_its_time_out_with_errors() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    [request] = gateway.pass_on()
+    gateway.core.drain(gateway.now)
+    gateway.tick(19)
+    assert gateway.finals == {}
+    gateway.tick(2)
+    gateway.deliver(request)
+    assert [final.error_code for final in gateway.finals[b"c", "r"]] == ["unavailable"]
+    assert gateway.messages(Peer.LAUNCHER, Drained) == [Drained()]
+
+
+def test_aborting_answers_every_open_request_once() -> None:
+    gateway = Harness()
+    for number in range(6):
+        gateway.client(generate(f"r{number}"), identity=b"cd"[number % 2 : number % 2 + 1])
+    taken = [request for _, request in gateway.tokenized()]
+    gateway.core.abort("the GPU process died")
+    gateway.flush()
+    for request in taken:
+        gateway.deliver(request)
+    assert len(gateway.finals) == 6
+    for finals in gateway.finals.values():
+        assert finals == [FinalAnswer("error", 0, 0, "unavailable", "the GPU process died")]
+    assert gateway.messages(Peer.LAUNCHER, Drained) == [Drained()]
+    gateway.client(generate("late"))
+    assert gateway.refusal().error_message == "the GPU process died"
+    gateway.client(Query(query_id=1, what="health"))
+    assert gateway.answers(Health)[0].state == "failed"
+
+
+def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
+    gateway = Harness(max_open_requests=20_000)
+    for number in range(10_000):
+        gateway.core.client_frames(b"c", [encode(generate(f"r{number}"))], gateway.now)
+    gateway.core.abort("over")
+    gateway.flush()
+    assert [len(outputs.request_ids) for outputs in gateway.answers(Outputs)] == [8_192, 1_808]
+    assert len(gateway.finals) == 10_000
