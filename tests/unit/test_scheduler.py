@@ -15,7 +15,8 @@ from ipc.sampling import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import RECORD_TOKENS, ScheduledEngine
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.scheduler import Scheduler, share_tokens
+from workers.scheduler.running import share_tokens
+from workers.scheduler.scheduler import Scheduler
 
 
 def tokens(n: int) -> SamplingParams:
