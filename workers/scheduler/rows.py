@@ -29,7 +29,6 @@ class Rows:
         self.max_len = column()
         self.variant = column()  # SamplerVariant
         self.want_logprobs = column()  # as in the step record: top log-probabilities + 1, 0 = none
-        self.is_running = np.zeros(num_rows, bool)
         self.requests: list[Request | None] = [None] * num_rows
         self._free = list(range(num_rows - 1, -1, -1))
         self._retired: dict[int, list[int]] = {}  # rows by the ticket that they wait for
@@ -56,7 +55,6 @@ class Rows:
         """Its owner has ended. What steps in flight still say of it is void; it is free when they are applied."""
         self.requests[row] = None
         self.generation[row] += 1
-        self.is_running[row] = False
         last_ticket = int(self.last_ticket[row])
         if last_ticket <= self._applied:
             self._free.append(row)

@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from ipc.errors import ConfigError, InvalidRequest, QueueFull
+from ipc.errors import ConfigError
 from ipc.messages import Ended, StepOutputs, Tokenized
 from ipc.records import FinishCode, StepShape
 from workers.scheduler.blocks import BlockPool, BlockTables, IntArray
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.device_time import DeviceTime
+from workers.scheduler.limits import Limits
 from workers.scheduler.outputs import LogprobArrays, OutputBuffer
 from workers.scheduler.prompts import PromptLease, PromptRings
 from workers.scheduler.request import Request, opened
 from workers.scheduler.rows import Rows
-
-NO_ROWS: IntArray = np.empty(0, np.int64)
+from workers.scheduler.running import NO_ROWS, RunningRows, share_tokens
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Scheduler:
             ("num_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
              "num_refused", "num_preemptions"), 0,
         )  # fmt: skip
-        self._max_num_waiting = config.max_num_waiting
+        self._limits = Limits(shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting)
         self._shape = shape
         self._eos_token_ids = eos_token_ids
         self._clock = clock
@@ -85,9 +85,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}  # every open one by key
         self._waiting: OrderedDict[int, Request] = OrderedDict()  # by key, oldest first
         self._preempted: OrderedDict[int, Request] = OrderedDict()  # the same; all older than those waiting
-        self._running = NO_ROWS  # rows, oldest first; replaced and never changed in place: steps in flight keep it
-        self._num_running = 0
-        self._has_left = False  # some row in `_running` is not running any more
+        self._running = RunningRows(shape.max_num_seqs)
         self._in_flight: deque[PlannedStep] = deque()
         self._next_ticket = 1
         self._outputs = OutputBuffer()
@@ -106,14 +104,14 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Something can be planned, now or when a step in flight has been applied."""
-        return bool(self._num_running or self._preempted or self._waiting)
+        return bool(self._running or self._preempted or self._waiting)
 
     def gauges(self) -> dict[str, int]:
         """The scheduler's statistics by their names in `ipc/stats.py`, durations of the host excepted."""
         return {
             **self.counts,
             "num_waiting": len(self._waiting),
-            "num_running": self._num_running,
+            "num_running": len(self._running),
             "num_preempted": len(self._preempted),
             "num_free_blocks": self._blocks.num_free,
             "device_busy_ns": self.device_time.busy_ns,
@@ -132,7 +130,7 @@ class Scheduler:
         """Take in a request; one that cannot be served is opened and ended at once."""
         assert message.key not in self._requests, f"key {message.key} was drawn twice"
         self._outputs.opened.append(opened(message))
-        refusal = self._refusal(message)
+        refusal = self._limits.refusal(message, len(self._waiting), self._rows.num_free)
         if refusal is not None:
             if message.ticket:  # its ids lie in the ring all the same
                 self.prompts.decline(message.ring, message.ticket, message.num_prompt_tokens)
@@ -142,7 +140,7 @@ class Scheduler:
         if not self.has_work:
             self._work_since_ns = self._clock()
         ids, lease = self.prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
-        request = Request(message, self._max_len(message), ids, lease, self._eos_token_ids)
+        request = Request(message, self._limits.max_len(message), ids, lease, self._eos_token_ids)
         self._requests[request.key] = self._waiting[request.key] = request
         if self.num_in_flight >= self.depth:  # it waits for a step to end, at least
             self.prompts.relieve()
@@ -155,45 +153,6 @@ class Scheduler:
                 self._end(request)
                 self.counts["num_cancelled"] += 1
                 self._outputs.ended.append(Ended(key=key, finish_reason="cancelled"))
-
-    def _refusal(self, message: Tokenized) -> Ended | None:
-        """Why a request cannot be served, or None."""
-
-        def error(code: str, text: str) -> Ended:
-            return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
-
-        if message.error_code:
-            return error(message.error_code, message.error_message)
-        num_prompt, limit = message.num_prompt_tokens, self._shape.max_model_len
-        if not 1 <= num_prompt < limit:
-            return error(
-                InvalidRequest.code,
-                f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for one more within "
-                f"scheduler.max_model_len ({limit})",
-            )
-        max_len, size = self._max_len(message), self._shape.block_size
-        if num_prompt >= max_len or self._tables.blocks_for(max_len) > self._blocks.num_blocks:
-            return error(
-                InvalidRequest.code,
-                f"the prompt has {num_prompt} tokens; with max_tokens ({message.params.max_tokens}) it does not fit "
-                f"into the KV cache of {self._blocks.num_blocks * size} tokens: lower max_tokens or raise "
-                f"cache.num_blocks ({self._blocks.num_blocks})",
-            )
-        room = self._max_num_waiting + self._rows.num_free
-        if len(self._waiting) >= room:
-            return error(
-                QueueFull.code,
-                f"{len(self._waiting)} requests wait already, as many as scheduler.max_num_waiting "
-                f"({self._max_num_waiting}) and free rows ({self._rows.num_free}) allow: try again later",
-            )
-        return None
-
-    def _max_len(self, message: Tokenized) -> int:
-        """The length, prompt and output, at which a request ends."""
-        max_tokens = message.params.max_tokens
-        if max_tokens is None:
-            return min(self._shape.max_model_len, self._blocks.num_blocks * self._shape.block_size)
-        return min(self._shape.max_model_len, message.num_prompt_tokens + max_tokens)
 
     # Planning
 
@@ -220,11 +179,8 @@ class Scheduler:
     def _plan_running(self, record: Any) -> tuple[IntArray, IntArray, int]:
         """Tokens for the running rows, and their blocks: rows, tokens of each, block-table entries written."""
         columns = self._rows
-        if self._has_left:
-            self._running = self._running[columns.is_running[self._running]]
-            self._has_left = False
         while True:
-            rows = self._running
+            rows = self._running.rows()
             remaining = columns.num_planned_tokens[rows] - columns.num_computed[rows]
             rows, counts = share_tokens(rows, remaining, self._shape.max_num_batched_tokens)
             missing = self._tables.missing(rows, columns.num_computed[rows] + counts)
@@ -272,7 +228,7 @@ class Scheduler:
             counts.append(min(num_tokens, num_known))
             num_tokens -= counts[-1]
             num_blocks -= needed + 1
-        self._start_running(rows)
+        self._running.start(rows)
         return np.array(rows, np.int64), np.array(counts, np.int64), leases
 
     def _next_request(self) -> Request | None:
@@ -285,7 +241,7 @@ class Scheduler:
 
     def _blocks_promised(self) -> int:
         """Blocks that running rows will still take for tokens they have: the rest of prompts in chunks."""
-        rows = self._running
+        rows = self._running.rows()
         return self._tables.missing(rows, self._rows.num_planned_tokens[rows])[2]
 
     def _append_blocks(self, record: Any, start: int, rows: IntArray, counts: IntArray, total: int) -> int:
@@ -329,24 +285,15 @@ class Scheduler:
             for row in rows[planned_out].tolist():
                 self._stop_running(row)  # its last token is never computed: it needs no block after this step
 
-    def _start_running(self, rows: list[int]) -> None:
-        """New ones at the end: all that run are older."""
-        self._running = np.append(self._running, np.array(rows, np.int64))
-        self._rows.is_running[rows] = True
-        self._num_running += len(rows)
-
     def _stop_running(self, row: int) -> None:
         """Take a row out of the batch; its blocks go to whoever is planned next."""
-        self._rows.is_running[row] = False
-        self._num_running -= 1
-        self._has_left = True
+        self._running.stop(row)
         self._tables.free_row(row)
 
     def _preempt_newest(self) -> None:
         """The newest running sequence gives up its blocks; it waits, row and ids kept, to compute them again."""
-        row = int(self._running[-1])
+        row = int(self._running.rows()[-1])
         assert len(self._running) > 1, f"row {row} runs alone and lacks blocks"
-        self._running = self._running[:-1]
         self._stop_running(row)
         self._rows.num_computed[row] = 0
         request = self._rows.requests[row]
@@ -395,29 +342,9 @@ class Scheduler:
             del self._waiting[request.key]
             self.prompts.release(request.lease)
             return
-        if self._preempted.pop(request.key, None) is None and self._rows.is_running[request.row]:
+        if self._preempted.pop(request.key, None) is None and request.row in self._running:
             self._stop_running(request.row)
         self._rows.retire(request.row)
-
-
-def share_tokens(rows: IntArray, remaining: IntArray, budget: int) -> tuple[IntArray, IntArray]:
-    """Deal out a step's token budget among rows, oldest first, of which each has `remaining` tokens to compute.
-
-    Those with one (decodes) come first; prompts share the rest in order, cut into chunks. Returns rows and the tokens
-    of each, decodes in front; rows that get none are left out.
-    """
-    if not rows.size or remaining.max() == 1:
-        return rows[:budget], remaining[:budget]
-    is_decode = remaining == 1
-    decodes = rows[is_decode][:budget]
-    prompts, wanted = rows[~is_decode], remaining[~is_decode]
-    before = wanted.cumsum() - wanted
-    chunks = np.clip(budget - len(decodes) - before, 0, wanted)
-    served = chunks > 0
-    return (
-        np.concatenate((decodes, prompts[served])),
-        np.concatenate((np.ones(len(decodes), np.int64), chunks[served])),
-    )
 
 
 def _copy_logprobs(result: Any, n: int, valid: IntArray, want_logprobs: int) -> LogprobArrays:

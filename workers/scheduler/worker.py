@@ -17,6 +17,7 @@ from typing import Any, Final
 import zmq
 
 from ipc.channels import bind_router, connect_dealer, receive_from, send, send_to
+from ipc.codec import MAX_ITEMS
 from ipc.doorbell import Doorbell
 from ipc.errors import EngineUnavailable
 from ipc.messages import Accepted, Start, Tokenized, ToScheduler
@@ -29,7 +30,7 @@ from workers.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGES: Final = 64  # taken in between two looks at the result ring: about 1 ms, so that arrivals stall no step
+MAX_MESSAGES: Final = 32  # taken in between two looks at the result ring: 1-2 ms, so that a burst stalls no step
 ACCEPTED_RETRY_MS: Final = 50
 
 
@@ -56,8 +57,8 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         steps.advance()
         while (outputs := scheduler.take_outputs()) is not None:
             send(detokenizer, outputs)
-        if accepted and send_to(schedule, bootstrap.gateway_identity, Accepted(keys=accepted)):
-            accepted = []
+        if accepted and send_to(schedule, bootstrap.gateway_identity, Accepted(keys=accepted[:MAX_ITEMS])):
+            accepted = accepted[MAX_ITEMS:]
         for ring in scheduler.prompts.take_moved():
             tokenizers[ring - 1].ring()  # ring 0 is our own
         for name, value in scheduler.gauges().items():
