@@ -103,8 +103,8 @@ class Simulation:
         self.prompt_rings: Sequence[WatchedRing] = [ends[0] for ends in prompts]
         self.tokenizer_rings: Sequence[WatchedRing] = [ends[2] for ends in prompts[1:]]
         rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts])
-        with self.device.acting_as("gpu-host"):
-            self.executor = Executor(self.device, runner, shape, depth, num_blocks, rings, pad_batches=pad_batches)
+        self.device.act_as("gpu-host")
+        self.executor = Executor(self.device, runner, shape, depth, num_blocks, rings, pad_batches=pad_batches)
         self.num_published = 0
         self.num_applied = 0
         self._actors: dict[str, Callable[[], bool]] = {
@@ -124,14 +124,14 @@ class Simulation:
         """
         self._actors["scheduler"] = lambda: self._schedule(planner)
         names = list(self._actors)
-        speeds = [self.random.choice((1, 3, 10)) for _ in names]
+        speeds = [self.random.choice((1, 2, 6)) for _ in names]
         idle = 0
         with torch.inference_mode():
             while not (is_done() and self.num_applied == self.num_published and self.device.is_idle):
                 for name in self.random.choices(names, speeds, k=16):
-                    with self.device.acting_as(name if name != "device" else "gpu-host"):  # the device is no thread
-                        acted = self._actors[name]()
-                    idle = 0 if acted else idle + 1
+                    if name != "device":
+                        self.device.act_as(name)
+                    idle = 0 if self._actors[name]() else idle + 1
                 assert idle < MAX_IDLE_TURNS, f"nobody gets on: {self.num_published - self.num_applied} in flight"
 
     def close(self) -> None:

@@ -167,7 +167,11 @@ class ScriptedScheduler:
         record.admit_end_ids[i, : len(request.end_ids)] = request.end_ids
 
     def _write(
-        self, record: Any, planned: list[tuple[ScriptedRequest, int]], appends: list[tuple[int, int, int]], num_admissions: int
+        self,
+        record: Any,
+        planned: list[tuple[ScriptedRequest, int]],
+        appends: list[tuple[int, int, int]],
+        num_admissions: int,
     ) -> None:
         n = len(planned)
         record.num_seqs[0], record.num_tokens[0] = n, sum(count for _, count in planned)

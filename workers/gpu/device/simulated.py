@@ -15,8 +15,7 @@ Clocks are known when work is enqueued, so a missing order is reported also wher
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -71,7 +70,7 @@ class Access:
 
 
 class SimulatedDevice:
-    """See Device. Host threads are named with `acting_as`; until then everything is done by "host".
+    """See Device. Host threads are named with `act_as`; until then everything is done by "host".
 
     Args:
         random: decides what runs next.
@@ -163,14 +162,9 @@ class SimulatedDevice:
     def is_idle(self) -> bool:
         return not any(stream.queue for stream in self._streams)
 
-    @contextmanager
-    def acting_as(self, host: str) -> Iterator[None]:
-        """What is done within is done by this host thread."""
-        before, self._host = self._host, self._host_actor(host)
-        try:
-            yield
-        finally:
-            self._host = before
+    def act_as(self, host: str) -> None:
+        """From now on, what the host does is done by this thread of it."""
+        self._host = self._hosts.get(host) or self._host_actor(host)
 
     def release(self, token: Hashable) -> None:
         """The acting thread publishes: who acquires the token knows of everything that it has done."""
