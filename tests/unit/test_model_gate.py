@@ -213,11 +213,15 @@ def test_dummy_weights_are_the_same_every_time_and_leave_the_random_state_alone(
     assert generated[0] == generated[1]
 
 
-def test_a_folder_that_is_none_or_lacks_weights_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_missing_folder_and_cut_or_missing_weights_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no folder with a config\.json"):
         load(tmp_path / "nowhere")
     folder = make_tiny_model("llama", tmp_path / "llama")
-    (folder / "model.safetensors").unlink()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="the weights of"):
+        load(folder, "safetensors")
+    weights.unlink()
     with pytest.raises(ConfigError, match="the weights of"):
         load(folder, "safetensors")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def load(folder: Path, shape: StepShape = SHAPE, **changes: object) -> LoadedModel:
-    config = ModelConfig(path=str(folder), dtype="float32", device="cpu", num_threads=1, **changes)  # type: ignore[arg-type]
-    return load_model(config, CacheConfig(), shape, torch.device("cpu"), lambda stage, fraction: None)
+def load(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> LoadedModel:
+    config = ModelConfig(path=str(folder), dtype=dtype, device="cpu", num_threads=1)
+    return load_model(config, CacheConfig(), SHAPE, torch.device("cpu"), lambda stage, fraction: None)
 
 
 def random_prompts(seed: int) -> list[list[int]]:
@@ -57,3 +58,11 @@ def test_packed_steps_give_the_tokens_and_logits_of_plain_transformers(family: s
             plain = reference_logits(model, sequence.token_ids[:-1])[-MAX_NEW_TOKENS:]
             packed = torch.stack(sequence.logits)
             torch.testing.assert_close(packed, plain, rtol=1e-5, atol=2e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt_oss"])
+def test_bfloat16_models_pass_the_gate_and_run(family: str, tmp_path: Path) -> None:
+    """Roundings differ with the batch there, so greedy tokens are not compared: `run_packed` asserts finite logits."""
+    loaded = load(make_tiny_model(family, tmp_path, seed=1), "bfloat16")
+    sequences = run_packed(loaded.runner, random_prompts(seed=2), 4, num_blocks=loaded.num_blocks)
+    assert {logits.dtype for sequence in sequences for logits in sequence.logits} == {torch.float32}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -84,10 +85,10 @@ def _load_config(path: str) -> Any:
     except OSError as error:
         raise ConfigError(
             f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
-            f"{_first_line(error)}"
+            f"{_one_line(error)}"
         ) from None
     except (ValueError, KeyError) as error:
-        raise ModelUnsupported(f"model.path ({path!r}): {_first_line(error)}") from None
+        raise ModelUnsupported(f"model.path ({path!r}): {_one_line(error)}") from None
 
 
 def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
@@ -102,9 +103,11 @@ def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, 
                 **_LOCAL_ONLY,
             )
         except ValueError as error:
-            raise ModelUnsupported(f"model.path ({config.path!r}): {_first_line(error)}") from None
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"the weights of model.path ({config.path!r}) cannot be read: {error}") from None
+            raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(
+                f"the weights of model.path ({config.path!r}) cannot be read: {_one_line(error)}"
+            ) from None
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would run on with random ones
         raise ConfigError(
@@ -124,7 +127,7 @@ def _random_weights(config: ModelConfig, model_config: Any, device: torch.device
                 model_config, dtype=declared or torch.float32, trust_remote_code=False
             )
     except ValueError as error:
-        raise ModelUnsupported(f"model.path ({config.path!r}): {_first_line(error)}") from None
+        raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
     return model
 
 
@@ -168,5 +171,5 @@ class _CountedItems:
         pass
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
