@@ -116,9 +116,7 @@ class AsyncClient:
         prompts = list(prompts)
         params_of = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params_of) != len(prompts):
-            raise InvalidRequest(
-                f"params ({len(params_of)} of them) must be one, or one for each of {len(prompts)} prompts"
-            )
+            raise InvalidRequest(f"{len(params_of)} params for {len(prompts)} prompts: give one, or one for each")
         if not prompts:
             return []
         request_ids = [_new_id() for _ in prompts]
@@ -263,11 +261,9 @@ class AsyncClient:
         num_outputs = 0
         for frame in frames:
             try:
-                message = decode(frame, GatewayToClient)
+                message: GatewayToClient = decode(frame, GatewayToClient)
             except ProtocolError as error:
-                self._fail_all(
-                    ProtocolError(f"the engine at {self.endpoint} sent what this client cannot read: {error}")
-                )
+                self._fail_all(ProtocolError(f"the engine at {self.endpoint} sent an unreadable message: {error}"))
                 continue
             match message:
                 case Outputs():

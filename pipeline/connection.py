@@ -62,13 +62,13 @@ class Connection:
     def _open(self) -> None:
         self._socket = connect_dealer(self._context, self._endpoint)
         self._monitor: zmq.Socket[Any] = self._socket.get_monitor_socket(_EVENTS)
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._take_frames)
-        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._take_events)
+        self._loop.add_reader(_option(self._socket, zmq.FD), self._take_frames)
+        self._loop.add_reader(_option(self._monitor, zmq.FD), self._take_events)
         self._loop.call_soon(self._take_events)  # what happened before the readers were there
 
     def _close_socket(self, linger_ms: int | None) -> None:
-        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
-        self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
+        self._loop.remove_reader(_option(self._socket, zmq.FD))
+        self._loop.remove_reader(_option(self._monitor, zmq.FD))
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(linger_ms)
@@ -92,12 +92,12 @@ class Connection:
             self._on_frames(frames)
 
     def _look_again_if_needed(self) -> None:
-        if not self._again_scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if not self._again_scheduled and _option(self._socket, zmq.EVENTS) & zmq.POLLIN:
             self._again_scheduled = True
             self._loop.call_soon(self._take_frames)
 
     def _take_events(self) -> None:
-        while not self._closed and self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while not self._closed and _option(self._monitor, zmq.EVENTS) & zmq.POLLIN:
             event = recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.is_up = True
@@ -109,3 +109,9 @@ class Connection:
                 self._open()
                 self._on_down()
                 return
+
+
+def _option(socket: zmq.Socket[Any], option: int) -> int:
+    value = socket.getsockopt(option)
+    assert isinstance(value, int), f"socket option {option} is an integer"
+    return value

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Final, Self
@@ -80,12 +81,13 @@ class Pipeline:
         assert self._process is None, "a Pipeline is started once"
         config = self.config
         if not self.endpoint:
-            self._private_folder = Path(tempfile.mkdtemp(prefix="ringfeed-", dir=runtime_folder()))
+            # The launcher makes and removes it; we do only if it was killed.
+            self._private_folder = runtime_folder() / f"ringfeed-{uuid.uuid4().hex}"
             self.endpoint = f"ipc://{self._private_folder}/client.sock"
             config = msgspec.structs.replace(
                 config, frontend=msgspec.structs.replace(config.frontend, endpoint=self.endpoint)
             )
-        self._log: IO[bytes] = open(self._log_path, "w+b") if self._log_path else tempfile.TemporaryFile()
+        self._log = _open_log(self._log_path)
         status_reader, status_writer = os.pipe()
         lifeline_reader, self._lifeline = os.pipe()
         try:
@@ -186,3 +188,8 @@ class Pipeline:
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
+
+
+def _open_log(path: str | os.PathLike[str] | None) -> IO[bytes]:
+    """A file to write and read back: the caller's, or one without a name."""
+    return tempfile.TemporaryFile() if path is None else Path(path).open("w+b")

@@ -43,7 +43,7 @@ class Output(msgspec.Struct, kw_only=True):
     """News of a request.
 
     Of a stream, each Output has the text and tokens that are new since the one before (several steps' worth if the
-    consumer is slower than the engine), and the last one has `finished`. Otherwise there is one Output, with everything.
+    consumer is slower than the engine), and the last one has `finished`. Without streaming one Output has everything.
     A stop string is never in `text`; `token_ids` may end with the tokens that completed it. `logprobs` has one entry
     per token id if the request asked for them.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Self
 
@@ -123,5 +124,6 @@ class OutputStream:
 
     def __del__(self) -> None:
         # Whoever drops it may be another thread (the synchronous client's), or the collector in any.
-        if not self._request.ended and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._abandon, self._request)
+        if not self._request.ended:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
+                self._loop.call_soon_threadsafe(self._abandon, self._request)

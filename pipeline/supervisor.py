@@ -40,6 +40,7 @@ STOP_TIMEOUT_S: Final = 3.0  # for workers to exit after Stop
 LIFELINE_DRAIN_TIMEOUT_S: Final = 1.0  # the one who asked for us is gone
 _LAST_WORDS_S: Final = 0.1  # for a dead worker's Failed to come out of its socket
 _CONNECT_TIMEOUT_S: Final = 2.0
+_POLL_S: Final = 0.02  # for what sends no event: connections coming to stand, while starting
 _SS_CONNECTED: Final = "03"  # in /proc/net/unix
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -68,8 +69,8 @@ class Supervisor:
     """Runs one engine in the calling thread, the main one: workers die with the thread that spawned them.
 
     `signal_fd` yields the numbers of signals to end (`signal_pipe`); end of file on `lifeline_fd` asks for the same in
-    haste. `wiring` and `announcer` are closed at the end. `run()` returns the exit status: 0 after an orderly end, 1 after
-    a loss, 128 + signal after a second signal.
+    haste. `wiring` and `announcer` are closed at the end. `run()` returns the exit status: 0 after an orderly end, 1
+    after a loss, 128 + signal after a second signal.
     """
 
     def __init__(
@@ -147,7 +148,9 @@ class Supervisor:
         """True once the engine serves; False if it never will."""
         if not self._wait_until(lambda: self._workers[GPU].is_ready) or not self._check_cache():
             return False
-        self._tell(SCHEDULER, Start(info=self._info))
+        while not self._tell(SCHEDULER, Start(info=self._info)):  # it may not be connected yet, and says nothing before
+            if self._wait_until(self._is_over, _POLL_S):
+                return False
         if not self._wait_until(lambda: all(worker.is_ready for worker in self._workers.values())):
             return False
         self._unlink_sockets()
@@ -178,7 +181,7 @@ class Supervisor:
         expected = self._wiring.num_connections()
         deadline = time.monotonic() + _CONNECT_TIMEOUT_S
         while not connections_stand(expected):
-            if time.monotonic() > deadline or self._wait_until(self._is_over, 0.02):
+            if time.monotonic() > deadline or self._wait_until(self._is_over, _POLL_S):
                 logger.debug("internal sockets stay in %s: not all were seen connected", self._wiring.run_folder)
                 return
         self._wiring.remove_run_folder()

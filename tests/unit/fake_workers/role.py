@@ -1,0 +1,58 @@
+"""Workers with the sockets and the lifecycle of real ones and nothing inside, for tests of the supervisor.
+
+The environment variable FAKE_<ROLE> has one of them misbehave: "fail" (says Failed at start), "deaf" (ignores Stop),
+"undrained" (never says Drained), "slow" (never Ready).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from typing import Any
+
+from ipc.channels import bind_router, connect_dealer
+from ipc.errors import ModelUnsupported
+from ipc.messages import Abort, Drain, Drained, Start
+from workers.process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+
+def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: list[str], **info: int) -> None:
+    """Announce, then obey until Stop."""
+    misbehaviour = os.environ.get(f"FAKE_{process.role.partition('.')[0].upper()}", "")
+    if misbehaviour == "fail":
+        raise ModelUnsupported("this model cannot be run")
+    sockets = [bind_router(process.context, getattr(bootstrap, f"{name}_endpoint")) for name in bind]
+    sockets += [connect_dealer(process.context, getattr(bootstrap, f"{name}_endpoint")) for name in connect]
+    if hasattr(bootstrap, "endpoint"):
+        sockets.append(bind_router(process.context, bootstrap.endpoint))
+
+    def obey(message: Any) -> None:
+        logger.info("heard %s", type(message).__name__)
+        match message:
+            case Start() if process.role == "scheduler":
+                process.ready()
+            case Abort():
+                logger.info("aborting: %s", message.error_message)
+                process.say(Drained())
+            case Drain() if misbehaviour != "undrained":
+                process.say(Drained())
+
+    process.on_control(obey)
+    if misbehaviour == "slow":
+        process.progress("loading", 0.5)
+    elif process.role != "scheduler":
+        process.ready(**info)
+    if misbehaviour == "deaf":
+        time.sleep(3600)
+    if process.role != "gateway":
+        while True:
+            process.wait()
+    launcher = os.pidfd_open(bootstrap.worker.launcher_pid)
+    process.watch(launcher)
+    while launcher not in process.wait():
+        pass
+    shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
