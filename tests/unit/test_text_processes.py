@@ -1,0 +1,210 @@
+"""Gateway, tokenizer and detokenizer as processes, over their real sockets and ring."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Query, Stats
+from ipc.sampling import SamplingParams
+from tests.unit.gateway_tools import generate
+from tests.unit.text_frames import bad_frame
+from tests.unit.text_processes import ROOT, TextClient, TextEngine, wait_until
+from tests.unit.text_tools import CORPUS, byte_level_tokenizer
+
+TOKENIZER = byte_level_tokenizer()
+ONE = SamplingParams(max_tokens=1)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="rf-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    return tmp_path
+
+
+@pytest.fixture
+def engine(folder: Path, model: Path) -> Iterator[TextEngine]:
+    engine = TextEngine(folder, model, TOKENIZER.get_vocab_size())
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.stop()
+
+
+def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
+    client = engine.client()
+    long_text = "the quick brown fox " * 1_500  # several records of a ring that has three
+    prompts = {f"p{i}": text for i, text in enumerate([*CORPUS, *CORPUS, *CORPUS])}
+    for request_id, prompt in prompts.items():
+        client.say(generate(request_id, prompt=prompt, params=ONE, stream=len(request_id) % 2 == 0))
+    for number in range(6):
+        client.say(generate(f"long{number}", prompt=long_text, params=ONE))
+    token_ids = np.array([TOKENIZER.token_to_id("the") or 70, 71], "<i4")
+    client.say(generate("ids", token_ids=token_ids.tobytes(), params=ONE))
+    client.say(generate("chat", chat=[ChatMessage("user", "fox "), ChatMessage("user", "dog")], params=ONE))
+    client.say(generate("stop", prompt="the fox jumps", params=SamplingParams(max_tokens=1, stop=["x j"])))
+    client.finish(*prompts, *(f"long{i}" for i in range(6)), "ids", "chat", "stop")
+    for request_id, prompt in prompts.items():
+        assert client.texts[request_id] == prompt
+        assert client.finals[request_id].finish_reason == "length"
+    num_tokens = len(TOKENIZER.encode(long_text).ids)
+    assert num_tokens > 4_096
+    assert client.finals["long0"].num_prompt_tokens == num_tokens
+    assert client.texts["ids"] == TOKENIZER.decode(token_ids.tolist())
+    assert client.texts["chat"] == "fox dog"
+    assert (client.texts["stop"], client.finals["stop"].finish_reason) == ("the fo", "stop")
+
+
+def test_a_request_that_cannot_be_encoded_fails_alone(engine: TextEngine) -> None:
+    client = engine.client()
+    client.say(generate("long", prompt="x y " * 2_500_000, params=ONE))
+    client.say(generate("range", token_ids=np.array([1_000_000], "<i4").tobytes(), params=ONE))
+    client.say(generate("good", prompt="the fox", params=ONE))
+    client.finish("long", "range", "good")
+    assert client.finals["long"].error_code == "invalid_request"
+    assert "12000 tokens" in client.finals["long"].error_message
+    assert "1000000" in client.finals["range"].error_message
+    assert client.texts["good"] == "the fox"
+
+
+def test_stats_and_health_cover_all_workers(engine: TextEngine) -> None:
+    client = engine.client()
+    client.say(generate("r", prompt="the fox", params=ONE))
+    client.finish("r")
+    client.say(Query(query_id=1, what="health"))
+    client.say(Query(query_id=2, what="stats"))
+
+    def have_both() -> bool:
+        client.read()
+        return len(client.others) == 2
+
+    wait_until(have_both, "health and stats")
+    health, stats = client.others
+    assert isinstance(health, Health)
+    assert isinstance(stats, Stats)
+    assert health.state == "ready"
+    assert stats.roles["tokenizer.0"]["num_requests"] == 1
+    assert set(stats.roles) == {"gateway", "tokenizer.0", "detokenizer"}
+
+
+def test_a_vanished_clients_requests_are_cancelled_within_seconds(engine: TextEngine) -> None:
+    stays, leaves = engine.client(), engine.client()
+    stays.say(generate("hold0", prompt="the fox", params=ONE))
+    leaves.say(generate("hold1", prompt="the fox", params=ONE))
+    wait_until(lambda: len(engine.scheduler.held) == 2, "both requests to run")
+    leaves.socket.close(0)
+    wait_until(lambda: engine.scheduler.cancelled, "the cancellation")
+    stays.say(Cancel(request_id="hold0"))
+    stays.finish("hold0")
+    assert stays.finals["hold0"].finish_reason == "cancelled"
+    assert len(engine.scheduler.cancelled) == 2
+
+
+def test_bad_frames_disturb_no_good_request(engine: TextEngine) -> None:
+    good, bad = engine.client(), engine.client()
+    draw = random.Random(5)
+    names = []
+    for number in range(3_000):
+        bad.say(bad_frame(draw))
+        if number % 100 == 0:
+            names.append(f"good{number}")
+            good.say(generate(names[-1], prompt=f"the fox {number}", params=ONE, stream=True))
+            good.read()
+            bad.read()
+    good.finish(*names)
+    assert all(good.texts[name] == f"the fox {name[4:]}" for name in names)
+    assert good.refused == []
+    assert all(worker.poll() is None for worker in engine.workers.values())
+
+
+def test_only_the_user_may_connect_and_nothing_is_left_after_stop(folder: Path, model: Path) -> None:
+    engine = TextEngine(folder, model, TOKENIZER.get_vocab_size())
+    engine.start()
+    client = engine.client()
+    socket_file = folder / "front" / "client.sock"
+    assert stat.S_IMODE(socket_file.stat().st_mode) == 0o600
+    client.say(generate("hold", prompt="the fox", params=ONE))
+    wait_until(lambda: engine.scheduler.held, "the request to run")
+    engine.tell(Abort(error_message="the GPU process died"))
+    client.finish("hold")
+    assert client.finals["hold"].error_message == "the GPU process died"
+    wait_until(lambda: any(isinstance(message, Drained) for message in engine.hear()), "Drained")
+    assert set(engine.stop().values()) == {0}
+    assert not socket_file.exists()
+
+
+def test_draining_waits_for_open_requests(engine: TextEngine) -> None:
+    client = engine.client()
+    client.say(generate("hold", prompt="the fox", params=ONE))
+    wait_until(lambda: engine.scheduler.held, "the request to run")
+    engine.tell(Drain())
+
+    def is_refused() -> bool:
+        client.say(generate("late", prompt="the fox", params=ONE))
+        client.read()
+        return bool(client.refused)
+
+    wait_until(is_refused, "a refusal")
+    assert not any(isinstance(message, Drained) for message in engine.hear())
+    client.say(Cancel(request_id="hold"))
+    client.finish("hold")
+    wait_until(lambda: any(isinstance(message, Drained) for message in engine.hear()), "Drained")
+
+
+_LAUNCHER = """
+import sys, time
+from pathlib import Path
+from tests.unit.text_processes import TextEngine
+engine = TextEngine(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+engine.start()
+print(engine.workers["gateway"].pid, flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+def test_the_death_of_the_launcher_is_told_to_clients_and_nothing_is_left(folder: Path, model: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", _LAUNCHER, str(folder), str(model), str(TOKENIZER.get_vocab_size())],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert launcher.stdout is not None
+    gateway = os.pidfd_open(int(launcher.stdout.readline()))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    client = TextClient(context, f"ipc://{folder}/front/client.sock")
+    client.say(generate("hold", prompt="the fox", params=ONE, stream=True))
+
+    def has_text() -> bool:
+        client.read()
+        return bool(client.texts.get("hold"))
+
+    wait_until(has_text, "the request to run")
+    launcher.send_signal(signal.SIGKILL)
+    client.finish("hold")
+    assert client.finals["hold"].error_message == "the engine's launcher died"
+    poller = zmq.Poller()
+    poller.register(gateway, zmq.POLLIN)
+    assert poller.poll(20_000), "the gateway is still there"
+    assert not folder.exists()
+    launcher.wait()
+    context.destroy(0)
