@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from ipc.errors import ModelUnsupported
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
-    """The folder's tokenizer, with neither truncation nor padding, adding the special tokens that AutoTokenizer adds.
+    """The folder's tokenizer, with neither truncation nor padding.
 
+    tokenizer.json alone says which special tokens a prompt gets: as in AutoTokenizer, it outranks `add_bos_token`.
     A folder without tokenizer.json is left to AutoTokenizer, which can convert older formats but takes seconds and
     needs torch. Raises ModelUnsupported if no tokenizer can be loaded.
     """
@@ -21,7 +22,6 @@ def load_tokenizer(folder: str) -> Tokenizer:
     try:
         if file.is_file():
             tokenizer = Tokenizer.from_file(str(file))
-            _apply_added_ends(tokenizer, read_tokenizer_config(folder))
         else:
             tokenizer = _convert_with_transformers(folder)
     except Exception as error:  # `tokenizers` raises bare Exceptions, and a converter may raise anything
@@ -51,23 +51,6 @@ def special_tokens(config: dict[str, Any]) -> dict[str, str]:
             if isinstance(text, str):
                 named[name] = text
     return named
-
-
-def _apply_added_ends(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """What transformers does where `add_bos_token` or `add_eos_token` is written down: it outranks tokenizer.json."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    named = special_tokens(config)
-    parts, used = ["$A:0"], []
-    for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        if config.get(flag) and name in named:
-            text = named[name]
-            token_id = tokenizer.token_to_id(text)
-            if token_id is None:
-                raise ModelUnsupported(f"{name} ({text!r}) of tokenizer_config.json is not in the vocabulary")
-            parts.insert(0 if name == "bos_token" else len(parts), f"{text}:0")
-            used.append((text, token_id))
-    tokenizer.post_processor = processors.TemplateProcessing(single=parts, pair=[*parts, "$B:1"], special_tokens=used)
 
 
 def _convert_with_transformers(folder: str) -> Tokenizer:

@@ -42,7 +42,7 @@ def decode_in_pieces(factory: Callable[[], object], token_ids: list[int], sizes:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_pieces_of_any_ids_join_to_the_full_decoding(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]

@@ -96,7 +96,6 @@ class Gateway:
         self._outbox: list[Send] = []
         self._next_probe = 0.0
         self._drain_deadline = float("inf")
-        self._has_answered_all = False  # what the detokenizer still says is too late
         self._has_drained = False
 
     def take_outbox(self) -> list[Send]:
@@ -133,7 +132,7 @@ class Gateway:
         self._answer_all(error_message)
 
     def _answer_all(self, error_message: str) -> None:
-        self._has_answered_all = True
+        """What the detokenizer says after this is too late: it is for clients that the table does not know."""
         for client in list(self.table.clients):
             self._answer_open_requests(client, EngineUnavailable(error_message))
         self.num_finished += len(self.table)
@@ -335,8 +334,6 @@ class Gateway:
 
     def delivery(self, head: Delivery, frames: list[bytes], now: float) -> None:
         """The detokenizer's news: one encoded frame for each client that the head names."""
-        if self._has_answered_all:
-            return
         for name, finished, frame in zip(head.clients, head.finished, frames, strict=True):
             client = self.table.client_named(name)
             if client is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Final
 
 from ipc.channels import connect_dealer, receive, send
 from ipc.errors import RequestFailed
@@ -15,6 +16,8 @@ from workers.tokenizer.chat_template import ChatTemplate
 from workers.tokenizer.config import TokenizerBootstrap
 from workers.tokenizer.core import Encoded, PromptEncoder
 from workers.tokenizer_files import load_tokenizer
+
+MAX_ERROR_CHARS: Final = 1_000  # a template may put the whole chat into its complaint
 
 
 def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
@@ -88,7 +91,7 @@ class TokenizerWorker:
                 ticket=first_ticket if token_ids.size else 0,
                 num_prompt_tokens=int(token_ids.size),
                 error_code=error.code if error else "",
-                error_message=str(error) if error else "",
+                error_message=str(error)[:MAX_ERROR_CHARS] if error else "",
             ),
         )
         send(self.gateway, TokenizeDone(key=request.key))
