@@ -189,6 +189,8 @@ class Wiring:
         # The gateway holds the endpoint's claim as well: it outlives a killed launcher by a moment.
         gateway_fds = (*(page.fd for page in pages.values()), *(() if claim_fd is None else (claim_fd,)))
         return [
+            # First: should the launcher be killed while it spawns, somebody is there to remove the run folder.
+            WorkerPlan(GATEWAY, "gateway", gateway, (bells[GATEWAY], *gateway_fds)),
             WorkerPlan(GPU, "gpu", gpu, (*own_fds[GPU], *shared_fds, bells[SCHEDULER])),
             WorkerPlan(
                 SCHEDULER, "scheduler", scheduler, (*own_fds[SCHEDULER], *shared_fds, bells[GPU], *tokenizer_bells)
@@ -198,7 +200,6 @@ class Wiring:
                 WorkerPlan(role, "tokenizer", bootstrap, (*own_fds[role], bootstrap.prompt_ring.fd))
                 for role, bootstrap in zip(self.tokenizer_roles, tokenizers, strict=True)
             ),
-            WorkerPlan(GATEWAY, "gateway", gateway, (bells[GATEWAY], *gateway_fds)),
         ]
 
     def _doorbell(self) -> int:

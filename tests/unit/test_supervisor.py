@@ -20,7 +20,7 @@ from ipc.errors import ConfigError
 from pipeline.endpoint import EndpointClaim
 from pipeline.python_module import module_environment
 
-ROLES = ["gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1", "gateway"]
+ROLES = ["gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1"]
 RUN = """
 import logging, sys
 from pipeline.config import config_from_dict

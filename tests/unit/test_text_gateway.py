@@ -87,7 +87,7 @@ def _params(**fields: Any) -> bytes:
         (generate("bad", token_ids=b"12345"), "invalid_request", "no multiple of 4"),
         (generate("bad", prompt="x", token_ids=b"1234"), "invalid_request", "prompt and token_ids"),
         (generate("bad", prompt=None), "invalid_request", "not none"),
-        (_params(temperature=-1.0), "invalid_request", "temperature (-1.0) must lie in [0, 100]"),
+        (_params(temperature=-1.0), "invalid_request", "temperature (-1.0) must be 0 (greedy) or lie in [0.001, 100]"),
         (_params(max_tokens="many"), "protocol", "params.max_tokens"),
         (_params(tempreture=1.0), "protocol", "tempreture"),
         (msgpack.packb({"type": "Generate", "request_id": "bad", "extra": 1}), "protocol", "extra"),

@@ -30,13 +30,22 @@ _LAUNCHER_DIED = "the engine's launcher died"
 
 
 def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
-    """Serve until Stop, or until the launcher dies."""
-    launcher = _watch_launcher(bootstrap)
+    """Serve until Stop, or until the launcher dies: then the engine's folder is left to this process to remove."""
     try:
-        GatewayWorker(process, bootstrap, launcher).serve()
+        GatewayWorker(process, bootstrap, _watch_launcher(bootstrap)).serve()
+    except LauncherDied:
+        shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
+        raise
     finally:
         if bootstrap.endpoint.startswith(_IPC):
             Path(bootstrap.endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
+
+
+class LauncherDied(EngineUnavailable):
+    """The launcher has ended without a word to its workers."""
+
+    def __init__(self) -> None:
+        super().__init__(_LAUNCHER_DIED)
 
 
 class GatewayWorker:
@@ -126,8 +135,7 @@ class GatewayWorker:
 
     def _end_without_launcher(self) -> None:
         self.core.abort(_LAUNCHER_DIED)
-        shutil.rmtree(self.bootstrap.run_dir, ignore_errors=True)
-        raise EngineUnavailable(_LAUNCHER_DIED)
+        raise LauncherDied
 
 
 def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
@@ -148,7 +156,7 @@ def _watch_launcher(bootstrap: GatewayBootstrap) -> int:
     try:
         fd = os.pidfd_open(bootstrap.worker.launcher_pid)
     except ProcessLookupError:
-        raise EngineUnavailable(_LAUNCHER_DIED) from None
+        raise LauncherDied from None
     if os.getppid() != bootstrap.worker.launcher_pid:  # the number is somebody else's by now
-        raise EngineUnavailable(_LAUNCHER_DIED)
+        raise LauncherDied
     return fd

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from ipc.channels import bind_router, connect_dealer
@@ -51,8 +52,13 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
     if process.role != "gateway":
         while True:
             process.wait()
-    launcher = os.pidfd_open(bootstrap.worker.launcher_pid)
-    process.watch(launcher)
-    while launcher not in process.wait():
-        pass
+    try:
+        launcher = os.pidfd_open(bootstrap.worker.launcher_pid)
+        process.watch(launcher)
+        while launcher not in process.wait():
+            pass
+    except ProcessLookupError:
+        pass  # it died while this process started
+    finally:
+        Path(bootstrap.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
     shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
