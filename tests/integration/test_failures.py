@@ -33,7 +33,8 @@ def open_streams(pipeline: Pipeline, count: int) -> list[threading.Thread]:
     def consume(thread: list[object]) -> None:
         try:
             last: Output | None = None
-            for last in pipeline.client.generate("A module is", ENDLESS, stream=True):
+            for output in pipeline.client.generate("A module is", ENDLESS, stream=True):
+                last = output
                 begun.release()
             thread.append(last)
         except Exception as error:

@@ -58,9 +58,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_depth_order_and_number_of_tokenizers_change_no_token(llama: Path) -> None:
     prompts = mixed_prompts(seed=4, count=24)
     params = [
-        SamplingParams(max_tokens=MAX_NEW_TOKENS, temperature=(i % 3) * 0.8, seed=i, top_k=(i % 4) * 9, top_p=1 - i % 5 / 9)
+        SamplingParams(
+            max_tokens=MAX_NEW_TOKENS, temperature=(i % 3) * 0.8, seed=i, top_k=(i % 4) * 9, top_p=1 - (i % 5) / 9
+        )
         for i in range(len(prompts))
-    ]  # fmt: skip
+    ]
     order = list(range(len(prompts)))
     results = []
     for depth, num_tokenizers, shuffle in ((1, 1, 0), (2, 1, 1), (3, 3, 2), (4, 3, 3)):

@@ -1,4 +1,4 @@
-"""The step protocol on the simulated device: every access is ordered, tokens are right, and planted faults are found."""
+"""The step protocol on the simulated device: accesses are ordered, tokens are right, planted faults are found."""
 
 from __future__ import annotations
 
