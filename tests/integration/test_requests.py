@@ -66,8 +66,8 @@ def test_a_prompt_in_chinese_and_one_with_emoji_are_served(client: Client) -> No
         ("", GREEDY, "empty"),
         ([], GREEDY, "empty"),
         ([10**6], GREEDY, "1000000"),
-        ("x " * 20_000, GREEDY, "max_model_len"),
-        ("hello", SamplingParams(max_tokens=10**6), "max_model_len"),
+        ("x " * 20_000, GREEDY, "1024 tokens"),
+        ("hello", SamplingParams(max_tokens=10**6), "1024 tokens"),
         ("hello", SamplingParams(stop_token_ids=[10**6]), "1000000"),
     ],
 )
