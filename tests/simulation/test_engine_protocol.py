@@ -1,6 +1,6 @@
 """The real scheduler and the real executor on the simulated device, over thousands of seeds.
 
-A seed draws depth, requests, cancellations, a tight pool of blocks, who takes turns when, and when queued device work runs.
+A seed draws depth, requests, cancellations, who takes turns when, and when queued device work runs; blocks are scarce.
 Whatever it draws: no access that no event orders, and the tokens that the requests alone decide.
 """
 
