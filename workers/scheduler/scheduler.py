@@ -113,6 +113,7 @@ class Scheduler:
             "num_waiting": len(self._waiting),
             "num_running": len(self._running),
             "num_preempted": len(self._preempted),
+            "num_blocks": self._blocks.num_blocks,
             "num_free_blocks": self._blocks.num_free,
             "device_busy_ns": self.device_time.busy_ns,
             "device_wait_ns": self.device_time.wait_ns,
