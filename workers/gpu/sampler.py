@@ -53,7 +53,7 @@ def sample(
     tokens32 = tokens.to(torch.int32)
     max_model_len = tables.token_ids.shape[1]
     places = torch.where(sampled, rows.to(torch.int64) * max_model_len + position, tables.trash_row * max_model_len)
-    tables.token_ids.view(-1).index_copy_(0, places, tokens32)
+    tables.flat_token_ids.index_copy_(0, places, tokens32)
     tables.num_computed_tokens.index_put_((rows,), batch.seq_lens)  # sampled or not; the trash row stays at 0
 
     is_end = (tables.end_ids.index_select(0, rows) == tokens32[:, None]).any(-1)
