@@ -72,7 +72,7 @@ def test_values_that_do_not_fit_together_are_refused_with_both_names() -> None:
         "scheduler.max_num_batched_tokens (8192) is smaller than scheduler.max_num_seqs (9000): "
         "a full decode step would not fit" in str(caught.value)
     )
-    with pytest.raises(ConfigError, match="cannot hold one sequence of scheduler.max_model_len"):
+    with pytest.raises(ConfigError, match=r"cannot hold one sequence of scheduler\.max_model_len"):
         configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=49")
     assert configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=48").cache.num_blocks == 3
 
