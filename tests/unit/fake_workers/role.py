@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from ipc.channels import bind_router, connect_dealer
@@ -56,3 +57,4 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
     while launcher not in process.wait():
         pass
     shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
+    Path(bootstrap.endpoint.removeprefix("ipc://")).unlink()
