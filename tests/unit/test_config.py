@@ -72,7 +72,7 @@ def test_values_that_do_not_fit_together_are_refused_with_both_names() -> None:
         "scheduler.max_num_batched_tokens (8192) is smaller than scheduler.max_num_seqs (9000): "
         "a full decode step would not fit" in str(caught.value)
     )
-    with pytest.raises(ConfigError, match=r"cannot hold one sequence of scheduler\.max_model_len"):
+    with pytest.raises(ConfigError, match="cannot hold one sequence"):
         configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=49")
     assert configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=48").cache.num_blocks == 3
 
@@ -142,7 +142,10 @@ def test_usual_endpoints_are_taken(endpoint: str) -> None:
     check_endpoint(endpoint)
 
 
-def test_the_default_endpoints_folder_is_private_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_endpoints_folder_is_private_and_removed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("f")  # a short path: sockets' are bounded
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     folder = Path(default_endpoint().removeprefix("ipc://")).parent
     claim = EndpointClaim(default_endpoint())
