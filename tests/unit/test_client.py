@@ -171,8 +171,8 @@ def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client
 @pytest.mark.parametrize(
     "prompt",
     ["", [], 5, None, b"bytes", b"12345678", [1.5], [1, "a"], [-1], [2**31], np.zeros((2, 2), int), np.zeros(2),
-     "\ud800", [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}], [{"role": "user", "content": "x"}, 5],
-     "x" * (17 << 20)],
+     "\ud800", [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}],
+     [{"role": "user", "content": "x"}, 5], "x" * (17 << 20)],
 )  # fmt: skip
 def test_an_impossible_prompt_is_refused_here(client: Client, prompt: Any) -> None:
     with pytest.raises(InvalidRequest):
