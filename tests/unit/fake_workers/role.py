@@ -62,3 +62,4 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
     finally:
         Path(bootstrap.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
     shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
+    Path(bootstrap.endpoint.removeprefix("ipc://")).unlink()
