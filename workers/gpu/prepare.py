@@ -75,7 +75,8 @@ class Prepare:
         rows = torch.where(real, step.append_row, tables.trash_row_tensor)
         indices = step.append_index * real
         blocks = torch.where(real, step.append_block, tables.trash_block_tensor)
-        tables.block_table.index_put_((rows, indices), blocks)
+        entries = rows.to(torch.int64) * tables.block_table.shape[1] + indices
+        tables.flat_block_table.index_copy_(0, entries, blocks)
 
     def filler(self, batch: StepBatch) -> Callable[[], None]:
         """The work that lays out a step's tokens: sequence after sequence, each from where its row stands.
