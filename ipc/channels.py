@@ -23,12 +23,18 @@ _HEARTBEAT_MS: Final = 2_000
 _HEARTBEAT_TIMEOUT_MS: Final = 30_000
 
 
-def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> zmq.Socket[Any]:
-    """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound."""
+def bind_router(
+    context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES, handover: bool = True
+) -> zmq.Socket[Any]:
+    """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound.
+
+    With `handover` a new peer takes over the identity of an old one: a restarted worker does. Among clients, who choose
+    theirs freely, nobody may.
+    """
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _set_common_options(socket, endpoint, max_frame_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:

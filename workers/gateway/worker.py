@@ -146,7 +146,7 @@ def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
     """
     before = os.umask(0o177)
     try:
-        return bind_router(context, endpoint, max_frame_bytes=MAX_FRAME_BYTES)
+        return bind_router(context, endpoint, max_frame_bytes=MAX_FRAME_BYTES, handover=False)
     finally:
         os.umask(before)
 
