@@ -9,7 +9,7 @@ still arrives, perhaps under another identity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import zmq
@@ -43,12 +43,23 @@ def bind_router(
     return socket
 
 
-def connect_dealer(context: zmq.Context[Any], endpoint: str, *, identity: bytes | None = None) -> zmq.Socket[Any]:
-    """A connected DEALER; messages sent before the peer is there wait for it. Raises ConfigError for no endpoint."""
+def connect_dealer(
+    context: zmq.Context[Any],
+    endpoint: str,
+    *,
+    identity: bytes | None = None,
+    prepare: Callable[[zmq.Socket[Any]], None] | None = None,
+) -> zmq.Socket[Any]:
+    """A connected DEALER; messages sent before the peer is there wait for it. Raises ConfigError for no endpoint.
+
+    `prepare` gets the socket before it connects: a monitor that is attached later may miss the connection.
+    """
     socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _set_common_options(socket, endpoint, MAX_FRAME_BYTES)
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
+    if prepare is not None:
+        prepare(socket)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:

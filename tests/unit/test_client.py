@@ -170,9 +170,10 @@ def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", [], 5, None, b"bytes", b"12345678", [1.5], [1, "a"], [-1], [2**31], np.zeros((2, 2), int), np.zeros(2),
-     "\ud800", [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}],
-     [{"role": "user", "content": "x"}, 5], "x" * (17 << 20)],
+    ["", [], 5, None, b"bytes", b"12345678",
+     [1.5], [1, "a"], [-1], [2**31], np.zeros((2, 2), int), np.zeros(2), "\ud800",
+     [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}], [{"role": "user", "content": "x"}, 5],
+     "x" * (17 << 20)],
 )  # fmt: skip
 def test_an_impossible_prompt_is_refused_here(client: Client, prompt: Any) -> None:
     with pytest.raises(InvalidRequest):
@@ -341,6 +342,15 @@ def test_an_engine_that_is_not_there_is_named_after_the_time_out(tmp_path_factor
         assert client.wait_ready(WAIT_S).model == "m"
         assert gateway.heard.empty(), "what had been given up is not sent later"
         gateway.stop()
+
+
+def test_no_connection_is_missed_however_quickly_it_stands(gateway: FakeGateway) -> None:
+    async def connect_often() -> None:
+        for _ in range(100):
+            async with AsyncClient(gateway.endpoint, timeout_s=WAIT_S) as client:
+                await client.stats()
+
+    asyncio.run(asyncio.wait_for(connect_often(), WAIT_S))
 
 
 def test_health_stats_and_readiness(gateway: FakeGateway, client: Client) -> None:

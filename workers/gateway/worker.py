@@ -104,6 +104,7 @@ class GatewayWorker:
     def _on_control(self, message: Start | Drain | Abort) -> None:
         if isinstance(message, Start):
             self.core.start()
+            self.process.ready()  # once more: from here on requests are taken
         elif isinstance(message, Drain):
             self.core.drain(time.monotonic())
         else:
