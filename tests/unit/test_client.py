@@ -297,9 +297,9 @@ def test_an_asyncio_stream_is_cancelled_by_break_aclose_or_its_task(gateway: Fak
 
 def test_cancel_ends_a_request_with_reason_cancelled(gateway: FakeGateway, client: Client) -> None:
     stream = client.generate("hi", stream=True, request_id="r")
+    gateway.expect(Generate)
     client.cancel("r")
     client.cancel("unknown")
-    gateway.expect(Generate)
     assert gateway.expect(Cancel).request_id == "r"
     gateway.say(news("r", end=CANCELLED))
     assert [o.finish_reason for o in stream] == ["cancelled"]
