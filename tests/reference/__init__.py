@@ -1,0 +1,1 @@
+"""What tests compare with: tiny random models, the tokens plain transformers generates, hand-built steps."""
