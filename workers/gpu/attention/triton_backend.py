@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -165,9 +165,10 @@ class TritonStep:
         )
 
     def _prefill(self, call: _Call) -> None:
-        tuning = self._prefill_tuning or choose_prefill_tuning(call.query.device, call.key_bytes)
+        tuning = self._prefill_tuning or choose_prefill_tuning(call.query.device, call.key_bytes, call.query.dtype)
         group = int(call.meta["GROUP"])
-        block_q = tuning.rows // group
+        rows = max(tuning.rows, triton.next_power_of_2(group))
+        block_q = rows // group
         if block_q not in self._tile_plans:
             self._tile_plans[block_q] = plan_tiles(self._batch, block_q)
         tiles = self._tile_plans[block_q]
@@ -181,7 +182,7 @@ class TritonStep:
             call.sinks,
             *call.strides(self._batch.block_table),
             *call.scales,
-            BLOCK_M=tuning.rows,
+            BLOCK_M=rows,
             BLOCK_N=tuning.positions,
             WINDOW=call.window,
             PREFETCH=tuning.prefetch,
@@ -228,10 +229,21 @@ def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
     """`key_bytes`: of one KV head's K of one position."""
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1)
-    return Tuning(positions=64, warps=4, stages=3, programs=2)
+    positions = 64 if key_bytes <= 256 else 32
+    return Tuning(positions, warps=4, stages=_stages(device, 2 * key_bytes * positions, at_most=3), programs=2)
 
 
-def choose_prefill_tuning(device: torch.device, key_bytes: int) -> Tuning:
+def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dtype) -> Tuning:
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1, rows=16)
-    return Tuning(positions=64, warps=8, stages=3, rows=128)
+    if dtype == torch.float32:  # not on the matrix units: small products, in registers
+        return Tuning(positions=32, warps=8, stages=1, rows=32)
+    rows, positions = 128, 64
+    stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=rows * key_bytes)
+    return Tuning(positions, warps=8, stages=stages, rows=rows)
+
+
+def _stages(device: torch.device, stage_bytes: int, *, at_most: int, besides: int = 0) -> int:
+    """How many reads of `stage_bytes` may be under way at once in a multiprocessor's shared memory."""
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one
+    return max(1, min(at_most, (int(properties.shared_memory_per_block_optin) - besides) // stage_bytes))
