@@ -32,6 +32,7 @@ class CudaDevice:
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._graph_memory = torch.cuda.graph_pool_handle()  # of all graphs: they run one after the other
+        self._page_locked: list[torch.Tensor] = []  # kept mapped: the driver would copy to where they were
         self._clock_offset_ns = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
         self._clock_offset_ns.fill_(self._measure_clock_offset())
 
@@ -57,6 +58,8 @@ class CudaDevice:
             )  # fmt: skip
             with contextlib.suppress(RuntimeError):  # the runtime would report the same error once more, with a launch
                 self._clock_offset_ns.add_(0)
+        else:
+            self._page_locked.append(memory)
         return memory
 
     def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
