@@ -10,8 +10,6 @@ shares, of where its part begins and of where it ends.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -30,31 +28,31 @@ from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normali
 
 @triton.jit
 def decode(
-    result: Any,  # [T, num_heads, DIM_V]; tokens that are padding are zeroed here
-    shares: Any,  # [NUM_PROGRAMS, 2, GROUP, DIM_V] float32: at the begin of a program's part, at its end
-    share_maximum: Any,  # [NUM_PROGRAMS, 2, GROUP] float32
-    share_total: Any,  # the same
-    query: Any,
-    key_cache: Any,
-    value_cache: Any,
-    entries: Any,
-    programs: Any,
-    cu_seqlens: Any,
-    block_table: Any,
-    sinks: Any,
-    num_seqs: Any,
-    num_tokens: Any,
-    query_token_stride: Any,
-    query_head_stride: Any,
-    key_block_stride: Any,
-    key_token_stride: Any,
-    key_head_stride: Any,
-    value_block_stride: Any,
-    value_token_stride: Any,
-    value_head_stride: Any,
-    table_stride: Any,
-    inner_scale: Any,
-    outer_scale: Any,
+    result: tl.tensor,  # [T, num_heads, DIM_V]; tokens that are padding are zeroed here
+    shares: tl.tensor,  # [NUM_PROGRAMS, 2, GROUP, DIM_V] float32: at the begin of a program's part, at its end
+    share_maximum: tl.tensor,  # [NUM_PROGRAMS, 2, GROUP] float32
+    share_total: tl.tensor,  # the same
+    query: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    entries: tl.tensor,
+    programs: tl.tensor,
+    cu_seqlens: tl.tensor,
+    block_table: tl.tensor,
+    sinks: tl.tensor,
+    num_seqs: tl.tensor,
+    num_tokens: tl.tensor,
+    query_token_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    inner_scale: tl.tensor,
+    outer_scale: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -152,13 +150,13 @@ def decode(
 
 @triton.jit
 def combine(
-    result: Any,
-    shares: Any,
-    share_maximum: Any,
-    share_total: Any,
-    entries: Any,
-    programs: Any,
-    sinks: Any,
+    result: tl.tensor,
+    shares: tl.tensor,
+    share_maximum: tl.tensor,
+    share_total: tl.tensor,
+    entries: tl.tensor,
+    programs: tl.tensor,
+    sinks: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,

@@ -15,7 +15,7 @@ token in the step; tiles are cut from the rest.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -87,25 +87,25 @@ def plan_tiles(batch: StepBatch, block_q: int) -> torch.Tensor:
 
 
 @triton.jit
-def part_of(program: Any, units: Any, num_parts: Any) -> Any:
+def part_of(program: tl.tensor, units: tl.tensor, num_parts: tl.tensor) -> tl.tensor:
     """Where a program's part of the line begins."""
     return (program.to(tl.int64) * units // num_parts).to(tl.int32)
 
 
 @triton.jit
-def program_of(unit: Any, units: Any, num_parts: Any) -> Any:
+def program_of(unit: tl.tensor, units: tl.tensor, num_parts: tl.tensor) -> tl.tensor:
     """In whose part a unit of the line is: the inverse of `part_of`."""
     return (((unit.to(tl.int64) + 1) * num_parts - 1) // units).to(tl.int32)
 
 
 @triton.jit
 def _plan_decodes(
-    entries: Any,
-    programs: Any,
-    cu_seqlens: Any,
-    seq_lens: Any,
-    seq_row: Any,
-    num_seqs: Any,
+    entries: tl.tensor,
+    programs: tl.tensor,
+    cu_seqlens: tl.tensor,
+    seq_lens: tl.tensor,
+    seq_row: tl.tensor,
+    num_seqs: tl.tensor,
     EVERY_TOKEN: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -159,12 +159,12 @@ def _plan_decodes(
 
 @triton.jit
 def _plan_tiles(
-    tiles: Any,
-    cu_seqlens: Any,
-    seq_lens: Any,
-    seq_row: Any,
-    num_seqs: Any,
-    num_tiles: Any,
+    tiles: tl.tensor,
+    cu_seqlens: tl.tensor,
+    seq_lens: tl.tensor,
+    seq_row: tl.tensor,
+    num_seqs: tl.tensor,
+    num_tiles: tl.tensor,
     BLOCK_Q: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
     BLOCK_S: tl.constexpr,
