@@ -20,7 +20,7 @@ from workers.gpu.batch import StepBatch
 
 _LOG2_E: Final = math.log2(math.e)
 _SMALLEST_PRODUCT: Final = 16  # rows, of the matrix units
-_NO_DEVICE_PROGRAMS: Final = 6  # under the interpreter: few, so that parts cut sequences and sequences share parts
+_NO_DEVICE_PARTS: Final = 5  # under the interpreter: few, so that parts cut sequences and sequences share parts
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,17 @@ class TritonStep:
 
     def _decode(self, call: _Call) -> None:
         tuning = self._decode_tuning or choose_decode_tuning(call.query.device, call.key_bytes)
-        num_programs = num_decode_programs(call.query.device, tuning)
         num_kv_heads, group = int(call.meta["NUM_KV_HEADS"]), int(call.meta["GROUP"])
-        key = (num_kv_heads, call.window, tuning.positions)
+        num_parts = choose_num_parts(call.query.device, tuning, num_kv_heads)
+        key = (num_parts, call.window, tuning.positions)
         if key not in self._decode_plans:
             self._decode_plans[key] = plan_decodes(
-                self._batch,
-                num_kv_heads=num_kv_heads,
-                window=call.window,
-                unit=tuning.positions,
-                num_programs=num_programs,
+                self._batch, window=call.window, unit=tuning.positions, num_parts=num_parts
             )
-        entries, programs = self._decode_plans[key]
+        entries, parts = self._decode_plans[key]
         dim_v = int(call.meta["DIM_V"])
+        num_programs = num_parts * num_kv_heads
+        dependent_launch = is_dependent_launch_possible(call.query.device)
         shape = (num_programs, group, dim_v)
         if shape not in self._shares:
             sums = torch.empty(2, num_programs, 2, group, dtype=torch.float32, device=call.query.device)
@@ -131,7 +129,7 @@ class TritonStep:
             call.key_cache,
             call.value_cache,
             entries,
-            programs,
+            parts,
             self._batch.cu_seqlens,
             self._batch.block_table,
             call.sinks,
@@ -141,27 +139,26 @@ class TritonStep:
             *call.scales,
             BLOCK_GROUP=max(triton.next_power_of_2(group), _SMALLEST_PRODUCT),
             UNIT=tuning.positions,
-            NUM_PROGRAMS=num_programs,
             PREFETCH=tuning.prefetch,
+            DEPENDENT_LAUNCH=dependent_launch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
             **call.meta,
         )
-        combine[(num_programs - 1, group)](
+        combine[(num_parts - 1, num_kv_heads * group)](
             call.result,
             *shares,
-            entries,
-            programs,
+            parts,
             call.sinks,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
-            UNIT=tuning.positions,
-            NUM_PROGRAMS=num_programs,
             NUM_SHARES=_SMALLEST_PRODUCT,
             DIM_V=dim_v,
             BLOCK_DIM_V=call.meta["BLOCK_DIM_V"],
             SINKS=call.meta["SINKS"],
+            DEPENDENT_LAUNCH=dependent_launch,
             num_warps=4,
+            **({"launch_pdl": True} if dependent_launch else {}),
         )
 
     def _prefill(self, call: _Call) -> None:
@@ -219,10 +216,17 @@ class _Call:
         )
 
 
-def num_decode_programs(device: torch.device, tuning: Tuning) -> int:
+def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) -> int:
+    """At least 2, so that there is a grid for combining."""
     if device.type != "cuda":
-        return _NO_DEVICE_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * tuning.programs
+        return _NO_DEVICE_PARTS
+    num_programs = torch.cuda.get_device_properties(device).multi_processor_count * tuning.programs
+    return max(2, num_programs // num_kv_heads)
+
+
+def is_dependent_launch_possible(device: torch.device) -> bool:
+    """Whether a kernel may be put in place before the one it waits for has ended: from compute capability 9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:

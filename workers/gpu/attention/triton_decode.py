@@ -1,65 +1,66 @@
 """Decode: one query token against all the KV it sees. Bound by the reading of that KV, once.
 
-The query heads that share a KV head are the rows of one product. A fixed number of programs share the work in equal
-parts (see triton_plan). What a program computes of an entry and head is its share: the whole of it is written to
-the output at once; otherwise it is left, not normalized, for a second kernel to combine. A program leaves at most two
-shares, of where its part begins and of where it ends.
+The query heads that share a KV head are the rows of one product. A program takes its part of the line of work (see
+triton_plan) for one KV head. If an entry lies within the part, its result is written to the output; otherwise what the
+part computed of it is a share, left without normalization for a second kernel to combine. A program leaves at most two
+shares: of the entry in which its part begins, and of that in which it ends.
 """
 
 # mypy: disable-error-code="untyped-decorator"
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.attention.triton_plan import (
     COLUMNS,
+    CUT_IS_WHOLE,
+    CUT_PART,
+    CUT_TOKEN,
     ENTRY_BEGIN,
     ENTRY_END,
     ENTRY_ROW,
     ENTRY_TOKEN,
     ENTRY_UNIT,
-    part_of,
-    program_of,
+    PART_ENTRY,
+    PART_UNIT,
 )
 from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize
 
 
 @triton.jit
 def decode(
-    result: Any,  # [T, num_heads, DIM_V]; tokens that are padding are zeroed here
-    shares: Any,  # [NUM_PROGRAMS, 2, GROUP, DIM_V] float32: at the begin of a program's part, at its end
-    share_maximum: Any,  # [NUM_PROGRAMS, 2, GROUP] float32
-    share_total: Any,  # the same
-    query: Any,
-    key_cache: Any,
-    value_cache: Any,
-    entries: Any,
-    programs: Any,
-    cu_seqlens: Any,
-    block_table: Any,
-    sinks: Any,
-    num_seqs: Any,
-    num_tokens: Any,
-    query_token_stride: Any,
-    query_head_stride: Any,
-    key_block_stride: Any,
-    key_token_stride: Any,
-    key_head_stride: Any,
-    value_block_stride: Any,
-    value_token_stride: Any,
-    value_head_stride: Any,
-    table_stride: Any,
-    inner_scale: Any,
-    outer_scale: Any,
+    result: tl.tensor,  # [T, num_heads, DIM_V]; tokens that are padding are zeroed here
+    shares: tl.tensor,  # [parts, NUM_KV_HEADS, 2, GROUP, DIM_V] float32: of where a part begins, of where it ends
+    share_maximum: tl.tensor,  # [parts, NUM_KV_HEADS, 2, GROUP] float32
+    share_total: tl.tensor,  # the same
+    query: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    entries: tl.tensor,
+    parts: tl.tensor,
+    cu_seqlens: tl.tensor,
+    block_table: tl.tensor,
+    sinks: tl.tensor,
+    num_seqs: tl.tensor,
+    num_tokens: tl.tensor,
+    query_token_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    inner_scale: tl.tensor,
+    outer_scale: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     UNIT: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM_K: tl.constexpr,
     DIM_V: tl.constexpr,
@@ -69,8 +70,13 @@ def decode(
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     PREFETCH: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
+    """Grid (parts * NUM_KV_HEADS)."""
+    if DEPENDENT_LAUNCH:
+        gdc_launch_dependents()  # the combining kernel may take its place, to wait there
     program = tl.program_id(0)
+    kv_head = program % NUM_KV_HEADS
     group = tl.arange(0, BLOCK_GROUP)
     dim_k = tl.arange(0, BLOCK_DIM_K)
     dim_v = tl.arange(0, BLOCK_DIM_V)
@@ -81,25 +87,19 @@ def decode(
         for head in range(NUM_KV_HEADS):
             at = (head * GROUP + group)[:, None] * DIM_V + dim_v[None, :]
             tl.store(padding + at, 0.0, mask=(group < GROUP)[:, None] & (dim_v < DIM_V)[None, :])
-        token += NUM_PROGRAMS
+        token += tl.num_programs(0)
 
-    units = tl.load(programs + NUM_PROGRAMS).to(tl.int64) * NUM_KV_HEADS
-    num_parts = tl.minimum(units, NUM_PROGRAMS)
-    if program >= num_parts:
-        return
-    part_begin = part_of(program, units, num_parts)
-    part_end = part_of(program + 1, units, num_parts)
-    number = tl.load(programs + program)
+    part = parts + (program // NUM_KV_HEADS) * COLUMNS
+    part_begin = tl.load(part + PART_UNIT)
+    part_end = tl.load(part + COLUMNS + PART_UNIT)
+    entry = entries + tl.load(part + PART_ENTRY) * COLUMNS
     unit = part_begin
     while unit < part_end:
-        entry = entries + number * COLUMNS
         query_token = tl.load(entry + ENTRY_TOKEN).to(tl.int64)
         begin = tl.load(entry + ENTRY_BEGIN)
         end = tl.load(entry + ENTRY_END)
-        entry_unit = tl.load(entry + ENTRY_UNIT) * NUM_KV_HEADS
+        own_begin = unit - tl.load(entry + ENTRY_UNIT)
         num_units = (end - begin + UNIT - 1) // UNIT
-        kv_head = (unit - entry_unit) // num_units
-        own_begin = (unit - entry_unit) % num_units
         own_end = tl.minimum(own_begin + part_end - unit, num_units)
 
         head = kv_head * GROUP + group
@@ -146,56 +146,46 @@ def decode(
             tl.store(share_maximum + share, maximum, mask=is_head)
             tl.store(share_total + share, total, mask=is_head)
         unit += own_end - own_begin
-        if unit == entry_unit + num_units * NUM_KV_HEADS:
-            number += 1
+        entry += COLUMNS
 
 
 @triton.jit
 def combine(
-    result: Any,
-    shares: Any,
-    share_maximum: Any,
-    share_total: Any,
-    entries: Any,
-    programs: Any,
-    sinks: Any,
+    result: tl.tensor,
+    shares: tl.tensor,
+    share_maximum: tl.tensor,
+    share_total: tl.tensor,
+    parts: tl.tensor,
+    sinks: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
     NUM_SHARES: tl.constexpr,  # that are read at once
     DIM_V: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
     SINKS: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (NUM_PROGRAMS - 1, GROUP): combine what the end of one program's part began and the next continued."""
-    program = tl.program_id(0)
-    units = tl.load(programs + NUM_PROGRAMS).to(tl.int64) * NUM_KV_HEADS
-    num_parts = tl.minimum(units, NUM_PROGRAMS)
-    if program + 1 >= num_parts:
+    """Grid (parts - 1, query heads): combine the shares of the entry that begins in a part and ends in a later one."""
+    first_part = tl.program_id(0)
+    part = parts + first_part * COLUMNS
+    if DEPENDENT_LAUNCH:
+        gdc_wait()  # for the shares, and for the plan if it was made just before
+    query_token = tl.load(part + CUT_TOKEN).to(tl.int64)
+    last_part = tl.load(part + CUT_PART)
+    is_whole = tl.load(part + CUT_IS_WHOLE)
+    if query_token < 0:
         return
-    entry = entries + tl.load(programs + program + 1) * COLUMNS
-    num_units = (tl.load(entry + ENTRY_END) - tl.load(entry + ENTRY_BEGIN) + UNIT - 1) // UNIT
-    entry_unit = tl.load(entry + ENTRY_UNIT) * NUM_KV_HEADS
-    next_begin = part_of(program + 1, units, num_parts)
-    kv_head = (next_begin - entry_unit) // num_units
-    begin = entry_unit + kv_head * num_units  # of this entry and head, on the line
-    if begin == next_begin:
-        return  # nothing was cut here
-    if program_of(begin, units, num_parts) != program:
-        return  # it was begun by a program before, which combines it
-    last_program = program_of(begin + num_units - 1, units, num_parts)
 
-    number = tl.arange(0, NUM_SHARES)
+    head = tl.program_id(1) + tl.zeros([1], tl.int32)
     dim_v = tl.arange(0, BLOCK_DIM_V)
     maximum = tl.full([1], NO_SCORE, tl.float32)
     total = tl.zeros([1], tl.float32)
     output = tl.zeros([1, BLOCK_DIM_V], tl.float32)
-    is_at_end = (part_of(program, units, num_parts) < begin).to(tl.int32)  # the first share; all others are at a begin
-    for first in range(program, last_program + 1, NUM_SHARES):
-        owner = first + number
-        is_share = owner <= last_program
-        share = (owner * 2 + tl.where(owner == program, is_at_end, 0)) * GROUP + tl.program_id(1)
+    for some in range(first_part, last_part + 1, NUM_SHARES):
+        owner = some + tl.arange(0, NUM_SHARES)
+        is_share = owner <= last_part
+        is_at_end = tl.where(owner == first_part, 1 - is_whole, 0)
+        share = ((owner * NUM_KV_HEADS + head // GROUP) * 2 + is_at_end) * GROUP + head % GROUP
         own_maximum = tl.load(share_maximum + share, mask=is_share, other=NO_SCORE)
         own_total = tl.load(share_total + share, mask=is_share, other=0.0)
         mask = is_share[:, None] & (dim_v < DIM_V)[None, :]
@@ -206,8 +196,6 @@ def combine(
         total = total * decay + tl.sum(own_total * weight, 0)
         output = output * decay[:, None] + tl.sum(own_output * weight[:, None], 0)[None, :]
         maximum = new_maximum
-    head = kv_head * GROUP + tl.program_id(1) + tl.zeros([1], tl.int32)
     normalized = normalize(maximum, total, output, sinks, head, head >= 0, SINKS)
-    token = tl.load(entry + ENTRY_TOKEN).to(tl.int64)
-    at = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
+    at = (query_token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
     tl.store(result + at, normalized.to(result.dtype.element_ty), mask=(dim_v < DIM_V)[None, :])

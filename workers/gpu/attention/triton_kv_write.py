@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -47,17 +45,17 @@ def write_kv(
 
 @triton.jit
 def _write_kv(
-    key: Any,
-    value: Any,
-    key_cache: Any,
-    value_cache: Any,
-    slot_mapping: Any,
-    key_token_stride: Any,
-    key_head_stride: Any,
-    key_dim_stride: Any,
-    value_token_stride: Any,
-    value_head_stride: Any,
-    value_dim_stride: Any,
+    key: tl.tensor,
+    value: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    slot_mapping: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_dim_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    value_dim_stride: tl.tensor,
     NUM_HEADS: tl.constexpr,
     DIM_K: tl.constexpr,
     DIM_V: tl.constexpr,

@@ -1,9 +1,9 @@
 """Who computes what in a step, worked out on the device: lengths are read there, so that a captured graph fits any.
 
-Decodes. An entry is one query token and the KV it sees, cut into units of UNIT positions. All units of all entries and
-KV heads form one line (an entry's heads follow one another), and a fixed number of programs share it in equal
-contiguous parts, whatever the lengths are: few long sequences are split among many programs, many short ones are not
-split at all. (Osama et al. 2023 cut matrix products so, "Stream-K".)
+Decodes. An entry is one query token and the KV it sees, cut into units of UNIT positions. The units of all entries form
+one line, which is shared out in equal contiguous parts, whatever the lengths are: a long sequence is split among many
+parts, many short ones share one. (Osama et al. 2023 cut matrix products so, "Stream-K".) For each part there is one
+program per KV head: those of a part read the heads of the same tokens, neighbours in memory, at about the same time.
 
 Prefills. A tile is up to BLOCK_Q consecutive tokens of one sequence.
 
@@ -15,7 +15,7 @@ token in the step; tiles are cut from the rest.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -28,7 +28,12 @@ ENTRY_TOKEN = tl.constexpr(0)  # in the packed batch
 ENTRY_ROW = tl.constexpr(1)  # of the block table
 ENTRY_BEGIN = tl.constexpr(2)  # first KV position it sees
 ENTRY_END = tl.constexpr(3)  # behind the last, which is its own
-ENTRY_UNIT = tl.constexpr(4)  # units of the entries before, per KV head
+ENTRY_UNIT = tl.constexpr(4)  # its first, on the line
+PART_UNIT = tl.constexpr(0)  # its first, on the line; the part ends where the next begins
+PART_ENTRY = tl.constexpr(1)  # of that unit
+CUT_TOKEN = tl.constexpr(2)  # of the entry that begins in this part and ends in a later one; -1 = there is none
+CUT_PART = tl.constexpr(3)  # in which that entry ends
+CUT_IS_WHOLE = tl.constexpr(4)  # 1 = that entry begins where this part begins
 TILE_TOKEN = tl.constexpr(0)  # its first, in the packed batch
 TILE_STOP = tl.constexpr(1)  # behind the sequence's last token; 0 = there is no such tile
 TILE_ROW = tl.constexpr(2)
@@ -38,33 +43,29 @@ COLUMNS = tl.constexpr(8)
 _PER_PROGRAM: Final = 16  # parts of the line, or tiles, that one program of the planning kernels looks up
 
 
-def plan_decodes(
-    batch: StepBatch, *, num_kv_heads: int, window: int, unit: int, num_programs: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share the decodes of a step among `num_programs` programs. `window` 0 = none.
+def plan_decodes(batch: StepBatch, *, window: int, unit: int, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share out the decodes of a step in at most `num_parts` parts. `window` 0 = none.
 
-    Returns: entries [S, 8] int32, those that exist first; and programs [num_programs + 1] int32, the entry in which
-    each program's part begins, and then the number of units per KV head.
+    Returns: entries [S, 8] int32, those that exist first; and parts [num_parts + 1, 8] int32, empty ones last.
     """
     num_seqs = batch.num_seqs
     entries = torch.empty(num_seqs, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
-    programs = torch.empty(num_programs + 1, dtype=torch.int32, device=batch.seq_lens.device)
-    _plan_decodes[(triton.cdiv(num_programs, _PER_PROGRAM),)](
+    parts = torch.empty(num_parts + 1, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
+    _plan_decodes[(triton.cdiv(num_parts + 1, _PER_PROGRAM),)](
         entries,
-        programs,
+        parts,
         batch.cu_seqlens,
         batch.seq_lens,
         batch.seq_row,
         num_seqs,
         EVERY_TOKEN=batch.num_tokens == num_seqs,
-        NUM_KV_HEADS=num_kv_heads,
         WINDOW=window,
         UNIT=unit,
-        NUM_PROGRAMS=num_programs,
+        MAX_PARTS=num_parts,
         PER_PROGRAM=_PER_PROGRAM,
         BLOCK_S=triton.next_power_of_2(num_seqs),
     )
-    return entries, programs
+    return entries, parts
 
 
 def plan_tiles(batch: StepBatch, block_q: int) -> torch.Tensor:
@@ -87,30 +88,22 @@ def plan_tiles(batch: StepBatch, block_q: int) -> torch.Tensor:
 
 
 @triton.jit
-def part_of(program: Any, units: Any, num_parts: Any) -> Any:
-    """Where a program's part of the line begins."""
-    return (program.to(tl.int64) * units // num_parts).to(tl.int32)
-
-
-@triton.jit
-def program_of(unit: Any, units: Any, num_parts: Any) -> Any:
-    """In whose part a unit of the line is: the inverse of `part_of`."""
-    return (((unit.to(tl.int64) + 1) * num_parts - 1) // units).to(tl.int32)
+def _first_unit(part: tl.tensor, num_units: tl.tensor, num_parts: tl.tensor) -> tl.tensor:
+    return tl.where(part < num_parts, part * num_units // num_parts, num_units)
 
 
 @triton.jit
 def _plan_decodes(
-    entries: Any,
-    programs: Any,
-    cu_seqlens: Any,
-    seq_lens: Any,
-    seq_row: Any,
-    num_seqs: Any,
+    entries: tl.tensor,
+    parts: tl.tensor,
+    cu_seqlens: tl.tensor,
+    seq_lens: tl.tensor,
+    seq_row: tl.tensor,
+    num_seqs: tl.tensor,
     EVERY_TOKEN: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
     WINDOW: tl.constexpr,
     UNIT: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
@@ -136,9 +129,10 @@ def _plan_decodes(
     begin = tl.zeros_like(end)
     if WINDOW > 0:
         begin = tl.maximum(end - WINDOW, 0)
-    num_units = tl.where(exists, (end - begin + UNIT - 1) // UNIT, 0)
-    unit_end = tl.cumsum(num_units, 0)
-    num_units_of_all = tl.sum(num_units, 0)
+    own_units = tl.where(exists, (end - begin + UNIT - 1) // UNIT, 0)
+    unit_end = tl.cumsum(own_units, 0)
+    unit = unit_end - own_units
+    num_units = tl.sum(own_units, 0)
 
     if tl.program_id(0) == 0:
         entry = entries + (tl.cumsum(exists.to(tl.int32), 0) - 1) * COLUMNS
@@ -146,25 +140,33 @@ def _plan_decodes(
         tl.store(entry + ENTRY_ROW, tl.load(seq_row + sequence, mask=exists, other=0), mask=exists)
         tl.store(entry + ENTRY_BEGIN, begin, mask=exists)
         tl.store(entry + ENTRY_END, end, mask=exists)
-        tl.store(entry + ENTRY_UNIT, unit_end - num_units, mask=exists)
-        tl.store(programs + NUM_PROGRAMS, num_units_of_all)
+        tl.store(entry + ENTRY_UNIT, unit, mask=exists)
 
-    units = num_units_of_all.to(tl.int64) * NUM_KV_HEADS
-    num_parts = tl.maximum(tl.minimum(units, NUM_PROGRAMS), 1)
-    program = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
-    first_unit = part_of(program, units, num_parts)
-    is_before = exists[None, :] & (unit_end[None, :].to(tl.int64) * NUM_KV_HEADS <= first_unit[:, None])
-    tl.store(programs + program, tl.sum(is_before.to(tl.int32), 1), mask=program < NUM_PROGRAMS)
+    num_parts = tl.maximum(tl.minimum(num_units, MAX_PARTS), 1)
+    number = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    first = _first_unit(number, num_units, num_parts)
+    is_before = exists[None, :] & (unit_end[None, :] <= first[:, None])
+    after = _first_unit(number + 1, num_units, num_parts)  # where the next part begins, within which entry?
+    is_cut = (unit[None, :] < after[:, None]) & (after[:, None] < unit_end[None, :]) & (first[:, None] <= unit[None, :])
+    cut_unit = tl.max(tl.where(is_cut, unit[None, :], -1), 1)
+    cut_end = tl.max(tl.where(is_cut, unit_end[None, :], 0), 1)
+    part = parts + number * COLUMNS
+    is_mine = number <= MAX_PARTS
+    tl.store(part + PART_UNIT, first, mask=is_mine)
+    tl.store(part + PART_ENTRY, tl.sum(is_before.to(tl.int32), 1), mask=is_mine)
+    tl.store(part + CUT_TOKEN, tl.max(tl.where(is_cut, token[None, :], -1), 1), mask=is_mine)
+    tl.store(part + CUT_PART, (cut_end * num_parts - 1) // tl.maximum(num_units, 1), mask=is_mine)
+    tl.store(part + CUT_IS_WHOLE, (cut_unit == first).to(tl.int32), mask=is_mine)
 
 
 @triton.jit
 def _plan_tiles(
-    tiles: Any,
-    cu_seqlens: Any,
-    seq_lens: Any,
-    seq_row: Any,
-    num_seqs: Any,
-    num_tiles: Any,
+    tiles: tl.tensor,
+    cu_seqlens: tl.tensor,
+    seq_lens: tl.tensor,
+    seq_row: tl.tensor,
+    num_seqs: tl.tensor,
+    num_tiles: tl.tensor,
     BLOCK_Q: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
     BLOCK_S: tl.constexpr,

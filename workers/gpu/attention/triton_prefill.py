@@ -8,8 +8,6 @@ reads that context once for all of them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -19,24 +17,24 @@ from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normali
 
 @triton.jit
 def prefill(
-    result: Any,  # [T, num_heads, DIM_V]
-    query: Any,
-    key_cache: Any,
-    value_cache: Any,
-    tiles: Any,
-    block_table: Any,
-    sinks: Any,
-    query_token_stride: Any,
-    query_head_stride: Any,
-    key_block_stride: Any,
-    key_token_stride: Any,
-    key_head_stride: Any,
-    value_block_stride: Any,
-    value_token_stride: Any,
-    value_head_stride: Any,
-    table_stride: Any,
-    inner_scale: Any,
-    outer_scale: Any,
+    result: tl.tensor,  # [T, num_heads, DIM_V]
+    query: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    tiles: tl.tensor,
+    block_table: tl.tensor,
+    sinks: tl.tensor,
+    query_token_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    inner_scale: tl.tensor,
+    outer_scale: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,

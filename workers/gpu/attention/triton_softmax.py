@@ -8,8 +8,6 @@ weights relative to it, and the weighted sum of values. It starts finite, so tha
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -19,22 +17,22 @@ NO_SCORE = tl.constexpr(-1.0e30)  # below every score; not -inf, whose differenc
 
 @triton.jit
 def attend_range(
-    maximum: Any,  # [M] float32
-    total: Any,  # [M] float32
-    output: Any,  # [M, BLOCK_DIM_V] float32
-    query: Any,  # [M, BLOCK_DIM_K]
-    query_position: Any,  # [M] int32: a row sees KV up to and including its position
-    begin: Any,
-    end: Any,  # of the range of KV positions; without CAUSAL its length is a multiple of BLOCK_N
-    blocks: Any,  # the sequence's row of the block table
-    key_head: Any,  # this KV head in kv_slot 0 of each cache
-    value_head: Any,
-    key_block_stride: Any,
-    key_token_stride: Any,
-    value_block_stride: Any,
-    value_token_stride: Any,
-    inner_scale: Any,  # of the scores before the soft cap
-    outer_scale: Any,  # of the scores after it, log2(e) included
+    maximum: tl.tensor,  # [M] float32
+    total: tl.tensor,  # [M] float32
+    output: tl.tensor,  # [M, BLOCK_DIM_V] float32
+    query: tl.tensor,  # [M, BLOCK_DIM_K]
+    query_position: tl.tensor,  # [M] int32: a row sees KV up to and including its position
+    begin: tl.tensor,
+    end: tl.tensor,  # of the range of KV positions; without CAUSAL its length is a multiple of BLOCK_N
+    blocks: tl.tensor,  # the sequence's row of the block table
+    key_head: tl.tensor,  # this KV head in kv_slot 0 of each cache
+    value_head: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    inner_scale: tl.tensor,  # of the scores before the soft cap
+    outer_scale: tl.tensor,  # of the scores after it, log2(e) included
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM_K: tl.constexpr,
@@ -46,7 +44,7 @@ def attend_range(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     PREFETCH: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Take KV positions begin..end into the softmax. Returns (maximum, total, output)."""
     dim_k = tl.arange(0, BLOCK_DIM_K)
     dim_v = tl.arange(0, BLOCK_DIM_V)
@@ -91,7 +89,15 @@ def attend_range(
 
 
 @triton.jit
-def normalize(maximum: Any, total: Any, output: Any, sinks: Any, head: Any, mask: Any, SINKS: tl.constexpr) -> Any:
+def normalize(
+    maximum: tl.tensor,
+    total: tl.tensor,
+    output: tl.tensor,
+    sinks: tl.tensor,
+    head: tl.tensor,
+    mask: tl.tensor,
+    SINKS: tl.constexpr,
+) -> tl.tensor:
     """The softmax's result, [M, BLOCK_DIM_V]. `sinks`, by `head` [M], are logits that take weight but have no value."""
     if SINKS:
         sink = tl.load(sinks + head, mask=mask, other=0.0).to(tl.float32) * LOG2_E
