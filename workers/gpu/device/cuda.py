@@ -134,5 +134,5 @@ class _Graph:
 
 
 @triton.jit
-def _write_time(target: Any, offset_ns: Any) -> None:
+def _write_time(target: tl.tensor, offset_ns: tl.tensor) -> None:
     tl.store(target, globaltimer() + tl.load(offset_ns))
