@@ -31,7 +31,6 @@ class Tuning:
     warps: int
     stages: int
     rows: int = 0  # of queries in a product: for prefill
-    prefetch: bool = True
     programs: int = 0  # that share a multiprocessor: for decode
 
 
@@ -139,7 +138,6 @@ class TritonStep:
             *call.scales,
             BLOCK_GROUP=max(triton.next_power_of_2(group), _SMALLEST_PRODUCT),
             UNIT=tuning.positions,
-            PREFETCH=tuning.prefetch,
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
@@ -182,7 +180,6 @@ class TritonStep:
             BLOCK_M=rows,
             BLOCK_N=tuning.positions,
             WINDOW=call.window,
-            PREFETCH=tuning.prefetch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
             **call.meta,
@@ -230,11 +227,14 @@ def is_dependent_launch_possible(device: torch.device) -> bool:
 
 
 def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
-    """`key_bytes`: of one KV head's K of one position."""
+    """`key_bytes`: of one KV head's K of one position. The best of some forty on an H200, for 128 and 256 bytes."""
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1)
-    positions = 64 if key_bytes <= 256 else 32
-    return Tuning(positions, warps=4, stages=_stages(device, 2 * key_bytes * positions, at_most=3), programs=2)
+    if key_bytes <= 128:
+        return Tuning(positions=64, warps=2, stages=3, programs=6)
+    if key_bytes <= 256:
+        return Tuning(positions=64, warps=4, stages=2, programs=4)
+    return Tuning(positions=32, warps=4, stages=_stages(device, 2 * key_bytes * 32, at_most=3), programs=2)
 
 
 def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dtype) -> Tuning:
@@ -242,7 +242,7 @@ def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dty
         return Tuning(positions=16, warps=4, stages=1, rows=16)
     if dtype == torch.float32:  # not on the matrix units: small products, in registers
         return Tuning(positions=32, warps=8, stages=1, rows=32)
-    rows, positions = 128, 64
+    rows, positions = 128, 64 if key_bytes <= 256 else 32
     stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=rows * key_bytes)
     return Tuning(positions, warps=8, stages=stages, rows=rows)
 

@@ -69,7 +69,6 @@ def decode(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PREFETCH: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (parts * NUM_KV_HEADS)."""
@@ -133,7 +132,6 @@ def decode(
             WINDOW=0,  # `begin` is the window's
             SOFTCAP=SOFTCAP,
             PRECISION=PRECISION,
-            PREFETCH=PREFETCH,
         )
         is_element = is_head[:, None] & (dim_v < DIM_V)[None, :]
         if own_end - own_begin == num_units:

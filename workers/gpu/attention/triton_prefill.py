@@ -48,7 +48,6 @@ def prefill(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ) -> None:
     """Grid (number of tiles * NUM_KV_HEADS): the last tiles, with the most KV to see, come first."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -106,7 +105,6 @@ def prefill(
             WINDOW=0,
             SOFTCAP=SOFTCAP,
             PRECISION=PRECISION,
-            PREFETCH=PREFETCH,
         )
     maximum, total, output = attend_range(
         maximum,
@@ -135,7 +133,6 @@ def prefill(
         WINDOW=WINDOW,
         SOFTCAP=SOFTCAP,
         PRECISION=PRECISION,
-        PREFETCH=PREFETCH,
     )
     normalized = normalize(maximum, total, output, sinks, head, is_row, SINKS)
     dim_v = tl.arange(0, BLOCK_DIM_V)

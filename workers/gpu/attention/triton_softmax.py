@@ -43,7 +43,6 @@ def attend_range(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ) -> tl.tensor:
     """Take KV positions begin..end into the softmax. Returns (maximum, total, output)."""
     dim_k = tl.arange(0, BLOCK_DIM_K)
@@ -55,11 +54,9 @@ def attend_range(
         stored = position
         if CAUSAL:
             stored = tl.minimum(position, last)
-        if PREFETCH:
-            block = next_block.to(tl.int64)
-            next_block = tl.load(blocks + tl.minimum(position + BLOCK_N, last) // BLOCK_SIZE)
-        else:
-            block = tl.load(blocks + stored // BLOCK_SIZE).to(tl.int64)
+        # One tile ahead: the copies of K and V can be queued without waiting for a load of where they are.
+        block = next_block.to(tl.int64)
+        next_block = tl.load(blocks + tl.minimum(position + BLOCK_N, last) // BLOCK_SIZE)
         token = stored % BLOCK_SIZE
         key_at = key_head + (block * key_block_stride + token * key_token_stride)[:, None] + dim_k[None, :]
         value_at = value_head + (block * value_block_stride + token * value_token_stride)[:, None] + dim_v[None, :]
