@@ -95,7 +95,11 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
     def _measure_clock_offset(self) -> int:
-        """What to add to the device's clock to get CLOCK_MONOTONIC, in ns; good to a few microseconds."""
+        """What to add to the device's clock to get CLOCK_MONOTONIC now, in ns.
+
+        Measured once: whatever the two clocks drift apart later stays in the times. Differences between device times
+        are not affected.
+        """
         now = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
         _write_time[(1,)](now, self._clock_offset_ns, num_warps=1)  # compiles it
         readings = []
