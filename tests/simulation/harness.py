@@ -17,6 +17,7 @@ from ipc.layout import Layout
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from workers.gpu.batch import StepBatch
+from workers.gpu.buckets import Buckets
 from workers.gpu.device.simulated import SimulatedDevice
 from workers.gpu.executor import Executor, GpuRings
 from workers.gpu.runner import ModelRunner
@@ -104,7 +105,9 @@ class Simulation:
         self.tokenizer_rings: Sequence[WatchedRing] = [ends[2] for ends in prompts[1:]]
         rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts])
         self.device.act_as("gpu-host")
-        self.executor = Executor(self.device, runner, shape, depth, num_blocks, rings, pad_batches=pad_batches)
+        self.executor = Executor(
+            self.device, runner, shape, depth, num_blocks, rings, buckets=Buckets(shape) if pad_batches else None
+        )
         self.num_published = 0
         self.num_applied = 0
         self._actors: dict[str, Callable[[], bool]] = {

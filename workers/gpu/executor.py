@@ -31,7 +31,7 @@ import torch
 from ipc.errors import RingFull
 from ipc.records import PROMPT_RECORD_TOKENS, SamplerVariant, StepShape, result_layout, step_layout
 from ipc.ring import Ring
-from workers.gpu.batch import StepBatch
+from workers.gpu.buckets import Buckets
 from workers.gpu.device.base import Accesses, Device
 from workers.gpu.prepare import Prepare
 from workers.gpu.records import prefix_bytes, views
@@ -41,7 +41,7 @@ from workers.gpu.tables import RowTables
 
 Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: what every step needs of it, and all of it
 
-_MAX_STEP_WORK: Final = 1024  # buckets (and, on a device that has them, graphs) that are kept
+_MAX_WORK: Final = 1024  # pieces of captured or plain work of each kind that are kept
 
 
 @dataclass(frozen=True)
@@ -74,34 +74,6 @@ class Submitted:
     outputs_done: Any
 
 
-class StepWork:
-    """The launches of one bucket, captured where the device has graphs: prepare and model, and a sampler per variant.
-
-    A sampler reads the logits where the model call left them, so the two are used in turns, on one stream.
-    """
-
-    def __init__(
-        self, device: Device[Any, Any], prepare: Prepare, runner: ModelRunner, batch: StepBatch,
-        finish: Callable[[SamplerVariant, bool, torch.Tensor, StepBatch], None],
-    ) -> None:  # fmt: skip
-        self._logits: torch.Tensor | None = None
-
-        fill = prepare.filler(batch)
-
-        def model() -> None:
-            fill()
-            self._logits = runner.logits(batch)
-
-        def sampler(variant: SamplerVariant, want_logprobs: bool) -> None:
-            assert self._logits is not None, "the sampler comes after the model"
-            finish(variant, want_logprobs, self._logits, batch)
-
-        self.model = device.capture(model)
-        self.sampler = lru_cache(maxsize=None)(
-            lambda variant, want_logprobs: device.capture(lambda: sampler(variant, want_logprobs))
-        )
-
-
 class Executor:
     """One model on one device. Methods are for one thread, except that `publish` may run on another, one at a time."""
 
@@ -114,14 +86,16 @@ class Executor:
         num_blocks: int,
         rings: GpuRings,
         *,
-        pad_batches: bool = False,
+        buckets: Buckets | None = None,
     ) -> None:
-        """`pad_batches`: round batches up to powers of two, so that few graphs serve every step."""
+        """`buckets`: sizes to pad batches to, and which of them to capture where the device has graphs; only for a
+        model that can be captured. None = each step runs at its own size, and nothing is captured."""
         self._device = device
         self._runner = runner
         self._shape = shape
         self._rings = rings
-        self._pad_batches = pad_batches
+        self._buckets = buckets
+        self._captured = frozenset(() if buckets is None else buckets.captured)
         self.tables = RowTables(device, shape, num_blocks)
 
         steps, results = step_layout(shape), result_layout(shape)
@@ -151,19 +125,41 @@ class Executor:
         self._step = views(steps, self._record[1])
         self._result = views(results, self._output[1])
         self._prepare = Prepare(device, self.tables, self._step)
+        # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
+        self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), torch.float32)
         self._admit = device.capture(self._prepare.admit)
         self._append = device.capture(self._prepare.append)
-        self._step_work = lru_cache(maxsize=_MAX_STEP_WORK)(self._make_step_work)
+        self._model_work = lru_cache(maxsize=_MAX_WORK)(self._make_model_work)
+        self._sampler_work = lru_cache(maxsize=_MAX_WORK)(self._make_sampler_work)
         self.under_way: deque[Submitted] = deque()  # oldest first
+        device.settle()
 
     def bucket(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
         """The sizes (S, T) of the batch that such a step runs as."""
-        if not self._pad_batches:
-            return num_seqs, num_tokens
-        return (
-            min(_power_of_two(num_seqs), self._shape.max_num_seqs),
-            min(_power_of_two(num_tokens), self._shape.max_num_batched_tokens),
-        )
+        return (num_seqs, num_tokens) if self._buckets is None else self._buckets.choose(num_seqs, num_tokens)
+
+    def warm_up(self, progress: Callable[[float], None]) -> None:
+        """Launch everything that is captured once, before the first step, so that no step waits for a capture.
+
+        The record is all zero until then, which is a step without sequences: what runs touches only the trash row and
+        the trash block.
+        """
+        sizes = {num_seqs for num_seqs, _ in self._captured}
+        work: list[Callable[[], None]] = [
+            self._admit,
+            self._append,
+            *(self._model_work(*bucket) for bucket in sorted(self._captured, reverse=True)),  # the largest allocates
+            *(
+                self._sampler_work(num_seqs, variant, want_logprobs)
+                for num_seqs in sorted(sizes, reverse=True)
+                for variant in SamplerVariant
+                for want_logprobs in (False, True)
+            ),
+        ]
+        for i, piece in enumerate(work, start=1):
+            self._device.launch(self._compute, piece, self._warm_up_accesses)
+            progress(i / len(work))
+        self._device.settle()
 
     def submit_next(self, now_ns: int) -> Submitted | None:
         """Take the next step record, if there is one, and enqueue everything that it asks for. Waits for nothing.
@@ -194,10 +190,10 @@ class Executor:
             device.launch(self._compute, self._admit, self._change_accesses)
         if record.num_appends[0]:
             device.launch(self._compute, self._append, self._change_accesses)
-        work = self._step_work(*self.bucket(num_seqs, num_tokens))
+        bucket = self.bucket(num_seqs, num_tokens)
         rows = record.seq_row[:num_seqs]
-        device.launch(self._compute, work.model, lambda: self._model_accesses(rows))
-        sampler = work.sampler(SamplerVariant(int(record.variant[0])), want_logprobs)
+        device.launch(self._compute, self._model_work(*bucket), lambda: self._model_accesses(rows))
+        sampler = self._sampler_work(bucket[0], SamplerVariant(int(record.variant[0])), want_logprobs)
         device.launch(self._compute, sampler, lambda: self._sampler_accesses(rows))
         device.read_clock(self._compute, self._result.device_end_ns)
         device.copy(self._compute, slot.outputs[want_logprobs], self._output[want_logprobs])
@@ -244,13 +240,26 @@ class Executor:
             raise RingFull(f"ring {ring.name}: step {ticket} came before result {ring.read_cursor} was read")
         return self._result_ring[ticket % ring.num_slots]
 
-    def _make_step_work(self, num_seqs: int, num_tokens: int) -> StepWork:
-        sample_flags = self._step.seq_sample[:num_seqs]
+    def _make_model_work(self, num_seqs: int, num_tokens: int) -> Callable[[], None]:
+        """A bucket's first half: the step's record becomes a batch, and the batch logits."""
+        batch = self._prepare.batch(num_seqs, num_tokens)
+        fill = self._prepare.filler(batch)
 
-        def finish(variant: SamplerVariant, want_logprobs: bool, logits: torch.Tensor, batch: StepBatch) -> None:
-            sample(variant, want_logprobs, logits, batch, sample_flags, self.tables, self._result)
+        def model() -> None:
+            fill()
+            self._logits[:num_seqs].copy_(self._runner.logits(batch))
 
-        return StepWork(self._device, self._prepare, self._runner, self._prepare.batch(num_seqs, num_tokens), finish)
+        return self._device.capture(model) if (num_seqs, num_tokens) in self._captured else model
+
+    def _make_sampler_work(self, num_seqs: int, variant: SamplerVariant, want_logprobs: bool) -> Callable[[], None]:
+        """The second half, for every bucket of so many sequences: all that it reads of the batch is by sequence."""
+        batch = self._prepare.batch(num_seqs, 1)
+        flags = self._step.seq_sample[:num_seqs]
+
+        def sampler() -> None:
+            sample(variant, want_logprobs, self._logits[:num_seqs], batch, flags, self.tables, self._result)
+
+        return self._device.capture(sampler) if self._captured else sampler
 
     # What launches touch: rows of token_ids one by one, because other rows take uploads at the same time.
 
@@ -258,10 +267,16 @@ class Executor:
         return [self._record[1]], [self.tables.columns]
 
     def _model_accesses(self, rows: Any) -> Accesses:
-        return [self._record[0], self.tables.columns, *self._ids(rows)], [self._prepare.buffers]
+        read = [self._record[0], self.tables.columns, *self._ids(rows)]
+        return read, [self._prepare.buffers, self._logits]
 
     def _sampler_accesses(self, rows: Any) -> Accesses:
-        return [self._record[0], self._prepare.buffers], [self.tables.columns, self._output[1], *self._ids(rows)]
+        read = [self._record[0], self._prepare.buffers, self._logits]
+        return read, [self.tables.columns, self._output[1], *self._ids(rows)]
+
+    def _warm_up_accesses(self) -> Accesses:
+        written = [self.tables.columns, self.tables.token_ids, self._prepare.buffers, self._logits, self._output[1]]
+        return [self._record[1]], written
 
     def _ids(self, rows: Any) -> list[torch.Tensor]:
         return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]
@@ -271,7 +286,3 @@ def _device_records(device: Device[Any, Any], ring: Ring) -> list[torch.Tensor]:
     """Each ring slot's record as [layout.num_bytes] uint8, for the device's copies. Page-locks the ring."""
     segment = device.register_host(ring.name, ring.buffer)
     return [segment[offset : offset + ring.layout.num_bytes] for offset in ring.record_offsets]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -62,26 +62,37 @@ class KVCache:
 
         Padding tokens share kv_slots of the trash block; which of them stays there does not matter.
         """
+        if key.is_cuda:
+            from workers.gpu.attention.triton_kv_write import write_kv  # needs triton, which only CUDA needs
+
+            write_kv(key, value, self.key[layer_idx], self.value[layer_idx], slot_mapping)
+            return
         self._key_slots[layer_idx].index_copy_(0, slot_mapping, key)
         self._value_slots[layer_idx].index_copy_(0, slot_mapping, value)
 
 
 def choose_num_blocks(
-    layers: Sequence[LayerShape], config: CacheConfig, shape: StepShape, dtype: torch.dtype, device: torch.device
+    layers: Sequence[LayerShape],
+    config: CacheConfig,
+    shape: StepShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    step_bytes: int = 0,
 ) -> int:
     """How many blocks the cache gets, the trash block not counted.
 
+    `step_bytes` of the memory that is free now are left to what a step computes.
     On the CPU never more than all rows at full length can hold: what is left is of use to others there.
     Raises ConfigError if the blocks do not fit the device's memory, or do not hold one sequence of `max_model_len`.
     """
     block_bytes = shape.block_size * sum(layer.num_elements for layer in layers) * dtype.itemsize
-    free_bytes = free_memory_bytes(device)
+    free_bytes = max(0, free_memory_bytes(device) - step_bytes)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
         if (num_blocks + 1) * block_bytes > free_bytes:
             raise ConfigError(
                 f"cache.num_blocks ({num_blocks}) blocks of {block_bytes} bytes take {num_blocks * block_bytes // MIB} "
-                f"MiB, but {device} has {free_bytes // MIB} MiB free: at most {free_bytes // block_bytes - 1} fit"
+                f"MiB, but {device} has {free_bytes // MIB} MiB for them: at most {free_bytes // block_bytes - 1} fit"
             )
     else:
         num_blocks = int(free_bytes * config.memory_share) // block_bytes - 1

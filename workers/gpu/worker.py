@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -16,12 +17,14 @@ from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
+from workers.gpu.buckets import Buckets
 from workers.gpu.completion import Completion
 from workers.gpu.config import GpuBootstrap
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.executor import Executor, GpuRings
+from workers.gpu.kv_cache import MIB
 from workers.gpu.null_model import NullModel
 from workers.gpu.runner import ModelRunner
 from workers.process import WorkerProcess
@@ -35,8 +38,17 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
     """Load, announce the number of KV blocks, and run steps until the launcher says Stop."""
     with torch.inference_mode():
         started_ns = time.monotonic_ns()
-        device, runner, num_blocks = load(process, bootstrap)
-        executor = Executor(device, runner, bootstrap.shape, bootstrap.depth, num_blocks, attach_rings(bootstrap))
+        try:
+            loaded = load(process, bootstrap)
+            device, num_blocks = loaded.device, loaded.num_blocks
+            executor = Executor(
+                device, loaded.runner, bootstrap.shape, bootstrap.depth, num_blocks, attach_rings(bootstrap),
+                buckets=loaded.buckets,
+            )  # fmt: skip
+            if loaded.buckets is not None:
+                executor.warm_up(lambda share: process.progress("capturing graphs", share))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(_out_of_memory(error)) from error
         process.stats.load_ns[0] = time.monotonic_ns() - started_ns
         logger.info("loaded in %.1f s; %d KV blocks", process.stats.load_ns[0] * 1e-9, num_blocks)
 
@@ -66,28 +78,57 @@ def run_steps(process: WorkerProcess, executor: Executor, completion: Completion
             looked_at_ns = now_ns
 
 
-def load(process: WorkerProcess, bootstrap: GpuBootstrap) -> tuple[Device[Any, Any], ModelRunner, int]:
-    """The device, the model on it, and how many KV blocks the scheduler may give away.
+@dataclass(frozen=True)
+class Loaded:
+    """A device with a model on it. `buckets`: see Executor."""
 
-    Raises ConfigError or ModelUnsupported for what cannot run here.
-    """
+    device: Device[Any, Any]
+    runner: ModelRunner
+    num_blocks: int  # that the scheduler may give away
+    buckets: Buckets | None = None
+
+
+def load(process: WorkerProcess, bootstrap: GpuBootstrap) -> Loaded:
+    """Raises ConfigError or ModelUnsupported for what cannot run here."""
     model, shape = bootstrap.model, bootstrap.shape
     if model.load_format == "null":
         torch.set_num_threads(1)
         timed = TimedDevice()
         step_ns = round(model.null_step_ms * 1e6)
         runner = NullModel(shape, timed.torch_device, spend=lambda: timed.spend(step_ns))
-        return timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape)
+        return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape))
 
-    if model.device == "cuda":
-        raise ConfigError('model.device ("cuda"): this version computes on the CPU only; set it to "cpu"')
     if model.num_threads is not None:
         torch.set_num_threads(model.num_threads)
     from workers.gpu.model.loader import load_model  # takes seconds to import, and the null model needs none of it
 
-    device = CpuDevice()
+    device = make_device(model.device)
     loaded = load_model(model, bootstrap.cache, shape, device.torch_device, process.progress)
-    return device, loaded.runner, loaded.num_blocks
+    is_captured = device.torch_device.type == "cuda" and loaded.runner.can_be_captured
+    return Loaded(device, loaded.runner, loaded.num_blocks, Buckets(shape) if is_captured else None)
+
+
+def make_device(name: str) -> Device[Any, Any]:
+    """`name` as in `model.device`. Raises ConfigError for CUDA that is not there."""
+    has_cuda = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError(
+            f'model.device ("cuda"): torch {torch.__version__} finds no CUDA GPU that it can use; set it to "cpu", or '
+            "install a torch built for this machine's driver"
+        )
+    if not has_cuda:
+        return CpuDevice()
+    from workers.gpu.device.cuda import CudaDevice  # needs triton, which a machine without CUDA may lack
+
+    return CudaDevice()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    free, total = (n // MIB for n in torch.cuda.mem_get_info())
+    return (
+        f"the GPU's memory does not suffice ({free} of {total} MiB are free now): lower cache.memory_share, "
+        f"scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or use a smaller model or dtype. {error}"
+    )
 
 
 def default_num_blocks(shape: StepShape) -> int:

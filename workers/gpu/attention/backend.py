@@ -15,6 +15,7 @@ from workers.gpu.batch import StepBatch
 
 _BACKENDS: Final = {  # name -> "module:class", imported when chosen: a backend may need packages that others do not
     "torch": "workers.gpu.attention.torch_backend:TorchBackend",
+    "triton": "workers.gpu.attention.triton_backend:TritonBackend",
 }
 
 

@@ -2,7 +2,7 @@
 
 Owns the protocol only. `cpu.py` runs work at once, `timed.py` as well but lets it take made-up time, `simulated.py`
 runs it late and checks that events order every access. The shape is CUDA's: calls enqueue and return, and nothing but
-`synchronize` blocks the host.
+`synchronize` and `settle` blocks the host.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Device(Protocol[S, E]):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Something for `launch` that does what `work` does, from a graph where the device has them.
 
-        `work` reads and writes fixed addresses only and looks at no value on the host.
+        `work` reads and writes fixed addresses only and looks at no value on the host. Memory that it allocates is
+        good until other captured work runs. Its first launch may take long.
         """
         ...
 
@@ -75,4 +76,8 @@ class Device(Protocol[S, E]):
 
     def synchronize(self, event: E) -> None:
         """Block this thread, without the interpreter lock, until the event has fired."""
+        ...
+
+    def settle(self) -> None:
+        """Block until everything enqueued so far, on whatever stream, is done: the end of setting up."""
         ...

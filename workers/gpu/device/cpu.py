@@ -51,3 +51,6 @@ class CpuDevice:
 
     def synchronize(self, event: Any) -> None:
         pass
+
+    def settle(self) -> None:
+        pass

@@ -147,6 +147,12 @@ class SimulatedDevice:
             self.run_one()
         self._join(self._host, event.clock)
 
+    def settle(self) -> None:
+        while not self.is_idle:
+            self.run_one()
+        for stream in self._streams:
+            self._join(self._host, stream.clock)
+
     # What the simulation drives
 
     def run_one(self) -> None:

@@ -24,6 +24,7 @@ from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.kv_cache import KVCache, choose_num_blocks
 from workers.gpu.model.gate import check_config, prepare_model, probe_model
 from workers.gpu.model.runner import PagedModelRunner
+from workers.gpu.model.step_memory import measure_step_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +70,16 @@ def load_model(
     progress("checking the model", 1.0)
 
     progress("allocating the KV cache", 0.0)
-    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device)
+    backend = make_backend("triton" if device.type == "cuda" else "torch")
+    step_bytes = measure_step_bytes(model, facts.layers, shape, facts.cache_dtype, device, backend, facts.vocab_size)
+    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, step_bytes)
     kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
     progress("allocating the KV cache", 1.0)
     logger.info(
         "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
         shape.block_size,
     )  # fmt: skip
-    return LoadedModel(PagedModelRunner(model, kv_cache, make_backend("torch"), facts.vocab_size), num_blocks)
+    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks)
 
 
 def _load_config(path: str) -> Any:

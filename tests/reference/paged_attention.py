@@ -1,0 +1,125 @@
+"""Steps of made-up sequences over a paged cache, and their attention in plain torch, one sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from workers.gpu.batch import StepBatch
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """A step and one layer's tensors. What the cache holds outside of the sequences, trash included, is NaN."""
+
+    batch: StepBatch
+    lengths: list[tuple[int, int]]  # of each real sequence: tokens in the step, KV length
+    query: torch.Tensor  # [T, num_heads, head_dim_k]
+    key_cache: torch.Tensor  # [num_blocks + 1, block_size, num_kv_heads, head_dim_k]
+    value_cache: torch.Tensor  # the same with head_dim_v
+    keys: list[torch.Tensor]  # of each real sequence, [KV length, num_kv_heads, head_dim_k]
+    values: list[torch.Tensor]
+
+
+def make_paged_step(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    num_seqs: int | None = None,
+    num_tokens: int | None = None,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    head_dim_v: int | None = None,
+    block_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PagedStep:
+    """A step of sequences with (tokens in the step, KV length), padded to `num_seqs` and `num_tokens`.
+
+    Rows and blocks are given in random order.
+    """
+    random = torch.Generator(device=device).manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    num_real_seqs, num_real_tokens = len(lengths), sum(tokens for tokens, _ in lengths)
+    num_seqs = num_real_seqs if num_seqs is None else num_seqs
+    num_tokens = num_real_tokens if num_tokens is None else num_tokens
+    blocks_of = [-(-length // block_size) for _, length in lengths]
+    trash = sum(blocks_of) + 3
+    free_blocks = torch.randperm(trash, generator=order)
+    rows = torch.randperm(num_seqs, generator=order)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, device=device, dtype=torch.float32).to(dtype)
+
+    key_cache = torch.full((trash + 1, block_size, num_kv_heads, head_dim), torch.nan, dtype=dtype, device=device)
+    value_cache = torch.full((trash + 1, block_size, num_kv_heads, head_dim_v), torch.nan, dtype=dtype, device=device)
+    block_table = torch.full((num_seqs + 1, max(blocks_of, default=1) + 2), trash, dtype=torch.int32)
+    slot_mapping = torch.full((num_tokens,), trash * block_size, dtype=torch.int64)
+    cu_seqlens = torch.full((num_seqs + 1,), num_real_tokens, dtype=torch.int32)
+    seq_lens = torch.zeros(num_seqs, dtype=torch.int32)
+    seq_row = torch.full((num_seqs,), num_seqs, dtype=torch.int32)
+    keys, values = [], []
+    first_block = first_token = 0
+    for index, (tokens, length) in enumerate(lengths):
+        blocks = free_blocks[first_block : first_block + blocks_of[index]]
+        block_table[rows[index], : len(blocks)] = blocks.int()
+        seq_row[index], seq_lens[index], cu_seqlens[index] = rows[index], length, first_token
+        position = torch.arange(length)
+        kv_slots = blocks[position // block_size] * block_size + position % block_size
+        slot_mapping[first_token : first_token + tokens] = kv_slots[length - tokens :]
+        keys.append(normal(length, num_kv_heads, head_dim))
+        values.append(normal(length, num_kv_heads, head_dim_v))
+        key_cache.flatten(0, 1)[kv_slots.to(device)] = keys[-1]
+        value_cache.flatten(0, 1)[kv_slots.to(device)] = values[-1]
+        first_block += len(blocks)
+        first_token += tokens
+    batch = StepBatch(
+        input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        positions=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        slot_mapping=slot_mapping.to(device),
+        cu_seqlens=cu_seqlens.to(device),
+        seq_lens=seq_lens.to(device),
+        seq_row=seq_row.to(device),
+        logits_index=torch.zeros(num_seqs, dtype=torch.int64, device=device),
+        block_table=block_table.to(device),
+        block_size=block_size,
+    )
+    query = normal(num_tokens, num_heads, head_dim)
+    return PagedStep(batch, list(lengths), query, key_cache, value_cache, keys, values)
+
+
+def attend(
+    step: PagedStep,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What attention must give, [T, num_heads, head_dim_v] float32; zeros for padding."""
+    _, num_heads, _ = step.query.shape
+    result = step.query.new_zeros(*step.query.shape[:2], step.value_cache.shape[-1], dtype=torch.float32)
+    first_token = 0
+    for (tokens, length), key, value in zip(step.lengths, step.keys, step.values, strict=True):
+        query = step.query[first_token : first_token + tokens].float()
+        group = num_heads // key.shape[1]
+        key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        query_position = torch.arange(length - tokens, length, device=query.device)[:, None]
+        key_position = torch.arange(length, device=query.device)[None, :]
+        visible = key_position <= query_position
+        if sliding_window is not None:
+            visible &= key_position > query_position - sliding_window
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, tokens, 1)], dim=-1)
+        weights = scores.softmax(dim=-1)[..., :length]
+        result[first_token : first_token + tokens] = torch.einsum("hqk,khd->qhd", weights, value)
+        first_token += tokens
+    return result

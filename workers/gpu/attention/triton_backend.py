@@ -1,0 +1,253 @@
+"""Attention over the paged cache by Triton kernels: the backend for CUDA, and, interpreted, for tests on a CPU.
+
+No length is read on the host and every grid depends on the bucket's sizes alone, so that a step can be captured in a
+graph, `begin_step` included, and replayed for any batch of its bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import triton
+
+from workers.gpu.attention.triton_decode import combine, decode
+from workers.gpu.attention.triton_plan import plan_decodes, plan_tiles
+from workers.gpu.attention.triton_prefill import prefill
+from workers.gpu.batch import StepBatch
+
+_LOG2_E: Final = math.log2(math.e)
+_SMALLEST_PRODUCT: Final = 16  # rows, of the matrix units
+_NO_DEVICE_PARTS: Final = 5  # under the interpreter: few, so that parts cut sequences and sequences share parts
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How one kernel is cut for the device. `positions` of KV are read at a time, `stages` such reads are under way."""
+
+    positions: int
+    warps: int
+    stages: int
+    rows: int = 0  # of queries in a product: for prefill
+    programs: int = 0  # that share a multiprocessor: for decode
+
+
+class TritonBackend:
+    """See `AttentionBackend`. `decode_tuning` and `prefill_tuning` replace the choice by head size and device."""
+
+    needs_host_lengths = False
+
+    def __init__(self, decode_tuning: Tuning | None = None, prefill_tuning: Tuning | None = None) -> None:
+        self._decode_tuning = decode_tuning
+        self._prefill_tuning = prefill_tuning
+
+    def begin_step(self, batch: StepBatch) -> TritonStep:
+        return TritonStep(batch, self._decode_tuning, self._prefill_tuning)
+
+
+class TritonStep:
+    """See `StepAttention`. Plans are made by the first layer that needs them and kept for the others."""
+
+    def __init__(self, batch: StepBatch, decode_tuning: Tuning | None, prefill_tuning: Tuning | None) -> None:
+        self._batch = batch
+        self._decode_tuning = decode_tuning
+        self._prefill_tuning = prefill_tuning
+        self._decode_plans: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tile_plans: dict[int, torch.Tensor] = {}
+        self._shares: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if query.stride(-1) != 1:
+            query = query.contiguous()
+        num_tokens, num_heads, dim_k = query.shape
+        _, block_size, num_kv_heads, dim_v = value_cache.shape
+        result = query.new_empty(num_tokens, num_heads, dim_v)
+        call = _Call(
+            result,
+            query,
+            key_cache,
+            value_cache,
+            # A dummy that is never read stands in for absent sinks.
+            query if sinks is None else sinks,
+            window=sliding_window or 0,
+            scales=(scaling, _LOG2_E * scaling) if softcap is None else (scaling / softcap, _LOG2_E * softcap),
+            meta={
+                "NUM_KV_HEADS": num_kv_heads,
+                "GROUP": num_heads // num_kv_heads,
+                "BLOCK_SIZE": block_size,
+                "DIM_K": dim_k,
+                "DIM_V": dim_v,
+                "BLOCK_DIM_K": max(triton.next_power_of_2(dim_k), _SMALLEST_PRODUCT),
+                "BLOCK_DIM_V": max(triton.next_power_of_2(dim_v), _SMALLEST_PRODUCT),
+                "SOFTCAP": softcap is not None,
+                "SINKS": sinks is not None,
+                # float32 stays float32: the matrix units would round it.
+                "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+            },
+        )
+        self._decode(call)
+        if num_tokens > self._batch.num_seqs:
+            self._prefill(call)
+        return result
+
+    def _decode(self, call: _Call) -> None:
+        tuning = self._decode_tuning or choose_decode_tuning(call.query.device, call.key_bytes)
+        num_kv_heads, group = int(call.meta["NUM_KV_HEADS"]), int(call.meta["GROUP"])
+        num_parts = choose_num_parts(call.query.device, tuning, num_kv_heads)
+        key = (num_parts, call.window, tuning.positions)
+        if key not in self._decode_plans:
+            self._decode_plans[key] = plan_decodes(
+                self._batch, window=call.window, unit=tuning.positions, num_parts=num_parts
+            )
+        entries, parts = self._decode_plans[key]
+        dim_v = int(call.meta["DIM_V"])
+        num_programs = num_parts * num_kv_heads
+        dependent_launch = is_dependent_launch_possible(call.query.device)
+        shape = (num_programs, group, dim_v)
+        if shape not in self._shares:
+            sums = torch.empty(2, num_programs, 2, group, dtype=torch.float32, device=call.query.device)
+            weighted = torch.empty(num_programs, 2, group, dim_v, dtype=torch.float32, device=call.query.device)
+            self._shares[shape] = (weighted, sums[0], sums[1])
+        shares = self._shares[shape]
+        decode[(num_programs,)](
+            call.result,
+            *shares,
+            call.query,
+            call.key_cache,
+            call.value_cache,
+            entries,
+            parts,
+            self._batch.cu_seqlens,
+            self._batch.block_table,
+            call.sinks,
+            self._batch.num_seqs,
+            self._batch.num_tokens,
+            *call.strides(self._batch.block_table),
+            *call.scales,
+            BLOCK_GROUP=max(triton.next_power_of_2(group), _SMALLEST_PRODUCT),
+            UNIT=tuning.positions,
+            DEPENDENT_LAUNCH=dependent_launch,
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+            **call.meta,
+        )
+        combine[(num_parts - 1, num_kv_heads * group)](
+            call.result,
+            *shares,
+            parts,
+            call.sinks,
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=group,
+            NUM_SHARES=_SMALLEST_PRODUCT,
+            DIM_V=dim_v,
+            BLOCK_DIM_V=call.meta["BLOCK_DIM_V"],
+            SINKS=call.meta["SINKS"],
+            DEPENDENT_LAUNCH=dependent_launch,
+            num_warps=4,
+            **({"launch_pdl": True} if dependent_launch else {}),
+        )
+
+    def _prefill(self, call: _Call) -> None:
+        tuning = self._prefill_tuning or choose_prefill_tuning(call.query.device, call.key_bytes, call.query.dtype)
+        group = int(call.meta["GROUP"])
+        rows = max(tuning.rows, triton.next_power_of_2(group))
+        block_q = rows // group
+        if block_q not in self._tile_plans:
+            self._tile_plans[block_q] = plan_tiles(self._batch, block_q)
+        tiles = self._tile_plans[block_q]
+        prefill[(tiles.shape[0] * int(call.meta["NUM_KV_HEADS"]),)](
+            call.result,
+            call.query,
+            call.key_cache,
+            call.value_cache,
+            tiles,
+            self._batch.block_table,
+            call.sinks,
+            *call.strides(self._batch.block_table),
+            *call.scales,
+            BLOCK_M=rows,
+            BLOCK_N=tuning.positions,
+            WINDOW=call.window,
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+            **call.meta,
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One layer's tensors, and what both kernels are compiled for."""
+
+    result: torch.Tensor
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    sinks: torch.Tensor
+    window: int  # 0 = none
+    scales: tuple[float, float]  # of the scores before and after the soft cap
+    meta: dict[str, int | bool | str]
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one KV head's K or V of one position, the larger of them, padded to what the kernels hold of it."""
+        return max(int(self.meta["BLOCK_DIM_K"]), int(self.meta["BLOCK_DIM_V"])) * self.key_cache.element_size()
+
+    def strides(self, block_table: torch.Tensor) -> tuple[int, ...]:
+        return (
+            *self.query.stride()[:2],
+            *self.key_cache.stride()[:3],
+            *self.value_cache.stride()[:3],
+            block_table.stride(0),
+        )
+
+
+def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) -> int:
+    """At least 2, so that there is a grid for combining."""
+    if device.type != "cuda":
+        return _NO_DEVICE_PARTS
+    num_programs = torch.cuda.get_device_properties(device).multi_processor_count * tuning.programs
+    return max(2, num_programs // num_kv_heads)
+
+
+def is_dependent_launch_possible(device: torch.device) -> bool:
+    """Whether a kernel may be put in place before the one it waits for has ended: from compute capability 9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
+    """`key_bytes`: of one KV head's K of one position. The best of some forty on an H200, for 128 and 256 bytes."""
+    if device.type != "cuda":
+        return Tuning(positions=16, warps=4, stages=1)
+    if key_bytes <= 128:
+        return Tuning(positions=64, warps=2, stages=3, programs=6)
+    if key_bytes <= 256:
+        return Tuning(positions=64, warps=4, stages=2, programs=4)
+    return Tuning(positions=32, warps=4, stages=_stages(device, 2 * key_bytes * 32, at_most=3), programs=2)
+
+
+def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dtype) -> Tuning:
+    if device.type != "cuda":
+        return Tuning(positions=16, warps=4, stages=1, rows=16)
+    if dtype == torch.float32:  # not on the matrix units: small products, in registers
+        return Tuning(positions=32, warps=8, stages=1, rows=32)
+    rows, positions = 128, 64 if key_bytes <= 256 else 32
+    stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=rows * key_bytes)
+    return Tuning(positions, warps=8, stages=stages, rows=rows)
+
+
+def _stages(device: torch.device, stage_bytes: int, *, at_most: int, besides: int = 0) -> int:
+    """How many reads of `stage_bytes` may be under way at once in a multiprocessor's shared memory."""
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one
+    return max(1, min(at_most, (int(properties.shared_memory_per_block_optin) - besides) // stage_bytes))

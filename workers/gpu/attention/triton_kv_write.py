@@ -1,0 +1,78 @@
+"""Writes the K and V of a step's tokens into the paged cache."""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store `key` and `value`, [T, num_kv_heads, head_dim] of any strides, at the kv_slots `slot_mapping`, [T] int64.
+
+    The caches are one layer's, [num_blocks + 1, block_size, num_kv_heads, head_dim] and contiguous. Padding tokens
+    share kv_slots of the trash block; which of them stays there does not matter.
+    """
+    num_tokens, num_heads, dim_k = key.shape
+    dim_v = value.shape[-1]
+    for cache in (key_cache, value_cache):
+        assert cache.is_contiguous(), "a kv_slot is an offset into a contiguous cache"
+    _write_kv[(num_tokens,)](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        *key.stride(),
+        *value.stride(),
+        NUM_HEADS=num_heads,
+        DIM_K=dim_k,
+        DIM_V=dim_v,
+        BLOCK_HEADS=triton.next_power_of_2(num_heads),
+        BLOCK_DIM_K=triton.next_power_of_2(dim_k),
+        BLOCK_DIM_V=triton.next_power_of_2(dim_v),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _write_kv(
+    key: tl.tensor,
+    value: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    slot_mapping: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_dim_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    value_dim_stride: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM_K: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    kv_slot = tl.load(slot_mapping + token)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    dim_k = tl.arange(0, BLOCK_DIM_K)[None, :]
+    dim_v = tl.arange(0, BLOCK_DIM_V)[None, :]
+    is_key = (head < NUM_HEADS) & (dim_k < DIM_K)
+    is_value = (head < NUM_HEADS) & (dim_v < DIM_V)
+    key_from = key + token * key_token_stride + head * key_head_stride + dim_k * key_dim_stride
+    value_from = value + token * value_token_stride + head * value_head_stride + dim_v * value_dim_stride
+    tl.store(key_cache + (kv_slot * NUM_HEADS + head) * DIM_K + dim_k, tl.load(key_from, mask=is_key), mask=is_key)
+    tl.store(
+        value_cache + (kv_slot * NUM_HEADS + head) * DIM_V + dim_v, tl.load(value_from, mask=is_value), mask=is_value
+    )

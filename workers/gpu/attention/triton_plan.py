@@ -1,0 +1,193 @@
+"""Who computes what in a step, worked out on the device: lengths are read there, so that a captured graph fits any.
+
+Decodes. An entry is one query token and the KV it sees, cut into units of UNIT positions. The units of all entries form
+one line, which is shared out in equal contiguous parts, whatever the lengths are: a long sequence is split among many
+parts, many short ones share one. (Osama et al. 2023 cut matrix products so, "Stream-K".) For each part there is one
+program per KV head: those of a part read the heads of the same tokens, neighbours in memory, at about the same time.
+
+Prefills. A tile is up to BLOCK_Q consecutive tokens of one sequence.
+
+In a bucket with as many tokens as sequences every token is an entry. In others an entry is a sequence that has one
+token in the step; tiles are cut from the rest.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from workers.gpu.batch import StepBatch
+
+# Columns of the tables. Rows of 8 integers, so that a row is one sector of memory.
+ENTRY_TOKEN = tl.constexpr(0)  # in the packed batch
+ENTRY_ROW = tl.constexpr(1)  # of the block table
+ENTRY_BEGIN = tl.constexpr(2)  # first KV position it sees
+ENTRY_END = tl.constexpr(3)  # behind the last, which is its own
+ENTRY_UNIT = tl.constexpr(4)  # its first, on the line
+PART_UNIT = tl.constexpr(0)  # its first, on the line; the part ends where the next begins
+PART_ENTRY = tl.constexpr(1)  # of that unit
+CUT_TOKEN = tl.constexpr(2)  # of the entry that begins in this part and ends in a later one; -1 = there is none
+CUT_PART = tl.constexpr(3)  # in which that entry ends
+CUT_IS_WHOLE = tl.constexpr(4)  # 1 = that entry begins where this part begins
+TILE_TOKEN = tl.constexpr(0)  # its first, in the packed batch
+TILE_STOP = tl.constexpr(1)  # behind the sequence's last token; 0 = there is no such tile
+TILE_ROW = tl.constexpr(2)
+TILE_POSITION = tl.constexpr(3)  # of its first token
+COLUMNS = tl.constexpr(8)
+
+_PER_PROGRAM: Final = 16  # parts of the line, or tiles, that one program of the planning kernels looks up
+
+
+def plan_decodes(batch: StepBatch, *, window: int, unit: int, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share out the decodes of a step in at most `num_parts` parts. `window` 0 = none.
+
+    Returns: entries [S, 8] int32, those that exist first; and parts [num_parts + 1, 8] int32, empty ones last.
+    """
+    num_seqs = batch.num_seqs
+    entries = torch.empty(num_seqs, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
+    parts = torch.empty(num_parts + 1, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
+    _plan_decodes[(triton.cdiv(num_parts + 1, _PER_PROGRAM),)](
+        entries,
+        parts,
+        batch.cu_seqlens,
+        batch.seq_lens,
+        batch.seq_row,
+        num_seqs,
+        EVERY_TOKEN=batch.num_tokens == num_seqs,
+        WINDOW=window,
+        UNIT=unit,
+        MAX_PARTS=num_parts,
+        PER_PROGRAM=_PER_PROGRAM,
+        BLOCK_S=triton.next_power_of_2(num_seqs),
+    )
+    return entries, parts
+
+
+def plan_tiles(batch: StepBatch, block_q: int) -> torch.Tensor:
+    """Cut the sequences with more than one token into tiles. Returns: [most tiles that T tokens can make, 8] int32."""
+    num_seqs = batch.num_seqs
+    num_tiles = batch.num_tokens // block_q + min(num_seqs, batch.num_tokens // 2)
+    tiles = torch.empty(num_tiles, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
+    _plan_tiles[(triton.cdiv(num_tiles, _PER_PROGRAM),)](
+        tiles,
+        batch.cu_seqlens,
+        batch.seq_lens,
+        batch.seq_row,
+        num_seqs,
+        num_tiles,
+        BLOCK_Q=block_q,
+        PER_PROGRAM=_PER_PROGRAM,
+        BLOCK_S=triton.next_power_of_2(num_seqs),
+    )
+    return tiles
+
+
+@triton.jit
+def _first_unit(part: tl.tensor, num_units: tl.tensor, num_parts: tl.tensor) -> tl.tensor:
+    return tl.where(part < num_parts, part * num_units // num_parts, num_units)
+
+
+@triton.jit
+def _plan_decodes(
+    entries: tl.tensor,
+    parts: tl.tensor,
+    cu_seqlens: tl.tensor,
+    seq_lens: tl.tensor,
+    seq_row: tl.tensor,
+    num_seqs: tl.tensor,
+    EVERY_TOKEN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    UNIT: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    index = tl.arange(0, BLOCK_S)
+    start = tl.load(cu_seqlens + index, mask=index < num_seqs, other=0)
+    if EVERY_TOKEN:
+        num_tokens = tl.load(cu_seqlens + num_seqs)
+        token = index
+        exists = token < num_tokens
+        sequence = index
+        if tl.max(tl.where(exists & (start != token), 1, 0), 0) > 0:  # not a token of each: some have more
+            sequence = tl.zeros_like(index)
+            for other in range(num_seqs):
+                sequence += (tl.load(cu_seqlens + other + 1) <= token).to(tl.int32)
+        stop = tl.load(cu_seqlens + sequence + 1, mask=exists, other=0)
+        end = tl.load(seq_lens + sequence, mask=exists, other=0) - (stop - 1 - token)
+    else:
+        token = start
+        sequence = index
+        stop = tl.load(cu_seqlens + index + 1, mask=index < num_seqs, other=0)
+        exists = stop - start == 1
+        end = tl.load(seq_lens + sequence, mask=exists, other=0)
+    begin = tl.zeros_like(end)
+    if WINDOW > 0:
+        begin = tl.maximum(end - WINDOW, 0)
+    own_units = tl.where(exists, (end - begin + UNIT - 1) // UNIT, 0)
+    unit_end = tl.cumsum(own_units, 0)
+    unit = unit_end - own_units
+    num_units = tl.sum(own_units, 0)
+
+    if tl.program_id(0) == 0:
+        entry = entries + (tl.cumsum(exists.to(tl.int32), 0) - 1) * COLUMNS
+        tl.store(entry + ENTRY_TOKEN, token, mask=exists)
+        tl.store(entry + ENTRY_ROW, tl.load(seq_row + sequence, mask=exists, other=0), mask=exists)
+        tl.store(entry + ENTRY_BEGIN, begin, mask=exists)
+        tl.store(entry + ENTRY_END, end, mask=exists)
+        tl.store(entry + ENTRY_UNIT, unit, mask=exists)
+
+    num_parts = tl.maximum(tl.minimum(num_units, MAX_PARTS), 1)
+    number = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    first = _first_unit(number, num_units, num_parts)
+    is_before = exists[None, :] & (unit_end[None, :] <= first[:, None])
+    after = _first_unit(number + 1, num_units, num_parts)  # where the next part begins, within which entry?
+    is_cut = (unit[None, :] < after[:, None]) & (after[:, None] < unit_end[None, :]) & (first[:, None] <= unit[None, :])
+    cut_unit = tl.max(tl.where(is_cut, unit[None, :], -1), 1)
+    cut_end = tl.max(tl.where(is_cut, unit_end[None, :], 0), 1)
+    part = parts + number * COLUMNS
+    is_mine = number <= MAX_PARTS
+    tl.store(part + PART_UNIT, first, mask=is_mine)
+    tl.store(part + PART_ENTRY, tl.sum(is_before.to(tl.int32), 1), mask=is_mine)
+    tl.store(part + CUT_TOKEN, tl.max(tl.where(is_cut, token[None, :], -1), 1), mask=is_mine)
+    tl.store(part + CUT_PART, (cut_end * num_parts - 1) // tl.maximum(num_units, 1), mask=is_mine)
+    tl.store(part + CUT_IS_WHOLE, (cut_unit == first).to(tl.int32), mask=is_mine)
+
+
+@triton.jit
+def _plan_tiles(
+    tiles: tl.tensor,
+    cu_seqlens: tl.tensor,
+    seq_lens: tl.tensor,
+    seq_row: tl.tensor,
+    num_seqs: tl.tensor,
+    num_tiles: tl.tensor,
+    BLOCK_Q: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    index = tl.arange(0, BLOCK_S)
+    start = tl.load(cu_seqlens + index, mask=index < num_seqs, other=0)
+    stop = tl.load(cu_seqlens + index + 1, mask=index < num_seqs, other=0)
+    num_own = tl.where(stop - start > 1, (stop - start + BLOCK_Q - 1) // BLOCK_Q, 0)
+    tile_end = tl.cumsum(num_own, 0)
+
+    number = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    is_before = (tile_end[None, :] <= number[:, None]) & (index < num_seqs)[None, :]
+    sequence = tl.sum(is_before.to(tl.int32), 1)
+    exists = sequence < num_seqs
+    start = tl.load(cu_seqlens + sequence, mask=exists, other=0)
+    stop = tl.load(cu_seqlens + sequence + 1, mask=exists, other=0)
+    offset = (number - tl.sum(tl.where(is_before, num_own[None, :], 0), 1)) * BLOCK_Q
+    position = tl.load(seq_lens + sequence, mask=exists, other=0) - (stop - start) + offset
+    tile = tiles + number * COLUMNS
+    is_mine = number < num_tiles
+    tl.store(tile + TILE_TOKEN, start + offset, mask=is_mine)
+    tl.store(tile + TILE_STOP, stop, mask=is_mine)
+    tl.store(tile + TILE_ROW, tl.load(seq_row + sequence, mask=exists, other=0), mask=is_mine)
+    tl.store(tile + TILE_POSITION, position, mask=is_mine)

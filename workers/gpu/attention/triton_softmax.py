@@ -1,0 +1,105 @@
+"""What the attention kernels share: a running softmax over a range of one sequence's KV, read through its block table.
+
+The state of the softmax is per query row: the largest score so far (in powers of two, so that exp2 serves), the sum of
+weights relative to it, and the weighted sum of values. It starts finite, so that a row that sees nothing yields no NaN.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_SCORE = tl.constexpr(-1.0e30)  # below every score; not -inf, whose difference to itself is NaN
+
+
+@triton.jit
+def attend_range(
+    maximum: tl.tensor,  # [M] float32
+    total: tl.tensor,  # [M] float32
+    output: tl.tensor,  # [M, BLOCK_DIM_V] float32
+    query: tl.tensor,  # [M, BLOCK_DIM_K]
+    query_position: tl.tensor,  # [M] int32: a row sees KV up to and including its position
+    begin: tl.tensor,
+    end: tl.tensor,  # of the range of KV positions; without CAUSAL its length is a multiple of BLOCK_N
+    blocks: tl.tensor,  # the sequence's row of the block table
+    key_head: tl.tensor,  # this KV head in kv_slot 0 of each cache
+    value_head: tl.tensor,
+    key_block_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    value_block_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    inner_scale: tl.tensor,  # of the scores before the soft cap
+    outer_scale: tl.tensor,  # of the scores after it, log2(e) included
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_DIM_K: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Take KV positions begin..end into the softmax. Returns (maximum, total, output)."""
+    dim_k = tl.arange(0, BLOCK_DIM_K)
+    dim_v = tl.arange(0, BLOCK_DIM_V)
+    last = tl.maximum(end - 1, 0)  # what lies beyond may be another sequence's, or NaN
+    next_block = tl.load(blocks + tl.minimum(begin + tl.arange(0, BLOCK_N), last) // BLOCK_SIZE)
+    for tile_begin in range(begin, end, BLOCK_N):
+        position = tile_begin + tl.arange(0, BLOCK_N)
+        stored = position
+        if CAUSAL:
+            stored = tl.minimum(position, last)
+        # One tile ahead: the copies of K and V can be queued without waiting for a load of where they are.
+        block = next_block.to(tl.int64)
+        next_block = tl.load(blocks + tl.minimum(position + BLOCK_N, last) // BLOCK_SIZE)
+        token = stored % BLOCK_SIZE
+        key_at = key_head + (block * key_block_stride + token * key_token_stride)[:, None] + dim_k[None, :]
+        value_at = value_head + (block * value_block_stride + token * value_token_stride)[:, None] + dim_v[None, :]
+        if DIM_K == BLOCK_DIM_K:
+            key = tl.load(key_at)
+        else:
+            key = tl.load(key_at, mask=(dim_k < DIM_K)[None, :], other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        if SOFTCAP:
+            scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * inner_scale * LOG2_E)))  # tanh
+        if CAUSAL:
+            visible = position[None, :] <= query_position[:, None]
+            if WINDOW > 0:
+                visible = visible & (position[None, :] > query_position[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1) * outer_scale)
+        weights = tl.exp2(scores * outer_scale - new_maximum[:, None])
+        decay = tl.exp2(maximum - new_maximum)
+        total = total * decay + tl.sum(weights, 1)
+        if DIM_V == BLOCK_DIM_V:
+            value = tl.load(value_at)
+        else:
+            value = tl.load(value_at, mask=(dim_v < DIM_V)[None, :], other=0.0)
+        output = tl.dot(weights.to(value.dtype), value, output * decay[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+    return maximum, total, output
+
+
+@triton.jit
+def normalize(
+    maximum: tl.tensor,
+    total: tl.tensor,
+    output: tl.tensor,
+    sinks: tl.tensor,
+    head: tl.tensor,
+    mask: tl.tensor,
+    SINKS: tl.constexpr,
+) -> tl.tensor:
+    """The softmax's result, [M, BLOCK_DIM_V]. `sinks`, by `head` [M], are logits that take weight but have no value."""
+    if SINKS:
+        sink = tl.load(sinks + head, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+        new_maximum = tl.maximum(maximum, sink)
+        decay = tl.exp2(maximum - new_maximum)
+        total = total * decay + tl.exp2(sink - new_maximum)
+        output = output * decay[:, None]
+    return output / tl.maximum(total, 1.0e-30)[:, None]

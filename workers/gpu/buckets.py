@@ -1,0 +1,63 @@
+"""The sizes that steps are padded to, so that few graphs serve every step.
+
+A step with one token per sequence (decode) runs as (S, S). A mixed step of up to `MAX_CAPTURED_TOKENS` tokens runs as
+(S, T) with few choices of each. Both kinds are captured. A larger one is computed eagerly: the device then works for
+longer than the host takes to launch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Final
+
+from ipc.records import StepShape
+
+MAX_CAPTURED_TOKENS: Final = 512
+_MIXED_TOKENS: Final = (64, 128, 256, MAX_CAPTURED_TOKENS)
+_SMALLEST_MIXED: Final = 16  # sequences; from there on by factors of 4
+
+
+class Buckets:
+    """The sizes for one StepShape. `captured` are the buckets (S, T) that are worth a graph."""
+
+    def __init__(self, shape: StepShape) -> None:
+        self._max_seqs, self._max_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
+        self.decode = _up_to(min(self._max_seqs, self._max_tokens), _decode_sizes(self._max_seqs))
+        sizes = [_SMALLEST_MIXED]
+        while sizes[-1] < self._max_seqs:
+            sizes.append(4 * sizes[-1])
+        self._mixed_seqs = _up_to(self._max_seqs, sizes)
+        self._mixed_tokens = _up_to(min(MAX_CAPTURED_TOKENS, self._max_tokens), _MIXED_TOKENS)
+        mixed = {self._mixed(s, t) for s in self._mixed_seqs for t in self._mixed_tokens}
+        self.captured = sorted({(s, s) for s in self.decode} | mixed)
+
+    def choose(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
+        """The smallest (S, T) for such a step."""
+        if num_seqs == num_tokens:
+            size = _round_up(num_seqs, self.decode)
+            return size, size
+        return self._mixed(num_seqs, num_tokens)
+
+    def _mixed(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
+        if num_tokens <= self._mixed_tokens[-1]:
+            tokens = _round_up(num_tokens, self._mixed_tokens)
+        else:
+            tokens = min(-(-num_tokens // MAX_CAPTURED_TOKENS) * MAX_CAPTURED_TOKENS, self._max_tokens)
+        return min(_round_up(num_seqs, self._mixed_seqs), tokens), tokens
+
+
+def _decode_sizes(max_size: int) -> list[int]:
+    """1, 2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ..."""
+    sizes = [1, 2, 4, 8, 16]
+    while sizes[-1] < max_size:
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+    return sizes
+
+
+def _up_to(limit: int, sizes: list[int] | tuple[int, ...]) -> list[int]:
+    """The sizes below the limit, and the limit itself."""
+    return [*(size for size in sizes if size < limit), limit]
+
+
+def _round_up(n: int, sizes: list[int]) -> int:
+    return sizes[bisect_left(sizes, n)]

@@ -1,0 +1,142 @@
+"""A CUDA GPU as a device: streams, events and copies are torch's, captured work is CUDA graphs.
+
+Nothing here blocks the host but `synchronize`, `settle` and the first launch of captured work. Only kernels' own order
+on a stream and events order anything: tensors keep their addresses for as long as the device lives.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from workers.gpu.device.base import Accesses
+
+logger = logging.getLogger(__name__)
+
+_CLOCK_READINGS: Final = 50  # of both clocks at once; the closest pair counts
+
+
+class CudaDevice:
+    """See Device. One per process, on torch's current CUDA device."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self._graph_memory = torch.cuda.graph_pool_handle()  # of all graphs: they run one after the other
+        self._page_locked: list[torch.Tensor] = []  # kept mapped: the driver would copy to where they were
+        self._clock_offset_ns = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
+        self._clock_offset_ns.fill_(self._measure_clock_offset())
+
+    def stream(self, name: str) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+
+    def event(self, name: str) -> torch.cuda.Event:
+        """`blocking`: a thread that waits for it sleeps instead of spinning."""
+        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
+    def register_host(self, name: str, buffer: memoryview) -> torch.Tensor:
+        """Memory that cannot be page-locked works too: the driver stages its copies, and the host waits meanwhile."""
+        memory = torch.frombuffer(buffer, dtype=torch.uint8)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        if int(status):
+            logger.warning(
+                "%s: %d bytes cannot be page-locked (%s): steps will wait for its copies; see ulimit -l",
+                name, memory.numel(), runtime.cudaGetErrorString(status),
+            )  # fmt: skip
+            with contextlib.suppress(RuntimeError):  # the runtime would report the same error once more, with a launch
+                self._clock_offset_ns.add_(0)
+        else:
+            self._page_locked.append(memory)
+        return memory
+
+    def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def launch(self, stream: torch.cuda.Stream, work: Callable[[], None], accesses: Callable[[], Accesses]) -> None:
+        with torch.cuda.stream(stream):
+            work()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The first launch runs the work as it is, which compiles its kernels, and then captures it: each takes effect
+        once. That blocks the host: let it happen before anyone waits."""
+        return _Graph(work, self._graph_memory)
+
+    def read_clock(self, stream: torch.cuda.Stream, target: torch.Tensor) -> None:
+        with torch.cuda.stream(stream):
+            _write_time[(1,)](target, self._clock_offset_ns, num_warps=1)
+
+    def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+        event.record(stream)
+
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def query(self, event: torch.cuda.Event) -> bool:
+        return bool(event.query())  # type: ignore[no-untyped-call]
+
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def _measure_clock_offset(self) -> int:
+        """What to add to the device's clock to get CLOCK_MONOTONIC now, in ns.
+
+        Measured once: whatever the two clocks drift apart later stays in the times. Differences between device times
+        are not affected.
+        """
+        now = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
+        _write_time[(1,)](now, self._clock_offset_ns, num_warps=1)  # compiles it
+        readings = []
+        for _ in range(_CLOCK_READINGS):
+            self.settle()
+            before_ns = time.monotonic_ns()
+            _write_time[(1,)](now, self._clock_offset_ns, num_warps=1)
+            self.settle()
+            after_ns = time.monotonic_ns()
+            readings.append((after_ns - before_ns, (before_ns + after_ns) // 2 - int(now.item())))
+        return min(readings)[1]
+
+
+class _Graph:
+    """Work that is replayed from its second call on. Called on the stream that it is to run on."""
+
+    def __init__(self, work: Callable[[], None], memory: Any) -> None:
+        self._work = work
+        self._memory = memory
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Thread-locally: other threads may go on waiting for events.
+        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        try:
+            self._work()
+        finally:
+            graph.capture_end()
+        self._graph = graph
+
+
+@triton.jit
+def _write_time(target: tl.tensor, offset_ns: tl.tensor) -> None:
+    tl.store(target, globaltimer() + tl.load(offset_ns))
