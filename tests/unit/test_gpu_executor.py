@@ -17,6 +17,7 @@ from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_l
 from ipc.ring import Ring, close_handle
 from tests.simulation.harness import ToyModel
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
+from workers.gpu.buckets import Buckets
 from workers.gpu.completion import Completion
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
@@ -70,8 +71,9 @@ def serve(requests: list[ScriptedRequest], depth: int, device: Any, *, pad_batch
     """Run the requests to their end, with results published inline or by the completion thread."""
     ends, rung = Ends(SHAPE, depth), threading.Event()
     executor = Executor(
-        device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, depth, NUM_BLOCKS, ends.gpu, pad_batches=pad_batches
-    )
+        device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, depth, NUM_BLOCKS, ends.gpu,
+        buckets=Buckets(SHAPE) if pad_batches else None,
+    )  # fmt: skip
     completion = Completion(device, executor, ring_scheduler=rung.set, failed=rung.set)
     scheduler = ScriptedScheduler(Random(depth), SHAPE, NUM_BLOCKS, [ends.prompts])
     scheduler.waiting.extend(requests)
