@@ -132,7 +132,11 @@ def test_memory_that_cannot_be_page_locked_is_copied_all_the_same(
     assert bool((target == 7).all())
 
 
-def test_the_device_clock_is_the_hosts(device: Any) -> None:
+def test_the_clock_of_a_new_device_is_the_hosts() -> None:
+    """Later the two drift apart: nothing calibrates them again."""
+    from workers.gpu.device.cuda import CudaDevice
+
+    device = CudaDevice()
     stream, target = device.stream("compute"), device.zeros("time", (1,), torch.int64)
     for _ in range(20):
         device.settle()
