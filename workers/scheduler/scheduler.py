@@ -19,7 +19,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from workers.scheduler.prompts import PromptLease, PromptRings
 from workers.scheduler.request import Request, opened
 from workers.scheduler.rows import Rows
 from workers.scheduler.running import NO_ROWS, RunningRows, share_tokens
+
+_LENGTH: Final = int(FinishCode.LENGTH)
 
 
 @dataclass(frozen=True)
@@ -326,14 +328,15 @@ class Scheduler:
 
     def _finish(self, rows: IntArray, finish: IntArray) -> None:
         """End the rows whose token was their last."""
-        for i in finish.nonzero()[0].tolist():
-            row = int(rows[i])
+        ended = finish.nonzero()[0]
+        rows, finish = rows[ended], finish[ended]
+        early = (finish == _LENGTH) & (self._rows.num_tokens[rows] < self._rows.max_len[rows])
+        assert not early.any(), f"rows {rows[early]} ended by length before their length"
+        for row in rows.tolist():
             request = self._rows.requests[row]
             assert request is not None, f"row {row} finished for nobody"
-            at_end = self._rows.num_tokens[row] == request.max_len
-            assert at_end or finish[i] != FinishCode.LENGTH, f"row {row} ended by length before its length"
             self._end(request)
-            self.counts["num_finished"] += 1
+        self.counts["num_finished"] += len(rows)
 
     def _end(self, request: Request) -> None:
         """Forget a request in whatever state it is: blocks go back at once, its row when no step in flight names it."""
