@@ -4,7 +4,8 @@ The real `Scheduler` over real records; results are made up at once, so nothing 
 1,000 tokens, blocks hold 16, and one step is always in flight while another is planned (depth 2). "Plan" fills a step
 record; "apply" takes in a result record and gathers the message to the detokenizer. First a stretch of pure decode,
 then one in which in every other step some sequences end and as many arrive: what these steps cost more than the median
-of the quiet ones between them, divided by their number, is the price of one end and of one arrival.
+of the quiet ones between them, divided by their number, is the price of one end and of one arrival. The prefix cache is
+on; all prompts differ, and their blocks' names come with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ipc.block_hash import HASH_BYTES, chain_hashes
 from ipc.errors import ConfigError
 from ipc.layout import Layout
 from ipc.messages import Route, Tokenized
@@ -115,7 +117,8 @@ class _Engine:
 
     def add(self) -> int:
         """One more request; returns what the scheduler took for it, in ns."""
-        self._tokenizer.claim().token_ids[:NUM_PROMPT_TOKENS] = self._rng.integers(0, 50_000, NUM_PROMPT_TOKENS)
+        token_ids = self._rng.integers(0, 50_000, NUM_PROMPT_TOKENS, np.int32)
+        self._tokenizer.claim().token_ids[:NUM_PROMPT_TOKENS] = token_ids
         self._tokenizer.publish()
         self._num_added += 1
         message = Tokenized(
@@ -125,6 +128,7 @@ class _Engine:
             ring=1,
             ticket=self._tokenizer.next_ticket - 1,
             num_prompt_tokens=NUM_PROMPT_TOKENS,
+            block_hashes=chain_hashes(bytes(HASH_BYTES), token_ids.tobytes(), BLOCK_SIZE),
         )
         started = perf_counter_ns()
         self.scheduler.add(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ipc.block_hash import split_hashes
 from ipc.messages import Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
@@ -26,6 +27,7 @@ class Request:
     ) -> None:
         params = message.params
         self.key = message.key
+        self.block_hashes = split_hashes(message.block_hashes)  # root, then full blocks; decode adds to them
         self.num_prompt = len(token_ids)
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids
@@ -41,11 +43,11 @@ class Request:
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
-    def write_admission(self, record: Any, i: int) -> None:
-        """Fill entry i of a step record's admissions, all but where its ids come from."""
+    def write_admission(self, record: Any, i: int, num_computed: int) -> None:
+        """Fill entry i of a step record's admissions, all but where its ids come from; `num_computed` are cached."""
         params = self.params
         record.admit_row[i] = self.row
-        record.admit_num_computed[i] = 0
+        record.admit_num_computed[i] = num_computed
         record.admit_max_len[i] = self.max_len
         record.admit_temperature[i] = params.temperature
         record.admit_top_k[i] = params.top_k
