@@ -9,7 +9,7 @@ still arrives, perhaps under another identity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import zmq
@@ -23,12 +23,18 @@ _HEARTBEAT_MS: Final = 2_000
 _HEARTBEAT_TIMEOUT_MS: Final = 30_000
 
 
-def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> zmq.Socket[Any]:
-    """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound."""
+def bind_router(
+    context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES, handover: bool = True
+) -> zmq.Socket[Any]:
+    """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound.
+
+    With `handover` a new peer takes over the identity of an old one: a restarted worker does. Among clients, who choose
+    theirs freely, nobody may.
+    """
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _set_common_options(socket, endpoint, max_frame_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -37,12 +43,23 @@ def bind_router(context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: in
     return socket
 
 
-def connect_dealer(context: zmq.Context[Any], endpoint: str, *, identity: bytes | None = None) -> zmq.Socket[Any]:
-    """A connected DEALER; messages sent before the peer is there wait for it. Raises ConfigError for no endpoint."""
+def connect_dealer(
+    context: zmq.Context[Any],
+    endpoint: str,
+    *,
+    identity: bytes | None = None,
+    prepare: Callable[[zmq.Socket[Any]], None] | None = None,
+) -> zmq.Socket[Any]:
+    """A connected DEALER; messages sent before the peer is there wait for it. Raises ConfigError for no endpoint.
+
+    `prepare` gets the socket before it connects: a monitor that is attached later may miss the connection.
+    """
     socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _set_common_options(socket, endpoint, MAX_FRAME_BYTES)
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
+    if prepare is not None:
+        prepare(socket)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:

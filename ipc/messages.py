@@ -289,7 +289,10 @@ class Progress(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """A worker can take work. `info` holds what others need of it (the GPU process: num_blocks)."""
+    """A worker can take work; the gateway says so again once it takes requests, after `Start`.
+
+    `info` holds what others need of it (the GPU process: num_blocks).
+    """
 
     role: str
     info: dict[str, int] = {}

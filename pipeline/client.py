@@ -200,7 +200,7 @@ class AsyncClient:
             health = await self._ask("health", timeout_s=max(0.0, deadline - time.monotonic()))
             if health.state == "ready":
                 return await self.health()
-            if health.state == "failed" or time.monotonic() >= deadline:
+            if health.state == "failed" or time.monotonic() + _POLL_HEALTH_S >= deadline:
                 raise EngineUnavailable(f"the engine at {self.endpoint} is {health.state}: {health.detail}")
             await asyncio.sleep(_POLL_HEALTH_S)
 

@@ -60,11 +60,13 @@ class Connection:
             self.is_up = False
 
     def _open(self) -> None:
-        self._socket = connect_dealer(self._context, self._endpoint)
-        self._monitor: zmq.Socket[Any] = self._socket.get_monitor_socket(_EVENTS)
+        self._socket = connect_dealer(self._context, self._endpoint, prepare=self._attach_monitor)
         self._loop.add_reader(_option(self._socket, zmq.FD), self._take_frames)
         self._loop.add_reader(_option(self._monitor, zmq.FD), self._take_events)
         self._loop.call_soon(self._take_events)  # what happened before the readers were there
+
+    def _attach_monitor(self, socket: zmq.Socket[Any]) -> None:
+        self._monitor: zmq.Socket[Any] = socket.get_monitor_socket(_EVENTS)
 
     def _close_socket(self, linger_ms: int | None) -> None:
         self._loop.remove_reader(_option(self._socket, zmq.FD))

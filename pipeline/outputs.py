@@ -79,7 +79,7 @@ def generate_frame(
         text = prompt
     elif _is_array(prompt):
         token_ids = _token_id_bytes(cast(Any, prompt).tolist())
-    elif not isinstance(prompt, Sequence):
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}, not {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], ChatMessage | Mapping):
         chat = [_chat_message(message) for message in prompt]

@@ -159,7 +159,10 @@ class Supervisor:
         for role in self._workers:
             if role not in (SCHEDULER, GATEWAY):
                 self._tell(role, Start(info=self._info))
+        self._workers[GATEWAY].is_ready = False  # until it takes requests: nobody is told that we serve before it does
         self._tell(GATEWAY, Start(info=self._info))
+        if not self._wait_until(lambda: self._workers[GATEWAY].is_ready):
+            return False
         self._announcer.ready(self._info)
         return True
 

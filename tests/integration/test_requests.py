@@ -120,8 +120,9 @@ def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Clie
     assert logprobs is not None
     assert len(logprobs) == len(ids[10])
     for token, entry in zip(ids[10], logprobs, strict=True):
-        assert len(entry.top) == 3
-        assert entry.top[0] == (token, pytest.approx(entry.logprob))  # greedy: the sampled one is the likeliest
+        assert (entry.token_id, len(entry.top)) == (token, 3)
+        likeliest, logprob = next(iter(entry.top.items()))
+        assert (likeliest, logprob) == (token, pytest.approx(entry.logprob))  # it was sampled greedily
 
 
 def test_cancelling_answers_with_what_there_is(client: Client) -> None:

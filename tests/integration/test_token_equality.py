@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import Pipeline, SamplingParams
 from tests.reference.tiny_models import FAMILIES, make_tiny_model, reference_generate
+from tests.unit.text_tools import byte_level_tokenizer
 
 MAX_NEW_TOKENS = 20
 # Small enough that prompts take several chunks, requests queue for a row, and sequences are preempted for blocks.
@@ -17,7 +18,7 @@ TIGHT = {
     "scheduler.max_num_batched_tokens": 16,
     "scheduler.max_model_len": 96,
     "cache.block_size": 4,
-    "cache.num_blocks": 40,
+    "cache.num_blocks": 25,
 }
 
 
@@ -31,6 +32,12 @@ def config(folder: Path, **overrides: object) -> dict[str, dict[str, object]]:
     return sections
 
 
+def make_folder(family: str, folder: Path, seed: int) -> None:
+    """A random model with a tokenizer beside it, which turns what it says into some text or other."""
+    make_tiny_model(family, folder, seed)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+
+
 def mixed_prompts(seed: int, count: int) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(5, 190) for _ in range(draw.choice([1, 3, 7, 15, 16, 17, 33, 60]))] for _ in range(count)]
@@ -38,7 +45,7 @@ def mixed_prompts(seed: int, count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> None:
-    make_tiny_model(family, tmp_path, seed=1)
+    make_folder(family, tmp_path, seed=1)
     prompts = mixed_prompts(seed=2, count=12)
     expected = reference_generate(tmp_path, prompts, MAX_NEW_TOKENS)
     with Pipeline(config(tmp_path)) as pipeline:
@@ -50,7 +57,7 @@ def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_prompts_give_the_tokens_of_generate(family: str, tmp_path: Path) -> None:
-    make_tiny_model(family, tmp_path, seed=5)
+    make_folder(family, tmp_path, seed=5)
     shared, *tails = mixed_prompts(seed=6, count=13)
     prompts = [(shared * 40)[:40] + tail for tail in tails]
     prompts = [prompt[:70] for prompt in prompts]
@@ -75,7 +82,7 @@ def test_cached_prompts_give_the_tokens_of_generate(family: str, tmp_path: Path)
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("llama")
-    make_tiny_model("llama", folder, seed=3)
+    make_folder("llama", folder, seed=3)
     return folder
 
 

@@ -135,7 +135,7 @@ class ScriptedScheduler:
             self._free_rows.append(request.row)
 
     def _plan_tokens(self, request: ScriptedRequest, budget: int, appends: list[tuple[int, int, int]]) -> int:
-        """A chunk of at most `budget` tokens with the blocks that it needs: how many tokens, 0 without blocks."""
+        """A chunk of at most `budget` tokens and the blocks it needs: how many tokens, 0 for want of blocks."""
         left = request.num_planned - request.num_computed
         count = min(left if self._random.random() < 0.5 else self._random.randint(1, left), budget)
         needed = -(-(request.num_computed + count) // self._shape.block_size) - len(request.blocks)

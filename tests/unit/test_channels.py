@@ -184,3 +184,15 @@ def test_an_endpoint_that_cannot_be_bound_is_named(context, tmp_path):
 def test_what_is_no_endpoint_is_named_with_the_cure(context, endpoint):
     with pytest.raises(ConfigError, match=f"cannot connect to '{endpoint}' .*: give ipc://PATH or tcp://HOST:PORT"):
         connect_dealer(context, endpoint)
+
+
+def test_nobody_takes_over_the_identity_of_a_connected_client(context, endpoint):
+    router = bind_router(context, endpoint, handover=False)
+    first, second = (connect_dealer(context, endpoint, identity=b"me") for _ in range(2))
+    send(first, TokenizeDone(key=1))
+    assert collect(router, 1) == [(b"me", 1)]
+    send(second, TokenizeDone(key=2))
+    assert send_to(router, b"me", TokenizeDone(key=3))
+    assert first.poll(5_000)
+    assert not second.poll(100)
+    assert not router.poll(100)

@@ -117,7 +117,7 @@ def test_batches_say_what_the_records_say_with_and_without_padding() -> None:
             )
             prepare.admit()
             prepare.append()
-            prepare.fill(batch)
+            prepare.filler(batch)()
             reference.check(batch, sequences)
             for row, count in sequences:  # as the sampler does
                 reference.computed[row] += count

@@ -183,7 +183,9 @@ def test_a_planned_out_sequence_gives_its_blocks_back_at_once() -> None:
 
 
 def test_the_newest_sequence_is_preempted_and_comes_back_with_its_row_and_its_tokens() -> None:
-    engine = ScheduledEngine(num_blocks=8, block_size=2, max_model_len=16, depth=2, max_num_batched_tokens=8)
+    engine = ScheduledEngine(
+        num_blocks=8, block_size=2, max_model_len=16, depth=2, max_num_batched_tokens=8, prefix_caching=False
+    )
     old, new = [1, 2, 3, 4], [5, 6, 7]
     seeded = SamplingParams(max_tokens=9, seed=3, temperature=0.5, top_k=7, top_p=0.5, min_p=0.25, stop_token_ids=[99])
     engine.send(1, old, tokens(11))
@@ -274,12 +276,14 @@ def test_late_results_of_a_preempted_sequence_are_kept() -> None:
     assert engine.tokens[2] == expected_tokens([5, 6], 0, 11, [])
 
 
-def test_a_newcomer_does_not_take_the_blocks_of_a_prompt_that_is_half_computed() -> None:
-    engine = ScheduledEngine(num_blocks=10, block_size=2, max_model_len=20, max_num_batched_tokens=8, depth=1)
-    engine.send(1, [1] * 18, tokens(1))
-    engine.send(2, [2] * 6, tokens(1))
+def test_a_newcomer_is_not_let_in_only_to_be_preempted_by_the_next_block_of_another() -> None:
+    engine = ScheduledEngine(num_blocks=6, block_size=2, max_model_len=12, depth=1)
+    engine.send(1, [1] * 3, tokens(5))
+    engine.step()
+    engine.send(2, [2] * 7, tokens(3))  # 4 blocks, and 4 are free
     engine.drain()
     assert engine.scheduler.counts["num_preemptions"] == 0
+    assert engine.ends == {1: "length", 2: "length"}
 
 
 def test_a_request_that_could_never_fit_is_refused_with_the_numbers() -> None:
@@ -421,6 +425,19 @@ def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring
     engine.drain()
     assert set(rings) == {0, 1}
     assert all(engine.tokens[key] == expected_tokens(prompt, 0, 7, []) for key, prompt in prompts.items())
+    engine.check_empty()
+
+
+def test_a_ring_is_relieved_also_when_nothing_can_be_planned() -> None:
+    engine = ScheduledEngine(max_num_seqs=1, prompt_records=8, depth=3)
+    engine.send(99, [1], tokens(1))
+    engine.plan()
+    for key in range(6):
+        engine.send(key, [key])
+    assert engine.plan() is None
+    engine.apply()
+    assert engine.prompt_rings[1].num_slots - (8 - engine.prompt_rings[1].read_cursor) >= 4, "half the ring is free"
+    engine.drain()
     engine.check_empty()
 
 

@@ -107,6 +107,7 @@ class GatewayWorker:
     def _on_control(self, message: Start | Drain | Abort) -> None:
         if isinstance(message, Start):
             self.core.start()
+            self.process.ready()  # once more: from here on requests are taken
         elif isinstance(message, Drain):
             self.core.drain(time.monotonic())
         else:
@@ -149,7 +150,7 @@ def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
     """
     before = os.umask(0o177)
     try:
-        return bind_router(context, endpoint, max_frame_bytes=MAX_FRAME_BYTES)
+        return bind_router(context, endpoint, max_frame_bytes=MAX_FRAME_BYTES, handover=False)
     finally:
         os.umask(before)
 

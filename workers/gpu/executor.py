@@ -10,7 +10,8 @@ Owns the order of copies, launches and events, and the buffers between them. It 
     copy-out                           |outputs k|
                                                  v outputs_done[k]: result k may be published, record k released
 
-    a step on compute:  clock | record <- staging[k % D] | admit | prepare + model | sampler | clock | outputs[k % D] <-
+    a step on compute:
+        clock | record <- staging[k % D] | admit | append | prepare + model | sampler | clock | outputs[k % D] <- output
 
 What keeps the buffers whole, with D = depth: step k+D is not published before result k is applied, thus after
 outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when submit_next meets k+D; record
@@ -38,6 +39,8 @@ from workers.gpu.runner import ModelRunner
 from workers.gpu.sampler import sample
 from workers.gpu.tables import RowTables
 
+Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: what every step needs of it, and all of it
+
 _MAX_STEP_WORK: Final = 1024  # buckets (and, on a device that has them, graphs) that are kept
 
 
@@ -54,8 +57,8 @@ class GpuRings:
 class Slot:
     """What one of D steps under way has for itself."""
 
-    staging: torch.Tensor  # [step_layout.num_bytes] uint8, on the device
-    outputs: torch.Tensor  # [result_layout.num_bytes] uint8, on the device
+    staging: Copied  # a step record
+    outputs: Copied  # a result record
     inputs_ready: Any
     step_done: Any
     outputs_done: Any
@@ -83,9 +86,10 @@ class StepWork:
     ) -> None:  # fmt: skip
         self._logits: torch.Tensor | None = None
 
+        fill = prepare.filler(batch)
+
         def model() -> None:
-            prepare.append()
-            prepare.fill(batch)
+            fill()
             self._logits = runner.logits(batch)
 
         def sampler(variant: SamplerVariant, want_logprobs: bool) -> None:
@@ -121,29 +125,34 @@ class Executor:
         self.tables = RowTables(device, shape, num_blocks)
 
         steps, results = step_layout(shape), result_layout(shape)
-        self._step_ring = _device_records(device, rings.step)
-        self._result_ring = _device_records(device, rings.result)
+        step_bytes = prefix_bytes(steps, "admit_row")  # of a record without admissions
+        result_bytes = prefix_bytes(results, "logprob")  # of a result without log-probabilities
+        self._step_ring = [(r[:step_bytes], r) for r in _device_records(device, rings.step)]
+        self._result_ring = [(r[:result_bytes], r) for r in _device_records(device, rings.result)]
         self._prompt_rings = [[r.view(torch.int32) for r in _device_records(device, ring)] for ring in rings.prompts]
-        self._step_bytes = prefix_bytes(steps, "admit_row")  # of a record without admissions
-        self._result_bytes = prefix_bytes(results, "logprob")  # of a result without log-probabilities
+
+        def record(name: str, num_bytes: int, short: int) -> Copied:
+            whole = device.zeros(name, (num_bytes,), torch.uint8)
+            return whole[:short], whole
 
         self._copy_in = device.stream("copy_in")
         self._compute = device.stream("compute")
         self._copy_out = device.stream("copy_out")
         self._slots = [
             Slot(
-                device.zeros(f"staging.{i}", (steps.num_bytes,), torch.uint8),
-                device.zeros(f"outputs.{i}", (results.num_bytes,), torch.uint8),
+                record(f"staging.{i}", steps.num_bytes, step_bytes),
+                record(f"outputs.{i}", results.num_bytes, result_bytes),
                 *(device.event(f"{name}.{i}") for name in ("inputs_ready", "step_done", "outputs_done")),
             )
             for i in range(depth)
         ]
-        self._record = device.zeros("record", (steps.num_bytes,), torch.uint8)
-        self._output = device.zeros("output", (results.num_bytes,), torch.uint8)
-        self._step = views(steps, self._record)
-        self._result = views(results, self._output)
+        self._record = record("record", steps.num_bytes, step_bytes)
+        self._output = record("output", results.num_bytes, result_bytes)
+        self._step = views(steps, self._record[1])
+        self._result = views(results, self._output[1])
         self._prepare = Prepare(device, self.tables, self._step)
         self._admit = device.capture(self._prepare.admit)
+        self._append = device.capture(self._prepare.append)
         self._step_work = lru_cache(maxsize=_MAX_STEP_WORK)(self._make_step_work)
         self.under_way: deque[Submitted] = deque()  # oldest first
 
@@ -170,9 +179,9 @@ class Executor:
         slot = self._slots[ticket % len(self._slots)]
         num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
         num_admissions, want_logprobs = int(record.num_admissions[0]), bool(record.want_logprobs[0])
+        admits = num_admissions > 0
 
-        record_bytes = len(self._record) if num_admissions else self._step_bytes
-        device.copy(self._copy_in, slot.staging[:record_bytes], self._step_ring[ticket % ring.num_slots][:record_bytes])
+        device.copy(self._copy_in, slot.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
         for i in range(num_admissions):
             self._upload_prompt(record, i)
         device.record(slot.inputs_ready, self._copy_in)
@@ -180,21 +189,22 @@ class Executor:
         # The step reads its staged record, and ids that were uploaded with it or before it.
         device.wait(self._compute, slot.inputs_ready)
         device.read_clock(self._compute, self._result.device_start_ns)
-        device.copy(self._compute, self._record[:record_bytes], slot.staging[:record_bytes])
-        if num_admissions:
-            device.launch(self._compute, self._admit, self._admit_accesses)
+        device.copy(self._compute, self._record[admits], slot.staging[admits])
+        if admits:
+            device.launch(self._compute, self._admit, self._change_accesses)
+        if record.num_appends[0]:
+            device.launch(self._compute, self._append, self._change_accesses)
         work = self._step_work(*self.bucket(num_seqs, num_tokens))
         rows = record.seq_row[:num_seqs]
         device.launch(self._compute, work.model, lambda: self._model_accesses(rows))
         sampler = work.sampler(SamplerVariant(int(record.variant[0])), want_logprobs)
         device.launch(self._compute, sampler, lambda: self._sampler_accesses(rows))
         device.read_clock(self._compute, self._result.device_end_ns)
-        result_bytes = len(self._output) if want_logprobs else self._result_bytes
-        device.copy(self._compute, slot.outputs[:result_bytes], self._output[:result_bytes])
+        device.copy(self._compute, slot.outputs[want_logprobs], self._output[want_logprobs])
         device.record(slot.step_done, self._compute)
 
         device.wait(self._copy_out, slot.step_done)
-        device.copy(self._copy_out, self._result_record(ticket)[:result_bytes], slot.outputs[:result_bytes])
+        device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], slot.outputs[want_logprobs])
         device.record(slot.outputs_done, self._copy_out)
         submitted = Submitted(ticket, now_ns, num_seqs, slot.outputs_done)
         self.under_way.append(submitted)
@@ -227,7 +237,7 @@ class Executor:
             self._device.copy(self._copy_in, self.tables.token_ids[row, start:end], source[: end - start])
             ticket += 1
 
-    def _result_record(self, ticket: int) -> torch.Tensor:
+    def _result_record(self, ticket: int) -> Copied:
         """The result record that a step's outputs go to; it is claimed by the step's ticket, ahead of publishing."""
         ring = self._rings.result
         if ticket - ring.read_cursor >= ring.num_slots:
@@ -235,22 +245,23 @@ class Executor:
         return self._result_ring[ticket % ring.num_slots]
 
     def _make_step_work(self, num_seqs: int, num_tokens: int) -> StepWork:
+        sample_flags = self._step.seq_sample[:num_seqs]
+
         def finish(variant: SamplerVariant, want_logprobs: bool, logits: torch.Tensor, batch: StepBatch) -> None:
-            sample_flags = self._step.seq_sample[:num_seqs]
             sample(variant, want_logprobs, logits, batch, sample_flags, self.tables, self._result)
 
         return StepWork(self._device, self._prepare, self._runner, self._prepare.batch(num_seqs, num_tokens), finish)
 
     # What launches touch: rows of token_ids one by one, because other rows take uploads at the same time.
 
-    def _admit_accesses(self) -> Accesses:
-        return [self._record], [self.tables.columns]
+    def _change_accesses(self) -> Accesses:
+        return [self._record[1]], [self.tables.columns]
 
     def _model_accesses(self, rows: Any) -> Accesses:
-        return [self._record, *self._ids(rows)], [self.tables.columns, self._prepare.buffers]
+        return [self._record[0], self.tables.columns, *self._ids(rows)], [self._prepare.buffers]
 
     def _sampler_accesses(self, rows: Any) -> Accesses:
-        return [self._record, self._prepare.buffers], [self.tables.columns, self._output, *self._ids(rows)]
+        return [self._record[0], self._prepare.buffers], [self.tables.columns, self._output[1], *self._ids(rows)]
 
     def _ids(self, rows: Any) -> list[torch.Tensor]:
         return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]

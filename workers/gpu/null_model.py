@@ -13,7 +13,7 @@ import torch
 from ipc.records import StepShape
 from workers.gpu.batch import StepBatch
 
-_VOCAB_SIZE: Final = 256
+_VOCAB_SIZE: Final = 64
 _MULTIPLIER: Final = 2_654_435_761  # 2**32 over the golden ratio: neighbours land far apart
 
 
@@ -28,7 +28,7 @@ class NullModel:
         self._likeliest = torch.ones(shape.max_num_seqs, 1, device=device)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """[S, 256] float32: 1 for the made-up token, 0 for all others."""
+        """[S, 64] float32: 1 for the made-up token, 0 for all others."""
         self._spend()
         last = batch.input_ids.index_select(0, batch.logits_index)
         tokens = ((last + batch.seq_lens) * _MULTIPLIER >> 16) & (_VOCAB_SIZE - 1)

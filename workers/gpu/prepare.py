@@ -6,6 +6,7 @@ are compared on the device, never looked at on the host. What lies beyond a coun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Prepare:
         self._arange32 = arange.to(torch.int32)
 
     def batch(self, num_seqs: int, num_tokens: int) -> StepBatch:
-        """The batch of bucket (S, T): views of the fixed buffers, to be filled by `fill`."""
+        """The batch of bucket (S, T): views of the fixed buffers, to be filled by a `filler`."""
         buffers = self._batch
         return StepBatch(
             input_ids=buffers.input_ids[:num_tokens],
@@ -61,7 +62,7 @@ class Prepare:
         """Give the admitted rows their columns and an empty block table. Their ids are uploaded elsewhere."""
         tables, step = self._tables, self._step
         real = self._arange32[: step.admit_row.shape[0]] < step.num_admissions
-        rows = torch.where(real, step.admit_row, tables.trash_row).to(torch.int64)
+        rows = torch.where(real, step.admit_row, tables.trash_row_tensor).to(torch.int64)
         tables.num_computed_tokens.index_copy_(0, rows, step.admit_num_computed)
         for column in _ADMITTED_COLUMNS:
             getattr(tables, column).index_copy_(0, rows, getattr(step, f"admit_{column}"))
@@ -71,37 +72,47 @@ class Prepare:
         """Add the step's entries to the block tables."""
         tables, step = self._tables, self._step
         real = self._arange32[: step.append_row.shape[0]] < step.num_appends
-        rows = torch.where(real, step.append_row, tables.trash_row)
-        indices = torch.where(real, step.append_index, 0)
-        blocks = torch.where(real, step.append_block, tables.trash_block)
-        tables.block_table.index_put_((rows, indices), blocks)
+        rows = torch.where(real, step.append_row, tables.trash_row_tensor)
+        indices = step.append_index * real
+        blocks = torch.where(real, step.append_block, tables.trash_block_tensor)
+        entries = rows.to(torch.int64) * tables.block_table.shape[1] + indices
+        tables.flat_block_table.index_copy_(0, entries, blocks)
 
-    def fill(self, batch: StepBatch) -> None:
-        """Lay out the step's tokens: sequence after sequence, each from where its row stands."""
-        tables, step = self._tables, self._step
+    def filler(self, batch: StepBatch) -> Callable[[], None]:
+        """The work that lays out a step's tokens: sequence after sequence, each from where its row stands.
+
+        The step's block-table entries have been added before.
+        """
+        tables, step, block_size = self._tables, self._step, batch.block_size
         num_seqs, num_tokens = batch.num_seqs, batch.num_tokens
+        max_model_len, max_blocks = tables.token_ids.shape[1], tables.block_table.shape[1]
+        sequences, tokens = self._arange32[:num_seqs], self._arange[:num_tokens]
+        seq_row, seq_num_tokens = step.seq_row[:num_seqs], step.seq_num_tokens[:num_seqs]
+        starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]  # starts[0] is 0 and never written
+        total = batch.cu_seqlens[-1]
 
-        real = self._arange32[:num_seqs] < step.num_seqs  # [S] bool
-        batch.seq_row.copy_(torch.where(real, step.seq_row[:num_seqs], tables.trash_row))
-        lengths = step.seq_num_tokens[:num_seqs] * real  # [S] int32
-        cumulative = batch.cu_seqlens[1:]  # its first entry, 0, is never written
-        torch.cumsum(lengths, 0, dtype=torch.int32, out=cumulative)
-        computed = tables.num_computed_tokens.index_select(0, batch.seq_row)
-        torch.mul(computed + lengths, real, out=batch.seq_lens)
-        torch.sub(cumulative, 1, out=batch.logits_index)
-        batch.logits_index.mul_(real)  # a padding sequence takes the logits of the first token
+        def fill() -> None:
+            real = sequences < step.num_seqs  # [S] bool
+            torch.where(real, seq_row, tables.trash_row_tensor, out=batch.seq_row)
+            lengths = seq_num_tokens * real  # [S] int32
+            torch.cumsum(lengths, 0, dtype=torch.int32, out=ends)
+            computed = tables.num_computed_tokens.index_select(0, batch.seq_row)
+            torch.mul(computed + lengths, real, out=batch.seq_lens)
+            torch.sub(ends, 1, out=batch.logits_index)
+            batch.logits_index.mul_(real)  # a padding sequence takes the logits of the first token
 
-        tokens = self._arange[:num_tokens]
-        sequence = torch.searchsorted(cumulative, tokens, right=True).clamp_(max=num_seqs - 1)  # [T] int64
-        real = tokens < cumulative[-1]  # [T] bool
-        first_position = computed - batch.cu_seqlens[:-1]  # [S], where token 0 of the batch would lie in each sequence
-        torch.add(tokens, first_position.index_select(0, sequence), out=batch.positions)
-        batch.positions.mul_(real)
-        rows = batch.seq_row.index_select(0, sequence).to(torch.int64)  # [T]
-        ids = tables.token_ids.view(-1).take(rows * tables.token_ids.shape[1] + batch.positions)
-        torch.mul(ids, real, out=batch.input_ids)
-        index = torch.div(batch.positions, batch.block_size, rounding_mode="floor")
-        blocks = tables.block_table.view(-1).take(rows * tables.block_table.shape[1] + index)
-        blocks = torch.where(real, blocks, tables.trash_block)
-        torch.remainder(batch.positions, batch.block_size, out=batch.slot_mapping)
-        batch.slot_mapping.add_(blocks.to(torch.int64), alpha=batch.block_size)
+            sequence = torch.searchsorted(ends, tokens, right=True).clamp_(max=num_seqs - 1)  # [T] int64
+            real = tokens < total  # [T] bool
+            first_position = computed - starts  # [S], where the batch's first token would lie in each sequence
+            torch.add(tokens, first_position.index_select(0, sequence), out=batch.positions)
+            batch.positions.mul_(real)
+            rows = batch.seq_row.index_select(0, sequence).to(torch.int64)  # [T]
+            ids = tables.flat_token_ids.take(rows * max_model_len + batch.positions)
+            torch.mul(ids, real, out=batch.input_ids)
+            index = torch.div(batch.positions, block_size, rounding_mode="floor")
+            blocks = tables.flat_block_table.take(rows * max_blocks + index)
+            blocks = torch.where(real, blocks, tables.trash_block_tensor)
+            torch.remainder(batch.positions, block_size, out=batch.slot_mapping)
+            batch.slot_mapping.add_(blocks.to(torch.int64), alpha=block_size)
+
+        return fill

@@ -52,9 +52,10 @@ def sample(
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; padding is not
     tokens32 = tokens.to(torch.int32)
     max_model_len = tables.token_ids.shape[1]
-    places = torch.where(sampled, rows.to(torch.int64) * max_model_len + position, tables.trash_row * max_model_len)
-    tables.token_ids.view(-1).index_copy_(0, places, tokens32)
-    tables.num_computed_tokens.index_put_((rows,), batch.seq_lens)  # sampled or not; the trash row stays at 0
+    rows64 = rows.to(torch.int64)
+    places = torch.where(sampled, rows64 * max_model_len + position, tables.trash_row * max_model_len)
+    tables.flat_token_ids.index_copy_(0, places, tokens32)
+    tables.num_computed_tokens.index_copy_(0, rows64, batch.seq_lens)  # sampled or not; the trash row stays at 0
 
     is_end = (tables.end_ids.index_select(0, rows) == tokens32[:, None]).any(-1)
     is_full = position + 1 >= tables.max_len.index_select(0, rows)

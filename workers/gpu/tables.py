@@ -52,3 +52,8 @@ class RowTables:
         self.end_ids: torch.Tensor = fields.end_ids  # [rows, MAX_END_IDS] int32, -1 = unused
         self.block_table: torch.Tensor = fields.block_table  # [rows, max_blocks_per_seq] int32
         self.block_table.fill_(self.trash_block)
+        self.flat_token_ids = self.token_ids.view(-1)
+        self.flat_block_table = self.block_table.view(-1)
+        # The same numbers as tensors [] int32: torch would make one of a plain number for each kernel that takes it.
+        self.trash_row_tensor = torch.tensor(self.trash_row, dtype=torch.int32, device=device.torch_device)
+        self.trash_block_tensor = torch.tensor(self.trash_block, dtype=torch.int32, device=device.torch_device)

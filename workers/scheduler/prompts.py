@@ -95,10 +95,14 @@ class PromptRings:
             self._moved.add(lease.ring)
 
     def relieve(self) -> None:
-        """Of rings more than half full, release what waiting requests hold, the oldest first: only that makes room."""
+        """Release what waiting requests hold, oldest first, until half of each ring is or will be free.
+
+        The cursor will stop at the oldest prompt that waits: what lies before it is released, or will be when the steps
+        in flight have been applied.
+        """
         for i, ring in enumerate(self._rings):
             waiting = self._waiting[i]
-            while waiting and 2 * (self._ends[i] - ring.read_cursor) > ring.num_slots:
+            while waiting and 2 * (self._ends[i] - waiting[0].ticket) > ring.num_slots:
                 lease = waiting.popleft()
                 if lease.is_waiting:
                     self.release(lease)

@@ -117,6 +117,7 @@ class Scheduler:
             "num_waiting": len(self._waiting),
             "num_running": len(self._running),
             "num_preempted": len(self._preempted),
+            "num_blocks": self._blocks.num_blocks,
             "num_free_blocks": self._blocks.num_free,
             "num_cached_blocks": self._blocks.num_cached,
             "device_busy_ns": self.device_time.busy_ns,
@@ -205,15 +206,16 @@ class Scheduler:
         """Bring in preempted, then waiting requests with `num_tokens` tokens: rows, tokens of each, prompt records, and
         the end of the block-table entries, where their cached blocks are written behind the first `num_appends`.
 
-        One comes in only if there are blocks for all its tokens besides those that running prompts have yet to take,
-        and one more for each sequence: it should have computed something before the others' growth preempts it.
+        One comes in only if there are blocks for all its tokens and one more for each sequence that runs: it should
+        have computed something before the others' growth preempts it. (Running prompts have theirs: before they are
+        whole, they leave no budget to admit anybody with.)
         """
         rows: list[int] = []
         counts: list[int] = []
         leases: list[PromptLease] = []
         if num_tokens < 1 or not (self._preempted or (self._waiting and self._rows.num_free)):
             return NO_ROWS, NO_ROWS, leases, num_appends
-        num_blocks = self._blocks.num_free - self._blocks_promised() - len(self._running)
+        num_blocks = self._blocks.num_free - len(self._running)
         num_found = self._shape.max_blocks_per_seq  # cached blocks that fit into the record; at least one request's do
         while num_tokens > 0 and len(rows) < self._shape.max_admissions:
             i, request = len(rows), self._next_request()
@@ -262,11 +264,6 @@ class Scheduler:
         if self._waiting and self._rows.num_free:
             return next(iter(self._waiting.values()))
         return None
-
-    def _blocks_promised(self) -> int:
-        """Blocks that running rows will still take for tokens they have: the rest of prompts in chunks."""
-        rows = self._running.rows()
-        return self._tables.missing(rows, self._rows.num_planned_tokens[rows])[2]
 
     def _append_blocks(self, record: Any, start: int, rows: IntArray, counts: IntArray, total: int) -> int:
         """Give rows the blocks they miss and write that from entry `start` on; returns the end."""

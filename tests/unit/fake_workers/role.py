@@ -34,7 +34,7 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
     def obey(message: Any) -> None:
         logger.info("heard %s", type(message).__name__)
         match message:
-            case Start() if process.role == "scheduler":
+            case Start() if process.role in ("scheduler", "gateway"):
                 process.ready()
             case Abort():
                 logger.info("aborting: %s", message.error_message)

@@ -158,6 +158,10 @@ class SimulatedDevice:
         self._num_run += 1
         stream.queue.popleft()[1]()
 
+    def tracked(self) -> list[torch.Tensor]:
+        """Every tensor whose accesses are checked."""
+        return [tensor for _, tensor in self._storages.values()]
+
     @property
     def is_idle(self) -> bool:
         return not any(stream.queue for stream in self._streams)

@@ -1,0 +1,261 @@
+"""Configurations that work, and one clear line for each that cannot."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ipc.errors import ConfigError
+from pipeline import model_files
+from pipeline.config import Config, config_from_dict, config_from_toml, load_config, overrides_from_dict, to_toml
+from pipeline.endpoint import EndpointClaim, check_endpoint, default_endpoint
+from pipeline.launch import main
+from pipeline.model_files import ModelNotHere, find_model
+from pipeline.python_module import module_environment
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"vocab_size": 32, "max_position_embeddings": 64, "eos_token_id": 1}
+
+
+def make_model(folder: Path, config: dict[str, Any] | None = None, **files: Any) -> Path:
+    """A model's folder without weights; `files` by name, "__" for the dot."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MODEL if config is None else config))
+    for name, content in {"tokenizer__json": {}, **files}.items():
+        (folder / name.replace("__", ".")).write_text(json.dumps(content))
+    return folder
+
+
+def configure(model: Path | str, *overrides: str) -> Config:
+    return config_from_dict({"model": {"path": str(model), "load_format": "dummy"}}, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scheduler.max_num_seq=4", "no key scheduler.max_num_seq: did you mean max_num_seqs?"),
+        ("schedular.max_num_seqs=4", "no section [schedular]: did you mean scheduler?"),
+        ("ring.zzz=1", "no key ring.zzz: it must be one of depth"),
+        ("ring.depth=abc", "ring.depth ('abc') must be an integer"),
+        ("ring.depth=true", "ring.depth (True) must be an integer"),
+        ("ring.depth=9", "ring.depth (9) must lie in [1, 8]"),
+        ("model.dtype=int8", 'model.dtype (\'int8\') must be one of "auto", "float32"'),
+        ("tokenizer.num_workers=65", "tokenizer.num_workers (65) must lie in [1, 64]"),
+        ("cache.memory_share=0", "cache.memory_share (0.0) must lie in (0, 1]"),
+        ("cache.memory_share=nan", "cache.memory_share (nan) must lie in (0, 1]"),
+        ("cache.block_size=0", "cache.block_size (0) must lie in [1, 1024]"),
+        ("frontend.drain_timeout_s=inf", "frontend.drain_timeout_s (inf) must be a number of seconds"),
+        ("frontend.endpoint=udp://x", "frontend.endpoint ('udp://x') must have the form"),
+        ("model.null_step_ms=4", 'model.null_step_ms (4.0) has no effect with model.load_format ("dummy")'),
+        ("ring", "must have the form section.key=value"),
+        ("model.path=", "model.path ('') must be a folder or a hub id"),
+    ],
+)
+def test_an_override_that_cannot_work_is_named_with_its_cure(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure("/nowhere", override)
+    assert str(caught.value).startswith(f"--set {override}: ")
+    assert message in str(caught.value)
+
+
+def test_values_that_do_not_fit_together_are_refused_with_both_names() -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure("/nowhere", "scheduler.max_num_seqs=9000", "scheduler.max_num_batched_tokens=8192")
+    assert (
+        "scheduler.max_num_batched_tokens (8192) is smaller than scheduler.max_num_seqs (9000): "
+        "a full decode step would not fit" in str(caught.value)
+    )
+    with pytest.raises(ConfigError, match="cannot hold one sequence"):
+        configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=49")
+    assert configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=48").cache.num_blocks == 3
+
+
+def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    for text, message in (
+        ("[model\n", "is not TOML: "),
+        ("[ring]\ndepth = 2\n", "model.path is missing"),
+        ("model = 3\n", "model (3) must be a section"),
+        ('[model]\npath = "x"\n[ring]\ndepth = 0\n', "ring.depth (0) must lie in [1, 8]"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(file)
+        assert str(caught.value).startswith(f"{file}: "), caught.value
+        assert message in str(caught.value)
+    file.write_text("a = 1\nb = = 2\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        load_config(file)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(tmp_path / "missing.toml")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(file)
+
+
+def test_a_relative_model_path_starts_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("file", "here"):
+        (tmp_path / name / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    file = tmp_path / "file" / "engine.toml"
+    file.write_text('[model]\npath = "m"\n')
+    assert load_config(file).model.path == str(tmp_path / "file" / "m")
+    assert load_config(file, ["model.path=m"]).model.path == str(tmp_path / "here" / "m")
+    file.write_text('[model]\npath = "organization/name"\n')
+    assert load_config(file).model.path == "organization/name"
+
+
+def test_the_resolved_text_reads_back_as_the_same_configuration() -> None:
+    overrides = {"frontend.endpoint": 'ipc:///a "quoted" \\ path', "ring.depth": 3, "cache.memory_share": 0.5}
+    config = configure("/nowhere", *overrides_from_dict(overrides))
+    assert config.ring.depth == 3
+    assert config_from_toml(to_toml(config), "text", Path("/")) == config
+
+
+@pytest.mark.parametrize("name", ["tiny", "8b"])
+def test_shipped_configurations_are_valid(name: str) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.toml")
+    assert config.ring.depth == 2
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", "ipc://relative.sock", "ipc:///folder/", "ipc://@abstract", f"ipc:///{'x' * 107}", "tcp://127.0.0.1",
+     "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536", "tcp://no-such-host.example:80", "http://127.0.0.1:80"],
+)  # fmt: skip
+def test_impossible_endpoints_are_refused(endpoint: str) -> None:
+    with pytest.raises(ConfigError):
+        check_endpoint(endpoint)
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["ipc:///tmp/x.sock", "tcp://127.0.0.1:80", "tcp://*:80", "tcp://[::1]:80", "tcp://lo:80"]
+)
+def test_usual_endpoints_are_taken(endpoint: str) -> None:
+    check_endpoint(endpoint)
+
+
+def test_the_default_endpoints_folder_is_private_and_removed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("f")  # a short path: sockets' are bounded
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = Path(default_endpoint().removeprefix("ipc://")).parent
+    claim = EndpointClaim(default_endpoint())
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    claim.close()
+    assert not folder.exists()
+    folder.mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match="must be a private folder"):
+        EndpointClaim(default_endpoint())
+
+
+def test_an_endpoint_is_not_taken_from_a_file_or_a_stranger(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="is a file and not a socket"):
+        EndpointClaim(f"ipc://{path}")
+    assert path.read_text() == "precious"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(str(path))
+        stranger.listen()
+        with pytest.raises(ConfigError, match="in use by another process"):
+            EndpointClaim(f"ipc://{path}")
+    claim = EndpointClaim(f"ipc://{path}")  # what a dead engine left behind is in nobody's way
+    with pytest.raises(ConfigError, match="in use by another engine"):
+        EndpointClaim(f"ipc://{tmp_path}/../{tmp_path.name}/s")
+    claim.close()
+    assert not path.exists()
+
+
+def test_a_models_facts_are_read_from_its_json(tmp_path: Path) -> None:
+    nested = {"text_config": {"vocab_size": 7, "max_position_embeddings": 9}, "eos_token_id": 3}
+    facts = find_model(configure(make_model(tmp_path / "m", nested)))
+    assert (facts.vocab_size, facts.max_model_len, facts.eos_token_ids, facts.name) == (7, 9, [3], "m")
+    make_model(tmp_path / "m", nested, generation_config__json={"eos_token_id": [4, 5]})
+    facts = find_model(configure(tmp_path / "m", "scheduler.max_model_len=5"))
+    assert (facts.eos_token_ids, facts.max_model_len) == ([4, 5], 5)
+
+
+def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+
+    def refusal(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            find_model(configure(folder, *overrides))
+        return str(caught.value)
+
+    assert "max_position_embeddings 64" in refusal("scheduler.max_model_len=65")
+    assert "lacks weights (model.safetensors)" in refusal("model.load_format=safetensors")
+    assert "cannot hold one sequence" in refusal("cache.num_blocks=3")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    (folder / "1.safetensors").touch()
+    assert "lacks weights (2.safetensors)" in refusal("model.load_format=safetensors")
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer" in refusal()
+    (folder / "config.json").write_text("{")
+    assert "cannot be read" in refusal()
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refusal()
+    folder = tmp_path / "missing"
+    assert "there is no such folder" in refusal()
+    make_model(folder := tmp_path / "many", {**MODEL, "eos_token_id": list(range(9))})
+    assert "lists 9 ids" in refusal()
+
+
+def test_a_hub_id_that_is_not_here_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def nothing(*_: Any, **kwargs: Any) -> str:
+        raise LocalEntryNotFoundError("no\nnetwork") if kwargs.get("local_files_only") else OSError("no\nnetwork")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    for download in (False, True):
+        with pytest.raises(ModelNotHere) as caught:
+            find_model(configure("organization/name"), download=download)
+        assert "('organization/name') is neither a folder nor in the local Hugging Face cache" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_cuda_is_said_before_the_model_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model_files, "_cuda_missing", lambda: "no CUDA driver is installed here")
+    assert main(["--config", str(ROOT / "configs" / "8b.toml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert 'model.device ("cuda"): no CUDA driver is installed here' in error
+    assert error.count("\n") == 1
+
+
+def test_check_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "engine.toml"
+    make_model(tmp_path / "m")
+    file.write_text('[model]\npath = "m"\nload_format = "dummy"\n')
+    assert main(["--config", str(file), "--set", "ring.depth=4", "--check"]) == 0
+    resolved = config_from_toml(capsys.readouterr().out, "output", Path("/"))
+    assert resolved.scheduler.max_model_len == 64
+    assert resolved.ring.depth == 4
+    assert resolved.frontend.endpoint == default_endpoint()
+
+
+def test_the_command_line_answers_a_bad_configuration_with_status_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.launch", "--config", str(tmp_path / "none.toml")]
+    done = subprocess.run(command, env=module_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/none.toml: cannot be read: No such file or directory\n"
+
+
+def test_every_key_has_a_value_of_its_declared_type() -> None:
+    config = configure("/nowhere")
+    assert msgspec.convert(msgspec.to_builtins(config), Config) == config
