@@ -49,6 +49,7 @@ class Generate(Message, frozen=True):
     chat: list[ChatMessage] | None = None
     token_ids: bytes | None = None
     stream: bool = False  # False: nothing is sent before the end
+    cache_salt: str = ""  # only requests of the same salt share cached prompt blocks
 
 
 class Cancel(Message, frozen=True):
@@ -70,7 +71,13 @@ class Query(Message, frozen=True):
     what: Literal["health", "stats"]
 
 
-ClientMessage = Generate | Cancel | Delivered | Query
+class ClearCache(Message, frozen=True):
+    """client -> gateway -> scheduler: forget all cached blocks. Requests sent after its `CacheCleared` find none."""
+
+    query_id: int
+
+
+ClientMessage = Generate | Cancel | Delivered | Query | ClearCache
 
 
 # ---- gateway -> client
@@ -93,6 +100,7 @@ class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_completion_tokens: int
     error_code: str = ""
     error_message: str = ""
+    num_cached_tokens: int = 0  # of the prompt: found in the cache when the request was admitted
 
 
 class Outputs(Message, frozen=True):
@@ -131,11 +139,17 @@ class Stats(Message, frozen=True):
     roles: dict[str, dict[str, float]]
 
 
+class CacheCleared(Message, frozen=True):
+    """scheduler -> gateway -> client: answers `ClearCache`."""
+
+    query_id: int
+
+
 class Alive(Message, frozen=True):
     """Asks for no answer: a client that cannot be reached with it has gone, and its requests are cancelled."""
 
 
-GatewayToClient = Outputs | Refused | Health | Stats | Alive
+GatewayToClient = Outputs | Refused | Health | Stats | CacheCleared | Alive
 
 
 # ---- a request inside the engine
@@ -158,6 +172,7 @@ class Tokenize(Message, frozen=True):
     prompt: str | None = None
     chat: list[ChatMessage] | None = None
     token_ids: bytes | None = None
+    cache_salt: str = ""
 
 
 class Tokenized(Message, frozen=True):
@@ -169,6 +184,7 @@ class Tokenized(Message, frozen=True):
     ring: int = 0
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
+    block_hashes: bytes = b""  # `ipc.block_hash.chain_hashes` of the prompt; empty: it is not cached
     error_code: str = ""
     error_message: str = ""
 
@@ -226,6 +242,7 @@ class StepOutputs(Message, frozen=True):
     """scheduler -> detokenizer: one message per step. `opened` comes before `tokens` comes before `ended`."""
 
     opened: list[Opened] = []
+    cached: list[tuple[int, int]] = []  # (key, prompt tokens found in the cache), of requests admitted with some
     keys: bytes = b""  # int64 [n]
     token_ids: bytes = b""  # int32 [n]
     finish: bytes = b""  # uint8 [n], FinishCode
@@ -255,8 +272,8 @@ class ClientGone(Message, frozen=True):
 
 ToTokenizer = Tokenize
 TokenizerToGateway = TokenizeDone
-ToScheduler = Tokenized | CancelRequests
-SchedulerToGateway = Accepted
+ToScheduler = Tokenized | CancelRequests | ClearCache
+SchedulerToGateway = Accepted | CacheCleared
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
 

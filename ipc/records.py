@@ -35,8 +35,9 @@ class StepShape(msgspec.Struct, frozen=True):
 
     @property
     def max_appends(self) -> int:
-        """Block-table entries that one step can add: one per started block of its tokens, and one more per sequence."""
-        return self.max_num_seqs + -(-self.max_num_batched_tokens // self.block_size)
+        """Block-table entries that one step can add: one per started block of its tokens, one more per sequence, and
+        cached blocks for the admission of the longest sequence."""
+        return self.max_num_seqs + -(-self.max_num_batched_tokens // self.block_size) + self.max_blocks_per_seq
 
     @property
     def max_admissions(self) -> int:

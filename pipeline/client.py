@@ -21,6 +21,7 @@ from ipc.messages import (
     PROTOCOL_VERSION,
     Alive,
     Cancel,
+    ClearCache,
     Delivered,
     GatewayToClient,
     Health,
@@ -75,11 +76,18 @@ class AsyncClient:
         *,
         stream: Literal[False] = False,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Coroutine[Any, Any, Output]: ...
 
     @overload
     def generate(
-        self, prompt: Prompt, params: SamplingParams = ..., *, stream: Literal[True], request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams = ...,
+        *,
+        stream: Literal[True],
+        request_id: str | None = None,
+        cache_salt: str = "",
     ) -> OutputStream: ...
 
     def generate(
@@ -89,16 +97,19 @@ class AsyncClient:
         *,
         stream: bool = False,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Coroutine[Any, Any, Output] | OutputStream:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
         `await` it for one Output with everything. With `stream=True` the request is sent at once and the result is an
         async iterator of Outputs, each with what is new; breaking out of it cancels the request. `request_id`, for
-        `cancel()`, must not be that of an open request; None = a new one.
+        `cancel()`, must not be that of an open request; None = a new one. Only requests of the same `cache_salt` share
+        cached prompts: give each tenant its own, and none can tell from the time taken what another has asked.
         """
         if stream:
-            return OutputStream(self._start(prompt, params, True, request_id), self._abandon, self._running_loop())
-        return self._generate_whole(prompt, params, request_id)
+            request = self._start(prompt, params, True, request_id, cache_salt)
+            return OutputStream(request, self._abandon, self._running_loop())
+        return self._generate_whole(prompt, params, request_id, cache_salt)
 
     async def generate_batch(
         self,
@@ -178,6 +189,10 @@ class AsyncClient:
         stats: Stats = await self._ask("stats")
         return stats.roles
 
+    async def clear_cache(self) -> None:
+        """Forget all cached prompts. Requests that are sent after this has returned find nothing from before."""
+        await self._ask("clear_cache")
+
     async def wait_ready(self, timeout_s: float = 60.0) -> Health:
         """Wait until the engine takes requests. Raises EngineUnavailable if it does not in time, or never will."""
         deadline = time.monotonic() + timeout_s
@@ -208,8 +223,10 @@ class AsyncClient:
 
     # Requests
 
-    async def _generate_whole(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> Output:
-        request = self._start(prompt, params, False, request_id)
+    async def _generate_whole(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, cache_salt: str = ""
+    ) -> Output:
+        request = self._start(prompt, params, False, request_id, cache_salt)
         try:
             while not request.ended:
                 await request.news(self._running_loop())
@@ -219,10 +236,12 @@ class AsyncClient:
             raise request.error
         return request.take()
 
-    def _start(self, prompt: Prompt, params: SamplingParams, stream: bool, request_id: str | None) -> OpenRequest:
+    def _start(
+        self, prompt: Prompt, params: SamplingParams, stream: bool, request_id: str | None, cache_salt: str
+    ) -> OpenRequest:
         connection = self._connect()
         request_id = _new_id() if request_id is None else request_id
-        frame = generate_frame(request_id, prompt, params, stream)
+        frame = generate_frame(request_id, prompt, params, stream, cache_salt)
         if request_id in self._open:
             raise InvalidRequest(f"request_id ({request_id!r}) is that of an open request")
         request = self._open[request_id] = OpenRequest(request_id)
@@ -347,11 +366,11 @@ class AsyncClient:
             if not query.done():
                 query.set_exception(error)
 
-    async def _ask(self, what: Literal["health", "stats"], timeout_s: float | None = None) -> Any:
+    async def _ask(self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None = None) -> Any:
         connection = self._connect()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         query_id = next(self._query_ids)
-        frame = encode(Query(query_id=query_id, what=what))
+        frame = encode(ClearCache(query_id=query_id) if what == "clear_cache" else Query(query_id=query_id, what=what))
         answer = self._queries[query_id] = self._running_loop().create_future()
         if connection.is_up:
             connection.send(frame)

@@ -25,6 +25,7 @@ class Usage(msgspec.Struct, frozen=True):
 
     prompt_tokens: int
     completion_tokens: int
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     @property
     def total(self) -> int:
@@ -63,7 +64,9 @@ class Output(msgspec.Struct, kw_only=True):
         return cls(request_id=request_id, text="", token_ids=[], finished=True, finish_reason="error", error=error)
 
 
-def generate_frame(request_id: str, prompt: Prompt, params: SamplingParams, stream: bool) -> bytes:
+def generate_frame(
+    request_id: str, prompt: Prompt, params: SamplingParams, stream: bool, cache_salt: str = ""
+) -> bytes:
     """The encoded request. Raises InvalidRequest for what no engine would take."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params ({params!r}) must be SamplingParams")
@@ -84,7 +87,17 @@ def generate_frame(request_id: str, prompt: Prompt, params: SamplingParams, stre
         token_ids = _token_id_bytes(cast(Sequence[int], prompt))
     if len(cast(Any, prompt)) == 0:
         raise InvalidRequest("prompt is empty")
-    message = Generate(request_id=request_id, params=params, prompt=text, chat=chat, token_ids=token_ids, stream=stream)
+    if not isinstance(cache_salt, str):
+        raise InvalidRequest(f"cache_salt ({cache_salt!r}) must be a string")
+    message = Generate(
+        request_id=request_id,
+        params=params,
+        prompt=text,
+        chat=chat,
+        token_ids=token_ids,
+        stream=stream,
+        cache_salt=cache_salt,
+    )
     try:
         frame = encode(message)
     except UnicodeEncodeError as error:

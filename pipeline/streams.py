@@ -65,7 +65,8 @@ class OpenRequest:
         if self.final is not None and self.error is None:
             output.finished = True
             output.finish_reason = self.final.finish_reason
-            output.usage = Usage(self.final.num_prompt_tokens, self.final.num_completion_tokens)
+            final = self.final
+            output.usage = Usage(final.num_prompt_tokens, final.num_completion_tokens, final.num_cached_tokens)
         return output
 
 

@@ -38,11 +38,18 @@ class Client:
         *,
         stream: Literal[False] = False,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Output: ...
 
     @overload
     def generate(
-        self, prompt: Prompt, params: SamplingParams = ..., *, stream: Literal[True], request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams = ...,
+        *,
+        stream: Literal[True],
+        request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Stream: ...
 
     def generate(
@@ -52,6 +59,7 @@ class Client:
         *,
         stream: bool = False,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Output | Stream:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
@@ -59,8 +67,8 @@ class Client:
         breaking out of it cancels the request.
         """
         if stream:
-            return Stream(self, self.call(self._open_stream(prompt, params, request_id)))
-        return self.call(self._client.generate(prompt, params, request_id=request_id))
+            return Stream(self, self.call(self._open_stream(prompt, params, request_id, cache_salt)))
+        return self.call(self._client.generate(prompt, params, request_id=request_id, cache_salt=cache_salt))
 
     def generate_batch(
         self,
@@ -80,6 +88,10 @@ class Client:
 
     def stats(self) -> dict[str, dict[str, float]]:
         return self.call(self._client.stats())
+
+    def clear_cache(self) -> None:
+        """Forget all cached prompts; see AsyncClient.clear_cache."""
+        self.call(self._client.clear_cache())
 
     def wait_ready(self, timeout_s: float = 60.0) -> Health:
         return self.call(self._client.wait_ready(timeout_s))
@@ -110,8 +122,10 @@ class Client:
             future.cancel()
             raise
 
-    async def _open_stream(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> OutputStream:
-        return self._client.generate(prompt, params, stream=True, request_id=request_id)
+    async def _open_stream(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, cache_salt: str
+    ) -> OutputStream:
+        return self._client.generate(prompt, params, stream=True, request_id=request_id, cache_salt=cache_salt)
 
 
 class Stream:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
+from ipc.block_hash import SEED_BYTES
 from ipc.doorbell import Doorbell
 from ipc.layout import Layout
 from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_layout, step_layout
@@ -160,6 +162,7 @@ class Wiring:
             client_window=CLIENT_WINDOW,
             **endpoints("detokenize", "schedule", "deliver"),
         )
+        cache_seed = secrets.token_bytes(SEED_BYTES) if config.cache.prefix_caching else None
         tokenizers = [
             TokenizerBootstrap(
                 worker=workers[role],
@@ -168,6 +171,8 @@ class Wiring:
                 max_model_len=model.max_model_len,
                 prompt_ring=prompt_rings[i],
                 ring_index=i,
+                block_size=config.cache.block_size,
+                cache_seed=cache_seed,
                 **endpoints("tokenize", "schedule"),
             )
             for i, role in enumerate(self.tokenizer_roles, start=1)

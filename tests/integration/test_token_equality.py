@@ -55,6 +55,30 @@ def test_greedy_tokens_equal_those_of_generate(family: str, tmp_path: Path) -> N
     assert stats["num_preemptions"] > 0, "the limits were meant to force preemption"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_prompts_give_the_tokens_of_generate(family: str, tmp_path: Path) -> None:
+    make_folder(family, tmp_path, seed=5)
+    shared, *tails = mixed_prompts(seed=6, count=13)
+    prompts = [(shared * 40)[:40] + tail for tail in tails]
+    prompts = [prompt[:70] for prompt in prompts]
+    expected = reference_generate(tmp_path, prompts, MAX_NEW_TOKENS)
+    with Pipeline(config(tmp_path)) as pipeline:
+        client, params = pipeline.client, SamplingParams(max_tokens=MAX_NEW_TOKENS)
+        first = client.generate_batch(prompts, params)
+        again = client.generate_batch(prompts, params)
+        salted = client.generate(prompts[0], params, cache_salt="another tenant")
+        client.clear_cache()
+        cleared = client.generate(prompts[0], params)
+        warm = client.generate(prompts[0], params)
+        stats = client.stats()["scheduler"]
+    assert [output.token_ids for output in (*first, *again)] == expected * 2
+    assert [output.token_ids for output in (salted, cleared, warm)] == [expected[0]] * 3
+    cached = [output.usage.num_cached_tokens if output.usage else -1 for output in (salted, cleared, warm)]
+    assert cached == [0, 0, (len(prompts[0]) - 1) // 4 * 4]
+    assert stats["num_cached_tokens"] > 40 * len(prompts) // 2
+    assert stats["num_preemptions"] > 0, "the limits were meant to force preemption"
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("llama")

@@ -67,6 +67,7 @@ class FakeGpu:
         self.kv_prefix = [0] * num_slots
         self.clock_ns = 1_000
         self.step_ns = 100
+        self.shared: list[list[int]] = [[] for _ in range(rows)]  # by row: prefix hashes of what it found cached
         self._num_owners = 0
         self._layout = step_layout(shape)
         self._submitted: deque[Any] = deque()
@@ -129,6 +130,10 @@ class FakeGpu:
         self.seed[row] = int(step.admit_seed[i])
         self.end_ids[row] = set(step.admit_end_ids[i].tolist()) - {NO_TOKEN}
         self.block_table[row] = -1
+        prefix, self.shared[row] = 1, []
+        for token_id in self.token_ids[row, : self.num_computed[row]].tolist():
+            prefix = extend_hash(prefix, token_id)
+            self.shared[row].append(prefix)
 
     def _append(self, row: int, index: int, block: int) -> None:
         assert 0 <= block < self.num_blocks, f"block {block} is not there"
@@ -146,7 +151,11 @@ class FakeGpu:
         assert (blocks >= 0).all(), f"row {row} lacks a block for {end} tokens"
         kv_slots = blocks * size + positions % size
         old = kv_slots[:first]
-        assert (self.kv_owner[old] == self.owner[row]).all(), f"row {row} reads KV of another sequence"
+        shared = self.shared[row]
+        own = old[len(shared) :]
+        assert (self.kv_owner[own] == self.owner[row]).all(), f"row {row} reads KV of another sequence"
+        found = [self.kv_prefix[kv_slot] for kv_slot in old[: len(shared)].tolist()]
+        assert found == shared, f"row {row} reads cached KV of other tokens"
         assert (self.kv_position[old] == positions[:first]).all(), f"row {row} reads KV of other positions"
         prefix = self.kv_prefix[kv_slots[first - 1]] if first else 1
         for kv_slot, token_id in zip(kv_slots[first:].tolist(), self.token_ids[row, first:end].tolist(), strict=True):

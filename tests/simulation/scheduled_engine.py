@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
 from ipc.layout import Layout
 from ipc.messages import Route, Tokenized
 from ipc.records import StepShape, result_layout, step_layout
@@ -21,6 +22,7 @@ from workers.scheduler.prompts import PromptRings
 from workers.scheduler.scheduler import Scheduler
 
 RECORD_TOKENS = 8  # of a prompt record here: prompts of several records stay short
+CACHE_SEED = bytes(range(SEED_BYTES))
 ROUTE = Route(client=b"c", request_id="r", stream=True)
 
 
@@ -50,9 +52,11 @@ class ScheduledEngine:
         eos_token_ids: tuple[int, ...] = (),
         num_tokenizers: int = 1,
         prompt_records: int = 32,
+        prefix_caching: bool = True,
     ) -> None:
         self.shape = StepShape(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
         self.depth = depth
+        self.prefix_caching = prefix_caching
         self.num_blocks = num_blocks
         prompt_layout = Layout("prompt", [("token_ids", "<i4", (RECORD_TOKENS,))])
         sizes = [max(prompt_records, -(-max_model_len // RECORD_TOKENS))] + [prompt_records] * num_tokenizers
@@ -78,6 +82,7 @@ class ScheduledEngine:
         self._result_records = [_record(result_layout(self.shape)) for _ in range(2 * depth)]
         self.num_planned = self.num_run = self.num_applied = 0
         self.opened: dict[int, Any] = {}
+        self.cached: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}  # "stop", "length", "cancelled", "error"
         self.errors: dict[int, tuple[str, str]] = {}
@@ -99,7 +104,9 @@ class ScheduledEngine:
             writer.publish()
         return first
 
-    def send(self, key: int, prompt: list[int], params: SamplingParams | None = None, *, ring: int = 1) -> None:
+    def send(
+        self, key: int, prompt: list[int], params: SamplingParams | None = None, *, ring: int = 1, salt: str = ""
+    ) -> None:
         """Tokenize and hand to the scheduler."""
         self.scheduler.add(
             Tokenized(
@@ -109,8 +116,13 @@ class ScheduledEngine:
                 ring=ring,
                 ticket=self.publish_prompt(prompt, ring),
                 num_prompt_tokens=len(prompt),
+                block_hashes=self.names(prompt, salt) if self.prefix_caching else b"",
             )
         )
+
+    def names(self, tokens: list[int], salt: str = "") -> bytes:
+        """The chain of names of a sequence's full blocks, its root in front."""
+        return chain_hashes(root_hash(CACHE_SEED, salt), np.array(tokens, np.int32).tobytes(), self.shape.block_size)
 
     def send_error(self, key: int, code: str, text: str) -> None:
         self.scheduler.add(
@@ -154,6 +166,9 @@ class ScheduledEngine:
             assert opened.key not in self.opened, f"request {opened.key} was opened twice"
             self.opened[opened.key] = opened
             self.tokens[opened.key] = []
+        for key, num_cached in outputs.cached:
+            assert not self.tokens[key], f"request {key} was admitted after its first token"
+            assert self.cached.setdefault(key, num_cached) == num_cached, f"request {key} was admitted twice"
         keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
         finish = np.frombuffer(outputs.finish, np.uint8)
         for key, token_id, code in zip(keys.tolist(), token_ids.tolist(), finish.tolist(), strict=True):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from ipc.block_hash import split_hashes
 from ipc.sampling import SamplingParams
-from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens
+from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens, extend_hash
 from tests.simulation.scheduled_engine import ScheduledEngine
+from workers.scheduler.blocks import BlockPool
+from workers.scheduler.prefix_cache import PrefixCache
 
 NUM_SEEDS = 96
 
@@ -33,11 +38,16 @@ class Traffic:
             "num_tokenizers": rng.choice([1, 3]),
             "prompt_records": rng.choice([5, 6, 20]),
         }
+        self.shape["prefix_caching"] = seed % 4 > 0
+        self.shared = [rng.randrange(VOCAB_SIZE) for _ in range(self.max_model_len)]  # some prompts begin like it
         self.requests = {key: self._request(rng) for key in range(rng.randint(1, 24))}
         self.cancel_after = {key: rng.randint(0, 40) for key in self.requests if rng.random() < 0.25}
 
     def _request(self, rng: random.Random) -> tuple[list[int], SamplingParams]:
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([1, 2, 3, 8, 9, 15, self.max_model_len - 1]))]
+        if rng.random() < 0.6:
+            begin = rng.randrange(1, len(self.shared))
+            prompt = self.shared[:begin] + (prompt if rng.random() < 0.6 else [])
         prompt = prompt[: self.max_model_len - 1]
         params = SamplingParams(
             max_tokens=rng.choice([None, 1, 2, 7, 30]),
@@ -68,7 +78,7 @@ class Traffic:
             to_send[rng.choice(list(to_send))].append(key)
         sent: set[int] = set()
         for moment in range(20_000):
-            event = rng.choice(("send", "plan", "plan", "device", "apply", "hear", "cancel"))
+            event = rng.choice(("send", "plan", "plan", "device", "apply", "hear", "cancel", "clear"))
             if event == "send":
                 ring = rng.choice(list(to_send))
                 if to_send[ring] and engine.can_publish(len(self.requests[to_send[ring][0]][0]), ring):
@@ -83,6 +93,8 @@ class Traffic:
                 engine.apply()
             elif event == "hear":
                 engine.hear()
+            elif event == "clear" and rng.random() < 0.05:
+                scheduler.clear_cache()
             elif event == "cancel":
                 scheduler.cancel([key for key, after in self.cancel_after.items() if key in sent and moment >= after])
             done = not (scheduler.has_work or scheduler.num_in_flight or any(to_send.values()))
@@ -101,12 +113,83 @@ def test_every_request_gets_its_own_tokens_at_any_depth_and_nothing_leaks(first_
             try:
                 engine = traffic.run(depth)
                 engine.check_empty()
+                check_cache(traffic, engine)
                 assert set(engine.ends) == set(traffic.requests)
                 for key, end in engine.ends.items():
                     check_end(traffic, engine, key, end)
             except Exception as error:
                 error.add_note(f"seed {seed}, depth {depth}")
                 raise
+
+
+def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
+    """Every cached block has the name of tokens that some request really has, and the KV of these."""
+    size, prefixes = traffic.block_size, {}
+    for key, (prompt, _) in traffic.requests.items():
+        tokens, prefix = prompt + traffic.expected(key), 1
+        names = split_hashes(engine.names(tokens))[1:]
+        for i, token_id in enumerate(tokens[: len(names) * size]):
+            prefix = extend_hash(prefix, token_id)
+            if (i + 1) % size == 0:
+                prefixes[names[i // size]] = prefix
+    for name, block in engine.scheduler._blocks._block_of.items():
+        assert name in prefixes, "a block is cached under the name of tokens that no request has"
+        assert engine.gpu.kv_prefix[(block + 1) * size - 1] == prefixes[name], "a block is cached under a wrong name"
+    for key, num_cached in engine.cached.items():
+        assert 0 < num_cached < len(traffic.requests[key][0])
+        assert num_cached % size == 0
+
+
+def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
+    """As if a block were full as soon as its tokens are planned, whoever computes them."""
+    columns = cache._rows
+    with patch.object(columns, "num_computed", columns.num_planned_tokens):
+        offer(cache, rows)
+
+
+def offer_unknown(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
+    """As if tokens were known before their step is applied."""
+    columns = cache._rows
+    with patch.object(columns, "num_tokens", columns.num_planned_tokens):
+        offer(cache, rows)
+
+
+def find_all(cache: PrefixCache, request: Any, num_known: int, find: Any = PrefixCache.find) -> Any:
+    """As if a prompt might be cached to its last token."""
+    return find(cache, request, num_known + 1)
+
+
+def free_unshared(pool: BlockPool, blocks: Any, free: Any = BlockPool.free) -> None:
+    """As if a block that one user gives up had no other."""
+    pool._num_users[blocks] = 1
+    free(pool, blocks)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "mutant"),
+    [
+        (PrefixCache, "offer_full", offer_planned),
+        (PrefixCache, "offer_full", offer_unknown),
+        (PrefixCache, "find", find_all),
+        (BlockPool, "free", free_unshared),
+    ],
+    ids=["offered early", "tokens past the end", "nothing left to compute", "freed while shared"],
+)
+def test_a_fault_planted_in_the_prefix_cache_is_found(owner: type, method: str, mutant: Any) -> None:
+    def is_found(seed: int) -> bool:
+        traffic = Traffic(seed)
+        try:
+            engine = traffic.run(3)
+            engine.check_empty()
+            check_cache(traffic, engine)
+            return any(engine.tokens[key] != traffic.expected(key)[: len(engine.tokens[key])] for key in engine.tokens)
+        except (AssertionError, IndexError, ValueError):
+            return True
+
+    seeds = [seed for seed in range(40) if seed % 4]
+    assert not any(is_found(seed) for seed in seeds)
+    with patch.object(owner, method, mutant):
+        assert any(is_found(seed) for seed in seeds)
 
 
 def check_end(traffic: Traffic, engine: ScheduledEngine, key: int, end: str) -> None:

@@ -183,7 +183,9 @@ def test_a_planned_out_sequence_gives_its_blocks_back_at_once() -> None:
 
 
 def test_the_newest_sequence_is_preempted_and_comes_back_with_its_row_and_its_tokens() -> None:
-    engine = ScheduledEngine(num_blocks=8, block_size=2, max_model_len=16, depth=2, max_num_batched_tokens=8)
+    engine = ScheduledEngine(
+        num_blocks=8, block_size=2, max_model_len=16, depth=2, max_num_batched_tokens=8, prefix_caching=False
+    )
     old, new = [1, 2, 3, 4], [5, 6, 7]
     seeded = SamplingParams(max_tokens=9, seed=3, temperature=0.5, top_k=7, top_p=0.5, min_p=0.25, stop_token_ids=[99])
     engine.send(1, old, tokens(11))

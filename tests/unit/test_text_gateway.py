@@ -11,9 +11,11 @@ from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.codec import encode
 from ipc.messages import (
     Alive,
+    CacheCleared,
     Cancel,
     CancelRequests,
     ChatMessage,
+    ClearCache,
     ClientCredit,
     ClientGone,
     Delivered,
@@ -37,6 +39,20 @@ def test_a_request_travels_to_a_tokenizer_and_its_answer_back_to_the_client() ->
     gateway.deliver(request)
     assert [len(finals) for finals in gateway.finals.values()] == [1]
     assert len(gateway.core.table) == 0
+
+
+def test_a_cleared_cache_is_told_to_each_client_that_asked_under_its_own_number() -> None:
+    gateway = Harness()
+    for client in (b"a", b"b"):
+        gateway.client(ClearCache(query_id=1), client)
+    first, second = gateway.messages(Peer.SCHEDULER, ClearCache)
+    gateway.core.cache_cleared(second.query_id)
+    gateway.flush()
+    assert gateway.answers(CacheCleared, b"a") == []
+    assert gateway.answers(CacheCleared, b"b") == [CacheCleared(query_id=1)]
+    gateway.core.cache_cleared(first.query_id)
+    gateway.flush()
+    assert gateway.answers(CacheCleared, b"a") == [CacheCleared(query_id=1)]
 
 
 def test_a_request_without_a_seed_gets_one_and_a_given_one_stays() -> None:

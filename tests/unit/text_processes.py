@@ -179,6 +179,8 @@ class TextEngine:
         (folder / "front").mkdir(mode=0o700)
         self.endpoint = f"ipc://{folder}/front/client.sock"
         tokenizer = TokenizerBootstrap(
+            block_size=4,
+            cache_seed=None,
             worker=self._worker("tokenizer.0"),
             model_path=str(model),
             vocab_size=vocab_size,

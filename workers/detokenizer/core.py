@@ -57,8 +57,8 @@ class Request:
     """One request between `Opened` and the delivery of its final answer."""
 
     __slots__ = (
-        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "num_prompt_tokens",
-        "num_sent", "request_id", "stream", "text", "token_ids",
+        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "num_cached_tokens",
+        "num_prompt_tokens", "num_sent", "request_id", "stream", "text", "token_ids",
     )  # fmt: skip
 
     def __init__(self, opened: Opened, client: Client, decoder: TextDecoder) -> None:
@@ -67,6 +67,7 @@ class Request:
         self.request_id = opened.route.request_id
         self.stream = opened.route.stream
         self.num_prompt_tokens = opened.num_prompt_tokens
+        self.num_cached_tokens = 0
         self.decoder = decoder
         self.matcher = StopMatcher(opened.stop) if opened.stop else None
         self.logprobs = None if opened.num_logprobs is None else _LogprobColumns(opened.num_logprobs)
@@ -130,6 +131,9 @@ class Detokenizer:
                 client = self._clients[name] = Client(name, self._window)
             client.num_open += 1
             self._open[opened.key] = Request(opened, client, self._new_decoder())
+        for key, num_cached in step.cached:
+            if key in self._open:
+                self._open[key].num_cached_tokens = num_cached
         keys = np.frombuffer(step.keys, "<i8").tolist()
         token_ids = np.frombuffer(step.token_ids, "<i4").tolist()
         self.num_tokens += len(keys)
@@ -284,7 +288,14 @@ def _final_answer(request: Request) -> FinalAnswer:
     end = request.end
     assert end is not None, f"request {request.request_id} has not ended"
     reason: FinishReason = end.finish_reason
-    return FinalAnswer(reason, request.num_prompt_tokens, request.num_sent, end.error_code, end.error_message)
+    return FinalAnswer(
+        reason,
+        request.num_prompt_tokens,
+        request.num_sent,
+        end.error_code,
+        end.error_message,
+        request.num_cached_tokens,
+    )
 
 
 class _LogprobColumns:

@@ -12,6 +12,7 @@ an engine that fails): so every request that was taken gets exactly one.
 from __future__ import annotations
 
 import enum
+import itertools
 import logging
 import secrets
 from collections import OrderedDict
@@ -24,8 +25,10 @@ from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFail
 from ipc.messages import (
     PROTOCOL_VERSION,
     Alive,
+    CacheCleared,
     Cancel,
     CancelRequests,
+    ClearCache,
     ClientCredit,
     ClientGone,
     Delivered,
@@ -92,6 +95,8 @@ class Gateway:
         self._queue: OrderedDict[int, Tokenize] = OrderedDict()  # of the QUEUED requests
         self._under_way: dict[bytes, int] = {}  # Tokenize messages, by tokenizer
         self._tokenizer_of: dict[int, bytes] = {}  # of each of these
+        self._clearing: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by ours
+        self._clear_ids = itertools.count(1)
         self._cancels: list[int] = []
         self._outbox: list[Send] = []
         self._next_probe = 0.0
@@ -159,6 +164,8 @@ class Gateway:
                 self._generate(identity, message)
             elif isinstance(message, Query):
                 self._answer_query(identity, message)
+            elif isinstance(message, ClearCache):
+                self._clear_cache(identity, message.query_id)
             elif isinstance(message, Cancel):
                 self._cancel(identity, message.request_id, now)
             else:
@@ -197,6 +204,7 @@ class Gateway:
             prompt=message.prompt,
             chat=message.chat,
             token_ids=message.token_ids,
+            cache_salt=message.cache_salt,
         )
         self._dispatch()
 
@@ -214,6 +222,17 @@ class Gateway:
             max_open_requests=self._bootstrap.frontend.max_open_requests,
         )
         self._send(Peer.CLIENT, health, identity)
+
+    def _clear_cache(self, identity: bytes, query_id: int) -> None:
+        """Passed on under a number of our own: clients' numbers may be the same."""
+        clear_id = next(self._clear_ids)
+        self._clearing[clear_id] = identity, query_id
+        self._send(Peer.SCHEDULER, ClearCache(query_id=clear_id))
+
+    def cache_cleared(self, clear_id: int) -> None:
+        """The scheduler has emptied its cache."""
+        identity, query_id = self._clearing.pop(clear_id)
+        self._send(Peer.CLIENT, CacheCleared(query_id=query_id), identity)
 
     def _cancel(self, identity: bytes, request_id: str, now: float) -> None:
         client = self.table.client(identity)

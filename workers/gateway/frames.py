@@ -11,6 +11,7 @@ from ipc.messages import ClientMessage, Generate
 
 MAX_REQUEST_ID_CHARS: Final = 256
 MAX_ERROR_CHARS: Final = 1_000
+MAX_CACHE_SALT_CHARS: Final = 256
 
 
 class UnreadableFrame(Exception):
@@ -45,6 +46,8 @@ def read_client_frames(frames: list[bytes]) -> ClientMessage:
 def _check(message: Generate) -> None:
     if not 1 <= len(message.request_id) <= MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters")
+    if len(message.cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise InvalidRequest(f"cache_salt must have at most {MAX_CACHE_SALT_CHARS} characters")
     inputs = {"prompt": message.prompt, "chat": message.chat, "token_ids": message.token_ids}
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) != 1:

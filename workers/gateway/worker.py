@@ -17,7 +17,7 @@ import zmq
 from ipc.channels import bind_router, connect_dealer, receive, receive_frames, receive_from, send_frames_to
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import EngineUnavailable
-from ipc.messages import Abort, Accepted, Delivery, Drain, Start, TokenizeDone
+from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone
 from ipc.stats import StatsPage
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.core import Gateway, Peer
@@ -89,8 +89,11 @@ class GatewayWorker:
             now = time.monotonic()
             for frames in receive_frames(self.deliveries):
                 core.delivery(decode(frames[1], Delivery), frames[2:], now)
-            for accepted in receive(self.scheduler, Accepted):
-                core.accepted(accepted.keys)
+            for message in receive(self.scheduler, SchedulerToGateway):
+                if isinstance(message, Accepted):
+                    core.accepted(message.keys)
+                else:
+                    core.cache_cleared(message.query_id)
             for identity, done in receive_from(self.tokenizers, TokenizeDone):
                 core.tokenizer_done(identity, done.key)
             for frames in receive_frames(self.clients):

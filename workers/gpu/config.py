@@ -41,11 +41,13 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         num_blocks: how many blocks; None = as many as fit in `memory_share`.
         memory_share: share of the device's free memory after loading that the blocks may take (of the machine's
             available memory, on the CPU).
+        prefix_caching: keep the KV of full blocks for later requests that begin with the same tokens.
     """
 
     block_size: int = 16
     num_blocks: int | None = None
     memory_share: float = 0.9
+    prefix_caching: bool = True
 
 
 class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):

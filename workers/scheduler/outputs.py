@@ -30,6 +30,7 @@ class OutputBuffer:
     def __init__(self) -> None:
         self.opened: list[Opened] = []
         self.ended: list[Ended] = []
+        self.cached: list[tuple[int, int]] = []  # (key, tokens)
         self._keys: list[bytes] = []  # of each applied step: int64
         self._token_ids: list[bytes] = []  # int32
         self._finish: list[bytes] = []  # uint8
@@ -56,12 +57,14 @@ class OutputBuffer:
         ended, self.ended = self.ended[:MAX_ITEMS], self.ended[MAX_ITEMS:]
         outputs = StepOutputs(
             opened=opened,
+            cached=self.cached,
             keys=b"".join(self._keys),
             token_ids=b"".join(self._token_ids),
             finish=b"".join(self._finish),
             logprobs=_join(self._logprobs) if self._any_logprobs else None,
             ended=ended,
         )
+        self.cached = []
         for part in (self._keys, self._token_ids, self._finish, self._logprobs):
             part.clear()
         self._any_logprobs = False

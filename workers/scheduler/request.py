@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from ipc.block_hash import split_hashes
 from ipc.messages import Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
@@ -13,6 +12,7 @@ from workers.scheduler.blocks import Int32Array
 from workers.scheduler.prompts import PromptLease
 
 NO_ROW = -1
+_GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
 
 
 class Request:
@@ -27,6 +27,7 @@ class Request:
     ) -> None:
         params = message.params
         self.key = message.key
+        self.block_hashes = split_hashes(message.block_hashes)  # root, then full blocks; decode adds to them
         self.num_prompt = len(token_ids)
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids
@@ -36,18 +37,17 @@ class Request:
         self.variant = sampler_variant(params)
         self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
-        self._end_ids = np.full(MAX_END_IDS, NO_TOKEN, np.int32)
-        self._end_ids[: len(end_ids)] = end_ids
+        self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
 
     @property
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
-    def write_admission(self, record: Any, i: int) -> None:
-        """Fill entry i of a step record's admissions, all but where its ids come from."""
+    def write_admission(self, record: Any, i: int, num_computed: int) -> None:
+        """Fill entry i of a step record's admissions, all but where its ids come from; `num_computed` are cached."""
         params = self.params
         record.admit_row[i] = self.row
-        record.admit_num_computed[i] = 0
+        record.admit_num_computed[i] = num_computed
         record.admit_max_len[i] = self.max_len
         record.admit_temperature[i] = params.temperature
         record.admit_top_k[i] = params.top_k
@@ -71,7 +71,7 @@ def opened(message: Tokenized) -> Opened:
 def sampler_variant(params: SamplingParams) -> SamplerVariant:
     """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
     if params.temperature == 0:
-        return SamplerVariant.GREEDY
+        return _GREEDY
     if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        return SamplerVariant.FILTERED
-    return SamplerVariant.PLAIN
+        return _FILTERED
+    return _PLAIN

@@ -19,7 +19,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,10 +31,13 @@ from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.device_time import DeviceTime
 from workers.scheduler.limits import Limits
 from workers.scheduler.outputs import LogprobArrays, OutputBuffer
+from workers.scheduler.prefix_cache import PrefixCache
 from workers.scheduler.prompts import PromptLease, PromptRings
 from workers.scheduler.request import Request, opened
 from workers.scheduler.rows import Rows
 from workers.scheduler.running import NO_ROWS, RunningRows, share_tokens
+
+_LENGTH: Final = int(FinishCode.LENGTH)
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,16 @@ class Scheduler:
         self.device_time = DeviceTime()
         self.counts = dict.fromkeys(
             ("num_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
-             "num_refused", "num_preemptions"), 0,
+             "num_refused", "num_preemptions", "num_cached_tokens"), 0,
         )  # fmt: skip
         self._limits = Limits(shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting)
         self._shape = shape
         self._eos_token_ids = eos_token_ids
         self._clock = clock
-        self._rows = Rows(shape.max_num_seqs)
+        self._rows = Rows(shape.max_num_seqs, shape.max_model_len)
         self._blocks = BlockPool(num_blocks)
         self._tables = BlockTables(self._blocks, shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
+        self._cache = PrefixCache(self._blocks, self._tables, self._rows)
         self._requests: dict[int, Request] = {}  # every open one by key
         self._waiting: OrderedDict[int, Request] = OrderedDict()  # by key, oldest first
         self._preempted: OrderedDict[int, Request] = OrderedDict()  # the same; all older than those waiting
@@ -115,6 +119,7 @@ class Scheduler:
             "num_preempted": len(self._preempted),
             "num_blocks": self._blocks.num_blocks,
             "num_free_blocks": self._blocks.num_free,
+            "num_cached_blocks": self._blocks.num_cached,
             "device_busy_ns": self.device_time.busy_ns,
             "device_wait_ns": self.device_time.wait_ns,
             "device_no_work_ns": self.device_time.no_work_ns,
@@ -155,6 +160,10 @@ class Scheduler:
                 self.counts["num_cancelled"] += 1
                 self._outputs.ended.append(Ended(key=key, finish_reason="cancelled"))
 
+    def clear_cache(self) -> None:
+        """Requests that are admitted from now on find no block that was filled before."""
+        self._cache.clear()
+
     # Planning
 
     def plan(self, record: Any) -> bool:
@@ -164,9 +173,11 @@ class Scheduler:
         """
         assert self.num_in_flight < self.depth, f"{self.num_in_flight} steps are in flight already"
         rows, counts, num_appends = self._plan_running(record)
-        new_rows, new_counts, leases = self._admit(record, self._shape.max_num_batched_tokens - int(counts.sum()))
+        num_tokens = self._shape.max_num_batched_tokens - int(counts.sum())
+        new_rows, new_counts, leases, num_appends = self._admit(record, num_tokens, num_appends)
         if new_rows.size:
-            num_appends = self._append_blocks(record, num_appends, *self._tables.missing(new_rows, new_counts))
+            lengths = self._rows.num_computed[new_rows] + new_counts
+            num_appends = self._append_blocks(record, num_appends, *self._tables.missing(new_rows, lengths))
             rows, counts = np.concatenate((rows, new_rows)), np.concatenate((counts, new_counts))
         if not rows.size:
             self.prompts.relieve()
@@ -189,8 +200,11 @@ class Scheduler:
                 return rows, counts, self._append_blocks(record, 0, *missing)
             self._preempt_newest()  # until it fits: the oldest alone always does
 
-    def _admit(self, record: Any, num_tokens: int) -> tuple[IntArray, IntArray, list[PromptLease]]:
-        """Bring in preempted, then waiting requests with `num_tokens` tokens: rows, tokens of each, prompt records.
+    def _admit(
+        self, record: Any, num_tokens: int, num_appends: int
+    ) -> tuple[IntArray, IntArray, list[PromptLease], int]:
+        """Bring in preempted, then waiting requests with `num_tokens` tokens: rows, tokens of each, prompt records, and
+        the end of the block-table entries, where their cached blocks are written behind the first `num_appends`.
 
         One comes in only if there are blocks for all its tokens and one more for each sequence that runs: it should
         have computed something before the others' growth preempts it. (Running prompts have theirs: before they are
@@ -200,15 +214,17 @@ class Scheduler:
         counts: list[int] = []
         leases: list[PromptLease] = []
         if num_tokens < 1 or not (self._preempted or (self._waiting and self._rows.num_free)):
-            return NO_ROWS, NO_ROWS, leases
+            return NO_ROWS, NO_ROWS, leases, num_appends
         num_blocks = self._blocks.num_free - len(self._running)
+        num_found = self._shape.max_blocks_per_seq  # cached blocks that fit into the record; at least one request's do
         while num_tokens > 0 and len(rows) < self._shape.max_admissions:
             i, request = len(rows), self._next_request()
             if request is None:
                 break
             num_known = int(self._rows.num_planned_tokens[request.row]) if request.has_row else request.num_prompt
-            needed = self._tables.blocks_for(num_known)
-            if needed > num_blocks:
+            found = self._cache.find(request, num_known)
+            needed = self._tables.blocks_for(num_known) - len(found) + self._blocks.num_idle(found)
+            if needed > num_blocks or len(found) > num_found:
                 break
             if request.has_row:
                 del self._preempted[request.key]
@@ -225,13 +241,21 @@ class Scheduler:
                 record.admit_length[i] = request.num_prompt
                 self.counts["num_admitted"] += 1
                 self.counts["num_prompt_tokens"] += request.num_prompt
-            request.write_admission(record, i)
+                if found:
+                    num_cached = len(found) * self._shape.block_size
+                    self.counts["num_cached_tokens"] += num_cached
+                    self._outputs.cached.append((request.key, num_cached))
+            num_cached = self._cache.begin(request, found)
+            num_appends = self._write_appends(record, num_appends, request.row, np.arange(len(found)), found)
+            self._rows.num_computed[request.row] = num_cached
+            request.write_admission(record, i, num_cached)
             rows.append(request.row)
-            counts.append(min(num_tokens, num_known))
+            counts.append(min(num_tokens, num_known - num_cached))
             num_tokens -= counts[-1]
             num_blocks -= needed + 1
+            num_found -= len(found)
         self._running.start(rows)
-        return np.array(rows, np.int64), np.array(counts, np.int64), leases
+        return np.array(rows, np.int64), np.array(counts, np.int64), leases, num_appends
 
     def _next_request(self) -> Request | None:
         """Who comes in next. Preempted ones are older than all that wait."""
@@ -245,9 +269,11 @@ class Scheduler:
         """Give rows the blocks they miss and write that from entry `start` on; returns the end."""
         if total == 0:
             return start
-        end = start + total
+        return self._write_appends(record, start, *self._tables.extend(rows, counts, total))
+
+    def _write_appends(self, record: Any, start: int, row: Any, index: IntArray, block: Any) -> int:
+        end = start + len(index)
         assert end <= self._shape.max_appends, f"{end} block-table entries in one step, {self._shape.max_appends} fit"
-        row, index, block = self._tables.extend(rows, counts, total)
         record.append_row[start:end] = row
         record.append_index[start:end] = index
         record.append_block[start:end] = block
@@ -273,6 +299,7 @@ class Scheduler:
         record.seq_row[:n] = rows
         record.seq_num_tokens[:n] = counts
         record.seq_sample[:n] = samples
+        self._cache.offer_full(rows)  # before rows that are planned out give up their blocks
         self._in_flight.append(
             PlannedStep(ticket, rows, columns.generation[rows], samples, want_logprobs, leases, self._work_since_ns)
         )
@@ -310,7 +337,9 @@ class Scheduler:
         if not valid.all():
             rows, token_ids, finish = rows[valid], token_ids[valid], finish[valid]
         if rows.size:
-            columns.num_tokens[rows] += 1
+            num_tokens = columns.num_tokens[rows]
+            columns.token_ids[rows, num_tokens] = token_ids
+            columns.num_tokens[rows] = num_tokens + 1
             logprobs = _copy_logprobs(result, n, valid, step.want_logprobs) if step.want_logprobs else None
             self._outputs.add_tokens(columns.key[rows], token_ids, finish, logprobs)
             self.counts["num_sampled_tokens"] += rows.size
@@ -323,14 +352,15 @@ class Scheduler:
 
     def _finish(self, rows: IntArray, finish: IntArray) -> None:
         """End the rows whose token was their last."""
-        for i in finish.nonzero()[0].tolist():
-            row = int(rows[i])
+        ended = finish.nonzero()[0]
+        rows, finish = rows[ended], finish[ended]
+        early = (finish == _LENGTH) & (self._rows.num_tokens[rows] < self._rows.max_len[rows])
+        assert not early.any(), f"rows {rows[early]} ended by length before their length"
+        for row in rows.tolist():
             request = self._rows.requests[row]
             assert request is not None, f"row {row} finished for nobody"
-            at_end = self._rows.num_tokens[row] == request.max_len
-            assert at_end or finish[i] != FinishCode.LENGTH, f"row {row} ended by length before its length"
             self._end(request)
-            self.counts["num_finished"] += 1
+        self.counts["num_finished"] += len(rows)
 
     def _end(self, request: Request) -> None:
         """Forget a request in whatever state it is: blocks go back at once, its row when no step in flight names it."""

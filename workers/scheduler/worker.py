@@ -20,7 +20,7 @@ from ipc.channels import bind_router, connect_dealer, receive_from, send, send_t
 from ipc.codec import MAX_ITEMS
 from ipc.doorbell import Doorbell
 from ipc.errors import EngineUnavailable
-from ipc.messages import Accepted, Start, Tokenized, ToScheduler
+from ipc.messages import Accepted, CacheCleared, ClearCache, Start, Tokenized, ToScheduler
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
 from workers.process import WorkerProcess
@@ -51,28 +51,37 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     steps = StepChannel(scheduler, process, bootstrap)
     tokenizers = [Doorbell(fd) for fd in bootstrap.tokenizer_doorbell_fds]
     accepted: list[int] = []
+    cleared: list[int] = []
     process.ready()
     while True:
-        accepted += take_messages(schedule, scheduler)
+        accepted += take_messages(schedule, scheduler, cleared)
         steps.advance()
         while (outputs := scheduler.take_outputs()) is not None:
             send(detokenizer, outputs)
         if accepted and send_to(schedule, bootstrap.gateway_identity, Accepted(keys=accepted[:MAX_ITEMS])):
             accepted = accepted[MAX_ITEMS:]
+        while cleared and send_to(schedule, bootstrap.gateway_identity, CacheCleared(query_id=cleared[0])):
+            del cleared[0]
         for ring in scheduler.prompts.take_moved():
             tokenizers[ring - 1].ring()  # ring 0 is our own
         for name, value in scheduler.gauges().items():
             getattr(process.stats, name)[0] = value
-        process.wait(ACCEPTED_RETRY_MS if accepted else None)  # only a gateway that is still connecting is waited for
+        process.wait(
+            ACCEPTED_RETRY_MS if accepted or cleared else None
+        )  # only a gateway that is still connecting is waited for
 
 
-def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[int]:
-    """Hand what has arrived to the scheduler, up to a bound; returns the keys of new requests."""
+def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler, cleared: list[int]) -> list[int]:
+    """Hand what has arrived to the scheduler, up to a bound; returns the keys of new requests, and adds to `cleared`
+    the ids of the ClearCaches to answer."""
     keys = []
     for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
         if isinstance(message, Tokenized):
             scheduler.add(message)
             keys.append(message.key)
+        elif isinstance(message, ClearCache):
+            scheduler.clear_cache()
+            cleared.append(message.query_id)
         else:
             scheduler.cancel(message.keys)
     return keys

@@ -24,6 +24,8 @@ class TokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int  # ids given by clients must be below it
     max_model_len: int
     prompt_ring: RingHandle
+    block_size: int
+    cache_seed: bytes | None  # the run's, for names of KV blocks; None = prompts are not cached
     ring_index: int  # of `prompt_ring` in admissions; 0 is the scheduler's
     tokenize_endpoint: str  # the gateway's ROUTER; connected here under this worker's role
     schedule_endpoint: str

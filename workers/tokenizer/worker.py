@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import Final
 
+from ipc.block_hash import chain_hashes, root_hash
 from ipc.channels import connect_dealer, receive, send
 from ipc.errors import RequestFailed
 from ipc.messages import Tokenize, Tokenized, TokenizeDone
@@ -37,6 +38,8 @@ class TokenizerWorker:
         self.encoder = encoder
         self.ring = Ring.attach(bootstrap.prompt_ring, prompt_layout())
         self.ring_index = bootstrap.ring_index
+        self.block_size = bootstrap.block_size
+        self.cache_seed = bootstrap.cache_seed
         identity = bootstrap.worker.role.encode()
         self.gateway = connect_dealer(process.context, bootstrap.tokenize_endpoint, identity=identity)
         self.scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)
@@ -74,6 +77,12 @@ class TokenizerWorker:
     def _num_records(encoded: Encoded) -> int:
         return -(-encoded.token_ids.size // PROMPT_RECORD_TOKENS)
 
+    def _block_hashes(self, encoded: Encoded) -> bytes:
+        if self.cache_seed is None or encoded.error:
+            return b""
+        root = root_hash(self.cache_seed, encoded.request.cache_salt)
+        return chain_hashes(root, encoded.token_ids.tobytes(), self.block_size)
+
     def _hand_over(self, encoded: Encoded) -> None:
         request, token_ids, error = encoded
         first_ticket = self.ring.next_ticket
@@ -90,6 +99,7 @@ class TokenizerWorker:
                 ring=self.ring_index,
                 ticket=first_ticket if token_ids.size else 0,
                 num_prompt_tokens=int(token_ids.size),
+                block_hashes=self._block_hashes(encoded),
                 error_code=error.code if error else "",
                 error_message=str(error)[:MAX_ERROR_CHARS] if error else "",
             ),

@@ -1,0 +1,135 @@
+"""The prefix cache: names of blocks, who may find which, and what is forgotten first."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+
+from ipc.block_hash import HASH_BYTES, SEED_BYTES, chain_hashes, next_hash, root_hash, split_hashes
+from ipc.sampling import SamplingParams
+from tests.simulation.scheduled_engine import ScheduledEngine
+from workers.scheduler.blocks import BlockPool
+from workers.scheduler.prefix_cache import PrefixCache
+
+PROMPT = list(range(21))  # five full blocks of 4, and one token
+ONE = SamplingParams(max_tokens=1)
+
+
+def ids(tokens: list[int]) -> bytes:
+    return np.array(tokens, np.int32).tobytes()
+
+
+def run_one(engine: ScheduledEngine, key: int, prompt: list[int], salt: str = "") -> int:
+    """Run a request to its end; how many of its tokens were cached."""
+    engine.send(key, prompt, ONE, salt=salt)
+    engine.drain()
+    return engine.cached.get(key, 0)
+
+
+def test_a_name_depends_on_all_tokens_before_it_and_on_salt_and_seed() -> None:
+    root = root_hash(bytes(SEED_BYTES), "")
+    names = split_hashes(chain_hashes(root, ids(PROMPT), 4))
+    assert len(names) == 6
+    assert {len(name) for name in names} == {HASH_BYTES}
+    assert names[2] == next_hash(names[1], ids([4, 5, 6, 7]))
+    other = split_hashes(chain_hashes(root, ids([99, *PROMPT[1:]]), 4))
+    assert not set(names[1:]) & set(other[1:])
+    roots = {root, root_hash(bytes(SEED_BYTES), "a"), root_hash(b"\1" * SEED_BYTES, "")}
+    assert len(roots) == 3
+
+
+def test_a_second_prompt_finds_the_first_ones_full_blocks_and_keeps_a_token_to_compute() -> None:
+    engine = ScheduledEngine()
+    assert run_one(engine, 1, PROMPT) == 0
+    assert run_one(engine, 2, PROMPT) == 20
+    assert run_one(engine, 3, PROMPT[:20]) == 16, "the last token has to be computed"
+    assert run_one(engine, 4, [*PROMPT[:9], 60, 60, 60, 60]) == 8
+    assert engine.scheduler.gauges()["num_cached_tokens"] == 44
+    engine.check_empty()
+
+
+def test_another_salt_finds_nothing() -> None:
+    engine = ScheduledEngine()
+    run_one(engine, 1, PROMPT, salt="a")
+    assert run_one(engine, 2, PROMPT, salt="b") == 0
+    assert run_one(engine, 3, PROMPT, salt="a") == 20
+
+
+def test_tokens_that_were_generated_are_found_by_the_next_turn_of_a_chat() -> None:
+    engine = ScheduledEngine()
+    engine.send(1, PROMPT, SamplingParams(max_tokens=12))
+    engine.drain()
+    assert run_one(engine, 2, [*PROMPT, *engine.tokens[1], 1, 2, 3]) >= 28
+
+
+def test_a_block_is_found_while_the_step_that_fills_it_is_in_flight_and_not_before() -> None:
+    engine = ScheduledEngine(max_num_batched_tokens=12, depth=3)
+    engine.send(1, PROMPT)
+    engine.plan()  # its first 12 tokens
+    engine.send(2, PROMPT)
+    engine.plan()  # the other 9; request 2 comes in with what the step before fills
+    engine.drain()
+    assert engine.cached == {2: 12}
+    assert engine.tokens[1] == engine.tokens[2]
+
+
+def test_blocks_idle_for_longest_are_given_away_first_and_ends_before_beginnings() -> None:
+    pool = BlockPool(5)
+    names = [bytes([i]) for i in range(4)]
+    old, new = pool.allocate(2), pool.allocate(2)
+    for block, name in zip([*old.tolist(), *new.tolist()], names, strict=True):
+        pool.offer(block, name)
+    pool.free(old)
+    pool.free(new)
+    assert pool.num_free == 5
+    pool.allocate(2)  # the one that never had a name, and the end of the older
+    assert pool.find(names[:2]) == [old[0]]
+    assert pool.find(names[2:]) == new.tolist()
+
+
+def test_a_shared_block_stays_until_its_last_user_is_gone() -> None:
+    pool = BlockPool(1)
+    block = pool.allocate(1)
+    pool.offer(int(block[0]), b"name")
+    pool.share(pool.find([b"name"]))
+    pool.free(block)
+    assert pool.num_free == 0
+    pool.free(block)
+    assert pool.num_free == 1
+    assert pool.find([b"name"]) == [0]
+
+
+def test_a_hit_longer_than_a_steps_tokens_fits_into_one_record() -> None:
+    engine = ScheduledEngine(
+        max_num_seqs=2, max_num_batched_tokens=4, max_model_len=256, num_blocks=200, prompt_records=99
+    )
+    prompt = [i % 61 for i in range(240)]
+    run_one(engine, 1, prompt)
+    engine.send(2, prompt, ONE)
+    engine.send(3, prompt, ONE)
+    engine.drain()
+    assert engine.cached == {2: 236, 3: 236}
+    engine.check_empty()
+
+
+def stale_tokens(engine: ScheduledEngine) -> int:
+    """Cached tokens of a prompt whose beginning was computed anew after a clear, and whose end a request of before it
+    went on to compute."""
+    engine.send(1, PROMPT, SamplingParams(max_tokens=24))
+    for _ in range(2):
+        engine.step()
+    engine.scheduler.clear_cache()
+    assert engine.scheduler.gauges()["num_cached_blocks"] == 0
+    run_one(engine, 2, PROMPT)
+    engine.drain()
+    return run_one(engine, 3, PROMPT + engine.tokens[1][:23])
+
+
+def test_nothing_stale_is_found_after_a_clear_not_even_what_running_requests_add() -> None:
+    assert stale_tokens(ScheduledEngine()) <= 20
+
+
+def test_a_clear_that_forgets_running_requests_would_be_found() -> None:
+    with patch.object(PrefixCache, "clear", lambda cache: cache._pool.clear()):
+        assert stale_tokens(ScheduledEngine()) > 20
