@@ -54,7 +54,7 @@ class GpuRings:
 
 
 @dataclass(frozen=True)
-class Slot:
+class StepBuffers:
     """What one of D steps under way has for itself."""
 
     staging: Copied  # a step record
@@ -112,8 +112,8 @@ class Executor:
         self._copy_in = device.stream("copy_in")
         self._compute = device.stream("compute")
         self._copy_out = device.stream("copy_out")
-        self._slots = [
-            Slot(
+        self._step_buffers = [
+            StepBuffers(
                 record(f"staging.{i}", steps.num_bytes, step_bytes),
                 record(f"outputs.{i}", results.num_bytes, result_bytes),
                 *(device.event(f"{name}.{i}") for name in ("inputs_ready", "step_done", "outputs_done")),
@@ -172,20 +172,20 @@ class Executor:
         if record is None:
             return None
         ticket = ring.next_ticket - 1
-        slot = self._slots[ticket % len(self._slots)]
+        buffers = self._step_buffers[ticket % len(self._step_buffers)]
         num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
         num_admissions, want_logprobs = int(record.num_admissions[0]), bool(record.want_logprobs[0])
         admits = num_admissions > 0
 
-        device.copy(self._copy_in, slot.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
+        device.copy(self._copy_in, buffers.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
         for i in range(num_admissions):
             self._upload_prompt(record, i)
-        device.record(slot.inputs_ready, self._copy_in)
+        device.record(buffers.inputs_ready, self._copy_in)
 
         # The step reads its staged record, and ids that were uploaded with it or before it.
-        device.wait(self._compute, slot.inputs_ready)
+        device.wait(self._compute, buffers.inputs_ready)
         device.read_clock(self._compute, self._result.device_start_ns)
-        device.copy(self._compute, self._record[admits], slot.staging[admits])
+        device.copy(self._compute, self._record[admits], buffers.staging[admits])
         if admits:
             device.launch(self._compute, self._admit, self._change_accesses)
         if record.num_appends[0]:
@@ -196,13 +196,13 @@ class Executor:
         sampler = self._sampler_work(bucket[0], SamplerVariant(int(record.variant[0])), want_logprobs)
         device.launch(self._compute, sampler, lambda: self._sampler_accesses(rows))
         device.read_clock(self._compute, self._result.device_end_ns)
-        device.copy(self._compute, slot.outputs[want_logprobs], self._output[want_logprobs])
-        device.record(slot.step_done, self._compute)
+        device.copy(self._compute, buffers.outputs[want_logprobs], self._output[want_logprobs])
+        device.record(buffers.step_done, self._compute)
 
-        device.wait(self._copy_out, slot.step_done)
-        device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], slot.outputs[want_logprobs])
-        device.record(slot.outputs_done, self._copy_out)
-        submitted = Submitted(ticket, now_ns, num_seqs, slot.outputs_done)
+        device.wait(self._copy_out, buffers.step_done)
+        device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], buffers.outputs[want_logprobs])
+        device.record(buffers.outputs_done, self._copy_out)
+        submitted = Submitted(ticket, now_ns, num_seqs, buffers.outputs_done)
         self.under_way.append(submitted)
         return submitted
 
