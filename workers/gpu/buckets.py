@@ -47,8 +47,9 @@ class Buckets:
 
 
 def _decode_sizes(max_size: int) -> list[int]:
-    """1, 2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ..."""
-    sizes = [1, 2, 4, 8, 16]
+    """2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ... (A compiled layer would take a
+    batch of one token for a kind of its own.)"""
+    sizes = [2, 4, 8, 16]
     while sizes[-1] < max_size:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return sizes

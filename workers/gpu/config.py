@@ -21,6 +21,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no
             model at all: every step takes `null_step_ms` of device time and samples made-up tokens (to measure the
             host).
+        compile: torch.compile the decoder layers; "auto" = on CUDA.
         num_threads: threads of CPU computation; None = one per core.
         null_step_ms: device time of a step with load_format "null".
     """
@@ -29,6 +30,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["safetensors", "dummy", "null"] = "safetensors"
+    compile: Literal["auto", "on", "off"] = "auto"
     num_threads: int | None = None
     null_step_ms: float = 0.0
 

@@ -15,7 +15,7 @@ class ModelRunner(Protocol):
     vocab_size: int
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """[S, vocab_size] float32: row i is what follows the last token of sequence i; padding is arbitrary but finite.
+        """[S, vocab_size], floating: row i follows the last token of sequence i; padding is arbitrary but finite.
 
         Enqueues work and looks at no value on the host, so that it can be captured in a graph.
         """

@@ -108,6 +108,28 @@ def handling_attention(handler: AttentionHandler) -> Iterator[None]:
         _handler = outer
 
 
+@torch.library.custom_op("ringfeed::paged_attention", mutates_args=())
+def _paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer_index: torch.Tensor,  # [] int64 on the CPU
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """A layer's attention as one operator of a compiled graph. Only the cache, which no graph sees, is written."""
+    assert isinstance(_handler, PagedAttention), "a compiled model was called outside of a step"
+    output = _handler.run_layer(int(layer_index), query, key, value, scaling, sliding_window, softcap, sinks)
+    return output.contiguous()  # as the graph was told below
+
+
+@_paged_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
 def _attention_forward(
     module: nn.Module,
     query: torch.Tensor,  # [1, num_heads, T, head_dim_k]
@@ -122,6 +144,18 @@ def _attention_forward(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls. Returns ([1, T, num_heads, head_dim_v], None)."""
+    if torch.compiler.is_compiling():
+        output = _paged_attention(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            module.layer_index,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window,
+            softcap,
+            s_aux,
+        )
+        return output.unsqueeze(0), None
     assert _handler is not None, "a model on paged attention was called outside of a step"
     output = _handler.attend(
         module,
@@ -136,6 +170,13 @@ def _attention_forward(
         others=others,
     )
     return output.unsqueeze(0), None
+
+
+def set_layer_indices(model: nn.Module) -> None:
+    """Number the layers by tensors, which are inputs of a compiled graph; an integer would be part of it."""
+    for module in model.modules():
+        if isinstance(index := getattr(module, "layer_idx", None), int):
+            module.layer_index = torch.tensor(index)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)

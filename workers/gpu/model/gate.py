@@ -106,12 +106,8 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     """Run a prepared model on a few tokens. Raises ModelUnsupported if its tokens meet anywhere but in attention."""
     config: Any = model.config
     text = config.get_text_config()
-    num_tokens = min(_PROBE_TOKENS, max_model_len)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, text.vocab_size, (num_tokens,), generator=generator).to(device)
-    positions = torch.arange(num_tokens, device=device)
-    wanted = torch.arange(num_tokens - 1, -1, -1, device=device)
-
+    input_ids, positions, wanted = _probe_inputs(model, max_model_len, device)
+    num_tokens = len(input_ids)
     probe = _Probe(config)
     logits = _call(model, probe, input_ids, positions, wanted)
     _check_calls(config, text, probe.calls)
@@ -125,16 +121,42 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     # The same tokens at the same positions in the opposite order change nothing where tokens meet in attention alone.
     turned = _call(model, _Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
     first = probe.calls[0]
-    error = (turned - logits).abs().amax(dim=-1).flatten() / logits.abs().max().clamp(min=1e-6)
-    if error.median() > _PROBE_TOLERANCE.get(
-        first.dtype, 1e-3
-    ):  # the median: a rounding may send one token to other experts
+    if not is_near(turned, logits, first.dtype):
         raise _unsupported(
             config,
             "its tokens affect each other outside of attention, or it counts positions by itself "
-            f"(the same tokens in another order change the logits by {error.median().item():.0%})",
+            f"(the same tokens in another order change the logits by {_difference(turned, logits):.0%})",
         )
     return ModelFacts([call.shape for call in probe.calls], first.dtype, logits.shape[-1])
+
+
+@torch.inference_mode()
+def probe_logits(model: nn.Module, max_model_len: int, device: torch.device) -> torch.Tensor:
+    """One forward of a model that has passed, [num_tokens, vocab_size]: to watch it, or to see that it is the same."""
+    return _call(model, _Probe(model.config), *_probe_inputs(model, max_model_len, device))[0]
+
+
+def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a probe's logits are the expected ones but for roundings of the `dtype` that the model computes in."""
+    return _difference(logits, expected) <= _PROBE_TOLERANCE.get(dtype, 1e-3)
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """By the largest logit; the median token's, because a rounding may send one token to other experts."""
+    error = (logits - expected).abs().amax(dim=-1).flatten() / expected.abs().max().clamp(min=1e-6)
+    return float(error.median())
+
+
+def _probe_inputs(
+    model: nn.Module, max_model_len: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, positions, and the tokens whose logits are wanted: all, the last one first."""
+    config: Any = model.config
+    num_tokens = min(_PROBE_TOKENS, max_model_len)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, config.get_text_config().vocab_size, (num_tokens,), generator=generator)
+    wanted = torch.arange(num_tokens - 1, -1, -1, device=device)
+    return input_ids.to(device), torch.arange(num_tokens, device=device), wanted
 
 
 def _call(

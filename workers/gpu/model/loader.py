@@ -22,9 +22,18 @@ from ipc.records import StepShape
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.kv_cache import KVCache, choose_num_blocks
-from workers.gpu.model.gate import check_config, prepare_model, probe_model
+from workers.gpu.model.compile import compile_layers
+from workers.gpu.model.fusion import find_projections, fuse_projections
+from workers.gpu.model.gate import (
+    ModelFacts,
+    check_config,
+    is_near,
+    prepare_model,
+    probe_logits,
+    probe_model,
+)
 from workers.gpu.model.runner import PagedModelRunner
-from workers.gpu.model.step_memory import measure_step_bytes
+from workers.gpu.model.step_memory import largest_step, measure_step_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +76,18 @@ def load_model(
     progress("checking the model", 0.0)
     prepare_model(model, shape.max_model_len)
     facts = probe_model(model, shape.max_model_len, device)
+    fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
 
-    progress("allocating the KV cache", 0.0)
     backend = make_backend("triton" if device.type == "cuda" else "torch")
-    step_bytes = measure_step_bytes(model, facts.layers, shape, facts.cache_dtype, device, backend, facts.vocab_size)
+    step = largest_step(model, facts.layers, shape, facts.cache_dtype, device, backend, facts.vocab_size)
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        progress("compiling the model", 0.0)
+        compile_layers(model, step)
+        progress("compiling the model", 1.0)
+
+    progress("allocating the KV cache", 0.0)
+    step_bytes = measure_step_bytes(step, device, shape)
     num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, step_bytes)
     kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
     progress("allocating the KV cache", 1.0)
@@ -80,6 +96,21 @@ def load_model(
         shape.block_size,
     )  # fmt: skip
     return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks)
+
+
+def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.device) -> None:
+    """Fuse a checked model's projections, if that leaves its logits as they are."""
+    expected: list[torch.Tensor] = []
+    groups = find_projections(model, lambda: expected.append(probe_logits(model, max_model_len, device)))
+    undo = fuse_projections(groups)
+    try:
+        is_same = is_near(probe_logits(model, max_model_len, device), expected[0], facts.cache_dtype)
+    except (AttributeError, KeyError, RuntimeError) as error:  # it looks into its layers, or calls them otherwise
+        logger.debug("fused projections fail: %r", error)
+        is_same = False
+    if not is_same:
+        undo()
+        logger.warning("the model runs without fused projections: it does not compute the same with them")
 
 
 def _load_config(path: str) -> Any:

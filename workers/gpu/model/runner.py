@@ -23,7 +23,7 @@ class PagedModelRunner:
 
     @torch.inference_mode()
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """[S, vocab_size] float32: row i follows sequence i's last token; finite for padding sequences.
+        """[S, vocab_size] as the model gives them: row i follows sequence i's last token; finite for padding sequences.
 
         Writes the step's K and V into the cache. Queues work on the current stream, and waits for none of it where
         `can_be_captured`.
@@ -36,5 +36,5 @@ class PagedModelRunner:
                 use_cache=False,
                 logits_to_keep=batch.logits_index,
             )
-        logits: torch.Tensor = output.logits[0].float()
+        logits: torch.Tensor = output.logits[0]
         return logits

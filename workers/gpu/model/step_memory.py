@@ -1,8 +1,9 @@
-"""How much memory the largest step takes beside weights and KV cache: one is run before the cache is sized."""
+"""The largest step there can be: run on padding alone, before the cache is sized, to compile for it and to see what
+memory it takes beside weights and KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -17,7 +18,7 @@ from workers.gpu.model.runner import PagedModelRunner
 _SAMPLER_BYTES: Final = 40  # per logit, for the most demanding sampler's temporaries
 
 
-def measure_step_bytes(
+def largest_step(
     model: nn.Module,
     layers: Sequence[LayerShape],
     shape: StepShape,
@@ -25,13 +26,8 @@ def measure_step_bytes(
     device: torch.device,
     backend: AttentionBackend,
     vocab_size: int,
-) -> int:
-    """Run the model on padding alone, as large as a step can be. Returns bytes; 0 on the CPU, which has them to spare.
-
-    Leaves no memory allocated, so that what the device then calls free is.
-    """
-    if device.type != "cuda":
-        return 0
+) -> Callable[[], torch.Tensor]:
+    """Something that runs the model on a step as large as `shape` allows, with a cache of one block: its logits."""
     num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
 
     def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -49,11 +45,21 @@ def measure_step_bytes(
         block_size=shape.block_size,
     )
     cache = KVCache(layers, 0, shape.block_size, dtype, device)  # the trash block alone
+    runner = PagedModelRunner(model, cache, backend, vocab_size)
+    return lambda: runner.logits(batch)
+
+
+def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, shape: StepShape) -> int:
+    """Bytes that the largest step allocates while it runs; 0 on the CPU, which has them to spare.
+
+    Leaves none of it allocated, so that what the device then calls free is.
+    """
+    if device.type != "cuda":
+        return 0
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    PagedModelRunner(model, cache, backend, vocab_size).logits(batch)
+    vocab_size = step().shape[1]
     model_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.synchronize(device)
-    del cache, batch
     torch.cuda.empty_cache()
-    return model_bytes + _SAMPLER_BYTES * num_seqs * vocab_size
+    return model_bytes + _SAMPLER_BYTES * shape.max_num_seqs * vocab_size

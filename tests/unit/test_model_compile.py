@@ -1,0 +1,94 @@
+"""Compiled layers: the same tokens, one graph for all layers of a kind, and eager layers where compiling fails.
+
+The graphs run by themselves here, without generated code: what torch makes of them is torch's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+
+from ipc.records import StepShape
+from tests.reference.packed_steps import run_packed
+from tests.reference.tiny_models import VOCAB_SIZE, generate_greedily, make_tiny_model, reference_model
+from workers.gpu.attention.backend import make_backend
+from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.model.compile import compile_layers, decoder_layers
+from workers.gpu.model.gate import probe_model
+from workers.gpu.model.loader import LoadedModel, load_model
+from workers.gpu.model.step_memory import largest_step
+
+SHAPE = StepShape(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, block_size=4)
+MAX_NEW_TOKENS = 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def load(folder: Path) -> LoadedModel:
+    config = ModelConfig(path=str(folder), dtype="float32", device="cpu", num_threads=1)
+    return load_model(config, CacheConfig(), SHAPE, torch.device("cpu"), lambda *_: None)
+
+
+def step_of(loaded: LoadedModel) -> Any:
+    model: Any = loaded.runner._model
+    facts = probe_model(model, SHAPE.max_model_len, torch.device("cpu"))
+    return model, largest_step(
+        model, facts.layers, SHAPE, torch.float32, torch.device("cpu"), make_backend("torch"), facts.vocab_size
+    )
+
+
+@pytest.mark.parametrize(("family", "num_graphs"), [("llama", 1), ("gemma2", 2)])
+def test_compiled_layers_give_the_tokens_of_generate_from_a_graph_for_each_kind_of_layer(
+    family: str, num_graphs: int, tmp_path: Path
+) -> None:
+    random = Random(4)
+    prompts = [[random.randrange(VOCAB_SIZE) for _ in range(length)] for length in (2, 13, 26, 41)]
+    folder = make_tiny_model(family, tmp_path / "model", seed=1)
+    reference = reference_model(folder)
+    expected = [generate_greedily(reference, prompt, MAX_NEW_TOKENS) for prompt in prompts]
+
+    loaded = load(folder)
+    model, step = step_of(loaded)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    assert compile_layers(model, step, backend=backend)
+    assert len(graphs) == num_graphs, "layers of one kind do not share a graph"
+    sequences = run_packed(loaded.runner, prompts, MAX_NEW_TOKENS, num_blocks=loaded.num_blocks, seed=3)
+    assert [sequence.generated for sequence in sequences] == expected
+    assert len(graphs) <= 2 * num_graphs, "something but a batch of one token was compiled anew"
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load(make_tiny_model("llama", tmp_path / "model"))
+    model, step = step_of(loaded)
+    expected = step()
+    layer = decoder_layers(model)[1]
+    inner = layer.mlp.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return inner(x)
+
+    layer.mlp.forward = forward
+    with caplog.at_level(logging.WARNING):
+        assert not compile_layers(model, step, backend="aot_eager")
+    assert "run without torch.compile" in caplog.text
+    assert torch.equal(step(), expected)

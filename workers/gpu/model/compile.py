@@ -1,0 +1,58 @@
+"""Compiles a model's decoder layers with torch.compile, which fuses what lies between its products and its attention.
+
+Layer by layer: all layers of a kind are one graph, for any number of tokens but 1, so that start-up does not grow with
+the model's depth. What was compiled is kept on disk for the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from workers.gpu.attention.interface import set_layer_indices
+
+logger = logging.getLogger(__name__)
+
+_MAX_GRAPHS: Final = 16  # of one layer's code: kinds of layers, and batches of one token
+
+
+def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any = "inductor") -> bool:
+    """Compile the layers in place by one of torch.compile's backends, and have `run`, a step, show that it works.
+
+    A model that torch cannot compile is left as it was, which is said in the log. Returns whether it is compiled.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    dynamo = torch._dynamo
+    dynamo.config.specialize_float = (
+        True  # scales and epsilons are constants; tried as inputs, they cost a second trace
+    )
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MAX_GRAPHS)
+    layers = decoder_layers(model)
+    set_layer_indices(model)
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+    try:
+        run()
+    except (dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        logger.warning("the model's layers run without torch.compile, which fails: %s", str(error).splitlines()[0])
+        for layer in layers:
+            layer._compiled_call_impl = None
+        return False
+    return True
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The members of the model's longest list of modules: its decoder layers, in every family that passes the gate."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len, default=()))
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfeed" / "inductor"

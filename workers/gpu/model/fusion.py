@@ -1,0 +1,133 @@
+"""Fuses the projections of one input, such as query, key and value, or gate and up, into one product.
+
+Which linear layers belong together is watched, not known by name: those of one module that take the very same
+tensor, one right after the other, once in a forward. The first of them computes all their products at once and keeps
+the others' parts until each is asked for its own, so the model's code stays as it is. Their weights become views of one
+tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Linear layers `names` of `parent`, in the order in which a forward calls them with one input."""
+
+    parent: nn.Module
+    names: tuple[str, ...]
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        return [getattr(self.parent, name) for name in self.names]
+
+
+def find_projections(model: nn.Module, forward: Callable[[], object]) -> list[Projections]:
+    """Watch one `forward` of the model for linear layers that can be computed together."""
+    parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+    calls: list[tuple[nn.Linear, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0])))
+        for module in parents
+        if type(module) is nn.Linear
+    ]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    num_calls = Counter(layer for layer, _ in calls)
+    groups: list[list[nn.Linear]] = []
+    previous: tuple[nn.Module, torch.Tensor] | None = None
+    for layer, tensor in calls:
+        parent = parents[layer][0]
+        if previous is not None and previous[0] is parent and previous[1] is tensor and _match(groups[-1][-1], layer):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+        previous = parent, tensor
+    return [
+        Projections(parents[group[0]][0], tuple(parents[layer][1] for layer in group))
+        for group in groups
+        if len(group) > 1 and all(num_calls[layer] == 1 for layer in group)
+    ]
+
+
+def _match(first: nn.Linear, second: nn.Linear) -> bool:
+    return (
+        first.weight.dtype == second.weight.dtype
+        and first.weight.device == second.weight.device
+        and (first.bias is None) == (second.bias is None)
+    )
+
+
+def fuse_projections(groups: Sequence[Projections]) -> Callable[[], None]:
+    """Fuse each group. Returns what undoes it: the model then has its own layers again, on views of the fused weights.
+
+    Takes memory for one group's weights beyond what the model has.
+    """
+    originals = [group.layers for group in groups]
+    for group, layers in zip(groups, originals, strict=True):
+        fused = FusedProjections(layers)
+        for name, module in zip(
+            group.names, (fused, *(FusedPart(fused, i) for i in range(1, len(layers)))), strict=True
+        ):
+            setattr(group.parent, name, module)
+
+    def undo() -> None:
+        for group, layers in zip(groups, originals, strict=True):
+            for name, layer in zip(group.names, layers, strict=True):
+                setattr(group.parent, name, layer)
+
+    return undo
+
+
+class FusedProjections(nn.Module):
+    """Stands in for the first layer of a group. Its other parts wait in `parts` for their FusedPart's call."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        self.in_features = layers[0].in_features
+        self.out_features = self.sizes[0]
+        self.weight = _join([layer.weight for layer in layers])  # [sum of sizes, in_features]
+        self.bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
+        self.parts: dict[int, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., sizes[0]], a view of the product of all."""
+        first, *others = torch.split(linear(x, self.weight, self.bias), self.sizes, -1)
+        self.parts.update(enumerate(others, start=1))
+        return first
+
+
+class FusedPart(nn.Module):
+    """Stands in for another layer of a group: gives what the first one computed."""
+
+    def __init__(self, fused: FusedProjections, index: int) -> None:
+        super().__init__()
+        self.in_features = fused.in_features
+        self.out_features = fused.sizes[index]
+        self._index = index
+        self._parts = fused.parts
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., sizes[index]]. Taken away by the call: nothing is kept beyond a forward."""
+        part: torch.Tensor = self._parts.pop(self._index)
+        return part
+
+
+def _join(parameters: Sequence[torch.Tensor]) -> nn.Parameter:
+    """One parameter of all rows; each of `parameters` becomes a view of its own rows of it."""
+    joined = torch.cat([parameter.data for parameter in parameters])
+    for parameter, rows in zip(parameters, torch.split(joined, [len(each) for each in parameters]), strict=True):
+        parameter.data = rows
+    return nn.Parameter(joined, requires_grad=False)
