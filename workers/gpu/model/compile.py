@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.fx.experimental._config
 from torch import nn
 
 from workers.gpu.attention.interface import set_layer_indices
@@ -29,6 +30,7 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     dynamo = torch._dynamo
+    torch.fx.experimental._config.use_duck_shape = False  # as many tokens as the model is wide is a coincidence
     dynamo.config.specialize_float = (
         True  # scales and epsilons are constants; tried as inputs, they cost a second trace
     )
