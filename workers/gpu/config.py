@@ -23,6 +23,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             host).
         num_threads: threads of CPU computation; None = one per core.
         null_step_ms: device time of a step with load_format "null".
+        profile_path: a JSON file to write about some early steps: how busy the device was, with which kernels
+            (`workers/gpu/profiler.py`). For measurements: it slows the engine down and halts it for seconds once.
     """
 
     path: str
@@ -31,6 +33,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     load_format: Literal["safetensors", "dummy", "null"] = "safetensors"
     num_threads: int | None = None
     null_step_ms: float = 0.0
+    profile_path: str | None = None
 
 
 class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
