@@ -1,7 +1,7 @@
 """A peer: transformers' own continuous batching, synchronous or asynchronous, on the same weights and prompts.
 
 Works with transformers 5.17 to 5.23. The weights come from the engine's own loader, so that random ones are the same.
-Flash attention 3 or 2 is used where transformers finds it; without it its fast path for decode is off, and the result
+Flash attention 3 or 2 is used where transformers finds it; without it its fast path for decode is off, and the note
 says so. Start-up (weights, cache, graphs) is counted as `ready_s` and not in the total, as for the engine.
 """
 
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,28 +38,38 @@ def measure(spec: PeerSpec) -> PeerResult:
     flash = _flash_attention()
     if flash is not None:
         model.set_attn_implementation(flash)
-    note = f"transformers {transformers.__version__}, {flash or 'no flash attention: its fast path for decode is off'}"
     loaded_s = time.perf_counter() - start
 
     ends_s: list[float] = []
-    warm_up_s, total_s, num_tokens = _serve(model, spec, spec.work, lambda: ends_s.append(time.perf_counter()))
+    session = _serve(model, spec, spec.work, lambda: ends_s.append(time.perf_counter()))
     result = PeerResult(
-        ready_s=loaded_s + warm_up_s, total_s=total_s, num_tokens=num_tokens, note=note, **step_figures(ends_s)
+        ready_s=loaded_s + session.ready_s,
+        total_s=session.total_s,
+        num_tokens=session.num_tokens,
+        note=f"transformers {transformers.__version__}, {flash or 'no flash attention'}, {session.note}",
+        **step_figures(ends_s),
     )
     if spec.profile is not None:
         with tempfile.TemporaryDirectory(prefix="ringfeed-profile-") as folder:
             path = Path(folder) / "profile.json"
-            _serve(model, spec, spec.profile, StepProfiler(path, device).step)
-            result.profile = json.loads(path.read_bytes())
+            try:
+                _serve(model, spec, spec.profile, StepProfiler(path, device).step)
+                result.profile = json.loads(path.read_bytes())
+            except Exception as error:  # the figures of the first session stand
+                result.note += f"; no profile: {type(error).__name__}: {error}"
     return result
 
 
-def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) -> tuple[float, float, int]:
-    """Compute the work in one session; `on_step` is called as each step's tokens are taken in.
+@dataclass(frozen=True)
+class _Session:
+    ready_s: float  # until requests could be sent
+    total_s: float  # from the first request to the last answer
+    num_tokens: int
+    note: str  # what the session chose to run with
 
-    Returns the seconds until the session was ready, those from the first request to the last answer, and the number of
-    tokens.
-    """
+
+def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) -> _Session:
+    """Compute the work in one session; `on_step` is called as each step's tokens are taken in."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -87,7 +98,12 @@ def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) 
         with _calling(on_step):
             start = time.perf_counter()
             num_tokens = _answer_all(manager, prompts, work.output_len)
-            return ready_s, time.perf_counter() - start, num_tokens
+            total_s = time.perf_counter() - start
+        chosen = manager.continuous_batching_config
+        fast_path = "on" if chosen.max_blocks_per_request else "off"
+        graphs = "with" if any(chosen.cuda_graph_booleans) else "without"
+        note = f"its fast path for decode is {fast_path}, {graphs} CUDA graphs"
+        return _Session(ready_s, total_s, num_tokens, note)
 
 
 def _answer_all(manager: Any, prompts: list[list[int]], output_len: int) -> int:
