@@ -85,7 +85,9 @@ def peer_row(name: str, asked: Work, done: Work, result: PeerResult, ours: Itera
         "engine": name, **_lengths(done), "ready_s": result.ready_s, "total_s": result.total_s,
         "tokens_per_s": result.num_tokens / result.total_s, "num_steps": result.num_steps, "note": result.note,
     }  # fmt: skip
-    if done.output_len > 1:
+    if done.output_len == 1:
+        row["prompt_tokens_per_s"] = done.num_requests * done.prompt_len / result.total_s
+    else:
         row["steady_ms_per_step"] = result.steady_ms_per_step
         row |= {"gap_p50_ms": result.step_p50_ms, "gap_p99_ms": result.step_p99_ms}
     if result.num_steps:

@@ -82,6 +82,8 @@ class _Benchmark:
         self._mixed = arguments.arrivals == "poisson"
         if min(arguments.num_requests, arguments.prompt_len, arguments.output_len) < 1:
             raise ConfigError("--num-requests, --prompt-len and --output-len must be at least 1")
+        if min(arguments.background, arguments.rate, arguments.seconds) <= 0:
+            raise ConfigError("--background, --rate and --seconds must be above 0")
         if self._mixed and (arguments.peers or arguments.profile):
             raise ConfigError("--peers and --profile go with requests that arrive at once, not with --arrivals poisson")
         overrides = self._overrides()

@@ -107,7 +107,7 @@ def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) 
 
 
 def _answer_all(manager: Any, prompts: list[list[int]], output_len: int) -> int:
-    """Returns the number of tokens of all answers. Raises RuntimeError if one of them is an error."""
+    """Returns the number of tokens of all answers. Raises RuntimeError if one is an error or has another length."""
     manager.add_requests(inputs=prompts, max_new_tokens=output_len)
     num_done = num_tokens = 0
     while num_done < len(prompts):
@@ -120,6 +120,8 @@ def _answer_all(manager: Any, prompts: list[list[int]], output_len: int) -> int:
         elif output.is_finished():
             num_done += 1
             num_tokens += len(output.generated_tokens)
+    if num_tokens != len(prompts) * output_len:
+        raise RuntimeError(f"{len(prompts)} requests got {num_tokens} tokens instead of {output_len} each")
     return num_tokens
 
 

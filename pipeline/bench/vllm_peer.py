@@ -50,7 +50,7 @@ def measure(spec: PeerSpec) -> PeerResult:
         total_s=total_s,
         num_tokens=num_tokens,
         steady_ms_per_step=total_s * 1e3 / work.output_len,
-        note=f"vllm {vllm.__version__}; its step is the mean of the whole run, prompts included",
+        note=f"vllm {vllm.__version__}; its step is the mean of the whole run, prompts included; it is not profiled",
     )
 
 

@@ -388,6 +388,7 @@ def test_a_peer_that_cannot_run_here_says_why() -> None:
         (["--output-len", "100", "--profile"], "must be at least as much"),
         (["--output-len", "100", "--peer-output-len", "200"], "must lie in [1, --output-len (100)]"),
         (["--output-len", "0"], "must be at least 1"),
+        (["--arrivals", "poisson", "--rate", "0"], "must be above 0"),
         (["--arrivals", "poisson", "--peers", "vllm"], "not with --arrivals poisson"),
     ],
 )
