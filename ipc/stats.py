@@ -21,6 +21,7 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "detokenizer": ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered"),
     "scheduler": (
         "num_waiting", "num_running", "num_preempted", "num_blocks", "num_free_blocks", "num_steps",
+        "num_prefill_steps",  # those that compute prompts, with or without sequences that decode beside them
         "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled", "num_refused",
         "num_preemptions", "num_cached_tokens", "num_cached_blocks", "plan_ns", "apply_ns",
         # Of the device, from the times in the result records. A step waits for the scheduler if work was there.

@@ -17,6 +17,7 @@ class Figures:
 
     seconds: float
     num_steps: int
+    num_prefill_steps: int  # of these, the ones that compute prompts
     num_sampled_tokens: int
     host_us_per_step: dict[str, float]  # CPU time of each process
     plan_us_per_step: float
@@ -24,6 +25,7 @@ class Figures:
     device_us_per_step: float
     device_wait_share: float  # of the time in which there was work: the device had none of it yet
     device_no_work_share: float  # of all time
+    device_idle_share: float  # of the device's time from step to step: it ran none, whatever the reason
 
     @property
     def steps_per_s(self) -> float:
@@ -55,14 +57,17 @@ class Window:
         num_steps = int(change("scheduler", "num_steps"))
         per_step = max(num_steps, 1)
         busy, wait = change("scheduler", "device_busy_ns"), change("scheduler", "device_wait_ns")
+        no_work = change("scheduler", "device_no_work_ns")
         return Figures(
             seconds=seconds,
             num_steps=num_steps,
+            num_prefill_steps=int(change("scheduler", "num_prefill_steps")),
             num_sampled_tokens=int(change("scheduler", "num_sampled_tokens")),
             host_us_per_step={role: change(role, "cpu_ns") / per_step / 1e3 for role in after},
             plan_us_per_step=change("scheduler", "plan_ns") / per_step / 1e3,
             apply_us_per_step=change("scheduler", "apply_ns") / per_step / 1e3,
             device_us_per_step=busy / per_step / 1e3,
             device_wait_share=wait / max(busy + wait, 1.0),
-            device_no_work_share=change("scheduler", "device_no_work_ns") / 1e9 / seconds,
+            device_no_work_share=no_work / 1e9 / seconds,
+            device_idle_share=(wait + no_work) / max(busy + wait + no_work, 1.0),
         )

@@ -24,6 +24,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         compile: torch.compile the decoder layers; "auto" = on CUDA.
         num_threads: threads of CPU computation; None = one per core.
         null_step_ms: device time of a step with load_format "null".
+        profile_path: a JSON file to write about some early steps: how busy the device was, with which kernels
+            (`workers/gpu/profiler.py`). For measurements: it slows the engine down and halts it for seconds once.
     """
 
     path: str
@@ -33,6 +35,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     compile: Literal["auto", "on", "off"] = "auto"
     num_threads: int | None = None
     null_step_ms: float = 0.0
+    profile_path: str | None = None
 
 
 class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

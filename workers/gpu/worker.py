@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -26,11 +27,13 @@ from workers.gpu.device.timed import TimedDevice
 from workers.gpu.executor import Executor, GpuRings
 from workers.gpu.kv_cache import MIB
 from workers.gpu.null_model import NullModel
+from workers.gpu.profiler import StepProfiler
 from workers.gpu.runner import ModelRunner
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
+CLOCK_KERNEL: Final = "_write_time"  # of the CUDA device's `read_clock`, at both ends of a step
 _LOOK_FOR_STOP_NS: Final = 50_000_000  # how long steps may follow on each other before the control channel is looked at
 
 
@@ -54,11 +57,15 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
 
         scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
         completion = Completion(device, executor, ring_scheduler=scheduler.ring, failed=process.doorbell.ring)
+        path = bootstrap.model.profile_path
+        profiler = None if path is None else StepProfiler(Path(path), device.torch_device, marker=CLOCK_KERNEL)
         process.ready(num_blocks=num_blocks)
-        run_steps(process, executor, completion)
+        run_steps(process, executor, completion, profiler)
 
 
-def run_steps(process: WorkerProcess, executor: Executor, completion: Completion) -> None:
+def run_steps(
+    process: WorkerProcess, executor: Executor, completion: Completion, profiler: StepProfiler | None = None
+) -> None:
     """The loop. Returns by StopWorker or an error only."""
     stats = process.stats
     looked_at_ns = 0
@@ -70,6 +77,8 @@ def run_steps(process: WorkerProcess, executor: Executor, completion: Completion
             process.wait()
             continue
         completion.submitted(step)
+        if profiler is not None:
+            profiler.step()
         stats.launch_ns[0] += time.monotonic_ns() - now_ns
         stats.num_steps[0] += 1
         stats.num_rows[0] = step.num_seqs

@@ -75,8 +75,8 @@ class Scheduler:
         self.prompts = prompts
         self.device_time = DeviceTime()
         self.counts = dict.fromkeys(
-            ("num_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
-             "num_refused", "num_preemptions", "num_cached_tokens"), 0,
+            ("num_steps", "num_prefill_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted",
+             "num_finished", "num_cancelled", "num_refused", "num_preemptions", "num_cached_tokens"), 0,
         )  # fmt: skip
         self._limits = Limits(shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting)
         self._shape = shape
@@ -304,6 +304,7 @@ class Scheduler:
             PlannedStep(ticket, rows, columns.generation[rows], samples, want_logprobs, leases, self._work_since_ns)
         )
         self.counts["num_steps"] += 1
+        self.counts["num_prefill_steps"] += int(record.num_tokens[0]) > n
         planned_out = planned == columns.max_len[rows]
         if planned_out.any():
             for row in rows[planned_out].tolist():

@@ -65,13 +65,9 @@ def load_model(
         torch.set_num_threads(config.num_threads)
 
     progress("reading config.json", 0.0)
-    model_config = _load_config(config.path)
+    model_config = load_config(config.path)
     check_config(model_config, shape.max_model_len)
-    load_weights = _random_weights if config.load_format == "dummy" else _read_weights
-    progress("loading weights", 0.0)
     model = load_weights(config, model_config, device, progress)
-    model.eval().requires_grad_(False)
-    progress("loading weights", 1.0)
 
     progress("checking the model", 0.0)
     prepare_model(model, shape.max_model_len)
@@ -113,7 +109,8 @@ def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.
         logger.warning("the model runs without fused projections: it does not compute the same with them")
 
 
-def _load_config(path: str) -> Any:
+def load_config(path: str) -> Any:
+    """The model's configuration as transformers reads it. Raises ConfigError or ModelUnsupported."""
     try:
         return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
     except OSError as error:
@@ -123,6 +120,19 @@ def _load_config(path: str) -> Any:
         ) from None
     except (ValueError, KeyError) as error:
         raise ModelUnsupported(f"model.path ({path!r}): {_one_line(error)}") from None
+
+
+def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
+    """transformers' own model with the weights that `config` names, ready to run and with nothing of ours in it.
+
+    Raises ConfigError or ModelUnsupported.
+    """
+    load = _random_weights if config.load_format == "dummy" else _read_weights
+    progress("loading weights", 0.0)
+    model = load(config, model_config, device, progress)
+    model.eval().requires_grad_(False)
+    progress("loading weights", 1.0)
+    return model
 
 
 def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:

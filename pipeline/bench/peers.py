@@ -1,0 +1,108 @@
+"""Other engines on the same work: what such a peer is told, what it answers, and how it is run.
+
+A peer is a program of its own (`transformers_peer.py`, `vllm_peer.py`), because it brings torch along and must give the
+device's memory back. It reads a PeerSpec from a file and writes a PeerResult to another: its standard output belongs to
+the libraries in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from pipeline.bench.workload import STEADY, Work, percentiles
+from pipeline.python_module import module_command, module_environment
+from workers.gpu.config import ModelConfig
+
+PEERS: Final = {
+    "transformers-sync": "pipeline.bench.transformers_peer",
+    "transformers-async": "pipeline.bench.transformers_peer",
+    "vllm": "pipeline.bench.vllm_peer",
+}
+_LAST_LINES: Final = 20
+
+
+class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The work of one peer.
+
+    Args:
+        model: what the engine runs; `path` is a folder.
+        vocab_size: for the prompts, which are the engine's if the lengths are.
+        max_num_batched_tokens: in one step.
+        profile: work for a second run, under the profiler; None = no such run.
+    """
+
+    name: str
+    model: ModelConfig
+    vocab_size: int
+    max_num_batched_tokens: int
+    work: Work
+    profile: Work | None = None
+
+
+class PeerResult(msgspec.Struct, kw_only=True):
+    """What a peer measured. Steps in ms; `steady_*` within the same shares of the run as the engine's window.
+
+    `note` says what a reader must know to compare; `error` why there is no figure.
+    """
+
+    ready_s: float = 0.0
+    total_s: float = 0.0
+    num_tokens: int = 0
+    num_steps: int | None = None
+    steady_ms_per_step: float | None = None
+    step_p50_ms: float | None = None
+    step_p99_ms: float | None = None
+    note: str = ""
+    error: str = ""
+    profile: dict[str, Any] | None = None
+
+
+def run_peer(spec: PeerSpec) -> PeerResult:
+    """Run a peer to its end. One that fails has `error` set and no figures."""
+    with tempfile.TemporaryDirectory(prefix="ringfeed-peer-") as folder:
+        spec_path, result_path = Path(folder) / "spec.json", Path(folder) / "result.json"
+        spec_path.write_bytes(msgspec.json.encode(spec))
+        threads = {} if spec.model.num_threads is None else {"OMP_NUM_THREADS": str(spec.model.num_threads)}
+        done = subprocess.run(
+            module_command(PEERS[spec.name], str(spec_path), str(result_path)),
+            env=module_environment() | threads, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+        )  # fmt: skip
+        if result_path.exists():
+            return msgspec.json.decode(result_path.read_bytes(), type=PeerResult)
+        last_lines = "\n".join(done.stdout.splitlines()[-_LAST_LINES:])
+        return PeerResult(error=f"ended with status {done.returncode} and without an answer:\n{last_lines}")
+
+
+def answer(measure: Callable[[PeerSpec], PeerResult]) -> None:
+    """A peer program's main: read the spec, measure, write the result or the error."""
+    spec_path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        result = measure(msgspec.json.decode(spec_path.read_bytes(), type=PeerSpec))
+    except Exception as error:  # whatever a foreign engine raises is its answer
+        traceback.print_exc()
+        result = PeerResult(error=f"{type(error).__name__}: {error}")
+    result_path.write_bytes(msgspec.json.encode(result))
+
+
+def step_figures(ends_s: Sequence[float]) -> dict[str, Any]:
+    """Fields of a PeerResult from the times at which steps ended."""
+    first, last = (round(share * (len(ends_s) - 1)) for share in STEADY)
+    window = ends_s[first : last + 1]
+    gaps_ms = [(b - a) * 1e3 for a, b in itertools.pairwise(window)]
+    p50, p99 = percentiles(gaps_ms, 50, 99)
+    return {
+        "num_steps": len(ends_s),
+        "steady_ms_per_step": sum(gaps_ms) / len(gaps_ms) if gaps_ms else None,
+        "step_p50_ms": p50,
+        "step_p99_ms": p99,
+    }

@@ -1,0 +1,74 @@
+"""The throughput benchmark's table: a column per engine, a line per figure that any of them has."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.bench.rows import Row
+
+_LINES: Final = {
+    "num_requests": "requests",
+    "num_background": "streams",
+    "num_arrivals": "arrivals beside them",
+    "num_unanswered": "... unanswered at the end",
+    "prompt_len": "prompt, tokens",
+    "output_len": "output, tokens",
+    "ready_s": "ready after, s",
+    "total_s": "total, s",
+    "estimated_total_s": "total at full length, estimated, s",
+    "seconds": "measured for, s",
+    "floor_s": "floor: bytes, s",
+    "x_floor": "total / floor",
+    "roofline_s": "roofline: by operation, s",
+    "x_roofline": "total / roofline",
+    "tokens_per_s": "tokens/s",
+    "prompt_tokens_per_s": "prompt tokens/s",
+    "tflops_per_s": "TFLOP/s",
+    "matrix_rate_percent": "... of the matrix rate, %",
+    "num_steps": "steps",
+    "mixed_percent": "steps with prompts, %",
+    "whole_ms_per_step": "ms/step, whole run",
+    "steady_ms_per_step": "ms/step, steady",
+    "steady_device_ms": "... on the device",
+    "steady_floor_ms": "floor of a step, ms",
+    "x_steady_floor": "step / floor",
+    "steady_roofline_ms": "roofline of a step, ms",
+    "x_steady_roofline": "step / roofline",
+    "whole_idle_percent": "idle between steps, whole run, %",
+    "steady_idle_percent": "idle between steps, steady, %",
+    "profile_ms_per_step": "ms/step, profiled",
+    "profile_idle_percent": "idle between steps, profiled, %",
+    "profile_busy_percent": "busy, profiled, %",
+    "gap_p50_ms": "between tokens, p50 ms",
+    "gap_p99_ms": "... p99 ms",
+    "first_token_p50_ms": "first token, p50 ms",
+    "first_token_p99_ms": "... p99 ms",
+    "num_preemptions": "preemptions",
+}
+
+
+def print_table(title: str, rows: list[Row], console: Console) -> None:
+    """All engines' figures, then the notes and errors that go with them."""
+    console.print(title, highlight=False)
+    table = Table("", *(row["engine"] for row in rows))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key, label in _LINES.items():
+        if any(key in row for row in rows):
+            table.add_row(label, *(_text(row.get(key)) for row in rows))
+    for row in rows:
+        if "x_peer" in row:
+            ratios = row["x_peer"]
+            table.add_row(f"total / {row['engine']}", *(_text(ratios.get(other["engine"])) for other in rows))
+    console.print(table)
+    for row in rows:
+        for key in ("note", "error"):
+            if key in row:
+                console.print(f"{row['engine']}: {row[key]}", markup=False, highlight=False)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:,}"

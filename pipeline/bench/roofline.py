@@ -1,0 +1,196 @@
+"""What a step must cost at least: the bytes that it reads and the products that it computes, over measured rates.
+
+Arithmetic only; the rates come from `workers/gpu/rates.py`. Two bounds, neither of which a step can go below:
+
+- the floor: all weights that the step uses and the KV of its sequences, read once each;
+- the roofline: the same operation by operation (projections, attention, head), each of them the longer of its bytes
+  over the read rate and its floating-point operations over the matrix rate. It is the bound for large batches.
+
+Activations are left out, because they may stay in the device's caches, and so is the row of the embedding that each
+token looks up. Both would raise the bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ipc.errors import ConfigError
+
+_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")  # the same projections, the same full attention
+_BYTES_PER_VALUE: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device can do: bytes per second read from memory, floating-point operations per second in products."""
+
+    read_bytes_per_s: float
+    matrix_flops_per_s: float
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one step computes.
+
+    Args:
+        num_tokens: tokens that run through the layers.
+        num_outputs: sequences whose next token is sampled: only theirs run through the head.
+        num_kv_read: KV entries that attention reads: the lengths of all sequences after the step, summed.
+        num_attended: pairs of a token and a KV entry that it attends to, itself included.
+    """
+
+    num_tokens: int
+    num_outputs: int
+    num_kv_read: int
+    num_attended: int
+
+    @staticmethod
+    def decode(num_seqs: int, length: int) -> StepWork:
+        """One token of each sequence, all of `length` tokens after the step."""
+        return StepWork(num_seqs, num_seqs, num_seqs * length, num_seqs * length)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder of the llama family."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    bytes_per_value: int  # of weights and of KV
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any], dtype: str = "auto") -> ModelShape:
+        """From a model's config.json; `dtype` as in `model.dtype`.
+
+        Raises ConfigError for a model that does not read all its weights and all its KV in every step, or whose sizes
+        these few numbers do not tell.
+        """
+        text = config.get("text_config") or config
+        family = text.get("model_type")
+        if family not in _FAMILIES:
+            raise ConfigError(f"no floor is known for models of type {family!r}: only for {', '.join(_FAMILIES)}")
+        if text.get("sliding_window") and text.get("use_sliding_window", True):
+            raise ConfigError(f"no floor is known for {family} models with a sliding window: not all KV is read")
+        if dtype == "auto":
+            dtype = str(text.get("dtype") or text.get("torch_dtype") or "float32")
+        if dtype not in _BYTES_PER_VALUE:
+            raise ConfigError(f"no floor is known for weights of dtype {dtype!r}")
+        num_heads = text["num_attention_heads"]
+        return ModelShape(
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            num_layers=text["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=text.get("num_key_value_heads") or num_heads,
+            head_dim=text.get("head_dim") or text["hidden_size"] // num_heads,
+            vocab_size=text["vocab_size"],
+            bytes_per_value=_BYTES_PER_VALUE[dtype],
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that every step uses: all projections and the head (tied or not, it is read once)."""
+        per_layer = sum(rows * columns for rows, columns in self._projections())
+        return self.bytes_per_value * (self.num_layers * per_layer + self.hidden_size * self.vocab_size)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.bytes_per_value * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def flops(self, work: StepWork) -> int:
+        """Floating-point operations of the products in a step: two per multiplication and addition."""
+        return self.num_layers * (
+            sum(2 * work.num_tokens * rows * columns for rows, columns in self._projections())
+            + self._attention_flops(work)
+        ) + self._head_flops(work)
+
+    def floor_s(self, work: StepWork, rates: Rates) -> float:
+        """Reading the weights and the KV once, in seconds."""
+        return (self.weight_bytes + self.kv_bytes_per_token * work.num_kv_read) / rates.read_bytes_per_s
+
+    def roofline_s(self, work: StepWork, rates: Rates) -> float:
+        """The longer of reading and computing, for one operation after the other, in seconds."""
+
+        def at_least(num_values: int, flops: int) -> float:
+            num_bytes = num_values * self.bytes_per_value
+            return max(num_bytes / rates.read_bytes_per_s, flops / rates.matrix_flops_per_s)
+
+        projections = (
+            at_least(rows * columns, 2 * work.num_tokens * rows * columns) for rows, columns in self._projections()
+        )
+        attention = at_least(work.num_kv_read * 2 * self.num_kv_heads * self.head_dim, self._attention_flops(work))
+        head = at_least(self.hidden_size * self.vocab_size, self._head_flops(work))
+        return self.num_layers * (sum(projections) + attention) + head
+
+    def _projections(self) -> Iterator[tuple[int, int]]:
+        """The weights of one layer, as (inputs, outputs) of each product."""
+        yield self.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim  # queries, keys, values
+        yield self.num_heads * self.head_dim, self.hidden_size
+        yield self.hidden_size, 2 * self.intermediate_size  # gate, up
+        yield self.intermediate_size, self.hidden_size
+
+    def _attention_flops(self, work: StepWork) -> int:
+        return 4 * self.num_heads * self.head_dim * work.num_attended  # scores, weighted sum
+
+    def _head_flops(self, work: StepWork) -> int:
+        return 2 * work.num_outputs * self.hidden_size * self.vocab_size
+
+
+def prefill_steps(num_requests: int, prompt_len: int, max_tokens: int) -> Iterator[StepWork]:
+    """Prompts that are computed one after another, in steps of `max_tokens` tokens."""
+    left, request, done = max_tokens, 0, 0
+    tokens = outputs = read = attended = 0
+    while request < num_requests:
+        chunk = min(left, prompt_len - done)
+        left -= chunk
+        tokens += chunk
+        read += done + chunk
+        attended += chunk * done + chunk * (chunk + 1) // 2
+        done += chunk
+        if done == prompt_len:
+            request, done, outputs = request + 1, 0, outputs + 1
+        if left == 0 or request == num_requests:
+            yield StepWork(tokens, outputs, read, attended)
+            left, tokens, outputs, read, attended = max_tokens, 0, 0, 0, 0
+
+
+def decode_steps(num_seqs: int, first_len: int, last_len: int) -> Iterator[StepWork]:
+    """Steps that bring all sequences from `first_len` to `last_len` tokens of KV, both included."""
+    return (StepWork.decode(num_seqs, length) for length in range(first_len, last_len + 1))
+
+
+def run_steps(num_requests: int, prompt_len: int, output_len: int, max_tokens: int) -> Iterator[StepWork]:
+    """A whole run in which all requests arrive first and run side by side.
+
+    The step that ends its prompt gives each its first token; the KV of its last one is never computed.
+    """
+    yield from prefill_steps(num_requests, prompt_len, max_tokens)
+    yield from decode_steps(num_requests, prompt_len + 1, prompt_len + output_len - 1)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Both bounds of several steps, summed."""
+
+    num_steps: int
+    floor_s: float
+    roofline_s: float
+    flops: int
+
+
+def bounds(shape: ModelShape, steps: Iterable[StepWork], rates: Rates) -> Bounds:
+    """Sums over steps, so that growing contexts are integrated and not taken at their mean."""
+    num_steps, floor_s, roofline_s, flops = 0, 0.0, 0.0, 0
+    for work in steps:
+        num_steps += 1
+        floor_s += shape.floor_s(work, rates)
+        roofline_s += shape.roofline_s(work, rates)
+        flops += shape.flops(work)
+    return Bounds(num_steps, floor_s, roofline_s, flops)

@@ -1,0 +1,213 @@
+"""The engine on a given work, beside what memory and matrix units allow and beside other engines, in one run.
+
+    python -m pipeline.bench throughput --config configs/8b.toml --model configs/shapes/llama-3.1-8b \
+        --num-requests 32 --prompt-len 128 --output-len 8192 --depth 1,2,3 --peers transformers-async
+
+All requests arrive at once, or, with `--arrivals poisson`, beside streams that run on and on. Rates are measured before
+and after; the bounds are what the model must read and compute at the first ones (`roofline.py`), integrated over the
+run. A model folder without weights runs with random ones. "Idle" is the engine's live gauge: the share of the device's
+time between steps, by the times in the result records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+
+from ipc.errors import ConfigError
+from pipeline.bench.engine import Engine
+from pipeline.bench.peers import PEERS, PeerSpec, run_peer
+from pipeline.bench.report import print_table
+from pipeline.bench.roofline import ModelShape, Rates
+from pipeline.bench.rows import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
+from pipeline.bench.workload import Work
+from pipeline.config import Config, load_config
+from pipeline.model_files import ModelFacts, find_model
+from pipeline.python_module import module_command, module_environment
+from workers.gpu.config import ModelConfig
+
+PROFILE_OUTPUT_LEN: Final = 192  # output tokens of a request under the profiler: enough steps for its window
+STREAM_UP_TO: Final = 64  # requests; with more, the client's work for every token would compete with the engine's
+SPARE_ROWS: Final = 32  # for arrivals beside background streams
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a folder instead of the configuration's; config.json is enough")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--num-requests", type=int, default=32, help="that arrive at once")
+    parser.add_argument("--prompt-len", type=int, default=128, help="tokens; longer ones with --output-len 1 = prefill")
+    parser.add_argument("--output-len", type=int, default=1024, help="tokens")
+    parser.add_argument("--depth", type=_numbers, default=[2], help="ring.depth, comma-separated")
+    parser.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction,
+        help=f"stream the tokens, which times them; default: with up to {STREAM_UP_TO} requests",
+    )  # fmt: skip
+    parser.add_argument("--arrivals", choices=("at-once", "poisson"), default="at-once")
+    parser.add_argument("--rate", type=float, default=4.0, help="poisson: arrivals per second")
+    parser.add_argument("--background", type=int, default=32, help="poisson: streams that run all the time")
+    parser.add_argument("--seconds", type=float, default=30.0, help="poisson: length of the measurement")
+    parser.add_argument("--peers", type=_peers, default=[], help=f"comma-separated, of {', '.join(PEERS)}")
+    parser.add_argument(
+        "--peer-output-len", type=int,
+        help="let peers run shorter: their prompts are longer by half of the difference, for an equal mean context",
+    )  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="run once more under torch's profiler, peers too")
+    parser.add_argument("--json", action="store_true", help="JSON lines as results come; the table goes to stderr")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print. Exit status 1 if a peer gave no figures, 2 for a work that this configuration cannot do."""
+    try:
+        failed = _Benchmark(arguments).run()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if failed else 0)
+
+
+class _Benchmark:
+    """One run of the command. Raises ConfigError for a work that cannot be done."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._work = Work(arguments.num_requests, arguments.prompt_len, arguments.output_len)
+        self._mixed = arguments.arrivals == "poisson"
+        if min(arguments.num_requests, arguments.prompt_len, arguments.output_len) < 1:
+            raise ConfigError("--num-requests, --prompt-len and --output-len must be at least 1")
+        if min(arguments.background, arguments.rate, arguments.seconds) <= 0:
+            raise ConfigError("--background, --rate and --seconds must be above 0")
+        if self._mixed and (arguments.peers or arguments.profile):
+            raise ConfigError("--peers and --profile go with requests that arrive at once, not with --arrivals poisson")
+        overrides = self._overrides()
+        self._config = load_config(arguments.config, overrides)
+        self._facts = find_model(self._config)
+        self._engine = Engine(arguments.config, tuple(overrides), self._facts.vocab_size)
+        self._check_lengths(self._config, self._facts)
+
+    def run(self) -> bool:
+        """Returns whether a peer failed."""
+        arguments, work = self._arguments, self._work
+        before = self._measure_rates()
+        rates = Rates(before["read_bytes_per_s"], before["matrix_flops_per_s"])
+        self._say({"rates": "before", **before})
+        rows: list[Row] = []
+        for depth in arguments.depth:
+            rows.append(self._measure_engine(depth, rates))
+            self._say(rows[-1])
+        ours = rows[:]
+        for name in arguments.peers:
+            shorter = arguments.peer_output_len
+            done = work if shorter is None else work.at_equal_context(shorter)
+            spec = PeerSpec(
+                name=name,
+                model=self._peer_model(),
+                vocab_size=self._facts.vocab_size,
+                max_num_batched_tokens=self._config.scheduler.max_num_batched_tokens,
+                work=done,
+                profile=self._profiled_work() if arguments.profile else None,
+            )
+            rows.append(peer_row(name, work, done, run_peer(spec), ours))
+            self._say(rows[-1])
+        after = self._measure_rates()
+        self._say({"rates": "after", **after})
+        title = (
+            f"{self._facts.name} on {before['device']}: reads {before['read_bytes_per_s'] / 1e9:,.0f} GB/s "
+            f"(afterwards {after['read_bytes_per_s'] / 1e9:,.0f}), multiplies "
+            f"{before['matrix_flops_per_s'] / 1e12:,.3g} TFLOP/s ({after['matrix_flops_per_s'] / 1e12:,.3g})"
+        )
+        console = Console(stderr=arguments.json)
+        print_table(title, rows, Console(width=max(console.width, 60 + 18 * len(rows)), stderr=arguments.json))
+        return any("error" in row for row in rows)
+
+    def _measure_engine(self, depth: int, rates: Rates) -> Row:
+        arguments, work = self._arguments, self._work
+        engine = self._engine.with_overrides(f"ring.depth={depth}")
+        if self._mixed:
+            ready_s, mixed = engine.measure_mixed(work, arguments.background, arguments.rate, arguments.seconds)
+            return mixed_row(depth, work, ready_s, arguments.background, mixed)
+        stream = work.num_requests <= STREAM_UP_TO if arguments.stream is None else arguments.stream
+        shape, note = self._shape()
+        ready_s, measured = engine.measure(work, stream)
+        max_tokens = self._config.scheduler.max_num_batched_tokens
+        row = engine_row(depth, work, ready_s, measured, shape, rates, max_tokens)
+        if note:
+            row["note"] = note
+        if arguments.profile:
+            row |= profile_figures(engine.profile(self._profiled_work()))
+        return row
+
+    def _overrides(self) -> list[str]:
+        """The command line's `--set` come last: they win."""
+        arguments = self._arguments
+        num_seqs = arguments.background + SPARE_ROWS if self._mixed else arguments.num_requests
+        overrides = [f"scheduler.max_num_seqs={num_seqs}"]
+        if arguments.model is not None:
+            overrides.append(f"model.path={json.dumps(str(arguments.model.resolve()))}")
+            if not any(arguments.model.glob("*.safetensors")):
+                overrides.append("model.load_format=dummy")
+        return [*overrides, *arguments.overrides]
+
+    def _check_lengths(self, config: Config, facts: ModelFacts) -> None:
+        longest = self._work.prompt_len + self._work.output_len
+        if longest > facts.max_model_len:
+            raise ConfigError(
+                f"--prompt-len ({self._work.prompt_len}) and --output-len ({self._work.output_len}) make {longest} "
+                f"tokens, more than one sequence may have ({facts.max_model_len}): lower one of them, or raise "
+                "scheduler.max_model_len where the model can"
+            )
+        if self._arguments.profile and self._work.output_len < PROFILE_OUTPUT_LEN:
+            raise ConfigError(
+                f"--profile looks at {PROFILE_OUTPUT_LEN} steps: --output-len ({self._work.output_len}) must be at "
+                "least as much"
+            )
+        shorter = self._arguments.peer_output_len
+        if shorter is not None and not 1 <= shorter <= self._work.output_len:
+            raise ConfigError(f"--peer-output-len ({shorter}) must lie in [1, --output-len ({self._work.output_len})]")
+
+    def _shape(self) -> tuple[ModelShape | None, str]:
+        """For the bounds; or None, and why there are none."""
+        plain = json.loads((Path(self._facts.folder) / "config.json").read_text())
+        try:
+            return ModelShape.from_config(plain, self._config.model.dtype), ""
+        except ConfigError as error:
+            return None, str(error)
+
+    def _peer_model(self) -> ModelConfig:
+        return msgspec.structs.replace(self._config.model, path=self._facts.folder)
+
+    def _profiled_work(self) -> Work:
+        return self._work.at_equal_context(PROFILE_OUTPUT_LEN)
+
+    def _measure_rates(self) -> dict[str, Any]:
+        """In a process of its own, which gives the device's memory back."""
+        model = self._config.model
+        threads = [] if model.num_threads is None else ["--threads", str(model.num_threads)]
+        done = subprocess.run(
+            module_command("workers.gpu.rates", "--device", model.device, *threads),
+            env=module_environment(), stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        rates: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return rates
+
+    def _say(self, row: dict[str, Any]) -> None:
+        if self._arguments.json:
+            print(json.dumps(rounded(row)), flush=True)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _peers(text: str) -> list[str]:
+    names: list[str] = text.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"there is no peer {unknown[0]!r}: it must be of {', '.join(PEERS)}")
+    return names

@@ -1,0 +1,58 @@
+"""A peer: vLLM's offline engine on a model of the same shape and the same prompts.
+
+Its random weights are its own. It tells no times of single steps: the steady step is the mean over the whole run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Final
+
+from pipeline.bench.peers import PeerResult, PeerSpec, answer
+from pipeline.bench.workload import WARM_UP_OUTPUT_LEN, WARM_UP_SEED, make_prompts
+
+_MEMORY_SHARE: Final = 0.85
+
+
+def measure(spec: PeerSpec) -> PeerResult:
+    """Run the work. Needs the package vllm."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import vllm
+
+    work = spec.work
+    start = time.perf_counter()
+    engine: Any = vllm.LLM(
+        model=spec.model.path,
+        load_format="dummy" if spec.model.load_format == "dummy" else "auto",
+        dtype=spec.model.dtype,
+        skip_tokenizer_init=True,
+        max_model_len=work.prompt_len + work.output_len,
+        max_num_seqs=work.num_requests,
+        max_num_batched_tokens=max(spec.max_num_batched_tokens, work.num_requests),
+        gpu_memory_utilization=_MEMORY_SHARE,
+        disable_log_stats=True,
+    )
+    ready_s = time.perf_counter() - start
+
+    def answer_all(seed: int, output_len: int) -> int:
+        prompts = make_prompts(work.num_requests, work.prompt_len, spec.vocab_size, seed)
+        params = vllm.SamplingParams(max_tokens=output_len, ignore_eos=True, temperature=0.0, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    answer_all(WARM_UP_SEED, min(WARM_UP_OUTPUT_LEN, work.output_len))
+    start = time.perf_counter()
+    num_tokens = answer_all(0, work.output_len)
+    total_s = time.perf_counter() - start
+    return PeerResult(
+        ready_s=ready_s,
+        total_s=total_s,
+        num_tokens=num_tokens,
+        steady_ms_per_step=total_s * 1e3 / work.output_len,
+        note=f"vllm {vllm.__version__}; its step is the mean of the whole run, prompts included; it is not profiled",
+    )
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,50 @@
+"""The throughput benchmark's whole command on the CPU, with the rates of the device made up."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bench import throughput
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
+RATES = {"device": "a toy", "read_bytes_per_s": 1e10, "matrix_flops_per_s": 1e11}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    monkeypatch.setattr(throughput._Benchmark, "_measure_rates", lambda self: dict(RATES))
+    parser = ArgumentParser()
+    throughput.add_arguments(parser)
+    with pytest.raises(SystemExit) as ended:
+        throughput.run(parser.parse_args(["--config", str(CONFIG), "--json", *arguments]))
+    assert ended.value.code == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_requests_at_once_give_a_row_against_the_bounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--num-requests", "3", "--prompt-len", "20", "--output-len", "40", "--depth", "2")
+    before, row, after = run(monkeypatch, capsys, *arguments)
+    assert (before["rates"], after["rates"]) == ("before", "after")
+    assert row["engine"] == "depth 2"
+    assert row["num_steps"] >= 40
+    assert row["num_preemptions"] == 0
+    assert row["x_floor"] == pytest.approx(row["total_s"] / row["floor_s"], rel=0.01)
+    assert row["x_steady_floor"] > 0
+    assert row["gap_p99_ms"] >= row["gap_p50_ms"] > 0
+
+
+def test_arrivals_beside_streams_give_steps_with_prompts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--arrivals", "poisson", "--background", "2", "--rate", "20", "--seconds", "2")
+    _, row, _ = run(monkeypatch, capsys, "--prompt-len", "40", "--output-len", "2", *arguments)
+    assert row["num_arrivals"] > 0
+    assert 0 < row["mixed_percent"] <= 100
+    assert row["gap_p50_ms"] > 0
+    assert row["first_token_p50_ms"] > 0
