@@ -77,7 +77,7 @@ def launch(
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
         wiring = Wiring(config, model, endpoint, claim.fd, log_level, traced=recorder is not None)
         if recorder is not None:
-            recorder.start(wiring.traces, f"{model.name}, ring.depth {config.ring.depth}")
+            recorder.start(wiring.traces, _label(config, model))
         supervisor = Supervisor(
             wiring,
             Announcer(endpoint, model.name, _details(config, model), status_fd),
@@ -94,6 +94,13 @@ def _details(config: Config, model: ModelFacts) -> str:
         f"{config.cache.block_size} tokens each, {config.scheduler.max_num_seqs} sequences of up to "
         f"{model.max_model_len} tokens, ring depth {config.ring.depth}"
     )
+
+
+def _label(config: Config, model: ModelFacts) -> str:
+    """What a timeline says of its engine."""
+    is_null, depth = config.model.load_format == "null", config.ring.depth
+    name = f"no model, steps of {config.model.null_step_ms:g} ms" if is_null else model.name
+    return f"{name}, ring.depth {depth}{' (synchronous)' if depth == 1 else ''}"
 
 
 def _print_resolved(config: Config) -> None:
