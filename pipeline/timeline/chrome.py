@@ -35,6 +35,10 @@ class ChromeEvents:
         self._pids = {process: number for number, process in enumerate(processes, start=1)}
         threads = sorted({thread for _, thread in self._places.values()})
         self._tids = {thread: number for number, thread in enumerate(threads, start=1)}
+        self._ids = {
+            track: f'"pid":{self._pids[process]},"tid":{self._tids[thread]}'
+            for track, (process, thread) in self._places.items()
+        }
         self._planned: dict[int, tuple[int, int]] = {}  # by ticket: sequences and tokens, until the step has run
         self._launched: dict[int, tuple[int, int]] = {}  # by ticket: sequences and tokens of its bucket
         self._device_end_ns = 0
@@ -75,12 +79,12 @@ class ChromeEvents:
         for track, kind, start_ns, duration_ns, *values in rows:
             form = KINDS[kind].form
             if form is Form.COUNTER:
-                events.append(self._counter(track, kind, start_ns, values))
+                head = self._head(KINDS[kind].name, "C", track, start_ns)
+                events.append(f'{{{head},"args":{_args(KINDS[kind].values, values)}}}')
             elif form is Form.DEVICE:
                 events += self._step(kind, start_ns, duration_ns, values[0])
             else:
-                args = dict(zip(KINDS[kind].values, values, strict=False))
-                events += self._span(track, kind, start_ns, duration_ns, args)
+                events += self._span(track, kind, start_ns, duration_ns, KINDS[kind].values, values)
         return events
 
     def dropped(self, track: str, now_ns: int, num_dropped: int) -> str:
@@ -93,35 +97,28 @@ class ChromeEvents:
         end_ns = start_ns + duration_ns
         start_ns = max(start_ns, self._device_end_ns)
         self._device_end_ns = end_ns = max(end_ns, start_ns)
-        args = {"ticket": ticket}
-        for source, names in (
-            (self._planned, ("num_seqs", "num_tokens")),
-            (self._launched, ("bucket_seqs", "bucket_tokens")),
-        ):
+        names, values = KINDS[kind].values, [ticket]
+        for source, of in ((self._planned, Span.PLAN), (self._launched, Span.LAUNCH)):
             if ticket in source:
-                args |= zip(names, source[ticket], strict=True)
+                names += KINDS[of].values[1:]
+                values += source[ticket]
             for old in [known for known in source if known <= ticket]:
                 del source[old]
-        return self._span(DEVICE, kind, start_ns, end_ns - start_ns, args)
+        return self._span(DEVICE, kind, start_ns, end_ns - start_ns, names, values)
 
-    def _span(self, track: str, kind: int, start_ns: int, duration_ns: int, args: dict[str, int]) -> list[str]:
-        name = KINDS[kind].name
-        duration = _microseconds(max(duration_ns, 1))
-        values = json.dumps(args) if args else "{}"
-        events = [f'{{{self._head(name, "X", track, start_ns)},"dur":{duration},"args":{values}}}']
-        if kind in _ARROW and args["ticket"]:
+    def _span(
+        self, track: str, kind: int, start_ns: int, duration_ns: int, names: tuple[str, ...], values: list[int]
+    ) -> list[str]:
+        head, duration = self._head(KINDS[kind].name, "X", track, start_ns), _microseconds(max(duration_ns, 1))
+        events = [f'{{{head},"dur":{duration},"args":{_args(names, values)}}}']
+        if kind in _ARROW and values[0]:  # a ticket; 0: nothing was planned
             arrow = self._head("step", _ARROW[kind], track, start_ns)
-            events.append(f'{{{arrow},"cat":"step","id":{args["ticket"]},"bp":"e"}}')
+            events.append(f'{{{arrow},"cat":"step","id":{values[0]},"bp":"e"}}')
         return events
 
-    def _counter(self, track: str, kind: int, start_ns: int, values: list[int]) -> str:
-        args = json.dumps(dict(zip(KINDS[kind].values, values, strict=False)))
-        return f'{{{self._head(KINDS[kind].name, "C", track, start_ns)},"args":{args}}}'
-
     def _head(self, name: str, phase: str, track: str, start_ns: int) -> str:
-        process, thread = self._places[track]
         time = _microseconds(start_ns - self._origin_ns)
-        return f'"name":"{name}","ph":"{phase}","pid":{self._pids[process]},"tid":{self._tids[thread]},"ts":{time}'
+        return f'"name":"{name}","ph":"{phase}",{self._ids[track]},"ts":{time}'
 
 
 def _place(track: str) -> tuple[str, str]:
@@ -136,6 +133,11 @@ def _place(track: str) -> tuple[str, str]:
 
 def _rank(process: str) -> tuple[int, str]:
     return _ORDER.index(process.split(".")[0]), process
+
+
+def _args(names: tuple[str, ...], values: list[int]) -> str:
+    """A JSON object of as many values as there are names."""
+    return "{" + ",".join([f'"{name}":{value}' for name, value in zip(names, values, strict=False)]) + "}"
 
 
 def _microseconds(ns: int) -> str:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_INTERVAL_S: Final = 0.25  # a ring holds several seconds
 _COMPRESSION: Final = 4
+_NICENESS: Final = 10  # where cores are short, the engine comes first
 
 
 class Recorder:
@@ -65,6 +66,7 @@ class Recorder:
         self.close()
 
     def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             while not self._stop.wait(DRAIN_INTERVAL_S):
                 self._drain()

@@ -126,7 +126,7 @@ class StepChannel:
                 if not scheduler.plan(record):
                     break
                 span.set(self._steps.publish(), record.num_seqs[0], record.num_tokens[0])
-                self._gpu.ring()
+            self._gpu.ring()
         trace.gauge(Span.STEP_RING, scheduler.num_in_flight)
         stats.plan_ns[0] += perf_counter_ns() - applied
 
