@@ -24,8 +24,8 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
         "num_prefill_steps",  # those that compute prompts, with or without sequences that decode beside them
         "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled", "num_refused",
         "num_preemptions", "num_cached_tokens", "num_cached_blocks", "plan_ns", "apply_ns",
-        # Of the device, from the times in the result records. A step waits for the scheduler if work was there.
-        "device_busy_ns", "device_wait_ns", "device_no_work_ns", "device_last_end_ns",
+        # Of the device, from the times in the result records: busy, or idle and why (workers/scheduler/device_time.py).
+        "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_last_end_ns",
     ),
     "gpu": ("num_steps", "launch_ns", "num_rows", "load_ns"),
 }  # fmt: skip

@@ -65,7 +65,8 @@ def run(config: Path, num_requests: int, max_tokens: int, console: Console) -> N
     by_role = ", ".join(f"{role} {us:,.0f}" for role, us in host.items())
     table.add_row("host time per step, beside the device's", f"{sum(host.values()):,.0f} us ({by_role})")
     table.add_row("device time per step", f"{figures.device_us_per_step:,.0f} us")
-    table.add_row("share of the time the device waited for the host", f"{figures.device_wait_share:.2%}")
+    shares = figures.device.shares()
+    table.add_row("the device's time", ", ".join(f"{name} {share:.2%}" for name, share in shares.items()))
     console.print(table)
 
 

@@ -36,6 +36,7 @@ class Pipeline:
         overrides: "section.key=value" strings, or {"section.key": value}.
         log: a file to write the engine's log to; None = only `log_text()` has it.
         startup_timeout_s: how long the engine may take to be ready.
+        timeline: a file for a trace of all that the engine does (`python -m pipeline.launch --timeline`).
 
     Without `frontend.endpoint` the engine gets a private one of its own. Raises ConfigError for a configuration that
     cannot work, EngineUnavailable, with the last lines of its log, for an engine that does not come up. Leaves nothing:
@@ -49,6 +50,7 @@ class Pipeline:
         *,
         log: str | os.PathLike[str] | None = None,
         startup_timeout_s: float = 120.0,
+        timeline: str | os.PathLike[str] | None = None,
     ) -> None:
         overrides = overrides_from_dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
         if isinstance(config, Config):
@@ -62,6 +64,7 @@ class Pipeline:
             self.config = load_config(config, overrides)
         self._log_path = log
         self._startup_timeout_s = startup_timeout_s
+        self._timeline = timeline
         self._process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
         self._private_folder: Path | None = None
@@ -87,6 +90,7 @@ class Pipeline:
             config = msgspec.structs.replace(
                 config, frontend=msgspec.structs.replace(config.frontend, endpoint=self.endpoint)
             )
+        timeline = () if self._timeline is None else ("--timeline", os.fspath(self._timeline))
         self._log = _open_log(self._log_path)
         status_reader, status_writer = os.pipe()
         lifeline_reader, self._lifeline = os.pipe()
@@ -94,7 +98,7 @@ class Pipeline:
             self._process = subprocess.Popen(
                 module_command(
                     "pipeline.launch", "--config", "-",
-                    "--status-fd", str(status_writer), "--lifeline-fd", str(lifeline_reader),
+                    "--status-fd", str(status_writer), "--lifeline-fd", str(lifeline_reader), *timeline,
                 ),
                 stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
                 pass_fds=(status_writer, lifeline_reader), env=module_environment(), process_group=0,

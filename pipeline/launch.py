@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import msgspec
 
@@ -21,6 +21,7 @@ from pipeline.config import Config, load_config, to_toml
 from pipeline.endpoint import EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
+from pipeline.timeline.recorder import Recorder
 from pipeline.wiring import Wiring
 from workers.process import LOG_FORMAT
 
@@ -40,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _print_resolved(config)
                 return 0
             return launch(
-                config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd
-            )
+                config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd,
+                timeline=options.timeline,
+            )  # fmt: skip
         except ConfigError as error:
             raise ConfigError(f"{options.config}: {error}") from None
     except ConfigError as error:
@@ -60,18 +62,24 @@ def launch(
     log_level: str = "INFO",
     status_fd: int | None = None,
     lifeline_fd: int | None = None,
+    timeline: str | os.PathLike[str] | None = None,
     package: str = "workers",
 ) -> int:
     """Run an engine until it is told to end, and return the exit status. Call it in the main thread.
 
-    `package` holds the workers' modules, one per role. Raises ConfigError before anything is spawned.
+    `timeline`: a file for a trace of all that the processes do. `package` holds the workers' modules, one per role.
+    Raises ConfigError before anything is spawned.
     """
     check_device(config.model.device)
     model = find_model(config)
     endpoint = config.frontend.endpoint or default_endpoint()
-    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint)) as claim:
+    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint)) as claim, ExitStack() as stack:
+        recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
+        wiring = Wiring(config, model, endpoint, claim.fd, log_level, traced=recorder is not None)
+        if recorder is not None:
+            recorder.start(wiring.traces, _label(config, model))
         supervisor = Supervisor(
-            Wiring(config, model, endpoint, claim.fd, log_level),
+            wiring,
             Announcer(endpoint, model.name, _details(config, model), status_fd),
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,
@@ -86,6 +94,13 @@ def _details(config: Config, model: ModelFacts) -> str:
         f"{config.cache.block_size} tokens each, {config.scheduler.max_num_seqs} sequences of up to "
         f"{model.max_model_len} tokens, ring depth {config.ring.depth}"
     )
+
+
+def _label(config: Config, model: ModelFacts) -> str:
+    """What a timeline says of its engine."""
+    is_null, depth = config.model.load_format == "null", config.ring.depth
+    name = f"no model, steps of {config.model.null_step_ms:g} ms" if is_null else model.name
+    return f"{name}, ring.depth {depth}{' (synchronous)' if depth == 1 else ''}"
 
 
 def _print_resolved(config: Config) -> None:
@@ -110,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
     parser.add_argument("--check", action="store_true", help="check and print the resolved configuration, run nothing")
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="write a trace for ui.perfetto.dev of all processes and the device (.gz: packed)",
+    )
     parser.add_argument("--status-fd", type=_descriptor, help="write life events to this descriptor, one JSON a line")
     parser.add_argument("--lifeline-fd", type=_descriptor, help="end soon after this descriptor's other end is closed")
     return parser

@@ -21,6 +21,7 @@ from ipc.layout import Layout
 from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, RingHandle
 from ipc.stats import StatsHandle, StatsPage
+from ipc.trace import TraceHandle, TraceRing
 from pipeline.config import Config
 from pipeline.endpoint import runtime_folder
 from pipeline.model_files import ModelFacts
@@ -35,6 +36,7 @@ TOKENIZER_WINDOW: Final = 8  # enough to keep a tokenizer busy; few enough that 
 CLIENT_WINDOW: Final = 64  # at 4 ms a step, a quarter of a second of a client's absence before its deltas coalesce
 MIN_PROMPT_RECORDS: Final = 64
 GATEWAY, DETOKENIZER, SCHEDULER, GPU = "gateway", "detokenizer", "scheduler", "gpu"
+COMPLETION: Final = "gpu.completion"  # the GPU process's second thread
 _SOCKETS: Final = ("control", "tokenize", "schedule", "detokenize", "deliver")
 
 
@@ -52,10 +54,19 @@ class Wiring:
 
     The launcher's own descriptors and mappings are given up by `close()`, once all workers are spawned: the memory then
     lives as long as its last worker. The run folder, with the internal sockets, is removed by `remove_run_folder()`.
+    With `traced`, `traces` has the reader's side of every thread's trace ring, which stays valid until its last holder.
     """
 
     def __init__(
-        self, config: Config, model: ModelFacts, endpoint: str, claim_fd: int | None, log_level: str, epoch: int = 1
+        self,
+        config: Config,
+        model: ModelFacts,
+        endpoint: str,
+        claim_fd: int | None,
+        log_level: str,
+        epoch: int = 1,
+        *,
+        traced: bool = False,
     ) -> None:
         self._closers = contextlib.ExitStack()
         self._log_level = log_level
@@ -65,11 +76,12 @@ class Wiring:
             max_model_len=model.max_model_len,
             block_size=config.cache.block_size,
         )
+        self.traces: list[TraceRing] = []
         self.tokenizer_roles = [f"tokenizer.{i}" for i in range(config.tokenizer.num_workers)]
         self.run_folder = Path(tempfile.mkdtemp(prefix="ringfeed-run-", dir=runtime_folder()))  # mode 0700
         self._endpoints = {name: f"ipc://{self.run_folder / name}.sock" for name in _SOCKETS}
         try:
-            self.plans = self._plan(config, model, endpoint, claim_fd, epoch)
+            self.plans = self._plan(config, model, endpoint, claim_fd, epoch, traced)
         except BaseException:
             self.close()
             self.remove_run_folder()
@@ -100,11 +112,13 @@ class Wiring:
         return {self.run_folder / f"{name}.sock": count for name, count in counts.items()}
 
     def _plan(
-        self, config: Config, model: ModelFacts, endpoint: str, claim_fd: int | None, epoch: int
+        self, config: Config, model: ModelFacts, endpoint: str, claim_fd: int | None, epoch: int, traced: bool
     ) -> list[WorkerPlan]:
-        roles = [GPU, SCHEDULER, DETOKENIZER, *self.tokenizer_roles, GATEWAY]
+        # The scheduler before the GPU process: a timeline that has read of a step's end finds its launch.
+        roles = [SCHEDULER, GPU, DETOKENIZER, *self.tokenizer_roles, GATEWAY]
         bells = {role: self._doorbell() for role in roles}
         pages = {role: self._stats_page(role) for role in roles}
+        traces = {track: self._trace(track) for track in (*roles, COMPLETION)} if traced else {}
         workers = {
             role: WorkerBootstrap(
                 role=role,
@@ -113,6 +127,7 @@ class Wiring:
                 stats=pages[role],
                 launcher_pid=os.getpid(),
                 log_level=self._log_level,
+                trace=traces.get(role),
             )
             for role in roles
         }
@@ -126,7 +141,9 @@ class Wiring:
         ]
         shared_fds = tuple(ring.fd for ring in (step_ring, result_ring, *prompt_rings))
         tokenizer_bells = [bells[role] for role in self.tokenizer_roles]
-        own_fds = {role: (bells[role], pages[role].fd) for role in roles}
+        own_fds = {role: [bells[role], pages[role].fd] for role in roles}
+        for track, trace in traces.items():
+            own_fds[GPU if track == COMPLETION else track].append(trace.fd)
 
         def endpoints(*names: str) -> dict[str, str]:
             return {f"{name}_endpoint": self._endpoints[name] for name in names}
@@ -141,6 +158,7 @@ class Wiring:
             result_ring=result_ring,
             prompt_rings=prompt_rings,
             scheduler_doorbell_fd=bells[SCHEDULER],
+            completion_trace=traces.get(COMPLETION),
         )
         scheduler = SchedulerBootstrap(
             worker=workers[SCHEDULER],
@@ -192,15 +210,16 @@ class Wiring:
             **endpoints("tokenize", "deliver", "schedule", "detokenize"),
         )
         # The gateway holds the endpoint's claim as well: it outlives a killed launcher by a moment.
-        gateway_fds = (*(page.fd for page in pages.values()), *(() if claim_fd is None else (claim_fd,)))
+        other_pages = (page.fd for role, page in pages.items() if role != GATEWAY)
+        gateway_fds = (*other_pages, *(() if claim_fd is None else (claim_fd,)))
         return [
             # First: should the launcher be killed while it spawns, somebody is there to remove the run folder.
-            WorkerPlan(GATEWAY, "gateway", gateway, (bells[GATEWAY], *gateway_fds)),
+            WorkerPlan(GATEWAY, "gateway", gateway, (*own_fds[GATEWAY], *gateway_fds)),
             WorkerPlan(GPU, "gpu", gpu, (*own_fds[GPU], *shared_fds, bells[SCHEDULER])),
             WorkerPlan(
                 SCHEDULER, "scheduler", scheduler, (*own_fds[SCHEDULER], *shared_fds, bells[GPU], *tokenizer_bells)
             ),
-            WorkerPlan(DETOKENIZER, "detokenizer", detokenizer, own_fds[DETOKENIZER]),
+            WorkerPlan(DETOKENIZER, "detokenizer", detokenizer, (*own_fds[DETOKENIZER],)),
             *(
                 WorkerPlan(role, "tokenizer", bootstrap, (*own_fds[role], bootstrap.prompt_ring.fd))
                 for role, bootstrap in zip(self.tokenizer_roles, tokenizers, strict=True)
@@ -215,6 +234,12 @@ class Wiring:
     def _stats_page(self, role: str) -> StatsHandle:
         handle = StatsPage.create(role)
         self._closers.callback(os.close, handle.fd)
+        return handle
+
+    def _trace(self, track: str) -> TraceHandle:
+        handle = TraceRing.create(track)
+        self._closers.callback(os.close, handle.fd)
+        self.traces.append(TraceRing(handle))
         return handle
 
     def _ring(self, name: str, layout: Layout, num_slots: int, epoch: int) -> RingHandle:

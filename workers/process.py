@@ -1,7 +1,7 @@
 """What every worker process does alike: start from inherited descriptors, announce itself, wait, and exit.
 
-Owns signals, the launcher's control channel, the process's doorbell, its statistics page and its exit status. Knows
-nothing of what any role does.
+Owns signals, the launcher's control channel, the process's doorbell, its statistics page, its trace and its exit
+status. Knows nothing of what any role does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ipc.doorbell import Doorbell
 from ipc.errors import RingfeedError
 from ipc.messages import Failed, LauncherToWorker, Progress, Ready, Stop
 from ipc.stats import StatsHandle, StatsPage
+from ipc.trace import Span, TraceHandle
+from ipc.tracer import tracer
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     stats: StatsHandle
     launcher_pid: int
     log_level: str = "INFO"
+    trace: TraceHandle | None = None  # None: nothing is traced
 
 
 class StopWorker(Exception):
@@ -58,6 +61,8 @@ class WorkerProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.stats_page = StatsPage(bootstrap.stats)
         self.stats = self.stats_page.values
+        self.trace = tracer(bootstrap.trace)  # of the main thread
+        self._awake_since_ns = time.monotonic_ns()
         self._control = connect_dealer(self.context, bootstrap.control_endpoint, identity=self.role.encode())
         self._poller = zmq.Poller()
         self._poller.register(self._control, zmq.POLLIN)
@@ -90,7 +95,9 @@ class WorkerProcess:
         """
         if timeout_ms != 0:
             self.stats.cpu_ns[0] = time.process_time_ns()
+        self._trace_awake()
         ready = {source for source, _ in self._poller.poll(timeout_ms)}
+        self._awake_since_ns = time.monotonic_ns()
         self.stats.num_wakeups[0] += 1
         if self.doorbell.fd in ready:
             self.doorbell.drain()
@@ -106,6 +113,10 @@ class WorkerProcess:
         """Flush what is queued on every socket (bounded by their linger) and close them."""
         self.stats.cpu_ns[0] = time.process_time_ns()
         self.context.destroy()
+        self._trace_awake()
+
+    def _trace_awake(self) -> None:
+        self.trace.record(Span.AWAKE, self._awake_since_ns, time.monotonic_ns() - self._awake_since_ns)
 
 
 def run_worker(

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-ms", type=_numbers(float), default=[0, 1, 4, 10], help="device time of a step")
     parser.add_argument("--depth", type=_numbers(int), default=[2], help="ring.depth, comma-separated")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    parser.add_argument("--timeline", type=Path, metavar="FOLDER", help="write a timeline of each measurement there")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
 
 
@@ -47,7 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
     for depth in arguments.depth:
         for num_seqs in arguments.num_seqs:
             for step_ms in arguments.step_ms:
-                figures, client_us = measure(arguments.config, num_seqs, step_ms, depth, arguments.seconds)
+                timeline = None
+                if arguments.timeline is not None:
+                    arguments.timeline.mkdir(parents=True, exist_ok=True)
+                    timeline = arguments.timeline / f"depth{depth}-{num_seqs}x{step_ms:g}ms.json.gz"
+                figures, client_us = measure(arguments.config, num_seqs, step_ms, depth, arguments.seconds, timeline)
                 row = {"num_seqs": num_seqs, "depth": depth, "step_ms": step_ms, **_as_dict(figures, client_us)}
                 if arguments.json:
                     print(json.dumps(row), flush=True)
@@ -57,7 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
         Console(width=max(Console().width, 150)).print(table)
 
 
-def measure(config: Path, num_seqs: int, step_ms: float, depth: int, seconds: float) -> tuple[Figures, float]:
+def measure(
+    config: Path, num_seqs: int, step_ms: float, depth: int, seconds: float, timeline: Path | None = None
+) -> tuple[Figures, float]:
     """Figures of a steady pure-decode window of about `seconds`, and this client's CPU time per step in us."""
     overrides = {
         "model.load_format": "null",
@@ -66,7 +73,7 @@ def measure(config: Path, num_seqs: int, step_ms: float, depth: int, seconds: fl
         "scheduler.max_num_seqs": num_seqs,
         "scheduler.max_num_batched_tokens": max(512, num_seqs),
     }
-    with Pipeline(config, overrides) as pipeline:
+    with Pipeline(config, overrides, timeline=timeline) as pipeline:
         return asyncio.run(_stream_all(pipeline.endpoint, num_seqs, seconds))
 
 

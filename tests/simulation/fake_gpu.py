@@ -101,6 +101,7 @@ class FakeGpu:
             self._admit(step, i)
         for i in range(num_appends):
             self._append(int(step.append_row[i]), int(step.append_index[i]), int(step.append_block[i]))
+        result.received_at_ns[0] = step.planned_at_ns[0]  # at once
         result.device_start_ns[0] = self.clock_ns
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             result.token_ids[i], result.finish[i] = NO_TOKEN, FinishCode.RUNNING

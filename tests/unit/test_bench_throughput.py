@@ -41,7 +41,7 @@ from pipeline.bench.workload import (
     poisson_arrivals,
     run_all,
 )
-from pipeline.measure import Figures
+from pipeline.measure import DeviceTime, Figures
 from workers.gpu import rates
 from workers.gpu.config import ModelConfig
 from workers.gpu.profiler import DeviceActivity, StepProfiler, between_steps_us, summarize, union_us
@@ -225,7 +225,8 @@ class MadeUpClient:
         self.num_sampled = 0
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        names = ("num_prefill_steps", "plan_ns", "apply_ns", "device_busy_ns", "device_wait_ns", "device_no_work_ns")
+        device = (f"device_{name}_ns" for name in ("busy", "no_work", "scheduler", "copies"))
+        names = ("num_prefill_steps", "plan_ns", "apply_ns", *device)
         counters = dict.fromkeys(names, 0.0) | {"num_preemptions": 3.0, "cpu_ns": 0.0}
         return {"scheduler": counters | {"num_steps": self.num_sampled, "num_sampled_tokens": self.num_sampled}}
 
@@ -283,8 +284,8 @@ def test_steps_of_a_peer_are_timed_in_the_same_window() -> None:
 def figures_of(seconds: float, num_steps: int, num_prefill_steps: int = 0) -> Figures:
     return Figures(
         seconds=seconds, num_steps=num_steps, num_prefill_steps=num_prefill_steps, num_sampled_tokens=4 * num_steps,
-        host_us_per_step={"scheduler": 12.3}, plan_us_per_step=1.0, apply_us_per_step=1.0, device_us_per_step=900.0,
-        device_wait_share=0.1, device_no_work_share=0.0, device_idle_share=0.125,
+        host_us_per_step={"scheduler": 12.3}, plan_us_per_step=1.0, apply_us_per_step=1.0,
+        device=DeviceTime(9e5 * num_steps, no_work_ns=3e4 * num_steps, scheduler_ns=7e4 * num_steps, copies_ns=0.0),
     )  # fmt: skip
 
 
@@ -302,7 +303,7 @@ def test_a_row_holds_the_run_against_its_bounds() -> None:
     assert row["tokens_per_s"] == pytest.approx(4 * 8 / 80)
     assert row["steady_ms_per_step"] == 500
     assert row["steady_floor_ms"] == pytest.approx(1000 * (3.2 + 4 * (5 + 6 + 7 + 8) / 4 * 0.08), abs=1)
-    assert row["steady_idle_percent"] == 12.5
+    assert row["steady_idle_percent"] == 10.0
     assert row["gap_p50_ms"] == 2
     assert row["first_token_p99_ms"] == 200
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipc.channels import bind_router, connect_dealer, receive_from, send
 from ipc.codec import encode
 from ipc.messages import CancelRequests, ToDetokenizer
+from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.decoding import decoder_factory
@@ -21,16 +22,18 @@ def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     gateway = connect_dealer(process.context, bootstrap.deliver_endpoint)
     process.watch(inbox)
     process.ready()
-    stats = process.stats
+    stats, trace = process.stats, process.trace
     while True:
         process.wait()
         # All that has arrived first: the more steps lie here, the fewer and fuller the frames.
         for _, message in receive_from(inbox, ToDetokenizer):
-            core.handle(message)
+            with trace[Span.DETOKENIZE]:
+                core.handle(message)
         if cancels := core.take_cancels():
             send(scheduler, CancelRequests(keys=cancels))
-        for head, frames in core.deliveries():
-            gateway.send_multipart([encode(head), *frames])
+        with trace[Span.DELIVER]:
+            for head, frames in core.deliveries():
+                gateway.send_multipart([encode(head), *frames])
         stats.num_open[0] = core.num_open
         stats.num_tokens[0] = core.num_tokens
         stats.num_outputs[0] = core.num_outputs

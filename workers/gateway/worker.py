@@ -19,6 +19,7 @@ from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import EngineUnavailable
 from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone
 from ipc.stats import StatsPage
+from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.core import Gateway, Peer
 from workers.process import StopWorker, WorkerProcess
@@ -81,14 +82,15 @@ class GatewayWorker:
             self._flush()
 
     def _loop(self) -> None:
-        core = self.core
+        core, trace = self.core, self.process.trace
         self.process.ready()
         while True:
             timeout_s = core.timeout_s()
             ready = self.process.wait(None if timeout_s is None else int(timeout_s * 1_000))
             now = time.monotonic()
             for frames in receive_frames(self.deliveries):
-                core.delivery(decode(frames[1], Delivery), frames[2:], now)
+                with trace[Span.DELIVER]:
+                    core.delivery(decode(frames[1], Delivery), frames[2:], now)
             for message in receive(self.scheduler, SchedulerToGateway):
                 if isinstance(message, Accepted):
                     core.accepted(message.keys)
@@ -97,11 +99,13 @@ class GatewayWorker:
             for identity, done in receive_from(self.tokenizers, TokenizeDone):
                 core.tokenizer_done(identity, done.key)
             for frames in receive_frames(self.clients):
-                core.client_frames(frames[0], frames[1:], now)
+                with trace[Span.REQUEST]:
+                    core.client_frames(frames[0], frames[1:], now)
             core.tick(now)
             if self.launcher_fd in ready:
                 self._end_without_launcher()
-            self._flush()
+            with trace[Span.SEND]:
+                self._flush()
             self._count()
 
     def _on_control(self, message: Start | Drain | Abort) -> None:

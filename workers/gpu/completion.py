@@ -12,6 +12,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+from ipc.trace import Span
+from ipc.tracer import NO_TRACE, Tracer
 from workers.gpu.device.base import Device
 from workers.gpu.executor import Executor, Submitted
 
@@ -19,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class Completion:
-    """Takes steps in order, as they are submitted. `failed` is rung when the thread has died: see `check`."""
+    """Takes steps in order, as they are submitted. `failed` is rung when the thread has died: see `check`.
+
+    `trace` belongs to the submitting thread, `thread_trace` to the one that waits.
+    """
 
     def __init__(
         self,
@@ -27,11 +32,15 @@ class Completion:
         executor: Executor,
         ring_scheduler: Callable[[], None],
         failed: Callable[[], None],
+        trace: Tracer = NO_TRACE,
+        thread_trace: Tracer = NO_TRACE,
     ) -> None:
         self._device = device
         self._executor = executor
         self._ring_scheduler = ring_scheduler
         self._failed = failed
+        self._trace = trace
+        self._thread_trace = thread_trace
         self._failure: Exception | None = None
         self._waiting: SimpleQueue[Submitted] = SimpleQueue()
         threading.Thread(target=self._run, name="completion", daemon=True).start()
@@ -40,7 +49,7 @@ class Completion:
         """Publish this step when its results are there. Called once a step, right after it was submitted."""
         # If it is the oldest, the thread has published all before it and touches the executor no more.
         if self._executor.under_way[0] is step and self._device.query(step.outputs_done):
-            self._publish()
+            self._publish(step, self._trace)
         else:
             self._waiting.put(step)
 
@@ -49,16 +58,19 @@ class Completion:
         if self._failure is not None:
             raise self._failure
 
-    def _publish(self) -> None:
-        self._executor.publish()
-        self._ring_scheduler()
+    def _publish(self, step: Submitted, trace: Tracer) -> None:
+        with trace[Span.PUBLISH] as span:
+            span.set(step.ticket)
+            self._executor.publish()
+            self._ring_scheduler()
 
     def _run(self) -> None:
         try:
             while True:
                 # The result record is whole, and the step record read, once this event has fired.
-                self._device.synchronize(self._waiting.get().outputs_done)
-                self._publish()
+                step = self._waiting.get()
+                self._device.synchronize(step.outputs_done)
+                self._publish(step, self._thread_trace)
         except Exception as error:
             logger.exception("waiting for a step's results failed")
             self._failure = error

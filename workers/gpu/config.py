@@ -8,6 +8,7 @@ import msgspec
 
 from ipc.records import StepShape
 from ipc.ring import RingHandle
+from ipc.trace import TraceHandle
 from workers.process import WorkerBootstrap
 
 
@@ -67,3 +68,4 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     result_ring: RingHandle
     prompt_rings: list[RingHandle]
     scheduler_doorbell_fd: int
+    completion_trace: TraceHandle | None = None  # of the thread that waits for the device

@@ -72,6 +72,7 @@ class Submitted:
     received_at_ns: int
     num_seqs: int
     outputs_done: Any
+    bucket: tuple[int, int]  # sequences and tokens that it runs as
 
 
 class Executor:
@@ -202,7 +203,7 @@ class Executor:
         device.wait(self._copy_out, buffers.step_done)
         device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], buffers.outputs[want_logprobs])
         device.record(buffers.outputs_done, self._copy_out)
-        submitted = Submitted(ticket, now_ns, num_seqs, buffers.outputs_done)
+        submitted = Submitted(ticket, now_ns, num_seqs, buffers.outputs_done, bucket)
         self.under_way.append(submitted)
         return submitted
 

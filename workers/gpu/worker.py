@@ -18,6 +18,8 @@ from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
+from ipc.trace import Span
+from ipc.tracer import tracer
 from workers.gpu.buckets import Buckets
 from workers.gpu.completion import Completion
 from workers.gpu.config import GpuBootstrap
@@ -56,7 +58,10 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
         logger.info("loaded in %.1f s; %d KV blocks", process.stats.load_ns[0] * 1e-9, num_blocks)
 
         scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
-        completion = Completion(device, executor, ring_scheduler=scheduler.ring, failed=process.doorbell.ring)
+        completion = Completion(
+            device, executor, ring_scheduler=scheduler.ring, failed=process.doorbell.ring,
+            trace=process.trace, thread_trace=tracer(bootstrap.completion_trace),
+        )  # fmt: skip
         path = bootstrap.model.profile_path
         profiler = None if path is None else StepProfiler(Path(path), device.torch_device, marker=CLOCK_KERNEL)
         process.ready(num_blocks=num_blocks)
@@ -67,7 +72,7 @@ def run_steps(
     process: WorkerProcess, executor: Executor, completion: Completion, profiler: StepProfiler | None = None
 ) -> None:
     """The loop. Returns by StopWorker or an error only."""
-    stats = process.stats
+    stats, trace = process.stats, process.trace
     looked_at_ns = 0
     while True:
         completion.check()
@@ -76,6 +81,7 @@ def run_steps(
         if step is None:
             process.wait()
             continue
+        trace.record(Span.LAUNCH, now_ns, time.monotonic_ns() - now_ns, step.ticket, *step.bucket)
         completion.submitted(step)
         if profiler is not None:
             profiler.step()

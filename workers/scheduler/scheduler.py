@@ -121,8 +121,9 @@ class Scheduler:
             "num_free_blocks": self._blocks.num_free,
             "num_cached_blocks": self._blocks.num_cached,
             "device_busy_ns": self.device_time.busy_ns,
-            "device_wait_ns": self.device_time.wait_ns,
             "device_no_work_ns": self.device_time.no_work_ns,
+            "device_scheduler_ns": self.device_time.scheduler_ns,
+            "device_copies_ns": self.device_time.copies_ns,
             "device_last_end_ns": self.device_time.last_end_ns,
         }
 
@@ -349,7 +350,10 @@ class Scheduler:
         columns.step_applied(step.ticket)
         for lease in step.leases:
             self.prompts.release(lease)
-        self.device_time.add_step(int(result.device_start_ns[0]), int(result.device_end_ns[0]), step.work_since_ns)
+        self.device_time.add_step(
+            int(result.device_start_ns[0]), int(result.device_end_ns[0]), step.work_since_ns,
+            int(result.received_at_ns[0]),
+        )  # fmt: skip
 
     def _finish(self, rows: IntArray, finish: IntArray) -> None:
         """End the rows whose token was their last."""

@@ -23,6 +23,7 @@ from ipc.errors import EngineUnavailable
 from ipc.messages import Accepted, CacheCleared, ClearCache, Start, Tokenized, ToScheduler
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
+from ipc.trace import Span
 from workers.process import WorkerProcess
 from workers.scheduler.config import SchedulerBootstrap
 from workers.scheduler.prompts import PromptRings
@@ -52,20 +53,25 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     tokenizers = [Doorbell(fd) for fd in bootstrap.tokenizer_doorbell_fds]
     accepted: list[int] = []
     cleared: list[int] = []
+    trace = process.trace
     process.ready()
     while True:
-        accepted += take_messages(schedule, scheduler, cleared)
+        with trace[Span.RECEIVE]:
+            accepted += take_messages(schedule, scheduler, cleared)
         steps.advance()
-        while (outputs := scheduler.take_outputs()) is not None:
-            send(detokenizer, outputs)
+        with trace[Span.SEND]:
+            while (outputs := scheduler.take_outputs()) is not None:
+                send(detokenizer, outputs)
         if accepted and send_to(schedule, bootstrap.gateway_identity, Accepted(keys=accepted[:MAX_ITEMS])):
             accepted = accepted[MAX_ITEMS:]
         while cleared and send_to(schedule, bootstrap.gateway_identity, CacheCleared(query_id=cleared[0])):
             del cleared[0]
         for ring in scheduler.prompts.take_moved():
             tokenizers[ring - 1].ring()  # ring 0 is our own
-        for name, value in scheduler.gauges().items():
+        gauges = scheduler.gauges()
+        for name, value in gauges.items():
             getattr(process.stats, name)[0] = value
+        trace.gauge(Span.SEQUENCES, gauges["num_running"], gauges["num_waiting"])
         process.wait(
             ACCEPTED_RETRY_MS if accepted or cleared else None
         )  # only a gateway that is still connecting is waited for
@@ -93,24 +99,35 @@ class StepChannel:
     def __init__(self, scheduler: Scheduler, process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         self._scheduler = scheduler
         self._stats = process.stats
+        self._trace = process.trace
         self._steps = Ring.attach(bootstrap.step_ring, step_layout(bootstrap.shape))
         self._results = Ring.attach(bootstrap.result_ring, result_layout(bootstrap.shape))
         self._gpu = Doorbell(bootstrap.gpu_doorbell_fd)
 
     def advance(self) -> None:
         """Apply every result that is there, then publish steps as far as credit and work go."""
-        scheduler, stats = self._scheduler, self._stats
+        scheduler, stats, trace = self._scheduler, self._stats, self._trace
         started = perf_counter_ns()
         while (result := self._results.take()) is not None:
-            scheduler.apply(result)
-            self._results.release_through(self._results.next_ticket - 1)
+            ticket = self._results.next_ticket - 1
+            with trace[Span.APPLY] as span:
+                span.set(ticket)
+                scheduler.apply(result)
+            if trace.is_on:
+                start_ns, end_ns = int(result.device_start_ns[0]), int(result.device_end_ns[0])
+                trace.record(Span.STEP, start_ns, end_ns - start_ns, ticket)
+            self._results.release_through(ticket)
+        trace.gauge(Span.STEP_RING, scheduler.num_in_flight)
         applied = perf_counter_ns()
         stats.apply_ns[0] += applied - started
         while scheduler.num_in_flight < scheduler.depth and scheduler.has_work:
-            if not scheduler.plan(self._steps.claim()):
-                break
-            self._steps.publish()
+            with trace[Span.PLAN] as span:
+                record = self._steps.claim()
+                if not scheduler.plan(record):
+                    break
+                span.set(self._steps.publish(), record.num_seqs[0], record.num_tokens[0])
             self._gpu.ring()
+        trace.gauge(Span.STEP_RING, scheduler.num_in_flight)
         stats.plan_ns[0] += perf_counter_ns() - applied
 
 

@@ -12,6 +12,7 @@ from ipc.errors import RequestFailed
 from ipc.messages import Tokenize, Tokenized, TokenizeDone
 from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
 from ipc.ring import Ring
+from ipc.trace import Span
 from workers.process import WorkerProcess
 from workers.tokenizer.chat_template import ChatTemplate
 from workers.tokenizer.config import TokenizerBootstrap
@@ -48,6 +49,7 @@ class TokenizerWorker:
     def serve(self) -> None:
         waiting: deque[Tokenize] = deque()  # the gateway bounds how many
         encoded: Encoded | None = None  # done, and waiting for the scheduler to free records
+        trace = self.process.trace
         self.process.ready()
         send(self.gateway, TokenizeDone(key=0))
         while True:
@@ -55,10 +57,15 @@ class TokenizerWorker:
             self.process.wait(0 if waiting and encoded is None else None)
             waiting.extend(receive(self.gateway, Tokenize))
             if encoded is None and waiting:
-                encoded = self._encode(waiting.popleft())
+                with trace[Span.ENCODE] as span:
+                    encoded = self._encode(waiting.popleft())
+                    span.set(encoded.token_ids.size)
             if encoded is not None and self.ring.num_free() >= self._num_records(encoded):
-                self._hand_over(encoded)
+                with trace[Span.HAND_OVER] as span:
+                    span.set(self.ring.next_ticket, encoded.token_ids.size)
+                    self._hand_over(encoded)
                 encoded = None
+            trace.gauge(Span.PROMPT_RING, self.ring.num_slots - self.ring.num_free())
 
     def _encode(self, request: Tokenize) -> Encoded:
         started = time.monotonic_ns()

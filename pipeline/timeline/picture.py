@@ -1,0 +1,207 @@
+"""Draws a window of one or more timelines: bars of what each process and the device did, the device's idleness in red.
+
+Several timelines stand above each other on one time scale, so that what one of them wastes can be seen against the
+other. Needs matplotlib, which nothing else does: `pip install 'ringfeed[plot]'`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Patch
+
+from ipc.errors import ConfigError
+from ipc.trace import KINDS, Span
+from pipeline.timeline.chrome import DEVICE
+from pipeline.timeline.reader import Bar, Timeline
+
+DEFAULT_NUM_STEPS: Final = 8  # in a window that nobody has chosen
+
+_WIDTH: Final = 12.0  # inches
+_MARGINS: Final = (1.05, 0.3)  # left and right, inches
+_ROW_HEIGHT: Final = 0.34
+_TITLE_HEIGHT: Final = 0.3
+_FOOT_HEIGHT: Final = 0.62  # for the scale and the legend
+_CHARACTER: Final = 0.085  # the width of one, with some air
+_ROW_ORDER: Final = ("gateway", "tokenizer", "detokenizer", "scheduler", "gpu", DEVICE)  # the last one lowest
+_TITLES: Final = {"gpu": "GPU process", DEVICE: "device"}
+_INK, _FAINT, _IDLE = "#22223b", "#d8dbe2", "#e63946"
+_STEPS: Final = ("#2a7f9e", "#69b3c8")
+_AWAKE: Final = KINDS[Span.AWAKE].name
+_COLOURS: Final = {
+    KINDS[Span.PLAN].name: "#f4a261",
+    KINDS[Span.APPLY].name: "#e9c46a",
+    KINDS[Span.LAUNCH].name: "#7b6fd0",
+    KINDS[Span.PUBLISH].name: "#b9a7ee",
+}
+_OTHER: Final = "#8d99ae"  # text and messages
+_STYLE: Final = {"svg.fonttype": "none", "svg.hashsalt": "ringfeed", "font.family": "sans-serif", "font.size": 9.0}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a timeline. `start_s` counts from its first step on the device: so it means the same in any file."""
+
+    start_s: float
+    length_s: float
+
+
+def middle_window(timeline: Timeline) -> Window:
+    """A few steps from the middle of the run."""
+    steps = timeline.steps
+    first = max(0, (len(steps) - DEFAULT_NUM_STEPS) // 2)
+    last = min(first + DEFAULT_NUM_STEPS, len(steps)) - 1
+    return Window(steps[first].start_s - steps[0].start_s, steps[last].end_s - steps[first].start_s)
+
+
+def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.PathLike[str]) -> None:
+    """Write the picture; its format follows from the path's ending: svg, png, pdf.
+
+    Without a `window`, each timeline shows its own middle, all of the first one's length. Raises ConfigError where
+    there is nothing to draw, or the format is unknown.
+    """
+    for timeline in timelines:
+        if not timeline.steps:
+            raise ConfigError(f"{timeline.label or 'a timeline'}: no step ran on the device: nothing to draw")
+    length_s = (window or middle_window(timelines[0])).length_s
+    panels = [_Panel(timeline, Window((window or middle_window(timeline)).start_s, length_s)) for timeline in timelines]
+    rows = [row for row in panels[0].row_names() if any(panel.bars.get(row) for panel in panels)]
+    panel_height = _ROW_HEIGHT * (len(rows) + 1) + _TITLE_HEIGHT
+    height = panel_height * len(panels) + _FOOT_HEIGHT
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(_WIDTH, height))
+        for index, panel in enumerate(panels):
+            bottom = height - panel_height * (index + 1)
+            axes = figure.add_axes((
+                _MARGINS[0] / _WIDTH,
+                bottom / height,
+                1 - sum(_MARGINS) / _WIDTH,
+                (panel_height - _TITLE_HEIGHT) / height,
+            ))  # fmt: skip
+            panel.draw(axes, rows, is_last=index == len(panels) - 1)
+        figure.legend(
+            handles=_legend(), loc="lower center", ncols=9, frameon=False, fontsize=8, handlelength=1.2,
+            columnspacing=1.4,
+        )  # fmt: skip
+        try:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"-o {path}: {error}") from None
+
+
+class _Panel:
+    """One timeline's share of the picture. Times in ms from the window's start."""
+
+    def __init__(self, timeline: Timeline, window: Window) -> None:
+        self.label = timeline.label
+        steps = timeline.steps
+        start_s = steps[0].start_s + window.start_s
+        self.length_ms = window.length_s * 1e3
+        # Of the device, between two steps, as far as it lies in the window.
+        self.gaps = [
+            (start, end)
+            for a, b in pairwise(steps)
+            if (end := min((b.start_s - start_s) * 1e3, self.length_ms))
+            > (start := max((a.end_s - start_s) * 1e3, 0.0))
+        ]
+        self.run_ms = max(0.0, min((steps[-1].end_s - start_s) * 1e3, self.length_ms))  # of the window: until the last
+        self.bars = {
+            process: [
+                Bar(bar.name, (bar.start_s - start_s) * 1e3, (bar.end_s - start_s) * 1e3, bar.args)
+                for bar in bars
+                if bar.end_s > start_s and bar.start_s < start_s + window.length_s
+            ]
+            for process, bars in timeline.bars.items()
+        }
+
+    def row_names(self) -> list[str]:
+        return sorted(self.bars, key=lambda process: (_ROW_ORDER.index(process.split(".")[0]), process))
+
+    def caption(self) -> str:
+        """How idle the device is in the window, and how fast the steps follow."""
+        if not self.run_ms:
+            return "after the last step"
+        idle_ms = sum(end - start for start, end in self.gaps)
+        text = f"device idle {idle_ms / self.run_ms:.1%} of {self.run_ms:.0f} ms"
+        steps = self.bars.get(DEVICE, [])
+        if len(steps) > 1:
+            pace_ms = (steps[-1].start_s - steps[0].start_s) / (len(steps) - 1)
+            text += f"  ·  {pace_ms:.2f} ms from step to step"
+        return text
+
+    def draw(self, axes: Axes, rows: Sequence[str], *, is_last: bool) -> None:
+        places = {row: len(rows) - 1 - index for index, row in enumerate(rows)}
+        for row, place in places.items():
+            if row == DEVICE:
+                self._draw_device(axes, place)
+            else:
+                self._draw_process(axes, row, place)
+        if "scheduler" in places and DEVICE in places:
+            self._draw_arrows(axes, places["scheduler"], places[DEVICE])
+        axes.set_xlim(0, self.length_ms)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_yticks(list(places.values()), [_TITLES.get(row, row) for row in places])
+        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.tick_params(axis="x", colors="#6c757d", labelbottom=is_last, length=3 if is_last else 0)
+        axes.grid(axis="x", color="#eceef2", linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left", "bottom"):
+            axes.spines[side].set_visible(False)
+        axes.set_title(self.label, loc="left", fontsize=10, fontweight="bold", color=_INK)
+        axes.set_title(self.caption(), loc="right", fontsize=9.5, color=_INK)
+        if is_last:
+            axes.xaxis.set_major_formatter("{x:g} ms")
+
+    def _draw_process(self, axes: Axes, row: str, place: int) -> None:
+        """What the process was awake for, and on top of it what it did."""
+        layers: dict[tuple[str, float], list[tuple[float, float]]] = {}
+        for bar in self.bars.get(row, []):
+            style = (_FAINT, 0.44) if bar.name == _AWAKE else (_COLOURS.get(bar.name, _OTHER), 0.56)
+            layers.setdefault(style, []).append((bar.start_s, bar.end_s - bar.start_s))
+        for (colour, height), spans in sorted(layers.items(), key=lambda layer: layer[0][1]):
+            axes.broken_barh(spans, (place - height / 2, height), facecolors=colour, linewidth=0)
+
+    def _draw_device(self, axes: Axes, place: int) -> None:
+        for start, end in self.gaps:
+            self._draw_block(axes, place, start, end, _IDLE, f"idle {end - start:.1f} ms", f"{end - start:.1f}")
+        for step in self.bars.get(DEVICE, []):
+            ticket, start, end = step.args["ticket"], max(step.start_s, 0.0), min(step.end_s, self.length_ms)
+            self._draw_block(axes, place, start, end, _STEPS[ticket % 2], f"step {ticket}", f"{ticket}")
+
+    def _draw_block(self, axes: Axes, place: int, start: float, end: float, colour: str, *texts: str) -> None:
+        """A bar with the first of the texts that it holds, or none."""
+        axes.broken_barh([(start, end - start)], (place - 0.4, 0.8), facecolors=colour, linewidth=0)
+        inches = (end - start) / self.length_ms * (_WIDTH - sum(_MARGINS))
+        text = next((text for text in texts if len(text) * _CHARACTER < inches), "")
+        axes.text((start + end) / 2, place, text, ha="center", va="center_baseline", color="white", fontsize=8.5)
+
+    def _draw_arrows(self, axes: Axes, scheduler: int, device: int) -> None:
+        """From where a step was planned to where it starts: how far ahead the host is."""
+        starts = {step.args["ticket"]: step.start_s for step in self.bars.get(DEVICE, [])}
+        for bar in self.bars.get("scheduler", []):
+            start = starts.get(bar.args.get("ticket", 0))
+            if bar.name == KINDS[Span.PLAN].name and start is not None and 0 <= start <= self.length_ms:
+                axes.add_patch(
+                    FancyArrowPatch(
+                        (bar.end_s, scheduler - 0.3), (start, device + 0.42), arrowstyle="-|>", mutation_scale=6,
+                        linewidth=0.7, color=_INK, alpha=0.55, shrinkA=0, shrinkB=0,
+                    )
+                )  # fmt: skip
+
+
+def _legend() -> list[Patch]:
+    entries = list(_COLOURS.items())
+    entries += [
+        ("messages and text", _OTHER),
+        ("awake", _FAINT),
+        ("device computes", _STEPS[0]),
+        ("device idle", _IDLE),
+    ]
+    return [Patch(color=colour, label=name, linewidth=0) for name, colour in entries]

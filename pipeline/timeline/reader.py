@@ -1,0 +1,89 @@
+"""Reads a recorded timeline back, also one whose recorder was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ipc.errors import ConfigError
+from pipeline.timeline.chrome import DEVICE
+
+_GZIP_MAGIC: Final = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something that was done. Times in seconds since the launch."""
+
+    name: str
+    start_s: float
+    end_s: float
+    args: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bars by process, all its threads together, each in order of their start. `label`: what engine it was."""
+
+    label: str
+    bars: dict[str, list[Bar]] = field(repr=False)
+
+    @property
+    def steps(self) -> list[Bar]:
+        """What ran on the device."""
+        return self.bars.get(DEVICE, [])
+
+
+def load_timeline(path: str | os.PathLike[str]) -> Timeline:
+    """Raises ConfigError for a file that cannot be read, or is no timeline."""
+    events = load_events(path)
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    label = "".join(event["args"]["labels"] for event in events if event["name"] == "process_labels")
+    bars: dict[str, list[Bar]] = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            start_s = event["ts"] * 1e-6
+            bars[names[event["pid"]]].append(Bar(event["name"], start_s, start_s + event["dur"] * 1e-6, event["args"]))
+    for of_process in bars.values():
+        of_process.sort(key=lambda bar: bar.start_s)
+    return Timeline(label, bars)
+
+
+def load_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The events of a trace of ours, as far as it was written. Raises ConfigError as above."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = (_unpack(data) if data.startswith(_GZIP_MAGIC) else data).decode(errors="replace")
+    except zlib.error as error:
+        raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
+    head, *lines = text.split("\n")
+    if head != "[":
+        raise ConfigError(f"{path}: is no timeline that `python -m pipeline.launch --timeline` has written")
+    events = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            if line not in ("]", ""):
+                events.append(json.loads(line.removesuffix(",")))
+        except json.JSONDecodeError as error:
+            if number <= len(lines):  # the last line may be cut off
+                raise ConfigError(f"{path}: line {number} is no event: {error}") from None
+    return events
+
+
+def _unpack(data: bytes) -> bytes:
+    """All gzip members but what is missing of the last one."""
+    unpacked = b""
+    while data:
+        member = zlib.decompressobj(wbits=31)
+        unpacked += member.decompress(data)
+        data = member.unused_data
+    return unpacked
