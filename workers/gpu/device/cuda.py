@@ -129,8 +129,11 @@ class _Graph:
         graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
         try:
             self._work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a capture that broke off; what broke it says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
         self._graph = graph
 
 

@@ -20,10 +20,12 @@ from ipc.records import StepShape
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.kv_cache import KVCache, choose_num_blocks
+from workers.gpu.memory import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.model.gate import check_config, prepare_model, probe_model
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import measure_step_bytes
-from workers.gpu.model.weights import LOADING, Progress, read_weights, weight_files
+from workers.gpu.model.weights import Progress, read_weights, weight_files
+from workers.gpu.out_of_memory import LOADING, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class LoadedModel:
 
     runner: PagedModelRunner
     num_blocks: int  # that sequences can hold; the cache has one more, the last: the trash block
+    memory: MemoryUse
 
 
 def load_model(
@@ -66,17 +69,22 @@ def load_model(
     facts = probe_model(model, shape.max_model_len, device)
     progress("checking the model", 1.0)
 
-    progress("allocating the KV cache", 0.0)
+    progress("measuring the largest step", 0.0)
     backend = make_backend("triton" if device.type == "cuda" else "torch")
     step_bytes = measure_step_bytes(model, facts.layers, shape, facts.cache_dtype, device, backend, facts.vocab_size)
-    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, step_bytes)
+    progress("allocating the KV cache", 0.0)
+    left_bytes = reserved_bytes(
+        shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=not backend.needs_host_lengths
+    )
+    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
     kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
     progress("allocating the KV cache", 1.0)
     logger.info(
         "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
         shape.block_size,
     )  # fmt: skip
-    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks)
+    memory = MemoryUse(weights=model_bytes(model), largest_step=step_bytes, kv_blocks=kv_cache.num_bytes)
+    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks, memory)
 
 
 def _load_config(path: str) -> Any:
@@ -95,11 +103,11 @@ def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, 
     files = weight_files(config.path)
     try:
         model, missing = read_weights(files, model_config, config.dtype, device, progress)
-    except torch.OutOfMemoryError:
-        raise
     except ValueError as error:
         raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"the weights of model.path ({config.path!r}) cannot be read: {_one_line(error)}") from None
     if missing:  # transformers would run on with random ones
         raise ConfigError(

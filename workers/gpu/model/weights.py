@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ipc.errors import ConfigError
+from workers.gpu.out_of_memory import LOADING
 
-LOADING: Final = "loading weights"
 _FILE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 
