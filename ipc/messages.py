@@ -281,11 +281,12 @@ ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
 
 class Progress(Message, frozen=True):
-    """How far a worker's start-up is; `fraction` in [0, 1]."""
+    """How far a worker's start-up is; `fraction` in [0, 1], of `total_bytes` where the stage counts bytes (else 0)."""
 
     role: str
     stage: str
     fraction: float
+    total_bytes: int = 0
 
 
 class Ready(Message, frozen=True):

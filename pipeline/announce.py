@@ -44,7 +44,7 @@ class Announcer:
         stage, fraction = self._said.get(message.role, ("", 0.0))
         if message.stage != stage or message.fraction >= min(1.0, fraction + _LOG_EVERY):
             self._said[message.role] = (message.stage, message.fraction)
-            logger.info("%s: %s (%.0f %%)", message.role, message.stage, 100 * message.fraction)
+            logger.info("%s: %s (%s)", message.role, message.stage, _how_far(message))
 
     def worker_ready(self, role: str) -> None:
         logger.debug("%s is ready", role)
@@ -77,14 +77,19 @@ class Announcer:
     def _show(self, message: Progress) -> None:
         if self._bar is None:
             from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as ProgressBar
 
-            self._bar = ProgressBar(console=Console(stderr=True), transient=True)
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[far]}"))
+            self._bar = ProgressBar(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
             self._bar.start()
         if message.role not in self._tasks:
-            self._tasks[message.role] = self._bar.add_task(message.stage, total=1.0)
+            self._tasks[message.role] = self._bar.add_task(message.stage, total=1.0, far="")
         self._bar.update(
-            self._tasks[message.role], description=f"{message.role}: {message.stage}", completed=message.fraction
+            self._tasks[message.role],
+            description=f"{message.role}: {message.stage}",
+            completed=message.fraction,
+            far=_how_far(message),
         )
 
     def _tell_program(self, **event: Any) -> None:
@@ -93,3 +98,12 @@ class Announcer:
                 os.write(self._status_fd, (json.dumps(event) + "\n").encode())
             except BrokenPipeError:  # whoever asked does not listen any more
                 self.close()
+
+
+def _how_far(message: Progress) -> str:
+    """ "40 %", or "40 %, 6.4 of 16.1 GB" of what is counted in bytes."""
+    percent = f"{100 * message.fraction:.0f} %"
+    if not message.total_bytes:
+        return percent
+    unit, name = (1e9, "GB") if message.total_bytes >= 1e9 else (1e6, "MB")
+    return f"{percent}, {message.fraction * message.total_bytes / unit:.1f} of {message.total_bytes / unit:.1f} {name}"

@@ -77,8 +77,8 @@ class WorkerProcess:
         """Call `handler` for the launcher's messages other than Stop, from within `wait()`."""
         self._on_control = handler
 
-    def progress(self, stage: str, fraction: float) -> None:
-        send(self._control, Progress(role=self.role, stage=stage, fraction=fraction))
+    def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
+        send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))
 
     def ready(self, **info: int) -> None:
         send(self._control, Ready(role=self.role, info=info))

@@ -34,7 +34,7 @@ def measure(spec: PeerSpec) -> PeerResult:
 
     transformers.utils.logging.set_verbosity_error()
     device = make_device(spec.model.device).torch_device
-    model: Any = load_weights(spec.model, load_config(spec.model.path), device, lambda stage, share: None)
+    model: Any = load_weights(spec.model, load_config(spec.model.path), device, lambda *_: None)
     flash = _flash_attention()
     if flash is not None:
         model.set_attn_implementation(flash)

@@ -132,19 +132,23 @@ def test_memory_that_cannot_be_page_locked_is_copied_all_the_same(
     assert bool((target == 7).all())
 
 
-def test_the_clock_of_a_new_device_is_the_hosts() -> None:
-    """Later the two drift apart: nothing calibrates them again."""
+def test_device_times_are_the_hosts_between_launch_and_result() -> None:
     from workers.gpu.device.cuda import CudaDevice
 
     device = CudaDevice()
-    stream, target = device.stream("compute"), device.zeros("time", (1,), torch.int64)
-    for _ in range(20):
+    stream, times = device.stream("compute"), device.zeros("times", (2,), torch.int64)
+    last_ns = 0
+    for _ in range(200):
+        received_at_ns = time.monotonic_ns()
+        device.read_clock(stream, times[:1])
+        device.launch(stream, lambda: torch.cuda._sleep(2_000_000), lambda: ([], []))  # about a millisecond
+        device.read_clock(stream, times[1:])
         device.settle()
-        before_ns = time.monotonic_ns()
-        device.read_clock(stream, target)
-        device.settle()
-        after_ns = time.monotonic_ns()
-        assert before_ns - 50_000 <= int(target.item()) <= after_ns + 50_000
+        seen_at_ns = time.monotonic_ns()
+        start_ns, end_ns = device.clock.to_monotonic(*times.tolist(), received_at_ns, seen_at_ns)
+        assert received_at_ns - 50_000 <= start_ns < end_ns <= seen_at_ns + 50_000
+        assert start_ns >= last_ns
+        last_ns = end_ns
 
 
 def test_a_thread_that_waits_for_an_event_lets_others_run(device: Any) -> None:

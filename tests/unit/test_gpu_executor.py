@@ -19,6 +19,7 @@ from tests.simulation.harness import ToyModel
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
 from workers.gpu.buckets import Buckets
 from workers.gpu.completion import Completion
+from workers.gpu.device.clock import DriftingClock
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.executor import Executor, GpuRings
@@ -179,6 +180,33 @@ def test_steps_overlap_on_the_timed_device_and_results_come_when_their_time_is_o
     assert first.device_end_ns[0] - first.device_start_ns[0] == step_ns
     assert second.device_start_ns[0] == first.device_end_ns[0], "the device waited between two steps"
     assert time.monotonic_ns() >= second.device_end_ns[0]
+
+
+class OwnTime(CpuDevice):
+    """A device with a clock of its own, which it reads twice a step."""
+
+    def __init__(self) -> None:
+        self.times = [10, 20, 40, 70]
+        self.clock = DriftingClock(0, time.monotonic_ns() - 1_000_000_000)
+
+    def read_clock(self, stream: Any, target: torch.Tensor) -> None:
+        target.fill_(self.times.pop(0))
+
+
+def test_results_say_in_the_hosts_time_when_the_device_worked() -> None:
+    ends, device = Ends(SHAPE, 1), OwnTime()
+    executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 1, NUM_BLOCKS, ends.gpu)
+    times = []
+    for _ in range(2):
+        publish_step(ends.steps)
+        with torch.inference_mode():
+            executor.submit_next(0)
+        executor.publish()
+        result = ends.results.take()
+        times += [int(result.device_start_ns[0]), int(result.device_end_ns[0])]
+        ends.results.release_through(ends.results.next_ticket - 1)
+    assert [at - times[0] for at in times] == [0, 10, 30, 60]
+    assert 0 < time.monotonic_ns() - times[0] < 60_000_000_000
 
 
 class BrokenDevice(TimedDevice):

@@ -37,7 +37,7 @@ def load(
         cache or CacheConfig(),
         StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=max_model_len, block_size=4),
         torch.device("cpu"),
-        lambda stage, fraction: None,
+        lambda *_: None,
     )
 
 
@@ -233,21 +233,31 @@ def test_weights_that_the_model_needs_and_the_file_lacks_are_refused(tmp_path: P
         load(tmp_path, "safetensors")
 
 
-def test_loading_reports_each_stage_up_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_reports_each_stage_up_to_its_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads would have read it all before the first report
     make_tiny_model("llama", tmp_path)
     capfd.readouterr()
     seen: list[tuple[str, float]] = []
+    counted: set[int] = set()
+
+    def progress(stage: str, fraction: float, total_bytes: int = 0) -> None:
+        seen.append((stage, fraction))
+        counted.add(total_bytes)
+
     load_model(
         ModelConfig(path=str(tmp_path), device="cpu"),
         CacheConfig(),
         StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4),
         torch.device("cpu"),
-        lambda stage, fraction: seen.append((stage, fraction)),
+        progress,
     )
     weights = [fraction for stage, fraction in seen if stage == "loading weights"]
     assert weights == sorted(weights)
     assert len(weights) > 10
     assert weights[-1] == 1.0
     assert seen[-1] == ("allocating the KV cache", 1.0)
+    assert counted == {0, (tmp_path / "model.safetensors").stat().st_size}
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""

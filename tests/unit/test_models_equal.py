@@ -34,7 +34,7 @@ def _one_thread() -> None:
 
 def load(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> LoadedModel:
     config = ModelConfig(path=str(folder), dtype=dtype, device="cpu", num_threads=1)
-    return load_model(config, CacheConfig(), SHAPE, torch.device("cpu"), lambda stage, fraction: None)
+    return load_model(config, CacheConfig(), SHAPE, torch.device("cpu"), lambda *_: None)
 
 
 def random_prompts(seed: int) -> list[list[int]]:

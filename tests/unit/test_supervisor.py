@@ -163,6 +163,17 @@ def test_a_worker_that_fails_at_start_ends_the_engine_with_its_reason(launch: Ca
     engine.assert_nothing_left()
 
 
+def test_a_gpu_process_out_of_memory_ends_the_engine_with_one_line(launch: Callable[..., Engine]) -> None:
+    engine = launch({"FAKE_GPU": "out of memory"})
+    assert engine.process.wait(60) == 1
+    (line,) = [line for line in engine.log().splitlines() if "launcher" in line and "out of memory" in line]
+    assert "ERROR launcher: gpu failed: out of memory while loading weights, 40% of 16.00 GiB done: " in line
+    assert "; tried to allocate 2.00 GiB. Use a smaller model" in line
+    assert line.endswith(": the engine ends")
+    assert "Traceback" not in engine.log()
+    engine.assert_nothing_left()
+
+
 def test_a_deaf_worker_is_killed(launch: Callable[..., Engine]) -> None:
     engine = launch({"FAKE_DETOKENIZER": "deaf"}).until_ready()
     engine.process.send_signal(signal.SIGTERM)

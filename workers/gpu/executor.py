@@ -20,6 +20,7 @@ and output, which graphs know by address, are touched on compute alone.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class StepBuffers:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A step under way. `outputs_done` fires when its result record is complete but for `received_at_ns`."""
+    """A step under way. `outputs_done` fires when its result record is complete but for what `publish` adds."""
 
     ticket: int
     received_at_ns: int
@@ -208,13 +209,19 @@ class Executor:
         return submitted
 
     def publish(self) -> None:
-        """Publish the oldest step's result and release its record. Its `outputs_done` must have fired.
+        """Publish the oldest step's result and release its record. Its `outputs_done` must have fired, just now.
 
         Ring the scheduler's doorbell afterwards.
         """
+        seen_at_ns = time.monotonic_ns()
         step, ring = self.under_way[0], self._rings.result
         assert step.ticket == ring.next_ticket, f"result {ring.next_ticket} is due, not {step.ticket}"
-        ring.records[step.ticket % ring.num_slots].received_at_ns[0] = step.received_at_ns
+        record = ring.records[step.ticket % ring.num_slots]
+        start_ns, end_ns = int(record.device_start_ns[0]), int(record.device_end_ns[0])
+        record.device_start_ns[0], record.device_end_ns[0] = self._device.clock.to_monotonic(
+            start_ns, end_ns, step.received_at_ns, seen_at_ns
+        )
+        record.received_at_ns[0] = step.received_at_ns
         self._rings.step.release_through(step.ticket)
         ring.publish()
         self.under_way.popleft()  # last: until then no other thread takes the next step for the oldest

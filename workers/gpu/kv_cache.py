@@ -54,6 +54,7 @@ class KVCache:
         self.block_size = block_size
         self.key = [zeros(layer, layer.head_dim_k) for layer in layers]
         self.value = [zeros(layer, layer.head_dim_v) for layer in layers]
+        self.num_bytes = sum(tensor.nbytes for tensor in (*self.key, *self.value))
         self._key_slots = [key.flatten(0, 1) for key in self.key]  # views: [num_kv_slots, num_kv_heads, head_dim]
         self._value_slots = [value.flatten(0, 1) for value in self.value]
 
@@ -77,16 +78,16 @@ def choose_num_blocks(
     shape: StepShape,
     dtype: torch.dtype,
     device: torch.device,
-    step_bytes: int = 0,
+    left_bytes: int = 0,
 ) -> int:
     """How many blocks the cache gets, the trash block not counted.
 
-    `step_bytes` of the memory that is free now are left to what a step computes.
+    `left_bytes` of the memory that is free now are left to what is allocated later.
     On the CPU never more than all rows at full length can hold: what is left is of use to others there.
     Raises ConfigError if the blocks do not fit the device's memory, or do not hold one sequence of `max_model_len`.
     """
     block_bytes = shape.block_size * sum(layer.num_elements for layer in layers) * dtype.itemsize
-    free_bytes = max(0, free_memory_bytes(device) - step_bytes)
+    free_bytes = max(0, free_memory_bytes(device) - left_bytes)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
         if (num_blocks + 1) * block_bytes > free_bytes:

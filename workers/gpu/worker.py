@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,14 +28,16 @@ from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.executor import Executor, GpuRings
-from workers.gpu.kv_cache import MIB
+from workers.gpu.memory import MemoryUse, bytes_taken, free_text
 from workers.gpu.null_model import NullModel
+from workers.gpu.out_of_memory import Stages, is_out_of_memory
 from workers.gpu.profiler import StepProfiler
 from workers.gpu.runner import ModelRunner
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
+Report = Callable[..., None]  # WorkerProcess.progress, or what passes on to it
 CLOCK_KERNEL: Final = "_write_time"  # of the CUDA device's `read_clock`, at both ends of a step
 _LOOK_FOR_STOP_NS: Final = 50_000_000  # how long steps may follow on each other before the control channel is looked at
 
@@ -42,30 +45,54 @@ _LOOK_FOR_STOP_NS: Final = 50_000_000  # how long steps may follow on each other
 def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
     """Load, announce the number of KV blocks, and run steps until the launcher says Stop."""
     with torch.inference_mode():
-        started_ns = time.monotonic_ns()
+        stages = Stages(process.progress)
+        memory = MemoryUse()
         try:
-            loaded = load(process, bootstrap)
-            device, num_blocks = loaded.device, loaded.num_blocks
-            executor = Executor(
-                device, loaded.runner, bootstrap.shape, bootstrap.depth, num_blocks, attach_rings(bootstrap),
-                buckets=loaded.buckets,
-            )  # fmt: skip
+            started_ns = time.monotonic_ns()
+            loaded = load(stages.progress, bootstrap)
+            memory = loaded.memory
+            executor = make_executor(stages.progress, bootstrap, loaded)
             if loaded.buckets is not None:
-                executor.warm_up(lambda share: process.progress("capturing graphs", share))
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(_out_of_memory(error)) from error
-        process.stats.load_ns[0] = time.monotonic_ns() - started_ns
-        logger.info("loaded in %.1f s; %d KV blocks", process.stats.load_ns[0] * 1e-9, num_blocks)
+                memory = replace(memory, graphs=capture_graphs(stages.progress, loaded.device, executor))
+            process.stats.load_ns[0] = time.monotonic_ns() - started_ns
+            logger.info(
+                "loaded in %.1f s; memory: %s (%d); %s", process.stats.load_ns[0] * 1e-9, memory, loaded.num_blocks,
+                free_text(loaded.device.torch_device),
+            )  # fmt: skip
+            stages.serve()
+            scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
+            completion = Completion(
+                loaded.device, executor, scheduler.ring, failed=process.doorbell.ring,
+                trace=process.trace, thread_trace=tracer(bootstrap.completion_trace),
+            )  # fmt: skip
+            path = bootstrap.model.profile_path
+            profiler = (
+                None if path is None else StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL)
+            )
+            process.ready(num_blocks=loaded.num_blocks)
+            run_steps(process, executor, completion, profiler)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ConfigError(stages.out_of_memory(error, bootstrap, memory)) from error
+            raise
 
-        scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
-        completion = Completion(
-            device, executor, ring_scheduler=scheduler.ring, failed=process.doorbell.ring,
-            trace=process.trace, thread_trace=tracer(bootstrap.completion_trace),
-        )  # fmt: skip
-        path = bootstrap.model.profile_path
-        profiler = None if path is None else StepProfiler(Path(path), device.torch_device, marker=CLOCK_KERNEL)
-        process.ready(num_blocks=num_blocks)
-        run_steps(process, executor, completion, profiler)
+
+def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> Executor:
+    progress("allocating tables", 0.0)
+    return Executor(
+        loaded.device, loaded.runner, bootstrap.shape, bootstrap.depth, loaded.num_blocks, attach_rings(bootstrap),
+        buckets=loaded.buckets,
+    )  # fmt: skip
+
+
+def capture_graphs(progress: Report, device: Device[Any, Any], executor: Executor) -> int:
+    """Returns the bytes that the graphs take."""
+
+    def report(share: float) -> None:
+        progress("capturing graphs", share)
+
+    report(0.0)
+    return bytes_taken(device.torch_device, lambda: executor.warm_up(report))
 
 
 def run_steps(
@@ -100,10 +127,11 @@ class Loaded:
     device: Device[Any, Any]
     runner: ModelRunner
     num_blocks: int  # that the scheduler may give away
+    memory: MemoryUse
     buckets: Buckets | None = None
 
 
-def load(process: WorkerProcess, bootstrap: GpuBootstrap) -> Loaded:
+def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
     """Raises ConfigError or ModelUnsupported for what cannot run here."""
     model, shape = bootstrap.model, bootstrap.shape
     if model.load_format == "null":
@@ -111,16 +139,17 @@ def load(process: WorkerProcess, bootstrap: GpuBootstrap) -> Loaded:
         timed = TimedDevice()
         step_ns = round(model.null_step_ms * 1e6)
         runner = NullModel(shape, timed.torch_device, spend=lambda: timed.spend(step_ns))
-        return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape))
+        return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
     if model.num_threads is not None:
         torch.set_num_threads(model.num_threads)
     from workers.gpu.model.loader import load_model  # takes seconds to import, and the null model needs none of it
 
     device = make_device(model.device)
-    loaded = load_model(model, bootstrap.cache, shape, device.torch_device, process.progress)
+    loaded = load_model(model, bootstrap.cache, shape, device.torch_device, progress)
     is_captured = device.torch_device.type == "cuda" and loaded.runner.can_be_captured
-    return Loaded(device, loaded.runner, loaded.num_blocks, Buckets(shape) if is_captured else None)
+    buckets = Buckets(shape) if is_captured else None
+    return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets)
 
 
 def make_device(name: str) -> Device[Any, Any]:
@@ -136,14 +165,6 @@ def make_device(name: str) -> Device[Any, Any]:
     from workers.gpu.device.cuda import CudaDevice  # needs triton, which a machine without CUDA may lack
 
     return CudaDevice()
-
-
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    free, total = (n // MIB for n in torch.cuda.mem_get_info())
-    return (
-        f"the GPU's memory does not suffice ({free} of {total} MiB are free now): lower cache.memory_share, "
-        f"scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or use a smaller model or dtype. {error}"
-    )
 
 
 def default_num_blocks(shape: StepShape) -> int:

@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from workers.gpu.device.clock import Clock
+
 Accesses = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # (read, written)
 
 S = TypeVar("S")
@@ -27,6 +29,11 @@ class Device(Protocol[S, E]):
 
     @property
     def torch_device(self) -> torch.device: ...
+
+    @property
+    def clock(self) -> Clock:
+        """What makes CLOCK_MONOTONIC of the times that `read_clock` writes."""
+        ...
 
     def stream(self, name: str) -> S: ...
 
@@ -61,7 +68,8 @@ class Device(Protocol[S, E]):
         ...
 
     def read_clock(self, stream: S, target: torch.Tensor) -> None:
-        """Enqueue writing the time, CLOCK_MONOTONIC in ns, at which the stream gets there, to `target` [1] int64."""
+        """Enqueue writing the time at which the stream gets there, in ns of the device's `clock`, to `target` [1]
+        int64."""
         ...
 
     def record(self, event: E, stream: S) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from workers.gpu.device.base import Accesses
+from workers.gpu.device.clock import HostClock
 
 
 class CpuDevice:
     """Streams and events are only names here."""
 
     torch_device = torch.device("cpu")
+    clock = HostClock()
 
     def stream(self, name: str) -> str:
         return name

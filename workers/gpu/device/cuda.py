@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from workers.gpu.device.base import Accesses
+from workers.gpu.device.clock import DriftingClock
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._graph_memory = torch.cuda.graph_pool_handle()  # of all graphs: they run one after the other
         self._page_locked: list[torch.Tensor] = []  # kept mapped: the driver would copy to where they were
-        self._clock_offset_ns = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
-        self._clock_offset_ns.fill_(self._measure_clock_offset())
+        self.clock = self._read_both_clocks()
 
     def stream(self, name: str) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
@@ -57,7 +57,7 @@ class CudaDevice:
                 name, memory.numel(), runtime.cudaGetErrorString(status),
             )  # fmt: skip
             with contextlib.suppress(RuntimeError):  # the runtime would report the same error once more, with a launch
-                self._clock_offset_ns.add_(0)
+                torch.ones(1, device=self.torch_device)
         else:
             self._page_locked.append(memory)
         return memory
@@ -77,7 +77,7 @@ class CudaDevice:
 
     def read_clock(self, stream: torch.cuda.Stream, target: torch.Tensor) -> None:
         with torch.cuda.stream(stream):
-            _write_time[(1,)](target, self._clock_offset_ns, num_warps=1)
+            _write_time[(1,)](target, num_warps=1)
 
     def record(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
         event.record(stream)
@@ -94,23 +94,20 @@ class CudaDevice:
     def settle(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
-    def _measure_clock_offset(self) -> int:
-        """What to add to the device's clock to get CLOCK_MONOTONIC now, in ns.
-
-        Measured once: whatever the two clocks drift apart later stays in the times. Differences between device times
-        are not affected.
-        """
+    def _read_both_clocks(self) -> DriftingClock:
+        """Where the clocks are now; what they drift apart later, the steps tell."""
         now = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
-        _write_time[(1,)](now, self._clock_offset_ns, num_warps=1)  # compiles it
+        _write_time[(1,)](now, num_warps=1)  # compiles it
         readings = []
         for _ in range(_CLOCK_READINGS):
             self.settle()
             before_ns = time.monotonic_ns()
-            _write_time[(1,)](now, self._clock_offset_ns, num_warps=1)
+            _write_time[(1,)](now, num_warps=1)
             self.settle()
             after_ns = time.monotonic_ns()
-            readings.append((after_ns - before_ns, (before_ns + after_ns) // 2 - int(now.item())))
-        return min(readings)[1]
+            readings.append((after_ns - before_ns, int(now.item()), (before_ns + after_ns) // 2))
+        _, device_ns, host_ns = min(readings)
+        return DriftingClock(device_ns, host_ns)
 
 
 class _Graph:
@@ -132,11 +129,14 @@ class _Graph:
         graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
         try:
             self._work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a capture that broke off; what broke it says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
         self._graph = graph
 
 
 @triton.jit
-def _write_time(target: tl.tensor, offset_ns: tl.tensor) -> None:
-    tl.store(target, globaltimer() + tl.load(offset_ns))
+def _write_time(target: tl.tensor) -> None:
+    tl.store(target, globaltimer())

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from workers.gpu.device.base import Accesses
+from workers.gpu.device.clock import HostClock
 
 Clock = list[int]  # one entry per actor: how many of its actions are known to be over
 
@@ -78,6 +79,7 @@ class SimulatedDevice:
     """
 
     torch_device = torch.device("cpu")
+    clock = HostClock()
 
     def __init__(self, random: Random, max_actors: int = 8) -> None:
         self._random = random

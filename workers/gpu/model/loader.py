@@ -6,8 +6,6 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +20,7 @@ from ipc.records import StepShape
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.kv_cache import KVCache, choose_num_blocks
+from workers.gpu.memory import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import (
@@ -34,10 +33,10 @@ from workers.gpu.model.gate import (
 )
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import largest_step, measure_step_bytes
+from workers.gpu.model.weights import Progress, read_weights, weight_files
+from workers.gpu.out_of_memory import LOADING, is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
 
 _DUMMY_SEED: Final = 0
 _LOCAL_ONLY: Final[dict[str, Any]] = {"local_files_only": True, "trust_remote_code": False}
@@ -49,6 +48,7 @@ class LoadedModel:
 
     runner: PagedModelRunner
     num_blocks: int  # that sequences can hold; the cache has one more, the last: the trash block
+    memory: MemoryUse
 
 
 def load_model(
@@ -82,16 +82,21 @@ def load_model(
         compile_layers(model, step)
         progress("compiling the model", 1.0)
 
-    progress("allocating the KV cache", 0.0)
+    progress("measuring the largest step", 0.0)
     step_bytes = measure_step_bytes(step, device, shape)
-    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, step_bytes)
+    progress("allocating the KV cache", 0.0)
+    left_bytes = reserved_bytes(
+        shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=not backend.needs_host_lengths
+    )
+    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
     kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
     progress("allocating the KV cache", 1.0)
     logger.info(
         "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
         shape.block_size,
     )  # fmt: skip
-    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks)
+    memory = MemoryUse(weights=model_bytes(model), largest_step=step_bytes, kv_blocks=kv_cache.num_bytes)
+    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks, memory)
 
 
 def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.device) -> None:
@@ -128,37 +133,28 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
     Raises ConfigError or ModelUnsupported.
     """
     load = _random_weights if config.load_format == "dummy" else _read_weights
-    progress("loading weights", 0.0)
+    progress(LOADING, 0.0)
     model = load(config, model_config, device, progress)
     model.eval().requires_grad_(False)
-    progress("loading weights", 1.0)
+    progress(LOADING, 1.0)
     return model
 
 
 def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
-    with _weights_progress(progress):
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                config.path,
-                config=model_config,
-                dtype=config.dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **_LOCAL_ONLY,
-            )
-        except ValueError as error:
-            raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(
-                f"the weights of model.path ({config.path!r}) cannot be read: {_one_line(error)}"
-            ) from None
-    missing = sorted(report["missing_keys"])
+    files = weight_files(config.path)
+    try:
+        model, missing = read_weights(files, model_config, config.dtype, device, progress)
+    except ValueError as error:
+        raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"the weights of model.path ({config.path!r}) cannot be read: {_one_line(error)}") from None
     if missing:  # transformers would run on with random ones
         raise ConfigError(
             f"model.path ({config.path!r}) lacks {len(missing)} of the model's weights, {missing[0]} among them"
         )
-    on_device: nn.Module = model.to(device)
-    return on_device
+    return model
 
 
 def _random_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
@@ -173,46 +169,6 @@ def _random_weights(config: ModelConfig, model_config: Any, device: torch.device
     except ValueError as error:
         raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
     return model
-
-
-@contextmanager
-def _weights_progress(progress: Progress) -> Iterator[None]:
-    """Report each tensor that transformers loads, through the hook it has for progress bars of one's own."""
-
-    def make_bar(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CountedItems:
-        return _CountedItems(args[0] if args else kwargs.get("iterable", ()), progress)
-
-    outer = transformers_logging.set_tqdm_hook(make_bar)
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(outer)
-
-
-class _CountedItems:
-    """Stands in for a tqdm bar: iterates, and reports how far it is in steps of a hundredth."""
-
-    def __init__(self, items: Iterable[Any], progress: Progress) -> None:
-        self._items = list(items)
-        self._progress = progress
-
-    def __iter__(self) -> Iterator[Any]:
-        reported = 0
-        for count, item in enumerate(self._items, start=1):
-            yield item
-            percent = 100 * count // len(self._items)
-            if percent > reported:
-                reported = percent
-                self._progress("loading weights", percent / 100)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None  # close, update, set_description: nothing to draw
-
-    def __enter__(self) -> _CountedItems:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,166 @@
+"""Reads a model's weights from safetensors straight to its device, one tensor at a time.
+
+Owns where tensors come from, where they go, and the count of what was read. What they are called in the model, and
+which of them are merged, split or tied, is transformers' own: it gets a state dict whose tensors are read when it asks
+for one. (Its `device_map` does the same, but insists on the accelerate package.)
+
+    file --mapped--> one tensor per thread of transformers' loader --copied--> device      then unmapped
+
+So the host holds a few tensors at a time, whatever the size of the model, and nothing of a file stays mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import EllipsisType
+from typing import Any, Final, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from ipc.errors import ConfigError
+from workers.gpu.out_of_memory import LOADING
+
+_FILE: Final = "model.safetensors"
+_INDEX: Final = "model.safetensors.index.json"
+
+
+class Progress(Protocol):
+    """Is told what is being done and how much of it is done, 0 to 1; of how many bytes, where bytes are counted."""
+
+    def __call__(self, stage: str, fraction: float, total_bytes: int = 0, /) -> None: ...
+
+
+def weight_files(path: str) -> list[Path]:
+    """The safetensors files of a folder, or of a hub id in the local cache. Raises ConfigError if there are none."""
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
+    unreadable = f"the weights of model.path ({path!r}) cannot be read"
+    files = [folder / _FILE]
+    if not files[0].is_file() and (index := folder / _INDEX).is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{unreadable}: {index} has no weight_map") from None
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{unreadable}: there is no {file}")
+    return files
+
+
+def read_weights(
+    files: Sequence[Path], model_config: Any, dtype: str, device: torch.device, progress: Progress
+) -> tuple[nn.Module, list[str]]:
+    """Build the model of a transformers configuration on `device`; `dtype` "auto" = what the configuration says.
+
+    Returns it with the names of weights that the files lack: these it has at random. Raises what transformers and
+    safetensors raise.
+    """
+    counter = _Counter(sum(file.stat().st_size for file in files), progress)
+    state_dict: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            state_dict |= {name: _StoredTensor(file, name, device, counter) for name in opened.keys()}  # noqa: SIM118
+    with torch.device("meta"):  # which class it is: the auto class itself takes no state dict
+        blank = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    with _reporting(counter):
+        model, report = type(blank).from_pretrained(
+            None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+        )
+    on_device: nn.Module = model.to(device)  # what no file holds, such as RoPE's frequencies, is still on the CPU
+    return on_device, sorted(report["missing_keys"])
+
+
+class _Counter:
+    """Bytes read so far, counted by any thread and reported by one, in steps of a hundredth."""
+
+    def __init__(self, total_bytes: int, progress: Progress) -> None:
+        self._total_bytes = total_bytes
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._read_bytes = 0
+        self._reported = 0
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self._read_bytes += num_bytes
+
+    def report(self) -> None:
+        percent = 100 * self._read_bytes // self._total_bytes
+        if percent > self._reported:
+            self._reported = percent
+            self._progress(LOADING, percent / 100, self._total_bytes)
+
+
+class _StoredTensor:
+    """A tensor in a file, as transformers' loader takes one: asked for its data (`[...]`), then for a device and dtype.
+
+    The loader, which knows of no device, says "cpu"; it goes to ours. Called by several threads, once for each tensor.
+    """
+
+    def __init__(self, file: Path, name: str, device: torch.device, counter: _Counter) -> None:
+        self._file = file
+        self._name = name
+        self._device = device
+        self._counter = counter
+
+    def __getitem__(self, everything: EllipsisType) -> _StoredTensor:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        with safe_open(self._file, framework="pt") as file:  # anew for each: its pages go when this mapping does
+            stored: torch.Tensor = file.get_tensor(self._name)
+            self._counter.add(stored.nbytes)
+            return stored.to(device=self._device, dtype=dtype, copy=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        with safe_open(self._file, framework="pt") as file:
+            dtype: torch.dtype = file.get_tensor(self._name).dtype  # maps it, and reads nothing
+            return dtype
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+@contextmanager
+def _reporting(counter: _Counter) -> Iterator[None]:
+    """Report while transformers loads, in its own thread, through the hook it has for progress bars of one's own."""
+
+    def make_bar(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CountedItems:
+        return _CountedItems(args[0] if args else kwargs.get("iterable", ()), counter)
+
+    outer = transformers_logging.set_tqdm_hook(make_bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(outer)
+
+
+class _CountedItems:
+    """Stands in for a tqdm bar: iterates, and has the counter report after each item."""
+
+    def __init__(self, items: Iterable[Any], counter: _Counter) -> None:
+        self._items = items
+        self._counter = counter
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            yield item
+            self._counter.report()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None  # close, update, set_description: nothing to draw
+
+    def __enter__(self) -> _CountedItems:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
