@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -37,9 +37,10 @@ class Engine:
     config: Path
     overrides: tuple[str, ...]
     vocab_size: int
+    timeline: Path | None = None  # a file for a trace of all that it does
 
     def with_overrides(self, *overrides: str) -> Engine:
-        return Engine(self.config, (*self.overrides, *overrides), self.vocab_size)
+        return replace(self, overrides=(*self.overrides, *overrides))
 
     def measure(self, work: Work, stream: bool) -> tuple[float, Run]:
         """Seconds until the engine was ready, and a run of all requests at once."""
@@ -80,6 +81,8 @@ class Engine:
                 return await drive(client)
 
         start = time.perf_counter()
-        with Pipeline(self.config, self.overrides, startup_timeout_s=STARTUP_TIMEOUT_S) as pipeline:
+        with Pipeline(
+            self.config, self.overrides, startup_timeout_s=STARTUP_TIMEOUT_S, timeline=self.timeline
+        ) as pipeline:
             ready_s = time.perf_counter() - start
             return ready_s, asyncio.run(warm_up_and_drive(pipeline.endpoint))

@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from pipeline.bench.workload import Work
 from pipeline.config import Config, load_config
 from pipeline.model_files import ModelFacts, find_model
 from pipeline.python_module import module_command, module_environment
+from pipeline.timeline import __main__ as timeline
 from workers.gpu.config import ModelConfig
 
 PROFILE_OUTPUT_LEN: Final = 192  # output tokens of a request under the profiler: enough steps for its window
@@ -60,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let peers run shorter: their prompts are longer by half of the difference, for an equal mean context",
     )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="run once more under torch's profiler, peers too")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="FOLDER",
+        help="write a trace of each depth there, and a picture of them above each other if matplotlib is installed",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="JSON lines as results come; the table goes to stderr")
 
 
@@ -125,17 +131,21 @@ class _Benchmark:
         )
         console = Console(stderr=arguments.json)
         print_table(title, rows, Console(width=max(console.width, 60 + 18 * len(rows)), stderr=arguments.json))
+        if arguments.timeline is not None:
+            files = [str(self._timeline(depth)) for depth in arguments.depth]
+            timeline.main([*files, "-o", str(arguments.timeline / "depths.svg")])
         return any("error" in row for row in rows)
 
     def _measure_engine(self, depth: int, rates: Rates) -> Row:
         arguments, work = self._arguments, self._work
         engine = self._engine.with_overrides(f"ring.depth={depth}")
+        traced = replace(engine, timeline=self._timeline(depth))
         if self._mixed:
-            ready_s, mixed = engine.measure_mixed(work, arguments.background, arguments.rate, arguments.seconds)
+            ready_s, mixed = traced.measure_mixed(work, arguments.background, arguments.rate, arguments.seconds)
             return mixed_row(depth, work, ready_s, arguments.background, mixed)
         stream = work.num_requests <= STREAM_UP_TO if arguments.stream is None else arguments.stream
         shape, note = self._shape()
-        ready_s, measured = engine.measure(work, stream)
+        ready_s, measured = traced.measure(work, stream)
         max_tokens = self._config.scheduler.max_num_batched_tokens
         row = engine_row(depth, work, ready_s, measured, shape, rates, max_tokens)
         if note:
@@ -143,6 +153,13 @@ class _Benchmark:
         if arguments.profile:
             row |= profile_figures(engine.profile(self._profiled_work()))
         return row
+
+    def _timeline(self, depth: int) -> Path | None:
+        folder: Path | None = self._arguments.timeline
+        if folder is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"depth{depth}.json.gz"
 
     def _overrides(self) -> list[str]:
         """The command line's `--set` come last: they win."""

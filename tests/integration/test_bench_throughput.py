@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.bench import throughput
+from pipeline.timeline.reader import load_timeline
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
 RATES = {"device": "a toy", "read_bytes_per_s": 1e10, "matrix_flops_per_s": 1e11}
@@ -25,10 +26,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_requests_at_once_give_a_row_against_the_bounds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_requests_at_once_give_a_row_against_the_bounds_and_a_timeline(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = ("--num-requests", "3", "--prompt-len", "20", "--output-len", "40", "--depth", "2")
+    lengths = ("--num-requests", "3", "--prompt-len", "20", "--output-len", "40")
+    arguments = (*lengths, "--depth", "2", "--timeline", str(tmp_path / "traces"))
     before, row, after = run(monkeypatch, capsys, *arguments)
     assert (before["rates"], after["rates"]) == ("before", "after")
     assert row["engine"] == "depth 2"
@@ -36,6 +38,7 @@ def test_requests_at_once_give_a_row_against_the_bounds(
     assert row["num_preemptions"] == 0
     assert row["x_floor"] == pytest.approx(row["total_s"] / row["floor_s"], rel=0.01)
     assert row["x_steady_floor"] > 0
+    assert load_timeline(tmp_path / "traces" / "depth2.json.gz").steps
     assert row["gap_p99_ms"] >= row["gap_p50_ms"] > 0
 
 
