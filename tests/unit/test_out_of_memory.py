@@ -127,7 +127,9 @@ def test_a_start_that_has_memory_tells_in_one_line_where_it_went(
     with caplog.at_level(logging.INFO), pytest.raises(StopWorker):
         run(engine.process, engine.bootstrap)
     (line,) = [message for message in caplog.messages if message.startswith("loaded in")]
-    assert re.search(rf"; memory: {WEIGHTS.removesuffix('; ')} \(64\); [\d.]+ of [\d.]+ GiB are free$", line), line
+    assert re.search(
+        rf"^loaded in \d+\.\d s: .*; memory: {WEIGHTS.removesuffix('; ')} \(64\); [\d.]+ of [\d.]+ GiB are free$", line
+    ), line
 
 
 def test_other_errors_stay_what_they_are(engine: GpuProcess, monkeypatch: pytest.MonkeyPatch) -> None:

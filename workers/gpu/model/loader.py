@@ -25,7 +25,8 @@ from workers.gpu.model.gate import check_config, prepare_model, probe_model
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import measure_step_bytes
 from workers.gpu.model.weights import Progress, read_weights, weight_files
-from workers.gpu.out_of_memory import LOADING, is_out_of_memory
+from workers.gpu.out_of_memory import is_out_of_memory
+from workers.gpu.stages import LOADING
 
 logger = logging.getLogger(__name__)
 
