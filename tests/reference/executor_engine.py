@@ -19,6 +19,19 @@ from workers.gpu.executor import Executor, GpuRings
 from workers.gpu.runner import ModelRunner
 
 
+class Steady(Random):
+    """Chance that leaves the scripted scheduler none: whole prompts, everybody in every step, no preemption."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def shuffle(self, x: Any) -> None:
+        pass
+
+    def randrange(self, *_: Any, **__: Any) -> int:
+        return 0
+
+
 class ExecutorEngine:
     """`run` plays requests to their end. One prompt ring, the scheduler's; a Python thread of its own is not needed."""
 
@@ -40,10 +53,12 @@ class ExecutorEngine:
         gpu_rings = GpuRings(steps, results, [uploads])
         self.executor = Executor(device, runner, shape, depth, num_blocks, gpu_rings, buckets=buckets)
         self.buckets_run: set[tuple[int, int]] = set()
+        self.steps_run: list[tuple[int, int]] = []  # sequences and tokens of each
 
-    def run(self, requests: Sequence[ScriptedRequest], seed: int = 0) -> list[list[int]]:
+    def run(self, requests: Sequence[ScriptedRequest], seed: int | Random = 0) -> list[list[int]]:
         """The tokens of each request, by steps drawn from the seed."""
-        scheduler = ScriptedScheduler(Random(seed), self._shape, self._num_blocks, [self._uploads])
+        random = seed if isinstance(seed, Random) else Random(seed)
+        scheduler = ScriptedScheduler(random, self._shape, self._num_blocks, [self._uploads])
         scheduler.waiting.extend(requests)
         in_flight = 0
         while not scheduler.is_idle:
@@ -66,7 +81,8 @@ class ExecutorEngine:
         if not scheduler.plan(record):
             return False
         self._steps.publish()
-        self.buckets_run.add(self.executor.bucket(int(record.num_seqs[0]), int(record.num_tokens[0])))
+        self.steps_run.append((int(record.num_seqs[0]), int(record.num_tokens[0])))
+        self.buckets_run.add(self.executor.bucket(*self.steps_run[-1]))
         assert self.executor.submit_next(time.monotonic_ns()) is not None, "the step was published"
         return True
 

@@ -197,6 +197,7 @@ class ToyModel:
     """
 
     vocab_size = 16
+    logits_dtype = torch.float32
 
     def __init__(self, shape: StepShape, num_blocks: int) -> None:
         self._cache = torch.zeros((num_blocks + 1) * shape.block_size, dtype=torch.int64)

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError
-from ipc.records import StepShape, prompt_layout, result_layout, step_layout
-from ipc.ring import Ring, close_handle
-from ipc.stats import StatsPage
-from ipc.tracer import tracer
+from ipc.records import StepShape
+from tests.reference.gpu_process import GpuProcess, gpu_process
 from tests.reference.tiny_models import make_tiny_model
 from tests.unit.test_gpu_executor import publish_step
 from workers.gpu import memory
 from workers.gpu.buckets import Buckets
-from workers.gpu.config import CacheConfig, GpuBootstrap, ModelConfig
+from workers.gpu.config import ModelConfig
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.memory import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.out_of_memory import is_out_of_memory
 from workers.gpu.worker import Loaded, run
-from workers.process import StopWorker, WorkerBootstrap
+from workers.process import StopWorker
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4)
 CUDA = torch.device("cuda")
@@ -45,58 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("llama", tmp_path_factory.mktemp("model"))
 
 
-class FakeProcess:
-    """The parts of a worker's process that the GPU role uses. Told to stop as soon as it waits."""
-
-    def __init__(self, bootstrap: WorkerBootstrap) -> None:
-        self.stats = StatsPage(bootstrap.stats).values
-        self.doorbell = Doorbell(bootstrap.doorbell_fd)
-        self.trace = tracer(None)
-        self.is_ready = False
-
-    def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
-        pass
-
-    def ready(self, **info: int) -> None:
-        self.is_ready = True
-
-    def wait(self, timeout_ms: int | None = None) -> None:
-        raise StopWorker
-
-
 @pytest.fixture
-def engine(folder: Path) -> Iterator[SimpleNamespace]:
-    """A GPU process's surroundings: its bootstrap, itself, and the scheduler's end of the step ring."""
-    with ExitStack() as stack:
-
-        def ring(name: str, layout: Any) -> Ring:
-            made = Ring.create(name, layout, 4, 1)
-            stack.callback(close_handle, made.handle)
-            return made
-
-        def bell() -> int:
-            fd = Doorbell.create().fd
-            stack.callback(os.close, fd)
-            return fd
-
-        stats = StatsPage.create("gpu")
-        stack.callback(os.close, stats.fd)
-        worker = WorkerBootstrap(
-            role="gpu", control_endpoint="", doorbell_fd=bell(), stats=stats, launcher_pid=os.getpid()
-        )
-        steps = ring("step", step_layout(SHAPE))
-        bootstrap = GpuBootstrap(
-            worker=worker,
-            model=ModelConfig(path=str(folder), device="cpu", num_threads=1),
-            cache=CacheConfig(block_size=4),
-            shape=SHAPE,
-            depth=2,
-            step_ring=steps.handle,
-            result_ring=ring("result", result_layout(SHAPE)).handle,
-            prompt_rings=[ring("prompt", prompt_layout()).handle],
-            scheduler_doorbell_fd=bell(),
-        )
-        yield SimpleNamespace(process=FakeProcess(worker), bootstrap=bootstrap, steps=steps)
+def engine(folder: Path) -> Iterator[GpuProcess]:
+    with gpu_process(ModelConfig(path=str(folder), device="cpu", num_threads=1), SHAPE) as surroundings:
+        yield surroundings
 
 
 def run_out(*_: Any, **__: Any) -> Any:
@@ -153,7 +99,7 @@ STAGES = [
 
 @pytest.mark.parametrize(("fail", "stage", "rest"), STAGES, ids=[stage.split(",")[0] for _, stage, _ in STAGES])
 def test_at_start_up_the_error_names_the_stage_the_numbers_and_the_cure(
-    fail: Callable[[pytest.MonkeyPatch], None], stage: str, rest: str, engine: SimpleNamespace,
+    fail: Callable[[pytest.MonkeyPatch], None], stage: str, rest: str, engine: GpuProcess,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     fail(monkeypatch)
@@ -166,7 +112,7 @@ def test_at_start_up_the_error_names_the_stage_the_numbers_and_the_cure(
     assert re.search(rest, text), text
 
 
-def test_in_service_it_is_the_same(engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_service_it_is_the_same(engine: GpuProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PagedModelRunner, "logits", lambda *_: run_out())
     monkeypatch.setattr("workers.gpu.model.loader.measure_step_bytes", lambda *_: 0)
     publish_step(engine.steps)
@@ -176,15 +122,17 @@ def test_in_service_it_is_the_same(engine: SimpleNamespace, monkeypatch: pytest.
 
 
 def test_a_start_that_has_memory_tells_in_one_line_where_it_went(
-    engine: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    engine: GpuProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO), pytest.raises(StopWorker):
         run(engine.process, engine.bootstrap)
     (line,) = [message for message in caplog.messages if message.startswith("loaded in")]
-    assert re.search(rf"; memory: {WEIGHTS.removesuffix('; ')} \(64\); [\d.]+ of [\d.]+ GiB are free$", line), line
+    assert re.search(
+        rf"^loaded in \d+\.\d s: .*; memory: {WEIGHTS.removesuffix('; ')} \(64\); [\d.]+ of [\d.]+ GiB are free$", line
+    ), line
 
 
-def test_other_errors_stay_what_they_are(engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_stay_what_they_are(engine: GpuProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.gpu.worker.Executor", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(engine.process, engine.bootstrap)

@@ -128,7 +128,7 @@ class Executor:
         self._result = views(results, self._output[1])
         self._prepare = Prepare(device, self.tables, self._step)
         # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
-        self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), torch.float32)
+        self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
         self._admit = device.capture(self._prepare.admit)
         self._append = device.capture(self._prepare.append)
         self._model_work = lru_cache(maxsize=_MAX_WORK)(self._make_model_work)

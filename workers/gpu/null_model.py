@@ -21,6 +21,7 @@ class NullModel:
     """Each sequence's next token is a hash of its last token and position. `spend` is told of every step."""
 
     vocab_size = _VOCAB_SIZE
+    logits_dtype = torch.float32
 
     def __init__(self, shape: StepShape, device: torch.device, spend: Callable[[], None]) -> None:
         self._spend = spend

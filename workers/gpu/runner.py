@@ -13,9 +13,10 @@ class ModelRunner(Protocol):
     """Owns weights and KV cache. Called within `torch.inference_mode()`, on the current stream."""
 
     vocab_size: int
+    logits_dtype: torch.dtype
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """[S, vocab_size], floating: row i follows the last token of sequence i; padding is arbitrary but finite.
+        """[S, vocab_size] logits_dtype: row i follows the last token of sequence i; padding is arbitrary but finite.
 
         Enqueues work and looks at no value on the host, so that it can be captured in a graph.
         """

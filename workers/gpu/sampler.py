@@ -35,7 +35,7 @@ def sample(
     """Finish a step: sample where asked, write tokens and results, and move every sequence on.
 
     Args:
-        logits: [S, vocab_size] float32.
+        logits: [S, vocab_size], of any floating dtype.
         sample_flags: [S] int32, the step's `seq_sample`.
         outputs: views of a result record on the device; its first S entries are written, `logprob` and `top_*` only if
             `want_logprobs`.
@@ -47,7 +47,7 @@ def sample(
         tokens = logits.argmax(-1)
     else:
         filtered = variant == SamplerVariant.FILTERED
-        tokens = draw(logits, rows, position, tables, filtered=filtered)
+        tokens = draw(logits.float(), rows, position, tables, filtered=filtered)
 
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; padding is not
     tokens32 = tokens.to(torch.int32)
@@ -145,7 +145,7 @@ def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: Any) -> 
     Where the vocabulary is smaller than that, the rest is NO_TOKEN and -inf.
     """
     num_seqs, vocab_size = logits.shape
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1, torch.float32)
     outputs.logprob[:num_seqs].copy_(logprobs.gather(-1, tokens[:, None])[:, 0])
     num_top = min(MAX_LOGPROBS, vocab_size)
     top = logprobs.topk(num_top, -1)

@@ -30,9 +30,10 @@ from workers.gpu.device.timed import TimedDevice
 from workers.gpu.executor import Executor, GpuRings
 from workers.gpu.memory import MemoryUse, bytes_taken, free_text
 from workers.gpu.null_model import NullModel
-from workers.gpu.out_of_memory import Stages, is_out_of_memory
+from workers.gpu.out_of_memory import is_out_of_memory, out_of_memory_text
 from workers.gpu.profiler import StepProfiler
 from workers.gpu.runner import ModelRunner
+from workers.gpu.stages import Stages
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,11 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             if loaded.buckets is not None:
                 memory = replace(memory, graphs=capture_graphs(stages.progress, loaded.device, executor))
             process.stats.load_ns[0] = time.monotonic_ns() - started_ns
-            logger.info(
-                "loaded in %.1f s; memory: %s (%d); %s", process.stats.load_ns[0] * 1e-9, memory, loaded.num_blocks,
-                free_text(loaded.device.torch_device),
-            )  # fmt: skip
             stages.serve()
+            logger.info(
+                "loaded in %.1f s: %s; memory: %s (%d); %s", process.stats.load_ns[0] * 1e-9, stages.durations(),
+                memory, loaded.num_blocks, free_text(loaded.device.torch_device),
+            )  # fmt: skip
             scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
             completion = Completion(
                 loaded.device, executor, scheduler.ring, failed=process.doorbell.ring,
@@ -73,7 +74,7 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             run_steps(process, executor, completion, profiler)
         except Exception as error:
             if is_out_of_memory(error):
-                raise ConfigError(stages.out_of_memory(error, bootstrap, memory)) from error
+                raise ConfigError(out_of_memory_text(error, stages, bootstrap, memory)) from error
             raise
 
 
@@ -143,7 +144,10 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
 
     if model.num_threads is not None:
         torch.set_num_threads(model.num_threads)
-    from workers.gpu.model.loader import load_model  # takes seconds to import, and the null model needs none of it
+    progress("importing transformers", 0.0)  # takes seconds, and the null model needs none of it
+    from workers.gpu.model.loader import load_model
+
+    progress("starting the device", 0.0)
 
     device = make_device(model.device)
     loaded = load_model(model, bootstrap.cache, shape, device.torch_device, progress)

@@ -34,6 +34,7 @@ class ModelFacts:
     layers: list[LayerShape]
     cache_dtype: torch.dtype
     vocab_size: int  # of the logits
+    logits_dtype: torch.dtype
 
 
 def check_config(config: Any, max_model_len: int) -> None:
@@ -127,7 +128,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
             "its tokens affect each other outside of attention, or it counts positions by itself "
             f"(the same tokens in another order change the logits by {_difference(turned, logits):.0%})",
         )
-    return ModelFacts([call.shape for call in probe.calls], first.dtype, logits.shape[-1])
+    return ModelFacts([call.shape for call in probe.calls], first.dtype, logits.shape[-1], logits.dtype)
 
 
 @torch.inference_mode()

@@ -34,7 +34,8 @@ from workers.gpu.model.gate import (
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, read_weights, weight_files
-from workers.gpu.out_of_memory import LOADING, is_out_of_memory
+from workers.gpu.out_of_memory import is_out_of_memory
+from workers.gpu.stages import LOADING
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def load_model(
     progress("checking the model", 1.0)
 
     backend = make_backend("triton" if device.type == "cuda" else "torch")
-    step = largest_step(model, facts.layers, shape, facts.cache_dtype, device, backend, facts.vocab_size)
+    step = largest_step(model, facts, shape, device, backend)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         progress("compiling the model", 0.0)
         compile_layers(model, step)
@@ -96,7 +97,7 @@ def load_model(
         shape.block_size,
     )  # fmt: skip
     memory = MemoryUse(weights=model_bytes(model), largest_step=step_bytes, kv_blocks=kv_cache.num_bytes)
-    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts.vocab_size), num_blocks, memory)
+    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts), num_blocks, memory)
 
 
 def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.device) -> None:

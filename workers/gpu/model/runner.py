@@ -9,13 +9,15 @@ from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.attention.interface import PagedAttention, handling_attention
 from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
+from workers.gpu.model.gate import ModelFacts
 
 
 class PagedModelRunner:
     """A prepared model with its cache. The model sees a step as one sequence of T tokens; attention knows better."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, facts: ModelFacts) -> None:
+        self.vocab_size = facts.vocab_size
+        self.logits_dtype = facts.logits_dtype
         self.can_be_captured = not backend.needs_host_lengths  # in a graph
         self._model = model
         self._cache = cache
@@ -23,7 +25,7 @@ class PagedModelRunner:
 
     @torch.inference_mode()
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """[S, vocab_size] as the model gives them: row i follows sequence i's last token; finite for padding sequences.
+        """[S, vocab_size] logits_dtype: row i follows sequence i's last token; finite for padding sequences.
 
         Writes the step's K and V into the cache. Queues work on the current stream, and waits for none of it where
         `can_be_captured`.

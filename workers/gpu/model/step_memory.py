@@ -3,7 +3,7 @@ memory it takes beside weights and KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -12,20 +12,15 @@ from torch import nn
 from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.batch import StepBatch
-from workers.gpu.kv_cache import KVCache, LayerShape
+from workers.gpu.kv_cache import KVCache
+from workers.gpu.model.gate import ModelFacts
 from workers.gpu.model.runner import PagedModelRunner
 
 _SAMPLER_BYTES: Final = 40  # per logit, for the most demanding sampler's temporaries
 
 
 def largest_step(
-    model: nn.Module,
-    layers: Sequence[LayerShape],
-    shape: StepShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: AttentionBackend,
-    vocab_size: int,
+    model: nn.Module, facts: ModelFacts, shape: StepShape, device: torch.device, backend: AttentionBackend
 ) -> Callable[[], torch.Tensor]:
     """Something that runs the model on a step as large as `shape` allows, with a cache of one block: its logits."""
     num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
@@ -44,8 +39,8 @@ def largest_step(
         block_table=zeros(shape.max_blocks_per_seq, torch.int32).unsqueeze(0),
         block_size=shape.block_size,
     )
-    cache = KVCache(layers, 0, shape.block_size, dtype, device)  # the trash block alone
-    runner = PagedModelRunner(model, cache, backend, vocab_size)
+    cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # the trash block alone
+    runner = PagedModelRunner(model, cache, backend, facts)
     return lambda: runner.logits(batch)
 
 

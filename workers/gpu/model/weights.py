@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ipc.errors import ConfigError
-from workers.gpu.out_of_memory import LOADING
+from workers.gpu.stages import LOADING
 
 _FILE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"

@@ -1,0 +1,121 @@
+"""Weights straight to the GPU, what the memory is counted to hold, and what is said when it does not suffice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from ipc.records import StepShape
+from pipeline.python_module import module_environment
+from tests.reference.executor_engine import executor_engine
+from tests.reference.tiny_models import make_tiny_model
+from tests.unit.test_weights import MEASURE, MIB
+from workers.gpu.buckets import Buckets
+from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.memory import bytes_taken, reserved_bytes
+from workers.gpu.model.loader import load_model
+from workers.gpu.model.weights import read_weights, weight_files
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+TINY_CONFIG = ROOT / "configs" / "tiny.toml"
+
+RUN = """
+import sys, torch
+from ipc.records import StepShape
+from tests.reference.gpu_process import gpu_process
+from workers.gpu.config import ModelConfig
+from workers.gpu.worker import run
+
+torch.cuda.set_per_process_memory_fraction(int(sys.argv[2]) / torch.cuda.mem_get_info()[1])
+shape = StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=16)
+with gpu_process(ModelConfig(path=sys.argv[1], device="cuda"), shape) as engine:
+    run(engine.process, engine.bootstrap)
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 600 MiB of float32 weights in tensors of up to 32."""
+    return make_tiny_model(
+        "llama", tmp_path_factory.mktemp("model") / "big", vocab_size=4096, hidden_size=1024, intermediate_size=8192,
+        num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=8, head_dim=128, initializer_range=0.02,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_pass_through_a_few_tensors_of_host_memory(dtype: str, big: Path, tmp_path: Path) -> None:
+    small = make_tiny_model("llama", tmp_path)
+    file_bytes = (big / "model.safetensors").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(small), str(big), dtype, "cuda"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    growth = int(done.stdout)
+    assert growth < 256 * MIB < file_bytes / 2, f"{growth / MIB:.0f} of {file_bytes / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_weights_on_the_gpu_are_those_on_the_cpu(dtype: str, tmp_path: Path) -> None:
+    for family in ("llama", "qwen3_moe", "gpt_oss"):
+        folder = make_tiny_model(family, tmp_path / family)
+        files, config = weight_files(str(folder)), AutoConfig.from_pretrained(folder)
+        on_cpu, on_gpu = (
+            read_weights(files, config, dtype, torch.device(device), lambda *_: None)[0] for device in ("cpu", "cuda")
+        )
+        tensors = {**dict(on_gpu.named_parameters()), **dict(on_gpu.named_buffers())}
+        for name, tensor in {**dict(on_cpu.named_parameters()), **dict(on_cpu.named_buffers())}.items():
+            assert tensors[name].is_cuda, name
+            assert torch.equal(tensors[name].cpu(), tensor), name
+
+
+@pytest.mark.parametrize(("limit_mib", "stage"), [(200, "loading weights"), (2000, "allocating the KV cache")])
+def test_a_gpu_process_that_runs_out_of_memory_says_where_and_with_what_numbers(
+    limit_mib: int, stage: str, big: Path
+) -> None:
+    """The limit is torch's own: the GPU says that more is free, which is why the cache is sized for all of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(big), str(limit_mib * MIB)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ipc.errors.ConfigError: out of memory while {stage}"), last
+    assert "GiB are free on cuda" in last
+    assert "tried to allocate" in last
+
+
+def test_more_blocks_than_the_gpu_holds_end_the_launcher_with_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.launch", "--config", str(TINY_CONFIG), "--set", "model.device=cuda",
+         "--set", "cache.num_blocks=100000000"],
+        env=module_environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "ERROR launcher" in line]
+    assert "cache.num_blocks (100000000) blocks of" in line
+    assert "at most" in line
+
+
+def test_graphs_take_no_more_than_is_left_for_them(big: Path) -> None:
+    from workers.gpu.device.cuda import CudaDevice
+
+    shape = StepShape(max_num_seqs=32, max_num_batched_tokens=2048, max_model_len=512, block_size=16)
+    device = CudaDevice()
+    with torch.inference_mode():
+        loaded = load_model(
+            ModelConfig(path=str(big), dtype="bfloat16"), CacheConfig(num_blocks=256), shape, device.torch_device,
+            lambda *_: None,
+        )  # fmt: skip
+    left = reserved_bytes(
+        shape, 5, loaded.runner.vocab_size, loaded.memory.largest_step, device.torch_device, captures=True
+    )
+    with executor_engine(device, loaded.runner, shape, 2, 256, Buckets(shape)) as engine:
+        taken = bytes_taken(device.torch_device, lambda: engine.executor.warm_up(lambda _: None))
+    assert 0 < taken < left, f"{taken / MIB:.0f} MiB taken, {left / MIB:.0f} left"

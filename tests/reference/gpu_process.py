@@ -1,0 +1,80 @@
+"""The surroundings of a GPU process, so that a test can run its whole life in its own: `run(process, bootstrap)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ipc.doorbell import Doorbell
+from ipc.records import StepShape, prompt_layout, result_layout, step_layout
+from ipc.ring import Ring, close_handle
+from ipc.stats import StatsPage
+from ipc.tracer import tracer
+from workers.gpu.config import CacheConfig, GpuBootstrap, ModelConfig
+from workers.process import StopWorker, WorkerBootstrap
+
+
+class FakeProcess:
+    """The parts of a WorkerProcess that the role uses. Told to stop as soon as it waits."""
+
+    def __init__(self, bootstrap: WorkerBootstrap) -> None:
+        self.stats = StatsPage(bootstrap.stats).values
+        self.doorbell = Doorbell(bootstrap.doorbell_fd)
+        self.trace = tracer(None)
+        self.is_ready = False
+
+    def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
+        pass
+
+    def ready(self, **info: int) -> None:
+        self.is_ready = True
+
+    def wait(self, timeout_ms: int | None = None) -> None:
+        raise StopWorker
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """What `run` takes, and the scheduler's end of the step ring."""
+
+    process: Any
+    bootstrap: GpuBootstrap
+    steps: Ring
+
+
+@contextmanager
+def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None = None) -> Iterator[GpuProcess]:
+    """At depth 2, with one prompt ring, the scheduler's."""
+    with ExitStack() as stack:
+
+        def ring(name: str, layout: Any) -> Ring:
+            made = Ring.create(name, layout, 4, 1)
+            stack.callback(close_handle, made.handle)
+            return made
+
+        def bell() -> int:
+            fd = Doorbell.create().fd
+            stack.callback(os.close, fd)
+            return fd
+
+        stats = StatsPage.create("gpu")
+        stack.callback(os.close, stats.fd)
+        worker = WorkerBootstrap(
+            role="gpu", control_endpoint="", doorbell_fd=bell(), stats=stats, launcher_pid=os.getpid()
+        )
+        steps = ring("step", step_layout(shape))
+        bootstrap = GpuBootstrap(
+            worker=worker,
+            model=model,
+            cache=cache or CacheConfig(block_size=shape.block_size),
+            shape=shape,
+            depth=2,
+            step_ring=steps.handle,
+            result_ring=ring("result", result_layout(shape)).handle,
+            prompt_rings=[ring("prompt", prompt_layout()).handle],
+            scheduler_doorbell_fd=bell(),
+        )
+        yield GpuProcess(FakeProcess(worker), bootstrap, steps)
