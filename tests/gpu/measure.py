@@ -70,6 +70,7 @@ def measure(arguments: argparse.Namespace, depth: int, read_bytes_per_s: float) 
         "device_ms_per_step": round(figures.device_us_per_step / 1e3, 3),
         "idle_percent": round(100 * (1 - figures.device_us_per_step * 1e-6 / step_s), 2),
         "wait_percent": round(100 * figures.device_wait_share, 2),
+        "device_percent": {name: round(100 * share, 2) for name, share in figures.device.shares().items()},
         "floor_ms": round(floor_s * 1e3, 3), "ratio_to_floor": round(step_s / floor_s, 2),
         "tokens_per_s": round(figures.tokens_per_s),
         "host_us": {k: round(v) for k, v in figures.host_us_per_step.items()},
