@@ -29,6 +29,7 @@ _MARGINS: Final = (1.05, 0.3)  # left and right, inches
 _ROW_HEIGHT: Final = 0.34
 _TITLE_HEIGHT: Final = 0.3
 _FOOT_HEIGHT: Final = 0.62  # for the scale and the legend
+_MAX_ARROWS: Final = 60  # more of them are a grey veil
 _CHARACTER: Final = 0.085  # the width of one, with some air
 _ROW_ORDER: Final = ("gateway", "tokenizer", "detokenizer", "scheduler", "gpu", DEVICE)  # the last one lowest
 _TITLES: Final = {"gpu": "GPU process", DEVICE: "device"}
@@ -72,7 +73,12 @@ def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.Pa
             raise ConfigError(f"{timeline.label or 'a timeline'}: no step ran on the device: nothing to draw")
     length_s = (window or middle_window(timelines[0])).length_s
     panels = [_Panel(timeline, Window((window or middle_window(timeline)).start_s, length_s)) for timeline in timelines]
-    rows = [row for row in panels[0].row_names() if any(panel.bars.get(row) for panel in panels)]
+    rows = sorted({row for panel in panels for row, bars in panel.bars.items() if bars}, key=_rank)
+    if DEVICE not in rows:
+        longest_s = max(timeline.steps[-1].end_s - timeline.steps[0].start_s for timeline in timelines)
+        raise ConfigError(
+            f"--window: no step runs in it; the last one ends {longest_s:.3f} s after the first one starts"
+        )
     panel_height = _ROW_HEIGHT * (len(rows) + 1) + _TITLE_HEIGHT
     height = panel_height * len(panels) + _FOOT_HEIGHT
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
@@ -97,43 +103,39 @@ def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.Pa
 
 
 class _Panel:
-    """One timeline's share of the picture. Times in ms from the window's start."""
+    """One timeline's share of the picture. Times in seconds from the window's start."""
 
     def __init__(self, timeline: Timeline, window: Window) -> None:
         self.label = timeline.label
         steps = timeline.steps
         start_s = steps[0].start_s + window.start_s
-        self.length_ms = window.length_s * 1e3
+        self.length_s = window.length_s
         # Of the device, between two steps, as far as it lies in the window.
         self.gaps = [
             (start, end)
             for a, b in pairwise(steps)
-            if (end := min((b.start_s - start_s) * 1e3, self.length_ms))
-            > (start := max((a.end_s - start_s) * 1e3, 0.0))
+            if (end := min(b.start_s - start_s, self.length_s)) > (start := max(a.end_s - start_s, 0.0))
         ]
-        self.run_ms = max(0.0, min((steps[-1].end_s - start_s) * 1e3, self.length_ms))  # of the window: until the last
+        self.run_s = max(0.0, min(steps[-1].end_s - start_s, self.length_s))  # of the window: until the last step ends
         self.bars = {
             process: [
-                Bar(bar.name, (bar.start_s - start_s) * 1e3, (bar.end_s - start_s) * 1e3, bar.args)
+                Bar(bar.name, bar.start_s - start_s, bar.end_s - start_s, bar.args)
                 for bar in bars
                 if bar.end_s > start_s and bar.start_s < start_s + window.length_s
             ]
             for process, bars in timeline.bars.items()
         }
 
-    def row_names(self) -> list[str]:
-        return sorted(self.bars, key=lambda process: (_ROW_ORDER.index(process.split(".")[0]), process))
-
     def caption(self) -> str:
         """How idle the device is in the window, and how fast the steps follow."""
-        if not self.run_ms:
+        if not self.run_s:
             return "after the last step"
-        idle_ms = sum(end - start for start, end in self.gaps)
-        text = f"device idle {idle_ms / self.run_ms:.1%} of {self.run_ms:.0f} ms"
+        idle_s = sum(end - start for start, end in self.gaps)
+        text = f"device idle {idle_s / self.run_s:.1%} of {self.run_s * 1e3:.0f} ms"
         steps = self.bars.get(DEVICE, [])
         if len(steps) > 1:
-            pace_ms = (steps[-1].start_s - steps[0].start_s) / (len(steps) - 1)
-            text += f"  ·  {pace_ms:.2f} ms from step to step"
+            pace_s = (steps[-1].start_s - steps[0].start_s) / (len(steps) - 1)
+            text += f"  ·  {pace_s * 1e3:.2f} ms from step to step"
         return text
 
     def draw(self, axes: Axes, rows: Sequence[str], *, is_last: bool) -> None:
@@ -145,7 +147,7 @@ class _Panel:
                 self._draw_process(axes, row, place)
         if "scheduler" in places and DEVICE in places:
             self._draw_arrows(axes, places["scheduler"], places[DEVICE])
-        axes.set_xlim(0, self.length_ms)
+        axes.set_xlim(0, self.length_s)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_yticks(list(places.values()), [_TITLES.get(row, row) for row in places])
         axes.tick_params(axis="y", length=0, labelcolor=_INK)
@@ -157,7 +159,7 @@ class _Panel:
         axes.set_title(self.label, loc="left", fontsize=10, fontweight="bold", color=_INK)
         axes.set_title(self.caption(), loc="right", fontsize=9.5, color=_INK)
         if is_last:
-            axes.xaxis.set_major_formatter("{x:g} ms")
+            axes.xaxis.set_major_formatter(lambda time_s, _: f"{time_s * 1e3:g} ms")
 
     def _draw_process(self, axes: Axes, row: str, place: int) -> None:
         """What the process was awake for, and on top of it what it did."""
@@ -169,31 +171,43 @@ class _Panel:
             axes.broken_barh(spans, (place - height / 2, height), facecolors=colour, linewidth=0)
 
     def _draw_device(self, axes: Axes, place: int) -> None:
+        blocks: dict[str, list[tuple[float, float]]] = {_IDLE: [], _STEPS[0]: [], _STEPS[1]: []}
         for start, end in self.gaps:
-            self._draw_block(axes, place, start, end, _IDLE, f"idle {end - start:.1f} ms", f"{end - start:.1f}")
+            blocks[_IDLE].append((start, end - start))
+            idle_ms = f"{(end - start) * 1e3:.1f}"
+            self._label(axes, place, start, end, f"idle {idle_ms} ms", idle_ms)
         for step in self.bars.get(DEVICE, []):
-            ticket, start, end = step.args["ticket"], max(step.start_s, 0.0), min(step.end_s, self.length_ms)
-            self._draw_block(axes, place, start, end, _STEPS[ticket % 2], f"step {ticket}", f"{ticket}")
+            ticket, start, end = step.args["ticket"], max(step.start_s, 0.0), min(step.end_s, self.length_s)
+            blocks[_STEPS[ticket % 2]].append((start, end - start))
+            self._label(axes, place, start, end, f"step {ticket}", f"{ticket}")
+        for colour, spans in blocks.items():
+            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=colour, linewidth=0)
 
-    def _draw_block(self, axes: Axes, place: int, start: float, end: float, colour: str, *texts: str) -> None:
-        """A bar with the first of the texts that it holds, or none."""
-        axes.broken_barh([(start, end - start)], (place - 0.4, 0.8), facecolors=colour, linewidth=0)
-        inches = (end - start) / self.length_ms * (_WIDTH - sum(_MARGINS))
-        text = next((text for text in texts if len(text) * _CHARACTER < inches), "")
-        axes.text((start + end) / 2, place, text, ha="center", va="center_baseline", color="white", fontsize=8.5)
+    def _label(self, axes: Axes, place: int, start: float, end: float, *texts: str) -> None:
+        """Write the first of the texts that such a bar holds, or none, into it."""
+        inches = (end - start) / self.length_s * (_WIDTH - sum(_MARGINS))
+        if text := next((text for text in texts if len(text) * _CHARACTER < inches), None):
+            axes.text((start + end) / 2, place, text, ha="center", va="center_baseline", color="white", fontsize=8.5)
 
     def _draw_arrows(self, axes: Axes, scheduler: int, device: int) -> None:
         """From where a step was planned to where it starts: how far ahead the host is."""
-        starts = {step.args["ticket"]: step.start_s for step in self.bars.get(DEVICE, [])}
+        steps = self.bars.get(DEVICE, [])
+        if len(steps) > _MAX_ARROWS:
+            return
+        starts = {step.args["ticket"]: step.start_s for step in steps}
         for bar in self.bars.get("scheduler", []):
             start = starts.get(bar.args.get("ticket", 0))
-            if bar.name == KINDS[Span.PLAN].name and start is not None and 0 <= start <= self.length_ms:
+            if bar.name == KINDS[Span.PLAN].name and start is not None and 0 <= start <= self.length_s:
                 axes.add_patch(
                     FancyArrowPatch(
                         (bar.end_s, scheduler - 0.3), (start, device + 0.42), arrowstyle="-|>", mutation_scale=6,
                         linewidth=0.7, color=_INK, alpha=0.55, shrinkA=0, shrinkB=0,
                     )
                 )  # fmt: skip
+
+
+def _rank(process: str) -> tuple[int, str]:
+    return _ROW_ORDER.index(process.split(".")[0]), process
 
 
 def _legend() -> list[Patch]:

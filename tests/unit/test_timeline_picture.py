@@ -90,6 +90,19 @@ def test_a_timeline_without_steps_and_an_unknown_format_are_refused(tmp_path: Pa
         draw([timeline("sync", 4.0)], None, tmp_path / "p.doc")
 
 
+def test_a_window_behind_the_last_step_is_refused_with_the_runs_length(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ends 0\.079 s after"):
+        draw([timeline("sync", 4.0)], Window(1.0, 0.1), tmp_path / "p.svg")
+
+
+def test_each_step_has_an_arrow_from_its_plan_unless_there_are_too_many(tmp_path: Path) -> None:
+    def num_arrows(window: Window) -> int:
+        return svg(tmp_path / "p.svg", timeline("sync", 4.0, num_steps=100), window=window).count("opacity: 0.55") // 2
+
+    assert num_arrows(Window(0.0, 0.02)) == num_arrows(Window(0.0, 0.04)) - 5
+    assert num_arrows(Window(0.0, 0.4)) == 0
+
+
 def test_the_command_refuses_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.json"), "-o", str(tmp_path / "p.svg")]) == 2
     assert "none.json: cannot be read" in capsys.readouterr().err
