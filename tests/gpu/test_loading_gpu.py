@@ -107,7 +107,7 @@ def test_more_blocks_than_the_gpu_holds_end_the_launcher_with_one_line() -> None
 def test_graphs_take_no_more_than_is_left_for_them(big: Path) -> None:
     from workers.gpu.device.cuda import CudaDevice
 
-    shape = StepShape(max_num_seqs=32, max_num_batched_tokens=2048, max_model_len=512, block_size=16)
+    shape = StepShape(max_num_seqs=32, max_num_batched_tokens=2048, max_model_len=256, block_size=16)
     device = CudaDevice()
     with torch.inference_mode():
         loaded = load_model(

@@ -35,3 +35,9 @@ def test_decodes_are_padded_by_at_most_a_half() -> None:
     assert len(buckets.captured) < 40
     for num_seqs in range(17, 513):
         assert buckets.choose(num_seqs, num_seqs)[0] * 2 <= num_seqs * 3
+
+
+def test_steps_too_large_to_be_captured_are_padded_by_less_than_a_tile() -> None:
+    buckets = Buckets(StepShape(max_num_seqs=64, max_num_batched_tokens=8192, max_model_len=64, block_size=16))
+    for num_tokens in range(MAX_CAPTURED_TOKENS + 1, 8193, 7):
+        assert buckets.choose(33, num_tokens)[1] - num_tokens < 64

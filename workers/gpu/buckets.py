@@ -1,8 +1,8 @@
 """The sizes that steps are padded to, so that few graphs serve every step.
 
 A step with one token per sequence (decode) runs as (S, S). A mixed step of up to `MAX_CAPTURED_TOKENS` tokens runs as
-(S, T) with few choices of each. Both kinds are captured. A larger one is computed eagerly: the device then works for
-longer than the host takes to launch.
+(S, T) with few choices of each. Both kinds are captured. A larger one is launched piece by piece, at about its own size:
+the device then works for longer than the host takes to launch, and tokens cost more than launches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Final
 from ipc.records import StepShape
 
 MAX_CAPTURED_TOKENS: Final = 512
-_MIXED_TOKENS: Final = (64, 128, 256, MAX_CAPTURED_TOKENS)
+_MIXED_TOKENS: Final = (64, 128, 256, 384, MAX_CAPTURED_TOKENS)
+_TILE: Final = 64  # tokens that matrix products handle at once: larger steps are padded to multiples of it
 _SMALLEST_MIXED: Final = 16  # sequences; from there on by factors of 4
 
 
@@ -42,7 +43,7 @@ class Buckets:
         if num_tokens <= self._mixed_tokens[-1]:
             tokens = _round_up(num_tokens, self._mixed_tokens)
         else:
-            tokens = min(-(-num_tokens // MAX_CAPTURED_TOKENS) * MAX_CAPTURED_TOKENS, self._max_tokens)
+            tokens = min(-(-num_tokens // _TILE) * _TILE, self._max_tokens)
         return min(_round_up(num_seqs, self._mixed_seqs), tokens), tokens
 
 
