@@ -1,0 +1,53 @@
+"""Models of every family on CUDA, captured: the tokens of `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from ipc.records import StepShape
+from tests.reference.executor_engine import executor_engine
+from tests.reference.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model, reference_generate
+from tests.simulation.scripted import ScriptedRequest
+from workers.gpu.buckets import Buckets
+from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.model.loader import load_model
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=96, block_size=16)
+NUM_BLOCKS = 16  # some preemption
+NUM_TOKENS = 12
+COMPILED = ("gemma2", "qwen3_moe", "deepseek_v2")  # llama is compiled in test_cuda_executor.py
+
+
+@pytest.fixture(scope="module")
+def device() -> Any:
+    from workers.gpu.device.cuda import CudaDevice
+
+    return CudaDevice()
+
+
+@pytest.mark.parametrize(
+    ("family", "compile"), [*((family, "off") for family in FAMILIES), *((family, "on") for family in COMPILED)]
+)
+def test_captured_steps_of_every_family_give_the_tokens_of_generate(
+    family: str, compile: Literal["on", "off"], device: Any, tmp_path: Path
+) -> None:
+    random = Random(3)
+    prompts = [[random.randrange(VOCAB_SIZE) for _ in range(length)] for length in (1, 5, 33, 70, 18)]
+    folder = make_tiny_model(family, tmp_path, seed=1)
+    expected = reference_generate(folder, prompts, NUM_TOKENS)
+    requests = [ScriptedRequest(prompt=prompt, max_tokens=NUM_TOKENS, seed=9 + i) for i, prompt in enumerate(prompts)]
+    with torch.inference_mode():
+        loaded = load_model(
+            ModelConfig(path=str(folder), dtype="float32", compile=compile), CacheConfig(num_blocks=NUM_BLOCKS), SHAPE,
+            device.torch_device, lambda *_: None,
+        )  # fmt: skip
+    with executor_engine(device, loaded.runner, SHAPE, 2, NUM_BLOCKS, Buckets(SHAPE)) as engine:
+        engine.executor.warm_up(lambda _: None)
+        assert engine.run(requests, seed=5) == expected
