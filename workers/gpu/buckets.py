@@ -1,8 +1,8 @@
 """The sizes that steps are padded to, so that few graphs serve every step.
 
 A step with one token per sequence (decode) runs as (S, S). A mixed step of up to `MAX_CAPTURED_TOKENS` tokens runs as
-(S, T) with few choices of each. Both kinds are captured. A larger one is launched piece by piece, at about its own size:
-the device then works for longer than the host takes to launch, and tokens cost more than launches.
+(S, T) with few choices of each. Both kinds are captured. A larger one is launched piece by piece, at about its own
+size: the device then works for longer than the host takes to launch, and tokens cost more than launches.
 """
 
 from __future__ import annotations
