@@ -19,9 +19,9 @@ _SMALLEST_MIXED: Final = 16  # sequences; from there on by factors of 4
 
 
 class Buckets:
-    """The sizes for one StepShape. `captured` are the buckets (S, T) that are worth a graph."""
+    """The sizes for one StepShape. `captured` are the buckets (S, T) that are worth a graph, if there may be any."""
 
-    def __init__(self, shape: StepShape) -> None:
+    def __init__(self, shape: StepShape, *, captures: bool = True) -> None:
         self._max_seqs, self._max_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
         self.decode = _up_to(min(self._max_seqs, self._max_tokens), _decode_sizes(self._max_seqs))
         sizes = [_SMALLEST_MIXED]
@@ -30,7 +30,7 @@ class Buckets:
         self._mixed_seqs = _up_to(self._max_seqs, sizes)
         self._mixed_tokens = _up_to(min(MAX_CAPTURED_TOKENS, self._max_tokens), _MIXED_TOKENS)
         mixed = {self._mixed(s, t) for s in self._mixed_seqs for t in self._mixed_tokens}
-        self.captured = sorted({(s, s) for s in self.decode} | mixed)
+        self.captured = sorted({(s, s) for s in self.decode} | mixed) if captures else []
 
     def choose(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
         """The smallest (S, T) for such a step."""

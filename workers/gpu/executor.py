@@ -90,8 +90,8 @@ class Executor:
         *,
         buckets: Buckets | None = None,
     ) -> None:
-        """`buckets`: sizes to pad batches to, and which of them to capture where the device has graphs; only for a
-        model that can be captured. None = each step runs at its own size, and nothing is captured."""
+        """`buckets`: sizes to pad batches to, and which of them to capture where the device has graphs. None = each
+        step runs at its own size, and nothing is captured."""
         self._device = device
         self._runner = runner
         self._shape = shape

@@ -151,8 +151,7 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
 
     device = make_device(model.device)
     loaded = load_model(model, bootstrap.cache, shape, device.torch_device, progress)
-    is_captured = device.torch_device.type == "cuda" and loaded.runner.can_be_captured
-    buckets = Buckets(shape) if is_captured else None
+    buckets = Buckets(shape, captures=loaded.can_be_captured) if device.torch_device.type == "cuda" else None
     return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets)
 
 

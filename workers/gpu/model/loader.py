@@ -32,7 +32,7 @@ from workers.gpu.model.gate import (
     probe_model,
 )
 from workers.gpu.model.runner import PagedModelRunner
-from workers.gpu.model.step_memory import largest_step, measure_step_bytes
+from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, read_weights, weight_files
 from workers.gpu.out_of_memory import is_out_of_memory
 from workers.gpu.stages import LOADING
@@ -50,6 +50,7 @@ class LoadedModel:
     runner: PagedModelRunner
     num_blocks: int  # that sequences can hold; the cache has one more, the last: the trash block
     memory: MemoryUse
+    can_be_captured: bool  # in a graph: nothing in a step looks at the device's values on the host
 
 
 def load_model(
@@ -85,10 +86,12 @@ def load_model(
 
     progress("measuring the largest step", 0.0)
     step_bytes = measure_step_bytes(step, device, shape)
+    wait = find_wait(step, device)
+    if wait is not None:
+        logger.warning("the model waits for the device in each step, which cannot be captured in a graph: %s", wait)
+    captures = wait is None and not backend.needs_host_lengths
     progress("allocating the KV cache", 0.0)
-    left_bytes = reserved_bytes(
-        shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=not backend.needs_host_lengths
-    )
+    left_bytes = reserved_bytes(shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=captures)
     num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
     kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
     progress("allocating the KV cache", 1.0)
@@ -97,7 +100,7 @@ def load_model(
         shape.block_size,
     )  # fmt: skip
     memory = MemoryUse(weights=model_bytes(model), largest_step=step_bytes, kv_blocks=kv_cache.num_bytes)
-    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts), num_blocks, memory)
+    return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts), num_blocks, memory, captures)
 
 
 def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.device) -> None:

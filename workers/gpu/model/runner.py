@@ -18,7 +18,6 @@ class PagedModelRunner:
     def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, facts: ModelFacts) -> None:
         self.vocab_size = facts.vocab_size
         self.logits_dtype = facts.logits_dtype
-        self.can_be_captured = not backend.needs_host_lengths  # in a graph
         self._model = model
         self._cache = cache
         self._backend = backend
@@ -27,8 +26,7 @@ class PagedModelRunner:
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """[S, vocab_size] logits_dtype: row i follows sequence i's last token; finite for padding sequences.
 
-        Writes the step's K and V into the cache. Queues work on the current stream, and waits for none of it where
-        `can_be_captured`.
+        Writes the step's K and V into the cache. Queues work on the current stream.
         """
         attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
         with handling_attention(attention):

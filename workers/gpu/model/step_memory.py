@@ -1,5 +1,5 @@
-"""The largest step there can be: run on padding alone, before the cache is sized, to compile for it and to see what
-memory it takes beside weights and KV cache."""
+"""The largest step there can be: run on padding alone, before the cache is sized, to compile for it, and to see what
+memory it takes beside weights and KV cache and whether it waits for the device."""
 
 from __future__ import annotations
 
@@ -58,3 +58,21 @@ def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, s
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return model_bytes + _SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+
+
+def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | None:
+    """What in a step waits for the device, as torch says it; None if nothing does. Such a step cannot be captured.
+
+    An attempt to capture it would tell as well, but leave torch's allocators unusable. Run the step once before: what
+    it does for the first time may wait.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
