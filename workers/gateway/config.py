@@ -14,7 +14,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     Args:
         endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
             also where a client without an endpoint looks.
-        max_open_requests: of one client; more are refused at once.
+        max_open_requests: of one client; more are refused at once. One of n samples counts n times.
         slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
             cancelled.
         drain_timeout_s: how long a draining engine waits for open requests.

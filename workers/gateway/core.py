@@ -186,16 +186,21 @@ class Gateway:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         client = self.table.client(identity)
+        params = message.params
+        limit = self._bootstrap.frontend.max_open_requests
+        if params.n > limit:
+            raise InvalidRequest(f"n ({params.n}) is more than frontend.max_open_requests ({limit})")
         if client is not None:
             if message.request_id in client.keys:
                 raise InvalidRequest(f"request_id ({message.request_id!r}) is that of a request that is still open")
-            limit = self._bootstrap.frontend.max_open_requests
-            if len(client.keys) >= limit:
-                raise QueueFull(f"{limit} requests of this client are open: wait for one to end")
-        params = message.params
+            if client.num_samples + params.n > limit:
+                raise QueueFull(
+                    f"{client.num_samples} requests of this client are open, and {limit} may be, each sample counted: "
+                    "wait for one to end"
+                )
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
-        request = self.table.open(identity, message.request_id)
+        request = self.table.open(identity, message.request_id, params.n)
         assert request.client is not None, "a new request has its client"
         self._queue[request.key] = Tokenize(
             key=request.key,
@@ -243,7 +248,7 @@ class Gateway:
         request.is_cancelled = True
         self.num_cancelled += 1
         if request.state is RequestState.ACCEPTED:
-            self._cancels.append(request.key)
+            self._cancels += request.keys
         elif request.state is RequestState.QUEUED:
             del self._queue[request.key]
             self._answer(client, [request_id], FinalAnswer("cancelled", 0, 0), now)
@@ -306,7 +311,7 @@ class Gateway:
                 request.is_cancelled = True
                 self.num_cancelled += 1
                 if request.state is RequestState.ACCEPTED:
-                    self._cancels.append(request.key)
+                    self._cancels += request.keys
             self._queue.pop(request.key, None)
             if request.state is not RequestState.TOKENIZING:  # those must be remembered until they can be cancelled
                 self._close(request)
@@ -347,7 +352,7 @@ class Gateway:
                 continue
             request.state = RequestState.ACCEPTED
             if request.is_cancelled:
-                self._cancels.append(key)
+                self._cancels += request.keys
                 if request.client is None:
                     self._close(request)
 
