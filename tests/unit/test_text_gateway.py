@@ -23,6 +23,7 @@ from ipc.messages import (
     Health,
     Outputs,
     Query,
+    Refused,
     Stats,
 )
 from ipc.messages import Final as FinalAnswer
@@ -401,6 +402,25 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
     gateway.flush()
     assert [len(outputs.request_ids) for outputs in gateway.answers(Outputs)] == [8_192, 1_808]
     assert len(gateway.finals) == 10_000
+
+
+# What waits for a tokenizer
+
+
+def test_prompts_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
+    gateway = Harness(max_queued_bytes=2_500)
+    for number in range(4 + 2):  # the tokenizers have room for four
+        gateway.client(generate(f"r{number}", prompt="x" * 1_000))
+    gateway.client(generate("r6", prompt="x" * 1_000))
+    assert (gateway.refusal().request_id, gateway.refusal().error_code) == ("r6", "queue_full")
+    gateway.client(Cancel(request_id="r5"))
+    gateway.client(generate("r7", prompt="x" * 1_000))
+    gateway.client(generate("r8", prompt="x" * 1_000), identity=b"other")
+    assert gateway.answers(Refused, b"other")[0].error_code == "queue_full", "clients share the bound"
+    gateway.core.client_gone(b"c")
+    for number in range(2):
+        gateway.client(generate(f"s{number}", prompt="x" * 1_000), identity=b"other")
+    assert len(gateway.answers(Refused, b"other")) == 1
 
 
 # Several samples
