@@ -234,7 +234,7 @@ class AsyncClient:
         finally:
             self._abandon(request)  # if this task was cancelled; no effect on one that has ended
         if request.error is not None:
-            raise request.error
+            raise request.take_error()
         return request.take_whole()
 
     def _start(

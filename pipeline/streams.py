@@ -67,12 +67,13 @@ class OpenRequest:
             self._waiter = None
 
     def add(self, index: int, text: str, token_ids: list[int]) -> None:
-        """New text and tokens of a sample."""
-        sample = self.samples[index]
-        if text:
-            sample.texts.append(text)
-        sample.token_ids += token_ids
-        self._has_news(sample)
+        """New text and tokens of a sample; there are none in an item that only ends it."""
+        if text or token_ids:
+            sample = self.samples[index]
+            if text:
+                sample.texts.append(text)
+            sample.token_ids += token_ids
+            self._has_news(sample)
 
     def end_sample(self, index: int, final: FinalAnswer) -> None:
         """The end of a sample; with the final answer it is that of all that have not ended."""
@@ -89,6 +90,15 @@ class OpenRequest:
         self.error = error
         self.ended = True
         self.wake()
+
+    def take_error(self) -> RingfeedError:
+        """The error, to be raised and not kept: it will hold the frames that it passes, and those hold the request.
+
+        Kept, it would make a reference cycle of every refusal, and an overload would stop the client for collections.
+        """
+        assert self.error is not None, f"request {self.request_id} has not failed"
+        error, self.error = self.error, None
+        return error
 
     async def news(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sleep until `wake()`. One reader at a time."""
@@ -171,7 +181,7 @@ class OutputStream:
             return None
         if request.error is not None and not request.has_unread:
             self._exhausted = True
-            raise request.error
+            raise request.take_error()
         output = request.take()
         self._exhausted = output.finished
         return output

@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,6 +246,35 @@ def test_a_refused_request_raises_its_error(
         client.generate("hi")
 
 
+def test_an_error_that_was_raised_is_gone_without_the_cycle_collector(gateway: FakeGateway) -> None:
+    gateway.on_generate = lambda g: [Refused(request_id=g.request_id, error_code="queue_full", error_message="no")]
+    left: list[weakref.ref[QueueFull]] = []
+
+    async def body() -> None:
+        async with AsyncClient(gateway.endpoint) as client:
+            try:
+                await client.generate("hi")
+            except QueueFull as error:
+                left.append(weakref.ref(error))
+            try:
+                async for _ in client.generate("hi", stream=True):
+                    pass
+            except QueueFull as error:
+                left.append(weakref.ref(error))
+
+    gc.disable()
+    try:
+        asyncio.run(body())
+        with Client(gateway.endpoint) as client:
+            try:
+                client.generate("hi")
+            except QueueFull as error:
+                left.append(weakref.ref(error))
+        assert [error() for error in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_a_failed_stream_delivers_what_it_had_and_raises(gateway: FakeGateway, client: Client) -> None:
     failed = Final("error", 3, 1, error_code="request_failed", error_message="broke")
     gateway.on_generate = lambda g: [news(g.request_id, "a", (1,)), news(g.request_id, end=failed)]
@@ -253,6 +283,12 @@ def test_a_failed_stream_delivers_what_it_had_and_raises(gateway: FakeGateway, c
     with pytest.raises(RequestFailed, match="broke"):
         next(stream)
     assert list(stream) == []
+    gateway.on_generate = lambda g: [news(g.request_id, "a", (1,))]
+    stream = client.generate("hi", stream=True, request_id="later")
+    assert next(stream).text == "a"
+    gateway.say(news("later", end=failed))
+    with pytest.raises(RequestFailed, match="broke"):
+        next(stream)
 
 
 def test_breaking_out_of_a_stream_cancels_it(gateway: FakeGateway, client: Client) -> None:
