@@ -8,7 +8,8 @@
     every worker  --DEALER-->  launcher  (ROUTER `control`)
 
 A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway
-draws once and never again. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway),
+draws once and never again. Its n samples are sequences with keys of their own: sample i has `key + i`, and no other
+request has any of these. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway),
 so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their
 dtype.
 """
@@ -93,25 +94,27 @@ class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The end of a request."""
+    """The end of a sample. With `num_open` 0 it is the final answer, and ends whatever is open of the request."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
-    num_completion_tokens: int
+    num_completion_tokens: int  # of the sample
     error_code: str = ""
     error_message: str = ""
-    num_cached_tokens: int = 0  # of the prompt: found in the cache when the request was admitted
+    num_cached_tokens: int = 0  # of the prompt: found in the cache when sample 0 was admitted
+    num_open: int = 0  # samples of the request that have not ended
 
 
 class Outputs(Message, frozen=True):
-    """News of several requests of one client, in columns. Costs one credit."""
+    """News of several samples of one client's requests, in columns. Costs one credit."""
 
-    request_ids: list[str]  # n requests
+    request_ids: list[str]  # n, of the samples' requests
     texts: list[str]  # n; new text of each
     num_token_ids: bytes  # int32 [n]
     token_ids: bytes  # int32 [sum of num_token_ids]
     finals: list[tuple[int, Final]] = []  # (index into request_ids, its end)
     logprobs: list[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of its new tokens)
+    samples: bytes = b""  # int32 [n], index of each among its request's; empty: all are sample 0
 
 
 class Refused(Message, frozen=True):
@@ -176,7 +179,10 @@ class Tokenize(Message, frozen=True):
 
 
 class Tokenized(Message, frozen=True):
-    """tokenizer -> scheduler: the ids lie in consecutive records of the prompt ring. `error_code` set: they do not."""
+    """tokenizer -> scheduler: the ids, of all samples, lie in consecutive records of the prompt ring.
+
+    `error_code` set: they do not.
+    """
 
     key: int
     route: Route
@@ -218,6 +224,7 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: list[str]
     num_prompt_tokens: int
     num_logprobs: int | None  # SamplingParams.logprobs
+    num_samples: int = 1  # a request that is refused has one, which is ended
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

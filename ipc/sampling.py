@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from typing import Final
+from hashlib import blake2b
+from typing import Final, Self
 
 import msgspec
 
@@ -17,6 +18,7 @@ MAX_STOP_TOKEN_IDS: Final = 16  # per request, besides the model's own end-of-se
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_CHARS: Final = 256
 MAX_LOGPROBS: Final = 20
+MAX_SAMPLES: Final = 64  # of one prompt
 MAX_SEED: Final = 2**63 - 1
 MIN_TEMPERATURE: Final = 0.001  # logits divided by less could overflow float32 and sample from NaN
 
@@ -35,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         stop_token_ids: token ids that end the sequence, besides the model's end-of-sequence ids.
         ignore_eos: do not end at the model's end-of-sequence ids (`stop_token_ids` still apply).
         logprobs: None = none; n >= 0: log-probability of each sampled token and of the n likeliest ones.
+        n: samples of the prompt, 1 to 64. Sample 0 is what n = 1 gives; the others have their own seeds (`of_sample`).
 
     Filters apply in the order temperature, top_k, top_p, min_p; log-probabilities are the model's own (before any
     of them). Raises InvalidRequest, naming field and value, for anything out of range.
@@ -50,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
@@ -81,3 +85,18 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false")
         check(self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
               "logprobs", f"must be an integer in [0, {MAX_LOGPROBS}], or None")  # fmt: skip
+        check(is_int(self.n) and 1 <= self.n <= MAX_SAMPLES, "n", f"must be an integer in [1, {MAX_SAMPLES}]")
+
+    def of_sample(self, index: int) -> Self:
+        """The parameters, with n = 1, of a request that gives what sample `index` of this one gives.
+
+        Sample 0 keeps the seed; the others have a hash of it and of their index, so that neither they nor the samples
+        of neighbouring seeds share random numbers. Without a seed there is nothing to derive from: InvalidRequest.
+        """
+        seed = self.seed
+        if seed is None:
+            raise InvalidRequest("seed (None) must be set: the seeds of samples derive from it")
+        if index:
+            mixed = blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8)
+            seed = int.from_bytes(mixed.digest(), "little") & MAX_SEED
+        return msgspec.structs.replace(self, seed=seed, n=1)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ipc.sampling import SamplingParams
 from pipeline.client import AsyncClient
-from pipeline.outputs import Output
+from pipeline.outputs import Completion, Output
 from pipeline.sync_client import Client
 
 if TYPE_CHECKING:
     from pipeline.harness import Pipeline
 
-__all__ = ["AsyncClient", "Client", "Output", "Pipeline", "SamplingParams"]
+__all__ = ["AsyncClient", "Client", "Completion", "Output", "Pipeline", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -102,9 +102,10 @@ class AsyncClient:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
         `await` it for one Output with everything. With `stream=True` the request is sent at once and the result is an
-        async iterator of Outputs, each with what is new; breaking out of it cancels the request. `request_id`, for
-        `cancel()`, must not be that of an open request; None = a new one. Only requests of the same `cache_salt` share
-        cached prompts: give each tenant its own, and none can tell from the time taken what another has asked.
+        async iterator of Outputs, each with what is new (of one sample, if `params.n` asks for several); breaking out
+        of it cancels the request. `request_id`, for `cancel()`, must not be that of an open request; None = a new one.
+        Only requests of the same `cache_salt` share cached prompts: give each tenant its own, and none can tell from
+        the time taken what another has asked.
         """
         if stream:
             request = self._start(prompt, params, True, request_id, cache_salt)
@@ -233,8 +234,8 @@ class AsyncClient:
         finally:
             self._abandon(request)  # if this task was cancelled; no effect on one that has ended
         if request.error is not None:
-            raise request.error
-        return request.take()
+            raise request.take_error()
+        return request.take_whole()
 
     def _start(
         self, prompt: Prompt, params: SamplingParams, stream: bool, request_id: str | None, cache_salt: str
@@ -244,7 +245,7 @@ class AsyncClient:
         frame = generate_frame(request_id, prompt, params, stream, cache_salt)
         if request_id in self._open:
             raise InvalidRequest(f"request_id ({request_id!r}) is that of an open request")
-        request = self._open[request_id] = OpenRequest(request_id)
+        request = self._open[request_id] = OpenRequest(request_id, params.n)
         if connection.is_up:
             connection.send(frame)
         else:
@@ -267,12 +268,11 @@ class AsyncClient:
         elif self._connection is not None:
             self._connection.send(encode(Cancel(request_id=request.request_id)))
 
-    def _finish(self, request: OpenRequest, final: FinalAnswer) -> None:
-        del self._open[request.request_id]
-        request.final = final
-        if final.finish_reason == "error":
-            request.error = error_from_code(final.error_code, final.error_message)
-        request.wake()
+    def _finish(self, request: OpenRequest, final: FinalAnswer, sample: int = 0) -> None:
+        """A sample has ended, and the whole request if `final` says so."""
+        if final.num_open == 0:
+            del self._open[request.request_id]
+        request.end_sample(sample, final)
 
     # What comes from the engine
 
@@ -303,25 +303,24 @@ class AsyncClient:
     def _take_outputs(self, outputs: Outputs) -> None:
         num_token_ids = memoryview(outputs.num_token_ids).cast("i").tolist()
         token_ids = memoryview(outputs.token_ids).cast("i").tolist()
+        samples = memoryview(outputs.samples or bytes(len(outputs.num_token_ids))).cast("i").tolist()
         find = self._open.get
         start = 0
-        for request_id, text, num in zip(outputs.request_ids, outputs.texts, num_token_ids, strict=True):
+        for request_id, sample, text, num in zip(
+            outputs.request_ids, samples, outputs.texts, num_token_ids, strict=True
+        ):
             request = find(request_id)
             if request is not None and not request.abandoned:
-                if text:
-                    request.texts.append(text)
-                if num:
-                    request.token_ids += token_ids[start : start + num]
-                request.wake()
+                request.add(sample, text, token_ids[start : start + num])
             start += num
         for index, logprobs in outputs.logprobs:
             request = find(outputs.request_ids[index])
             if request is not None and not request.abandoned:
-                request.logprobs.append(logprobs)
+                request.samples[samples[index]].logprobs.append(logprobs)
         for index, final in outputs.finals:
             request = find(outputs.request_ids[index])
             if request is not None:
-                self._finish(request, final)
+                self._finish(request, final, samples[index])
 
     def _take_refusal(self, refused: Refused) -> None:
         request = self._open.pop(refused.request_id, None)

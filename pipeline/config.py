@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.errors import ConfigError
 from pipeline.endpoint import check_endpoint
 from workers.gateway.config import FrontendConfig
@@ -63,6 +64,7 @@ _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "ring.depth": _within(1, 8),
     "tokenizer.num_workers": _within(1, 64),
     "frontend.max_open_requests": _within(1, 16_777_216),
+    "frontend.max_queued_bytes": _within(MAX_CLIENT_FRAME_BYTES, 1 << 40),
     "frontend.slow_client_timeout_s": _POSITIVE,
     "frontend.drain_timeout_s": _POSITIVE,
 }

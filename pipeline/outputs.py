@@ -40,11 +40,24 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: dict[int, float]
 
 
+class Completion(msgspec.Struct, kw_only=True):
+    """One sample of a request, whole. Its fields are those of Output."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+
+
 class Output(msgspec.Struct, kw_only=True):
     """News of a request.
 
-    Of a stream, each Output has the text and tokens that are new since the one before (several steps' worth if the
-    consumer is slower than the engine), and the last one has `finished`. Without streaming one Output has everything.
+    Of a stream, each Output has the text and tokens of sample `index` that are new since that sample's one before
+    (several steps' worth if the consumer is slower than the engine). A sample's last one has a `finish_reason`; the
+    request's last one is also `finished` and has the `usage`. Without streaming one Output has everything: its
+    `completions` are the n samples in order, and its other fields those of the first.
+
     A stop string is never in `text`; `token_ids` may end with the tokens that completed it. `logprobs` has one entry
     per token id if the request asked for them.
     """
@@ -52,9 +65,11 @@ class Output(msgspec.Struct, kw_only=True):
     request_id: str
     text: str
     token_ids: list[int]
+    index: int = 0
     finished: bool = False
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None  # of a finished request
+    usage: Usage | None = None  # of a finished request; its prompt counts once
+    completions: list[Completion] = []
     error: str | None = None  # with finish reason "error"
     logprobs: list[TokenLogprob] | None = None
 

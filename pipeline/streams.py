@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from ipc.errors import RingfeedError
+from ipc.errors import RingfeedError, error_from_code
 from ipc.messages import Final as FinalAnswer
 from ipc.messages import TokenLogprobs
-from pipeline.outputs import Output, Usage, token_logprobs
+from pipeline.outputs import Completion, Output, Usage, token_logprobs
 
 
-class OpenRequest:
-    """A request, and what has arrived of it that nobody has read. Belongs to the client's loop.
+class Sample:
+    """One sample of a request: what has arrived of it that nobody has read."""
 
-    It has `ended` with a final answer, an error, or both.
-    """
+    __slots__ = ("final", "index", "is_unread", "logprobs", "texts", "token_ids")
 
-    __slots__ = ("_waiter", "abandoned", "error", "final", "logprobs", "request_id", "texts", "token_ids")
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.final: FinalAnswer | None = None
+        self.is_unread = False
+
+    def take(self, request_id: str) -> Output:
+        """All that is unread."""
+        output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
+        if self.logprobs:
+            output.logprobs = token_logprobs(self.token_ids, self.logprobs)
+        if self.final is not None:
+            output.finish_reason = self.final.finish_reason
+        self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
+        return output
+
+
+class OpenRequest:
+    """A request and its samples. Belongs to the client's loop.
+
+    It has `ended` when all its samples have, or with an error.
+    """
+
+    __slots__ = ("_unread", "_waiter", "abandoned", "ended", "error", "request_id", "samples")
+
+    def __init__(self, request_id: str, num_samples: int) -> None:
+        self.request_id = request_id
+        self.samples = [Sample(index) for index in range(num_samples)]
+        self.ended = False
         self.error: RingfeedError | None = None
         self.abandoned = False  # its reader has left: what still arrives is dropped
+        self._unread: deque[Sample] = deque()  # those that have news, in order of its arrival
         self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
 
     @property
-    def ended(self) -> bool:
-        return self.final is not None or self.error is not None
-
-    @property
     def has_unread(self) -> bool:
-        return bool(self.token_ids or self.texts)
+        return bool(self._unread)
 
     def wake(self) -> None:
         """Tell the reader, if it sleeps, that there is news."""
@@ -46,9 +66,39 @@ class OpenRequest:
                 self._waiter.set_result(None)
             self._waiter = None
 
+    def add(self, index: int, text: str, token_ids: list[int]) -> None:
+        """New text and tokens of a sample; there are none in an item that only ends it."""
+        if text or token_ids:
+            sample = self.samples[index]
+            if text:
+                sample.texts.append(text)
+            sample.token_ids += token_ids
+            self._has_news(sample)
+
+    def end_sample(self, index: int, final: FinalAnswer) -> None:
+        """The end of a sample; with the final answer it is that of all that have not ended."""
+        if final.finish_reason == "error":
+            self.fail(error_from_code(final.error_code, final.error_message))
+            return
+        for sample in self.samples if final.num_open == 0 else [self.samples[index]]:
+            if sample.final is None:
+                sample.final = final
+                self._has_news(sample)
+        self.ended = final.num_open == 0
+
     def fail(self, error: RingfeedError) -> None:
         self.error = error
+        self.ended = True
         self.wake()
+
+    def take_error(self) -> RingfeedError:
+        """The error, to be raised and not kept: it will hold the frames that it passes, and those hold the request.
+
+        Kept, it would make a reference cycle of every refusal, and an overload would stop the client for collections.
+        """
+        assert self.error is not None, f"request {self.request_id} has not failed"
+        error, self.error = self.error, None
+        return error
 
     async def news(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sleep until `wake()`. One reader at a time."""
@@ -57,17 +107,41 @@ class OpenRequest:
         await self._waiter
 
     def take(self) -> Output:
-        """All that is unread, as one Output; the last one if the request has ended without error."""
-        output = Output(request_id=self.request_id, text="".join(self.texts), token_ids=self.token_ids)
-        if self.logprobs:
-            output.logprobs = token_logprobs(self.token_ids, self.logprobs)
-        self.texts, self.token_ids, self.logprobs = [], [], []
-        if self.final is not None and self.error is None:
-            output.finished = True
-            output.finish_reason = self.final.finish_reason
-            final = self.final
-            output.usage = Usage(final.num_prompt_tokens, final.num_completion_tokens, final.num_cached_tokens)
+        """All that is unread of one sample; the last one if the request has ended without error."""
+        output = self._unread.popleft().take(self.request_id)
+        if self.ended and self.error is None and not self._unread:
+            output.finished, output.usage = True, self._usage()
         return output
+
+    def take_whole(self) -> Output:
+        """Everything, of a request that has ended without error and of which nothing was read."""
+        outputs = [sample.take(self.request_id) for sample in self.samples]
+        whole = outputs[0]
+        whole.finished, whole.usage = True, self._usage()
+        for output in outputs:
+            assert output.finish_reason is not None, f"sample {output.index} of {self.request_id} has not ended"
+            whole.completions.append(
+                Completion(
+                    index=output.index,
+                    text=output.text,
+                    token_ids=output.token_ids,
+                    finish_reason=output.finish_reason,
+                    logprobs=output.logprobs,
+                )
+            )
+        return whole
+
+    def _has_news(self, sample: Sample) -> None:
+        if not sample.is_unread:
+            sample.is_unread = True
+            self._unread.append(sample)
+        self.wake()
+
+    def _usage(self) -> Usage:
+        finals = [sample.final for sample in self.samples if sample.final is not None]
+        first = finals[0]
+        num_completion_tokens = sum(final.num_completion_tokens for final in finals)
+        return Usage(first.num_prompt_tokens, num_completion_tokens, first.num_cached_tokens)
 
 
 class OutputStream:
@@ -107,7 +181,7 @@ class OutputStream:
             return None
         if request.error is not None and not request.has_unread:
             self._exhausted = True
-            raise request.error
+            raise request.take_error()
         output = request.take()
         self._exhausted = output.finished
         return output

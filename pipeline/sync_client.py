@@ -121,6 +121,8 @@ class Client:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # it holds the error, which holds this frame
 
     async def _open_stream(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None, cache_salt: str

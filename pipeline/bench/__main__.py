@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from pipeline.bench import host, idle, scheduler, throughput
+from pipeline.bench import host, idle, overload, prefix, scheduler, throughput
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Measure ringfeed.")
     commands = parser.add_subparsers(required=True, metavar="NAME")
-    for module in (host, idle, scheduler, throughput):
+    for module in (host, idle, overload, prefix, scheduler, throughput):
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)

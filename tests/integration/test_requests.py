@@ -125,6 +125,60 @@ def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Clie
         assert (likeliest, logprob) == (token, pytest.approx(entry.logprob))  # it was sampled greedily
 
 
+PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager"
+SAMPLED = SamplingParams(max_tokens=24, temperature=1.5, seed=11, n=4)
+
+
+def test_samples_equal_requests_with_their_seeds_and_share_the_prompts_blocks(client: Client) -> None:
+    client.clear_cache()
+    before = client.stats()["scheduler"]
+    output = client.generate(PROMPT, SAMPLED)
+    after = client.stats()["scheduler"]
+    assert output.usage is not None
+    shared = (output.usage.prompt_tokens - 1) // 16 * 16
+    assert shared > 0
+    assert after["num_cached_tokens"] - before["num_cached_tokens"] == 3 * shared
+    alone = [client.generate(PROMPT, SAMPLED.of_sample(index)) for index in range(4)]
+    assert [(c.index, c.text, c.token_ids, c.finish_reason) for c in output.completions] == [
+        (index, one.text, one.token_ids, one.finish_reason) for index, one in enumerate(alone)
+    ]
+    assert (output.text, output.token_ids) == (alone[0].text, alone[0].token_ids)
+    assert len({completion.text for completion in output.completions}) == 4
+    assert output.usage.num_cached_tokens == 0
+    assert output.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert output.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    greedy = client.generate(PROMPT, SamplingParams(max_tokens=24, n=3))
+    assert [c.token_ids for c in greedy.completions] == [client.generate(PROMPT, GREEDY).token_ids] * 3
+
+
+def test_streamed_samples_add_up_to_the_whole_and_stop_and_count_each_for_itself(client: Client) -> None:
+    whole = client.generate(PROMPT, SAMPLED)
+    word = whole.completions[2].text.split()[2]
+    params = SamplingParams(max_tokens=24, temperature=1.5, seed=11, n=4, stop=[word], logprobs=1)
+    pieces = list(client.generate(PROMPT, params, stream=True))
+    assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    for index, completion in enumerate(whole.completions):
+        own = [piece for piece in pieces if piece.index == index]
+        assert "".join(piece.text for piece in own) == completion.text.partition(word)[0]
+        ids = [token_id for piece in own for token_id in piece.token_ids]
+        assert ids == completion.token_ids[: len(ids)]
+        assert [t.token_id for piece in own for t in piece.logprobs or []] == ids
+        reasons = [piece.finish_reason for piece in own if piece.finish_reason]
+        assert reasons == ["stop" if word in completion.text else completion.finish_reason]
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.completion_tokens == sum(len(piece.token_ids) for piece in pieces)
+    wait_until(lambda: is_idle(client))
+
+
+def test_cancelling_ends_every_sample(client: Client) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, ignore_eos=True, n=4)
+    stream = client.generate(PROMPT, params, stream=True)
+    client.cancel(next(stream).request_id)
+    ends = [output.index for output in stream if output.finish_reason == "cancelled"]
+    assert sorted(ends) == [0, 1, 2, 3]
+    wait_until(lambda: is_idle(client))
+
+
 def test_cancelling_answers_with_what_there_is(client: Client) -> None:
     stream = client.generate("Return a list of", SamplingParams(ignore_eos=True), stream=True)
     first = next(stream)

@@ -65,13 +65,14 @@ def test_cached_prompts_give_the_tokens_of_generate(family: str, tmp_path: Path)
     with Pipeline(config(tmp_path)) as pipeline:
         client, params = pipeline.client, SamplingParams(max_tokens=MAX_NEW_TOKENS)
         first = client.generate_batch(prompts, params)
-        again = client.generate_batch(prompts, params)
+        again = client.generate_batch(prompts, SamplingParams(max_tokens=MAX_NEW_TOKENS, n=2))
         salted = client.generate(prompts[0], params, cache_salt="another tenant")
         client.clear_cache()
         cleared = client.generate(prompts[0], params)
         warm = client.generate(prompts[0], params)
         stats = client.stats()["scheduler"]
-    assert [output.token_ids for output in (*first, *again)] == expected * 2
+    assert [output.token_ids for output in first] == expected
+    assert [[c.token_ids for c in output.completions] for output in again] == [[ids, ids] for ids in expected]
     assert [output.token_ids for output in (salted, cleared, warm)] == [expected[0]] * 3
     cached = [output.usage.num_cached_tokens if output.usage else -1 for output in (salted, cleared, warm)]
     assert cached == [0, 0, (len(prompts[0]) - 1) // 4 * 4]
@@ -86,14 +87,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_depth_order_and_number_of_tokenizers_change_no_token(llama: Path) -> None:
+def test_depth_order_and_number_of_tokenizers_change_no_token_and_samples_are_requests_of_their_own(
+    llama: Path,
+) -> None:
     prompts = mixed_prompts(seed=4, count=24)
     params = [
         SamplingParams(
-            max_tokens=MAX_NEW_TOKENS, temperature=(i % 3) * 0.8, seed=i, top_k=(i % 4) * 9, top_p=1 - (i % 5) / 9
+            max_tokens=MAX_NEW_TOKENS, temperature=(i % 3) * 0.8, seed=i, top_k=(i % 4) * 9, top_p=1 - (i % 5) / 9,
+            n=3 if i % 6 == 1 else 1,
         )
         for i in range(len(prompts))
-    ]
+    ]  # fmt: skip
+    alone = [(i, sample) for i, p in enumerate(params) for sample in range(p.n) if p.n > 1]
+    prompts += [prompts[i] for i, _ in alone]
+    params += [params[i].of_sample(sample) for i, sample in alone]
     order = list(range(len(prompts)))
     results = []
     for depth, num_tokenizers, shuffle in ((1, 1, 0), (2, 1, 1), (3, 3, 2), (4, 3, 3)):
@@ -101,6 +108,7 @@ def test_depth_order_and_number_of_tokenizers_change_no_token(llama: Path) -> No
         overrides = {"ring.depth": depth, "tokenizer.num_workers": num_tokenizers}
         with Pipeline(config(llama, **overrides)) as pipeline:
             outputs = pipeline.client.generate_batch([prompts[i] for i in order], [params[i] for i in order])
-        results.append({i: output.token_ids for i, output in zip(order, outputs, strict=True)})
+        results.append({i: [c.token_ids for c in output.completions] for i, output in zip(order, outputs, strict=True)})
     assert results[0] == results[1] == results[2] == results[3]
-    assert len({tuple(ids) for ids in results[0].values()}) > len(prompts) // 2
+    assert len({tuple(ids) for samples in results[0].values() for ids in samples}) > len(prompts) // 2
+    assert [results[0][i][sample] for i, sample in alone] == [results[0][24 + j][0] for j in range(len(alone))]

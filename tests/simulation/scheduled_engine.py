@@ -163,9 +163,10 @@ class ScheduledEngine:
             return None
         self.last_outputs = outputs
         for opened in outputs.opened:
-            assert opened.key not in self.opened, f"request {opened.key} was opened twice"
-            self.opened[opened.key] = opened
-            self.tokens[opened.key] = []
+            for key in range(opened.key, opened.key + opened.num_samples):
+                assert key not in self.opened, f"sequence {key} was opened twice"
+                self.opened[key] = opened
+                self.tokens[key] = []
         for key, num_cached in outputs.cached:
             assert not self.tokens[key], f"request {key} was admitted after its first token"
             assert self.cached.setdefault(key, num_cached) == num_cached, f"request {key} was admitted twice"

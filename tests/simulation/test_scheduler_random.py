@@ -9,13 +9,16 @@ from unittest.mock import patch
 import pytest
 
 from ipc.block_hash import split_hashes
+from ipc.errors import RingError
 from ipc.sampling import SamplingParams
 from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens, extend_hash
 from tests.simulation.scheduled_engine import ScheduledEngine
+from workers.scheduler import request
 from workers.scheduler.blocks import BlockPool
 from workers.scheduler.prefix_cache import PrefixCache
 
 NUM_SEEDS = 96
+MAX_N = 4  # samples of a prompt
 
 
 class Traffic:
@@ -40,8 +43,13 @@ class Traffic:
         }
         self.shape["prefix_caching"] = seed % 4 > 0
         self.shared = [rng.randrange(VOCAB_SIZE) for _ in range(self.max_model_len)]  # some prompts begin like it
-        self.requests = {key: self._request(rng) for key in range(rng.randint(1, 24))}
-        self.cancel_after = {key: rng.randint(0, 40) for key in self.requests if rng.random() < 0.25}
+        self.requests = {key: self._request(rng) for key in range(0, MAX_N * rng.randint(1, 24), MAX_N)}
+        self.sequences = {
+            key + sample: (prompt, params.of_sample(sample))
+            for key, (prompt, params) in self.requests.items()
+            for sample in range(params.n)
+        }
+        self.cancel_after = {key: rng.randint(0, 40) for key in self.sequences if rng.random() < 0.25}
 
     def _request(self, rng: random.Random) -> tuple[list[int], SamplingParams]:
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([1, 2, 3, 8, 9, 15, self.max_model_len - 1]))]
@@ -55,11 +63,12 @@ class Traffic:
             temperature=rng.choice([0.0, 1.0]),
             ignore_eos=rng.random() < 0.3,
             stop_token_ids=[rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 0, 3]))],
+            n=rng.choice([1, 1, 1, 2, MAX_N]),
         )
         return prompt, params
 
     def expected(self, key: int) -> list[int]:
-        prompt, params = self.requests[key]
+        prompt, params = self.sequences[key]
         limit = self.max_model_len
         if params.max_tokens is None:
             limit = min(limit, self.shape["num_blocks"] * self.block_size)
@@ -84,7 +93,7 @@ class Traffic:
                 if to_send[ring] and engine.can_publish(len(self.requests[to_send[ring][0]][0]), ring):
                     key = to_send[ring].pop(0)
                     engine.send(key, *self.requests[key], ring=ring)
-                    sent.add(key)
+                    sent |= set(range(key, key + self.requests[key][1].n))
             elif event == "plan" and scheduler.num_in_flight < depth:
                 engine.plan()
             elif event == "device" and engine.gpu.num_submitted:
@@ -114,7 +123,7 @@ def test_every_request_gets_its_own_tokens_at_any_depth_and_nothing_leaks(first_
                 engine = traffic.run(depth)
                 engine.check_empty()
                 check_cache(traffic, engine)
-                assert set(engine.ends) == set(traffic.requests)
+                check_samples(traffic, engine)
                 for key, end in engine.ends.items():
                     check_end(traffic, engine, key, end)
             except Exception as error:
@@ -122,10 +131,20 @@ def test_every_request_gets_its_own_tokens_at_any_depth_and_nothing_leaks(first_
                 raise
 
 
+def check_samples(traffic: Traffic, engine: ScheduledEngine) -> None:
+    """Every request was taken with all its samples, or answered once."""
+    for key, (_, params) in traffic.requests.items():
+        ended = [k for k in range(key, key + MAX_N) if k in engine.ends]
+        if engine.ends[key] == "error":
+            assert ended == [key]
+        else:
+            assert ended == list(range(key, key + params.n))
+
+
 def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
     """Every cached block has the name of tokens that some request really has, and the KV of these."""
     size, prefixes = traffic.block_size, {}
-    for key, (prompt, _) in traffic.requests.items():
+    for key, (prompt, _) in traffic.sequences.items():
         tokens, prefix = prompt + traffic.expected(key), 1
         names = split_hashes(engine.names(tokens))[1:]
         for i, token_id in enumerate(tokens[: len(names) * size]):
@@ -136,7 +155,7 @@ def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
         assert name in prefixes, "a block is cached under the name of tokens that no request has"
         assert engine.gpu.kv_prefix[(block + 1) * size - 1] == prefixes[name], "a block is cached under a wrong name"
     for key, num_cached in engine.cached.items():
-        assert 0 < num_cached < len(traffic.requests[key][0])
+        assert 0 < num_cached < len(traffic.sequences[key][0])
         assert num_cached % size == 0
 
 
@@ -165,6 +184,11 @@ def free_unshared(pool: BlockPool, blocks: Any, free: Any = BlockPool.free) -> N
     free(pool, blocks)
 
 
+def share_lease(lease: Any, **_: bool) -> Any:
+    """As if all samples might copy their ids from the records that end with the first of them."""
+    return lease
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "mutant"),
     [
@@ -172,10 +196,11 @@ def free_unshared(pool: BlockPool, blocks: Any, free: Any = BlockPool.free) -> N
         (PrefixCache, "offer_full", offer_unknown),
         (PrefixCache, "find", find_all),
         (BlockPool, "free", free_unshared),
+        (request, "replace", share_lease),
     ],
-    ids=["offered early", "tokens past the end", "nothing left to compute", "freed while shared"],
+    ids=["offered early", "tokens past the end", "nothing left to compute", "freed while shared", "records shared"],
 )
-def test_a_fault_planted_in_the_prefix_cache_is_found(owner: type, method: str, mutant: Any) -> None:
+def test_a_fault_planted_where_sequences_share_something_is_found(owner: Any, method: str, mutant: Any) -> None:
     def is_found(seed: int) -> bool:
         traffic = Traffic(seed)
         try:
@@ -183,7 +208,7 @@ def test_a_fault_planted_in_the_prefix_cache_is_found(owner: type, method: str, 
             engine.check_empty()
             check_cache(traffic, engine)
             return any(engine.tokens[key] != traffic.expected(key)[: len(engine.tokens[key])] for key in engine.tokens)
-        except (AssertionError, IndexError, ValueError):
+        except (AssertionError, IndexError, ValueError, RingError):
             return True
 
     seeds = [seed for seed in range(40) if seed % 4]
@@ -197,7 +222,7 @@ def check_end(traffic: Traffic, engine: ScheduledEngine, key: int, end: str) -> 
     expected, got = traffic.expected(key), engine.tokens[key]
     if end == "error":
         assert engine.errors[key][0] == "queue_full"
-        assert traffic.shape["max_num_waiting"] < len(traffic.requests)
+        assert traffic.shape["max_num_waiting"] < len(traffic.sequences)
         assert not got
     elif end == "cancelled":
         assert key in traffic.cancel_after
@@ -205,6 +230,6 @@ def check_end(traffic: Traffic, engine: ScheduledEngine, key: int, end: str) -> 
         assert len(got) < len(expected), "a request that had ended was cancelled"
     else:
         assert got == expected
-        params = traffic.requests[key][1]
+        params = traffic.sequences[key][1]
         end_ids = {*(() if params.ignore_eos else traffic.shape["eos_token_ids"]), *params.stop_token_ids}
         assert end == ("stop" if got[-1] in end_ids else "length")

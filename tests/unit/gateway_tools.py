@@ -26,7 +26,10 @@ TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
 
 def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
     frontend = FrontendConfig(
-        max_open_requests=changes.pop("max_open_requests", 100), slow_client_timeout_s=30.0, drain_timeout_s=20.0
+        max_open_requests=changes.pop("max_open_requests", 100),
+        max_queued_bytes=changes.pop("max_queued_bytes", 1 << 20),
+        slow_client_timeout_s=30.0,
+        drain_timeout_s=20.0,
     )
     fields: dict[str, Any] = {
         "worker": WorkerBootstrap(

@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,6 +246,35 @@ def test_a_refused_request_raises_its_error(
         client.generate("hi")
 
 
+def test_an_error_that_was_raised_is_gone_without_the_cycle_collector(gateway: FakeGateway) -> None:
+    gateway.on_generate = lambda g: [Refused(request_id=g.request_id, error_code="queue_full", error_message="no")]
+    left: list[weakref.ref[QueueFull]] = []
+
+    async def body() -> None:
+        async with AsyncClient(gateway.endpoint) as client:
+            try:
+                await client.generate("hi")
+            except QueueFull as error:
+                left.append(weakref.ref(error))
+            try:
+                async for _ in client.generate("hi", stream=True):
+                    pass
+            except QueueFull as error:
+                left.append(weakref.ref(error))
+
+    gc.disable()
+    try:
+        asyncio.run(body())
+        with Client(gateway.endpoint) as client:
+            try:
+                client.generate("hi")
+            except QueueFull as error:
+                left.append(weakref.ref(error))
+        assert [error() for error in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_a_failed_stream_delivers_what_it_had_and_raises(gateway: FakeGateway, client: Client) -> None:
     failed = Final("error", 3, 1, error_code="request_failed", error_message="broke")
     gateway.on_generate = lambda g: [news(g.request_id, "a", (1,)), news(g.request_id, end=failed)]
@@ -253,6 +283,12 @@ def test_a_failed_stream_delivers_what_it_had_and_raises(gateway: FakeGateway, c
     with pytest.raises(RequestFailed, match="broke"):
         next(stream)
     assert list(stream) == []
+    gateway.on_generate = lambda g: [news(g.request_id, "a", (1,))]
+    stream = client.generate("hi", stream=True, request_id="later")
+    assert next(stream).text == "a"
+    gateway.say(news("later", end=failed))
+    with pytest.raises(RequestFailed, match="broke"):
+        next(stream)
 
 
 def test_breaking_out_of_a_stream_cancels_it(gateway: FakeGateway, client: Client) -> None:
@@ -446,3 +482,75 @@ def test_the_public_names_load_quickly_and_without_torch() -> None:
         "sys.exit(bool({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", script], env=module_environment(), check=True, timeout=60)
+
+
+# Several samples
+
+
+def both(request_id: str, texts: tuple[str, str], ends: tuple[tuple[int, Final], ...] = (), **more: Any) -> Outputs:
+    """News of samples 1 and 0, in this order, one token each."""
+    return Outputs(
+        request_ids=[request_id] * 2,
+        samples=int32(1, 0),
+        texts=list(texts),
+        num_token_ids=int32(1, 1),
+        token_ids=int32(11, 10),
+        finals=list(ends),
+        **more,
+    )
+
+
+def end_of(num_completion_tokens: int, num_open: int, reason: Any = "length") -> Final:
+    return Final(reason, 3, num_completion_tokens, num_cached_tokens=2, num_open=num_open)
+
+
+def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: FakeGateway, client: Client) -> None:
+    logprobs = TokenLogprobs(num_top=0, logprobs=array("f", [-1.0]).tobytes(), top_ids=b"", top_logprobs=b"")
+    gateway.on_generate = lambda g: [
+        both(g.request_id, ("one", "zero"), ((0, end_of(1, 1, "stop")),), logprobs=[(0, logprobs)]),
+        news(g.request_id, "!", (12,), end_of(2, 0)),
+    ]
+    output = client.generate("hi", SamplingParams(n=2))
+    assert gateway.expect(Generate).params.n == 2
+    assert [(c.index, c.text, c.token_ids, c.finish_reason) for c in output.completions] == [
+        (0, "zero!", [10, 12], "length"),
+        (1, "one", [11], "stop"),
+    ]
+    assert (output.text, output.token_ids, output.finish_reason, output.finished) == ("zero!", [10, 12], "length", True)
+    assert output.usage is not None
+    assert (output.usage.prompt_tokens, output.usage.completion_tokens, output.usage.num_cached_tokens) == (3, 3, 2)
+    second = output.completions[1].logprobs
+    assert second is not None
+    assert [(t.token_id, t.logprob) for t in second] == [(11, -1.0)]
+
+
+def test_a_stream_says_of_which_sample_its_news_are_and_ends_with_the_last(
+    gateway: FakeGateway, client: Client
+) -> None:
+    stream = client.generate("hi", SamplingParams(n=2), stream=True, request_id="r")
+    gateway.expect(Generate)
+    gateway.say(both("r", ("a", "b"), ((0, end_of(1, 1, "stop")),)))
+    first, second = next(stream), next(stream)
+    assert (first.index, first.text, first.finish_reason, first.finished) == (1, "a", "stop", False)
+    assert (second.index, second.text, second.finish_reason, second.finished) == (0, "b", None, False)
+    gateway.say(news("r", "c", (5,), end_of(2, 0)))
+    [last] = list(stream)
+    assert (last.index, last.text, last.finish_reason, last.finished) == (0, "c", "length", True)
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 3
+
+
+def test_a_final_answer_of_the_gateways_own_ends_all_samples(gateway: FakeGateway, client: Client) -> None:
+    cancelled = Final("cancelled", 0, 0)
+    gateway.on_generate = lambda g: [news(g.request_id, end=cancelled)]
+    output = client.generate("hi", SamplingParams(n=3))
+    assert [completion.finish_reason for completion in output.completions] == ["cancelled"] * 3
+    assert [o.finish_reason for o in client.generate("hi", SamplingParams(n=3), stream=True)] == ["cancelled"] * 3
+    failed = Final("error", 0, 0, error_code="unavailable", error_message="died")
+    gateway.on_generate = lambda g: [both(g.request_id, ("a", "b")), news(g.request_id, end=failed)]
+    with pytest.raises(EngineUnavailable, match="died"):
+        client.generate("hi", SamplingParams(n=2))
+    stream = client.generate("hi", SamplingParams(n=2), stream=True)
+    assert [next(stream).text, next(stream).text] == ["a", "b"]
+    with pytest.raises(EngineUnavailable, match="died"):
+        next(stream)

@@ -56,10 +56,12 @@ PARAMS = st.builds(
     seed=st.none() | KEY,
     stop=st.lists(st.sampled_from(["END", "é"]), max_size=3),
     ignore_eos=st.booleans(),
+    n=st.integers(1, 64),
 )
 ROUTE = st.builds(Route, client=BYTES, request_id=TEXT, stream=st.booleans())
 REASON = st.sampled_from(["stop", "length", "cancelled", "error"])
-FINAL = st.builds(Final, finish_reason=REASON, num_prompt_tokens=COUNT, num_completion_tokens=COUNT, error_message=TEXT)
+FINAL = st.builds(Final, finish_reason=REASON, num_prompt_tokens=COUNT, num_completion_tokens=COUNT, error_message=TEXT,
+                  num_open=COUNT)  # fmt: skip
 MESSAGES = st.one_of(
     st.builds(Generate, request_id=TEXT, params=PARAMS, prompt=st.none() | TEXT, token_ids=st.none() | BYTES,
               chat=st.none() | st.lists(st.builds(ChatMessage, role=TEXT, content=TEXT), max_size=3)),
@@ -67,7 +69,7 @@ MESSAGES = st.one_of(
     st.builds(Delivered, count=COUNT),
     st.builds(Query, query_id=COUNT, what=st.sampled_from(["health", "stats"])),
     st.builds(Outputs, request_ids=st.lists(TEXT, max_size=3), texts=st.lists(TEXT, max_size=3), num_token_ids=BYTES,
-              token_ids=BYTES, finals=st.lists(st.tuples(COUNT, FINAL), max_size=2),
+              token_ids=BYTES, samples=BYTES, finals=st.lists(st.tuples(COUNT, FINAL), max_size=2),
               logprobs=st.lists(st.tuples(COUNT, st.builds(TokenLogprobs, num_top=COUNT, logprobs=BYTES, top_ids=BYTES,
                                                            top_logprobs=BYTES)), max_size=2)),
     st.builds(Refused, request_id=TEXT, error_code=TEXT, error_message=TEXT),
@@ -78,7 +80,8 @@ MESSAGES = st.one_of(
     st.builds(CancelRequests, keys=st.lists(KEY, max_size=5)),
     st.builds(StepOutputs, keys=BYTES, token_ids=BYTES, finish=BYTES,
               opened=st.lists(st.builds(Opened, key=KEY, route=ROUTE, stop=st.lists(TEXT, max_size=2),
-                                        num_prompt_tokens=COUNT, num_logprobs=st.none() | COUNT), max_size=2),
+                                        num_prompt_tokens=COUNT, num_logprobs=st.none() | COUNT,
+                                        num_samples=COUNT), max_size=2),
               logprobs=st.none() | st.builds(StepLogprobs, num_top=COUNT, logprobs=BYTES, top_ids=BYTES,
                                              top_logprobs=BYTES),
               ended=st.lists(st.builds(Ended, key=KEY, finish_reason=REASON, error_message=TEXT), max_size=2)),

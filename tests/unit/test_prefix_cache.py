@@ -8,6 +8,7 @@ import numpy as np
 
 from ipc.block_hash import HASH_BYTES, SEED_BYTES, chain_hashes, next_hash, root_hash, split_hashes
 from ipc.sampling import SamplingParams
+from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.scheduler.blocks import BlockPool
 from workers.scheduler.prefix_cache import PrefixCache
@@ -133,3 +134,76 @@ def test_nothing_stale_is_found_after_a_clear_not_even_what_running_requests_add
 def test_a_clear_that_forgets_running_requests_would_be_found() -> None:
     with patch.object(PrefixCache, "clear", lambda cache: cache._pool.clear()):
         assert stale_tokens(ScheduledEngine()) > 20
+
+
+# Samples of one prompt
+
+
+def send_samples(engine: ScheduledEngine, n: int, prompt: list[int] = PROMPT, *, max_tokens: int = 6) -> SamplingParams:
+    params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=9, n=n)
+    engine.send(1, prompt, params)
+    return params
+
+
+def test_samples_get_the_tokens_of_requests_with_their_seeds_and_find_the_prompts_full_blocks() -> None:
+    engine = ScheduledEngine()
+    params = send_samples(engine, 3)
+    engine.drain()
+    assert engine.tokens == {1 + i: expected_tokens(PROMPT, params.of_sample(i).seed or 0, 27, []) for i in range(3)}
+    assert len({tuple(tokens) for tokens in engine.tokens.values()}) == 3
+    assert engine.cached == {2: 20, 3: 20}
+    engine.check_empty()
+
+
+def test_samples_wait_for_the_first_ones_prompt_and_no_longer() -> None:
+    engine = ScheduledEngine(max_num_batched_tokens=12, depth=4)
+    send_samples(engine, 3)
+    rows = []
+    for _ in range(3):
+        record = engine.plan()
+        assert record is not None
+        rows.append(record.seq_num_tokens[: record.num_seqs[0]].tolist())
+    assert rows == [[12], [9], [1, 1, 1]], (
+        "the first one's chunks, then its first decode beside the others' last tokens"
+    )
+    engine.drain()
+
+
+def test_samples_of_a_prompt_without_a_full_block_and_of_an_uncached_one_do_not_wait() -> None:
+    for engine, prompt in ((ScheduledEngine(), [1, 2, 3]), (ScheduledEngine(prefix_caching=False), [1, 2, 3, 4, 5])):
+        send_samples(engine, 3, prompt)
+        record = engine.plan()
+        assert record is not None
+        assert record.num_seqs[0] == 3
+        engine.drain()
+
+
+def test_samples_go_on_when_the_first_is_cancelled_before_during_or_after_its_prompt() -> None:
+    for num_steps in range(4):
+        engine = ScheduledEngine(max_num_batched_tokens=12, depth=3)
+        params = send_samples(engine, 2)
+        for _ in range(num_steps):
+            engine.step()
+        engine.scheduler.cancel([1])
+        engine.drain()
+        assert engine.tokens[2] == expected_tokens(PROMPT, params.of_sample(1).seed or 0, 27, [])
+        engine.check_empty()
+
+
+def test_a_request_whose_samples_do_not_all_fit_into_the_queue_is_refused_once() -> None:
+    engine = ScheduledEngine(max_num_seqs=2, max_num_waiting=2)
+    engine.send(9, PROMPT)
+    send_samples(engine, 4)
+    engine.hear()
+    assert engine.ends == {1: "error"}
+    assert engine.errors[1][0] == "queue_full"
+    engine.drain()
+    engine.check_empty()
+
+
+def test_more_samples_than_can_ever_be_held_are_no_matter_of_waiting() -> None:
+    engine = ScheduledEngine(max_num_seqs=2, max_num_waiting=2)
+    send_samples(engine, 5)
+    engine.hear()
+    assert engine.errors[1][0] == "invalid_request"
+    engine.check_empty()

@@ -39,6 +39,9 @@ INT32 = 2**31
         ),
         ({"ignore_eos": 1}, "ignore_eos (1) must be true or false"),
         ({"logprobs": 21}, "logprobs (21) must be an integer in [0, 20], or None"),
+        ({"n": 0}, "n (0) must be an integer in [1, 64]"),
+        ({"n": 65}, "n (65) must be an integer in [1, 64]"),
+        ({"n": None}, "n (None) must be an integer in [1, 64]"),
     ],
 )
 def test_a_bad_value_is_refused_with_field_value_and_cure(fields, text):
@@ -53,7 +56,13 @@ def test_a_bad_value_is_refused_with_field_value_and_cure(fields, text):
         {},
         {"max_tokens": 1, "temperature": 0, "top_p": 1, "min_p": 1, "seed": 0, "logprobs": 0},
         {"temperature": 0.001, "top_k": INT32 - 1, "top_p": 1e-9, "seed": MAX_SEED, "logprobs": 20},
-        {"temperature": 100.0, "stop": ["x" * 256] * 16, "stop_token_ids": [INT32 - 1] * 16, "ignore_eos": True},
+        {
+            "temperature": 100.0,
+            "stop": ["x" * 256] * 16,
+            "stop_token_ids": [INT32 - 1] * 16,
+            "ignore_eos": True,
+            "n": 64,
+        },
     ],
 )
 def test_the_ends_of_every_range_are_allowed_and_cross_the_wire(fields):
@@ -79,3 +88,22 @@ def test_parameters_are_immutable_and_do_not_share_lists():
     with pytest.raises(AttributeError):
         one.top_k = 3
     assert one.stop is not two.stop
+
+
+def test_sample_0_keeps_the_seed_and_no_two_samples_of_close_seeds_share_one():
+    for seed in (0, 1, MAX_SEED):
+        params = SamplingParams(seed=seed, n=4, temperature=0.5, stop=["x"])
+        assert params.of_sample(0) == SamplingParams(seed=seed, temperature=0.5, stop=["x"])
+        assert params.of_sample(3).n == 1
+    seeds = {SamplingParams(seed=seed).of_sample(index).seed for seed in range(50) for index in range(64)}
+    assert len(seeds) == 50 * 64
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def test_the_seed_of_a_sample_is_the_same_for_ever():
+    assert SamplingParams(seed=7).of_sample(1).seed == 5_595_607_496_629_875_680
+
+
+def test_samples_of_a_request_without_a_seed_cannot_be_told_apart():
+    with pytest.raises(InvalidRequest, match="seed"):
+        SamplingParams(n=2).of_sample(1)

@@ -38,9 +38,15 @@ def ids_of(text: str) -> list[int]:
 
 
 def opened(
-    key: int, *, client: bytes = b"c", stream: bool = True, stop: Sequence[str] = (), logprobs: int | None = None
+    key: int,
+    *,
+    client: bytes = b"c",
+    stream: bool = True,
+    stop: Sequence[str] = (),
+    logprobs: int | None = None,
+    n: int = 1,
 ) -> Opened:
-    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs)
+    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs, n)
 
 
 def step(tokens: list[tuple[int, int, FinishCode]] | None = None, **more: Any) -> StepOutputs:
@@ -283,7 +289,7 @@ def test_logprobs_travel_with_their_tokens() -> None:
 
 
 def test_frames_stay_within_their_bounds(monkeypatch: Any) -> None:
-    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_REQUESTS", 3)
+    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_ITEMS", 3)
     monkeypatch.setattr(detokenizer_core, "MAX_FRAME_TOKENS", 8)
     monkeypatch.setattr(detokenizer_core, "MAX_ITEM_TOKENS", 5)
     core, reader = new_core(window=100)
@@ -357,3 +363,66 @@ def test_any_interleaving_gives_every_request_its_text_and_one_final_answer(data
         else:
             assert reader.texts[name] == whole
             assert reader.token_ids[name] == token_ids
+
+
+# Several samples
+
+
+def items(outputs: Outputs) -> list[tuple[str, int, str]]:
+    """(request id, sample, text) of each item."""
+    samples = np.frombuffer(outputs.samples or bytes(len(outputs.num_token_ids)), "<i4").tolist()
+    return list(zip(outputs.request_ids, samples, outputs.texts, strict=True))
+
+
+def test_samples_have_texts_and_ends_of_their_own_and_the_last_end_is_the_final_answer() -> None:
+    core, _ = new_core(window=100)
+    core.handle(step(opened=[opened(1, n=3), opened(4)], cached=[(1, 2), (2, 4), (3, 4)]))
+    texts = {1: "the fox", 2: "the dog", 3: "lazy", 4: "quick"}
+    ids = {key: ids_of(text) for key, text in texts.items()}
+    got = dict.fromkeys(texts, "")
+    ends: list[tuple[str, int, FinalAnswer]] = []
+    finished: list[int] = []
+    for at in range(max(map(len, ids.values()))):
+        core.handle(step([
+            (key, row[at], FinishCode.LENGTH if at == len(row) - 1 else FinishCode.RUNNING)
+            for key, row in ids.items() if at < len(row)
+        ]))  # fmt: skip
+        for head, frames in core.deliveries():
+            finished += head.finished[0]
+            outputs = decode(frames[0], Outputs)
+            for request_id, sample, text in items(outputs):
+                got[int(request_id[1:]) + sample] += text
+            ends += [(*items(outputs)[index][:2], final) for index, final in outputs.finals]
+    assert got == texts
+    assert sorted(finished) == [1, 4]
+    own = [(sample, final) for request_id, sample, final in ends if request_id == "r1"]
+    assert [final.num_open for _, final in own] == [2, 1, 0]
+    assert sorted(sample for sample, _ in own) == [0, 1, 2]
+    for sample, final in own:
+        assert final == FinalAnswer("length", 5, len(ids[1 + sample]), num_cached_tokens=2, num_open=final.num_open)
+    assert core.num_open == 0
+
+
+def test_a_stop_string_ends_its_own_sample_alone() -> None:
+    core, _ = new_core(window=100)
+    core.handle(step(opened=[opened(1, stop=["fox"], n=2)]))
+    other = ids_of("lazy dog")
+    for at, a in enumerate(ids_of("the fox jumps")):
+        b = other[at % len(other)]
+        core.handle(step([(1, a, FinishCode.RUNNING), (2, b, FinishCode.RUNNING)]))
+    assert core.take_cancels() == [1]
+    core.handle(step(ended=[Ended(1, "cancelled")]))
+    assert core.num_open == 1
+    core.handle(step(ended=[Ended(2, "cancelled")]))
+    [(head, [frame])] = core.deliveries()
+    outputs = decode(frame, Outputs)
+    assert [final.finish_reason for _, final in outputs.finals] == ["stop", "cancelled"]
+    assert items(outputs)[0] == ("r1", 0, "the ")
+    assert head.finished == [[1]]
+
+
+def test_a_client_that_has_gone_leaves_no_sample_behind() -> None:
+    core, _ = new_core()
+    core.handle(step(opened=[opened(1, n=3), opened(4, client=b"d")]))
+    core.handle(ClientGone(client=b"c"))
+    assert core.num_open == 1

@@ -23,6 +23,7 @@ from ipc.messages import (
     Health,
     Outputs,
     Query,
+    Refused,
     Stats,
 )
 from ipc.messages import Final as FinalAnswer
@@ -401,3 +402,70 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
     gateway.flush()
     assert [len(outputs.request_ids) for outputs in gateway.answers(Outputs)] == [8_192, 1_808]
     assert len(gateway.finals) == 10_000
+
+
+# What waits for a tokenizer
+
+
+def test_prompts_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
+    gateway = Harness(max_queued_bytes=2_500)
+    for number in range(4 + 2):  # the tokenizers have room for four
+        gateway.client(generate(f"r{number}", prompt="x" * 1_000))
+    gateway.client(generate("r6", prompt="x" * 1_000))
+    assert (gateway.refusal().request_id, gateway.refusal().error_code) == ("r6", "queue_full")
+    gateway.client(Cancel(request_id="r5"))
+    gateway.client(generate("r7", prompt="x" * 1_000))
+    gateway.client(generate("r8", prompt="x" * 1_000), identity=b"other")
+    assert gateway.answers(Refused, b"other")[0].error_code == "queue_full", "clients share the bound"
+    gateway.core.client_gone(b"c")
+    for number in range(2):
+        gateway.client(generate(f"s{number}", prompt="x" * 1_000), identity=b"other")
+    assert len(gateway.answers(Refused, b"other")) == 1
+
+
+# Several samples
+
+
+def test_the_keys_of_all_samples_are_the_requests_own_and_it_is_sent_to_a_tokenizer_once() -> None:
+    gateway = Harness()
+    gateway.client(generate("r0", params=SamplingParams(n=3)))
+    gateway.client(generate("r1"))
+    first, second = gateway.pass_on()
+    assert second.key == first.key + 3
+    assert first.params.n == 3
+    assert first.params.seed is not None
+
+
+def test_a_cancellation_reaches_every_sample() -> None:
+    gateway = Harness()
+    gateway.client(generate("r", params=SamplingParams(n=3)))
+    gateway.client(Cancel(request_id="r"))
+    [request] = gateway.pass_on()
+    keys = [request.key, request.key + 1, request.key + 2]
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=keys)]
+
+
+def test_a_client_that_goes_takes_all_its_samples_along() -> None:
+    gateway = Harness()
+    gateway.client(generate("r0", params=SamplingParams(n=2)))
+    gateway.client(generate("r1", params=SamplingParams(n=3)))
+    first, second = gateway.pass_on()
+    gateway.core.client_gone(b"c")
+    gateway.flush()
+    keys = [first.key, first.key + 1, second.key, second.key + 1, second.key + 2]
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=keys)]
+
+
+def test_every_sample_counts_as_an_open_request() -> None:
+    gateway = Harness(max_open_requests=4)
+    gateway.client(generate("r0", params=SamplingParams(n=5)))
+    assert gateway.refusal().error_code == "invalid_request"
+    gateway.client(generate("r1", params=SamplingParams(n=3)))
+    gateway.client(generate("r2", params=SamplingParams(n=2)))
+    assert gateway.refusal().error_code == "queue_full"
+    gateway.client(generate("r3"))
+    first, second = gateway.pass_on()
+    gateway.deliver(first)
+    gateway.client(generate("r4", params=SamplingParams(n=3)))
+    gateway.deliver(second, *gateway.pass_on())
+    assert len(gateway.core.table) == 0

@@ -25,6 +25,7 @@ from ipc.messages import (
     StepOutputs,
     Tokenize,
 )
+from ipc.sampling import SamplingParams
 from tests.unit.gateway_tools import TOKENIZERS, bootstrap, generate
 from tests.unit.text_tools import byte_level_tokenizer
 from workers.detokenizer.core import Detokenizer
@@ -66,7 +67,8 @@ class Engine:
         request_id = f"r{self.num_sent}"
         self.waiting[request_id] = client
         bad = self.draw.random() < 0.1
-        message = generate(request_id, stream=self.draw.random() < 0.7, prompt="" if bad else "x")
+        params = SamplingParams(n=self.draw.choice([1, 1, 3]))
+        message = generate(request_id, params=params, stream=self.draw.random() < 0.7, prompt="" if bad else "x")
         self.put(f"client>gateway {client!r}", (client, encode(message)))
 
     def cancel(self, client: bytes) -> None:
@@ -95,8 +97,11 @@ class Engine:
             del self.waiting[message.request_id]
         if isinstance(message, Outputs):
             self.unread[client] += 1
-            for index, _ in message.finals:
+            for index, final in message.finals:
                 request_id = message.request_ids[index]
+                assert request_id not in self.num_finals, "an end after the final answer"
+                if final.num_open:
+                    continue
                 self.num_finals[request_id] = self.num_finals.get(request_id, 0) + 1
                 self.waiting.pop(request_id, None)
 
@@ -145,12 +150,15 @@ class Engine:
 
     def admit(self, request: Tokenize) -> None:
         self.put("scheduler>gateway", [request.key])
-        opened = Opened(request.key, request.route, self.draw.choice([[], ["e"]]), 1, None)
+        stop = self.draw.choice([[], ["e"]])
         if self.draw.random() < 0.1:
+            opened = Opened(request.key, request.route, stop, 1, None)
             refused = Ended(request.key, "error", "invalid_request", "too long")
             self.put("scheduler>detokenizer", StepOutputs(opened=[opened], ended=[refused]))
         else:
-            self.running[request.key] = self.draw.randint(1, 6)
+            for sample in range(request.params.n):
+                self.running[request.key + sample] = self.draw.randint(1, 6)
+            opened = Opened(request.key, request.route, stop, 1, None, request.params.n)
             self.put("scheduler>detokenizer", StepOutputs(opened=[opened]))
 
     def end(self, keys: list[int]) -> None:

@@ -15,7 +15,6 @@ import enum
 import itertools
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -49,6 +48,7 @@ from ipc.messages import (
 from ipc.sampling import MAX_SEED
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
+from workers.gateway.prompt_queue import PromptQueue
 from workers.gateway.table import Client, Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Gateway:
         self._bootstrap = bootstrap
         self._snapshot_stats = snapshot_stats
         self._detail = "the engine's workers are starting"
-        self._queue: OrderedDict[int, Tokenize] = OrderedDict()  # of the QUEUED requests
+        self._queue = PromptQueue(bootstrap.frontend.max_queued_bytes)  # of the QUEUED requests
         self._under_way: dict[bytes, int] = {}  # Tokenize messages, by tokenizer
         self._tokenizer_of: dict[int, bytes] = {}  # of each of these
         self._clearing: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by ours
@@ -161,7 +161,7 @@ class Gateway:
             message = read_client_frames(frames)
             if isinstance(message, Generate):
                 request_id = message.request_id
-                self._generate(identity, message)
+                self._generate(identity, message, len(frames[0]))
             elif isinstance(message, Query):
                 self._answer_query(identity, message)
             elif isinstance(message, ClearCache):
@@ -182,22 +182,28 @@ class Gateway:
         refused = Refused(request_id=request_id, error_code=error.code, error_message=text)
         self._send(Peer.CLIENT, refused, identity)
 
-    def _generate(self, identity: bytes, message: Generate) -> None:
+    def _generate(self, identity: bytes, message: Generate, num_bytes: int) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         client = self.table.client(identity)
+        params = message.params
+        limit = self._bootstrap.frontend.max_open_requests
+        if params.n > limit:
+            raise InvalidRequest(f"n ({params.n}) is more than frontend.max_open_requests ({limit})")
         if client is not None:
             if message.request_id in client.keys:
                 raise InvalidRequest(f"request_id ({message.request_id!r}) is that of a request that is still open")
-            limit = self._bootstrap.frontend.max_open_requests
-            if len(client.keys) >= limit:
-                raise QueueFull(f"{limit} requests of this client are open: wait for one to end")
-        params = message.params
+            if client.num_samples + params.n > limit:
+                raise QueueFull(
+                    f"{client.num_samples} requests of this client are open, and {limit} may be, each sample counted: "
+                    "wait for one to end"
+                )
+        self._queue.check_room(num_bytes)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
-        request = self.table.open(identity, message.request_id)
+        request = self.table.open(identity, message.request_id, params.n)
         assert request.client is not None, "a new request has its client"
-        self._queue[request.key] = Tokenize(
+        tokenize = Tokenize(
             key=request.key,
             route=Route(request.client.name, message.request_id, message.stream),
             params=params,
@@ -206,6 +212,7 @@ class Gateway:
             token_ids=message.token_ids,
             cache_salt=message.cache_salt,
         )
+        self._queue.add(tokenize, num_bytes)
         self._dispatch()
 
     def _answer_query(self, identity: bytes, query: Query) -> None:
@@ -243,9 +250,9 @@ class Gateway:
         request.is_cancelled = True
         self.num_cancelled += 1
         if request.state is RequestState.ACCEPTED:
-            self._cancels.append(request.key)
+            self._cancels += request.keys
         elif request.state is RequestState.QUEUED:
-            del self._queue[request.key]
+            self._queue.remove(request.key)
             self._answer(client, [request_id], FinalAnswer("cancelled", 0, 0), now)
             self._close(request)
 
@@ -306,8 +313,9 @@ class Gateway:
                 request.is_cancelled = True
                 self.num_cancelled += 1
                 if request.state is RequestState.ACCEPTED:
-                    self._cancels.append(request.key)
-            self._queue.pop(request.key, None)
+                    self._cancels += request.keys
+            if request.state is RequestState.QUEUED:
+                self._queue.remove(request.key)
             if request.state is not RequestState.TOKENIZING:  # those must be remembered until they can be cancelled
                 self._close(request)
 
@@ -331,12 +339,12 @@ class Gateway:
             identity = min(self._under_way, key=self._under_way.__getitem__)
             if self._under_way[identity] >= self._bootstrap.tokenizer_window:
                 return
-            key, message = self._queue.popitem(last=False)
-            request = self.table.request(key)
-            assert request is not None, f"request {key} is queued and not in the table"
+            message = self._queue.pop_oldest()
+            request = self.table.request(message.key)
+            assert request is not None, f"request {message.key} is queued and not in the table"
             request.state = RequestState.TOKENIZING
             self._under_way[identity] += 1
-            self._tokenizer_of[key] = identity
+            self._tokenizer_of[message.key] = identity
             self._send(Peer.TOKENIZER, message, identity)
 
     def accepted(self, keys: Iterable[int]) -> None:
@@ -347,7 +355,7 @@ class Gateway:
                 continue
             request.state = RequestState.ACCEPTED
             if request.is_cancelled:
-                self._cancels.append(key)
+                self._cancels += request.keys
                 if request.client is None:
                     self._close(request)
 

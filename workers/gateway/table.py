@@ -17,10 +17,11 @@ class RequestState(enum.Enum):
 class Request:
     """An open request. `client` None: its client has gone, and it is to be cancelled as soon as that can be."""
 
-    __slots__ = ("client", "is_cancelled", "key", "request_id", "state")
+    __slots__ = ("client", "is_cancelled", "key", "keys", "request_id", "state")
 
-    def __init__(self, key: int, client: Client, request_id: str) -> None:
+    def __init__(self, key: int, num_samples: int, client: Client, request_id: str) -> None:
         self.key = key
+        self.keys = range(key, key + num_samples)  # of its samples
         self.client: Client | None = client
         self.request_id = request_id
         self.state = RequestState.QUEUED
@@ -34,12 +35,15 @@ class Client:
     client is back under the same socket identity.
     """
 
-    __slots__ = ("identity", "keys", "last_progress", "name", "num_outputs", "num_own_outputs", "was_sent_to")
+    __slots__ = (
+        "identity", "keys", "last_progress", "name", "num_outputs", "num_own_outputs", "num_samples", "was_sent_to",
+    )  # fmt: skip
 
     def __init__(self, identity: bytes, name: bytes) -> None:
         self.identity = identity  # on the frontend socket
         self.name = name  # in routes
         self.keys: dict[str, int] = {}  # of its open requests, by request_id
+        self.num_samples = 0  # of all of these
         self.num_outputs = 0  # sent, and not taken in yet
         self.num_own_outputs = 0  # of these, those that the detokenizer knows nothing of
         self.last_progress = 0.0  # when it last took something in, or began to owe that
@@ -72,22 +76,25 @@ class RequestTable:
     def request(self, key: int) -> Request | None:
         return self._requests.get(key)
 
-    def open(self, identity: bytes, request_id: str) -> Request:
+    def open(self, identity: bytes, request_id: str, num_samples: int) -> Request:
         """Enter a new request, and its client if it has none open."""
         client = self._by_identity.get(identity)
         if client is None:
             self._last_name += 1
             client = Client(identity, self._last_name.to_bytes(8, "big"))
             self._by_identity[identity] = self._by_name[client.name] = client
-        self._last_key += 1
-        request = self._requests[self._last_key] = Request(self._last_key, client, request_id)
+        request = Request(self._last_key + 1, num_samples, client, request_id)
+        self._last_key += num_samples
+        self._requests[request.key] = request
         client.keys[request_id] = request.key
+        client.num_samples += num_samples
         return request
 
     def close(self, request: Request) -> None:
         del self._requests[request.key]
         if request.client is not None:
             del request.client.keys[request.request_id]
+            request.client.num_samples -= len(request.keys)
             self.forget_if_idle(request.client)
 
     def forget_if_idle(self, client: Client) -> None:

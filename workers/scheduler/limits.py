@@ -16,6 +16,7 @@ class Limits:
     block_size: int
     num_blocks: int
     max_num_waiting: int
+    max_num_seqs: int
 
     @property
     def num_cache_tokens(self) -> int:
@@ -35,6 +36,7 @@ class Limits:
             return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
 
         num_prompt, max_len = message.num_prompt_tokens, self.max_len(message)
+        num_samples = message.params.n  # all are taken, or none is
         if message.error_code:
             return error(message.error_code, message.error_message)
         if not 1 <= num_prompt < self.max_model_len:
@@ -50,10 +52,17 @@ class Limits:
                 f"into the KV cache of {self.num_cache_tokens} tokens: lower max_tokens or raise cache.num_blocks "
                 f"({self.num_blocks})",
             )
-        if num_waiting >= self.max_num_waiting + num_free_rows:
+        if num_samples > self.max_num_waiting + self.max_num_seqs:
+            return error(
+                InvalidRequest.code,
+                f"n ({num_samples}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
+                f"scheduler.max_num_waiting ({self.max_num_waiting}) can ever hold",
+            )
+        if num_waiting + num_samples > self.max_num_waiting + num_free_rows:
             return error(
                 QueueFull.code,
-                f"{num_waiting} requests wait already, as many as scheduler.max_num_waiting "
-                f"({self.max_num_waiting}) and free rows ({num_free_rows}) allow: try again later",
+                f"{num_waiting} requests wait already; with this one (n = {num_samples}) there would be more than "
+                f"scheduler.max_num_waiting ({self.max_num_waiting}) and free rows ({num_free_rows}) allow: try again "
+                "later",
             )
         return None

@@ -1,8 +1,15 @@
-"""One request as the scheduler knows it: its prompt, its bounds, and what its admission entry says of sampling."""
+"""One request as the scheduler knows it: its prompt, its bounds, and what its admission entry says of sampling.
+
+Here every sample is a request of its own; only the detokenizer and the gateway know which belong together.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+import msgspec
 
 from ipc.block_hash import split_hashes
 from ipc.messages import Opened, Tokenized
@@ -20,10 +27,19 @@ class Request:
 
     `token_ids` [num_prompt] int32 is the scheduler's own copy: the records behind `lease` may be given up before it is
     admitted.
+
+    Args:
+        leader: the request for sample 0 of the same prompt, if its full blocks are to be found by this one.
     """
 
     def __init__(
-        self, message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
+        self,
+        message: Tokenized,
+        max_len: int,
+        token_ids: Int32Array,
+        lease: PromptLease,
+        eos_token_ids: list[int],
+        leader: Self | None = None,
     ) -> None:
         params = message.params
         self.key = message.key
@@ -32,6 +48,7 @@ class Request:
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids
         self.lease = lease
+        self.leader = leader if len(self.block_hashes) > 1 else None  # the first is the root
         self.row = NO_ROW
         self.params = params
         self.variant = sampler_variant(params)
@@ -57,7 +74,23 @@ class Request:
         record.admit_end_ids[i] = self._end_ids
 
 
-def opened(message: Tokenized) -> Opened:
+def requests_of(
+    message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
+) -> Iterator[Request]:
+    """One request for each sample.
+
+    The first has the prompt's records. The others have given them up from the beginning: their ids are sent from the
+    upload ring, so nobody has to count who still copies from the tokenizer's.
+    """
+    leader = Request(message, max_len, token_ids, lease, eos_token_ids)
+    yield leader
+    for sample in range(1, message.params.n):
+        own = msgspec.structs.replace(message, key=message.key + sample, params=message.params.of_sample(sample))
+        given_up = replace(lease, is_waiting=False, is_released=True)
+        yield Request(own, max_len, token_ids, given_up, eos_token_ids, leader)
+
+
+def opened(message: Tokenized, num_samples: int) -> Opened:
     """What the detokenizer hears of a request first."""
     return Opened(
         key=message.key,
@@ -65,6 +98,7 @@ def opened(message: Tokenized) -> Opened:
         stop=message.params.stop,
         num_prompt_tokens=message.num_prompt_tokens,
         num_logprobs=message.params.logprobs,
+        num_samples=num_samples,
     )
 
 

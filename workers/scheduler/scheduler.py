@@ -33,7 +33,7 @@ from workers.scheduler.limits import Limits
 from workers.scheduler.outputs import LogprobArrays, OutputBuffer
 from workers.scheduler.prefix_cache import PrefixCache
 from workers.scheduler.prompts import PromptLease, PromptRings
-from workers.scheduler.request import Request, opened
+from workers.scheduler.request import Request, opened, requests_of
 from workers.scheduler.rows import Rows
 from workers.scheduler.running import NO_ROWS, RunningRows, share_tokens
 
@@ -78,7 +78,9 @@ class Scheduler:
             ("num_steps", "num_prefill_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted",
              "num_finished", "num_cancelled", "num_refused", "num_preemptions", "num_cached_tokens"), 0,
         )  # fmt: skip
-        self._limits = Limits(shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting)
+        self._limits = Limits(
+            shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs
+        )
         self._shape = shape
         self._eos_token_ids = eos_token_ids
         self._clock = clock
@@ -134,10 +136,10 @@ class Scheduler:
     # Arrivals and cancellations
 
     def add(self, message: Tokenized) -> None:
-        """Take in a request; one that cannot be served is opened and ended at once."""
+        """Take in a request, all its samples; one that cannot be served is opened and ended at once."""
         assert message.key not in self._requests, f"key {message.key} was drawn twice"
-        self._outputs.opened.append(opened(message))
         refusal = self._limits.refusal(message, len(self._waiting), self._rows.num_free)
+        self._outputs.opened.append(opened(message, message.params.n if refusal is None else 1))
         if refusal is not None:
             if message.ticket:  # its ids lie in the ring all the same
                 self.prompts.decline(message.ring, message.ticket, message.num_prompt_tokens)
@@ -147,8 +149,8 @@ class Scheduler:
         if not self.has_work:
             self._work_since_ns = self._clock()
         ids, lease = self.prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
-        request = Request(message, self._limits.max_len(message), ids, lease, self._eos_token_ids)
-        self._requests[request.key] = self._waiting[request.key] = request
+        for request in requests_of(message, self._limits.max_len(message), ids, lease, self._eos_token_ids):
+            self._requests[request.key] = self._waiting[request.key] = request
         if self.num_in_flight >= self.depth:  # it waits for a step to end, at least
             self.prompts.relieve()
 
@@ -220,7 +222,7 @@ class Scheduler:
         num_found = self._shape.max_blocks_per_seq  # cached blocks that fit into the record; at least one request's do
         while num_tokens > 0 and len(rows) < self._shape.max_admissions:
             i, request = len(rows), self._next_request()
-            if request is None:
+            if request is None or self._waits_for_leader(request):
                 break
             num_known = int(self._rows.num_planned_tokens[request.row]) if request.has_row else request.num_prompt
             found = self._cache.find(request, num_known)
@@ -257,6 +259,15 @@ class Scheduler:
             num_found -= len(found)
         self._running.start(rows)
         return np.array(rows, np.int64), np.array(counts, np.int64), leases, num_appends
+
+    def _waits_for_leader(self, request: Request) -> bool:
+        """Sample 0 is computing the prompt: its blocks are found a step after the last of them. Others hardly lose by
+        waiting with this one: until then that prompt takes what budget there is.
+        """
+        leader = request.leader
+        if leader is None or not leader.has_row or leader.key not in self._requests or leader.key in self._preempted:
+            return False
+        return bool(self._rows.num_computed[leader.row] < leader.num_prompt)
 
     def _next_request(self) -> Request | None:
         """Who comes in next. Preempted ones are older than all that wait."""

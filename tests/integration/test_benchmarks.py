@@ -1,0 +1,28 @@
+"""The benchmarks that drive a whole engine, in small: what must come out of them on any machine."""
+
+from __future__ import annotations
+
+from pipeline.bench import overload, prefix
+from tests.integration.conftest import TINY_CONFIG
+
+
+def test_an_overloaded_engine_refuses_what_it_cannot_hold_and_recovers() -> None:
+    (calm, over, again), rest, memory = overload.measure(TINY_CONFIG, seconds=0.5, calm_seconds=0.5, times=10.0)
+    assert not calm.refused
+    assert not again.refused
+    assert over.refused
+    assert len(over.taken) >= overload.NUM_SEQS
+    assert rest["num_refused"] == len(over.refused)
+    held = {name: value for name, value in rest.items() if name not in ("sustainable_per_s", "num_refused")}
+    assert set(held.values()) == {0}, held
+    assert all(values for values in memory.values())
+
+
+def test_shared_beginnings_are_computed_once() -> None:
+    prompts = prefix.make_prompts(num_requests=4, num_prefixes=2, prefix_tokens=512)
+    assert len({tuple(prompt[:512]) for prompt in prompts}) == 2
+    figures = prefix.measure(TINY_CONFIG, prompts, max_tokens=1, prefix_caching=True)
+    own = 4 * prefix.TAIL_TOKENS
+    assert figures["num_prompt_tokens"] == 4 * 512 + own
+    # One may come in while the end of the beginning that it shares is being computed, and computes that again.
+    assert 2 * 512 + own <= figures["num_computed_prompt_tokens"] < 3 * 512 + own
