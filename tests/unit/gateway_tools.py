@@ -27,7 +27,7 @@ TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
 def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
     frontend = FrontendConfig(
         max_open_requests=changes.pop("max_open_requests", 100),
-        max_queued_bytes=changes.pop("max_queued_bytes", 1 << 20),
+        max_queued_bytes=changes.pop("max_queued_bytes", 256 << 20),
         slow_client_timeout_s=30.0,
         drain_timeout_s=20.0,
     )
