@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ipc.block_hash import split_hashes
 from ipc.messages import Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
-from workers.scheduler.blocks import Int32Array
+from workers.scheduler.arrays import Int32Array
 from workers.scheduler.prompts import PromptLease
 
 NO_ROW = -1
@@ -27,7 +26,7 @@ class Request:
     ) -> None:
         params = message.params
         self.key = message.key
-        self.block_hashes = split_hashes(message.block_hashes)  # root, then full blocks; decode adds to them
+        self.block_hashes = message.block_hashes  # of the prompt; empty: it is not cached
         self.num_prompt = len(token_ids)
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids

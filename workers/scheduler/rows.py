@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from workers.scheduler.blocks import IntArray
+from workers.scheduler.arrays import IntArray
 from workers.scheduler.request import Request
 
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from workers.scheduler.blocks import IntArray
+from workers.scheduler.arrays import IntArray
 
 NO_ROWS: Final[IntArray] = np.empty(0, np.int64)
 
@@ -39,10 +39,10 @@ class RunningRows:
         self._runs[rows] = True
         self._num += len(rows)
 
-    def stop(self, row: int) -> None:
-        self._runs[row] = False
+    def stop(self, rows: list[int]) -> None:
+        self._runs[rows] = False
         self._has_left = True
-        self._num -= 1
+        self._num -= len(rows)
 
 
 def share_tokens(rows: IntArray, remaining: IntArray, budget: int) -> tuple[IntArray, IntArray]:

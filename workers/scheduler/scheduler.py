@@ -26,7 +26,8 @@ import numpy as np
 from ipc.errors import ConfigError
 from ipc.messages import Ended, StepOutputs, Tokenized
 from ipc.records import FinishCode, StepShape
-from workers.scheduler.blocks import BlockPool, BlockTables, IntArray
+from workers.scheduler.arrays import BoolArray, IntArray
+from workers.scheduler.blocks import BlockPool, BlockTables
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.device_time import DeviceTime
 from workers.scheduler.limits import Limits
@@ -47,7 +48,7 @@ class PlannedStep:
     ticket: int
     rows: IntArray  # [num_seqs]
     generations: IntArray  # [num_seqs]
-    samples: np.ndarray[Any, np.dtype[np.bool_]]  # [num_seqs]
+    samples: BoolArray  # [num_seqs]
     want_logprobs: int
     leases: list[PromptLease]  # prompt records that its admissions are copied from
     work_since_ns: int
@@ -153,12 +154,10 @@ class Scheduler:
 
     def cancel(self, keys: list[int]) -> None:
         """End requests now. What steps in flight sample for them is dropped; keys that have ended are ignored."""
-        for key in keys:
-            request = self._requests.get(key)
-            if request is not None:
-                self._end(request)
-                self.counts["num_cancelled"] += 1
-                self._outputs.ended.append(Ended(key=key, finish_reason="cancelled"))
+        found = [self._requests[key] for key in dict.fromkeys(keys) if key in self._requests]
+        self._end(found)
+        self.counts["num_cancelled"] += len(found)
+        self._outputs.ended += [Ended(key=request.key, finish_reason="cancelled") for request in found]
 
     def clear_cache(self) -> None:
         """Requests that are admitted from now on find no block that was filled before."""
@@ -223,7 +222,7 @@ class Scheduler:
                 break
             num_known = int(self._rows.num_planned_tokens[request.row]) if request.has_row else request.num_prompt
             found = self._cache.find(request, num_known)
-            needed = self._tables.blocks_for(num_known) - len(found) + self._blocks.num_idle(found)
+            needed = self._tables.blocks_for(num_known) - self._blocks.num_in_use(found)
             if needed > num_blocks or len(found) > num_found:
                 break
             if request.has_row:
@@ -236,17 +235,19 @@ class Scheduler:
                 del self._waiting[request.key]
                 leases.append(lease)
                 request.row = self._rows.take(request)
+                self._cache.enter(request)
                 record.admit_ring[i] = lease.ring
                 record.admit_ticket[i] = lease.ticket
                 record.admit_length[i] = request.num_prompt
                 self.counts["num_admitted"] += 1
                 self.counts["num_prompt_tokens"] += request.num_prompt
-                if found:
+                if len(found):
                     num_cached = len(found) * self._shape.block_size
                     self.counts["num_cached_tokens"] += num_cached
                     self._outputs.cached.append((request.key, num_cached))
             num_cached = self._cache.begin(request, found)
-            num_appends = self._write_appends(record, num_appends, request.row, np.arange(len(found)), found)
+            if len(found):
+                num_appends = self._write_appends(record, num_appends, request.row, np.arange(len(found)), found)
             self._rows.num_computed[request.row] = num_cached
             request.write_admission(record, i, num_cached)
             rows.append(request.row)
@@ -306,19 +307,18 @@ class Scheduler:
         self.counts["num_steps"] += 1
         planned_out = planned == columns.max_len[rows]
         if planned_out.any():
-            for row in rows[planned_out].tolist():
-                self._stop_running(row)  # its last token is never computed: it needs no block after this step
+            self._stop_running(rows[planned_out].tolist())  # their last tokens are never computed: they need no block
 
-    def _stop_running(self, row: int) -> None:
-        """Take a row out of the batch; its blocks go to whoever is planned next."""
-        self._running.stop(row)
-        self._tables.free_row(row)
+    def _stop_running(self, rows: list[int]) -> None:
+        """Take rows out of the batch; their blocks go to whoever is planned next."""
+        self._running.stop(rows)
+        self._tables.free_rows(rows)
 
     def _preempt_newest(self) -> None:
         """The newest running sequence gives up its blocks; it waits, row and ids kept, to compute them again."""
         row = int(self._running.rows()[-1])
         assert len(self._running) > 1, f"row {row} runs alone and lacks blocks"
-        self._stop_running(row)
+        self._stop_running([row])
         self._rows.num_computed[row] = 0
         request = self._rows.requests[row]
         assert request is not None, f"row {row} runs for nobody"
@@ -356,22 +356,24 @@ class Scheduler:
         rows, finish = rows[ended], finish[ended]
         early = (finish == _LENGTH) & (self._rows.num_tokens[rows] < self._rows.max_len[rows])
         assert not early.any(), f"rows {rows[early]} ended by length before their length"
-        for row in rows.tolist():
-            request = self._rows.requests[row]
-            assert request is not None, f"row {row} finished for nobody"
-            self._end(request)
+        requests = [self._rows.requests[row] for row in rows.tolist()]
+        self._end([request for request in requests if request is not None])
         self.counts["num_finished"] += len(rows)
 
-    def _end(self, request: Request) -> None:
-        """Forget a request in whatever state it is: blocks go back at once, its row when no step in flight names it."""
-        del self._requests[request.key]
-        if not request.has_row:
-            del self._waiting[request.key]
-            self.prompts.release(request.lease)
-            return
-        if self._preempted.pop(request.key, None) is None and request.row in self._running:
-            self._stop_running(request.row)
-        self._rows.retire(request.row)
+    def _end(self, requests: list[Request]) -> None:
+        """Forget requests in whatever state: blocks go back at once, rows when no step in flight names them."""
+        running = []
+        for request in requests:
+            del self._requests[request.key]
+            if not request.has_row:
+                del self._waiting[request.key]
+                self.prompts.release(request.lease)
+                continue
+            if self._preempted.pop(request.key, None) is None and request.row in self._running:
+                running.append(request.row)
+            self._rows.retire(request.row)
+        if running:
+            self._stop_running(running)
 
 
 def _copy_logprobs(result: Any, n: int, valid: IntArray, want_logprobs: int) -> LogprobArrays:
