@@ -142,7 +142,7 @@ def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
 
 
 def cached_blocks(engine: ScheduledEngine) -> list[tuple[tuple[int, ...], int]]:
-    table = engine.scheduler._blocks._names
+    table = engine.scheduler._planner.blocks._names
     blocks = (table._place >= 0).nonzero()[0]
     places = table._place[blocks]
     assert len(blocks) == len(table)

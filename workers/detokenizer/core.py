@@ -295,6 +295,7 @@ def _final_answer(request: Request) -> FinalAnswer:
         end.error_code,
         end.error_message,
         request.num_cached_tokens,
+        end.retry_after_s,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipc.errors import InvalidRequest, QueueFull
+from ipc.errors import InvalidRequest
 from ipc.messages import Ended, Tokenized
 
 
@@ -15,7 +15,7 @@ class Limits:
     max_model_len: int
     block_size: int
     num_blocks: int
-    max_num_waiting: int
+    takes_priority: bool  # the policy heeds it
 
     @property
     def num_cache_tokens(self) -> int:
@@ -28,8 +28,8 @@ class Limits:
             return min(self.max_model_len, self.num_cache_tokens)
         return min(self.max_model_len, message.num_prompt_tokens + max_tokens)
 
-    def refusal(self, message: Tokenized, num_waiting: int, num_free_rows: int) -> Ended | None:
-        """Why a request cannot be served while so many wait and so many rows are free; None if it can."""
+    def refusal(self, message: Tokenized) -> Ended | None:
+        """Why a request can never be served; None if it can."""
 
         def error(code: str, text: str) -> Ended:
             return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
@@ -50,10 +50,10 @@ class Limits:
                 f"into the KV cache of {self.num_cache_tokens} tokens: lower max_tokens or raise cache.num_blocks "
                 f"({self.num_blocks})",
             )
-        if num_waiting >= self.max_num_waiting + num_free_rows:
+        if message.scheduling.priority and not self.takes_priority:
             return error(
-                QueueFull.code,
-                f"{num_waiting} requests wait already, as many as scheduler.max_num_waiting "
-                f"({self.max_num_waiting}) and free rows ({num_free_rows}) allow: try again later",
+                InvalidRequest.code,
+                f"priority ({message.scheduling.priority}) has no effect in this engine: leave it out, or start the "
+                'engine with scheduler.policy = "priority"',
             )
         return None

@@ -22,10 +22,20 @@ class Request:
     """
 
     def __init__(
-        self, message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
+        self,
+        message: Tokenized,
+        max_len: int,
+        token_ids: Int32Array,
+        lease: PromptLease,
+        eos_token_ids: list[int],
+        arrived_ns: int,
     ) -> None:
         params = message.params
         self.key = message.key
+        self.priority = message.scheduling.priority
+        self.tenant = message.scheduling.tenant
+        self.arrived_ns = arrived_ns  # CLOCK_MONOTONIC
+        self.rank = 0  # set by the policy
         self.block_hashes = message.block_hashes  # of the prompt; empty: it is not cached
         self.num_prompt = len(token_ids)
         self.max_len = max_len  # tokens, prompt and output
@@ -42,10 +52,14 @@ class Request:
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
-    def write_admission(self, record: Any, i: int, num_computed: int) -> None:
-        """Fill entry i of a step record's admissions, all but where its ids come from; `num_computed` are cached."""
+    def write_admission(self, record: Any, i: int, num_computed: int, lease: PromptLease | None) -> None:
+        """Fill entry i of a step record's admissions. `num_computed` tokens are cached; the ids come from the records
+        of `lease`, or (None) the row has them."""
         params = self.params
         record.admit_row[i] = self.row
+        record.admit_ring[i] = lease.ring if lease else 0
+        record.admit_ticket[i] = lease.ticket if lease else 0
+        record.admit_length[i] = self.num_prompt if lease else 0
         record.admit_num_computed[i] = num_computed
         record.admit_max_len[i] = self.max_len
         record.admit_temperature[i] = params.temperature

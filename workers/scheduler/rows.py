@@ -27,7 +27,9 @@ class Rows:
         self.num_tokens = column()  # known: prompt and applied tokens
         self.num_planned_tokens = column()  # the same and those that steps in flight sample
         self.num_computed = column()  # tokens with KV, once every planned step has run
+        self.progress_len = column()  # length at which a row has made progress since it came in or came back
         self.max_len = column()
+        self.rank = column()  # Request.rank
         self.variant = column()  # SamplerVariant
         self.want_logprobs = column()  # as in the step record: top log-probabilities + 1, 0 = none
         self.requests: list[Request | None] = [None] * num_rows
@@ -48,6 +50,7 @@ class Rows:
         self.num_tokens[row] = request.num_prompt
         self.num_planned_tokens[row] = request.num_prompt
         self.num_computed[row] = 0
+        self.rank[row] = request.rank
         self.max_len[row] = request.max_len
         self.variant[row] = request.variant
         self.want_logprobs[row] = request.want_logprobs

@@ -1,0 +1,112 @@
+"""The requests that do not run: those that wait for a row, bounded, and those that were preempted and keep theirs.
+
+Owns the bounds of the queue, the hint when to try again, and who of both kinds comes in next. The order among those
+that wait is the policy's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from ipc.errors import QueueFull
+from ipc.messages import Ended, Tokenized
+from workers.scheduler.arrays import IntArray
+from workers.scheduler.config import SchedulerConfig
+from workers.scheduler.policies import Policy, RankedRequests
+from workers.scheduler.request import Request
+
+MIN_RETRY_S: Final = 0.1
+MAX_RETRY_S: Final = 60.0
+UNKNOWN_RETRY_S: Final = 1.0  # before anybody has come in
+NUM_RECENT: Final = 64  # admissions from which the rate is taken
+
+
+class Backlog:
+    """`clock` gives nanoseconds."""
+
+    def __init__(self, config: SchedulerConfig, policy: Policy, clock: Callable[[], int]) -> None:
+        self.num_waiting_tokens = 0
+        self._max_num_waiting = config.max_num_waiting
+        self._max_num_waiting_tokens = config.max_num_waiting_tokens
+        self._policy = policy
+        self._preempted = RankedRequests()
+        self._clock = clock
+        self._admitted_ns: deque[int] = deque(maxlen=NUM_RECENT)
+
+    def __len__(self) -> int:
+        return self.num_waiting + self.num_preempted
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._policy)
+
+    @property
+    def num_preempted(self) -> int:
+        return len(self._preempted)
+
+    def refusal(self, message: Tokenized, num_free_rows: int) -> Ended | None:
+        """Why a request may not wait, if it may not. One that finds nobody waiting, or a row for each, always may."""
+        num, tokens, max_tokens = self.num_waiting, self.num_waiting_tokens, self._max_num_waiting_tokens
+        if num >= self._max_num_waiting + num_free_rows:
+            text = (
+                f"{num} requests wait already, as many as scheduler.max_num_waiting ({self._max_num_waiting}) and free "
+                f"rows ({num_free_rows}) allow"
+            )
+        elif max_tokens is not None and num and tokens + message.num_prompt_tokens > max_tokens:
+            text = (
+                f"{num} requests with {tokens} prompt tokens wait already; with the {message.num_prompt_tokens} of "
+                f"this one they are more than scheduler.max_num_waiting_tokens ({max_tokens})"
+            )
+        else:
+            return None
+        retry_s = self._retry_after_s()
+        return Ended(
+            key=message.key,
+            finish_reason="error",
+            error_code=QueueFull.code,
+            error_message=f"{text}: try again in {retry_s:g} s",
+            retry_after_s=retry_s,
+        )
+
+    def add(self, request: Request) -> None:
+        self._policy.add(request)
+        self.num_waiting_tokens += request.num_prompt
+
+    def preempt(self, request: Request) -> None:
+        """It waits, row and ids kept, and is older than all who have none."""
+        self._preempted.add(request)
+
+    def next(self, num_free_rows: int) -> Request | None:
+        """Who comes in next, if anybody can: a preempted one, or one that waits, if there is a row."""
+        if self._preempted:
+            return self._preempted.first()
+        return self._policy.next() if num_free_rows else None
+
+    def admit(self, request: Request) -> None:
+        """The next one has come in; it has a row now, or has it again."""
+        if request in self._preempted:
+            self._preempted.remove(request)
+            return
+        self._policy.admit(request)
+        self.num_waiting_tokens -= request.num_prompt
+        self._admitted_ns.append(self._clock())
+
+    def sampled(self, rows: IntArray) -> None:
+        """A step computes one new token for each of these rows."""
+        self._policy.sampled(rows)
+
+    def end(self, request: Request) -> None:
+        """A request has ended, wherever it was."""
+        if not request.has_row:
+            self.num_waiting_tokens -= request.num_prompt
+        self._preempted.remove(request)
+        self._policy.end(request)
+
+    def _retry_after_s(self) -> float:
+        """How long those that wait take to come in, at the rate of the last that did."""
+        if not self._admitted_ns:
+            return UNKNOWN_RETRY_S
+        elapsed_s = (self._clock() - self._admitted_ns[0]) / 1e9
+        return round(min(MAX_RETRY_S, max(MIN_RETRY_S, self.num_waiting * elapsed_s / len(self._admitted_ns))), 1)
