@@ -98,16 +98,17 @@ class Planner:
             remaining = columns.num_planned_tokens[rows] - columns.num_computed[rows]
             rows, counts, left = share_tokens(rows, remaining, budget, self._chunk.max_tokens(budget))
             missing = self._tables.missing(rows, columns.num_computed[rows] + counts)
-            if self._num_wanted(rows, counts, missing[2]) <= self.blocks.num_free:
+            num_wanted = missing[2]
+            if num_wanted and remaining.max() > 1:
+                num_wanted = self._num_wanted(rows, counts)
+            if num_wanted <= self.blocks.num_free:
                 return rows, counts, left, self._append_blocks(record, 0, *missing)
             self._preempt()
 
-    def _num_wanted(self, rows: IntArray, counts: IntArray, num_missing: int) -> int:
-        """How many blocks there must be for these rows to compute so many tokens, of which they miss `num_missing`, and
-        for every running row to go on until it has made progress."""
+    def _num_wanted(self, rows: IntArray, counts: IntArray) -> int:
+        """How many blocks there must be for these rows to compute so many tokens, and for every running row to go on
+        until it has made progress."""
         running = self.running.rows()
-        if num_missing == 0 or len(rows) == len(running) == int(counts.sum()):
-            return num_missing  # all compute one token, which is progress
         lengths = self._rows.num_computed.copy()
         lengths[rows] += counts
         return self._tables.missing(running, np.maximum(lengths, self._rows.progress_len)[running])[2]

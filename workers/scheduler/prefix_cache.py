@@ -39,10 +39,12 @@ class PrefixCache:
         """Blocks with the KV of a request's first tokens; at least one of its `num_known` is left to compute."""
         if not request.block_hashes:
             return _NONE
-        end = 1 + (num_known - 1) // self._size
+        end, row = (num_known - 1) // self._size, request.row
         if not request.has_row:
-            return self._pool.find(read_hashes(request.block_hashes)[1:end])
-        return self._pool.find(self._names[request.row, 1 : min(end, int(self._num_named[request.row]) + 1)])
+            return self._pool.find(read_hashes(request.block_hashes)[1 : end + 1])
+        end = min(end, int(self._rows.num_tokens[row]) // self._size)  # a step in flight may sample the last tokens
+        self._name(np.array([row]), np.array([end]))
+        return self._pool.find(self._names[row, 1 : end + 1])
 
     def enter(self, request: Request) -> None:
         """A request has got its row."""
