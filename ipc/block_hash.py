@@ -37,10 +37,12 @@ def next_hashes(parents: np.ndarray[Any, Any], blocks: np.ndarray[Any, Any]) -> 
 
     `blocks` [n, block_size] int32 are their token ids.
     """
-    size = HASH_BYTES + 4 * blocks.shape[1]
-    joined = np.hstack((parents.view(np.int32), blocks)).tobytes()
-    names = [blake2b(joined[i : i + size], digest_size=HASH_BYTES).digest() for i in range(0, len(joined), size)]
-    return read_hashes(b"".join(names))
+    num_words = HASH_BYTES // 4
+    joined = np.empty((len(blocks), num_words + blocks.shape[1]), np.int32)
+    joined[:, :num_words] = parents.view(np.int32)
+    joined[:, num_words:] = blocks
+    inputs = joined.view(f"V{4 * joined.shape[1]}")[:, 0].tolist()
+    return read_hashes(b"".join([blake2b(data, digest_size=HASH_BYTES).digest() for data in inputs]))
 
 
 def read_hashes(names: bytes) -> np.ndarray[Any, Any]:

@@ -43,12 +43,10 @@ class NameTable:
 
     def find(self, names: NameArray) -> Int32Array:
         """The blocks of the first names, up to one that nobody has."""
+        if not len(names) or not (self._sets[names[0, 0] & self._mask] == names[0, 0]).any():
+            return self._block[:0]  # as for most prompts of which nothing is cached
         first, second = names[:, 0], names[:, 1]
         sets = (first & self._mask).view(np.int64)
-        if (
-            not sets.size or not (self._sets[sets[0]] == first[0]).any()
-        ):  # most chains that are not found at all end here
-            return self._block[:0]
         places = sets * WAYS + (self._sets.take(sets, axis=0) == first[:, None]).argmax(axis=1)
         is_found = (self._first.take(places) == first) & (self._second.take(places) == second)
         blocks: Int32Array = self._block.take(places)

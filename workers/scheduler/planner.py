@@ -29,14 +29,27 @@ from workers.scheduler.step_time import ChunkLimit
 
 
 @dataclass(frozen=True)
-class PlannedStep:
-    """A step in flight, as it was when it was planned. Sequences in the record's order."""
+class Batch:
+    """The sequences of a step, in the record's order. Decode after decode they are the same ones."""
 
-    ticket: int
     rows: IntArray  # [num_seqs]
     generations: IntArray  # [num_seqs]
-    samples: BoolArray  # [num_seqs]
+    variant: int  # the most that any of them needs
     want_logprobs: int
+
+    @classmethod
+    def of(cls, rows: IntArray, columns: Rows) -> Batch:
+        want_logprobs = int(columns.want_logprobs[rows].max(initial=0))
+        return cls(rows, columns.generation[rows], int(columns.variant[rows].max(initial=0)), want_logprobs)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step in flight, as it was when it was planned."""
+
+    ticket: int
+    batch: Batch
+    samples: BoolArray  # [num_seqs]
     num_prompt_tokens: int  # tokens more than one for each sequence
     leases: list[PromptLease]  # prompt records that its admissions are copied from
 
@@ -69,6 +82,7 @@ class Planner:
         self._counts = counts
         self._clock = clock
         self._next_ticket = 1
+        self._batch = Batch.of(NO_ROWS, rows)  # the last step's; good for as long as `running` gives the same array
 
     def plan(self, record: Any) -> PlannedStep | None:
         """Fill a step record with what runs next, to be published. None: nothing can run, and nothing is written."""
@@ -200,19 +214,21 @@ class Planner:
         columns.num_computed[rows] = computed
         columns.num_planned_tokens[rows] = planned
         columns.last_ticket[rows] = ticket
-        want_logprobs = int(columns.want_logprobs[rows].max())
+        if rows is not self._batch.rows:
+            self._batch = Batch.of(rows, columns)
+        batch = self._batch
         record.num_seqs[0] = n
         num_tokens = int(counts.sum())
         record.num_tokens[0] = num_tokens
-        record.variant[0] = columns.variant[rows].max()
-        record.want_logprobs[0] = want_logprobs
+        record.variant[0] = batch.variant
+        record.want_logprobs[0] = batch.want_logprobs
         record.planned_at_ns[0] = self._clock()
         record.seq_row[:n] = rows
         record.seq_num_tokens[:n] = counts
         record.seq_sample[:n] = samples
         self._backlog.sampled(rows[samples])
         self.cache.offer_full(rows)  # before rows that are planned out give up their blocks
-        step = PlannedStep(ticket, rows, columns.generation[rows], samples, want_logprobs, num_tokens - n, leases)
+        step = PlannedStep(ticket, batch, samples, num_tokens - n, leases)
         self._counts["num_steps"] += 1
         planned_out = planned == columns.max_len[rows]
         if planned_out.any():

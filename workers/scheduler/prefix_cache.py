@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from ipc.block_hash import next_hashes, read_hashes
+from ipc.block_hash import next_hashes
 from workers.scheduler.arrays import Int32Array, IntArray, NameArray
 from workers.scheduler.blocks import BlockPool, BlockTables, spans
 from workers.scheduler.request import Request
@@ -37,25 +37,25 @@ class PrefixCache:
 
     def find(self, request: Request, num_known: int) -> Int32Array:
         """Blocks with the KV of a request's first tokens; at least one of its `num_known` is left to compute."""
-        if not request.block_hashes:
+        if request.names is None:
             return _NONE
         end, row = (num_known - 1) // self._size, request.row
         if not request.has_row:
-            return self._pool.find(read_hashes(request.block_hashes)[1 : end + 1])
+            return self._pool.find(request.names[1 : end + 1])
         end = min(end, int(self._rows.num_tokens[row]) // self._size)  # a step in flight may sample the last tokens
         self._name(np.array([row]), np.array([end]))
         return self._pool.find(self._names[row, 1 : end + 1])
 
     def enter(self, request: Request) -> None:
         """A request has got its row."""
-        if request.block_hashes:
-            names = read_hashes(request.block_hashes)
+        names = request.names
+        if names is not None:
             self._names[request.row, : len(names)] = names
             self._num_named[request.row] = len(names) - 1
 
     def begin(self, request: Request, found: Int32Array) -> int:
         """Give found blocks to a request that holds a row and no blocks; returns how many tokens they hold."""
-        if not request.block_hashes:
+        if request.names is None:
             self._next_full[request.row] = NEVER
             return 0
         self._next_full[request.row] = (len(found) + 1) * self._size
@@ -83,9 +83,8 @@ class PrefixCache:
         while (lacking := self._num_named[rows] < ends).any():
             rows, ends = rows[lacking], ends[lacking]
             named = self._num_named[rows]
-            positions = (named * self._size)[:, None] + np.arange(self._size)
-            token_ids = self._rows.token_ids[rows[:, None], positions]
-            self._names[rows, named + 1] = next_hashes(self._names[rows, named], token_ids)
+            names = next_hashes(self._names[rows, named], self._rows.token_blocks[rows, named])
+            self._names[rows, named + 1] = names
             self._num_named[rows] = named + 1
 
     def clear(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ipc.block_hash import read_hashes
 from ipc.messages import Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
-from workers.scheduler.arrays import Int32Array
+from workers.scheduler.arrays import Int32Array, NameArray
 from workers.scheduler.prompts import PromptLease
 
 NO_ROW = -1
@@ -36,7 +37,8 @@ class Request:
         self.tenant = message.scheduling.tenant
         self.arrived_ns = arrived_ns  # CLOCK_MONOTONIC
         self.rank = 0  # set by the policy
-        self.block_hashes = message.block_hashes  # of the prompt; empty: it is not cached
+        hashes = message.block_hashes
+        self.names: NameArray | None = read_hashes(hashes) if hashes else None  # root and full blocks; None: not cached
         self.num_prompt = len(token_ids)
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids

@@ -55,7 +55,9 @@ def share_tokens(rows: IntArray, remaining: IntArray, budget: int, chunk: int) -
     if not rows.size:
         return rows, remaining, budget
     if remaining.max() == 1:
-        return rows[:budget], remaining[:budget], max(0, min(budget - rows.size, chunk))
+        if rows.size > budget:
+            return rows[:budget], remaining[:budget], 0
+        return rows, remaining, min(budget - rows.size, chunk)
     is_decode = remaining == 1
     decodes = rows[is_decode][:budget]
     prompts, wanted = rows[~is_decode], remaining[~is_decode]

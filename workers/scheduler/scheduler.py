@@ -69,7 +69,7 @@ class Scheduler:
         self._queue_timeout_s = config.queue_timeout_s
         self._eos_token_ids = eos_token_ids
         self._clock = clock
-        self._rows = Rows(shape.max_num_seqs, shape.max_model_len)
+        self._rows = Rows(shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
         self._requests: dict[int, Request] = {}  # every open one by key
         self._timers = Timers(self._requests.__contains__)
         self._backlog = Backlog(config, make_policy(config, shape.max_num_seqs), clock)
@@ -198,16 +198,17 @@ class Scheduler:
     def apply(self, result: Any) -> None:
         """Take in the result record of the oldest step in flight; nothing of it is kept by reference."""
         step, work_since_ns = self._in_flight.popleft()
-        columns, n = self._rows, len(step.rows)
-        valid = (columns.generation[step.rows] == step.generations) & step.samples
-        rows, token_ids, finish = step.rows, result.token_ids[:n], result.finish[:n]
+        columns, batch = self._rows, step.batch
+        rows, n = batch.rows, len(batch.rows)
+        valid = (columns.generation[rows] == batch.generations) & step.samples
+        token_ids, finish = result.token_ids[:n], result.finish[:n]
         if not valid.all():
             rows, token_ids, finish = rows[valid], token_ids[valid], finish[valid]
         if rows.size:
             num_tokens = columns.num_tokens[rows]
             columns.token_ids[rows, num_tokens] = token_ids
             columns.num_tokens[rows] = num_tokens + 1
-            logprobs = _copy_logprobs(result, n, valid, step.want_logprobs) if step.want_logprobs else None
+            logprobs = _copy_logprobs(result, n, valid, batch.want_logprobs) if batch.want_logprobs else None
             self._outputs.add_tokens(columns.key[rows], token_ids, finish, logprobs)
             self.counts["num_sampled_tokens"] += rows.size
             if finish.any():
