@@ -40,6 +40,7 @@ class Traffic:
             "prompt_records": rng.choice([5, 6, 20]),
         }
         self.shape["prefix_caching"] = seed % 4 > 0
+        self.shape["policy"] = ("fifo", "priority", "fair")[seed % 3]
         self.shared = [rng.randrange(VOCAB_SIZE) for _ in range(self.max_model_len)]  # some prompts begin like it
         self.requests = {key: self._request(rng) for key in range(rng.randint(1, 24))}
         self.cancel_after = {key: rng.randint(0, 40) for key in self.requests if rng.random() < 0.25}
@@ -58,6 +59,9 @@ class Traffic:
             stop_token_ids=[rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 0, 3]))],
         )
         return prompt, params
+
+    def _scheduling(self, key: int) -> dict[str, Any]:
+        return {"priority": key % 3} if self.shape["policy"] == "priority" else {"tenant": f"tenant {key % 3}"}
 
     def expected(self, key: int) -> list[int]:
         prompt, params = self.requests[key]
@@ -84,7 +88,7 @@ class Traffic:
                 ring = rng.choice(list(to_send))
                 if to_send[ring] and engine.can_publish(len(self.requests[to_send[ring][0]][0]), ring):
                     key = to_send[ring].pop(0)
-                    engine.send(key, *self.requests[key], ring=ring)
+                    engine.send(key, *self.requests[key], ring=ring, **self._scheduling(key))
                     sent.add(key)
             elif event == "plan" and scheduler.num_in_flight < depth:
                 engine.plan()
