@@ -86,7 +86,7 @@ class SchedulerModel:
         self.running: list[Sequence] = []
         self.ended_rows: list[Sequence] = []  # that steps in flight still name
         self.in_flight: list[tuple[int, list[tuple[Sequence, bool]]]] = []
-        self.ticket = self.applied = self.num_arrived = 0
+        self.ticket = self.applied = self.num_arrived = self.num_admitted = 0
         self.cached: dict[int, int] = {}
         self.num_preemptions = 0
         self.chunk = budget  # prompt tokens beside decodes in the next step
@@ -210,13 +210,15 @@ class SchedulerModel:
         self.num_preemptions += 1
 
     def _next(self) -> Sequence | None:
-        if self.preempted:
-            return min(self.preempted, key=lambda sequence: (sequence.rank, sequence.key))
-        if not self.waiting or not self.num_free_rows():
-            return None
-        if self.policy == "fair":
-            return self.turns.next(self.waiting)
-        return min(self.waiting, key=lambda sequence: (sequence.rank, sequence.key))
+        def first(sequences: list[Sequence]) -> Sequence | None:
+            return min(sequences, key=lambda sequence: (sequence.rank, sequence.key), default=None)
+
+        preempted, waiting = first(self.preempted), None
+        if self.waiting and self.num_free_rows():
+            waiting = self.turns.next(self.waiting) if self.policy == "fair" else first(self.waiting)
+        if self.policy == "priority" and preempted and waiting and waiting.rank < preempted.rank:
+            return waiting
+        return preempted or waiting
 
     def _admit(self, left: int) -> list[tuple[Sequence, int]]:
         admitted: list[tuple[Sequence, int]] = []
@@ -241,6 +243,9 @@ class SchedulerModel:
                     self.cached[sequence.key] = num_cached
                 self.turns.credit[sequence.tenant] -= len(sequence.known)
                 self._stop_waiting(sequence)
+                if self.policy == "fair":
+                    self.num_admitted += 1
+                    sequence.rank = self.num_admitted
             for block in found:
                 block.users += 1
                 if block in self.idle:

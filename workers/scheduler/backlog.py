@@ -75,14 +75,17 @@ class Backlog:
         self.num_waiting_tokens += request.num_prompt
 
     def preempt(self, request: Request) -> None:
-        """It waits, row and ids kept, and is older than all who have none."""
+        """It waits, row and ids kept."""
         self._preempted.add(request)
 
     def next(self, num_free_rows: int) -> Request | None:
-        """Who comes in next, if anybody can: a preempted one, or one that waits, if there is a row."""
-        if self._preempted:
-            return self._preempted.first()
-        return self._policy.next() if num_free_rows else None
+        """Who comes in next, if anybody can: the first of those preempted, or the policy's next if there is a row for
+        it and its rank is lower."""
+        preempted = self._preempted.first()
+        waiting = self._policy.next() if num_free_rows else None
+        if preempted is None or (waiting is not None and waiting.rank < preempted.rank):
+            return waiting
+        return preempted
 
     def admit(self, request: Request) -> None:
         """The next one has come in; it has a row now, or has it again."""

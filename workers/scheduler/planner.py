@@ -167,6 +167,7 @@ class Planner:
                 num_appends = self._write_appends(record, num_appends, request.row, np.arange(len(found)), found)
             self._rows.num_computed[request.row] = num_cached
             self._rows.progress_len[request.row] = num_known
+            self._rows.rank[request.row] = request.rank
             request.write_admission(record, i, num_cached, lease)
             rows.append(request.row)
             counts.append(min(num_tokens, num_known - num_cached))

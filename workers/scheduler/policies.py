@@ -17,6 +17,7 @@ from workers.scheduler.arrays import IntArray
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.request import Request
 
+LAST_RANK: Final = 2**62
 FIRST_TENANTS: Final = 64  # room for so many tenants with open requests; it doubles when they are more
 
 
@@ -27,14 +28,17 @@ class Policy(Protocol):
         """How many wait."""
 
     def add(self, request: Request) -> None:
-        """A request begins to wait. Sets its `rank`: when blocks run out, those with higher ranks give up theirs first,
-        and of those that gave them up the lowest rank comes back first."""
+        """A request begins to wait."""
 
     def next(self) -> Request | None:
         """Who comes in when there is room. Asking changes nothing."""
 
     def admit(self, request: Request) -> None:
-        """The next one has come in; it has its row."""
+        """The next one has come in; it has its row.
+
+        From here on its `rank` stands: when blocks run out, higher ranks give up theirs first; of those that did, the
+        lowest comes back first, and before who waits, unless that one's rank is lower still.
+        """
 
     def sampled(self, rows: IntArray) -> None:
         """A step computes one new token for each of these rows."""
@@ -166,7 +170,7 @@ class FairShare:
         self._in_turn: Tenant | None = None  # has got its quantum for this turn
         self._next: Request | None = None  # stays next until it comes in or ends, whatever its tenant pays meanwhile
         self._num_waiting = 0
-        self._arrivals = itertools.count()
+        self._admissions = itertools.count()
         self._credit = np.zeros(FIRST_TENANTS, np.int64)  # by index
         self._free_indices = list(range(FIRST_TENANTS))
         self._tenant_of = np.zeros(num_rows, np.int64)  # [num_rows], index of the tenant of each row's owner
@@ -175,7 +179,7 @@ class FairShare:
         return self._num_waiting
 
     def add(self, request: Request) -> None:
-        request.rank = next(self._arrivals)
+        request.rank = LAST_RANK  # whoever was preempted has had its turn, and gets it back first
         tenant = self._tenants.get(request.tenant) or self._open(request.tenant)
         tenant.num_open += 1
         tenant.waiting[request.key] = request
@@ -191,6 +195,7 @@ class FairShare:
     def admit(self, request: Request) -> None:
         tenant = self._tenants[request.tenant]
         self._tenant_of[request.row] = tenant.index
+        request.rank = next(self._admissions)
         self._credit[tenant.index] -= request.num_prompt
         self._stop_waiting(tenant, request)
 

@@ -51,7 +51,6 @@ class Rows:
         self.num_tokens[row] = request.num_prompt
         self.num_planned_tokens[row] = request.num_prompt
         self.num_computed[row] = 0
-        self.rank[row] = request.rank
         self.max_len[row] = request.max_len
         self.variant[row] = request.variant
         self.want_logprobs[row] = request.want_logprobs
