@@ -10,6 +10,7 @@ class RingfeedError(Exception):
     """Root of every error that ringfeed raises on purpose. `code` is its name in messages."""
 
     code = "internal"
+    retry_after_s = 0.0  # when the same request is likely to be taken; 0 = nothing is known of that
 
 
 class ConfigError(RingfeedError, ValueError):
@@ -31,7 +32,7 @@ class InvalidRequest(RingfeedError, ValueError):
 
 
 class QueueFull(RingfeedError):
-    """The bounded queue is full; the request was not taken. Try again later."""
+    """The bounded queue is full; the request was not taken. Try again later: see `retry_after_s`."""
 
     code = "queue_full"
 
@@ -76,6 +77,8 @@ _BY_CODE: dict[str, type[RingfeedError]] = {
 }  # fmt: skip
 
 
-def error_from_code(code: str, message: str) -> RingfeedError:
+def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> RingfeedError:
     """Rebuild the error that a message names; an unknown code gives the root class."""
-    return _BY_CODE.get(code, RingfeedError)(message)
+    error = _BY_CODE.get(code, RingfeedError)(message)
+    error.retry_after_s = retry_after_s
+    return error

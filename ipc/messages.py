@@ -21,10 +21,11 @@ from typing import Literal
 import msgspec
 
 from ipc.sampling import SamplingParams
+from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
 PROTOCOL_VERSION = 1
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -51,6 +52,7 @@ class Generate(Message, frozen=True):
     token_ids: bytes | None = None
     stream: bool = False  # False: nothing is sent before the end
     cache_salt: str = ""  # only requests of the same salt share cached prompt blocks
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
 
 
 class Cancel(Message, frozen=True):
@@ -103,6 +105,7 @@ class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error_message: str = ""
     num_cached_tokens: int = 0  # of the prompt: found in the cache when sample 0 was admitted
     num_open: int = 0  # samples of the request that have not ended
+    retry_after_s: float = 0.0  # of a full queue: when to try again
 
 
 class Outputs(Message, frozen=True):
@@ -176,6 +179,8 @@ class Tokenize(Message, frozen=True):
     chat: list[ChatMessage] | None = None
     token_ids: bytes | None = None
     cache_salt: str = ""
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    deadline_ns: int = 0  # CLOCK_MONOTONIC; 0 = none
 
 
 class Tokenized(Message, frozen=True):
@@ -191,6 +196,8 @@ class Tokenized(Message, frozen=True):
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
     block_hashes: bytes = b""  # `ipc.block_hash.chain_hashes` of the prompt; empty: it is not cached
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    deadline_ns: int = 0
     error_code: str = ""
     error_message: str = ""
 
@@ -228,12 +235,13 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The end of a request that no token of this step brought about: cancelled, refused, or failed."""
+    """The end of a request that no token of this step brought about: cancelled, out of time, refused, or failed."""
 
     key: int
     finish_reason: FinishReason
     error_code: str = ""
     error_message: str = ""
+    retry_after_s: float = 0.0
 
 
 class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

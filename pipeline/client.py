@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final, Literal, Self, overload
+from typing import Any, Final, Literal, Self, Unpack, overload
 
 from ipc.codec import decode, encode
 from ipc.errors import EngineUnavailable, InvalidRequest, ProtocolError, QueueFull, RingfeedError, error_from_code
@@ -32,9 +32,10 @@ from ipc.messages import (
 )
 from ipc.messages import Final as FinalAnswer
 from ipc.sampling import SamplingParams
+from ipc.scheduling import SchedulingParams
 from pipeline.connection import Connection
 from pipeline.endpoint import default_endpoint
-from pipeline.outputs import Output, Prompt, generate_frame
+from pipeline.outputs import Output, Prompt, SchedulingOptions, generate_frame
 from pipeline.progress import progress_bar
 from pipeline.streams import OpenRequest, OutputStream
 
@@ -77,6 +78,7 @@ class AsyncClient:
         stream: Literal[False] = False,
         request_id: str | None = None,
         cache_salt: str = "",
+        **scheduling: Unpack[SchedulingOptions],
     ) -> Coroutine[Any, Any, Output]: ...
 
     @overload
@@ -88,6 +90,7 @@ class AsyncClient:
         stream: Literal[True],
         request_id: str | None = None,
         cache_salt: str = "",
+        **scheduling: Unpack[SchedulingOptions],
     ) -> OutputStream: ...
 
     def generate(
@@ -98,6 +101,7 @@ class AsyncClient:
         stream: bool = False,
         request_id: str | None = None,
         cache_salt: str = "",
+        **scheduling: Unpack[SchedulingOptions],
     ) -> Coroutine[Any, Any, Output] | OutputStream:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
@@ -105,12 +109,15 @@ class AsyncClient:
         async iterator of Outputs, each with what is new (of one sample, if `params.n` asks for several); breaking out
         of it cancels the request. `request_id`, for `cancel()`, must not be that of an open request; None = a new one.
         Only requests of the same `cache_salt` share cached prompts: give each tenant its own, and none can tell from
-        the time taken what another has asked.
+        the time taken what another has asked. `priority`, `tenant`, `deadline_s` and `queue_timeout_s` say when it has
+        its turn and how long it may take (see `SchedulingParams`): one that runs out of time ends with finish reason
+        "deadline" or "queue_timeout".
         """
+        options = SchedulingParams(**scheduling)
         if stream:
-            request = self._start(prompt, params, True, request_id, cache_salt)
+            request = self._start(prompt, params, True, request_id, cache_salt, options)
             return OutputStream(request, self._abandon, self._running_loop())
-        return self._generate_whole(prompt, params, request_id, cache_salt)
+        return self._generate_whole(prompt, params, request_id, cache_salt, options)
 
     async def generate_batch(
         self,
@@ -118,13 +125,15 @@ class AsyncClient:
         params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
         *,
         progress: bool = False,
+        **scheduling: Unpack[SchedulingOptions],
     ) -> list[Output]:
         """Complete many prompts, with one SamplingParams or one for each. Returns their Outputs in input order.
 
         No more are open at a time than the engine takes. One that fails has finish reason "error" and the text of its
         error; the others are not affected. `progress` shows a bar on the terminal. Raises EngineUnavailable if there is
-        no engine to begin with.
+        no engine to begin with. Scheduling arguments, as of `generate`, apply to each prompt.
         """
+        options = SchedulingParams(**scheduling)
         prompts = list(prompts)
         params_of = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params_of) != len(prompts):
@@ -146,7 +155,10 @@ class AsyncClient:
             while waiting:
                 index = waiting.popleft()
                 try:
-                    settle(index, await self._generate_whole(prompts[index], params_of[index], request_ids[index]))
+                    output = await self._generate_whole(
+                        prompts[index], params_of[index], request_ids[index], "", options
+                    )
+                    settle(index, output)
                 except QueueFull:
                     waiting.appendleft(index)
                     if num_askers > 1:
@@ -225,9 +237,14 @@ class AsyncClient:
     # Requests
 
     async def _generate_whole(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        cache_salt: str,
+        scheduling: SchedulingParams,
     ) -> Output:
-        request = self._start(prompt, params, False, request_id, cache_salt)
+        request = self._start(prompt, params, False, request_id, cache_salt, scheduling)
         try:
             while not request.ended:
                 await request.news(self._running_loop())
@@ -238,11 +255,17 @@ class AsyncClient:
         return request.take_whole()
 
     def _start(
-        self, prompt: Prompt, params: SamplingParams, stream: bool, request_id: str | None, cache_salt: str
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stream: bool,
+        request_id: str | None,
+        cache_salt: str,
+        scheduling: SchedulingParams,
     ) -> OpenRequest:
         connection = self._connect()
         request_id = _new_id() if request_id is None else request_id
-        frame = generate_frame(request_id, prompt, params, stream, cache_salt)
+        frame = generate_frame(request_id, prompt, params, stream, cache_salt, scheduling)
         if request_id in self._open:
             raise InvalidRequest(f"request_id ({request_id!r}) is that of an open request")
         request = self._open[request_id] = OpenRequest(request_id, params.n)

@@ -45,7 +45,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 _SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
 
 
-def _within(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value <= high, f"must lie in [{low}, {high}]"
 
 
@@ -58,6 +58,11 @@ _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "scheduler.max_num_batched_tokens": _within(1, 1_048_576),
     "scheduler.max_model_len": _within(2, 16_777_216),
     "scheduler.max_num_waiting": _within(1, 16_777_216),
+    "scheduler.max_num_waiting_tokens": _within(1, 2**40),
+    "scheduler.queue_timeout_s": _POSITIVE,
+    "scheduler.priority_aging_s": _within(0.001, 86_400),
+    "scheduler.fair_quantum": _within(1, 16_777_216),
+    "scheduler.max_itl_ms": _within(0.1, 60_000),
     "cache.block_size": _within(1, 1024),
     "cache.num_blocks": _within(1, 2**31 - 2),
     "cache.memory_share": (lambda value: 0 < value <= 1, "must lie in (0, 1]"),

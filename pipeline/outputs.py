@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, TypedDict, cast
 
 import msgspec
 
@@ -13,11 +13,21 @@ from ipc.codec import encode
 from ipc.errors import InvalidRequest
 from ipc.messages import ChatMessage, FinishReason, Generate, TokenLogprobs
 from ipc.sampling import SamplingParams
+from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
 # A text; a chat, as messages or {"role": ..., "content": ...}; or token ids, as a list or a 1-d integer array.
 Prompt: TypeAlias = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]] | Sequence[int]
 
 assert array("i").itemsize == 4, "token ids travel as 32-bit integers"
+
+
+class SchedulingOptions(TypedDict, total=False):
+    """Keyword arguments of a request that the scheduler reads; see `ipc.scheduling.SchedulingParams`."""
+
+    priority: int
+    tenant: str
+    deadline_s: float | None
+    queue_timeout_s: float | None
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -80,7 +90,12 @@ class Output(msgspec.Struct, kw_only=True):
 
 
 def generate_frame(
-    request_id: str, prompt: Prompt, params: SamplingParams, stream: bool, cache_salt: str = ""
+    request_id: str,
+    prompt: Prompt,
+    params: SamplingParams,
+    stream: bool,
+    cache_salt: str = "",
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING,
 ) -> bytes:
     """The encoded request. Raises InvalidRequest for what no engine would take."""
     if not isinstance(params, SamplingParams):
@@ -112,6 +127,7 @@ def generate_frame(
         token_ids=token_ids,
         stream=stream,
         cache_salt=cache_salt,
+        scheduling=scheduling,
     )
     try:
         frame = encode(message)

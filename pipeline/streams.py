@@ -78,7 +78,7 @@ class OpenRequest:
     def end_sample(self, index: int, final: FinalAnswer) -> None:
         """The end of a sample; with the final answer it is that of all that have not ended."""
         if final.finish_reason == "error":
-            self.fail(error_from_code(final.error_code, final.error_message))
+            self.fail(error_from_code(final.error_code, final.error_message, final.retry_after_s))
             return
         for sample in self.samples if final.num_open == 0 else [self.samples[index]]:
             if sample.final is None:

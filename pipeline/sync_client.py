@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from ipc.errors import EngineUnavailable
 from ipc.messages import Health
 from ipc.sampling import SamplingParams
 from pipeline.client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
-from pipeline.outputs import Output, Prompt
+from pipeline.outputs import Output, Prompt, SchedulingOptions
 from pipeline.streams import OutputStream
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class Client:
         stream: Literal[False] = False,
         request_id: str | None = None,
         cache_salt: str = "",
+        **scheduling: Unpack[SchedulingOptions],
     ) -> Output: ...
 
     @overload
@@ -50,6 +51,7 @@ class Client:
         stream: Literal[True],
         request_id: str | None = None,
         cache_salt: str = "",
+        **scheduling: Unpack[SchedulingOptions],
     ) -> Stream: ...
 
     def generate(
@@ -60,15 +62,18 @@ class Client:
         stream: bool = False,
         request_id: str | None = None,
         cache_salt: str = "",
+        **scheduling: Unpack[SchedulingOptions],
     ) -> Output | Stream:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
         Returns one Output with everything, or with `stream=True` an iterator of Outputs, each with what is new;
-        breaking out of it cancels the request.
+        breaking out of it cancels the request. See AsyncClient.generate for the other arguments.
         """
         if stream:
-            return Stream(self, self.call(self._open_stream(prompt, params, request_id, cache_salt)))
-        return self.call(self._client.generate(prompt, params, request_id=request_id, cache_salt=cache_salt))
+            return Stream(self, self.call(self._open_stream(prompt, params, request_id, cache_salt, scheduling)))
+        return self.call(
+            self._client.generate(prompt, params, request_id=request_id, cache_salt=cache_salt, **scheduling)
+        )
 
     def generate_batch(
         self,
@@ -76,9 +81,10 @@ class Client:
         params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
         *,
         progress: bool = False,
+        **scheduling: Unpack[SchedulingOptions],
     ) -> list[Output]:
         """Complete many prompts; Outputs come in input order. See AsyncClient.generate_batch."""
-        return self.call(self._client.generate_batch(prompts, params, progress=progress))
+        return self.call(self._client.generate_batch(prompts, params, progress=progress, **scheduling))
 
     def cancel(self, request_id: str) -> None:
         self.call(self._client.cancel(request_id))
@@ -125,9 +131,16 @@ class Client:
             del future  # it holds the error, which holds this frame
 
     async def _open_stream(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, cache_salt: str
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        cache_salt: str,
+        scheduling: SchedulingOptions,
     ) -> OutputStream:
-        return self._client.generate(prompt, params, stream=True, request_id=request_id, cache_salt=cache_salt)
+        return self._client.generate(
+            prompt, params, stream=True, request_id=request_id, cache_salt=cache_salt, **scheduling
+        )
 
 
 class Stream:

@@ -14,6 +14,7 @@ import pytest
 
 from ipc.errors import InvalidRequest
 from pipeline import AsyncClient, Client, Pipeline, SamplingParams
+from tests.integration.conftest import TINY_CONFIG
 
 GREEDY = SamplingParams(max_tokens=24)
 
@@ -43,6 +44,23 @@ def test_a_string_a_chat_and_token_ids_are_completed(client: Client) -> None:
     assert by_chat.text
     by_ids = client.generate(by_text.token_ids, GREEDY)
     assert by_ids.usage.prompt_tokens == len(by_text.token_ids)
+
+
+def test_requests_out_of_time_end_with_what_they_have_got_and_say_why() -> None:
+    slow = {"model.load_format": "null", "model.null_step_ms": 20.0, "scheduler.max_num_seqs": 1}
+    with Pipeline(TINY_CONFIG, {**slow, "scheduler.policy": "priority"}) as pipeline:
+        client, endless = pipeline.client, SamplingParams(ignore_eos=True)
+        with client.generate("one", endless, stream=True, deadline_s=2.0) as stream:
+            first = next(stream)
+            waited = client.generate("two", endless, queue_timeout_s=0.2)
+            pieces = [first, *stream]
+        assert (waited.finish_reason, waited.token_ids, waited.error) == ("queue_timeout", [], None)
+        assert pieces[-1].finish_reason == "deadline"
+        assert pieces[-1].usage.completion_tokens == sum(len(piece.token_ids) for piece in pieces) > 0
+        assert client.generate("three", SamplingParams(max_tokens=2), priority=1).finish_reason == "length"
+        counts = client.stats()["scheduler"]
+        assert (counts["num_deadline"], counts["num_queue_timeout"]) == (1, 1)
+        wait_until(lambda: is_idle(client))
 
 
 def test_streamed_pieces_add_up_to_the_whole(client: Client) -> None:

@@ -16,6 +16,7 @@ from ipc.messages import Route, Tokenized
 from ipc.records import StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.sampling import SamplingParams
+from ipc.scheduling import SchedulingParams
 from tests.simulation.fake_gpu import FakeGpu
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.prompts import PromptRings
@@ -53,6 +54,7 @@ class ScheduledEngine:
         num_tokenizers: int = 1,
         prompt_records: int = 32,
         prefix_caching: bool = True,
+        **scheduling: Any,
     ) -> None:
         self.shape = StepShape(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
         self.depth = depth
@@ -72,6 +74,7 @@ class ScheduledEngine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             max_num_waiting=max_num_waiting,
+            **scheduling,
         )
         self.prompts = PromptRings(self.prompt_rings)
         self.scheduler = Scheduler(
@@ -84,8 +87,9 @@ class ScheduledEngine:
         self.opened: dict[int, Any] = {}
         self.cached: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, str] = {}  # "stop", "length", "cancelled", "error"
+        self.ends: dict[int, str] = {}  # finish reasons
         self.errors: dict[int, tuple[str, str]] = {}
+        self.retry_after_s: dict[int, float] = {}
         self.last_outputs: Any = None
 
     # What others do
@@ -105,7 +109,15 @@ class ScheduledEngine:
         return first
 
     def send(
-        self, key: int, prompt: list[int], params: SamplingParams | None = None, *, ring: int = 1, salt: str = ""
+        self,
+        key: int,
+        prompt: list[int],
+        params: SamplingParams | None = None,
+        *,
+        ring: int = 1,
+        salt: str = "",
+        deadline_ns: int = 0,
+        **scheduling: Any,
     ) -> None:
         """Tokenize and hand to the scheduler."""
         self.scheduler.add(
@@ -117,6 +129,8 @@ class ScheduledEngine:
                 ticket=self.publish_prompt(prompt, ring),
                 num_prompt_tokens=len(prompt),
                 block_hashes=self.names(prompt, salt) if self.prefix_caching else b"",
+                scheduling=SchedulingParams(**scheduling),
+                deadline_ns=deadline_ns,
             )
         )
 
@@ -182,6 +196,7 @@ class ScheduledEngine:
             assert ended.key not in self.ends, f"request {ended.key} ended twice"
             self.ends[ended.key] = ended.finish_reason
             self.errors[ended.key] = (ended.error_code, ended.error_message)
+            self.retry_after_s[ended.key] = ended.retry_after_s
         return outputs
 
     # Several

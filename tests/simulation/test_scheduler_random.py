@@ -6,9 +6,10 @@ import random
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
-from ipc.block_hash import split_hashes
+from ipc.block_hash import read_hashes
 from ipc.errors import RingError
 from ipc.sampling import SamplingParams
 from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens, extend_hash
@@ -42,6 +43,7 @@ class Traffic:
             "prompt_records": rng.choice([5, 6, 20]),
         }
         self.shape["prefix_caching"] = seed % 4 > 0
+        self.shape["policy"] = ("fifo", "priority", "fair")[seed % 3]
         self.shared = [rng.randrange(VOCAB_SIZE) for _ in range(self.max_model_len)]  # some prompts begin like it
         self.requests = {key: self._request(rng) for key in range(0, MAX_N * rng.randint(1, 24), MAX_N)}
         self.sequences = {
@@ -66,6 +68,9 @@ class Traffic:
             n=rng.choice([1, 1, 1, 2, MAX_N]),
         )
         return prompt, params
+
+    def _scheduling(self, key: int) -> dict[str, Any]:
+        return {"priority": key % 3} if self.shape["policy"] == "priority" else {"tenant": f"tenant {key % 3}"}
 
     def expected(self, key: int) -> list[int]:
         prompt, params = self.sequences[key]
@@ -92,7 +97,7 @@ class Traffic:
                 ring = rng.choice(list(to_send))
                 if to_send[ring] and engine.can_publish(len(self.requests[to_send[ring][0]][0]), ring):
                     key = to_send[ring].pop(0)
-                    engine.send(key, *self.requests[key], ring=ring)
+                    engine.send(key, *self.requests[key], ring=ring, **self._scheduling(key))
                     sent |= set(range(key, key + self.requests[key][1].n))
             elif event == "plan" and scheduler.num_in_flight < depth:
                 engine.plan()
@@ -146,17 +151,27 @@ def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
     size, prefixes = traffic.block_size, {}
     for key, (prompt, _) in traffic.sequences.items():
         tokens, prefix = prompt + traffic.expected(key), 1
-        names = split_hashes(engine.names(tokens))[1:]
+        names = [tuple(name) for name in read_hashes(engine.names(tokens))[1:].tolist()]
         for i, token_id in enumerate(tokens[: len(names) * size]):
             prefix = extend_hash(prefix, token_id)
             if (i + 1) % size == 0:
                 prefixes[names[i // size]] = prefix
-    for name, block in engine.scheduler._blocks._block_of.items():
+    for name, block in cached_blocks(engine):
         assert name in prefixes, "a block is cached under the name of tokens that no request has"
         assert engine.gpu.kv_prefix[(block + 1) * size - 1] == prefixes[name], "a block is cached under a wrong name"
     for key, num_cached in engine.cached.items():
         assert 0 < num_cached < len(traffic.sequences[key][0])
         assert num_cached % size == 0
+
+
+def cached_blocks(engine: ScheduledEngine) -> list[tuple[tuple[int, ...], int]]:
+    table = engine.scheduler._planner.blocks._names
+    blocks = (table._place >= 0).nonzero()[0]
+    places = table._place[blocks]
+    assert len(blocks) == len(table)
+    assert (table._block[places] == blocks).all()
+    names = zip(table._first[places].tolist(), table._second[places].tolist(), strict=True)
+    return list(zip(names, blocks.tolist(), strict=True))
 
 
 def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
@@ -181,7 +196,7 @@ def find_all(cache: PrefixCache, request: Any, num_known: int, find: Any = Prefi
 def free_unshared(pool: BlockPool, blocks: Any, free: Any = BlockPool.free) -> None:
     """As if a block that one user gives up had no other."""
     pool._num_users[blocks] = 1
-    free(pool, blocks)
+    free(pool, np.unique(blocks))
 
 
 def share_lease(lease: Any, **_: bool) -> Any:

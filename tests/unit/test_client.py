@@ -36,6 +36,7 @@ from ipc.messages import (
     Stats,
     TokenLogprobs,
 )
+from ipc.scheduling import SchedulingParams
 from pipeline import AsyncClient, Client, SamplingParams
 from pipeline.python_module import module_environment
 
@@ -273,6 +274,29 @@ def test_an_error_that_was_raised_is_gone_without_the_cycle_collector(gateway: F
         assert [error() for error in left] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_a_full_queue_says_when_to_try_again(gateway: FakeGateway, client: Client) -> None:
+    final = Final("error", 3, 0, QueueFull.code, "full", retry_after_s=2.5)
+    gateway.on_generate = lambda g: [news(g.request_id, "", (), final)]
+    with pytest.raises(QueueFull, match="full") as caught:
+        client.generate("hi")
+    assert caught.value.retry_after_s == 2.5
+
+
+def test_scheduling_arguments_go_with_the_request_and_with_each_of_a_batch(
+    gateway: FakeGateway, client: Client
+) -> None:
+    gateway.on_generate = lambda g: [news(g.request_id, "", (), END)]
+    client.generate("hi", priority=3, tenant="a", deadline_s=2)
+    assert gateway.expect(Generate).scheduling == SchedulingParams(priority=3, tenant="a", deadline_s=2)
+    with client.generate("hi", stream=True, queue_timeout_s=0.5) as stream:
+        list(stream)
+    assert gateway.expect(Generate).scheduling == SchedulingParams(queue_timeout_s=0.5)
+    client.generate_batch(["a", "b"], tenant="t")
+    assert [gateway.expect(Generate).scheduling.tenant for _ in range(2)] == ["t", "t"]
+    with pytest.raises(InvalidRequest, match="deadline_s"):
+        client.generate("hi", deadline_s=-1)
 
 
 def test_a_failed_stream_delivers_what_it_had_and_raises(gateway: FakeGateway, client: Client) -> None:

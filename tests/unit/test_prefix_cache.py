@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ipc.block_hash import HASH_BYTES, SEED_BYTES, chain_hashes, next_hash, root_hash, split_hashes
+from ipc.block_hash import SEED_BYTES, chain_hashes, next_hashes, read_hashes, root_hash
 from ipc.sampling import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import ScheduledEngine
@@ -28,16 +28,25 @@ def run_one(engine: ScheduledEngine, key: int, prompt: list[int], salt: str = ""
     return engine.cached.get(key, 0)
 
 
+def chain(prompt: list[int], root: bytes) -> list[tuple[int, ...]]:
+    return [tuple(name) for name in read_hashes(chain_hashes(root, ids(prompt), 4)).tolist()]
+
+
 def test_a_name_depends_on_all_tokens_before_it_and_on_salt_and_seed() -> None:
     root = root_hash(bytes(SEED_BYTES), "")
-    names = split_hashes(chain_hashes(root, ids(PROMPT), 4))
-    assert len(names) == 6
-    assert {len(name) for name in names} == {HASH_BYTES}
-    assert names[2] == next_hash(names[1], ids([4, 5, 6, 7]))
-    other = split_hashes(chain_hashes(root, ids([99, *PROMPT[1:]]), 4))
-    assert not set(names[1:]) & set(other[1:])
+    names = chain(PROMPT, root)
+    assert len(set(names)) == 6
+    assert not set(names[1:]) & set(chain([99, *PROMPT[1:]], root)[1:])
+    assert names[:5] == chain([*PROMPT[:19], 99], root)[:5]
     roots = {root, root_hash(bytes(SEED_BYTES), "a"), root_hash(b"\1" * SEED_BYTES, "")}
     assert len(roots) == 3
+
+
+def test_names_of_many_sequences_are_what_their_prompts_would_be_named() -> None:
+    prompts = np.arange(24, dtype=np.int32).reshape(3, 8)
+    chains = [read_hashes(chain_hashes(root_hash(bytes(SEED_BYTES), ""), ids(row.tolist()), 4)) for row in prompts]
+    parents = np.array([names[1] for names in chains])
+    assert next_hashes(parents, prompts[:, 4:]).tolist() == [names[2].tolist() for names in chains]
 
 
 def test_a_second_prompt_finds_the_first_ones_full_blocks_and_keeps_a_token_to_compute() -> None:
@@ -77,28 +86,41 @@ def test_a_block_is_found_while_the_step_that_fills_it_is_in_flight_and_not_befo
 
 def test_blocks_idle_for_longest_are_given_away_first_and_ends_before_beginnings() -> None:
     pool = BlockPool(5)
-    names = [bytes([i]) for i in range(4)]
+    names = np.arange(1, 9, dtype=np.uint64).reshape(4, 2)
     old, new = pool.allocate(2), pool.allocate(2)
-    for block, name in zip([*old.tolist(), *new.tolist()], names, strict=True):
-        pool.offer(block, name)
-    pool.free(old)
-    pool.free(new)
+    pool.offer(np.concatenate((old, new)), names)
+    pool.free(old[::-1])
+    pool.free(new[::-1])
     assert pool.num_free == 5
     pool.allocate(2)  # the one that never had a name, and the end of the older
-    assert pool.find(names[:2]) == [old[0]]
-    assert pool.find(names[2:]) == new.tolist()
+    assert pool.find(names[:2]).tolist() == old[:1].tolist()
+    assert pool.find(names[2:]).tolist() == new.tolist()
 
 
 def test_a_shared_block_stays_until_its_last_user_is_gone() -> None:
     pool = BlockPool(1)
+    name = np.array([[1, 2]], np.uint64)
     block = pool.allocate(1)
-    pool.offer(int(block[0]), b"name")
-    pool.share(pool.find([b"name"]))
+    pool.offer(block, name)
+    pool.share(pool.find(name))
     pool.free(block)
     assert pool.num_free == 0
     pool.free(block)
     assert pool.num_free == 1
-    assert pool.find([b"name"]) == [0]
+    assert pool.find(name).tolist() == [0]
+
+
+def test_a_block_that_several_give_up_at_once_is_free_once() -> None:
+    pool = BlockPool(2)
+    name = np.array([[1, 2]], np.uint64)
+    block = pool.allocate(1)
+    pool.offer(block, name)
+    for _ in range(2):
+        pool.share(block)
+    pool.free(np.concatenate((block, block)))
+    assert pool.num_free == 1
+    pool.free(block)
+    assert sorted(pool.allocate(2).tolist()) == [0, 1]
 
 
 def test_a_hit_longer_than_a_steps_tokens_fits_into_one_record() -> None:

@@ -69,12 +69,21 @@ def test_decodes_come_first_then_running_prompts_then_admissions_in_order_of_arr
 
 
 def test_a_budget_smaller_than_the_batch_serves_the_oldest() -> None:
-    rows, counts = share_tokens(np.array([4, 2, 7]), np.array([1, 1, 1]), 2)
+    rows, counts, left = share_tokens(np.array([4, 2, 7]), np.array([1, 1, 1]), 2, 99)
     assert rows.tolist() == [4, 2]
     assert counts.tolist() == [1, 1]
-    rows, counts = share_tokens(np.array([4, 2, 7, 5]), np.array([9, 1, 9, 1]), 8)
+    assert left == 0
+    rows, counts, left = share_tokens(np.array([4, 2, 7, 5]), np.array([9, 1, 9, 1]), 8, 99)
     assert rows.tolist() == [2, 5, 4]
     assert counts.tolist() == [1, 1, 6]
+    assert left == 0
+
+
+def test_prompts_get_no_more_than_a_chunk_beside_decodes_and_all_the_budget_without() -> None:
+    rows, counts, left = share_tokens(np.array([4, 2, 7]), np.array([9, 1, 9]), 100, 12)
+    assert (rows.tolist(), counts.tolist(), left) == ([2, 4, 7], [1, 9, 3], 0)
+    assert share_tokens(np.array([2]), np.array([1]), 100, 12)[2] == 12
+    assert share_tokens(np.array([4, 7]), np.array([9, 9]), 100, 12)[2] == 82
 
 
 def test_no_token_is_planned_past_max_tokens_however_deep() -> None:

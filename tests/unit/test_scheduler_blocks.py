@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import numpy as np
 import pytest
 
-from workers.scheduler.blocks import BlockPool, BlockTables
+from workers.scheduler.blocks import BlockPool, BlockTables, IdleBlocks
+from workers.scheduler.names import NameTable
 
 
 def tables(num_blocks: int = 10) -> BlockTables:
@@ -52,8 +56,78 @@ def test_a_row_needs_a_block_only_when_its_last_one_is_full() -> None:
 def test_a_freed_row_holds_nothing() -> None:
     owner = tables()
     give(owner, [0, 1], [8, 8])
-    owner.free_row(0)
-    owner.free_row(0)
+    owner.free_rows([0])
+    owner.free_rows([0])
     assert owner.pool.num_free == 8
     assert owner.num_blocks.tolist() == [0, 2, 0]
     assert owner.missing(np.array([0]), np.array([1]))[2] == 1
+
+
+def array(values: list[int]) -> Any:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_idle_blocks_leave_in_order_of_arrival_wherever_others_left_from(seed: int) -> None:
+    rng = random.Random(seed)
+    idle, expected = IdleBlocks(12), []
+    for _ in range(300):
+        out = [block for block in range(12) if block not in expected]
+        if rng.random() < 0.5 and out:
+            came = rng.sample(out, rng.randint(1, len(out)))
+            idle.add(array(came))
+            expected += came
+        elif rng.random() < 0.5:
+            left = rng.sample(expected, rng.randint(0, len(expected)))
+            idle.remove(array(left))
+            expected = [block for block in expected if block not in left]
+        else:
+            count = rng.randint(0, len(expected))
+            assert idle.take_oldest(count).tolist() == expected[:count]
+            del expected[:count]
+        assert len(idle) == len(expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_table_of_names_does_what_a_dictionary_does(seed: int) -> None:
+    rng = random.Random(seed)
+    num_blocks, few_sets = 40, 7  # first words that choose few of the sets: several at once want the same place
+    table, expected = NameTable(num_blocks), {}
+    for _ in range(200):
+        unnamed = [block for block in range(num_blocks) if block not in expected.values()]
+        blocks = rng.sample(unnamed, min(len(unnamed), rng.randint(0, 6)))
+        names = [(rng.randrange(few_sets) + 64 * rng.randrange(1, 3), rng.randrange(2)) for _ in blocks]
+        table.enter(array(blocks), np.array(names, np.uint64).reshape(-1, 2))
+        named = table.are_named(array(blocks)).tolist()
+        entered = {name: block for block, name, is_named in zip(blocks, names, named, strict=True) if is_named}
+        assert len(entered) == sum(named), "two blocks have one name"
+        assert not entered.keys() & expected.keys(), "two blocks have one name"
+        expected |= entered
+        assert {first for first, _ in names} <= {first for first, _ in expected}, "a name was lost"
+        gone = rng.sample(list(expected), rng.randint(0, len(expected)) if rng.random() < 0.3 else 0)
+        table.forget(array([expected.pop(name) for name in gone]))
+        assert len(table) == len(expected)
+        for name, block in expected.items():
+            assert table.find(np.array([name], np.uint64)).tolist() == [block]
+        for name in gone:
+            assert not table.find(np.array([name], np.uint64)).size
+
+
+def test_a_chain_is_found_up_to_the_first_name_that_nobody_has() -> None:
+    table = NameTable(8)
+    names = np.arange(1, 11, dtype=np.uint64).reshape(5, 2)
+    table.enter(array([7, 3, 5]), names[[0, 1, 3]])
+    assert table.find(names).tolist() == [7, 3]
+    assert table.find(names[2:]).tolist() == []
+    assert table.find(names[:0]).tolist() == []
+    table.clear()
+    assert table.find(names).tolist() == []
+
+
+def test_a_set_that_is_full_offers_no_more_and_loses_nothing() -> None:
+    table = NameTable(16)
+    names = np.array([(1 + 16 * i, i) for i in range(10)], np.uint64)  # ten of one set
+    table.enter(array(list(range(10))), names)
+    assert len(table) == 8
+    found = [i for i in range(10) if table.find(names[i : i + 1]).tolist() == [i]]
+    assert len(found) == 8

@@ -195,11 +195,11 @@ def test_text_that_was_held_back_comes_with_the_end() -> None:
     run_text(core, 2, [*ids_of("lazy dog"), EOS], FinishCode.STOP)
     for token_id in ids_of("lazy dog"):
         core.handle(step([(3, token_id, FinishCode.RUNNING)]))
-    core.handle(step(ended=[Ended(3, "error", "request_failed", "broken")]))
+    core.handle(step(ended=[Ended(3, "error", "queue_full", "broken", 2.5)]))
     reader.collect()
     assert set(reader.texts.values()) == {"lazy dog"}
     assert [reader.finals[f"r{i}"].finish_reason for i in (1, 2, 3)] == ["length", "stop", "error"]
-    assert reader.finals["r3"].error_message == "broken"
+    assert (reader.finals["r3"].error_message, reader.finals["r3"].retry_after_s) == ("broken", 2.5)
 
 
 def test_without_credit_tokens_wait_and_go_out_as_one_item() -> None:

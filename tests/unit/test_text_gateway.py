@@ -28,6 +28,7 @@ from ipc.messages import (
 )
 from ipc.messages import Final as FinalAnswer
 from ipc.sampling import MAX_SEED, SamplingParams
+from ipc.scheduling import SchedulingParams
 from tests.unit.gateway_tools import TOKENIZERS, Harness, generate
 from workers.gateway.core import Peer
 
@@ -40,6 +41,25 @@ def test_a_request_travels_to_a_tokenizer_and_its_answer_back_to_the_client() ->
     gateway.deliver(request)
     assert [len(finals) for finals in gateway.finals.values()] == [1]
     assert len(gateway.core.table) == 0
+
+
+def test_scheduling_goes_along_and_a_deadline_counts_from_when_the_gateway_heard_of_it() -> None:
+    gateway = Harness()
+    gateway.now = 50.0
+    scheduling = SchedulingParams(priority=-2, tenant="a", deadline_s=1.5)
+    gateway.client(generate("r", scheduling=scheduling))
+    gateway.client(generate("q"))
+    first, second = gateway.pass_on()
+    assert (first.scheduling, first.deadline_ns) == (scheduling, 51_500_000_000)
+    assert (second.scheduling, second.deadline_ns) == (SchedulingParams(), 0)
+
+
+def test_scheduling_out_of_range_is_refused_where_it_comes_in() -> None:
+    gateway = Harness()
+    frame = encode(generate("r", scheduling=SchedulingParams(priority=77)))
+    gateway.client(frame.replace(b"\x4d", b"\xcd\xff\xff"))  # 65,535
+    assert gateway.refusal().request_id == "r"
+    assert "priority (65535)" in gateway.refusal().error_message
 
 
 def test_a_cleared_cache_is_told_to_each_client_that_asked_under_its_own_number() -> None:

@@ -318,6 +318,7 @@ def _end_of(sequence: Sequence) -> FinalAnswer:
         end.error_message,
         request.num_cached_tokens,
         request.num_open,
+        end.retry_after_s,
     )
 
 

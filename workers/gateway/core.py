@@ -161,7 +161,7 @@ class Gateway:
             message = read_client_frames(frames)
             if isinstance(message, Generate):
                 request_id = message.request_id
-                self._generate(identity, message, len(frames[0]))
+                self._generate(identity, message, len(frames[0]), now)
             elif isinstance(message, Query):
                 self._answer_query(identity, message)
             elif isinstance(message, ClearCache):
@@ -182,7 +182,7 @@ class Gateway:
         refused = Refused(request_id=request_id, error_code=error.code, error_message=text)
         self._send(Peer.CLIENT, refused, identity)
 
-    def _generate(self, identity: bytes, message: Generate, num_bytes: int) -> None:
+    def _generate(self, identity: bytes, message: Generate, num_bytes: int, now: float) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         client = self.table.client(identity)
@@ -201,6 +201,7 @@ class Gateway:
         self._queue.check_room(num_bytes)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
+        deadline_s = message.scheduling.deadline_s
         request = self.table.open(identity, message.request_id, params.n)
         assert request.client is not None, "a new request has its client"
         tokenize = Tokenize(
@@ -211,6 +212,8 @@ class Gateway:
             chat=message.chat,
             token_ids=message.token_ids,
             cache_salt=message.cache_salt,
+            scheduling=message.scheduling,
+            deadline_ns=0 if deadline_s is None else round((now + deadline_s) * 1e9),
         )
         self._queue.add(tokenize, num_bytes)
         self._dispatch()

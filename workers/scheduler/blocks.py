@@ -5,22 +5,20 @@ A block is free, in use by one or more sequences, or idle: used by nobody, but i
 is handed out first when no other is left. Knows nothing of tokens or requests, and does not judge when a block may be
 offered under a name. A block that is freed may be handed out again at once, because steps run in ticket order on one
 stream: whatever a published step still writes there comes before any later step's use.
+
+Everything is done to many blocks at once: a handful of array operations for a prompt, however long.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
-Int32Array = np.ndarray[Any, np.dtype[np.int32]]
+from workers.scheduler.arrays import Int32Array, IntArray, NameArray
+from workers.scheduler.names import NameTable
 
 
 class BlockPool:
-    """Free block ids as a stack, idle ones as a queue. Taking and returning many blocks is a few array operations."""
+    """Free blocks as a stack, idle ones in the order in which they got idle, and the names of idle and used ones."""
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks >= 1, "a KV cache needs a block"
@@ -28,10 +26,9 @@ class BlockPool:
         self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # [num_blocks]; block 0 goes first
         self._num_stacked = num_blocks
         self._num_users = np.zeros(num_blocks, np.int32)  # [num_blocks], sequences that hold each
-        self._is_named = np.zeros(num_blocks, bool)  # [num_blocks]
-        self._name_of: dict[int, bytes] = {}  # named blocks, idle or in use
-        self._block_of: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # named and used by nobody, the longest idle first
+        self._last_given = np.zeros(num_blocks, np.int64)  # [num_blocks], scratch of `_leave`
+        self._names = NameTable(num_blocks)
+        self._idle = IdleBlocks(num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -40,74 +37,128 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        return len(self._name_of)
+        return len(self._names)
 
     def allocate(self, count: int) -> Int32Array:
         """Take `count` blocks; the caller has made sure that they are there."""
         assert count <= self.num_free, f"{count} KV blocks wanted, {self.num_free} free"
         if count > self._num_stacked:
-            self._evict(count - self._num_stacked)
+            evicted = self._idle.take_oldest(count - self._num_stacked)
+            self._names.forget(evicted)
+            self._push(evicted)
         self._num_stacked -= count
         blocks = self._stack[self._num_stacked : self._num_stacked + count].copy()
         self._num_users[blocks] = 1
         return blocks
 
     def free(self, blocks: Int32Array) -> None:
-        """One sequence gives up its blocks, given in order of position: of those that get idle the last goes first."""
-        assert (self._num_users[blocks] > 0).all(), "a KV block was freed twice"
-        self._num_users[blocks] -= 1
-        unused = blocks[self._num_users[blocks] == 0]
-        is_named = self._is_named[unused]
-        if is_named.any():
-            self._idle.update(dict.fromkeys(unused[is_named][::-1].tolist()))
-            unused = unused[~is_named]
-        self._push(unused)
+        """Sequences give up their blocks. A block occurs once for each of them; of those that get idle, the first given
+        will be the first to go."""
+        left = self._num_users[blocks] - 1
+        assert left.size == 0 or left.min() >= 0, "a KV block was freed twice"
+        if left.any():
+            blocks = self._leave(blocks)
+        else:
+            self._num_users[blocks] = 0
+        are_named = self._names.are_named(blocks)
+        if are_named.all():
+            self._idle.add(blocks)
+        else:
+            self._idle.add(blocks[are_named])
+            self._push(blocks[~are_named])
 
-    def find(self, names: Sequence[bytes]) -> list[int]:
+    def _leave(self, blocks: Int32Array) -> Int32Array:
+        """Count users where some are shared; returns those that nobody uses any more, each once."""
+        np.subtract.at(self._num_users, blocks, 1)
+        left = self._num_users[blocks]
+        assert left.min() >= 0, "a KV block was freed twice"
+        unused: Int32Array = blocks[left == 0]
+        self._last_given[unused] = order = np.arange(len(unused))
+        is_last = self._last_given[unused] == order  # several may have given up the same one
+        return unused if is_last.all() else unused[is_last]
+
+    def find(self, names: NameArray) -> Int32Array:
         """The blocks that hold the beginning of this chain, as far as it is cached."""
-        blocks = []
-        for name in names:
-            block = self._block_of.get(name)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        return self._names.find(names)
 
-    def num_idle(self, blocks: list[int]) -> int:
-        """How many of these count as free."""
-        return sum(block in self._idle for block in blocks)
+    def num_in_use(self, blocks: Int32Array) -> int:
+        """How many of these do not count as free."""
+        return int(np.count_nonzero(self._num_users[blocks])) if len(blocks) else 0
 
-    def share(self, blocks: list[int]) -> None:
+    def share(self, blocks: Int32Array) -> None:
         """One more sequence holds these found blocks."""
-        for block in blocks:
-            self._idle.pop(block, None)
-        self._num_users[blocks] += 1
+        num_users = self._num_users[blocks]
+        self._num_users[blocks] = num_users + 1
+        self._idle.remove(blocks[num_users == 0])
 
-    def offer(self, block: int, name: bytes) -> None:
-        """From now on `find` gives this block in use under this name, unless it gives another one already."""
-        if name not in self._block_of and block not in self._name_of:
-            self._block_of[name] = block
-            self._name_of[block] = name
-            self._is_named[block] = True
+    def offer(self, blocks: Int32Array, names: NameArray) -> None:
+        """From now on `find` gives these blocks in use under these names, unless it gives others already."""
+        self._names.enter(blocks, names)
 
     def clear(self) -> None:
         """Forget all names; idle blocks are free and hold nothing."""
-        self._block_of.clear()
-        self._name_of.clear()
-        self._is_named[:] = False
-        self._push(np.fromiter(self._idle, np.int32, len(self._idle)))
-        self._idle.clear()
-
-    def _evict(self, count: int) -> None:
-        evicted = [self._idle.popitem(last=False)[0] for _ in range(count)]
-        for block in evicted:
-            del self._block_of[self._name_of.pop(block)]
-        self._is_named[evicted] = False
-        self._push(np.array(evicted, np.int32))
+        self._names.clear()
+        self._push(self._idle.take_oldest(len(self._idle)))
 
     def _push(self, blocks: Int32Array) -> None:
         self._stack[self._num_stacked : self._num_stacked + len(blocks)] = blocks
         self._num_stacked += len(blocks)
+
+
+class IdleBlocks:
+    """A queue that can be left from anywhere: a log of arrivals, in which only each block's last entry counts.
+
+    Leaving is to forget where one stands. Entries that count for nothing go when they come to the front, or when the
+    log is full and is closed up; each arrival pays for both once.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._log = np.zeros(2 * num_blocks, np.int32)  # [start, end) are entries, the oldest first
+        self._start = self._end = 0
+        self._entry = np.full(num_blocks, -1, np.int64)  # [num_blocks], where each block stands; -1 = it does not
+        self._num = 0
+
+    def __len__(self) -> int:
+        return self._num
+
+    def add(self, blocks: Int32Array) -> None:
+        """To the end, in this order."""
+        if self._end + len(blocks) > len(self._log):
+            self._close_up()
+        end = self._end + len(blocks)
+        self._log[self._end : end] = blocks
+        self._entry[blocks] = np.arange(self._end, end)
+        self._end = end
+        self._num += len(blocks)
+
+    def remove(self, blocks: Int32Array) -> None:
+        self._entry[blocks] = -1
+        self._num -= len(blocks)
+
+    def take_oldest(self, count: int) -> Int32Array:
+        """Remove the `count` that came first; so many must be there."""
+        taken = self._log[:0]
+        while len(taken) < count:
+            assert self._start < self._end, f"{count} idle blocks wanted, {len(taken)} there"
+            end = min(self._start + 2 * (count - len(taken)), self._end)
+            counting = self._counting(self._start, end)[: count - len(taken)]
+            self._start = int(counting[-1]) + 1 if len(taken) + len(counting) == count else end
+            taken = np.concatenate((taken, self._log[counting]))
+        self.remove(taken)
+        return taken
+
+    def _counting(self, start: int, end: int) -> IntArray:
+        """The entries in [start, end) that count."""
+        counts = self._entry[self._log[start:end]] == np.arange(start, end)
+        counting: IntArray = counts.nonzero()[0]
+        counting += start
+        return counting
+
+    def _close_up(self) -> None:
+        blocks = self._log[self._counting(self._start, self._end)]
+        self._start, self._end = 0, len(blocks)
+        self._log[: len(blocks)] = blocks
+        self._entry[blocks] = np.arange(len(blocks))
 
 
 class BlockTables:
@@ -134,18 +185,14 @@ class BlockTables:
         """Give each of `rows` `counts` blocks (`total` in all). Returns the new entries: row, index, block."""
         blocks = self.pool.allocate(total)
         first = self.num_blocks[rows]
-        if total == len(rows):  # one each: the decode case
-            row, index = rows, first
-        else:
-            row = rows.repeat(counts)
-            index = np.arange(total) - (counts.cumsum() - counts - first).repeat(counts)
+        row, index = spans(rows, first, counts, total)
         self.table[row, index] = blocks
         held = first + counts
         self.num_blocks[rows] = held
         self._capacity[rows] = held * self.block_size
         return row, index, blocks
 
-    def begin_with(self, row: int, blocks: list[int]) -> None:
+    def begin_with(self, row: int, blocks: Int32Array) -> None:
         """A row that holds nothing shares these found blocks with whoever else holds them."""
         assert self.num_blocks[row] == 0, f"row {row} holds blocks already"
         self.pool.share(blocks)
@@ -153,13 +200,20 @@ class BlockTables:
         self.num_blocks[row] = len(blocks)
         self._capacity[row] = len(blocks) * self.block_size
 
-    def free_row(self, row: int) -> None:
-        """Give up all blocks of one row; it may hold none."""
-        count = int(self.num_blocks[row])
-        self.pool.free(self.table[row, :count])
-        self.num_blocks[row] = 0
-        self._capacity[row] = 0
+    def free_rows(self, rows: list[int]) -> None:
+        """Give up all blocks of these rows, ends before beginnings; a row may hold none."""
+        counts = self.num_blocks[rows].tolist()
+        self.pool.free(np.concatenate([self.table[row, :n][::-1] for row, n in zip(rows, counts, strict=True)]))
+        self.num_blocks[rows] = 0
+        self._capacity[rows] = 0
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks so many tokens fill or begin."""
         return -(-num_tokens // self.block_size)
+
+
+def spans(rows: IntArray, first: IntArray, counts: IntArray, total: int) -> tuple[IntArray, IntArray]:
+    """`counts` consecutive indices of each row, from `first` on, in a flat list (`total` in all): row and index."""
+    if total == len(rows):  # one each: the decode case
+        return rows, first
+    return rows.repeat(counts), np.arange(total) - (counts.cumsum() - counts - first).repeat(counts)

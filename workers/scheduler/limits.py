@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipc.errors import InvalidRequest, QueueFull
+from ipc.errors import InvalidRequest
 from ipc.messages import Ended, Tokenized
 
 
@@ -17,6 +17,7 @@ class Limits:
     num_blocks: int
     max_num_waiting: int
     max_num_seqs: int
+    takes_priority: bool  # the policy heeds it
 
     @property
     def num_cache_tokens(self) -> int:
@@ -29,14 +30,13 @@ class Limits:
             return min(self.max_model_len, self.num_cache_tokens)
         return min(self.max_model_len, message.num_prompt_tokens + max_tokens)
 
-    def refusal(self, message: Tokenized, num_waiting: int, num_free_rows: int) -> Ended | None:
-        """Why a request cannot be served while so many wait and so many rows are free; None if it can."""
+    def refusal(self, message: Tokenized) -> Ended | None:
+        """Why a request can never be served; None if it can."""
 
         def error(code: str, text: str) -> Ended:
             return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
 
         num_prompt, max_len = message.num_prompt_tokens, self.max_len(message)
-        num_samples = message.params.n  # all are taken, or none is
         if message.error_code:
             return error(message.error_code, message.error_message)
         if not 1 <= num_prompt < self.max_model_len:
@@ -52,17 +52,16 @@ class Limits:
                 f"into the KV cache of {self.num_cache_tokens} tokens: lower max_tokens or raise cache.num_blocks "
                 f"({self.num_blocks})",
             )
-        if num_samples > self.max_num_waiting + self.max_num_seqs:
+        if message.params.n > self.max_num_waiting + self.max_num_seqs:
             return error(
                 InvalidRequest.code,
-                f"n ({num_samples}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
+                f"n ({message.params.n}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
                 f"scheduler.max_num_waiting ({self.max_num_waiting}) can ever hold",
             )
-        if num_waiting + num_samples > self.max_num_waiting + num_free_rows:
+        if message.scheduling.priority and not self.takes_priority:
             return error(
-                QueueFull.code,
-                f"{num_waiting} requests wait already; with this one (n = {num_samples}) there would be more than "
-                f"scheduler.max_num_waiting ({self.max_num_waiting}) and free rows ({num_free_rows}) allow: try again "
-                "later",
+                InvalidRequest.code,
+                f"priority ({message.scheduling.priority}) has no effect in this engine: leave it out, or start the "
+                'engine with scheduler.policy = "priority"',
             )
         return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from ipc.codec import MAX_ITEMS
 from ipc.messages import Ended, Opened, StepLogprobs, StepOutputs
-from workers.scheduler.blocks import Int32Array, IntArray
+from workers.scheduler.arrays import Int32Array, IntArray
 
 
 @dataclass(frozen=True)

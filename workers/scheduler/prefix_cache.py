@@ -12,37 +12,54 @@ from typing import Final
 
 import numpy as np
 
-from ipc.block_hash import next_hash
-from workers.scheduler.blocks import BlockPool, BlockTables, IntArray
+from ipc.block_hash import next_hashes
+from workers.scheduler.arrays import Int32Array, IntArray, NameArray
+from workers.scheduler.blocks import BlockPool, BlockTables, spans
 from workers.scheduler.request import Request
 from workers.scheduler.rows import Rows
 
 NEVER: Final = 2**62
+_NONE: Final[Int32Array] = np.empty(0, np.int32)
 
 
 class PrefixCache:
     """Names of blocks by row, over the pool that keeps them."""
 
     def __init__(self, pool: BlockPool, tables: BlockTables, rows: Rows) -> None:
+        num_rows, max_blocks = tables.table.shape
         self._pool = pool
         self._tables = tables
         self._rows = rows
         self._size = tables.block_size
-        self._next_full = np.full(len(rows.requests), NEVER, np.int64)  # [num_rows], length at which a block is due
+        self._names: NameArray = np.zeros((num_rows, max_blocks + 1, 2), np.uint64)  # of each row; the root in front
+        self._num_named = np.zeros(num_rows, np.int64)  # [num_rows], blocks with a name in `_names`
+        self._next_full = np.full(num_rows, NEVER, np.int64)  # [num_rows], length at which a block is due
 
-    def find(self, request: Request, num_known: int) -> list[int]:
+    def find(self, request: Request, num_known: int) -> Int32Array:
         """Blocks with the KV of a request's first tokens; at least one of its `num_known` is left to compute."""
-        if not request.block_hashes:
-            return []
-        return self._pool.find(request.block_hashes[1 : 1 + (num_known - 1) // self._size])
+        if request.names is None:
+            return _NONE
+        end, row = (num_known - 1) // self._size, request.row
+        if not request.has_row:
+            return self._pool.find(request.names[1 : end + 1])
+        end = min(end, int(self._rows.num_tokens[row]) // self._size)  # a step in flight may sample the last tokens
+        self._name(np.array([row]), np.array([end]))
+        return self._pool.find(self._names[row, 1 : end + 1])
 
-    def begin(self, request: Request, found: list[int]) -> int:
+    def enter(self, request: Request) -> None:
+        """A request has got its row."""
+        names = request.names
+        if names is not None:
+            self._names[request.row, : len(names)] = names
+            self._num_named[request.row] = len(names) - 1
+
+    def begin(self, request: Request, found: Int32Array) -> int:
         """Give found blocks to a request that holds a row and no blocks; returns how many tokens they hold."""
-        if not request.block_hashes:
+        if request.names is None:
             self._next_full[request.row] = NEVER
             return 0
         self._next_full[request.row] = (len(found) + 1) * self._size
-        if found:
+        if len(found):
             self._tables.begin_with(request.row, found)
         return len(found) * self._size
 
@@ -51,17 +68,24 @@ class PrefixCache:
         columns = self._rows
         filled = np.minimum(columns.num_computed[rows], columns.num_tokens[rows])
         due = (filled >= self._next_full[rows]).nonzero()[0]
-        for row, length in zip(rows[due].tolist(), filled[due].tolist(), strict=True):
-            request = columns.requests[row]
-            assert request is not None, f"row {row} runs for nobody"
-            hashes = request.block_hashes
-            first, end = int(self._next_full[row]) // self._size - 1, length // self._size
-            for i in range(len(hashes) - 1, end):  # beyond the prompt's own
-                block = columns.token_ids[row, i * self._size : (i + 1) * self._size]
-                hashes.append(next_hash(hashes[-1], block.tobytes()))
-            for i, block in enumerate(self._tables.table[row, first:end].tolist(), first):
-                self._pool.offer(block, hashes[i + 1])
-            self._next_full[row] = (end + 1) * self._size
+        if not due.size:
+            return
+        rows, ends = rows[due], filled[due] // self._size
+        self._name(rows, ends)
+        first = self._next_full[rows] // self._size - 1
+        counts = ends - first
+        row, index = spans(rows, first, counts, int(counts.sum()))
+        self._pool.offer(self._tables.table[row, index], self._names[row, index + 1])
+        self._next_full[rows] = (ends + 1) * self._size
+
+    def _name(self, rows: IntArray, ends: IntArray) -> None:
+        """Name each row's blocks up to its end: those beyond its prompt's, one for each row and turn."""
+        while (lacking := self._num_named[rows] < ends).any():
+            rows, ends = rows[lacking], ends[lacking]
+            named = self._num_named[rows]
+            names = next_hashes(self._names[rows, named], self._rows.token_blocks[rows, named])
+            self._names[rows, named + 1] = names
+            self._num_named[rows] = named + 1
 
     def clear(self) -> None:
         """Forget everything, and what rows hold now for good: their later blocks depend on what is to be forgotten."""

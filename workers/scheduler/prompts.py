@@ -17,7 +17,7 @@ import numpy as np
 
 from ipc.errors import RingError
 from ipc.ring import Ring
-from workers.scheduler.blocks import Int32Array
+from workers.scheduler.arrays import Int32Array
 
 UPLOAD_RING: Final = 0
 

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import msgspec
 
-from ipc.block_hash import split_hashes
+from ipc.block_hash import read_hashes
 from ipc.messages import Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
-from workers.scheduler.blocks import Int32Array
+from workers.scheduler.arrays import Int32Array, NameArray
 from workers.scheduler.prompts import PromptLease
 
 NO_ROW = -1
@@ -39,16 +39,22 @@ class Request:
         token_ids: Int32Array,
         lease: PromptLease,
         eos_token_ids: list[int],
+        arrived_ns: int,
         leader: Self | None = None,
     ) -> None:
         params = message.params
         self.key = message.key
-        self.block_hashes = split_hashes(message.block_hashes)  # root, then full blocks; decode adds to them
+        self.priority = message.scheduling.priority
+        self.tenant = message.scheduling.tenant
+        self.arrived_ns = arrived_ns  # CLOCK_MONOTONIC
+        self.rank = 0  # set by the policy
+        hashes = message.block_hashes
+        self.names: NameArray | None = read_hashes(hashes) if hashes else None  # root and full blocks; None: not cached
         self.num_prompt = len(token_ids)
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids
         self.lease = lease
-        self.leader = leader if len(self.block_hashes) > 1 else None  # the first is the root
+        self.leader = leader if self.names is not None and len(self.names) > 1 else None  # the first is the root
         self.row = NO_ROW
         self.params = params
         self.variant = sampler_variant(params)
@@ -60,10 +66,14 @@ class Request:
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
-    def write_admission(self, record: Any, i: int, num_computed: int) -> None:
-        """Fill entry i of a step record's admissions, all but where its ids come from; `num_computed` are cached."""
+    def write_admission(self, record: Any, i: int, num_computed: int, lease: PromptLease | None) -> None:
+        """Fill entry i of a step record's admissions. `num_computed` tokens are cached; the ids come from the records
+        of `lease`, or (None) the row has them."""
         params = self.params
         record.admit_row[i] = self.row
+        record.admit_ring[i] = lease.ring if lease else 0
+        record.admit_ticket[i] = lease.ticket if lease else 0
+        record.admit_length[i] = self.num_prompt if lease else 0
         record.admit_num_computed[i] = num_computed
         record.admit_max_len[i] = self.max_len
         record.admit_temperature[i] = params.temperature
@@ -75,19 +85,24 @@ class Request:
 
 
 def requests_of(
-    message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
+    message: Tokenized,
+    max_len: int,
+    token_ids: Int32Array,
+    lease: PromptLease,
+    eos_token_ids: list[int],
+    arrived_ns: int,
 ) -> Iterator[Request]:
     """One request for each sample.
 
     The first has the prompt's records. The others have given them up from the beginning: their ids are sent from the
     upload ring, so nobody has to count who still copies from the tokenizer's.
     """
-    leader = Request(message, max_len, token_ids, lease, eos_token_ids)
+    leader = Request(message, max_len, token_ids, lease, eos_token_ids, arrived_ns)
     yield leader
     for sample in range(1, message.params.n):
         own = msgspec.structs.replace(message, key=message.key + sample, params=message.params.of_sample(sample))
         given_up = replace(lease, is_waiting=False, is_released=True)
-        yield Request(own, max_len, token_ids, given_up, eos_token_ids, leader)
+        yield Request(own, max_len, token_ids, given_up, eos_token_ids, arrived_ns, leader)
 
 
 def opened(message: Tokenized, num_samples: int) -> Opened:

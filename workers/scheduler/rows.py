@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from workers.scheduler.blocks import IntArray
+from workers.scheduler.arrays import IntArray
 from workers.scheduler.request import Request
 
 
 class Rows:
     """Columns are int64 [num_rows], ids apart, so that one can index another without a conversion."""
 
-    def __init__(self, num_rows: int, max_model_len: int) -> None:
+    def __init__(self, num_rows: int, max_blocks_per_seq: int, block_size: int) -> None:
         def column() -> IntArray:
             return np.zeros(num_rows, np.int64)
 
         self.key = column()
         self.generation = column()  # +1 at each end of an owner: what an earlier step says of the row is void then
         self.last_ticket = column()  # of the last step that names the row
-        self.token_ids = np.zeros((num_rows, max_model_len), np.int32)  # the known ones: `num_tokens` of each row
+        self.token_blocks = np.zeros((num_rows, max_blocks_per_seq, block_size), np.int32)
+        self.token_ids = self.token_blocks.reshape(num_rows, -1)  # the known ones: `num_tokens` of each row
         self.num_tokens = column()  # known: prompt and applied tokens
         self.num_planned_tokens = column()  # the same and those that steps in flight sample
         self.num_computed = column()  # tokens with KV, once every planned step has run
+        self.progress_len = column()  # length at which a row has made progress since it came in or came back
         self.max_len = column()
+        self.rank = column()  # Request.rank
         self.variant = column()  # SamplerVariant
         self.want_logprobs = column()  # as in the step record: top log-probabilities + 1, 0 = none
         self.requests: list[Request | None] = [None] * num_rows

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from workers.scheduler.blocks import IntArray
+from workers.scheduler.arrays import IntArray
 
 NO_ROWS: Final[IntArray] = np.empty(0, np.int64)
 
@@ -39,27 +39,34 @@ class RunningRows:
         self._runs[rows] = True
         self._num += len(rows)
 
-    def stop(self, row: int) -> None:
-        self._runs[row] = False
+    def stop(self, rows: list[int]) -> None:
+        self._runs[rows] = False
         self._has_left = True
-        self._num -= 1
+        self._num -= len(rows)
 
 
-def share_tokens(rows: IntArray, remaining: IntArray, budget: int) -> tuple[IntArray, IntArray]:
+def share_tokens(rows: IntArray, remaining: IntArray, budget: int, chunk: int) -> tuple[IntArray, IntArray, int]:
     """Deal out a step's token budget among rows, oldest first, of which each has `remaining` tokens to compute.
 
-    Those with one (decodes) come first; prompts share the rest in order, cut into chunks. Returns rows and the tokens
-    of each, decodes in front; rows that get none are left out.
+    Those with one (decodes) come first; prompts share the rest in order, cut into chunks, and beside decodes at most
+    `chunk`. Returns rows and the tokens of each, decodes in front and rows that get none left out, and how many tokens
+    are left for others' prompts.
     """
-    if not rows.size or remaining.max() == 1:
-        return rows[:budget], remaining[:budget]
+    if not rows.size:
+        return rows, remaining, budget
+    if remaining.max() == 1:
+        if rows.size > budget:
+            return rows[:budget], remaining[:budget], 0
+        return rows, remaining, min(budget - rows.size, chunk)
     is_decode = remaining == 1
     decodes = rows[is_decode][:budget]
     prompts, wanted = rows[~is_decode], remaining[~is_decode]
     before = wanted.cumsum() - wanted
-    chunks = np.clip(budget - len(decodes) - before, 0, wanted)
+    left = min(budget - len(decodes), chunk) if len(decodes) else budget
+    chunks = np.clip(left - before, 0, wanted)
     served = chunks > 0
     return (
         np.concatenate((decodes, prompts[served])),
         np.concatenate((np.ones(len(decodes), np.int64), chunks[served])),
+        left - int(chunks.sum()),
     )

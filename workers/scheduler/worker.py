@@ -5,13 +5,13 @@
     gateway: Accepted            <--schedule--             --detokenize--> detokenizer: StepOutputs
 
 Owns the read cursors of the result ring and of the prompt rings; step records are released by the GPU process. It
-sleeps without a time-out: whatever could be done next announces itself on a socket or the doorbell.
+sleeps until something announces itself on a socket or the doorbell, or a request runs out of time.
 """
 
 from __future__ import annotations
 
 import logging
-from time import perf_counter_ns
+from time import monotonic_ns, perf_counter_ns
 from typing import Any, Final
 
 import zmq
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGES: Final = 32  # taken in between two looks at the result ring: 1-2 ms, so that a burst stalls no step
 ACCEPTED_RETRY_MS: Final = 50
+MAX_SLEEP_MS: Final = 3_600_000  # a poll takes no time-outs of months
 
 
 def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
@@ -58,6 +59,7 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     while True:
         with trace[Span.RECEIVE]:
             accepted += take_messages(schedule, scheduler, cleared)
+            scheduler.expire()
         steps.advance()
         with trace[Span.SEND]:
             while (outputs := scheduler.take_outputs()) is not None:
@@ -72,9 +74,18 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         for name, value in gauges.items():
             getattr(process.stats, name)[0] = value
         trace.gauge(Span.SEQUENCES, gauges["num_running"], gauges["num_waiting"])
-        process.wait(
+        retry_ms = (
             ACCEPTED_RETRY_MS if accepted or cleared else None
-        )  # only a gateway that is still connecting is waited for
+        )  # only a gateway that still connects is waited for
+        process.wait(timeout_ms(scheduler, retry_ms))
+
+
+def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
+    """How long to sleep, so that the scheduler's next timer is not missed; None = for ever."""
+    if scheduler.next_timer_ns is None:
+        return at_most_ms
+    due_ms = max(0, -(-(scheduler.next_timer_ns - monotonic_ns()) // 1_000_000))
+    return min(MAX_SLEEP_MS, due_ms if at_most_ms is None else min(due_ms, at_most_ms))
 
 
 def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler, cleared: list[int]) -> list[int]:

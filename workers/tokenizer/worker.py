@@ -107,6 +107,8 @@ class TokenizerWorker:
                 ticket=first_ticket if token_ids.size else 0,
                 num_prompt_tokens=int(token_ids.size),
                 block_hashes=self._block_hashes(encoded),
+                scheduling=request.scheduling,
+                deadline_ns=request.deadline_ns,
                 error_code=error.code if error else "",
                 error_message=str(error)[:MAX_ERROR_CHARS] if error else "",
             ),

@@ -1,0 +1,47 @@
+"""Which request runs out of time when. Knows no clock and does not end anybody."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Final, Literal
+
+TimeoutReason = Literal["deadline", "queue_timeout"]
+
+_FEW: Final = 64
+
+
+class Timers:
+    """Timers by key. Those of requests that have ended stay until they are due, or are the larger part of all.
+
+    Args:
+        is_open: whether the request of a key has not ended.
+    """
+
+    def __init__(self, is_open: Callable[[int], bool]) -> None:
+        self._is_open = is_open
+        self._heap: list[tuple[int, int, TimeoutReason]] = []
+        self._max_kept = _FEW
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    @property
+    def first_ns(self) -> int | None:
+        """When the next one is due. It may be that of a request that has ended."""
+        return self._heap[0][0] if self._heap else None
+
+    def add(self, at_ns: int, key: int, reason: TimeoutReason) -> None:
+        if len(self._heap) >= self._max_kept:
+            self._heap = [entry for entry in self._heap if self._is_open(entry[1])]
+            heapq.heapify(self._heap)
+            self._max_kept = max(_FEW, 2 * len(self._heap))  # so that each timer pays for one look at most
+        heapq.heappush(self._heap, (at_ns, key, reason))
+
+    def take_due(self, now_ns: int) -> list[tuple[int, TimeoutReason]]:
+        """Keys and reasons of timers that are due, in order. A key may occur for both reasons, and may have ended."""
+        due = []
+        while self._heap and self._heap[0][0] <= now_ns:
+            _, key, reason = heapq.heappop(self._heap)
+            due.append((key, reason))
+        return due
