@@ -42,6 +42,18 @@ def test_a_deadline_ends_a_running_request_with_what_it_has_got() -> None:
     engine.check_empty()
 
 
+def test_a_deadline_ends_every_sample() -> None:
+    engine = ScheduledEngine()
+    params = SamplingParams(max_tokens=40, seed=7, n=3)
+    engine.send(1, [1, 2], params, deadline_ns=engine.clock.now_ns + SECOND)
+    for _ in range(3):
+        engine.step()
+    pass_time(engine, 1.0)
+    engine.drain()
+    assert engine.ends == {1: "deadline", 2: "deadline", 3: "deadline"}
+    engine.check_empty()
+
+
 def test_a_request_whose_deadline_passed_on_its_way_is_never_admitted() -> None:
     engine = ScheduledEngine()
     engine.send(1, [1], deadline_ns=1)
@@ -139,6 +151,21 @@ def test_the_queue_is_bounded_by_prompt_tokens() -> None:
     assert engine.scheduler.gauges()["num_waiting_tokens"] == 5
     engine.drain()
     assert engine.scheduler.gauges()["num_waiting_tokens"] == 0
+    engine.check_empty()
+
+
+def test_each_sample_of_a_prompt_counts_in_the_bound_and_all_are_taken_or_none() -> None:
+    engine = ScheduledEngine(max_num_seqs=1, max_num_waiting_tokens=25)
+    for key, length in ((0, 1), (1, 10)):
+        engine.send(key, [key] * length)
+    engine.send(10, [2] * 6, SamplingParams(max_tokens=1, seed=7, n=3))
+    engine.send(20, [2] * 4, SamplingParams(max_tokens=1, seed=7, n=3))
+    hear_all(engine)
+    assert set(engine.ends) == {10}
+    assert "with the 18 of this one" in engine.errors[10][1]
+    assert engine.scheduler.gauges()["num_waiting_tokens"] == 1 + 10 + 12
+    engine.drain()
+    assert set(engine.ends) == {0, 1, 10, 20, 21, 22}
     engine.check_empty()
 
 
