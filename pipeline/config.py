@@ -24,7 +24,7 @@ from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.errors import ConfigError
 from pipeline.endpoint import check_endpoint
 from workers.gateway.config import FrontendConfig
-from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
 from workers.scheduler.config import RingConfig, SchedulerConfig
 from workers.tokenizer.config import TokenizerConfig
 
@@ -201,7 +201,7 @@ class _Builder:
 
 _COMBINED: Final = (
     "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens", "scheduler.max_model_len", "cache.num_blocks",
-    "cache.block_size", "model.load_format", "model.null_step_ms",
+    "cache.block_size", "model.load_format", "model.null_step_ms", "model.attention",
 )  # fmt: skip
 
 
@@ -220,6 +220,12 @@ def check_combinations(config: Config) -> None:
         raise ConfigError(
             f"model.null_step_ms ({model.null_step_ms}) has no effect with model.load_format "
             f'("{model.load_format}"): leave it out, or set load_format = "null"'
+        )
+    if model.attention == "varlen" and cache.block_size % VARLEN_BLOCK_TOKENS:
+        raise ConfigError(
+            f'model.attention ("varlen") reads KV blocks of {VARLEN_BLOCK_TOKENS} tokens or a multiple of that, not of '
+            f"cache.block_size ({cache.block_size}): set cache.block_size to {VARLEN_BLOCK_TOKENS}, or model.attention "
+            'to "auto"'
         )
 
 

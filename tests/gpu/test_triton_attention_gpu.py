@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
+from tests.gpu.attention_steps import LLAMA_8B, STEPS, assert_near, check_replay, lengths_of
 from tests.reference.paged_attention import PagedStep, attend, make_paged_step
 
 if not torch.cuda.is_available():
@@ -16,8 +15,6 @@ from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
 
 pytestmark = pytest.mark.gpu
-LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # of the norm of the difference
 
 
 def run(
@@ -37,41 +34,6 @@ def run(
         softcap=softcap,
         sinks=sinks,
     )
-
-
-def assert_near(result: torch.Tensor, expected: torch.Tensor) -> None:
-    assert result.isfinite().all()
-    error = (result.double() - expected.double()).norm() / expected.double().norm()
-    assert error < TOLERANCE[result.dtype], f"relative error {error:.2e}"
-    # One wrong row among thousands would not show in the norm of all.
-    row_error = (result.double() - expected.double()).norm(dim=-1) / (expected.double().norm(dim=-1) + 1e-2)
-    assert row_error.max() < 8 * TOLERANCE[result.dtype], f"relative error {row_error.max():.2e} of the worst row"
-
-
-def lengths_of(name: str) -> tuple[list[tuple[int, int]], int, int]:
-    """Lengths, S and T."""
-    random = torch.Generator().manual_seed(1)
-    many = torch.randint(1, 8193, (32,), generator=random).tolist()
-    return {
-        "decodes": ([(1, length) for length in many], 32, 32),
-        "one long decode": ([(1, 8192)], 1, 1),
-        "padded decodes": ([(1, length) for length in many[:19]], 32, 32),
-        "mixed": ([(1, length) for length in many[:30]] + [(481, 481 + 3000)], 32, 512),
-        "mixed, padded": ([(200, 200), *((1, length) for length in many[:9]), (33, 1000), (2, 2)], 32, 256),
-        "prefill": ([(2048, 2048)], 1, 2048),
-        "several prefills": ([(700, 700), (129, 4000), (1000, 1000)], 4, 2048),
-    }[name]
-
-
-STEPS = [
-    "decodes",
-    "one long decode",
-    "padded decodes",
-    "mixed",
-    "mixed, padded",
-    "prefill",
-    "several prefills",
-]
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -110,38 +72,7 @@ def test_groups_windows_soft_caps_and_sinks(group: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["padded decodes", "mixed, padded"])
 def test_a_captured_step_replays_for_other_lengths(name: str) -> None:
-    """Captured on an empty batch: whatever was read on the host then would be wrong later."""
-    lengths, num_seqs, num_tokens = lengths_of(name)
-    steps = [
-        make_paged_step(some, num_seqs=num_seqs, num_tokens=num_tokens, block_size=16, seed=seed, **LLAMA_8B)
-        for seed, some in enumerate([lengths, lengths[::-1], lengths[:3]])
-    ]
-    max_blocks = max(step.batch.block_table.shape[1] for step in steps)
-    max_cache = max(step.key_cache.shape[0] for step in steps)
-    fixed = make_paged_step([], num_seqs=num_seqs, num_tokens=num_tokens, block_size=16, **LLAMA_8B)
-    fixed = dataclasses.replace(
-        fixed,
-        batch=dataclasses.replace(
-            fixed.batch, block_table=torch.zeros(num_seqs + 1, max_blocks, dtype=torch.int32, device="cuda")
-        ),
-        key_cache=torch.full((max_cache, *fixed.key_cache.shape[1:]), torch.nan, device="cuda", dtype=torch.bfloat16),
-        value_cache=torch.full((max_cache, *fixed.key_cache.shape[1:]), torch.nan, device="cuda", dtype=torch.bfloat16),
-    )
-    run(fixed, scaling=0.1)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run(fixed, scaling=0.1)
-    for step in [*steps, steps[0]]:
-        for name_of_field in ("cu_seqlens", "seq_lens", "seq_row"):
-            getattr(fixed.batch, name_of_field).copy_(getattr(step.batch, name_of_field))
-        fixed.batch.block_table[:, : step.batch.block_table.shape[1]] = step.batch.block_table
-        fixed.key_cache[: len(step.key_cache)] = step.key_cache
-        fixed.value_cache[: len(step.value_cache)] = step.value_cache
-        fixed.query.copy_(step.query)
-        result.fill_(torch.nan)
-        graph.replay()
-        assert_near(result, attend(step, scaling=0.1))
+    check_replay(run, name, block_size=16)
 
 
 def test_kv_is_written_where_the_slot_mapping_says() -> None:

@@ -99,7 +99,7 @@ def test_each_token_attends_to_its_own_sequence_up_to_itself(step: str, extras: 
     query, key_cache, value_cache = make_tensors(batch)
     softcap = 2.0 if extras in ("softcap", "both") else None
     sinks = torch.linspace(-2, 3, NUM_HEADS) if extras in ("sinks", "both") else None
-    attention = make_backend("torch").begin_step(batch)
+    attention = make_backend("torch", torch.device("cpu")).begin_step(batch)
     output = attention(
         query, key_cache, value_cache, scaling=SCALING, sliding_window=window, softcap=softcap, sinks=sinks
     )
@@ -112,7 +112,7 @@ def test_each_token_attends_to_its_own_sequence_up_to_itself(step: str, extras: 
 def test_one_step_serves_layers_with_and_without_a_window() -> None:
     batch = make_step([(12, 1), (3, 10), (21, 1)])
     query, key_cache, value_cache = make_tensors(batch)
-    attention = make_backend("torch").begin_step(batch)
+    attention = make_backend("torch", torch.device("cpu")).begin_step(batch)
     for window in (5, None, 5, 8):
         output = attention(
             query, key_cache, value_cache, scaling=SCALING, sliding_window=window, softcap=None, sinks=None
@@ -133,7 +133,7 @@ def test_nothing_beyond_a_sequence_is_seen() -> None:
     outputs = []
     for filler in (0.0, 1e4):
         key_cache[~mine] = value_cache[~mine] = filler
-        attention = make_backend("torch").begin_step(batch)
+        attention = make_backend("torch", torch.device("cpu")).begin_step(batch)
         outputs.append(
             attention(query, key_cache, value_cache, scaling=SCALING, sliding_window=None, softcap=None, sinks=None)
         )
@@ -147,11 +147,11 @@ def test_a_step_of_padding_alone_is_finite() -> None:
         seq_lens=torch.zeros(3, dtype=torch.int32),
     )
     query, key_cache, value_cache = make_tensors(batch)
-    attention = make_backend("torch").begin_step(batch)
+    attention = make_backend("torch", torch.device("cpu")).begin_step(batch)
     output = attention(query, key_cache, value_cache, scaling=SCALING, sliding_window=None, softcap=None, sinks=None)
     assert torch.equal(output, torch.zeros(4, NUM_HEADS, HEAD_DIM_V))
 
 
 def test_an_unknown_backend_is_named_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"no attention backend 'flesh'; there are: torch"):
-        make_backend("flesh")
+        make_backend("flesh", torch.device("cpu"))

@@ -53,6 +53,10 @@ def configure(model: Path | str, *overrides: str) -> Config:
         ("cache.block_size=0", "cache.block_size (0) must lie in [1, 1024]"),
         ("frontend.drain_timeout_s=inf", "frontend.drain_timeout_s (inf) must be a number of seconds"),
         ("frontend.endpoint=udp://x", "frontend.endpoint ('udp://x') must have the form"),
+        (
+            "model.attention=varlen",
+            'model.attention ("varlen") reads KV blocks of 256 tokens or a multiple of that, not of cache.block_size',
+        ),
         ("model.null_step_ms=4", 'model.null_step_ms (4.0) has no effect with model.load_format ("dummy")'),
         ("ring", "must have the form section.key=value"),
         ("model.path=", "model.path ('') must be a folder or a hub id"),

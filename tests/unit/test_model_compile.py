@@ -46,7 +46,7 @@ def load(folder: Path) -> LoadedModel:
 def step_of(loaded: LoadedModel) -> Any:
     model: Any = loaded.runner._model
     facts = probe_model(model, SHAPE.max_model_len, torch.device("cpu"))
-    return model, largest_step(model, facts, SHAPE, torch.device("cpu"), make_backend("torch"))
+    return model, largest_step(model, facts, SHAPE, torch.device("cpu"), make_backend("torch", torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("family", "num_graphs"), [("llama", 1), ("gemma2", 2)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -10,6 +10,8 @@ from ipc.records import StepShape
 from ipc.ring import RingHandle
 from ipc.trace import TraceHandle
 from workers.process import WorkerBootstrap
+
+VARLEN_BLOCK_TOKENS: Final = 256  # FlashAttention reads blocks of so many tokens, or of a multiple of them
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,6 +24,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no
             model at all: every step takes `null_step_ms` of device time and samples made-up tokens (to measure the
             host).
+        attention: what computes attention; "auto" = Triton kernels on CUDA, else plain torch. "varlen" = torch's own
+            FlashAttention, on CUDA, with torch >= 2.13 and a `cache.block_size` that is a multiple of
+            `VARLEN_BLOCK_TOKENS`.
         compile: torch.compile the decoder layers; "auto" = on CUDA.
         num_threads: threads of CPU computation; None = one per core.
         null_step_ms: device time of a step with load_format "null".
@@ -33,6 +38,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["safetensors", "dummy", "null"] = "safetensors"
+    attention: Literal["auto", "torch", "triton", "varlen"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     num_threads: int | None = None
     null_step_ms: float = 0.0

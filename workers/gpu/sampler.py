@@ -44,7 +44,7 @@ def sample(
     rows = batch.seq_row
     position = batch.seq_lens  # of the new token: everything in front of it is computed now
     if variant == SamplerVariant.GREEDY:
-        tokens = logits.argmax(-1)
+        tokens = likeliest(logits)
     else:
         filtered = variant == SamplerVariant.FILTERED
         tokens = draw(logits.float(), rows, position, tables, filtered=filtered)
@@ -64,6 +64,15 @@ def sample(
     outputs.token_ids[:num_seqs].copy_(torch.where(sampled, tokens32, NO_TOKEN))
     if want_logprobs:
         write_logprobs(logits, tokens, outputs)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Each row's argmax, [S] int64, the first of equals."""
+    if logits.is_cuda:
+        from workers.gpu.triton_argmax import argmax  # needs triton, which only CUDA needs
+
+        return argmax(logits)
+    return logits.argmax(-1)
 
 
 def draw(

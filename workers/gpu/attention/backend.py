@@ -1,6 +1,7 @@
 """What computes attention over the paged cache: the protocol, and the registry.
 
-To add a backend: one file with a class of this protocol, and one entry in `_BACKENDS`.
+To add a backend: one file with a class of this protocol, one entry in `_BACKENDS`, and its name in
+`ModelConfig.attention`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import torch
 
 from ipc.errors import ConfigError
 from workers.gpu.batch import StepBatch
+from workers.gpu.model.facts import ModelFacts
 
 _BACKENDS: Final = {  # name -> "module:class", imported when chosen: a backend may need packages that others do not
     "torch": "workers.gpu.attention.torch_backend:TorchBackend",
     "triton": "workers.gpu.attention.triton_backend:TritonBackend",
+    "varlen": "workers.gpu.attention.varlen_backend:VarlenBackend",
 }
+_ON_ANY_DEVICE: Final = "torch"  # the others need CUDA
 
 
 class StepAttention(Protocol):
@@ -52,14 +56,27 @@ class AttentionBackend(Protocol):
 
     needs_host_lengths: bool  # reads lengths of the batch on the host: no step of it may be captured in a graph
 
+    def check(self, facts: ModelFacts) -> None:
+        """Raise ConfigError for a model whose attention this backend cannot compute."""
+
     def begin_step(self, batch: StepBatch) -> StepAttention:
         """Compute, once, what all layers of a step share. The result is good until the batch's buffers change."""
 
 
-def make_backend(name: str) -> AttentionBackend:
-    """Raises ConfigError for a name that is not registered."""
+def make_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend of a name, or, for "auto", the best that is sure to run on `device`.
+
+    Raises ConfigError for a name that is not registered, and for a backend that this device or torch does not have.
+    """
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else _ON_ANY_DEVICE
     if name not in _BACKENDS:
         raise ConfigError(f"there is no attention backend {name!r}; there are: {', '.join(_BACKENDS)}")
+    if name != _ON_ANY_DEVICE and device.type != "cuda":
+        raise ConfigError(
+            f'model.attention ("{name}") needs CUDA, and the model runs on {device}: set it to "auto" or '
+            f'"{_ON_ANY_DEVICE}", or model.device to "cuda"'
+        )
     module_name, class_name = _BACKENDS[name].split(":")
     backend: AttentionBackend = getattr(importlib.import_module(module_name), class_name)()
     return backend

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from workers.gpu.batch import StepBatch
+from workers.gpu.model.facts import ModelFacts
 
 _MAX_GATHERED: Final = 2048  # KV positions that decodes gather together, so that they stay in a core's cache
 
@@ -30,6 +31,9 @@ class TorchBackend:
     def __init__(self) -> None:
         self._keys = _Gatherer()
         self._values = _Gatherer()
+
+    def check(self, facts: ModelFacts) -> None:
+        """All that a model can ask for is here."""
 
     def begin_step(self, batch: StepBatch) -> _TorchStep:
         return _TorchStep(batch, self._keys, self._values)

@@ -17,6 +17,7 @@ from workers.gpu.attention.triton_decode import combine, decode
 from workers.gpu.attention.triton_plan import plan_decodes, plan_tiles
 from workers.gpu.attention.triton_prefill import prefill
 from workers.gpu.batch import StepBatch
+from workers.gpu.model.facts import ModelFacts
 
 _LOG2_E: Final = math.log2(math.e)
 _SMALLEST_PRODUCT: Final = 16  # rows, of the matrix units
@@ -42,6 +43,9 @@ class TritonBackend:
     def __init__(self, decode_tuning: Tuning | None = None, prefill_tuning: Tuning | None = None) -> None:
         self._decode_tuning = decode_tuning
         self._prefill_tuning = prefill_tuning
+
+    def check(self, facts: ModelFacts) -> None:
+        """All that a model can ask for is here."""
 
     def begin_step(self, batch: StepBatch) -> TritonStep:
         return TritonStep(batch, self._decode_tuning, self._prefill_tuning)

@@ -20,21 +20,12 @@ from torch import nn
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
 from workers.gpu.kv_cache import LayerShape
+from workers.gpu.model.facts import ModelFacts
 
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 _HARMLESS_TENSORS: Final = ("position_ids", "cache_position")  # passed on to attention by some, and not needed there
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the probe found out about a model that may run."""
-
-    layers: list[LayerShape]
-    cache_dtype: torch.dtype
-    vocab_size: int  # of the logits
-    logits_dtype: torch.dtype
 
 
 def check_config(config: Any, max_model_len: int) -> None:
@@ -128,7 +119,14 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
             "its tokens affect each other outside of attention, or it counts positions by itself "
             f"(the same tokens in another order change the logits by {_difference(turned, logits):.0%})",
         )
-    return ModelFacts([call.shape for call in probe.calls], first.dtype, logits.shape[-1], logits.dtype)
+    return ModelFacts(
+        layers=[call.shape for call in probe.calls],
+        cache_dtype=first.dtype,
+        vocab_size=logits.shape[-1],
+        logits_dtype=logits.dtype,
+        has_softcap=any(call.has_softcap for call in probe.calls),
+        has_sinks=any(call.has_sinks for call in probe.calls),
+    )
 
 
 @torch.inference_mode()
@@ -184,6 +182,8 @@ class _Call:
     shape: LayerShape
     dtype: torch.dtype
     sliding_window: int | None
+    has_softcap: bool
+    has_sinks: bool
     key: torch.Tensor  # kept, so that a later key at the same address is the same key
 
 
@@ -226,7 +226,9 @@ class _Probe:
         if any(call.key.data_ptr() == key.data_ptr() for call in self.calls):
             raise _unsupported(self._config, f"{where} shares the KV of an earlier layer")
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.calls.append(_Call(layer_idx, shape, key.dtype, sliding_window, key))
+        self.calls.append(
+            _Call(layer_idx, shape, key.dtype, sliding_window, softcap is not None, sinks is not None, key)
+        )
         num_heads = query.shape[1]
         repeats = num_heads // shape.num_kv_heads
         gate = torch.tanh(query.mean(-1) + key.mean(-1).repeat_interleave(repeats, dim=1))  # [T, num_heads]

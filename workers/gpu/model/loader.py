@@ -22,15 +22,9 @@ from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.kv_cache import KVCache, choose_num_blocks
 from workers.gpu.memory import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.model.compile import compile_layers
+from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.fusion import find_projections, fuse_projections
-from workers.gpu.model.gate import (
-    ModelFacts,
-    check_config,
-    is_near,
-    prepare_model,
-    probe_logits,
-    probe_model,
-)
+from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, read_weights, weight_files
@@ -66,6 +60,7 @@ def load_model(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
 
+    backend = make_backend(config.attention, device)
     progress("reading config.json", 0.0)
     model_config = load_config(config.path)
     check_config(model_config, shape.max_model_len)
@@ -74,10 +69,10 @@ def load_model(
     progress("checking the model", 0.0)
     prepare_model(model, shape.max_model_len)
     facts = probe_model(model, shape.max_model_len, device)
+    backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
 
-    backend = make_backend("triton" if device.type == "cuda" else "torch")
     step = largest_step(model, facts, shape, device, backend)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         progress("compiling the model", 0.0)

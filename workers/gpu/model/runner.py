@@ -9,7 +9,7 @@ from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.attention.interface import PagedAttention, handling_attention
 from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
-from workers.gpu.model.gate import ModelFacts
+from workers.gpu.model.facts import ModelFacts
 
 
 class PagedModelRunner:

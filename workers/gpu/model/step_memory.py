@@ -13,7 +13,7 @@ from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
-from workers.gpu.model.gate import ModelFacts
+from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.runner import PagedModelRunner
 
 _SAMPLER_BYTES: Final = 40  # per logit, for the most demanding sampler's temporaries
