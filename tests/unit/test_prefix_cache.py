@@ -177,6 +177,14 @@ def test_samples_get_the_tokens_of_requests_with_their_seeds_and_find_the_prompt
     engine.check_empty()
 
 
+def test_samples_wait_also_where_all_would_fit_into_one_step() -> None:
+    engine = ScheduledEngine(max_num_batched_tokens=100)
+    send_samples(engine, 3)
+    engine.drain()
+    assert engine.cached == {2: 20, 3: 20}
+    engine.check_empty()
+
+
 def test_samples_wait_for_the_first_ones_prompt_and_no_longer() -> None:
     engine = ScheduledEngine(max_num_batched_tokens=12, depth=4)
     send_samples(engine, 3)

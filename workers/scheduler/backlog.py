@@ -81,6 +81,9 @@ class Backlog:
         """It waits, row and ids kept."""
         self._preempted.add(request)
 
+    def is_preempted(self, request: Request) -> bool:
+        return request in self._preempted
+
     def next(self, num_free_rows: int) -> Request | None:
         """Who comes in next, if anybody can: the first of those preempted, or the policy's next if there is a row for
         it and its rank is lower."""

@@ -187,7 +187,8 @@ class Planner:
         leader = request.leader
         if leader is None or not leader.has_row or self._rows.requests[leader.row] is not leader:
             return False
-        return leader.row in self.running and bool(self._rows.num_computed[leader.row] < leader.num_prompt)
+        is_behind = bool(self._rows.num_computed[leader.row] < leader.num_prompt)
+        return is_behind and not self._backlog.is_preempted(leader)
 
     def _give_row(self, request: Request, num_cached: int) -> None:
         """A request comes in for the first time."""
