@@ -162,9 +162,15 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
         Recorder(tmp_path / "no such folder" / "t.json")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"traceEvents": []}', b"[\nnonsense\n]\n", b"\x1f\x8bnonsense"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b'{"traceEvents": []}', b"[\nnonsense\n]\n", b"\x1f\x8bnonsense",
+        b"[\n1,\n2\n]\n", b'[\n{"temperature": 0.5}\n]\n', b'[\n{"name": "step", "ph": "X", "pid": 1, "ts": 1}\n]\n',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_timeline_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"t\.json"):
-        load_events(path)
+        load_timeline(path)
