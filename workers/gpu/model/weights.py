@@ -75,7 +75,8 @@ def read_weights(
             None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,  # its own error names none of them
         )  # fmt: skip
-    for name, stored, wanted in sorted(report["mismatched_keys"]):
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
         raise RuntimeError(
             f"{name} is {list(stored)} in the files and {list(wanted)} in the model: is config.json of the same model?"
         )
