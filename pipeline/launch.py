@@ -76,6 +76,8 @@ def launch(
     with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint)) as claim, ExitStack() as stack:
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
         wiring = Wiring(config, model, endpoint, claim.fd, log_level, traced=recorder is not None)
+        stack.callback(wiring.remove_run_folder)  # the supervisor's to do, once there is one
+        stack.callback(wiring.close)
         if recorder is not None:
             recorder.start(wiring.traces, _label(config, model))
         supervisor = Supervisor(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -40,10 +41,12 @@ _RATES: Final[dict[str, tuple[str, ...]]] = {
 
 def main() -> int:
     """The command. Returns the exit status."""
-    parser = argparse.ArgumentParser(description="Show a running engine's gauges, until Ctrl-C.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.metrics", description="Show a running engine's gauges, until Ctrl-C."
+    )
     parser.add_argument("--endpoint", help="the engine's; without it, this user's default one")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two readings")
-    parser.add_argument("--count", type=int, metavar="N", help="end after so many readings")
+    parser.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between two readings")
+    parser.add_argument("--count", type=_count, metavar="N", help="end after so many readings")
     arguments = parser.parse_args()
     try:
         with Client(arguments.endpoint) as client, Live(auto_refresh=False) as live:
@@ -57,14 +60,23 @@ def main() -> int:
 
 
 def watch(read: Callable[[], Roles], show: Callable[[Group], None], interval_s: float, count: int | None) -> None:
-    """Show a view of every interval between two readings, `count` times (None = without end)."""
+    """Show a view of every interval between two readings of one engine, `count` times (None = without end)."""
     before, num_shown = read(), 0
     while count is None or num_shown < count:
         window = Window(before)
         time.sleep(interval_s)
         now = read()
-        show(view(before, now, window.close(now)))
-        before, num_shown = now, num_shown + 1
+        if not _is_restarted(before, now):
+            show(view(before, now, window.close(now)))
+            num_shown += 1
+        before = now
+
+
+def _is_restarted(before: Roles, now: Roles) -> bool:
+    """Whether another engine has answered: one with other processes, or whose counters are behind."""
+    return before.keys() != now.keys() or any(
+        now[role][name] < before[role][name] for role in now for name in ("cpu_ns", *_RATES.get(role.split(".")[0], ()))
+    )
 
 
 def view(before: Roles, now: Roles, figures: Figures) -> Group:
@@ -99,6 +111,20 @@ def device_line(device: DeviceTime, has_work: bool) -> Text:
         legend.append(f"{name} {share:.2%}   ", _STYLES[name])
     line.append(f"  idle {1 - shares['busy']:.2%}\n")
     return line.append_text(legend)
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of seconds above 0")
+    return seconds
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return count
 
 
 def _title(name: str) -> str:

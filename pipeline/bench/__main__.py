@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
+from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench import host, idle, overload, prefix, scheduler, throughput
 
 
 def main() -> None:
+    """Run one. Exit status 2 for what the user can mend, or as the benchmark says."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Measure ringfeed.")
     commands = parser.add_subparsers(required=True, metavar="NAME")
     for module in (host, idle, overload, prefix, scheduler, throughput):
@@ -17,7 +20,11 @@ def main() -> None:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except (ConfigError, InvalidRequest) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

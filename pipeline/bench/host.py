@@ -13,13 +13,13 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import AsyncClient, Pipeline, SamplingParams
+from pipeline.bench.arguments import comma_separated, made_folder, positive
 from pipeline.measure import Figures, Window
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
@@ -28,16 +28,14 @@ WARM_UP_S = 1.0  # after every sequence has begun
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="only its tokenizer is used")
-    parser.add_argument("--num-seqs", type=_numbers(int), default=[1, 32, 256], help="comma-separated")
-    parser.add_argument("--step-ms", type=_numbers(float), default=[0, 1, 4, 10], help="device time of a step")
-    parser.add_argument("--depth", type=_numbers(int), default=[2], help="ring.depth, comma-separated")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
-    parser.add_argument("--timeline", type=Path, metavar="FOLDER", help="write a timeline of each measurement there")
+    parser.add_argument("--num-seqs", type=comma_separated(int), default=[1, 32, 256], help="comma-separated")
+    parser.add_argument("--step-ms", type=comma_separated(float), default=[0, 1, 4, 10], help="device time of a step")
+    parser.add_argument("--depth", type=comma_separated(int), default=[2], help="ring.depth, comma-separated")
+    parser.add_argument("--seconds", type=positive, default=5.0, help="length of each measurement")
+    parser.add_argument(
+        "--timeline", type=made_folder, metavar="FOLDER", help="write a timeline of each measurement there"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-
-
-def _numbers(kind: type[int] | type[float]) -> Callable[[str], list[float]]:
-    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -50,7 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
             for step_ms in arguments.step_ms:
                 timeline = None
                 if arguments.timeline is not None:
-                    arguments.timeline.mkdir(parents=True, exist_ok=True)
                     timeline = arguments.timeline / f"depth{depth}-{num_seqs}x{step_ms:g}ms.json.gz"
                 figures, client_us = measure(arguments.config, num_seqs, step_ms, depth, arguments.seconds, timeline)
                 row = {"num_seqs": num_seqs, "depth": depth, "step_ms": step_ms, **_as_dict(figures, client_us)}

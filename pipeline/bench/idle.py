@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import Pipeline, SamplingParams
+from pipeline.bench.arguments import positive
 from pipeline.bench.host import CONFIG
 
 SETTLE_S: Final = 3.0  # after the last request
@@ -24,7 +25,7 @@ _TICK_S: Final = 1.0 / os.sysconf("SC_CLK_TCK")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=positive, default=20.0)
     parser.add_argument("--json", action="store_true", help="print a JSON line instead of a table")
 
 

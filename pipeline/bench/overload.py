@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ipc.errors import QueueFull
 from pipeline import AsyncClient, Pipeline, SamplingParams
+from pipeline.bench.arguments import positive
 from pipeline.bench.host import CONFIG
 
 NUM_SEQS: Final = 32
@@ -68,9 +69,9 @@ class Phase(msgspec.Struct):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="only its tokenizer is used")
-    parser.add_argument("--seconds", type=float, default=60.0, help="length of the overload")
-    parser.add_argument("--calm-seconds", type=float, default=10.0, help="length of each of the other phases")
-    parser.add_argument("--times", type=float, default=10.0, help="sent, as a multiple of the sustainable rate")
+    parser.add_argument("--seconds", type=positive, default=60.0, help="length of the overload")
+    parser.add_argument("--calm-seconds", type=positive, default=10.0, help="length of each of the other phases")
+    parser.add_argument("--times", type=positive, default=10.0, help="sent, as a multiple of the sustainable rate")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of tables")
 
 

@@ -69,10 +69,9 @@ def make_prompts(num_requests: int, num_prefixes: int, prefix_tokens: int) -> li
 
 def measure(config: Path, prompts: list[list[int]], max_tokens: int, prefix_caching: bool) -> dict[str, float]:
     """Figures by name; a new engine, warmed up by one other request."""
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     with Pipeline(config, {"cache.prefix_caching": prefix_caching}) as pipeline:
-        return asyncio.run(
-            _stream_all(pipeline.endpoint, prompts, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
-        )
+        return asyncio.run(_stream_all(pipeline.endpoint, prompts, params))
 
 
 async def _stream_all(endpoint: str, prompts: list[list[int]], params: SamplingParams) -> dict[str, float]:

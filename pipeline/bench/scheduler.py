@@ -28,6 +28,7 @@ from ipc.messages import Route, Tokenized
 from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.sampling import SamplingParams
+from pipeline.bench.arguments import comma_separated
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.prompts import PromptRings
 from workers.scheduler.scheduler import Scheduler
@@ -42,7 +43,12 @@ MAX_NUM_BATCHED_TOKENS: Final = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-seqs", default="32,256,512,1024", help="sequences that run, comma-separated")
+    parser.add_argument(
+        "--num-seqs",
+        type=comma_separated(int),
+        default=[32, 256, 512, 1024],
+        help="sequences that run, comma-separated",
+    )
     parser.add_argument("--steps", type=int, default=1_000, help="steps of pure decode")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
 
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table(title=f"scheduler benchmark, {os.cpu_count()} cores, us")
     for name in ("sequences", "plan p50", "p99", "apply p50", "p99", "both p50", "p99", "arrival", "end"):
         table.add_column(name, justify="right")
-    for num_seqs in map(int, arguments.num_seqs.split(",")):
+    for num_seqs in arguments.num_seqs:
         figures = measure(num_seqs, arguments.steps)
         if arguments.json:
             print(json.dumps({"num_seqs": num_seqs, "steps": arguments.steps, **figures}), flush=True)

@@ -23,6 +23,7 @@ import msgspec
 from rich.console import Console
 
 from ipc.errors import ConfigError
+from pipeline.bench.arguments import comma_separated, made_folder
 from pipeline.bench.engine import Engine
 from pipeline.bench.peers import PEERS, PeerSpec, run_peer
 from pipeline.bench.report import print_table
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=int, default=32, help="that arrive at once")
     parser.add_argument("--prompt-len", type=int, default=128, help="tokens; longer ones with --output-len 1 = prefill")
     parser.add_argument("--output-len", type=int, default=1024, help="tokens")
-    parser.add_argument("--depth", type=_numbers, default=[2], help="ring.depth, comma-separated")
+    parser.add_argument("--depth", type=comma_separated(int), default=[2], help="ring.depth, comma-separated")
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction,
         help=f"stream the tokens, which times them; default: with up to {STREAM_UP_TO} requests",
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="run once more under torch's profiler, peers too")
     parser.add_argument(
-        "--timeline", type=Path, metavar="FOLDER",
+        "--timeline", type=made_folder, metavar="FOLDER",
         help="write a trace of each depth there, and a picture of them above each other if matplotlib is installed",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="JSON lines as results come; the table goes to stderr")
@@ -158,7 +159,6 @@ class _Benchmark:
         folder: Path | None = self._arguments.timeline
         if folder is None:
             return None
-        folder.mkdir(parents=True, exist_ok=True)
         return folder / f"depth{depth}.json.gz"
 
     def _overrides(self) -> list[str]:
@@ -217,10 +217,6 @@ class _Benchmark:
     def _say(self, row: dict[str, Any]) -> None:
         if self._arguments.json:
             print(json.dumps(rounded(row)), flush=True)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _peers(text: str) -> list[str]:

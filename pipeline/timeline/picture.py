@@ -68,6 +68,8 @@ def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.Pa
     Without a `window`, each timeline shows its own middle, all of the first one's length. Raises ConfigError where
     there is nothing to draw, or the format is unknown.
     """
+    if not os.path.splitext(path)[1]:
+        raise ConfigError(f"-o {os.fspath(path)}: must end in .svg, .png or .pdf, which says what it is to be")
     for timeline in timelines:
         if not timeline.steps:
             raise ConfigError(f"{timeline.label or 'a timeline'}: no step ran on the device: nothing to draw")

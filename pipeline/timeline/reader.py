@@ -14,6 +14,7 @@ from ipc.errors import ConfigError
 from pipeline.timeline.chrome import DEVICE
 
 _GZIP_MAGIC: Final = b"\x1f\x8b"
+_NOT_OURS: Final = "is no timeline that `python -m pipeline.launch --timeline` has written"
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,17 @@ class Timeline:
 def load_timeline(path: str | os.PathLike[str]) -> Timeline:
     """Raises ConfigError for a file that cannot be read, or is no timeline."""
     events = load_events(path)
-    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    label = "".join(event["args"]["labels"] for event in events if event["name"] == "process_labels")
     bars: dict[str, list[Bar]] = defaultdict(list)
-    for event in events:
-        if event["ph"] == "X":
-            start_s = event["ts"] * 1e-6
-            bars[names[event["pid"]]].append(Bar(event["name"], start_s, start_s + event["dur"] * 1e-6, event["args"]))
+    try:
+        names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+        label = "".join(event["args"]["labels"] for event in events if event["name"] == "process_labels")
+        for event in events:
+            if event["ph"] == "X":
+                start_s = event["ts"] * 1e-6
+                bar = Bar(event["name"], start_s, start_s + event["dur"] * 1e-6, event["args"])
+                bars[names[event["pid"]]].append(bar)
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path}: {_NOT_OURS}") from None
     for of_process in bars.values():
         of_process.sort(key=lambda bar: bar.start_s)
     return Timeline(label, bars)
@@ -67,7 +72,7 @@ def load_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
     head, *lines = text.split("\n")
     if head != "[":
-        raise ConfigError(f"{path}: is no timeline that `python -m pipeline.launch --timeline` has written")
+        raise ConfigError(f"{path}: {_NOT_OURS}")
     events = []
     for number, line in enumerate(lines, start=2):
         try:

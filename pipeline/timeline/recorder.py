@@ -7,9 +7,11 @@ written any more ends the recording, not the engine.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -38,15 +40,28 @@ class Recorder:
         self._thread: threading.Thread | None = None
         self._num_dropped: dict[str, int] = {}
         try:
-            self._file = self.path.open("wb", buffering=0)
+            self._file = open(self.path, "ab", buffering=0, opener=_open_at_once)  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(f"--timeline {self.path}: cannot be written: {error.strerror}") from None
+            raise self._unwritable(error) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except OSError:
+            self._file.close()
+            raise ConfigError(f"--timeline {self.path}: another engine writes to it: choose another file") from None
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self._file.truncate(0)
 
     def start(self, rings: Sequence[TraceRing], label: str) -> None:
-        """Record from now on. The scheduler's ring must come before the GPU process's: see ChromeEvents.events."""
+        """Record from now on. The scheduler's ring must come before the GPU process's: see ChromeEvents.events.
+
+        Raises ConfigError if not even the beginning can be written.
+        """
         self._rings = rings
         self._events = ChromeEvents([ring.track for ring in rings], self._origin_ns)
-        self._write("[\n" + ",\n".join(self._events.names(label)))
+        try:
+            self._write("[\n" + ",\n".join(self._events.names(label)))
+        except OSError as error:
+            raise self._unwritable(error) from None
         self._thread = threading.Thread(target=self._run, name="timeline", daemon=True)
         self._thread.start()
 
@@ -64,6 +79,9 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"--timeline {self.path}: cannot be written: {error.strerror}")
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
@@ -92,3 +110,10 @@ class Recorder:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file to write to it. A pipe that nobody reads is an error: no signal would end the wait for a reader."""
+    fd = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(fd, True)
+    return fd

@@ -126,3 +126,10 @@ def test_an_endpoint_in_use_is_refused_and_not_stolen() -> None:
         assert second.returncode != 0
         assert pipeline.endpoint in second.stderr
         assert pipeline.client.generate("A module is", SamplingParams(max_tokens=3)).error is None
+
+
+def test_a_timeline_that_cannot_be_written_ends_the_launch_and_leaves_nothing(runtime_folder: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.launch", "--config", str(TINY_CONFIG), "--timeline", "/dev/full"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--timeline /dev/full: cannot be written" in done.stderr

@@ -101,6 +101,31 @@ def test_the_live_view_shows_every_process_and_the_causes_of_idleness() -> None:
         assert expected in text
 
 
+def test_an_engine_that_was_started_again_between_two_readings_begins_a_new_window() -> None:
+    tokenizer = {"cpu_ns": 0.0, "num_requests": 0.0, "num_tokens": 0.0}
+    readings = iter([
+        reading(num_steps=500, cpu_ns=9e9),
+        reading(num_steps=3, cpu_ns=1e9),  # counts from 0 again
+        {**reading(num_steps=9, cpu_ns=2e9), "tokenizer.1": tokenizer},  # and now with another process
+        {**reading(num_steps=9, cpu_ns=2e9), "tokenizer.1": tokenizer},
+    ])  # fmt: skip
+    shown = []
+    metrics.watch(lambda: next(readings), shown.append, interval_s=0.0, count=1)
+    assert len(shown) == 1
+    assert next(readings, None) is None
+
+
+@pytest.mark.parametrize("option", ["--interval=-1", "--interval=0", "--interval=nan", "--interval=inf", "--count=-1"])
+def test_an_interval_or_count_that_cannot_be_is_refused_before_an_engine_is_looked_for(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["metrics", "--endpoint", "ipc:///nowhere/x.sock", option])
+    with pytest.raises(SystemExit) as stopped:
+        metrics.main()
+    assert stopped.value.code == 2
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
 def test_the_live_view_of_a_window_without_a_step_says_why() -> None:
     nothing = DeviceFigures(0.0, 0.0, 0.0, 0.0)
     assert "no work" in metrics.device_line(nothing, has_work=False).plain

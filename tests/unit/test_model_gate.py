@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,26 @@ def test_weights_that_the_model_needs_and_the_file_lacks_are_refused(tmp_path: P
     make_tiny_config("llama", num_hidden_layers=4).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"lacks 9 of the model's weights, model\.layers\.3"):
         load(tmp_path, "safetensors")
+
+
+def test_weights_of_another_shape_are_named_with_both_shapes(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    make_tiny_config("llama", intermediate_size=24).save_pretrained(tmp_path)
+    shapes = r"\[\d+, \d+\] in the files and (\[24, \d+\]|\[\d+, 24\]) in the model"
+    with pytest.raises(ConfigError, match=rf"the weights of .*mlp\.\w+\.weight is {shapes}"):
+        load(tmp_path, "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", "float7"), ("hidden_size", "wide"), ("rope_parameters", "none"), ("model_type", "nonsense")],
+)
+def test_a_value_in_config_json_that_makes_no_sense_is_named(key: str, value: str, tmp_path: Path) -> None:
+    make_tiny_config("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ModelUnsupported, match=rf"model\.path .*{value}"):
+        load(tmp_path)
 
 
 def test_loading_reports_each_stage_up_to_its_end(

@@ -95,15 +95,21 @@ def test_sample_0_keeps_the_seed_and_no_two_samples_of_close_seeds_share_one():
         params = SamplingParams(seed=seed, n=4, temperature=0.5, stop=["x"])
         assert params.of_sample(0) == SamplingParams(seed=seed, temperature=0.5, stop=["x"])
         assert params.of_sample(3).n == 1
-    seeds = {SamplingParams(seed=seed).of_sample(index).seed for seed in range(50) for index in range(64)}
+    seeds = {SamplingParams(seed=seed, n=64).of_sample(index).seed for seed in range(50) for index in range(64)}
     assert len(seeds) == 50 * 64
     assert all(0 <= seed <= MAX_SEED for seed in seeds)
 
 
 def test_the_seed_of_a_sample_is_the_same_for_ever():
-    assert SamplingParams(seed=7).of_sample(1).seed == 5_595_607_496_629_875_680
+    assert SamplingParams(seed=7, n=2).of_sample(1).seed == 5_595_607_496_629_875_680
 
 
 def test_samples_of_a_request_without_a_seed_cannot_be_told_apart():
     with pytest.raises(InvalidRequest, match="seed"):
         SamplingParams(n=2).of_sample(1)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_sample_that_a_request_does_not_have_is_refused(index):
+    with pytest.raises(InvalidRequest, match=rf"index \({index}\) must lie in \[0, 2\)"):
+        SamplingParams(seed=1, n=2).of_sample(index)

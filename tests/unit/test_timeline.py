@@ -162,9 +162,37 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
         Recorder(tmp_path / "no such folder" / "t.json")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"traceEvents": []}', b"[\nnonsense\n]\n", b"\x1f\x8bnonsense"])
+def test_a_file_that_another_recorder_writes_to_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    with Recorder(path) as first:
+        first.start([], "a test")
+        with pytest.raises(ConfigError, match=r"--timeline .*t\.json: another engine writes to it"):
+            Recorder(path)
+    assert any(event["name"] == "process_labels" for event in load_events(path))
+    with Recorder(path) as again:  # what was there before is gone
+        again.start([], "later")
+    assert load_timeline(path).label == "later"
+
+
+def test_a_disk_that_is_full_and_a_pipe_that_nobody_reads_are_refused_before_anything_is_recorded(
+    tmp_path: Path,
+) -> None:
+    with Recorder("/dev/full") as recorder, pytest.raises(ConfigError, match=r"--timeline /dev/full: .*No space left"):
+        recorder.start([], "a test")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"--timeline .*pipe: cannot be written"):
+        Recorder(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b'{"traceEvents": []}', b"[\nnonsense\n]\n", b"\x1f\x8bnonsense",
+        b"[\n1,\n2\n]\n", b'[\n{"temperature": 0.5}\n]\n', b'[\n{"name": "step", "ph": "X", "pid": 1, "ts": 1}\n]\n',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_timeline_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"t\.json"):
-        load_events(path)
+        load_timeline(path)

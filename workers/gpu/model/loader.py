@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -122,8 +123,8 @@ def load_config(path: str) -> Any:
             f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
             f"{_one_line(error)}"
         ) from None
-    except (ValueError, KeyError) as error:
-        raise ModelUnsupported(f"model.path ({path!r}): {_one_line(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelUnsupported(f"model.path ({path!r}): config.json: {_one_line(error)}") from None
 
 
 def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:

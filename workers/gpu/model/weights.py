@@ -60,8 +60,8 @@ def read_weights(
 ) -> tuple[nn.Module, list[str]]:
     """Build the model of a transformers configuration on `device`; `dtype` "auto" = what the configuration says.
 
-    Returns it with the names of weights that the files lack: these it has at random. Raises what transformers and
-    safetensors raise.
+    Returns it with the names of weights that the files lack: these it has at random. Raises RuntimeError for a weight
+    of another shape than the model's, and what transformers and safetensors raise.
     """
     counter = _Counter(sum(file.stat().st_size for file in files), progress)
     state_dict: dict[str, Any] = {}
@@ -72,7 +72,13 @@ def read_weights(
         blank = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     with _reporting(counter):
         model, report = type(blank).from_pretrained(
-            None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+            None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # its own error names none of them
+        )  # fmt: skip
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise RuntimeError(
+            f"{name} is {list(stored)} in the files and {list(wanted)} in the model: is config.json of the same model?"
         )
     on_device: nn.Module = model.to(device)  # what no file holds, such as RoPE's frequencies, is still on the CPU
     return on_device, sorted(report["missing_keys"])

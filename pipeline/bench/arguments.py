@@ -1,0 +1,41 @@
+"""Types of command-line arguments that several benchmarks have: what cannot work is refused before anything is run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+N = TypeVar("N", int, float)
+
+
+def positive(text: str) -> float:
+    """A number above 0, of seconds or times."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return number
+
+
+def comma_separated(kind: type[N]) -> Callable[[str], list[N]]:
+    """One number or several."""
+
+    def numbers(text: str) -> list[N]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be numbers, separated by commas") from None
+
+    return numbers
+
+
+def made_folder(text: str) -> Path:
+    """A folder to write to, made if it is not there."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"the folder {text} cannot be made: {error.strerror}") from None
+    return folder
