@@ -285,8 +285,6 @@ class ClientGone(Message, frozen=True):
     client: bytes
 
 
-ToTokenizer = Tokenize
-TokenizerToGateway = TokenizeDone
 ToScheduler = Tokenized | CancelRequests | ClearCache
 SchedulerToGateway = Accepted | CacheCleared
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone

@@ -32,6 +32,8 @@ class Sequence:
     tenant: str
     arrived_ns: int
     timers: list[tuple[int, int, str]]
+    leader: Sequence | None = None  # sample 0, if this is another of a prompt with a block that it may find
+    num_prompt: int = 0
     rank: int = 0
     planned: int = 0
     computed: int = 0
@@ -93,16 +95,21 @@ class SchedulerModel:
 
     # Events
 
-    def add(self, sequence: Sequence) -> bool:
-        """Whether it is taken."""
+    def add(self, samples: list[Sequence]) -> bool:
+        """Whether a request is taken, with all its samples."""
         free_rows, tokens = self.num_free_rows(), sum(len(waiting.known) for waiting in self.waiting)
-        if len(self.waiting) >= self.max_waiting + free_rows:
+        if len(self.waiting) + len(samples) > self.max_waiting + free_rows:
             return False
         most = self.max_waiting_tokens
-        if most is not None and self.waiting and tokens + len(sequence.known) > most:
+        if most is not None and self.waiting and tokens + sum(len(sample.known) for sample in samples) > most:
             return False
+        for sample in samples:
+            self._enqueue(sample)
+        return True
+
+    def _enqueue(self, sequence: Sequence) -> None:
         self.num_arrived += 1
-        sequence.planned = len(sequence.known)
+        sequence.planned = sequence.num_prompt = len(sequence.known)
         sequence.rank = self.num_arrived
         if self.policy == "priority":
             sequence.rank = sequence.arrived_ns - sequence.priority * self.aging_ns
@@ -112,7 +119,6 @@ class SchedulerModel:
             self.turns.credit[sequence.tenant] = 0
         if sequence.tenant not in self.turns.order:
             self.turns.order.append(sequence.tenant)
-        return True
 
     def end(self, keys: Iterable[int], reason: str) -> None:
         self._end([sequence for key in keys for sequence in self.sequences if sequence.key == key], reason)
@@ -226,6 +232,9 @@ class SchedulerModel:
         while left > 0 and len(admitted) < min(self.num_rows, MAX_ADMISSIONS):
             sequence = self._next()
             if sequence is None:
+                break
+            leader = sequence.leader
+            if leader in self.running and leader.computed < leader.num_prompt:
                 break
             num_known = sequence.planned
             found = self._find(sequence.known[: self.size * ((num_known - 1) // self.size)])

@@ -1,7 +1,7 @@
 """Thousands of random traces through the scheduler, every decision of it against the slow model's.
 
-Arrivals, shared beginnings, cancellations, time-outs, tiny pools of blocks, all policies, any depth. What the decisions
-mean for tokens and KV is looked at in test_scheduler_random.py.
+Arrivals, several samples of a prompt, shared beginnings, cancellations, time-outs, tiny pools of blocks, all policies,
+any depth. What the decisions mean for tokens and KV is looked at in test_scheduler_random.py.
 """
 
 from __future__ import annotations
@@ -52,11 +52,14 @@ class Prompts:
         pass
 
     def admit(self, lease: PromptLease, ids: Any) -> PromptLease:
+        if lease.is_released:
+            return PromptLease(0, 0, 1, is_waiting=False)
         assert lease.ticket in self.held, "a prompt was admitted after it was released"
         return lease
 
     def release(self, lease: PromptLease) -> None:
-        self.held.discard(lease.ticket)
+        if not lease.is_released:
+            self.held.discard(lease.ticket)
 
     def relieve(self) -> None:
         pass
@@ -163,25 +166,33 @@ class Trace:
             queue_timeout_s=rng.choice([None, None, None, 5.0]),
         )
         deadline_ns = self.now_ns + rng.randrange(30_000_000_000) if rng.random() < 0.1 else 0
-        self.prompts.ids[key] = prompt
+        num_samples = rng.choice([1, 1, 1, 2, 4])
+        self.prompts.ids |= dict.fromkeys(range(key, key + num_samples), prompt)
         names = chain_hashes(bytes(HASH_BYTES), np.array(prompt, np.int32).tobytes(), self.size)
         self.scheduler.add(
             Tokenized(
-                key=key, route=ROUTE, params=SamplingParams(max_tokens=max_tokens), ring=1, ticket=key,
-                num_prompt_tokens=len(prompt), block_hashes=names if self.has_cache else b"", scheduling=scheduling,
-                deadline_ns=deadline_ns,
+                key=key, route=ROUTE, params=SamplingParams(max_tokens=max_tokens, seed=key, n=num_samples), ring=1,
+                ticket=key, num_prompt_tokens=len(prompt), block_hashes=names if self.has_cache else b"",
+                scheduling=scheduling, deadline_ns=deadline_ns,
             )
         )  # fmt: skip
         wait_s = scheduling.queue_timeout_s or self.queue_timeout_s
-        timers = [(deadline_ns, key, "deadline")] if deadline_ns else []
+        timers = [(deadline_ns, "deadline")] if deadline_ns else []
         if wait_s:
-            timers.append((self.now_ns + round(wait_s * 1e9), key, "queue_timeout"))
-        sequence = self.sequences[key] = Sequence(
-            key, list(prompt), min(MAX_LEN, len(prompt) + max_tokens), scheduling.priority, scheduling.tenant,
-            self.now_ns, timers,
-        )  # fmt: skip
-        if not self.model.add(sequence):
-            sequence.end = "error"
+            timers.append((self.now_ns + round(wait_s * 1e9), "queue_timeout"))
+        samples: list[Sequence] = []
+        for sample in range(key, key + num_samples):
+            leader = samples[0] if samples and self.has_cache and len(prompt) >= self.size else None
+            samples.append(
+                Sequence(
+                    sample, list(prompt), min(MAX_LEN, len(prompt) + max_tokens), scheduling.priority,
+                    scheduling.tenant, self.now_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
+                )
+            )  # fmt: skip
+        if not self.model.add(samples):
+            samples[0].end = "error"
+            del samples[1:]  # it is opened and ended as one
+        self.sequences |= {sample.key: sample for sample in samples}
 
     def _plan(self) -> None:
         if self.rng.random() < 0.3:
@@ -239,7 +250,8 @@ class Trace:
 
     def _hear(self) -> None:
         while (outputs := self.scheduler.take_outputs()) is not None:
-            self.opened |= {opened.key for opened in outputs.opened}
+            for opened in outputs.opened:
+                self.opened |= set(range(opened.key, opened.key + opened.num_samples))
             self.cached |= dict(outputs.cached)
             keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
             finish = np.frombuffer(outputs.finish, np.uint8)
@@ -333,6 +345,16 @@ def protect_nobody(planner: Planner, *args: Any, admit: Any = Planner._admit) ->
     return admitted
 
 
+def wait_for_nobody(planner: Planner, request: Any) -> bool:
+    """Samples compute the prompt that the first of them is computing."""
+    return False
+
+
+def wait_for_the_ended(planner: Planner, request: Any, waits: Any = Planner._waits_for_leader) -> bool:
+    """A sample also waits for a first one that ended before it came in."""
+    return waits(planner, request) or (request.leader is not None and not request.leader.has_row)
+
+
 def share_uncounted(pool: BlockPool, blocks: Any) -> None:
     """A found block is freed when its first owner ends, although others read it."""
     pool._idle.remove(blocks[pool._num_users[blocks] == 0])
@@ -362,13 +384,16 @@ def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end
         (Rows, "retire", trust_late_results),
         (Planner, "_preempt", drop_results_of_preempted),
         (Planner, "_admit", protect_nobody),
+        (Planner, "_waits_for_leader", wait_for_nobody),
+        (Planner, "_waits_for_leader", wait_for_the_ended),
         (BlockPool, "share", share_uncounted),
         (PrefixCache, "offer_full", offer_planned),
         (Backlog, "end", forget_waiting_tokens),
     ],
     ids=[
         "abort in the last step lost", "row reused at once", "results of a former owner", "late result dropped",
-        "preempted without progress", "blocks freed early", "prefix offered early", "queue counted wrong",
+        "preempted without progress", "prompt computed twice", "waiting for who has ended", "blocks freed early",
+        "prefix offered early", "queue counted wrong",
     ],
 )  # fmt: skip
 def test_a_planted_fault_is_found(owner: type, method: str, mutant: Any) -> None:

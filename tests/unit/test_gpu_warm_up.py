@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import torch
@@ -41,3 +42,25 @@ def test_warming_up_changes_no_row_and_steps_are_right_after_it() -> None:
     assert tokens == [expected_tokens(request) for request in requests]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+class CountingDevice(CpuDevice):
+    num_captured = 0
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.num_captured += 1
+        return work
+
+
+def test_no_step_waits_for_a_capture_after_warming_up() -> None:
+    device, buckets = CountingDevice(), Buckets(SHAPE)
+    buckets.captured = [(1, 1), (2, 2)]  # steps of three sequences are too large to be captured, as ones of 600 may be
+    with executor_engine(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, buckets) as engine:
+        engine.executor.warm_up(lambda _: None)
+        num_captured = device.num_captured
+        requests = greedy_requests(Random(3))
+        for request in requests:
+            request.ring = 0
+        engine.run(requests)
+        assert any(num_seqs > 2 for num_seqs, _ in engine.buckets_run)
+        assert device.num_captured == num_captured

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from ipc.records import StepShape
@@ -72,6 +73,34 @@ def test_compiled_layers_give_the_tokens_of_generate_from_a_graph_for_each_kind_
     sequences = run_packed(loaded.runner, prompts, MAX_NEW_TOKENS, num_blocks=loaded.num_blocks, seed=3)
     assert [sequence.generated for sequence in sequences] == expected
     assert len(graphs) <= 2 * num_graphs, "something but a batch of one token was compiled anew"
+
+
+class Layer(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.attention = nn.Identity()
+        self.attention.layer_idx = index
+        self.experts = nn.ModuleList(nn.Identity() for _ in range(3))
+
+
+class Odd(nn.Module):
+    """Its vision tower, which no step runs, is deeper than its decoder, and each layer has more experts still."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.tower = nn.ModuleList(nn.Identity() for _ in range(5))
+        self.layers = nn.ModuleList(Layer(index) for index in range(num_layers))
+
+
+def test_decoder_layers_are_those_with_attention_however_long_other_lists_are() -> None:
+    model = Odd(2)
+    assert decoder_layers(model) == list(model.layers)
+
+
+def test_a_model_without_a_list_of_layers_is_not_called_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not compile_layers(Odd(0), lambda: None)
+    assert "run without torch.compile" in caplog.text
 
 
 def test_a_model_that_cannot_be_compiled_runs_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

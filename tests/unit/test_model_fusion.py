@@ -80,6 +80,22 @@ def test_layers_that_a_forward_calls_twice_stay_apart() -> None:
     assert find(Twice()) == []
 
 
+class Named(nn.Module):
+    """Passes its input on by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first: torch.Tensor = self.first(input=x) + self.second(input=2 * x)
+        return first
+
+
+def test_layers_that_take_their_input_by_name_stay_apart() -> None:
+    assert find(Named()) == []
+
+
 def loaded_model(folder: Path) -> Any:
     config = ModelConfig(path=str(folder), dtype="float32", device="cpu", num_threads=1)
     return loader.load_model(config, CacheConfig(), SHAPE, torch.device("cpu"), lambda *_: None).runner._model
@@ -116,3 +132,14 @@ def test_a_model_that_looks_into_its_projections_runs_without_fused_ones(
         model = loaded_model(make_tiny_model("llama", tmp_path))
     assert "without fused projections" in caplog.text
     assert not any(isinstance(module, FusedProjections) for module in model.modules())
+
+
+def test_memory_that_runs_out_beside_fused_projections_is_no_fault_of_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(FusedProjections, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        loaded_model(make_tiny_model("llama", tmp_path))

@@ -98,6 +98,7 @@ class Executor:
         self._rings = rings
         self._buckets = buckets
         self._captured = frozenset(() if buckets is None else buckets.captured)
+        self._captured_seqs = {num_seqs for num_seqs, _ in self._captured}
         self.tables = RowTables(device, shape, num_blocks)
 
         steps, results = step_layout(shape), result_layout(shape)
@@ -146,14 +147,13 @@ class Executor:
         The record is all zero until then, which is a step without sequences: what runs touches only the trash row and
         the trash block.
         """
-        sizes = {num_seqs for num_seqs, _ in self._captured}
         work: list[Callable[[], None]] = [
             self._admit,
             self._append,
             *(self._model_work(*bucket) for bucket in sorted(self._captured, reverse=True)),  # the largest allocates
             *(
                 self._sampler_work(num_seqs, variant, want_logprobs)
-                for num_seqs in sorted(sizes, reverse=True)
+                for num_seqs in sorted(self._captured_seqs, reverse=True)
                 for variant in SamplerVariant
                 for want_logprobs in (False, True)
             ),
@@ -267,7 +267,7 @@ class Executor:
         def sampler() -> None:
             sample(variant, want_logprobs, self._logits[:num_seqs], batch, flags, self.tables, self._result)
 
-        return self._device.capture(sampler) if self._captured else sampler
+        return self._device.capture(sampler) if num_seqs in self._captured_seqs else sampler
 
     # What launches touch: rows of token_ids one by one, because other rows take uploads at the same time.
 

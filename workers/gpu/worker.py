@@ -142,8 +142,6 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
         runner = NullModel(shape, timed.torch_device, spend=lambda: timed.spend(step_ns))
         return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
-    if model.num_threads is not None:
-        torch.set_num_threads(model.num_threads)
     progress("importing transformers", 0.0)  # takes seconds, and the null model needs none of it
     from workers.gpu.model.loader import load_model
 

@@ -18,7 +18,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         max_num_seqs: sequences that hold a row (running or preempted) at a time.
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: prompt + output tokens of one sequence; None = what the model can.
-        max_num_waiting: requests that may wait for a row; one more is refused at once.
+        max_num_waiting: requests that may wait for a row, each of n samples counted; one more is refused at once.
         max_num_waiting_tokens: of their prompts, together; None = no bound. A prompt that finds nobody waiting is taken
             whatever its length.
         queue_timeout_s: a request that has waited so long for a row ends unserved; None = it may wait for ever.

@@ -181,8 +181,10 @@ class Planner:
         return np.array(rows, np.int64), np.array(counts, np.int64), leases, num_appends
 
     def _waits_for_leader(self, request: Request) -> bool:
-        """Sample 0 is computing the prompt: its blocks are found a step after the last of them. Others hardly lose by
-        waiting with this one: until then that prompt takes what budget there is.
+        """Sample 0 is computing the prompt: its blocks are found a step after the last of them.
+
+        Others wait with this one. Beside a long prompt they hardly lose by that, as it takes what budget there is; a
+        short one leaves some, and then a step brings in the samples of one request and no more.
         """
         leader = request.leader
         if leader is None or not leader.has_row or self._rows.requests[leader.row] is not leader:

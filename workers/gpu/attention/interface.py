@@ -175,8 +175,14 @@ def _attention_forward(
 def set_layer_indices(model: nn.Module) -> None:
     """Number the layers by tensors, which are inputs of a compiled graph; an integer would be part of it."""
     for module in model.modules():
-        if isinstance(index := getattr(module, "layer_idx", None), int):
+        if (index := layer_index(module)) is not None:
             module.layer_index = torch.tensor(index)
+
+
+def layer_index(module: nn.Module) -> int | None:
+    """Which layer this is, or is the attention of, as transformers numbers those that may have a KV cache."""
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) else None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)

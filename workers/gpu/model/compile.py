@@ -16,7 +16,7 @@ import torch
 import torch.fx.experimental._config
 from torch import nn
 
-from workers.gpu.attention.interface import set_layer_indices
+from workers.gpu.attention.interface import layer_index, set_layer_indices
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
     )
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MAX_GRAPHS)
     layers = decoder_layers(model)
+    if not layers:
+        logger.warning("the model's layers run without torch.compile: they are in no list that it could be told by")
+        return False
     set_layer_indices(model)
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=True, backend=backend)
@@ -50,9 +53,10 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the model's longest list of modules: its decoder layers, in every family that passes the gate."""
+    """The members of the longest list of modules with attention of ours in them; empty if there is no such list."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=()))
+    with_attention = [each for each in lists if any(layer_index(module) is not None for module in each.modules())]
+    return list(max(with_attention, key=len, default=()))
 
 
 def cache_folder() -> Path:

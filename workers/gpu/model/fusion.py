@@ -32,9 +32,9 @@ class Projections:
 def find_projections(model: nn.Module, forward: Callable[[], object]) -> list[Projections]:
     """Watch one `forward` of the model for linear layers that can be computed together."""
     parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
-    calls: list[tuple[nn.Linear, torch.Tensor]] = []
+    calls: list[tuple[nn.Linear, torch.Tensor | None]] = []  # None: it was passed by name
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0])))
+        module.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0] if inputs else None)))
         for module in parents
         if type(module) is nn.Linear
     ]
@@ -46,10 +46,11 @@ def find_projections(model: nn.Module, forward: Callable[[], object]) -> list[Pr
 
     num_calls = Counter(layer for layer, _ in calls)
     groups: list[list[nn.Linear]] = []
-    previous: tuple[nn.Module, torch.Tensor] | None = None
+    previous: tuple[nn.Module, torch.Tensor | None] = model, None
     for layer, tensor in calls:
         parent = parents[layer][0]
-        if previous is not None and previous[0] is parent and previous[1] is tensor and _match(groups[-1][-1], layer):
+        is_next = tensor is not None and previous[0] is parent and previous[1] is tensor
+        if is_next and _match(groups[-1][-1], layer):
             groups[-1].append(layer)
         else:
             groups.append([layer])

@@ -107,6 +107,8 @@ def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.
     try:
         is_same = is_near(probe_logits(model, max_model_len, device), expected[0], facts.cache_dtype)
     except (AttributeError, KeyError, RuntimeError) as error:  # it looks into its layers, or calls them otherwise
+        if is_out_of_memory(error):
+            raise
         logger.debug("fused projections fail: %r", error)
         is_same = False
     if not is_same:

@@ -15,6 +15,7 @@ from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
 from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.runner import PagedModelRunner
+from workers.gpu.out_of_memory import is_out_of_memory
 
 _SAMPLER_BYTES: Final = 40  # per logit, for the most demanding sampler's temporaries
 
@@ -72,6 +73,8 @@ def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | N
     try:
         step()
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
