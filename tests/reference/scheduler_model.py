@@ -33,6 +33,7 @@ class Sequence:
     arrived_ns: int
     timers: list[tuple[int, int, str]]
     leader: Sequence | None = None  # sample 0, if this is another of a prompt with a block that it may find
+    has_followers: bool = False  # and this is their leader
     num_prompt: int = 0
     rank: int = 0
     planned: int = 0
@@ -234,7 +235,7 @@ class SchedulerModel:
             if sequence is None:
                 break
             leader = sequence.leader
-            if leader in self.running and leader.computed < leader.num_prompt:
+            if leader in self.running and leader.offers and leader.num_offered < leader.num_prompt // self.size:
                 break
             num_known = sequence.planned
             found = self._find(sequence.known[: self.size * ((num_known - 1) // self.size)])
@@ -267,6 +268,9 @@ class SchedulerModel:
             left -= admitted[-1][1]
             room -= needed
             most_found -= len(found)
+            if sequence.has_followers and admitted[-1][1] == num_known - num_cached:
+                self._give_blocks(sequence, num_known)
+                self._offer(sequence, sequence.num_prompt // self.size)
         return admitted
 
     def _find(self, tokens: list[int]) -> list[Block]:
@@ -287,6 +291,16 @@ class SchedulerModel:
             block = self.free.pop()
             block.users = 1
             sequence.blocks.append(block)
+
+    def _offer(self, sequence: Sequence, end: int) -> None:
+        """Blocks that this step fills, to whoever comes in behind it into the same step."""
+        names = self.names()
+        for i in range(sequence.num_offered, end):
+            name = tuple(sequence.known[: (i + 1) * self.size])
+            if name not in names:
+                sequence.blocks[i].name = name
+                names.add(name)
+        sequence.num_offered = max(end, sequence.num_offered)
 
     def _run(self, work: list[tuple[Sequence, int]]) -> list[tuple[int, int, bool]]:
         if not work:

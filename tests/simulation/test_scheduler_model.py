@@ -189,6 +189,7 @@ class Trace:
                     scheduling.tenant, self.now_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
                 )
             )  # fmt: skip
+        samples[0].has_followers = any(sample.leader for sample in samples)
         if not self.model.add(samples):
             samples[0].end = "error"
             del samples[1:]  # it is opened and ended as one

@@ -177,10 +177,14 @@ def test_samples_get_the_tokens_of_requests_with_their_seeds_and_find_the_prompt
     engine.check_empty()
 
 
-def test_samples_wait_also_where_all_would_fit_into_one_step() -> None:
+def test_samples_come_in_behind_the_first_one_into_the_step_that_computes_its_prompt() -> None:
     engine = ScheduledEngine(max_num_batched_tokens=100)
-    send_samples(engine, 3)
+    params = send_samples(engine, 3)
+    record = engine.plan()
+    assert record is not None
+    assert record.seq_num_tokens[: record.num_seqs[0]].tolist() == [21, 1, 1]
     engine.drain()
+    assert engine.tokens == {1 + i: expected_tokens(PROMPT, params.of_sample(i).seed or 0, 27, []) for i in range(3)}
     assert engine.cached == {2: 20, 3: 20}
     engine.check_empty()
 

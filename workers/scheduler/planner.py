@@ -172,6 +172,10 @@ class Planner:
             rows.append(request.row)
             counts.append(min(num_tokens, num_known - num_cached))
             num_tokens -= counts[-1]
+            if request.has_followers and counts[-1] == num_known - num_cached:  # they may come in behind it at once
+                missing = self._tables.missing(np.array([request.row]), np.array([num_known]))
+                num_appends = self._append_blocks(record, num_appends, *missing)
+                self.cache.offer_prompt(request)
             num_blocks -= needed
             num_others += 1
             num_found -= len(found)
@@ -181,16 +185,13 @@ class Planner:
         return np.array(rows, np.int64), np.array(counts, np.int64), leases, num_appends
 
     def _waits_for_leader(self, request: Request) -> bool:
-        """Sample 0 is computing the prompt: its blocks are found a step after the last of them.
-
-        Others wait with this one. Beside a long prompt they hardly lose by that, as it takes what budget there is; a
-        short one leaves some, and then a step brings in the samples of one request and no more.
+        """Sample 0 is computing the prompt in chunks: its blocks are found once the last of them is planned. Others
+        hardly lose by waiting with this one: until then that prompt takes what budget there is.
         """
         leader = request.leader
         if leader is None or not leader.has_row or self._rows.requests[leader.row] is not leader:
             return False
-        is_behind = bool(self._rows.num_computed[leader.row] < leader.num_prompt)
-        return is_behind and not self._backlog.is_preempted(leader)
+        return not self.cache.has_offered_prompt(leader) and not self._backlog.is_preempted(leader)
 
     def _give_row(self, request: Request, num_cached: int) -> None:
         """A request comes in for the first time."""

@@ -3,7 +3,7 @@
 A row's block is offered once it is full of known tokens whose KV published steps compute: `num_tokens` (applied) and
 `num_computed` (planned) both reach its end. A later step may then read it, since steps run in ticket order. Tokens that
 a step in flight samples are not known yet, so nothing past a stop is ever named. The scheduler offers at the end of a
-plan, for the step that it is about to publish.
+plan, for the step that it is about to publish; the prompt of several samples within it, so that they share it at once.
 """
 
 from __future__ import annotations
@@ -77,6 +77,21 @@ class PrefixCache:
         row, index = spans(rows, first, counts, int(counts.sum()))
         self._pool.offer(self._tables.table[row, index], self._names[row, index + 1])
         self._next_full[rows] = (ends + 1) * self._size
+
+    def offer_prompt(self, request: Request) -> None:
+        """Offer the blocks of a prompt to whoever is planned behind it into the same step, which computes all of it.
+
+        In each layer a step writes the KV of all its tokens before any of them reads.
+        """
+        row, end = request.row, request.num_prompt // self._size
+        if not self.has_offered_prompt(request):
+            first = int(self._next_full[row]) // self._size - 1
+            self._pool.offer(self._tables.table[row, first:end], self._names[row, first + 1 : end + 1])
+            self._next_full[row] = (end + 1) * self._size
+
+    def has_offered_prompt(self, request: Request) -> bool:
+        """Whether nothing of a running request's prompt is left to be offered."""
+        return bool(self._next_full[request.row] > request.num_prompt // self._size * self._size)
 
     def _name(self, rows: IntArray, ends: IntArray) -> None:
         """Name each row's blocks up to its end: those beyond its prompt's, one for each row and turn."""

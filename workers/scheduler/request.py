@@ -54,8 +54,11 @@ class Request:
         self.max_len = max_len  # tokens, prompt and output
         self.token_ids = token_ids
         self.lease = lease
-        self.leader = leader if self.names is not None and len(self.names) > 1 else None  # the first is the root
         self.row = NO_ROW
+        # Other samples of this prompt come behind it and look for its full blocks; the first name is the root.
+        has_full_blocks = self.names is not None and len(self.names) > 1
+        self.has_followers = has_full_blocks and params.n > 1
+        self.leader = leader if has_full_blocks else None
         self.params = params
         self.variant = sampler_variant(params)
         self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
