@@ -26,9 +26,8 @@ WAIT_IN_FLOAT32 = ("qwen3_moe", "gpt_oss")  # torch has grouped products of expe
 COMPILED = ("gemma2", "qwen3_moe", "deepseek_v2")  # llama is compiled in test_cuda_executor.py
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def device() -> Any:
-    """A new one each time: graphs of one device share memory, which torch gives up with the last of them."""
     from workers.gpu.device.cuda import CudaDevice
 
     return CudaDevice()

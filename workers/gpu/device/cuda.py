@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,8 @@ from workers.gpu.device.clock import DriftingClock
 logger = logging.getLogger(__name__)
 
 _CLOCK_READINGS: Final = 50  # of both clocks at once; the closest pair counts
+# Kept mapped for as long as the process lives: the driver would go on copying to where they were.
+_page_locked: Final[list[torch.Tensor]] = []
 
 
 class CudaDevice:
@@ -32,8 +35,7 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self._graph_memory = torch.cuda.graph_pool_handle()  # of all graphs: they run one after the other
-        self._page_locked: list[torch.Tensor] = []  # kept mapped: the driver would copy to where they were
+        self._graph_memory = _GraphMemory(torch.cuda.graph_pool_handle())
         self.clock = self._read_both_clocks()
 
     def stream(self, name: str) -> torch.cuda.Stream:
@@ -59,7 +61,7 @@ class CudaDevice:
             with contextlib.suppress(RuntimeError):  # the runtime would report the same error once more, with a launch
                 torch.ones(1, device=self.torch_device)
         else:
-            self._page_locked.append(memory)
+            _page_locked.append(memory)
         return memory
 
     def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -110,10 +112,18 @@ class CudaDevice:
         return DriftingClock(device_ns, host_ns)
 
 
+@dataclass
+class _GraphMemory:
+    """Memory of all graphs of a device: they run one after the other."""
+
+    pool: Any
+    first: torch.cuda.CUDAGraph | None = None  # kept: torch gives a pool up, for good, when no graph is left in it
+
+
 class _Graph:
     """Work that is replayed from its second call on. Called on the stream that it is to run on."""
 
-    def __init__(self, work: Callable[[], None], memory: Any) -> None:
+    def __init__(self, work: Callable[[], None], memory: _GraphMemory) -> None:
         self._work = work
         self._memory = memory
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -126,7 +136,7 @@ class _Graph:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Thread-locally: other threads may go on waiting for events.
-        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        graph.capture_begin(pool=self._memory.pool, capture_error_mode="thread_local")
         try:
             self._work()
         except BaseException:
@@ -134,6 +144,7 @@ class _Graph:
                 graph.capture_end()
             raise
         graph.capture_end()
+        self._memory.first = self._memory.first or graph
         self._graph = graph
 
 
