@@ -205,12 +205,12 @@ class ToyModel:
         self._offsets = torch.arange(shape.block_size)
         self._factors = 2 * torch.arange(self.vocab_size) + 1
 
-    def logits(self, batch: StepBatch) -> torch.Tensor:
+    def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         self._cache[batch.slot_mapping] = (batch.input_ids * 40_503 + 1) * (2 * batch.positions + 1)
         blocks = batch.block_table[batch.seq_row]
         kv_slots = (blocks[:, :, None] * batch.block_size + self._offsets).flatten(1)  # [S, max_len]
         context = (self._cache[kv_slots] * (self._positions < batch.seq_lens[:, None])).sum(-1, keepdim=True)
-        return (((context & 0xFFFFFF) * self._factors >> 7) & 1023).float() / 256
+        return torch.div(((context & 0xFFFFFF) * self._factors >> 7) & 1023, 256, out=out)
 
     @classmethod
     def greedy(cls, prompt: Sequence[int], num_tokens: int) -> list[int]:

@@ -255,7 +255,7 @@ class Executor:
 
         def model() -> None:
             fill()
-            self._logits[:num_seqs].copy_(self._runner.logits(batch))
+            self._runner.logits(batch, out=self._logits[:num_seqs])
 
         return self._device.capture(model) if (num_seqs, num_tokens) in self._captured else model
 

@@ -25,13 +25,12 @@ class NullModel:
 
     def __init__(self, shape: StepShape, device: torch.device, spend: Callable[[], None]) -> None:
         self._spend = spend
-        self._logits = torch.zeros(shape.max_num_seqs, _VOCAB_SIZE, device=device)
         self._likeliest = torch.ones(shape.max_num_seqs, 1, device=device)
 
-    def logits(self, batch: StepBatch) -> torch.Tensor:
-        """[S, 64] float32: 1 for the made-up token, 0 for all others."""
+    def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[S, 64] float32, in `out` if that is given: 1 for the made-up token, 0 for all others."""
         self._spend()
         last = batch.input_ids.index_select(0, batch.logits_index)
         tokens = ((last + batch.seq_lens) * _MULTIPLIER >> 16) & (_VOCAB_SIZE - 1)
-        logits = self._logits[: batch.num_seqs].zero_()
-        return logits.scatter_(1, tokens[:, None], self._likeliest[: batch.num_seqs])
+        logits = self._likeliest.new_empty(batch.num_seqs, _VOCAB_SIZE) if out is None else out
+        return logits.zero_().scatter_(1, tokens[:, None], self._likeliest[: batch.num_seqs])

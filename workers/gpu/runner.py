@@ -15,8 +15,9 @@ class ModelRunner(Protocol):
     vocab_size: int
     logits_dtype: torch.dtype
 
-    def logits(self, batch: StepBatch) -> torch.Tensor:
+    def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[S, vocab_size] logits_dtype: row i follows the last token of sequence i; padding is arbitrary but finite.
+        If `out`, of that shape and dtype, is given, they are written there, and it is returned.
 
         Enqueues work and looks at no value on the host, so that it can be captured in a graph.
         """

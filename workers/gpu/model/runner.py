@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -10,6 +13,7 @@ from workers.gpu.attention.interface import PagedAttention, handling_attention
 from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
 from workers.gpu.model.facts import ModelFacts
+from workers.gpu.model.head import replace_head
 
 
 class PagedModelRunner:
@@ -19,17 +23,19 @@ class PagedModelRunner:
         self.vocab_size = facts.vocab_size
         self.logits_dtype = facts.logits_dtype
         self._model = model
+        self._head = replace_head(model)
         self._cache = cache
         self._backend = backend
 
     @torch.inference_mode()
-    def logits(self, batch: StepBatch) -> torch.Tensor:
+    def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[S, vocab_size] logits_dtype: row i follows sequence i's last token; finite for padding sequences.
 
-        Writes the step's K and V into the cache. Queues work on the current stream.
+        They are in `out`, if that is given. Writes the step's K and V into the cache. Queues work on the current
+        stream.
         """
         attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
-        with handling_attention(attention):
+        with handling_attention(attention), self._head_writes_to(out):
             output = self._model(
                 input_ids=batch.input_ids.unsqueeze(0),
                 position_ids=batch.positions.unsqueeze(0),
@@ -37,4 +43,17 @@ class PagedModelRunner:
                 logits_to_keep=batch.logits_index,
             )
         logits: torch.Tensor = output.logits[0]
-        return logits
+        if out is None or logits.data_ptr() == out.data_ptr():
+            return logits
+        return out.copy_(logits)  # the model made something of what its head gave
+
+    @contextmanager
+    def _head_writes_to(self, out: torch.Tensor | None) -> Iterator[None]:
+        if self._head is None:
+            yield
+            return
+        self._head.out = out
+        try:
+            yield
+        finally:
+            self._head.out = None
