@@ -21,13 +21,14 @@ from tests.reference.packed_steps import run_packed
 from tests.reference.tiny_models import VOCAB_SIZE, generate_greedily, make_tiny_model, reference_model
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.model.compile import compile_layers, decoder_layers
+from workers.gpu.model.compile import compile_layers, decoder_layers, neighbours
 from workers.gpu.model.gate import probe_model
 from workers.gpu.model.loader import LoadedModel, load_model
 from workers.gpu.model.step_memory import largest_step
 
 SHAPE = StepShape(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, block_size=4)
 MAX_NEW_TOKENS = 8
+NUM_BESIDE = 2  # modules beside the layers: the last norm and the rotary angles
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +70,38 @@ def test_compiled_layers_give_the_tokens_of_generate_from_a_graph_for_each_kind_
         return lookup_backend("aot_eager")(graph, inputs)
 
     assert compile_layers(model, step, backend=backend)
-    assert len(graphs) == num_graphs, "layers of one kind do not share a graph"
+    assert len(graphs) == num_graphs + NUM_BESIDE, "layers of one kind do not share a graph"
     sequences = run_packed(loaded.runner, prompts, MAX_NEW_TOKENS, num_blocks=loaded.num_blocks, seed=3)
     assert [sequence.generated for sequence in sequences] == expected
-    assert len(graphs) <= 2 * num_graphs, "something but a batch of one token was compiled anew"
+    assert len(graphs) <= 2 * (num_graphs + NUM_BESIDE), "something but a batch of one token was compiled anew"
+
+
+def test_what_is_beside_the_layers_is_compiled_unless_it_is_torchs_own(tmp_path: Path) -> None:
+    for family, names in (("llama", ["LlamaRMSNorm", "LlamaRotaryEmbedding"]), ("gpt2", [])):
+        model: Any = load(make_tiny_model(family, tmp_path / family)).runner._model
+        assert [type(module).__name__ for module in neighbours(model, decoder_layers(model))] == names
+
+
+def test_layers_stay_compiled_where_what_is_beside_them_cannot_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load(make_tiny_model("llama", tmp_path / "model"))
+    model, step = step_of(loaded)
+    expected = step()
+    norm = model.model.norm
+    inner = norm.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return inner(x)
+
+    norm.forward = forward
+    with caplog.at_level(logging.INFO):
+        assert compile_layers(model, step, backend="aot_eager")
+    assert "what is beside the model's layers runs without torch.compile" in caplog.text
+    assert norm._compiled_call_impl is None
+    assert decoder_layers(model)[0]._compiled_call_impl is not None
+    assert torch.equal(step(), expected)
 
 
 class Layer(nn.Module):

@@ -1,14 +1,15 @@
 """Compiles a model's decoder layers with torch.compile, which fuses what lies between its products and its attention.
 
 Layer by layer: all layers of a kind are one graph, for any number of tokens but 1, so that start-up does not grow with
-the model's depth. What was compiled is kept on disk for the next start.
+the model's depth. The small modules beside them, a last norm and rotary angles, are a graph each. What was compiled is
+kept on disk for the next start.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,16 +41,25 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
         logger.warning("the model's layers run without torch.compile: they are in no list that it could be told by")
         return False
     set_layer_indices(model)
-    for layer in layers:
-        layer.compile(fullgraph=True, dynamic=True, backend=backend)
+    if failure := _compile(layers, run, backend):
+        logger.warning("the model's layers run without torch.compile, which fails: %s", failure)
+        return False
+    if failure := _compile(neighbours(model, layers), run, backend):
+        logger.info("what is beside the model's layers runs without torch.compile, which fails: %s", failure)
+    return True
+
+
+def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str:
+    """Compile the modules if all of them can be, and say why not otherwise."""
+    for module in modules:
+        module.compile(fullgraph=True, dynamic=True, backend=backend)
     try:
         run()
-    except (dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-        logger.warning("the model's layers run without torch.compile, which fails: %s", str(error).splitlines()[0])
-        for layer in layers:
-            layer._compiled_call_impl = None
-        return False
-    return True
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        for module in modules:
+            module._compiled_call_impl = None
+        return str(error).splitlines()[0]
+    return ""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -57,6 +67,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     with_attention = [each for each in lists if any(layer_index(module) is not None for module in each.modules())]
     return list(max(with_attention, key=len, default=()))
+
+
+def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules beside the list of layers, but for torch's own, which are an operator each, and embeddings."""
+    owner = next(
+        module for module in model.modules() if any(layers[0] in part.children() for part in module.children())
+    )
+    return [
+        child
+        for child in owner.children()
+        if not type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.Embedding)
+    ]
 
 
 def cache_folder() -> Path:
