@@ -45,7 +45,7 @@ class Engine:
     def measure(self, work: Work, stream: bool) -> tuple[float, Run]:
         """Seconds until the engine was ready, and a run of all requests at once."""
         prompts = make_prompts(work.num_requests, work.prompt_len, self.vocab_size)
-        return self._drive(work, lambda client: run_all(client, prompts, work.output_len, stream))
+        return self._drive(work, lambda client: run_all(client, prompts, work.output_len, stream, work.sampling))
 
     def measure_mixed(
         self, work: Work, num_background: int, rate_per_s: float, seconds: float
@@ -55,7 +55,8 @@ class Engine:
         prompts = make_prompts(num_background + len(moments), work.prompt_len, self.vocab_size)
         background, arriving = prompts[:num_background], prompts[num_background:]
         return self._drive(
-            work, lambda client: run_mixed(client, background, arriving, moments, work.output_len, seconds)
+            work,
+            lambda client: run_mixed(client, background, arriving, moments, work.output_len, seconds, work.sampling),
         )
 
     def profile(self, work: Work) -> dict[str, Any]:
@@ -76,7 +77,8 @@ class Engine:
             async with AsyncClient(endpoint) as client:
                 # Steps of the same sizes: some kernels are compiled, and libraries loaded, when they first run.
                 others = make_prompts(work.num_requests, work.prompt_len, self.vocab_size, WARM_UP_SEED)
-                await run_all(client, others, min(WARM_UP_OUTPUT_LEN, work.output_len), stream=False)
+                output_len = min(WARM_UP_OUTPUT_LEN, work.output_len)
+                await run_all(client, others, output_len, False, work.sampling)
                 await client.clear_cache()
                 return await drive(client)
 

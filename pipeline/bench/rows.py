@@ -7,11 +7,12 @@ rounded here and nowhere before.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Final
 
 from pipeline.bench.peers import PeerResult
 from pipeline.bench.roofline import Bounds, ModelShape, Rates, bounds, decode_steps, run_steps
-from pipeline.bench.workload import MixedRun, Run, Times, Work, percentiles
+from pipeline.bench.workload import GREEDY, MixedRun, Run, Times, Work, percentiles
 
 Row = dict[str, Any]
 
@@ -130,7 +131,8 @@ def _four_digits(value: float) -> float:
 
 
 def _lengths(work: Work) -> Row:
-    return {"num_requests": work.num_requests, "prompt_len": work.prompt_len, "output_len": work.output_len}
+    row: Row = {"num_requests": work.num_requests, "prompt_len": work.prompt_len, "output_len": work.output_len}
+    return row if work.sampling == GREEDY else row | asdict(work.sampling)
 
 
 def _latencies(times: Times) -> Row:

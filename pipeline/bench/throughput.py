@@ -22,14 +22,14 @@ from typing import Any, Final
 import msgspec
 from rich.console import Console
 
-from ipc.errors import ConfigError
+from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench.arguments import comma_separated, made_folder
 from pipeline.bench.engine import Engine
 from pipeline.bench.peers import PEERS, PeerSpec, run_peer
 from pipeline.bench.report import print_table
 from pipeline.bench.roofline import ModelShape, Rates
 from pipeline.bench.rows import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
-from pipeline.bench.workload import Work
+from pipeline.bench.workload import GREEDY, Sampling, Work
 from pipeline.config import Config, load_config
 from pipeline.model_files import ModelFacts, find_model
 from pipeline.python_module import module_command, module_environment
@@ -48,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=int, default=32, help="that arrive at once")
     parser.add_argument("--prompt-len", type=int, default=128, help="tokens; longer ones with --output-len 1 = prefill")
     parser.add_argument("--output-len", type=int, default=1024, help="tokens")
+    for name, values in (
+        ("temperature", "0 = greedy"),
+        ("top-k", "0 = off"),
+        ("top-p", "1 = off"),
+        ("min-p", "0 = off"),
+    ):
+        kind, default = (int if name == "top-k" else float), getattr(GREEDY, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"of every request; {values}")
     parser.add_argument("--depth", type=comma_separated(int), default=[2], help="ring.depth, comma-separated")
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction,
@@ -85,10 +93,15 @@ class _Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._work = Work(arguments.num_requests, arguments.prompt_len, arguments.output_len)
+        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
+        self._work = Work(arguments.num_requests, arguments.prompt_len, arguments.output_len, sampling)
         self._mixed = arguments.arrivals == "poisson"
         if min(arguments.num_requests, arguments.prompt_len, arguments.output_len) < 1:
             raise ConfigError("--num-requests, --prompt-len and --output-len must be at least 1")
+        try:
+            sampling.params(arguments.output_len)
+        except InvalidRequest as error:
+            raise ConfigError(str(error)) from None
         if min(arguments.background, arguments.rate, arguments.seconds) <= 0:
             raise ConfigError("--background, --rate and --seconds must be above 0")
         if self._mixed and (arguments.peers or arguments.profile):

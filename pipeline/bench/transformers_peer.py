@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.bench.peers import PeerResult, PeerSpec, answer, step_figures
-from pipeline.bench.workload import WARM_UP_OUTPUT_LEN, WARM_UP_SEED, Work, make_prompts
+from pipeline.bench.workload import GREEDY, WARM_UP_OUTPUT_LEN, WARM_UP_SEED, Work, make_prompts
 
 _PAGE_SIZE: Final = 256  # transformers' default
 _CUDA_MEMORY_SHARE: Final = 0.85  # of what is free after the weights: its own default leaves too little for its graphs
@@ -84,7 +84,8 @@ def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) 
         max_batch_tokens=max(spec.max_num_batched_tokens, work.num_requests),
         **memory,
     )
-    generation = GenerationConfig(max_new_tokens=work.output_len, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    filters = {"do_sample": False} if work.sampling == GREEDY else {"do_sample": True, **asdict(work.sampling)}
+    generation = GenerationConfig(max_new_tokens=work.output_len, eos_token_id=-1, pad_token_id=0, **filters)
     hints = WorkloadHints(work.prompt_len, work.output_len, work.num_requests)
     others, prompts = (
         make_prompts(work.num_requests, work.prompt_len, spec.vocab_size, seed) for seed in (WARM_UP_SEED, 0)

@@ -5,6 +5,7 @@ Its random weights are its own. It tells no times of single steps: the steady st
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any, Final
@@ -37,7 +38,9 @@ def measure(spec: PeerSpec) -> PeerResult:
 
     def answer_all(seed: int, output_len: int) -> int:
         prompts = make_prompts(work.num_requests, work.prompt_len, spec.vocab_size, seed)
-        params = vllm.SamplingParams(max_tokens=output_len, ignore_eos=True, temperature=0.0, detokenize=False)
+        params = vllm.SamplingParams(
+            max_tokens=output_len, ignore_eos=True, detokenize=False, **dataclasses.asdict(work.sampling)
+        )
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 

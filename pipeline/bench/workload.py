@@ -2,7 +2,7 @@
 
 Two kinds: all requests at once, side by side to the end; and streams that run on and on while others arrive beside
 them.
-Greedy, and no end-of-sequence ends anything, so that every engine computes the same number of tokens.
+No end-of-sequence ends anything, so that every engine computes the same number of tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -29,17 +29,35 @@ _FIRST_PROMPT_ID: Final = 10  # lower ids are often special
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How every request is sampled: fields of SamplingParams. Without arguments greedily."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def params(self, max_tokens: int | None) -> SamplingParams:
+        """For exactly so many tokens; None = as many as the model can."""
+        return SamplingParams(ignore_eos=True, max_tokens=max_tokens, **asdict(self))
+
+
+GREEDY: Final = Sampling()
+
+
+@dataclass(frozen=True)
 class Work:
     """So many requests of the same lengths, in tokens."""
 
     num_requests: int
     prompt_len: int
     output_len: int
+    sampling: Sampling = GREEDY
 
     def at_equal_context(self, output_len: int) -> Work:
         """The same with fewer output tokens, and prompts that are longer by half of the difference: the mean length of
         the sequences in decode stays."""
-        return Work(self.num_requests, self.prompt_len + (self.output_len - output_len) // 2, output_len)
+        return replace(self, prompt_len=self.prompt_len + (self.output_len - output_len) // 2, output_len=output_len)
 
 
 @dataclass
@@ -101,7 +119,9 @@ def percentiles(values: Iterable[float], *shares: float) -> list[float | None]:
     return [float(np.percentile(known, share)) if known.size else None for share in shares]
 
 
-async def run_all(client: AsyncClient, prompts: list[list[int]], output_len: int, stream: bool) -> Run:
+async def run_all(
+    client: AsyncClient, prompts: list[list[int]], output_len: int, stream: bool, sampling: Sampling = GREEDY
+) -> Run:
     """Send all prompts at once and wait for all their tokens. Streaming costs the client time for every token.
 
     Raises what a request raises, and RuntimeError if one got another number of tokens.
@@ -109,7 +129,7 @@ async def run_all(client: AsyncClient, prompts: list[list[int]], output_len: int
     times = Times()
 
     async def ask(prompt: list[int]) -> int:
-        params = greedy(output_len)
+        params = sampling.params(output_len)
         if stream:
             return await read_stream(client.generate(prompt, params, stream=True), times)
         return len((await client.generate(prompt, params)).token_ids)
@@ -148,7 +168,7 @@ async def _watch_steady(client: AsyncClient, before: Roles, num_output: int) -> 
 
 async def run_mixed(
     client: AsyncClient, background: list[list[int]], arriving: list[list[int]], moments: list[float], output_len: int,
-    seconds: float,
+    seconds: float, sampling: Sampling = GREEDY,
 ) -> MixedRun:  # fmt: skip
     """Keep one stream per background prompt running for `seconds`, and send the arriving prompts at their moments.
 
@@ -158,11 +178,11 @@ async def run_mixed(
 
     async def run_on(prompt: list[int]) -> None:
         while True:
-            await read_stream(client.generate(prompt, greedy(None), stream=True), behind)
+            await read_stream(client.generate(prompt, sampling.params(None), stream=True), behind)
 
     async def arrive(prompt: list[int], moment: float) -> None:
         await asyncio.sleep(moment)
-        await read_stream(client.generate(prompt, greedy(output_len), stream=True), beside)
+        await read_stream(client.generate(prompt, sampling.params(output_len), stream=True), beside)
 
     streams = [asyncio.create_task(run_on(prompt)) for prompt in background]
     try:
@@ -183,11 +203,6 @@ async def run_mixed(
         for task in streams:
             task.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
-
-
-def greedy(max_tokens: int | None) -> SamplingParams:
-    """Exactly so many tokens; None = as many as the model can."""
-    return SamplingParams(ignore_eos=True, max_tokens=max_tokens, temperature=0.0)
 
 
 async def read_stream(stream: OutputStream, times: Times) -> int:

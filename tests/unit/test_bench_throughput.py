@@ -32,8 +32,10 @@ from pipeline.bench.roofline import (
 )
 from pipeline.bench.rows import engine_row, mixed_row, peer_row, profile_figures
 from pipeline.bench.workload import (
+    GREEDY,
     MixedRun,
     Run,
+    Sampling,
     Times,
     Work,
     make_prompts,
@@ -212,6 +214,16 @@ def test_a_shorter_run_has_the_same_mean_context() -> None:
     assert shorter.prompt_len + shorter.output_len / 2 == work.prompt_len + work.output_len / 2
 
 
+def test_sampled_work_stays_sampled_where_it_is_shortened_and_says_so_in_its_row() -> None:
+    sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9)
+    work = Work(4, 100, 1000, sampling).at_equal_context(100)
+    assert work.sampling == sampling
+    assert sampling.params(5) == SamplingParams(temperature=0.7, top_k=20, top_p=0.9, max_tokens=5, ignore_eos=True)
+    row = engine_row(2, work, 5.0, run_of(20.0), None, RATES, 12)
+    assert (row["temperature"], row["top_k"], row["top_p"]) == (0.7, 20, 0.9)
+    assert "temperature" not in engine_row(2, Work(4, 100, 1000), 5.0, run_of(20.0), None, RATES, 12)
+
+
 def test_percentiles_of_nothing_are_none() -> None:
     assert percentiles([], 50, 99) == [None, None]
     assert percentiles([1.0, 3.0], 50) == [2.0]
@@ -220,8 +232,9 @@ def test_percentiles_of_nothing_are_none() -> None:
 class MadeUpClient:
     """Gives every request `num_given` tokens, one per turn of the loop, and counts like a scheduler."""
 
-    def __init__(self, num_given: int) -> None:
+    def __init__(self, num_given: int, sampling: Sampling = GREEDY) -> None:
         self.num_given = num_given
+        self.sampling = sampling
         self.num_sampled = 0
 
     async def stats(self) -> dict[str, dict[str, float]]:
@@ -231,8 +244,7 @@ class MadeUpClient:
         return {"scheduler": counters | {"num_steps": self.num_sampled, "num_sampled_tokens": self.num_sampled}}
 
     def generate(self, prompt: list[int], params: SamplingParams, *, stream: bool = False) -> Any:
-        assert params.ignore_eos
-        assert params.temperature == 0
+        assert params == self.sampling.params(params.max_tokens)
         return self._stream() if stream else self._whole()
 
     async def _stream(self) -> AsyncIterator[Any]:
@@ -250,8 +262,9 @@ def test_a_run_is_looked_into_between_a_quarter_and_three_quarters(
     stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workload, "POLL_S", 0)
-    client: Any = MadeUpClient(100)
-    run = asyncio.run(run_all(client, make_prompts(4, 8, 100), 100, stream))
+    sampling = Sampling(temperature=0.5, min_p=0.1)
+    client: Any = MadeUpClient(100, sampling)
+    run = asyncio.run(run_all(client, make_prompts(4, 8, 100), 100, stream, sampling))
     assert run.whole.num_sampled_tokens == 400
     assert run.steady is not None
     begun, ended = run.steady_tokens
@@ -389,6 +402,7 @@ def test_a_peer_that_cannot_run_here_says_why() -> None:
         (["--output-len", "100", "--profile"], "must be at least as much"),
         (["--output-len", "100", "--peer-output-len", "200"], "must lie in [1, --output-len (100)]"),
         (["--output-len", "0"], "must be at least 1"),
+        (["--temperature", "0.7", "--top-p", "1.5"], "top_p"),
         (["--arrivals", "poisson", "--rate", "0"], "must be above 0"),
         (["--arrivals", "poisson", "--peers", "vllm"], "not with --arrivals poisson"),
     ],
