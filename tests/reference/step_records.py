@@ -21,7 +21,7 @@ Sequences = list[tuple[int, int]]  # (row, tokens in the step)
 
 
 class Prepared:
-    """A record on a device, row tables with random ids, and Prepare for both. Equal for equal shapes."""
+    """A record on a device, row tables with random ids, and Prepare for both: the same again for the same seed."""
 
     def __init__(self, shape: StepShape, num_blocks: int, *, device: Device[Any, Any] | None = None, seed: int = 0):
         device = CpuDevice() if device is None else device
