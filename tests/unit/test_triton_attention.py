@@ -12,8 +12,9 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_kernels_agree_with_plain_torch_under_the_interpreter() -> None:
-    tests = Path(__file__).with_name("triton_interpreted.py")
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_prepare_interpreted.py"])
+def test_triton_kernels_agree_with_plain_torch_under_the_interpreter(file: str) -> None:
+    tests = Path(__file__).with_name(file)
     root = tests.parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}

@@ -2,11 +2,15 @@
 
 Everything here can be captured in a graph: the record is read at one address, sizes come from the bucket, and counts
 are compared on the device, never looked at on the host. What lies beyond a count is sent to the trash row.
+
+The torch code here says what is done, and does it on the CPU. On CUDA, what every step needs is done by the kernels of
+`triton_prepare.py`; admissions are rare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +46,11 @@ class Prepare:
         arange = torch.arange(max(num_seqs, num_tokens, shape.max_appends), device=device.torch_device)
         self._arange = arange
         self._arange32 = arange.to(torch.int32)
+        self._kernels: Any = None
+        if self.buffers.is_cuda:
+            from workers.gpu import triton_prepare  # needs triton, which only CUDA needs
+
+            self._kernels = triton_prepare
 
     def batch(self, num_seqs: int, num_tokens: int) -> StepBatch:
         """The batch of bucket (S, T): views of the fixed buffers, to be filled by a `filler`."""
@@ -71,6 +80,9 @@ class Prepare:
     def append(self) -> None:
         """Add the step's entries to the block tables."""
         tables, step = self._tables, self._step
+        if self._kernels is not None:
+            self._kernels.append(tables, step)
+            return
         real = self._arange32[: step.append_row.shape[0]] < step.num_appends
         rows = torch.where(real, step.append_row, tables.trash_row_tensor)
         indices = step.append_index * real
@@ -84,6 +96,8 @@ class Prepare:
         The step's block-table entries have been added before.
         """
         tables, step, block_size = self._tables, self._step, batch.block_size
+        if self._kernels is not None:
+            return partial(self._kernels.fill, batch, tables, step)
         num_seqs, num_tokens = batch.num_seqs, batch.num_tokens
         max_model_len, max_blocks = tables.token_ids.shape[1], tables.block_table.shape[1]
         sequences, tokens = self._arange32[:num_seqs], self._arange[:num_tokens]
