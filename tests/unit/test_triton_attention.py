@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.reference.triton_interpreter import run_under_interpreter
+
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernels_agree_with_plain_torch_under_the_interpreter() -> None:
-    tests = Path(__file__).with_name("triton_interpreted.py")
-    root = tests.parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    outcome = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    run_under_interpreter(Path(__file__).with_name("triton_interpreted.py"))
