@@ -300,8 +300,8 @@ def _settle(
     Every round moves to a likelier token, and the likeliest, which nothing is above, is kept: this ends.
     """
     floor = tl.full([], _LEAST_ORDER >> LOW_BITS, tl.int32)  # no token of a lower order is kept
-    if (top_k > 0) & (top_k <= num_parts):
-        # As many parts have a token of at least their k-th largest maximum.
+    if top_k > 0:
+        # As many parts have a token of at least their k-th largest maximum; of fewer parts that is -inf.
         ordered = tl.sort(part_maxima, descending=True)
         place = tl.arange(0, MAX_PARTS)
         floor = _order(tl.max(tl.where(place == top_k - 1, ordered, -_INF), axis=0), LOW_BITS)
@@ -375,7 +375,7 @@ def _top_k(
             middle, maximum, temperature, maxima, logits, vocab_size, num_parts, LOW_BITS, PART, BLOCK_PARTS
         )
         low = tl.where(count >= top_k, middle + 1, low)
-        high = tl.where(count > top_k, high, tl.where(count == top_k, middle + 1, middle))  # exactly k: these they are
+        high = tl.where(count > top_k, high, middle)  # exactly k: these they are, and low is above high
     _, mass = _above(low - 1, maximum, temperature, maxima, logits, vocab_size, num_parts, LOW_BITS, PART, BLOCK_PARTS)
     return low, mass
 
