@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant, StepShape, result_layout
+from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
 from ipc.sampling import MAX_LOGPROBS
-from workers.gpu.batch import StepBatch
-from workers.gpu.device.cpu import CpuDevice
-from workers.gpu.prepare import Prepare
+from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, kept_by_sorting, logits
 from workers.gpu.random_bits import exponential, uniform
-from workers.gpu.records import views
-from workers.gpu.sampler import keep, sample
-from workers.gpu.tables import RowTables
-
-SHAPE = StepShape(max_num_seqs=256, max_num_batched_tokens=32, max_model_len=64, block_size=4)
-VOCAB = 50
+from workers.gpu.sampler import keep
 
 torch.set_num_threads(1)
-
-
-class Bench:
-    """Tables and a batch in which sequence i is row i, `length` tokens long, without filters or noise."""
-
-    def __init__(self, num_seqs: int, length: int = 10) -> None:
-        device = CpuDevice()
-        self.tables = RowTables(device, SHAPE, num_blocks=8)
-        self.tables.top_p.fill_(1.0)
-        self.tables.max_len.fill_(SHAPE.max_model_len)
-        self.tables.end_ids.fill_(-1)
-        self.batch: StepBatch = Prepare(device, self.tables, None).batch(num_seqs, num_seqs)
-        self.batch.seq_row.copy_(torch.arange(num_seqs))
-        self.batch.seq_lens.fill_(length)
-        self.flags = torch.ones(num_seqs, dtype=torch.int32)
-        layout = result_layout(SHAPE)
-        self.outputs: Any = views(layout, torch.zeros(layout.num_bytes, dtype=torch.uint8))
-
-    def sample(
-        self, logits: torch.Tensor, variant: SamplerVariant = SamplerVariant.FILTERED, want_logprobs: bool = False
-    ) -> list[int]:
-        sample(variant, want_logprobs, logits, self.batch, self.flags, self.tables, self.outputs)
-        tokens: list[int] = self.outputs.token_ids[: self.batch.num_seqs].tolist()
-        return tokens
-
-
-def logits(num_seqs: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
-    return torch.randn(num_seqs, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def histogram(temperature: float, row: torch.Tensor, num_draws: int, **columns: float) -> torch.Tensor:
@@ -64,19 +27,6 @@ def histogram(temperature: float, row: torch.Tensor, num_draws: int, **columns: 
         bench.batch.seq_lens.fill_(i + 1)
         counts += torch.bincount(torch.tensor(bench.sample(batch_logits)), minlength=row.shape[0])
     return counts / counts.sum()
-
-
-def kept_by_sorting(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The textbook: sort, cut, renormalise, cut. One row; no two logits equal."""
-    values, ids = scaled.double().sort(descending=True)
-    if top_k:
-        values, ids = values[:top_k], ids[:top_k]
-    probabilities = values.softmax(-1)
-    if top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        size = int((before < top_p).sum())
-        values, ids, probabilities = values[:size], ids[:size], probabilities[:size]
-    return set(ids[probabilities >= min_p * probabilities[0]].tolist())
 
 
 def test_greedy_rows_of_a_mixed_batch_take_the_first_of_the_likeliest_tokens() -> None:

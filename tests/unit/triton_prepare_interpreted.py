@@ -1,4 +1,4 @@
-"""Prepare's Triton kernels against its torch code, under Triton's interpreter. Run by test_triton_attention.py."""
+"""Prepare's Triton kernels against its torch code, under Triton's interpreter. Run by test_triton_kernels.py."""
 
 from __future__ import annotations
 

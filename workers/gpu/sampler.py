@@ -1,10 +1,12 @@
 """Chooses each sequence's next token, on the device, with every parameter per row.
 
 Owns what follows the logits: filters, the draw, log-probabilities, whether the row ends, and the write of the token to
-where the next step reads it. Like `prepare`, it can be captured: no host value, a fixed number of passes, no sort of
-the vocabulary.
+where the next step reads it. Like `prepare`, it can be captured: no host value decides what is done.
 
-To add a parameter: a column in `tables.py`, a function here, and a row in its test.
+What is here is what the CPU runs, and the oracle of the kernels that CUDA runs (`triton_sampler.py`): thresholds by
+bisection, a fixed number of passes, no sort of the vocabulary.
+
+To add a parameter: a column in `tables.py`, a function here, its like in the kernels, and a row in both tests.
 """
 
 from __future__ import annotations
@@ -35,19 +37,38 @@ def sample(
     """Finish a step: sample where asked, write tokens and results, and move every sequence on.
 
     Args:
-        logits: [S, vocab_size], of any floating dtype.
+        logits: [S, vocab_size], of any floating dtype (on CUDA bfloat16, float16 or float32).
         sample_flags: [S] int32, the step's `seq_sample`.
         outputs: views of a result record on the device; its first S entries are written, `logprob` and `top_*` only if
             `want_logprobs`.
     """
+    if logits.is_cuda:
+        from workers.gpu import triton_sampler  # needs triton, which only CUDA needs
+
+        tokens = triton_sampler.sample(variant, logits, batch, sample_flags, tables, outputs)
+    else:
+        tokens = _sample(variant, logits, batch, sample_flags, tables, outputs)
+    if want_logprobs:
+        write_logprobs(logits, tokens, outputs)
+
+
+def _sample(
+    variant: SamplerVariant,
+    logits: torch.Tensor,
+    batch: StepBatch,
+    sample_flags: torch.Tensor,
+    tables: RowTables,
+    outputs: Any,
+) -> torch.Tensor:
+    """What `sample` does, but for log-probabilities. Returns every row's token, [S] int64."""
     num_seqs = batch.num_seqs
     rows = batch.seq_row
     position = batch.seq_lens  # of the new token: everything in front of it is computed now
     if variant == SamplerVariant.GREEDY:
-        tokens = likeliest(logits)
+        tokens = logits.argmax(-1)
     else:
         filtered = variant == SamplerVariant.FILTERED
-        tokens = draw(logits.float(), rows, position, tables, filtered=filtered)
+        tokens = race(logits.float(), rows, position, tables, filtered=filtered).argmax(-1)
 
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; padding is not
     tokens32 = tokens.to(torch.int32)
@@ -62,25 +83,15 @@ def sample(
     finish = torch.where(is_end, FinishCode.STOP, is_full.to(torch.int32) * FinishCode.LENGTH)
     torch.mul(finish, sampled, out=outputs.finish[:num_seqs])
     outputs.token_ids[:num_seqs].copy_(torch.where(sampled, tokens32, NO_TOKEN))
-    if want_logprobs:
-        write_logprobs(logits, tokens, outputs)
+    return tokens
 
 
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """Each row's argmax, [S] int64, the first of equals."""
-    if logits.is_cuda:
-        from workers.gpu.triton_argmax import argmax  # needs triton, which only CUDA needs
-
-        return argmax(logits)
-    return logits.argmax(-1)
-
-
-def draw(
+def race(
     logits: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, tables: RowTables, *, filtered: bool
 ) -> torch.Tensor:
-    """Tokens [S] int64, by the exponential race: argmax of p / e with e ~ Exp(1) picks each token with probability p.
+    """Scores [S, vocab_size] of the exponential race: p / e with e ~ Exp(1), which a token wins with its probability p.
 
-    Rows of temperature 0 take no noise and no filter: for them this is the argmax, the first of equals.
+    They are logarithms. Rows of temperature 0 take no noise and no filter: their winner is the argmax.
     """
     temperature = tables.temperature.index_select(0, rows)
     is_greedy = (temperature == 0)[:, None]
@@ -89,15 +100,15 @@ def draw(
     scaled /= torch.where(is_greedy, 1.0, temperature[:, None])
     noise = exponential(tables.seed.index_select(0, rows), position.to(torch.int64), logits.shape[1]).log_()
     scores = scaled - torch.where(is_greedy, 0.0, noise)
-    if filtered:
-        kept = keep(
-            scaled,
-            tables.top_k.index_select(0, rows),
-            tables.top_p.index_select(0, rows),
-            tables.min_p.index_select(0, rows),
-        )
-        scores = torch.where(kept | is_greedy, scores, -torch.inf)
-    return scores.argmax(-1)
+    if not filtered:
+        return scores
+    kept = keep(
+        scaled,
+        tables.top_k.index_select(0, rows),
+        tables.top_p.index_select(0, rows),
+        tables.min_p.index_select(0, rows),
+    )
+    return torch.where(kept | is_greedy, scores, -torch.inf)
 
 
 def keep(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:

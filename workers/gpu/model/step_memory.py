@@ -17,7 +17,7 @@ from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.out_of_memory import is_out_of_memory
 
-_SAMPLER_BYTES: Final = 40  # per logit, for the most demanding sampler's temporaries
+SAMPLER_BYTES: Final = 10  # per logit: for log-probabilities two float32, and a little for what finds the largest
 
 
 def largest_step(
@@ -58,7 +58,7 @@ def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, s
     model_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    return model_bytes + _SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+    return model_bytes + SAMPLER_BYTES * shape.max_num_seqs * vocab_size
 
 
 def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | None:

@@ -1,32 +1,21 @@
-"""The Triton kernels against plain torch, under Triton's interpreter. Run by test_triton_attention.py."""
+"""The attention kernels against plain torch, under Triton's interpreter. Run by test_triton_kernels.py."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from tests.reference.paged_attention import PagedStep, attend, make_paged_step
+from tests.reference.triton_interpreter import let_scalars_end_ranges
 from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
-from workers.gpu.triton_argmax import argmax
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # for what comes with it: memory that nobody wrote to holds NaN
 TOLERANCE = 1e-5
-patch_tensor = interpreter._patch_lang_tensor
-
-
-def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
-    """Triton 3.6 holds scalars as arrays of one element, which numpy >= 2.4 no longer takes for the ends of a range."""
-    patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = patch_tensor_and_index
+let_scalars_end_ranges()
 
 
 def run(
@@ -186,28 +175,3 @@ def test_kv_is_written_where_the_slot_mapping_says_and_nowhere_else() -> None:
     step.value_cache.flatten(0, 1)[step.batch.slot_mapping[:6]] = value[:6]
     torch.testing.assert_close(key_cache[:-1], step.key_cache[:-1], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(value_cache[:-1], step.value_cache[:-1], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 50, 4096, 4097, 20_001])
-@pytest.mark.parametrize("num_rows", [1, 5])
-def test_argmax_is_torchs_however_a_row_is_cut(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
-    """In half precision many of so many elements are equal."""
-    logits = torch.randn(num_rows, vocab_size + 3, generator=torch.Generator().manual_seed(1)).to(dtype)
-    logits = logits[:, :vocab_size]  # and what lies between the rows is none of theirs
-    assert torch.equal(argmax(logits), logits.argmax(-1))
-
-
-@pytest.mark.parametrize("places", [(0, 1), (7, 4095), (4095, 4096), (3, 9999), (4096, 8192, 9999)], ids=str)
-def test_argmax_takes_the_first_of_equals_within_a_part_and_across_parts(places: tuple[int, ...]) -> None:
-    logits = torch.zeros(2, 10_000)
-    logits[1, list(places)] = 3.0
-    assert argmax(logits).tolist() == [0, places[0]]
-
-
-def test_argmax_of_what_is_not_finite_still_lies_in_the_row() -> None:
-    logits = torch.full((4, 5000), -torch.inf)
-    logits[1] = torch.nan
-    logits[2, 4321] = -1e30
-    logits[3, 10], logits[3, 4500] = torch.nan, torch.inf
-    assert argmax(logits).tolist() == [0, 0, 4321, 4500]

@@ -1,0 +1,31 @@
+"""Tests of Triton kernels under its interpreter, which is chosen for a whole process when Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run_under_interpreter(tests: Path) -> None:
+    """Run a file of tests in a process of its own; AssertionError, with what it printed, if one fails."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    outcome = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def let_scalars_end_ranges() -> None:
+    """Triton 3.6 holds scalars as arrays of one element, which numpy >= 2.4 no longer takes for the ends of a range."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
