@@ -164,6 +164,8 @@ def _is_array(prompt: object) -> bool:
 
 def _token_id_bytes(token_ids: Sequence[int]) -> bytes:
     try:
+        if bool in map(type, token_ids):  # to Python they are 0 and 1
+            raise TypeError
         packed = array("i", token_ids)
     except TypeError:
         raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}; something in this list is none of them") from None
