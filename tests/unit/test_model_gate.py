@@ -258,6 +258,12 @@ UNFIT: list[tuple[str, str, Any, str]] = [  # a family, a key, a value that does
     ("llama", "num_hidden_layers", 0, r"num_hidden_layers \(0\) gives it no layers"),
     ("gpt2", "n_layer", -1, r"num_hidden_layers \(-1\) gives it no layers"),
     ("llama", "hidden_act", "nonsense", r"config\.json: hidden_act \('nonsense'\) is nothing that transformers knows"),
+    (
+        "llama",
+        "rope_parameters",
+        {"rope_type": "zigzag"},
+        r"config\.json: rope_parameters\.rope_type \('zigzag'\) is noth",
+    ),
     ("gemma2", "hidden_activation", "nonsense", r"config\.json: hidden_activation \('nonsense'\) is nothing"),
     ("llama", "num_attention_heads", 0, r"config\.json: .*ZeroDivisionError"),
     ("llama", "num_key_value_heads", 0, r"config\.json: .*ZeroDivisionError"),

@@ -198,10 +198,18 @@ def _fault(error: Exception, model_config: Any) -> str:
         return _one_line(error)
     if isinstance(error, KeyError) and model_config is not None:
         value = error.args[0]
-        names = [name for name, each in model_config.get_text_config().to_dict().items() if each == value]
+        names = list(_names_of(value, model_config.get_text_config().to_dict()))
         if names:
             return f"{' or '.join(names)} ({value!r}) is nothing that transformers knows"
     return f"transformers makes no working model of its values ({type(error).__name__}: {_one_line(error)})"
+
+
+def _names_of(value: object, fields: dict[str, Any]) -> Iterator[str]:
+    for name, each in fields.items():
+        if isinstance(each, dict):
+            yield from (f"{name}.{inner}" for inner in _names_of(value, each))
+        elif each == value:
+            yield name
 
 
 def _one_line(error: Exception) -> str:
