@@ -24,6 +24,7 @@ from ipc.sampling import SamplingParams
 from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
 PROTOCOL_VERSION = 1
+MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
 

@@ -37,6 +37,12 @@ def default_endpoint() -> str:
     return f"{_IPC}{_default_folder() / 'default.sock'}"
 
 
+def own_folder(endpoint: str) -> Path | None:
+    """The folder of an endpoint if it is this user's folder for engines, which goes when nobody listens in it."""
+    folder = _default_folder()
+    return folder if Path(endpoint.removeprefix(_IPC)).parent == folder else None
+
+
 def _default_folder() -> Path:
     return runtime_folder() / f"ringfeed-{os.getuid()}"
 

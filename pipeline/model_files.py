@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES: Final = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 _LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_SIZES: Final = (  # of a transformer, by all their names
+    "vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim", "num_hidden_layers", "n_layer",
+    "num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions",
+)  # fmt: skip
 _SLOW_TOKENIZER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -53,9 +57,12 @@ def find_model(config: Config, *, download: bool = True) -> ModelFacts:
         raise ConfigError(f"model.path ({path!r}): there is no such folder; relative ones start at the config file's")
     plain = _read_json(folder / "config.json", path)
     text = plain.get("text_config") or plain
+    if not isinstance(text, dict):
+        raise ConfigError(f"model.path ({path!r}): text_config ({text!r}) in config.json must be an object")
     generation = _read_json(folder / "generation_config.json", path, optional=True)
+    _check_sizes(text, path)
     vocab_size = text.get("vocab_size")
-    if not isinstance(vocab_size, int) or vocab_size < 1:
+    if vocab_size is None:
         raise ConfigError(f"model.path ({path!r}): config.json gives no vocab_size; is it a language model?")
     _check_tokenizer(folder, path)
     if config.model.load_format == "safetensors":
@@ -131,6 +138,18 @@ def _read_json(file: Path, path: str, *, optional: bool = False) -> dict[str, An
     if not isinstance(plain, dict):
         raise ConfigError(f"model.path ({path!r}): {file} must hold a JSON object")
     return plain
+
+
+def _check_sizes(text_config: dict[str, Any], path: str) -> None:
+    """transformers builds models of sizes that no model can have, or fails in the middle of it."""
+    for key in _SIZES:
+        value = text_config.get(key)
+        if value is None or (isinstance(value, list) and key != "vocab_size"):  # some families: one for each layer
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                f"model.path ({path!r}): {key} ({value!r}) in config.json must be an integer of at least 1"
+            )
 
 
 def _check_tokenizer(folder: Path, path: str) -> None:

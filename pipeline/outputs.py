@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias, TypedDict, cast
@@ -9,9 +10,9 @@ from typing import Any, Final, TypeAlias, TypedDict, cast
 import msgspec
 
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
-from ipc.codec import encode
+from ipc.codec import MAX_ITEMS, encode
 from ipc.errors import InvalidRequest
-from ipc.messages import ChatMessage, FinishReason, Generate, TokenLogprobs
+from ipc.messages import MAX_REQUEST_ID_CHARS, ChatMessage, FinishReason, Generate, TokenLogprobs
 from ipc.sampling import SamplingParams
 from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
@@ -100,8 +101,10 @@ def generate_frame(
     """The encoded request. Raises InvalidRequest for what no engine would take."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params ({params!r}) must be SamplingParams")
-    if not isinstance(request_id, str) or not request_id:
-        raise InvalidRequest(f"request_id ({request_id!r}) must be a string of at least 1 character")
+    if not isinstance(request_id, str) or not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(
+            f"request_id ({reprlib.repr(request_id)}) must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters"
+        )
     text: str | None = None
     chat: list[ChatMessage] | None = None
     token_ids: bytes | None = None
@@ -112,6 +115,8 @@ def generate_frame(
     elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}, not {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], ChatMessage | Mapping):
+        if len(prompt) > MAX_ITEMS:
+            raise InvalidRequest(f"prompt is a chat of {len(prompt)} messages, at most {MAX_ITEMS} are taken")
         chat = [_chat_message(message) for message in prompt]
     else:
         token_ids = _token_id_bytes(cast(Sequence[int], prompt))
@@ -164,6 +169,8 @@ def _is_array(prompt: object) -> bool:
 
 def _token_id_bytes(token_ids: Sequence[int]) -> bytes:
     try:
+        if bool in map(type, token_ids):  # to Python they are 0 and 1
+            raise TypeError
         packed = array("i", token_ids)
     except TypeError:
         raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}; something in this list is none of them") from None

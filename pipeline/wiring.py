@@ -23,7 +23,7 @@ from ipc.ring import Ring, RingHandle
 from ipc.stats import StatsHandle, StatsPage
 from ipc.trace import TraceHandle, TraceRing
 from pipeline.config import Config
-from pipeline.endpoint import runtime_folder
+from pipeline.endpoint import own_folder, runtime_folder
 from pipeline.model_files import ModelFacts
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import GatewayBootstrap
@@ -195,10 +195,12 @@ class Wiring:
             )
             for i, role in enumerate(self.tokenizer_roles, start=1)
         ]
+        endpoint_folder = own_folder(endpoint)
         gateway = GatewayBootstrap(
             worker=workers[GATEWAY],
             frontend=config.frontend,
             endpoint=endpoint,
+            endpoint_folder=None if endpoint_folder is None else str(endpoint_folder),
             run_dir=str(self.run_folder),
             model_name=model.name,
             max_model_len=model.max_model_len,

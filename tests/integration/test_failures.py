@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from ipc.errors import EngineUnavailable
-from pipeline import Output, Pipeline, SamplingParams
+from pipeline import Client, Output, Pipeline, SamplingParams
+from pipeline.endpoint import default_endpoint
 from tests.integration.conftest import TINY_CONFIG
 
 ENDLESS = SamplingParams(ignore_eos=True)
@@ -93,6 +94,28 @@ def test_a_killed_launcher_takes_everything_with_it(runtime_folder: Path) -> Non
     workers = [psutil.Process(pid) for pid in pids.values() if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_killed_launchers_endpoint_goes_with_its_folder_unless_the_user_named_it(
+    is_named: bool, runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    named = tmp_path_factory.mktemp("n")
+    command = [sys.executable, "-m", "pipeline.launch", "--config", str(TINY_CONFIG)]
+    command += ["--set", "model.load_format=null", "--set", "model.null_step_ms=5"]
+    endpoint = f"ipc://{named}/s" if is_named else default_endpoint()
+    if is_named:
+        command += ["--set", f"frontend.endpoint={endpoint}"]
+    with subprocess.Popen(command) as launcher:
+        try:
+            with Client(endpoint) as client:
+                client.wait_ready(timeout_s=60)
+            workers = psutil.Process(launcher.pid).children()
+        finally:
+            launcher.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert list(named.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -174,12 +174,24 @@ def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client
     "prompt",
     ["", [], 5, None, b"bytes", b"12345678",
      [1.5], [1, "a"], [-1], [2**31], np.zeros((2, 2), int), np.zeros(2), "\ud800",
+     [True, False], [1, True], [np.True_], np.array([True]),
      [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}], [{"role": "user", "content": "x"}, 5],
-     "x" * (17 << 20)],
+     "x" * (17 << 20), [{"role": "user", "content": "x"}] * 16_385],
 )  # fmt: skip
-def test_an_impossible_prompt_is_refused_here(client: Client, prompt: Any) -> None:
+def test_an_impossible_prompt_is_refused_here(gateway: FakeGateway, client: Client, prompt: Any) -> None:
+    gateway.on_generate = lambda g: [news(g.request_id, end=END)]
     with pytest.raises(InvalidRequest):
         client.generate(prompt)
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 257, 5])
+def test_a_request_id_that_could_not_be_told_back_is_refused_here(
+    gateway: FakeGateway, client: Client, request_id: Any
+) -> None:
+    gateway.on_generate = lambda g: [news(g.request_id, end=END)]
+    with pytest.raises(InvalidRequest, match=r"request_id \("):
+        client.generate("hi", request_id=request_id)
+    assert client.generate("hi", request_id="x" * 256).finished
 
 
 def test_a_stream_yields_what_is_new_and_ends(gateway: FakeGateway, client: Client) -> None:

@@ -216,6 +216,33 @@ def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: 
     assert "lists 9 ids" in refusal()
 
 
+@pytest.mark.parametrize("value", [0, -1, "12", 1.5, True, {}])
+@pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "n_head", "head_dim", "max_position_embeddings"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_size_that_no_model_can_have_is_named_with_its_value(
+    key: str, value: Any, nested: bool, tmp_path: Path
+) -> None:
+    config = {**MODEL, key: value}
+    folder = make_model(tmp_path / "m", {"text_config": config} if nested else config)
+    with pytest.raises(ConfigError) as caught:
+        find_model(configure(folder))
+    assert str(caught.value) == (
+        f"model.path ({str(folder)!r}): {key} ({value!r}) in config.json must be an integer of at least 1"
+    )
+
+
+def test_sizes_that_a_model_leaves_open_or_has_for_each_layer_are_taken(tmp_path: Path) -> None:
+    config = {**MODEL, "head_dim": None, "intermediate_size": [8, 16], "num_hidden_layers": 2}
+    assert find_model(configure(make_model(tmp_path / "m", config))).vocab_size == 32
+
+
+@pytest.mark.parametrize("value", ["llama", [1], 5])
+def test_a_text_config_that_is_none_is_refused(value: Any, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m", {**MODEL, "text_config": value})
+    with pytest.raises(ConfigError, match=r"text_config \(.*\) in config\.json must be an object"):
+        find_model(configure(folder))
+
+
 def test_a_hub_id_that_is_not_here_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

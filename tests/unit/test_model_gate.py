@@ -254,6 +254,61 @@ def test_a_value_in_config_json_that_makes_no_sense_is_named(key: str, value: st
         load(tmp_path)
 
 
+UNFIT: list[tuple[str, str, Any, str]] = [  # a family, a key, a value that does not fit, and what is said of it
+    ("llama", "num_hidden_layers", 0, r"num_hidden_layers \(0\) gives it no layers"),
+    ("gpt2", "n_layer", -1, r"num_hidden_layers \(-1\) gives it no layers"),
+    ("llama", "hidden_act", "nonsense", r"config\.json: hidden_act \('nonsense'\) is nothing that transformers knows"),
+    (
+        "llama",
+        "rope_parameters",
+        {"rope_type": "zigzag"},
+        r"config\.json: rope_parameters\.rope_type \('zigzag'\) is noth",
+    ),
+    ("gemma2", "hidden_activation", "nonsense", r"config\.json: hidden_activation \('nonsense'\) is nothing"),
+    ("llama", "num_attention_heads", 0, r"config\.json: .*ZeroDivisionError"),
+    ("llama", "num_key_value_heads", 0, r"config\.json: .*ZeroDivisionError"),
+    ("llama", "head_dim", 0, r"config\.json: .*ZeroDivisionError"),
+    ("llama", "head_dim", -1, r"config\.json: .*negative dimension -4"),
+    ("llama", "vocab_size", -1, r"config\.json: .*negative dimension -1"),
+    ("qwen3_moe", "head_dim", None, r"config\.json: .*NoneType"),
+    ("qwen3_moe", "num_experts_per_tok", 7, r"config\.json: .*index k out of range"),
+    ("llama", "dtype", 7, r"config\.json: .*'int' object"),
+    ("llama", "dtype", [], r"config\.json: .*IndexError"),
+]
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "safetensors"])
+@pytest.mark.parametrize(("family", "key", "value", "reason"), UNFIT)
+def test_values_of_config_json_that_make_no_model_are_one_clear_line(
+    family: str, key: str, value: Any, reason: str, load_format: str, tmp_path: Path
+) -> None:
+    file = make_tiny_model(family, tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ModelUnsupported, match=reason) as refusal:
+        load(tmp_path, load_format)
+    assert "\n" not in str(refusal.value)
+
+
+def test_heads_that_do_not_divide_among_the_kv_heads_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    make_tiny_config("llama", num_key_value_heads=3).save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match="the 4 heads of attention layer 0 do not divide among its 3 KV heads"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")])
+def test_what_the_device_raises_is_not_put_down_to_the_configuration(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    make_tiny_config("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("workers.gpu.model.loader.probe_model", fail)
+    with pytest.raises(type(error)) as caught:
+        load(tmp_path)
+    assert caught.value is error
+
+
 def test_loading_reports_each_stage_up_to_its_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

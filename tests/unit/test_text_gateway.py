@@ -115,6 +115,11 @@ def _params(**fields: Any) -> bytes:
     return msgpack.packb(plain)  # type: ignore[no-any-return]
 
 
+def _raw_ids(token_ids: Any) -> bytes:
+    plain = {"type": "Generate", "request_id": "bad", "token_ids": token_ids, "params": {}}
+    return msgpack.packb(plain)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("message", "code", "text"),
     [
@@ -127,6 +132,9 @@ def _params(**fields: Any) -> bytes:
         (_params(temperature=-1.0), "invalid_request", "temperature (-1.0) must be 0 (greedy) or lie in [0.001, 100]"),
         (_params(max_tokens="many"), "protocol", "params.max_tokens"),
         (_params(tempreture=1.0), "protocol", "tempreture"),
+        (_params(stop_token_ids=[True]), "protocol", "stop_token_ids"),
+        (_raw_ids([7, 8]), "protocol", "token_ids"),
+        (_raw_ids([True, False]), "protocol", "token_ids"),
         (msgpack.packb({"type": "Generate", "request_id": "bad", "extra": 1}), "protocol", "extra"),
         (msgpack.packb({"type": "Nonsense", "request_id": "bad"}), "protocol", "Nonsense"),
         (msgpack.packb({"type": "Cancel", "request_id": "bad", "extra": 1}), "protocol", "extra"),

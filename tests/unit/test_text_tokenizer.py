@@ -132,6 +132,20 @@ def test_lengths_are_checked_with_the_numbers_in_the_text(tmp_path: Path) -> Non
     assert "10 tokens" in text
 
 
+@pytest.mark.parametrize("num_tokens", [10, 11])
+def test_a_prompt_that_leaves_no_room_is_told_so_and_not_of_a_max_tokens_that_nobody_gave(
+    num_tokens: int, tmp_path: Path
+) -> None:
+    encode = encoder(save(tmp_path), max_model_len=10).encode
+    token_ids = np.arange(num_tokens, dtype="<i4").tobytes()
+    text = failure(encode(request(token_ids=token_ids, params=SamplingParams(max_tokens=None))))
+    assert f"{num_tokens} tokens" in text
+    assert "10 tokens" in text
+    assert "max_tokens" not in text
+    text = failure(encode(request(token_ids=token_ids, params=SamplingParams(max_tokens=1))))
+    assert "max_tokens (1)" in text
+
+
 @pytest.mark.parametrize("bad", [-1, 500, 2**31 - 1, -(2**31)])
 def test_token_ids_out_of_range_are_named(tmp_path: Path, bad: int) -> None:
     token_ids = np.array([1, bad, 2], "<i4").tobytes()

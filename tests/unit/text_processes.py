@@ -158,6 +158,8 @@ class TextClient:
     def finish(self, *request_ids: str) -> None:
         def have_ended() -> bool:
             self.read()
+            refused = [refusal for refusal in self.refused if refusal.request_id in request_ids]
+            assert not refused, f"these will never end: {refused}"
             return set(request_ids) <= set(self.finals)
 
         wait_until(have_ended, f"ends of {len(request_ids)} requests; {len(self.finals)} have come")
@@ -230,9 +232,14 @@ class TextEngine:
         return self.said
 
     def start(self) -> None:
-        """Wait until all are ready, and say so."""
-        wait_until(lambda: sum(isinstance(m, Ready) for m in self.hear()) == 3, "three workers to be ready")
+        """Wait until all are ready, say so, and wait until the gateway has heard it: it refuses requests before."""
+
+        def num_ready(role: str) -> int:
+            return sum(isinstance(message, Ready) and message.role == role for message in self.hear())
+
+        wait_until(lambda: all(num_ready(role) == 1 for role in self.workers), "three workers to be ready")
         self.tell(Start())
+        wait_until(lambda: num_ready("gateway") == 2, "the gateway to take requests")
 
     def tell(self, message: Any) -> None:
         for role in self.workers:

@@ -32,6 +32,7 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     worker: WorkerBootstrap
     frontend: FrontendConfig
     endpoint: str  # where to listen, resolved
+    endpoint_folder: str | None  # of the endpoint, if it is to go with it once it is empty; None: it is the user's own
     run_dir: str  # the engine's private folder; removed here if the launcher dies before it could
     model_name: str
     max_model_len: int

@@ -7,9 +7,8 @@ from typing import Final
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.codec import decode
 from ipc.errors import InvalidRequest, ProtocolError, RingfeedError
-from ipc.messages import ClientMessage, Generate
+from ipc.messages import MAX_REQUEST_ID_CHARS, ClientMessage, Generate
 
-MAX_REQUEST_ID_CHARS: Final = 256
 MAX_ERROR_CHARS: Final = 1_000
 MAX_CACHE_SALT_CHARS: Final = 256
 

@@ -5,6 +5,7 @@ It outlives its launcher by a moment: somebody has to tell the clients.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -40,6 +41,9 @@ def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
     finally:
         if bootstrap.endpoint.startswith(_IPC):
             Path(bootstrap.endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
+        if bootstrap.endpoint_folder is not None:
+            with contextlib.suppress(OSError):  # not empty: another engine of this user listens in it
+                Path(bootstrap.endpoint_folder).rmdir()
 
 
 class LauncherDied(EngineUnavailable):

@@ -90,12 +90,14 @@ class PromptEncoder:
                 raise InvalidRequest(
                     f"stop_token_ids holds {token_id}; the model's ids are 0 to {self._vocab_size - 1}"
                 )
-        num_new = request.params.max_tokens or 1
-        if token_ids.size + num_new > self._max_model_len:
-            raise InvalidRequest(
-                f"the prompt ({token_ids.size} tokens) and max_tokens ({num_new}) exceed the longest sequence of this "
-                f"engine ({self._max_model_len} tokens)"
-            )
+        max_tokens = request.params.max_tokens
+        if token_ids.size + (max_tokens or 1) > self._max_model_len:
+            longest = f"the longest sequence of this engine ({self._max_model_len} tokens)"
+            if max_tokens is None:
+                raise InvalidRequest(
+                    f"the prompt ({token_ids.size} tokens) leaves no room for a new token in {longest}"
+                )
+            raise InvalidRequest(f"the prompt ({token_ids.size} tokens) and max_tokens ({max_tokens}) exceed {longest}")
 
     @staticmethod
     def _failed(request: Tokenize, error: BaseException) -> Encoded:

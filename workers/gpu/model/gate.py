@@ -39,6 +39,9 @@ def check_config(config: Any, max_model_len: int) -> None:
         raise _unsupported(config, "it is an encoder-decoder model")
     if not getattr(text, "is_causal", True):
         raise _unsupported(config, "its attention is not causal")
+    num_layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers < 1:
+        raise _unsupported(config, f"num_hidden_layers ({num_layers}) gives it no layers")
     if getattr(text, "num_kv_shared_layers", None):
         raise _unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
     if getattr(text, "attention_chunk_size", None):
@@ -230,6 +233,10 @@ class _Probe:
             _Call(layer_idx, shape, key.dtype, sliding_window, softcap is not None, sinks is not None, key)
         )
         num_heads = query.shape[1]
+        if num_heads % shape.num_kv_heads:
+            raise _unsupported(
+                self._config, f"the {num_heads} heads of {where} do not divide among its {shape.num_kv_heads} KV heads"
+            )
         repeats = num_heads // shape.num_kv_heads
         gate = torch.tanh(query.mean(-1) + key.mean(-1).repeat_interleave(repeats, dim=1))  # [T, num_heads]
         return value.repeat_interleave(repeats, dim=1) * (1 + gate.unsqueeze(-1))

@@ -5,7 +5,10 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ipc.errors import ConfigError, ModelUnsupported
+from ipc.errors import ConfigError, ModelUnsupported, RingfeedError
 from ipc.records import StepShape
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
@@ -68,8 +71,9 @@ def load_model(
     model = load_weights(config, model_config, device, progress)
 
     progress("checking the model", 0.0)
-    prepare_model(model, shape.max_model_len)
-    facts = probe_model(model, shape.max_model_len, device)
+    with _blaming_config(config.path, model_config):
+        prepare_model(model, shape.max_model_len)
+        facts = probe_model(model, shape.max_model_len, device)
     backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
@@ -118,15 +122,14 @@ def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.
 
 def load_config(path: str) -> Any:
     """The model's configuration as transformers reads it. Raises ConfigError or ModelUnsupported."""
-    try:
-        return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
-    except OSError as error:
-        raise ConfigError(
-            f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
-            f"{_one_line(error)}"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ModelUnsupported(f"model.path ({path!r}): config.json: {_one_line(error)}") from None
+    with _blaming_config(path):
+        try:
+            return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
+        except OSError as error:
+            raise ConfigError(
+                f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
+                f"{_one_line(error)}"
+            ) from None
 
 
 def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
@@ -134,6 +137,9 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
 
     Raises ConfigError or ModelUnsupported.
     """
+    # Once without memory or files: what fails in that is the configuration's fault, and what fails later is not.
+    with _blaming_config(config.path, model_config), torch.device("meta"):
+        AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=False)  # it writes to it
     load = _random_weights if config.load_format == "dummy" else _read_weights
     progress(LOADING, 0.0)
     model = load(config, model_config, device, progress)
@@ -162,15 +168,48 @@ def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, 
 def _random_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
     declared = model_config.get_text_config().dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), device:
-            torch.manual_seed(_DUMMY_SEED)
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                model_config, dtype=declared or torch.float32, trust_remote_code=False
-            )
-    except ValueError as error:
-        raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), device:
+        torch.manual_seed(_DUMMY_SEED)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            model_config, dtype=declared or torch.float32, trust_remote_code=False
+        )
     return model
+
+
+@contextmanager
+def _blaming_config(path: str, model_config: Any = None) -> Iterator[None]:
+    """Raise ModelUnsupported, in one line, for what transformers makes of a config.json whose values do not fit.
+
+    It checks few of them, and fails on the others in any way, wherever it comes to use them.
+    """
+    try:
+        yield
+    except RingfeedError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+            raise
+        logger.debug("config.json makes transformers fail", exc_info=True)
+        raise ModelUnsupported(f"model.path ({path!r}): config.json: {_fault(error, model_config)}") from None
+
+
+def _fault(error: Exception, model_config: Any) -> str:
+    if isinstance(error, ValueError | StrictDataclassError):  # written for whoever wrote the configuration
+        return _one_line(error)
+    if isinstance(error, KeyError) and model_config is not None:
+        value = error.args[0]
+        names = list(_names_of(value, model_config.get_text_config().to_dict()))
+        if names:
+            return f"{' or '.join(names)} ({value!r}) is nothing that transformers knows"
+    return f"transformers makes no working model of its values ({type(error).__name__}: {_one_line(error)})"
+
+
+def _names_of(value: object, fields: dict[str, Any]) -> Iterator[str]:
+    for name, each in fields.items():
+        if isinstance(each, dict):
+            yield from (f"{name}.{inner}" for inner in _names_of(value, each))
+        elif each == value:
+            yield name
 
 
 def _one_line(error: Exception) -> str:
