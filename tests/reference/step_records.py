@@ -13,7 +13,7 @@ from ipc.records import MAX_END_IDS, StepShape, step_layout
 from workers.gpu.batch import StepBatch
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
-from workers.gpu.prepare import Prepare
+from workers.gpu.prepare import ADMITTED_COLUMNS, Prepare
 from workers.gpu.records import views
 from workers.gpu.tables import RowTables
 
@@ -32,6 +32,11 @@ class Prepared:
         self.record = device.zeros("record", (layout.num_bytes,), torch.uint8)
         self.step = views(layout, self.record)
         self.prepare = Prepare(device, self.tables, self.step)
+
+    def settle_trash_row(self) -> None:
+        """All that an admission leaves behind goes to the trash row, and on CUDA any of it may be the last."""
+        for column in ("num_computed_tokens", *ADMITTED_COLUMNS):
+            getattr(self.tables, column)[self.tables.trash_row] = 7
 
     def finish(self, sequences: Sequences) -> None:
         """Move the rows on, as the sampler does."""
@@ -150,6 +155,7 @@ def check_same(
     other.prepare.buffers.copy_(buffers)
     for prepared in (plain, other):
         prepared.prepare.admit()
+        prepared.settle_trash_row()
     plain.prepare.append()
     append()
     plain.prepare.filler(batch)()

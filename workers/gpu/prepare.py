@@ -21,7 +21,7 @@ from workers.gpu.device.base import Device
 from workers.gpu.records import views
 from workers.gpu.tables import RowTables
 
-_ADMITTED_COLUMNS = ("max_len", "temperature", "top_k", "top_p", "min_p", "seed", "end_ids")
+ADMITTED_COLUMNS = ("max_len", "temperature", "top_k", "top_p", "min_p", "seed", "end_ids")
 
 
 class Prepare:
@@ -73,7 +73,7 @@ class Prepare:
         real = self._arange32[: step.admit_row.shape[0]] < step.num_admissions
         rows = torch.where(real, step.admit_row, tables.trash_row_tensor).to(torch.int64)
         tables.num_computed_tokens.index_copy_(0, rows, step.admit_num_computed)
-        for column in _ADMITTED_COLUMNS:
+        for column in ADMITTED_COLUMNS:
             getattr(tables, column).index_copy_(0, rows, getattr(step, f"admit_{column}"))
         tables.block_table.index_fill_(0, rows, tables.trash_block)
 
