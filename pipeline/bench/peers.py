@@ -27,7 +27,7 @@ PEERS: Final = {
     "transformers-async": "pipeline.bench.transformers_peer",
     "vllm": "pipeline.bench.vllm_peer",
 }
-_LAST_LINES: Final = 20
+_LAST_LINES: Final = 60
 
 
 class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,10 +77,13 @@ def run_peer(spec: PeerSpec) -> PeerResult:
             env=module_environment() | threads, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
         )  # fmt: skip
-        if result_path.exists():
-            return msgspec.json.decode(result_path.read_bytes(), type=PeerResult)
         last_lines = "\n".join(done.stdout.splitlines()[-_LAST_LINES:])
-        return PeerResult(error=f"ended with status {done.returncode} and without an answer:\n{last_lines}")
+        if not result_path.exists():
+            return PeerResult(error=f"ended with status {done.returncode} and without an answer:\n{last_lines}")
+        result = msgspec.json.decode(result_path.read_bytes(), type=PeerResult)
+        if result.error:  # an engine of several processes names the cause only in what they print
+            result.error += f"\n{last_lines}"
+        return result
 
 
 def answer(measure: Callable[[PeerSpec], PeerResult]) -> None:

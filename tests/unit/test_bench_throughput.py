@@ -392,7 +392,9 @@ def test_the_table_has_a_column_per_engine_and_the_ratio_to_each_peer() -> None:
 def test_a_peer_that_cannot_run_here_says_why() -> None:
     model = ModelConfig(path=str(ROOT / "configs" / "nothing"), device="cpu", load_format="dummy")
     spec = PeerSpec(name="vllm", model=model, vocab_size=9, max_num_batched_tokens=8, work=Work(1, 2, 3))
-    assert "vllm" in run_peer(spec).error
+    error = run_peer(spec).error
+    assert error.startswith("ModuleNotFoundError: No module named 'vllm'")
+    assert "Traceback" in error, "what it printed is not told"
 
 
 @pytest.mark.parametrize(

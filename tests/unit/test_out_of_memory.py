@@ -113,7 +113,7 @@ def test_at_start_up_the_error_names_the_stage_the_numbers_and_the_cure(
 
 
 def test_in_service_it_is_the_same(engine: GpuProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PagedModelRunner, "logits", lambda *_: run_out())
+    monkeypatch.setattr(PagedModelRunner, "logits", lambda *_, **__: run_out())
     monkeypatch.setattr("workers.gpu.model.loader.measure_step_bytes", lambda *_: 0)
     publish_step(engine.steps)
     with pytest.raises(ConfigError, match=r"^out of memory while running a step: .* KV blocks .*cache\.memory_share"):
