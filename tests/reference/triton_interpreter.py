@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-def run_under_interpreter(tests: Path) -> None:
-    """Run a file of tests in a process of its own; AssertionError, with what it printed, if one fails."""
+def start_under_interpreter(tests: Path) -> subprocess.Popen[str]:
+    """Start a file of tests in a process of its own. It prints all that it says to its standard output."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    outcome = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)],
+        cwd=root, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
 
 
 def let_scalars_end_ranges() -> None:
