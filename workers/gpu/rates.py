@@ -43,7 +43,7 @@ def measure(device: str) -> dict[str, Any]:
     on_cuda = device == "cuda"
     num_bytes = _CUDA_READ_BYTES if on_cuda else _CPU_READ_BYTES
     size, dtype = (_CUDA_MATRIX_SIZE, torch.bfloat16) if on_cuda else (_CPU_MATRIX_SIZE, torch.float32)
-    time_s = _time_cuda if on_cuda else _time_cpu
+    time_s = time_cuda if on_cuda else time_cpu
 
     read_s = time_s(torch.ones(num_bytes // 4, device=device).sum)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -59,7 +59,7 @@ def measure(device: str) -> dict[str, Any]:
     }
 
 
-def _time_cuda(work: Callable[[], object]) -> float:
+def time_cuda(work: Callable[[], object]) -> float:
     """Seconds on the device. All repetitions are enqueued at once: no launch is waited for."""
 
     def event() -> Any:
@@ -75,7 +75,8 @@ def _time_cuda(work: Callable[[], object]) -> float:
     return 1e-3 * float(median(start.elapsed_time(end) for start, end in pairs))
 
 
-def _time_cpu(work: Callable[[], object]) -> float:
+def time_cpu(work: Callable[[], object]) -> float:
+    """Seconds of the host."""
     work()
     times = []
     for _ in range(_CPU_REPETITIONS):
