@@ -9,7 +9,7 @@ import torch
 
 from ipc.records import NO_TOKEN, SamplerVariant
 from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens
-from workers.gpu.sampler import sample
+from workers.gpu.sampling.sampler import sample
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.prepare import Prepare
 from workers.gpu.records import views
-from workers.gpu.sampler import race, sample
+from workers.gpu.sampling.sampler import race, sample
 from workers.gpu.tables import RowTables
 
 SHAPE = StepShape(max_num_seqs=256, max_num_batched_tokens=32, max_model_len=64, block_size=4)

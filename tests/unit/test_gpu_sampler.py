@@ -8,8 +8,8 @@ import torch
 from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
 from ipc.sampling import MAX_LOGPROBS
 from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, kept_by_sorting, logits
-from workers.gpu.random_bits import exponential, uniform
-from workers.gpu.sampler import keep
+from workers.gpu.sampling.random_bits import exponential, uniform
+from workers.gpu.sampling.sampler import keep
 
 torch.set_num_threads(1)
 

@@ -12,12 +12,12 @@ import triton.language as tl
 from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
 from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens, kept_by_sorting
 from tests.reference.triton_interpreter import let_scalars_end_ranges
-from workers.gpu.random_bits import exponential, uniform
-from workers.gpu.triton_random import exponential as triton_exponential
-from workers.gpu.triton_random import exponential_of as triton_exponential_of
-from workers.gpu.triton_random import random_key
-from workers.gpu.triton_random import uniform as triton_uniform
-from workers.gpu.triton_sampler import sample
+from workers.gpu.sampling.random_bits import exponential, uniform
+from workers.gpu.sampling.triton_random import exponential as triton_exponential
+from workers.gpu.sampling.triton_random import exponential_of as triton_exponential_of
+from workers.gpu.sampling.triton_random import random_key
+from workers.gpu.sampling.triton_random import uniform as triton_uniform
+from workers.gpu.sampling.triton_sampler import sample
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # for what comes with it: memory that nobody wrote to holds NaN

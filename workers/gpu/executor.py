@@ -37,7 +37,7 @@ from workers.gpu.device.base import Accesses, Device
 from workers.gpu.prepare import Prepare
 from workers.gpu.records import prefix_bytes, views
 from workers.gpu.runner import ModelRunner
-from workers.gpu.sampler import sample
+from workers.gpu.sampling.sampler import sample
 from workers.gpu.tables import RowTables
 
 Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: what every step needs of it, and all of it

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from workers.gpu import sampler_times
 from workers.gpu.device.cpu import CpuDevice
+from workers.gpu.sampling import times
 
 
 def test_every_kind_of_sampling_is_timed_on_both_kinds_of_logits() -> None:
-    rows = list(sampler_times.measure(CpuDevice(), 2, 200, torch.bfloat16))
+    rows = list(times.measure(CpuDevice(), 2, 200, torch.bfloat16))
     assert [row["logits"] for row in rows] == ["flat"] * 5 + ["peaked"] * 5
     assert len({(row["temperature"], row["top_k"], row["top_p"]) for row in rows}) == 5
     assert all(row["us"] > 0 for row in rows)
 
 
 def test_peaked_logits_are_as_concentrated_as_a_language_models() -> None:
-    (_, flat), (_, peaked) = sampler_times._logits(4, 20_000, torch.float32, torch.device("cpu"))
+    (_, flat), (_, peaked) = times._logits(4, 20_000, torch.float32, torch.device("cpu"))
     for logits, low, high in ((flat, 2_000, 20_000), (peaked, 2, 100)):
         probabilities = logits.softmax(-1).sort(descending=True).values.cumsum(-1)
         num_kept = (probabilities < 0.9).sum(-1) + 1

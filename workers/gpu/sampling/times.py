@@ -1,6 +1,6 @@
 """What sampling a step's tokens costs this device, by number of sequences and by parameters.
 
-    python -m workers.gpu.sampler_times --device cuda --num-seqs 1,32,512
+    python -m workers.gpu.sampling.times --device cuda --num-seqs 1,32,512
 
 Prints a JSON line for each: `us` is the median time of a step's sampler, captured where the device has graphs, over
 some draws, because a draw that the filters drop takes longer. Logits are made up, in two ways: "flat" ones are normally
@@ -22,7 +22,7 @@ from workers.gpu.device.base import Device
 from workers.gpu.prepare import Prepare
 from workers.gpu.rates import time_cpu, time_cuda
 from workers.gpu.records import views
-from workers.gpu.sampler import sample
+from workers.gpu.sampling.sampler import sample
 from workers.gpu.tables import RowTables
 from workers.gpu.worker import make_device
 

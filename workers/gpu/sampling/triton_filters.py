@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.gpu.triton_random import exponential
+from workers.gpu.sampling.triton_random import exponential
 
 _INF = tl.constexpr(float("inf"))
 _FINITE = tl.constexpr(torch.finfo(torch.float32).max)

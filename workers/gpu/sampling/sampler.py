@@ -18,7 +18,7 @@ import torch
 from ipc.records import NO_TOKEN, FinishCode, SamplerVariant
 from ipc.sampling import MAX_LOGPROBS
 from workers.gpu.batch import StepBatch
-from workers.gpu.random_bits import exponential
+from workers.gpu.sampling.random_bits import exponential
 from workers.gpu.tables import RowTables
 
 _KEY_BITS: Final = 32  # of a float32, and the passes that a bisection over its order takes
@@ -43,7 +43,7 @@ def sample(
             `want_logprobs`.
     """
     if logits.is_cuda:
-        from workers.gpu import triton_sampler  # needs triton, which only CUDA needs
+        from workers.gpu.sampling import triton_sampler  # needs triton, which only CUDA needs
 
         tokens = triton_sampler.sample(variant, logits, batch, sample_flags, tables, outputs)
     else:
