@@ -28,9 +28,9 @@ def measure(spec: PeerSpec) -> PeerResult:
     start = time.perf_counter()
     import transformers
 
+    from workers.gpu.device.choose import make_device
     from workers.gpu.model.loader import load_config, load_weights
     from workers.gpu.profiler import StepProfiler
-    from workers.gpu.worker import make_device
 
     transformers.utils.logging.set_verbosity_error()
     device = make_device(spec.model.device).torch_device

@@ -25,7 +25,7 @@ from workers.gpu.buckets import Buckets
 from workers.gpu.completion import Completion
 from workers.gpu.config import GpuBootstrap
 from workers.gpu.device.base import Device
-from workers.gpu.device.cpu import CpuDevice
+from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.executor import Executor, GpuRings
 from workers.gpu.memory import MemoryUse, bytes_taken, free_text
@@ -151,21 +151,6 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
     loaded = load_model(model, bootstrap.cache, shape, device.torch_device, progress)
     buckets = Buckets(shape, captures=loaded.can_be_captured) if device.torch_device.type == "cuda" else None
     return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets)
-
-
-def make_device(name: str) -> Device[Any, Any]:
-    """`name` as in `model.device`. Raises ConfigError for CUDA that is not there."""
-    has_cuda = name != "cpu" and torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ConfigError(
-            f'model.device ("cuda"): torch {torch.__version__} finds no CUDA GPU that it can use; set it to "cpu", or '
-            "install a torch built for this machine's driver"
-        )
-    if not has_cuda:
-        return CpuDevice()
-    from workers.gpu.device.cuda import CudaDevice  # needs triton, which a machine without CUDA may lack
-
-    return CudaDevice()
 
 
 def default_num_blocks(shape: StepShape) -> int:

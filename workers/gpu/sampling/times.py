@@ -19,12 +19,12 @@ import torch
 
 from ipc.records import SamplerVariant, StepShape, result_layout
 from workers.gpu.device.base import Device
+from workers.gpu.device.choose import make_device
 from workers.gpu.prepare import Prepare
 from workers.gpu.rates import time_cpu, time_cuda
 from workers.gpu.records import views
 from workers.gpu.sampling.sampler import sample
 from workers.gpu.tables import RowTables
-from workers.gpu.worker import make_device
 
 PARAMETERS: Final[list[tuple[SamplerVariant, dict[str, float]]]] = [
     (SamplerVariant.GREEDY, {}),
