@@ -84,11 +84,12 @@ class EndpointClaim:
         if not endpoint.startswith(_IPC):
             return
         path = Path(endpoint.removeprefix(_IPC))
-        self._make_folder(path.parent, endpoint)
+        owned_folder = self._make_folder(path.parent, endpoint)
         self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
         try:
             self._lock.bind(f"\0ringfeed-{digest}")
+            self._owned_folder = owned_folder  # not before: until now it may be another claim's, and empty
             self._refuse_foreign_file(path, endpoint)
         except OSError as error:
             self._give_up()
@@ -114,22 +115,25 @@ class EndpointClaim:
             with contextlib.suppress(OSError):  # not empty: another engine of this user listens in it
                 self._owned_folder.rmdir()
 
-    def _make_folder(self, folder: Path, endpoint: str) -> None:
+    @staticmethod
+    def _make_folder(folder: Path, endpoint: str) -> Path | None:
+        """Returns the folder if it is to go with the claim."""
         where = f"frontend.endpoint ({endpoint})"
         try:
             folder.mkdir(mode=0o700)
-            self._owned_folder = folder
+            return folder
         except FileExistsError:
             status = folder.lstat()
             if folder == _default_folder():
                 private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
                 if not private or status.st_uid != os.getuid():
                     raise ConfigError(f"{where}: {folder} must be a private folder (0700) of this user") from None
-                self._owned_folder = folder
-            elif not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                return folder
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise ConfigError(f"{where}: {folder} is no folder that this user may write to") from None
         except OSError as error:
             raise ConfigError(f"{where}: folder {folder} cannot be made: {error.strerror}") from None
+        return None
 
     @staticmethod
     def _refuse_foreign_file(path: Path, endpoint: str) -> None:

@@ -49,7 +49,8 @@ class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerResult(msgspec.Struct, kw_only=True):
-    """What a peer measured. Steps in ms; `steady_*` within the same shares of the run as the engine's window.
+    """What a peer measured. Steps in ms; `steady_*` within the same shares of the run as the engine's window,
+    or over all of it where the peer tells no times of steps.
 
     `note` says what a reader must know to compare; `error` why there is no figure.
     """

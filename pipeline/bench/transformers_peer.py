@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.bench.peers import PeerResult, PeerSpec, answer, step_figures
-from pipeline.bench.workload import GREEDY, WARM_UP_OUTPUT_LEN, WARM_UP_SEED, Work, make_prompts
+from pipeline.bench.workload import WARM_UP_OUTPUT_LEN, WARM_UP_SEED, Sampling, Work, make_prompts
 
 _PAGE_SIZE: Final = 256  # transformers' default
 _CUDA_MEMORY_SHARE: Final = 0.85  # of what is free after the weights: its own default leaves too little for its graphs
@@ -84,8 +84,9 @@ def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) 
         max_batch_tokens=max(spec.max_num_batched_tokens, work.num_requests),
         **memory,
     )
-    filters = {"do_sample": False} if work.sampling == GREEDY else {"do_sample": True, **asdict(work.sampling)}
-    generation = GenerationConfig(max_new_tokens=work.output_len, eos_token_id=-1, pad_token_id=0, **filters)
+    generation = GenerationConfig(
+        max_new_tokens=work.output_len, eos_token_id=-1, pad_token_id=0, **generation_fields(work.sampling)
+    )
     hints = WorkloadHints(work.prompt_len, work.output_len, work.num_requests)
     others, prompts = (
         make_prompts(work.num_requests, work.prompt_len, spec.vocab_size, seed) for seed in (WARM_UP_SEED, 0)
@@ -105,6 +106,14 @@ def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) 
         graphs = "with" if any(chosen.cuda_graph_booleans) else "without"
         note = f"its fast path for decode is {fast_path}, {graphs} CUDA graphs"
         return _Session(ready_s, total_s, num_tokens, note)
+
+
+def generation_fields(sampling: Sampling) -> dict[str, Any]:
+    """Fields of a GenerationConfig. What is off is left out: it would cost a pass over the logits all the same."""
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    fields: dict[str, Any] = {"do_sample": True, **asdict(sampling)}
+    return {name: value for name, value in fields.items() if name != "min_p" or value > 0}
 
 
 def _answer_all(manager: Any, prompts: list[list[int]], output_len: int) -> int:

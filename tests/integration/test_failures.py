@@ -115,7 +115,7 @@ def test_a_killed_launchers_endpoint_goes_with_its_folder_unless_the_user_named_
             launcher.kill()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
-    assert list(named.iterdir()) == []
+    assert list((named if is_named else runtime_folder).iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

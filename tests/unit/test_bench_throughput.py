@@ -31,6 +31,7 @@ from pipeline.bench.roofline import (
     run_steps,
 )
 from pipeline.bench.rows import engine_row, mixed_row, peer_row, profile_figures
+from pipeline.bench.transformers_peer import generation_fields
 from pipeline.bench.workload import (
     GREEDY,
     MixedRun,
@@ -289,6 +290,14 @@ def test_steps_of_a_peer_are_timed_in_the_same_window() -> None:
     assert figures["steady_ms_per_step"] == pytest.approx(10.0)
     assert figures["step_p50_ms"] == pytest.approx(10.0)
     assert step_figures([])["steady_ms_per_step"] is None
+
+
+def test_a_peer_samples_with_what_is_on_and_nothing_else() -> None:
+    assert generation_fields(Sampling()) == {"do_sample": False}
+    assert generation_fields(Sampling(top_p=0.9)) == {"do_sample": False}  # the temperature is 0
+    fields = generation_fields(Sampling(temperature=0.7, top_k=20))
+    assert fields == {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1.0}
+    assert generation_fields(Sampling(temperature=0.7, min_p=0.1))["min_p"] == 0.1
 
 
 # Rows

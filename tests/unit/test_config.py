@@ -162,6 +162,19 @@ def test_the_default_endpoints_folder_is_private_and_removed(
         EndpointClaim(default_endpoint())
 
 
+def test_a_refused_claim_leaves_the_holders_folder_alone(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("f")))
+    folder = Path(default_endpoint().removeprefix("ipc://")).parent
+    claim = EndpointClaim(default_endpoint())  # its socket comes later: the folder is empty
+    with pytest.raises(ConfigError, match="in use by another engine"):
+        EndpointClaim(default_endpoint())
+    assert folder.is_dir()
+    claim.close()
+    assert not folder.exists()
+
+
 def test_an_endpoint_is_not_taken_from_a_file_or_a_stranger(tmp_path: Path) -> None:
     path = tmp_path / "s"
     path.write_text("precious")

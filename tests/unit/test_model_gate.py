@@ -295,7 +295,15 @@ def test_heads_that_do_not_divide_among_the_kv_heads_are_refused_with_both_numbe
         load(tmp_path)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_what_the_device_raises_is_not_put_down_to_the_configuration(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,3 +345,15 @@ def test_loading_reports_each_stage_up_to_its_end(
     assert counted == {0, (tmp_path / "model.safetensors").stat().st_size}
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_a_number_that_is_no_key_is_not_taken_for_every_value_that_equals_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError(0)  # which False and 0.0 equal
+
+    make_tiny_config("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("workers.gpu.model.loader.probe_model", fail)
+    with pytest.raises(ModelUnsupported, match=r"no working model of its values \(KeyError: 0\)"):
+        load(tmp_path)

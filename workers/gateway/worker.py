@@ -17,7 +17,7 @@ import zmq
 
 from ipc.channels import bind_router, connect_dealer, receive, receive_frames, receive_from, send_frames_to
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
-from ipc.errors import EngineUnavailable
+from ipc.errors import ConfigError, EngineUnavailable
 from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone
 from ipc.stats import StatsPage
 from ipc.trace import Span
@@ -63,6 +63,8 @@ class GatewayWorker:
         self._pages = [StatsPage(handle) for handle in bootstrap.stats]
         self.core = Gateway(bootstrap, lambda: {page.role: page.snapshot() for page in self._pages})
         context = process.context
+        if bootstrap.endpoint_folder is not None:
+            _keep_folder(Path(bootstrap.endpoint_folder))
         self.clients = _bind_frontend(context, bootstrap.endpoint)
         self.tokenizers = bind_router(context, bootstrap.tokenize_endpoint)
         self.deliveries = bind_router(context, bootstrap.deliver_endpoint)
@@ -148,6 +150,13 @@ class GatewayWorker:
     def _end_without_launcher(self) -> None:
         self.core.abort(_LAUNCHER_DIED)
         raise LauncherDied
+
+
+def _keep_folder(folder: Path) -> None:
+    """Another engine of this user that ended just now may have taken it for empty, and removed it."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to another user")
 
 
 def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:

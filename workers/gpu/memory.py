@@ -23,6 +23,7 @@ from workers.gpu.kv_cache import free_memory_bytes
 GIB: Final = 1 << 30
 _GRAPH_BYTES_PER_LAYER: Final = 256 << 10  # of the driver's, for the launches of a decoder layer: a generous guess
 _LOGIT_BYTES: Final = 4
+SAMPLER_BYTES: Final = 10  # per logit: for log-probabilities two float32, and a little for what finds the largest
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,18 @@ def model_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
+    """What the most demanding sampler computes in."""
+    return SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+
+
 def reserved_bytes(
     shape: StepShape, num_layers: int, vocab_size: int, step_bytes: int, device: torch.device, *, captures: bool
 ) -> int:
     """What is allocated after the cache: the executor's tables, graphs, and what the largest step computes in.
 
-    All graphs compute in one pool, as large as the largest of them needs: an eager step's share by its tokens. 0 on the
-    CPU, which has it to spare.
+    `step_bytes`: of the largest step, sampler included. All graphs compute in one pool, as large as the largest of them
+    needs: of the model an eager step's share by its tokens, and all of the sampler. 0 on the CPU: it has it to spare.
     """
     if device.type == "cpu":
         return 0
@@ -60,7 +66,9 @@ def reserved_bytes(
     tables = 4 * rows * (shape.max_model_len + shape.max_blocks_per_seq) + _LOGIT_BYTES * rows * vocab_size
     graphs = 0
     if captures:
-        pool = step_bytes * min(MAX_CAPTURED_TOKENS, shape.max_num_batched_tokens) // shape.max_num_batched_tokens
+        sampler = sampler_bytes(shape, vocab_size)
+        num_tokens = shape.max_num_batched_tokens
+        pool = sampler + (step_bytes - sampler) * min(MAX_CAPTURED_TOKENS, num_tokens) // num_tokens
         graphs = pool + len(Buckets(shape).captured) * num_layers * _GRAPH_BYTES_PER_LAYER
     return step_bytes + tables + graphs
 

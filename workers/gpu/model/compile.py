@@ -18,6 +18,7 @@ import torch.fx.experimental._config
 from torch import nn
 
 from workers.gpu.attention.interface import layer_index, set_layer_indices
+from workers.gpu.model.head import Head
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,18 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
         logger.warning("the model's layers run without torch.compile: they are in no list that it could be told by")
         return False
     set_layer_indices(model)
-    if failure := _compile(layers, run, backend):
+    failure = _compile(layers, run, backend)
+    if failure is not None:
         logger.warning("the model's layers run without torch.compile, which fails: %s", failure)
         return False
-    if failure := _compile(neighbours(model, layers), run, backend):
+    failure = _compile(neighbours(model, layers), run, backend)
+    if failure is not None:
         logger.info("what is beside the model's layers runs without torch.compile, which fails: %s", failure)
     return True
 
 
-def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str:
-    """Compile the modules if all of them can be, and say why not otherwise."""
+def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str | None:
+    """Compile the modules if all of them can be; otherwise, say why not."""
     for module in modules:
         module.compile(fullgraph=True, dynamic=True, backend=backend)
     try:
@@ -58,8 +61,8 @@ def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: A
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
         for module in modules:
             module._compiled_call_impl = None
-        return str(error).splitlines()[0]
-    return ""
+        return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return None
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -77,7 +80,7 @@ def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
     return [
         child
         for child in owner.children()
-        if not type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.Embedding)
+        if not type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.Embedding | Head)
     ]
 
 

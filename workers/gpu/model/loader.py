@@ -187,16 +187,24 @@ def _blaming_config(path: str, model_config: Any = None) -> Iterator[None]:
     except RingfeedError:
         raise
     except Exception as error:
-        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+        if is_out_of_memory(error) or _is_the_devices(error):
             raise
         logger.debug("config.json makes transformers fail", exc_info=True)
         raise ModelUnsupported(f"model.path ({path!r}): config.json: {_fault(error, model_config)}") from None
 
 
+def _is_the_devices(error: Exception) -> bool:
+    """Libraries on the device raise no more than a RuntimeError."""
+    in_a_library = isinstance(error, RuntimeError) and any(
+        name in str(error) for name in ("CUDA error", "CUDNN_STATUS")
+    )
+    return in_a_library or isinstance(error, torch.AcceleratorError)
+
+
 def _fault(error: Exception, model_config: Any) -> str:
     if isinstance(error, ValueError | StrictDataclassError):  # written for whoever wrote the configuration
         return _one_line(error)
-    if isinstance(error, KeyError) and model_config is not None:
+    if isinstance(error, KeyError) and model_config is not None and isinstance(error.args[0], str):
         value = error.args[0]
         names = list(_names_of(value, model_config.get_text_config().to_dict()))
         if names:

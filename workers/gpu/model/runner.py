@@ -43,9 +43,11 @@ class PagedModelRunner:
                 logits_to_keep=batch.logits_index,
             )
         logits: torch.Tensor = output.logits[0]
-        if out is None or logits.data_ptr() == out.data_ptr():
+        if out is None:
             return logits
-        return out.copy_(logits)  # the model made something of what its head gave
+        if logits.data_ptr() != out.data_ptr():  # the model made something of what its head gave
+            out.copy_(logits)
+        return out
 
     @contextmanager
     def _head_writes_to(self, out: torch.Tensor | None) -> Iterator[None]:

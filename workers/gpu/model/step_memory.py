@@ -4,7 +4,6 @@ memory it takes beside weights and KV cache and whether it waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import nn
@@ -13,11 +12,10 @@ from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
+from workers.gpu.memory import sampler_bytes
 from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.out_of_memory import is_out_of_memory
-
-SAMPLER_BYTES: Final = 10  # per logit: for log-probabilities two float32, and a little for what finds the largest
 
 
 def largest_step(
@@ -58,7 +56,7 @@ def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, s
     model_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    return model_bytes + SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+    return model_bytes + sampler_bytes(shape, vocab_size)
 
 
 def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, Final
 
@@ -46,16 +47,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the logits")
     arguments = parser.parse_args()
     device, dtype = make_device(arguments.device), getattr(torch, arguments.dtype)
-    with torch.inference_mode():
+    with torch.inference_mode(), on_a_stream(device):
         for num_seqs in arguments.num_seqs:
             for row in measure(device, num_seqs, arguments.vocab_size, dtype):
                 print(json.dumps(row), flush=True)
 
 
+@contextmanager
+def on_a_stream(device: Device[Any, Any]) -> Iterator[None]:
+    """Within, CUDA works on a stream of its own: only there can anything be captured."""
+    with torch.cuda.stream(device.stream("sampler") if device.torch_device.type == "cuda" else None):
+        yield
+
+
 def measure(
     device: Device[Any, Any], num_seqs: int, vocab_size: int, dtype: torch.dtype
 ) -> Iterator[dict[str, float | str]]:
-    """A row for each of PARAMETERS and each kind of logits."""
+    """A row for each of PARAMETERS and each kind of logits. Within `on_a_stream`."""
     shape = StepShape(max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs, max_model_len=64, block_size=16)
     tables = RowTables(device, shape, num_blocks=1)
     tables.max_len.fill_(shape.max_model_len)
