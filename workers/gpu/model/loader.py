@@ -187,18 +187,17 @@ def _blaming_config(path: str, model_config: Any = None) -> Iterator[None]:
     except RingfeedError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or _is_the_devices(error):
+        if is_out_of_memory(error) or _is_of_the_device(error):
             raise
         logger.debug("config.json makes transformers fail", exc_info=True)
         raise ModelUnsupported(f"model.path ({path!r}): config.json: {_fault(error, model_config)}") from None
 
 
-def _is_the_devices(error: Exception) -> bool:
-    """Libraries on the device raise no more than a RuntimeError."""
-    in_a_library = isinstance(error, RuntimeError) and any(
-        name in str(error) for name in ("CUDA error", "CUDNN_STATUS")
-    )
-    return in_a_library or isinstance(error, torch.AcceleratorError)
+def _is_of_the_device(error: Exception) -> bool:
+    """What libraries on it say is raised as any RuntimeError."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("CUDA error", "CUDNN_STATUS"))
 
 
 def _fault(error: Exception, model_config: Any) -> str:
