@@ -6,17 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import psutil
+
+_LOWEST: Final = 19
 
 
 def start_under_interpreter(tests: Path) -> subprocess.Popen[str]:
-    """Start a file of tests in a process of its own. It prints all that it says to its standard output."""
+    """Start a file of tests in a process of its own, of the lowest priority. All that it prints is in its stdout."""
     root = Path(__file__).parents[2]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)],
         cwd=root, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    psutil.Process(process.pid).nice(_LOWEST)
+    return process
 
 
 def let_scalars_end_ranges() -> None:

@@ -1,0 +1,30 @@
+"""Starts what is tested in processes of its own ahead of the tests that wait for it: a core has time to spare."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from typing import Final
+
+import pytest
+
+from tests.reference.triton_interpreter import start_under_interpreter
+
+INTERPRETED: Final = pytest.StashKey[dict[str, "subprocess.Popen[str]"]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the tests of every kind of kernels that will be waited for, at the lowest priority."""
+    session.config.stash[INTERPRETED] = processes = {}
+    if session.config.option.collectonly or importlib.util.find_spec("triton") is None:
+        return
+    for item in session.items:
+        if isinstance(item, pytest.Function) and item.path.name == "test_triton_kernels.py":
+            kernels = item.callspec.params["kernels"]
+            processes[kernels] = start_under_interpreter(item.path.with_name(f"triton_{kernels}_interpreted.py"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for process in session.config.stash.get(INTERPRETED, {}).values():
+        process.kill()
+        process.wait()
