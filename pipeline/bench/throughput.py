@@ -48,14 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=int, default=32, help="that arrive at once")
     parser.add_argument("--prompt-len", type=int, default=128, help="tokens; longer ones with --output-len 1 = prefill")
     parser.add_argument("--output-len", type=int, default=1024, help="tokens")
-    for name, values in (
-        ("temperature", "0 = greedy"),
-        ("top-k", "0 = off"),
-        ("top-p", "1 = off"),
-        ("min-p", "0 = off"),
-    ):
-        kind, default = (int if name == "top-k" else float), getattr(GREEDY, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"of every request; {values}")
+    parser.add_argument("--temperature", type=float, default=GREEDY.temperature, help="of every request; 0 = greedy")
+    parser.add_argument("--top-k", type=int, default=GREEDY.top_k, help="of every request; 0 = off")
+    parser.add_argument("--top-p", type=float, default=GREEDY.top_p, help="of every request; 1 = off")
+    parser.add_argument("--min-p", type=float, default=GREEDY.min_p, help="of every request; 0 = off")
     parser.add_argument("--depth", type=comma_separated(int), default=[2], help="ring.depth, comma-separated")
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction,

@@ -20,7 +20,7 @@ from workers.gpu.buckets import Buckets
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.memory import bytes_taken, reserved_bytes
 from workers.gpu.model.loader import load_model
-from workers.gpu.model.weights import read_weights, weight_files
+from workers.gpu.model.weights import make_blank, read_weights, weight_files
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +68,8 @@ def test_weights_on_the_gpu_are_those_on_the_cpu(dtype: str, tmp_path: Path) -> 
         folder = make_tiny_model(family, tmp_path / family)
         files, config = weight_files(str(folder)), AutoConfig.from_pretrained(folder)
         on_cpu, on_gpu = (
-            read_weights(files, config, dtype, torch.device(device), lambda *_: None)[0] for device in ("cpu", "cuda")
+            read_weights(files, make_blank(config), dtype, torch.device(device), lambda *_: None)[0]
+            for device in ("cpu", "cuda")
         )
         tensors = {**dict(on_gpu.named_parameters()), **dict(on_gpu.named_buffers())}
         for name, tensor in {**dict(on_cpu.named_parameters()), **dict(on_cpu.named_buffers())}.items():

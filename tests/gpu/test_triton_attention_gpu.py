@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.gpu.attention_steps import LLAMA_8B, STEPS, assert_near, check_replay, lengths_of
-from tests.reference.paged_attention import PagedStep, attend, make_paged_step
+from tests.reference.paged_attention import PagedStep, attend, make_paged_step, run_backend
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -17,23 +19,8 @@ from workers.gpu.attention.triton_kv_write import write_kv
 pytestmark = pytest.mark.gpu
 
 
-def run(
-    step: PagedStep,
-    *,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return TritonBackend().begin_step(step.batch)(
-        step.query,
-        step.key_cache,
-        step.value_cache,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+def run(step: PagedStep, **options: Any) -> torch.Tensor:
+    return run_backend(TritonBackend(), step, **options)
 
 
 @pytest.mark.parametrize("block_size", [16, 32])

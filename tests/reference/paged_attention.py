@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.batch import StepBatch
 
 
@@ -21,6 +22,28 @@ class PagedStep:
     value_cache: torch.Tensor  # the same with head_dim_v
     keys: list[torch.Tensor]  # of each real sequence, [KV length, num_kv_heads, head_dim_k]
     values: list[torch.Tensor]
+
+
+def run_backend(
+    backend: AttentionBackend,
+    step: PagedStep,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What an attention backend makes of a step: [T, num_heads, head_dim_v]."""
+    attention = backend.begin_step(step.batch)
+    return attention(
+        step.query,
+        step.key_cache,
+        step.value_cache,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
 def make_paged_step(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ipc.records import SamplerVariant, StepShape, result_layout
+from ipc.records import MAX_END_IDS, FinishCode, SamplerVariant, StepShape, result_layout
 from workers.gpu.batch import StepBatch
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
@@ -46,6 +47,22 @@ class Bench:
 
 def logits(num_seqs: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(num_seqs, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def check_ends(tokens_of: Callable[[Bench, torch.Tensor], list[int]]) -> None:
+    """That each row ends at its own stop ids and length, and for which reason."""
+    bench = Bench(4, length=10)
+    bench.tables.end_ids[0, 0] = 7
+    bench.tables.end_ids[1, MAX_END_IDS - 1] = 8
+    bench.tables.max_len[2] = 11
+    bench.tables.max_len[1] = 11  # both at once: a stop id is the reason
+    bench.tables.max_len[3] = 12
+    x = logits(4)
+    x[:, 7] = 50
+    x[1:, 8] = 51
+    assert tokens_of(bench, x) == [7, 8, 8, 8]
+    stop, length, running = int(FinishCode.STOP), int(FinishCode.LENGTH), int(FinishCode.RUNNING)
+    assert bench.outputs.finish[:4].tolist() == [stop, stop, length, running]
 
 
 def kept_by_sorting(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:

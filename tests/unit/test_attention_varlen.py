@@ -13,7 +13,7 @@ import torch
 from ipc.errors import ConfigError
 from ipc.records import StepShape
 from tests.reference import varlen_attention
-from tests.reference.paged_attention import PagedStep, make_paged_step
+from tests.reference.paged_attention import PagedStep, make_paged_step, run_backend
 from tests.reference.tiny_models import make_tiny_config
 from workers.gpu.attention.backend import AttentionBackend, make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
@@ -44,10 +44,7 @@ def _fitting_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(backend: AttentionBackend, step: PagedStep, window: int | None) -> torch.Tensor:
-    attention = backend.begin_step(step.batch)
-    return attention(
-        step.query, step.key_cache, step.value_cache, scaling=0.3, sliding_window=window, softcap=None, sinks=None
-    )
+    return run_backend(backend, step, scaling=0.3, sliding_window=window)
 
 
 def zero_outside_of_sequences(step: PagedStep) -> PagedStep:

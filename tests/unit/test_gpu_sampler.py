@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
+from ipc.records import NO_TOKEN, SamplerVariant
 from ipc.sampling import MAX_LOGPROBS
-from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, kept_by_sorting, logits
+from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, check_ends, kept_by_sorting, logits
 from workers.gpu.sampling.random_bits import exponential, uniform
 from workers.gpu.sampling.sampler import keep
 
@@ -121,18 +121,7 @@ def test_exponential_noise_is_finite_and_above_zero() -> None:
 
 
 def test_a_row_ends_at_its_own_stop_ids_and_length() -> None:
-    bench = Bench(4, length=10)
-    bench.tables.end_ids[0, 0] = 7
-    bench.tables.end_ids[1, MAX_END_IDS - 1] = 8
-    bench.tables.max_len[2] = 11
-    bench.tables.max_len[1] = 11  # both at once: a stop id is the reason
-    bench.tables.max_len[3] = 12
-    x = logits(4)
-    x[:, 7] = 50
-    x[1:, 8] = 51
-    assert bench.sample(x, SamplerVariant.GREEDY) == [7, 8, 8, 8]
-    stop, length, running = int(FinishCode.STOP), int(FinishCode.LENGTH), int(FinishCode.RUNNING)
-    assert bench.outputs.finish[:4].tolist() == [stop, stop, length, running]
+    check_ends(lambda bench, x: bench.sample(x, SamplerVariant.GREEDY))
 
 
 def test_a_token_is_written_where_the_next_step_reads_it_and_only_if_it_was_sampled() -> None:

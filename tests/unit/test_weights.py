@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ipc.errors import ConfigError
 from tests.reference.tiny_models import FAMILIES, make_tiny_config, make_tiny_model
-from workers.gpu.model.weights import read_weights, weight_files
+from workers.gpu.model.weights import make_blank, read_weights, weight_files
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -24,7 +24,8 @@ MIB = 1 << 20
 
 
 def read(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> tuple[Any, list[str]]:
-    return read_weights(weight_files(str(folder)), AutoConfig.from_pretrained(folder), dtype, device, lambda *_: None)
+    blank = make_blank(AutoConfig.from_pretrained(folder))
+    return read_weights(weight_files(str(folder)), blank, dtype, device, lambda *_: None)
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ HOLD_NOTHING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}  # else glibc keeps fre
 MEASURE = """
 import sys, torch
 from transformers import AutoConfig
-from workers.gpu.model.weights import _StoredTensor, read_weights, weight_files
+from workers.gpu.model.weights import _StoredTensor, make_blank, read_weights, weight_files
 from tests.reference.tiny_models import make_tiny_config, make_tiny_model
 
 def resident(name):
@@ -114,7 +115,8 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
 
 def load(folder, dtype, device):
-    read_weights(weight_files(folder), AutoConfig.from_pretrained(folder), dtype, torch.device(device), lambda *_: None)
+    blank = make_blank(AutoConfig.from_pretrained(folder))
+    read_weights(weight_files(folder), blank, dtype, torch.device(device), lambda *_: None)
 
 def send(self, device=None, dtype=None):
     self._device = torch.device("cpu")

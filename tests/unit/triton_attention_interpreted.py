@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
-from tests.reference.paged_attention import PagedStep, attend, make_paged_step
+from tests.reference.paged_attention import PagedStep, attend, make_paged_step, run_backend
 from tests.reference.triton_interpreter import let_scalars_end_ranges
 from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
@@ -18,24 +19,8 @@ TOLERANCE = 1e-5
 let_scalars_end_ranges()
 
 
-def run(
-    step: PagedStep,
-    *,
-    scaling: float = 0.25,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    attention = TritonBackend().begin_step(step.batch)
-    return attention(
-        step.query,
-        step.key_cache,
-        step.value_cache,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+def run(step: PagedStep, *, scaling: float = 0.25, **options: Any) -> torch.Tensor:
+    return run_backend(TritonBackend(), step, scaling=scaling, **options)
 
 
 def assert_equal(result: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:

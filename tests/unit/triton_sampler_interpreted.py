@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
-from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens, kept_by_sorting
+from ipc.records import NO_TOKEN, FinishCode, SamplerVariant
+from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens, check_ends, kept_by_sorting
 from tests.reference.triton_interpreter import let_scalars_end_ranges
 from workers.gpu.sampling.random_bits import exponential, uniform
 from workers.gpu.sampling.triton_random import exponential as triton_exponential
@@ -237,20 +237,9 @@ def test_a_token_lies_in_the_row_and_is_a_finite_one_if_there_is_one() -> None:
         assert (found[:, 2:] == torch.tensor([2321, 1500, 2499, 1234])).all()
 
 
-def test_a_row_ends_at_its_own_stop_ids_and_length() -> None:
-    x = random_logits(4, 50, 0)
-    x[:, 7] = 50
-    x[1:, 8] = 51
-    for variant in SamplerVariant:
-        bench = Bench(4, length=10)
-        bench.tables.end_ids[0, 0] = 7
-        bench.tables.end_ids[1, MAX_END_IDS - 1] = 8
-        bench.tables.max_len[2] = 11
-        bench.tables.max_len[1] = 11  # both at once: a stop id is the reason
-        bench.tables.max_len[3] = 12
-        assert tokens_of(bench, x, variant) == [7, 8, 8, 8]
-        stop, length, running = int(FinishCode.STOP), int(FinishCode.LENGTH), int(FinishCode.RUNNING)
-        assert bench.outputs.finish[:4].tolist() == [stop, stop, length, running]
+@pytest.mark.parametrize("variant", SamplerVariant, ids=str)
+def test_a_row_ends_at_its_own_stop_ids_and_length(variant: SamplerVariant) -> None:
+    check_ends(lambda bench, x: tokens_of(bench, x, variant))
 
 
 @pytest.mark.parametrize("variant", SamplerVariant, ids=str)

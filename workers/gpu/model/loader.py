@@ -5,7 +5,6 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
-from workers.gpu.model.weights import Progress, read_weights, weight_files
+from workers.gpu.model.weights import Progress, make_blank, read_weights, weight_files
 from workers.gpu.out_of_memory import is_out_of_memory
 from workers.gpu.stages import LOADING
 
@@ -137,21 +136,22 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
 
     Raises ConfigError or ModelUnsupported.
     """
-    # Once without memory or files: what fails in that is the configuration's fault, and what fails later is not.
-    with _blaming_config(config.path, model_config), torch.device("meta"):
-        AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=False)  # it writes to it
-    load = _random_weights if config.load_format == "dummy" else _read_weights
+    with _blaming_config(config.path, model_config):  # for what fails in this, and not for what fails with the weights
+        blank = make_blank(model_config)
     progress(LOADING, 0.0)
-    model = load(config, model_config, device, progress)
+    if config.load_format == "dummy":
+        model = _random_weights(config, model_config, device)
+    else:
+        model = _read_weights(config, blank, device, progress)
     model.eval().requires_grad_(False)
     progress(LOADING, 1.0)
     return model
 
 
-def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
+def _read_weights(config: ModelConfig, blank: nn.Module, device: torch.device, progress: Progress) -> nn.Module:
     files = weight_files(config.path)
     try:
-        model, missing = read_weights(files, model_config, config.dtype, device, progress)
+        model, missing = read_weights(files, blank, config.dtype, device, progress)
     except ValueError as error:
         raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -165,7 +165,7 @@ def _read_weights(config: ModelConfig, model_config: Any, device: torch.device, 
     return model
 
 
-def _random_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
+def _random_weights(config: ModelConfig, model_config: Any, device: torch.device) -> nn.Module:
     declared = model_config.get_text_config().dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), device:

@@ -11,6 +11,7 @@ So the host holds a few tensors at a time, whatever the size of the model, and n
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,10 +56,17 @@ def weight_files(path: str) -> list[Path]:
     return files
 
 
+def make_blank(model_config: Any) -> nn.Module:
+    """The model of a transformers configuration without memory for its weights. The configuration stays as it is."""
+    with torch.device("meta"):
+        blank: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=False)
+    return blank
+
+
 def read_weights(
-    files: Sequence[Path], model_config: Any, dtype: str, device: torch.device, progress: Progress
+    files: Sequence[Path], blank: Any, dtype: str, device: torch.device, progress: Progress
 ) -> tuple[nn.Module, list[str]]:
-    """Build the model of a transformers configuration on `device`; `dtype` "auto" = what the configuration says.
+    """Build the model that `blank` is one of on `device`; `dtype` "auto" = what its configuration says.
 
     Returns it with the names of weights that the files lack: these it has at random. Raises RuntimeError for a weight
     of another shape than the model's, and what transformers and safetensors raise.
@@ -68,8 +76,6 @@ def read_weights(
     for file in files:
         with safe_open(file, framework="pt") as opened:
             state_dict |= {name: _StoredTensor(file, name, device, counter) for name in opened.keys()}  # noqa: SIM118
-    with torch.device("meta"):  # which class it is: the auto class itself takes no state dict
-        blank = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     with _reporting(counter):
         model, report = type(blank).from_pretrained(
             None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
