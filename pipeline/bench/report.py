@@ -45,6 +45,8 @@ _LINES: Final = {
     "steady_idle_percent": "idle between steps, steady, %",
     "profile_ms_per_step": "ms/step, profiled",
     "profile_idle_percent": "idle between steps, profiled, %",
+    "profile_idle_p50_us": "... of one step, p50 us",
+    "profile_idle_max_us": "... longest, us",
     "profile_busy_percent": "busy, profiled, %",
     "gap_p50_ms": "between tokens, p50 ms",
     "gap_p99_ms": "... p99 ms",

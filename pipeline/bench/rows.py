@@ -113,6 +113,8 @@ def profile_figures(profile: dict[str, Any] | None) -> Row:
             "profile_ms_per_step": profile["window_us"] / 1e3 / profile["num_steps"],
             "profile_busy_percent": profile["busy_percent"],
             "profile_idle_percent": profile.get("between_steps_percent"),
+            "profile_idle_p50_us": profile.get("between_steps_p50_us"),
+            "profile_idle_max_us": profile.get("between_steps_max_us"),
             "profile_kernels": [
                 [name[:_MAX_NAME], count, round(total_us)]
                 for name, count, total_us in profile["kernels"][:_MAX_KERNELS]

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import torch
@@ -75,7 +76,10 @@ class StepProfiler:
         summary = {"num_steps": self._num_profiled, **summarize(activities)}
         times = [(a.start_us, a.end_us) for a in activities if a.name == self._marker]
         if times:
-            summary["between_steps_percent"] = 100 * between_steps_us(times) / summary["window_us"]
+            gaps_us = between_steps_us(times)
+            summary["between_steps_percent"] = 100 * sum(gaps_us) / summary["window_us"]
+            summary["between_steps_p50_us"] = median(gaps_us) if gaps_us else 0.0
+            summary["between_steps_max_us"] = max(gaps_us, default=0.0)
         # Renamed into place: whoever waits for the file finds all of it.
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(summary))
@@ -107,12 +111,12 @@ def summarize(activities: Iterable[DeviceActivity]) -> dict[str, Any]:
     }
 
 
-def between_steps_us(markers: Iterable[tuple[float, float]]) -> float:
-    """Time between a step's end and the next one's start, summed, from markers (start, end) that alternate between
-    starts and ends of steps. Which of them comes first is not known; steps take longer than what is between them."""
+def between_steps_us(markers: Iterable[tuple[float, float]]) -> list[float]:
+    """Times between a step's end and the next one's start, from markers (start, end) that alternate between starts and
+    ends of steps. Which of them comes first is not known; steps take longer than what is between them."""
     ordered = sorted(markers)
     gaps = [start - end for (_, end), (start, _) in itertools.pairwise(ordered)]
-    return min(sum(gaps[::2]), sum(gaps[1::2]))
+    return min(gaps[::2], gaps[1::2], key=sum)
 
 
 def union_us(intervals: Iterable[tuple[float, float]]) -> float:
