@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timeline=options.timeline,
             )  # fmt: skip
         except ConfigError as error:
-            raise ConfigError(f"{options.config}: {error}") from None
+            raise ConfigError(f"{_origin(options, str(error))}: {error}") from None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,6 +89,12 @@ def launch(
             package=package,
         )
         return supervisor.run()
+
+
+def _origin(options: argparse.Namespace, message: str) -> str:
+    """Where the value came from that a ConfigError's message begins with."""
+    overrides = (given for given in reversed(options.set) if message.startswith(f"{given.partition('=')[0].strip()} "))
+    return next((f"--set {given}" for given in overrides), str(options.config))
 
 
 def _details(config: Config, model: ModelFacts) -> str:

@@ -54,7 +54,10 @@ def find_model(config: Config, *, download: bool = True) -> ModelFacts:
     path = config.model.path
     folder = Path(path) if path.startswith("/") else _hub_folder(path, config.model.load_format, download)
     if not folder.is_dir():
-        raise ConfigError(f"model.path ({path!r}): there is no such folder; relative ones start at the config file's")
+        raise ConfigError(
+            f"model.path ({path!r}): there is no such folder; relative ones start at the config file's, with --set at "
+            "the current one"
+        )
     plain = _read_json(folder / "config.json", path)
     text = plain.get("text_config") or plain
     if not isinstance(text, dict):

@@ -300,6 +300,19 @@ def test_the_command_line_answers_a_bad_configuration_with_status_2_and_one_line
     assert done.stderr == f"error: {tmp_path}/none.toml: cannot be read: No such file or directory\n"
 
 
+@pytest.mark.parametrize("source", ["the file", "the command line"])
+def test_a_model_that_is_not_there_is_put_down_to_whoever_named_it(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, missing, overridden = tmp_path / "engine.toml", tmp_path / "missing", source == "the command line"
+    make_model(tmp_path / "m")
+    file.write_text(f'[model]\npath = "{"m" if overridden else "./missing"}"\nload_format = "dummy"\n')
+    override = f"model.path={missing}"
+    assert main(["--config", str(file), "--check", *(["--set", override] if overridden else [])]) == 2
+    origin = f"--set {override}" if overridden else str(file)
+    assert capsys.readouterr().err.startswith(f"error: {origin}: model.path ('{missing}'): there is no such folder")
+
+
 def test_every_key_has_a_value_of_its_declared_type() -> None:
     config = configure("/nowhere")
     assert msgspec.convert(msgspec.to_builtins(config), Config) == config
