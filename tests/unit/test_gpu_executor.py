@@ -17,12 +17,13 @@ from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_l
 from ipc.ring import Ring, close_handle
 from tests.simulation.harness import ToyModel
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
+from workers.gpu import executor as executor_module
 from workers.gpu.buckets import Buckets
 from workers.gpu.completion import Completion
 from workers.gpu.device.clock import DriftingClock
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
-from workers.gpu.executor import Executor, GpuRings
+from workers.gpu.executor import Executor, GpuRings, KeptWork
 from workers.gpu.null_model import NullModel
 
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=16, max_model_len=32, block_size=4)
@@ -191,6 +192,27 @@ class OwnTime(CpuDevice):
 
     def read_clock(self, stream: Any, target: torch.Tensor) -> None:
         target.fill_(self.times.pop(0))
+
+
+def test_captured_work_is_captured_once_however_much_other_work_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "_MAX_PLAIN_WORK", 2)
+    captured: list[Callable[[], None]] = []
+    plain: list[int] = []
+
+    def make(size: int) -> Callable[[], None]:
+        return lambda: plain.append(size)
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        captured.append(work)
+        return work
+
+    kept = KeptWork(make, capture, lambda size: size < 4)
+    before = [kept(size) for size in range(4)]
+    for size in range(4, 10):
+        kept(size)()
+    assert [kept(size) for size in range(4)] == before
+    assert len(captured) == 4
+    assert plain == [4, 5, 6, 7, 8, 9]
 
 
 def test_results_say_in_the_hosts_time_when_the_device_worked() -> None:

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import torch
@@ -42,7 +42,7 @@ from workers.gpu.tables import RowTables
 
 Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: what every step needs of it, and all of it
 
-_MAX_WORK: Final = 1024  # pieces of captured or plain work of each kind that are kept
+_MAX_PLAIN_WORK: Final = 1024  # pieces of each kind that are kept: without buckets steps have any size
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,12 @@ class Executor:
         self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
         self._admit = device.capture(self._prepare.admit)
         self._append = device.capture(self._prepare.append)
-        self._model_work = lru_cache(maxsize=_MAX_WORK)(self._make_model_work)
-        self._sampler_work = lru_cache(maxsize=_MAX_WORK)(self._make_sampler_work)
+        self._model_work = KeptWork(
+            self._make_model_work, device.capture, lambda num_seqs, num_tokens: (num_seqs, num_tokens) in self._captured
+        )
+        self._sampler_work = KeptWork(
+            self._make_sampler_work, device.capture, lambda num_seqs, *_: num_seqs in self._captured_seqs
+        )
         self.under_way: deque[Submitted] = deque()  # oldest first
         device.settle()
 
@@ -257,7 +261,7 @@ class Executor:
             fill()
             self._runner.logits(batch, out=self._logits[:num_seqs])
 
-        return self._device.capture(model) if (num_seqs, num_tokens) in self._captured else model
+        return model
 
     def _make_sampler_work(self, num_seqs: int, variant: SamplerVariant, want_logprobs: bool) -> Callable[[], None]:
         """The second half, for every bucket of so many sequences: all that it reads of the batch is by sequence."""
@@ -267,7 +271,7 @@ class Executor:
         def sampler() -> None:
             sample(variant, want_logprobs, self._logits[:num_seqs], batch, flags, self.tables, self._result)
 
-        return self._device.capture(sampler) if num_seqs in self._captured_seqs else sampler
+        return sampler
 
     # What launches touch: rows of token_ids one by one, because other rows take uploads at the same time.
 
@@ -288,6 +292,24 @@ class Executor:
 
     def _ids(self, rows: Any) -> list[torch.Tensor]:
         return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]
+
+
+class KeptWork:
+    """Pieces of a step by their arguments, made when first asked for. What is captured is kept for good: to capture it
+    again would stop the device in the middle of its steps."""
+
+    def __init__(
+        self,
+        make: Callable[..., Callable[[], None]],
+        capture: Callable[[Callable[[], None]], Callable[[], None]],
+        is_captured: Callable[..., bool],
+    ) -> None:
+        self._captured = cache(lambda *key: capture(make(*key)))
+        self._plain = lru_cache(maxsize=_MAX_PLAIN_WORK)(make)
+        self._is_captured = is_captured
+
+    def __call__(self, *key: Any) -> Callable[[], None]:
+        return (self._captured if self._is_captured(*key) else self._plain)(*key)
 
 
 def _device_records(device: Device[Any, Any], ring: Ring) -> list[torch.Tensor]:

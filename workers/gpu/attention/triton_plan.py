@@ -159,7 +159,7 @@ def _plan_decodes(
     tl.store(part + CUT_IS_WHOLE, (cut_unit == first).to(tl.int32), mask=is_mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])  # it differs from step to step: none is to wait for a compilation
 def _plan_tiles(
     tiles: tl.tensor,
     cu_seqlens: tl.tensor,

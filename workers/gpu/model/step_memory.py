@@ -63,7 +63,7 @@ def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | N
     """What in a step waits for the device, as torch says it; None if nothing does. Such a step cannot be captured.
 
     An attempt to capture it would tell as well, but leave torch's allocators unusable. Run the step once before: what
-    it does for the first time may wait.
+    it does for the first time may wait. What it computed in is given back, too.
     """
     if device.type != "cuda":
         return None
@@ -76,4 +76,5 @@ def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | N
         return str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.empty_cache()
     return None
