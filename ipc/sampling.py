@@ -27,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     """How one request is sampled and when it ends. Every field is per request and applies in a mixed batch.
 
     Args:
-        max_tokens: most tokens to generate, >= 1; None = up to the model's length.
+        max_tokens: most tokens to generate, 1 to 2**31 - 1; None = up to the model's length.
         temperature: 0 = greedy (the default); otherwise, from 0.001 to 100, logits are divided by it.
         top_k: keep the k most likely tokens; 0 = off.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 = off.
@@ -66,8 +66,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         def is_real(value: object) -> bool:
             return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
-        check(self.max_tokens is None or (is_int(self.max_tokens) and self.max_tokens >= 1),
-              "max_tokens", "must be an integer of at least 1, or None")  # fmt: skip
+        check(self.max_tokens is None or (is_int(self.max_tokens) and 1 <= self.max_tokens < 2**31),
+              "max_tokens", "must be an integer in [1, 2**31), or None")  # fmt: skip
         check(is_real(self.temperature) and (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= 100),
               "temperature", f"must be 0 (greedy) or lie in [{MIN_TEMPERATURE}, 100]")  # fmt: skip
         check(is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", "must be an integer in [0, 2**31) (0 = off)")

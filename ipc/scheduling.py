@@ -5,7 +5,6 @@ Apart from the sampling parameters because none of it changes which tokens come,
 
 from __future__ import annotations
 
-import math
 import reprlib
 from typing import Final
 
@@ -42,9 +41,7 @@ class SchedulingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
                 raise InvalidRequest(f"{field} ({reprlib.repr(getattr(self, field))}) {rule}")
 
         def is_wait(value: object) -> bool:
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                return False
-            return math.isfinite(value) and 0 < value <= MAX_WAIT_S
+            return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_WAIT_S
 
         is_int = isinstance(self.priority, int) and not isinstance(self.priority, bool)
         check(is_int and abs(self.priority) <= MAX_PRIORITY, "priority",

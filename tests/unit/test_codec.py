@@ -180,6 +180,12 @@ def test_text_without_a_utf8_form_is_refused_where_it_is_sent():
         encode(Cancel(request_id="ab\ud800"))
 
 
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1])
+def test_an_integer_that_has_no_form_on_the_wire_is_refused_where_it_is_sent(value):
+    with pytest.raises(InvalidRequest, match="beyond 64 bits"):
+        encode(Query(query_id=value, what="stats"))
+
+
 def test_health_crosses_the_wire_as_a_plain_map():
     health = Health(
         query_id=1, state="ready", detail="", protocol_version=1, model="m", max_model_len=8, max_open_requests=2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from ipc.codec import decode, encode
@@ -14,8 +15,9 @@ INT32 = 2**31
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"max_tokens": 0}, "max_tokens (0) must be an integer of at least 1, or None"),
-        ({"max_tokens": True}, "max_tokens (True) must be an integer of at least 1, or None"),
+        ({"max_tokens": 0}, "max_tokens (0) must be an integer in [1, 2**31), or None"),
+        ({"max_tokens": True}, "max_tokens (True) must be an integer in [1, 2**31), or None"),
+        ({"max_tokens": INT32}, "max_tokens (2147483648) must be an integer in [1, 2**31), or None"),
         ({"temperature": -0.5}, "temperature (-0.5) must be 0 (greedy) or lie in [0.001, 100]"),
         ({"temperature": 1e-40}, "temperature (1e-40) must be 0 (greedy) or lie in [0.001, 100]"),
         ({"temperature": math.nan}, "temperature (nan) must be 0 (greedy) or lie in [0.001, 100]"),
@@ -55,7 +57,8 @@ def test_a_bad_value_is_refused_with_field_value_and_cure(fields, text):
     [
         {},
         {"max_tokens": 1, "temperature": 0, "top_p": 1, "min_p": 1, "seed": 0, "logprobs": 0},
-        {"temperature": 0.001, "top_k": INT32 - 1, "top_p": 1e-9, "seed": MAX_SEED, "logprobs": 20},
+        {"max_tokens": INT32 - 1, "top_k": INT32 - 1, "top_p": 1e-9, "seed": MAX_SEED, "logprobs": 20},
+        {"temperature": np.float64(0.001), "stop": [np.str_("END")]},
         {
             "temperature": 100.0,
             "stop": ["x" * 256] * 16,

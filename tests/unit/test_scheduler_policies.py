@@ -232,7 +232,8 @@ def test_a_preempted_request_lets_a_more_important_one_in_first() -> None:
 
 
 @pytest.mark.parametrize("values", [{"priority": 1_001}, {"priority": 1.5}, {"priority": True}, {"tenant": "x" * 257},
-                                    {"deadline_s": 0}, {"deadline_s": float("nan")}, {"deadline_s": True},
+                                    {"deadline_s": 0}, {"deadline_s": float("nan")}, {"deadline_s": 10**400},
+                                    {"deadline_s": float("inf")}, {"deadline_s": True},
                                     {"queue_timeout_s": -1.0}, {"queue_timeout_s": 1e9}])  # fmt: skip
 def test_what_is_out_of_range_is_refused_with_field_and_value(values: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(values))):
