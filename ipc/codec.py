@@ -19,11 +19,11 @@ MAX_ITEMS: Final = 16_384  # in one list or map: the unpacker reserves room for 
 T = TypeVar("T")
 
 
-def encode(message: Any) -> bytes:
+def encode(message: Any, *, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
     """Pack a message struct (or plain containers of them).
 
     Raises InvalidRequest for text that has no UTF-8 form and for integers beyond 64 bits, ProtocolError for a frame
-    larger than any peer takes in.
+    larger than its receiver takes in.
     """
     try:
         plain = msgspec.to_builtins(message, builtin_types=(bytes,), enc_hook=_plain_value)
@@ -32,8 +32,8 @@ def encode(message: Any) -> bytes:
         raise InvalidRequest(f"text with a lone surrogate at character {error.start} cannot be sent") from None
     except OverflowError:
         raise InvalidRequest("an integer beyond 64 bits cannot be sent") from None
-    if len(frame) > MAX_FRAME_BYTES:  # its receiver would cut the connection
-        raise ProtocolError(f"frame of {len(frame)} bytes is larger than {MAX_FRAME_BYTES}")
+    if len(frame) > max_bytes:  # its receiver would cut the connection
+        raise ProtocolError(f"frame of {len(frame)} bytes is larger than {max_bytes}")
     return frame
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.codec import MAX_ITEMS, encode
-from ipc.errors import InvalidRequest
+from ipc.errors import InvalidRequest, ProtocolError
 from ipc.messages import MAX_REQUEST_ID_CHARS, ChatMessage, FinishReason, Generate, TokenLogprobs
 from ipc.sampling import SamplingParams
 from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
@@ -135,12 +135,9 @@ def generate_frame(
         scheduling=scheduling,
     )
     try:
-        frame = encode(message)
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-    if len(frame) > MAX_CLIENT_FRAME_BYTES:
-        raise InvalidRequest(f"prompt is too large: {len(frame)} bytes, at most {MAX_CLIENT_FRAME_BYTES} are taken")
-    return frame
+        return encode(message, max_bytes=MAX_CLIENT_FRAME_BYTES)
+    except ProtocolError as error:
+        raise InvalidRequest(f"prompt is too large: {error}") from None
 
 
 def token_logprobs(token_ids: Sequence[int], parts: Sequence[TokenLogprobs]) -> list[TokenLogprob]:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import queue
+import reprlib
 import subprocess
 import sys
 import threading
@@ -176,7 +177,8 @@ def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client
      [1.5], [1, "a"], [-1], [2**31], np.zeros((2, 2), int), np.zeros(2), "\ud800",
      [True, False], [1, True], [np.True_], np.array([True]),
      [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}], [{"role": "user", "content": "x"}, 5],
-     "x" * (17 << 20), [{"role": "user", "content": "x"}] * 16_385],
+     "x" * (17 << 20), "x" * (65 << 20), [{"role": "user", "content": "x"}] * 16_385],
+    ids=reprlib.repr,
 )  # fmt: skip
 def test_an_impossible_prompt_is_refused_here(gateway: FakeGateway, client: Client, prompt: Any) -> None:
     gateway.on_generate = lambda g: [news(g.request_id, end=END)]
