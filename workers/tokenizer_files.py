@@ -32,11 +32,14 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 
 def read_tokenizer_config(folder: str) -> dict[str, Any]:
-    """tokenizer_config.json, or nothing if there is none."""
+    """tokenizer_config.json, or nothing if there is none. Raises ModelUnsupported for a broken one."""
     file = Path(folder) / "tokenizer_config.json"
     if not file.is_file():
         return {}
-    plain = json.loads(file.read_bytes())
+    try:
+        plain = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelUnsupported(f"{file} cannot be read: {error}") from None
     if not isinstance(plain, dict):
         raise ModelUnsupported(f"{file} must hold a JSON object")
     return plain

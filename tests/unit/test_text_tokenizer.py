@@ -99,6 +99,25 @@ def test_a_named_default_template_is_found(tmp_path: Path) -> None:
     assert ChatTemplate.load(save(tmp_path, chat_template=templates)).render(CHAT) == "it: system"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("tokenizer_config.json", b"{", "cannot be read: Expecting property name"),
+        ("tokenizer_config.json", b"[" * 100_000, "cannot be read: maximum recursion depth"),
+        ("tokenizer_config.json", b"[]", "must hold a JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', ": chat_template (5) must be a text"),
+        ("tokenizer_config.json", b'{"chat_template": [{"x": 1}]}', ": chat_template ([{'x': 1}]) must be a text"),
+        ("chat_template.jinja", b"\xff", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_broken_file_beside_the_tokenizer_is_named(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelUnsupported) as caught:
+        ChatTemplate.load(str(tmp_path))
+    assert f"{tmp_path / name}" in str(caught.value)
+    assert text in str(caught.value)
+
+
 def test_a_chat_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     text = failure(encoder(save(tmp_path)).encode(request(chat=CHAT)))
     assert "no chat template" in text

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import datetime
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ipc.errors import InvalidRequest
+from ipc.errors import InvalidRequest, ModelUnsupported
 from ipc.messages import ChatMessage
 from workers.tokenizer_files import read_tokenizer_config, special_tokens
 
@@ -24,6 +26,11 @@ _NO_TEMPLATE = (
     "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json): "
     "send a prompt"
 )
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
 
 
 class ChatTemplate:
@@ -41,12 +48,27 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: str) -> ChatTemplate:
-        """The folder's template: chat_template.jinja, or else the one in tokenizer_config.json."""
+        """The folder's template: chat_template.jinja, or else the one in tokenizer_config.json.
+
+        Raises ModelUnsupported for files that cannot be read.
+        """
         config = read_tokenizer_config(folder)
         file = Path(folder) / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+        if file.is_file():
+            try:
+                return cls(file.read_text(encoding="utf-8"), special_tokens(config))
+            except (OSError, UnicodeDecodeError) as error:
+                raise ModelUnsupported(f"{file} cannot be read: {error}") from None
+        value = config.get("chat_template")
+        try:
+            source = msgspec.convert(value, str | list[_NamedTemplate] | None)
+        except msgspec.ValidationError as error:
+            raise ModelUnsupported(
+                f"{file.with_name('tokenizer_config.json')}: chat_template ({reprlib.repr(value)}) must be a text, or "
+                f"a list of texts by name: {error}"
+            ) from None
+        if isinstance(source, list):
+            source = next((named.template for named in source if named.name == "default"), None)
         return cls(source, special_tokens(config))
 
     def render(self, chat: list[ChatMessage]) -> str:
