@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import Pipeline, SamplingParams
+from pipeline.command import run_command
 from pipeline.measure import Window
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

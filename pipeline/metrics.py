@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipc.errors import RingfeedError
+from pipeline.command import run_command
 from pipeline.measure import DeviceTime, Figures, Roles, Window
 from pipeline.sync_client import Client
 
@@ -132,4 +133,4 @@ def _title(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,6 +7,7 @@ import sys
 
 from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench import host, idle, overload, prefix, scheduler, throughput
+from pipeline.command import run_command
 
 
 def main() -> None:
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ipc.errors import ConfigError
+from pipeline.command import run_command
 from pipeline.timeline.reader import load_timeline
 
 
@@ -47,4 +48,4 @@ def _window(text: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

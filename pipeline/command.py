@@ -1,0 +1,26 @@
+"""How a command of ours ends when its output cannot be written. Knows no command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Exit with `main`'s status, or with 1 once standard output is full (said in one line) or its reader has left."""
+    try:
+        try:
+            status = main()
+        finally:
+            print(end="", flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        if error.errno == errno.ENOSPC:
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
