@@ -23,7 +23,7 @@ import msgspec
 from rich.console import Console
 
 from ipc.errors import ConfigError, InvalidRequest
-from pipeline.bench.arguments import comma_separated, made_folder
+from pipeline.bench.arguments import comma_separated, made_folder, positive
 from pipeline.bench.engine import Engine
 from pipeline.bench.peers import PEERS, PeerSpec, run_peer
 from pipeline.bench.report import print_table
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"stream the tokens, which times them; default: with up to {STREAM_UP_TO} requests",
     )  # fmt: skip
     parser.add_argument("--arrivals", choices=("at-once", "poisson"), default="at-once")
-    parser.add_argument("--rate", type=float, default=4.0, help="poisson: arrivals per second")
+    parser.add_argument("--rate", type=positive, default=4.0, help="poisson: arrivals per second")
     parser.add_argument("--background", type=int, default=32, help="poisson: streams that run all the time")
-    parser.add_argument("--seconds", type=float, default=30.0, help="poisson: length of the measurement")
+    parser.add_argument("--seconds", type=positive, default=30.0, help="poisson: length of the measurement")
     parser.add_argument("--peers", type=_peers, default=[], help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument(
         "--peer-output-len", type=int,
@@ -98,8 +98,8 @@ class _Benchmark:
             sampling.params(arguments.output_len)
         except InvalidRequest as error:
             raise ConfigError(str(error)) from None
-        if min(arguments.background, arguments.rate, arguments.seconds) <= 0:
-            raise ConfigError("--background, --rate and --seconds must be above 0")
+        if arguments.background < 1:
+            raise ConfigError(f"--background ({arguments.background}) must be at least 1")
         if self._mixed and (arguments.peers or arguments.profile):
             raise ConfigError("--peers and --profile go with requests that arrive at once, not with --arrivals poisson")
         overrides = self._overrides()

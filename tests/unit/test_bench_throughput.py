@@ -414,7 +414,7 @@ def test_a_peer_that_cannot_run_here_says_why() -> None:
         (["--output-len", "100", "--peer-output-len", "200"], "must lie in [1, --output-len (100)]"),
         (["--output-len", "0"], "must be at least 1"),
         (["--temperature", "0.7", "--top-p", "1.5"], "top_p"),
-        (["--arrivals", "poisson", "--rate", "0"], "must be above 0"),
+        (["--arrivals", "poisson", "--background", "0"], "--background (0) must be at least 1"),
         (["--arrivals", "poisson", "--peers", "vllm"], "not with --arrivals poisson"),
     ],
 )
