@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
@@ -164,7 +165,8 @@ class Stream:
         return output
 
     def close(self) -> None:
-        self._client.call(self._stream.aclose())
+        with contextlib.suppress(EngineUnavailable):  # the client was closed, and the request with it
+            self._client.call(self._stream.aclose())
 
     def __enter__(self) -> Self:
         return self

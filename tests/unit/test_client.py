@@ -390,6 +390,11 @@ def test_closing_a_client_cancels_what_is_open(gateway: FakeGateway) -> None:
         client.generate("hi")
 
 
+def test_a_stream_whose_client_is_closed_has_nothing_left_to_close(gateway: FakeGateway) -> None:
+    with Client(gateway.endpoint) as client, client.generate("hi", stream=True):
+        client.close()
+
+
 def test_a_vanished_engine_fails_every_open_request_at_once(gateway: FakeGateway) -> None:
     with Client(gateway.endpoint) as client:
         stream = client.generate("hi", stream=True, request_id="r")
