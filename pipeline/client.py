@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import reprlib
 import time
 import uuid
 from collections import deque
@@ -134,6 +135,8 @@ class AsyncClient:
         no engine to begin with. Scheduling arguments, as of `generate`, apply to each prompt.
         """
         options = SchedulingParams(**scheduling)
+        if isinstance(prompts, str):  # a sequence of prompts of one letter
+            raise InvalidRequest(f"prompts ({reprlib.repr(prompts)}) must be a list of prompts; generate takes one")
         prompts = list(prompts)
         params_of = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params_of) != len(prompts):

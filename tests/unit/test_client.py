@@ -480,6 +480,8 @@ def test_a_failed_request_of_a_batch_leaves_the_others_alone(gateway: FakeGatewa
     assert [o.error for o in outputs] == [None, "too bad", "prompt is empty", None]
     with pytest.raises(InvalidRequest, match="2 params for 1 prompts"):
         client.generate_batch(["a"], [SamplingParams(), SamplingParams()])
+    with pytest.raises(InvalidRequest, match=r"prompts \('abc'\) must be a list of prompts"):
+        client.generate_batch("abc")
     assert client.generate_batch([]) == []
 
 
