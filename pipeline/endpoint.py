@@ -21,7 +21,7 @@ from ipc.channels import MAX_IPC_PATH_BYTES
 from ipc.errors import ConfigError
 
 _IPC: Final = "ipc://"
-_TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>\d{1,5})")
+_TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>[0-9]{1,5})")
 
 
 def runtime_folder() -> Path:

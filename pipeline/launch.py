@@ -17,7 +17,7 @@ import msgspec
 
 from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
-from pipeline.config import Config, load_config, to_toml
+from pipeline.config import Config, load_config, name_source, to_toml
 from pipeline.endpoint import EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
@@ -94,7 +94,7 @@ def launch(
 def _origin(options: argparse.Namespace, message: str) -> str:
     """Where the value came from that a ConfigError's message begins with."""
     overrides = (given for given in reversed(options.set) if message.startswith(f"{given.partition('=')[0].strip()} "))
-    return next((f"--set {given}" for given in overrides), str(options.config))
+    return next((f"--set {given}" for given in overrides), name_source(options.config))
 
 
 def _details(config: Config, model: ModelFacts) -> str:
@@ -113,6 +113,7 @@ def _label(config: Config, model: ModelFacts) -> str:
 
 def _print_resolved(config: Config) -> None:
     """The configuration as it would run. A model that is not on this machine yet leaves its own values open."""
+    check_device(config.model.device)
     try:
         model = find_model(config, download=False)
     except ModelNotHere as error:
