@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
+    _open_closed_streams()
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level, format=LOG_FORMAT.format(role="launcher"), stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "huggingface_hub"):
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.set)
         try:
             if options.check:
-                _print_resolved(config)
-                return 0
+                return _print_resolved(config)
             return launch(
                 config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd,
                 timeline=options.timeline,
@@ -111,8 +111,11 @@ def _label(config: Config, model: ModelFacts) -> str:
     return f"{name}, ring.depth {depth}{' (synchronous)' if depth == 1 else ''}"
 
 
-def _print_resolved(config: Config) -> None:
-    """The configuration as it would run. A model that is not on this machine yet leaves its own values open."""
+def _print_resolved(config: Config) -> int:
+    """Print the configuration as it would run, and return the exit status.
+
+    A model that is not on this machine yet leaves its own values open.
+    """
     check_device(config.model.device)
     try:
         model = find_model(config, download=False)
@@ -123,9 +126,24 @@ def _print_resolved(config: Config) -> None:
             config, scheduler=msgspec.structs.replace(config.scheduler, max_model_len=model.max_model_len)
         )
     endpoint = config.frontend.endpoint or default_endpoint()
-    print(
-        to_toml(msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint)))
-    )
+    config = msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint))
+    try:
+        print(to_toml(config), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush it again
+        if not isinstance(error, BrokenPipeError):  # the reader has seen enough
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that we were started without would be None, and its descriptor the next file's to take."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)  # the workers' as well
+            setattr(sys, name, os.fdopen(fd, mode))
 
 
 def _parser() -> argparse.ArgumentParser:

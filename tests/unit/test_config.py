@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
         (b"[ring]\ndepth = 0\n", "ring.depth (0) must lie in [1, 8]"),
         (b"\xff", "is not UTF-8 text (byte 0), so it is not TOML"),
         (b'[model]\npath = "/none"\n', "there is no such folder"),
-        (None, "cannot be read: Bad file descriptor"),
+        (None, "model.path is missing"),
     ],
 )
 def test_errors_of_standard_input_name_it(text: bytes | None, end: str) -> None:
@@ -335,6 +336,24 @@ def test_check_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert resolved.scheduler.max_model_len == 64
     assert resolved.ring.depth == 4
     assert resolved.frontend.endpoint == default_endpoint()
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [("/dev/full", "error: standard output cannot be written: No space left on device\n"), ("a closed pipe", "")],
+)
+def test_output_that_nobody_takes_is_no_traceback(output: str, error: str) -> None:
+    if output == "/dev/full":
+        target = os.open(output, os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "pipeline.launch", "--config", str(ROOT / "configs" / "tiny.toml"), "--check"]
+    done = subprocess.run(
+        command, env=module_environment(), stdout=target, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(target)
+    assert (done.returncode, done.stderr) == (1, error)
 
 
 def test_the_command_line_answers_a_bad_configuration_with_status_2_and_one_line(tmp_path: Path) -> None:
