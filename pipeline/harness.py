@@ -20,7 +20,7 @@ import msgspec
 
 from ipc.errors import EngineUnavailable
 from pipeline.config import Config, config_from_dict, load_config, overrides_from_dict, to_toml
-from pipeline.endpoint import runtime_folder
+from pipeline.endpoint import connectable, runtime_folder
 from pipeline.python_module import module_command, module_environment
 from pipeline.sync_client import Client
 
@@ -69,7 +69,7 @@ class Pipeline:
         self._client: Client | None = None
         self._private_folder: Path | None = None
         self._lifeline: int | None = None
-        self.endpoint = self.config.frontend.endpoint or ""
+        self.endpoint = connectable(self.config.frontend.endpoint or "")
         self.pids: dict[str, int] = {}  # role -> process id, "launcher" included
 
     @property

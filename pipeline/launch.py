@@ -18,7 +18,7 @@ import msgspec
 from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
 from pipeline.config import Config, load_config, name_source, to_toml
-from pipeline.endpoint import EndpointClaim, default_endpoint
+from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
 from pipeline.timeline.recorder import Recorder
@@ -73,7 +73,7 @@ def launch(
     check_device(config.model.device)
     model = find_model(config)
     endpoint = config.frontend.endpoint or default_endpoint()
-    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint)) as claim, ExitStack() as stack:
+    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
         wiring = Wiring(config, model, endpoint, claim.fd, log_level, traced=recorder is not None)
         stack.callback(wiring.remove_run_folder)  # the supervisor's to do, once there is one

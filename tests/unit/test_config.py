@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from ipc.errors import ConfigError
-from pipeline import model_files
+from pipeline import Pipeline, model_files
 from pipeline.config import Config, config_from_dict, config_from_toml, load_config, overrides_from_dict, to_toml
 from pipeline.endpoint import EndpointClaim, check_endpoint, default_endpoint
 from pipeline.launch import main
@@ -213,6 +213,31 @@ def test_a_refused_claim_leaves_the_holders_folder_alone(
     assert folder.is_dir()
     claim.close()
     assert not folder.exists()
+
+
+def test_a_claim_waits_for_the_endpoint_that_a_dying_engine_still_holds(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("f")))
+    dying = EndpointClaim(default_endpoint())
+    monkeypatch.setattr("pipeline.endpoint.time.sleep", lambda _: dying.close())  # with its folder
+    claim = EndpointClaim(default_endpoint(), patience_s=60.0)
+    assert Path(default_endpoint().removeprefix("ipc://")).parent.is_dir()
+    claim.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reached_at"),
+    [
+        ("tcp://*:5601", "tcp://127.0.0.1:5601"),
+        ("tcp://0.0.0.0:5601", "tcp://127.0.0.1:5601"),
+        ("tcp://[::]:5601", "tcp://[::1]:5601"),
+        ("tcp://[::1]:5601", "tcp://[::1]:5601"),
+        ("ipc:///tmp/*:1/s", "ipc:///tmp/*:1/s"),
+    ],
+)
+def test_a_pipelines_client_connects_to_the_loopback_of_a_wildcard(endpoint: str, reached_at: str) -> None:
+    assert Pipeline({"model": {"path": "/m"}}, {"frontend.endpoint": endpoint}).endpoint == reached_at
 
 
 def test_an_endpoint_is_not_taken_from_a_file_or_a_stranger(tmp_path: Path) -> None:
