@@ -134,6 +134,8 @@ class AsyncClient:
         no engine to begin with. Scheduling arguments, as of `generate`, apply to each prompt.
         """
         options = SchedulingParams(**scheduling)
+        if isinstance(prompts, str):
+            raise InvalidRequest("prompts is one string: give a list of prompts, or call generate")
         prompts = list(prompts)
         params_of = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params_of) != len(prompts):

@@ -471,6 +471,8 @@ def test_a_failed_request_of_a_batch_leaves_the_others_alone(gateway: FakeGatewa
     assert [o.text for o in outputs] == ["1", "", "", "4"]
     assert [o.finish_reason for o in outputs] == ["length", "error", "error", "length"]
     assert [o.error for o in outputs] == [None, "too bad", "prompt is empty", None]
+    with pytest.raises(InvalidRequest, match="prompts is one string"):
+        client.generate_batch("abc")
     with pytest.raises(InvalidRequest, match="2 params for 1 prompts"):
         client.generate_batch(["a"], [SamplingParams(), SamplingParams()])
     assert client.generate_batch([]) == []
