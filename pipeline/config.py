@@ -28,6 +28,7 @@ from workers.scheduler.config import RingConfig, SchedulerConfig
 from workers.tokenizer.config import TokenizerConfig
 
 STANDARD_INPUT: Final = "-"
+BAD_CONFIG_STATUS: Final = 2  # of the launcher, for a configuration that cannot work
 _BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError; so is that of an integer too long
 
 
@@ -96,6 +97,12 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 def name_source(path: str | os.PathLike[str]) -> str:
     """What errors call a configuration's file."""
     return "standard input" if os.fspath(path) == STANDARD_INPUT else str(Path(path))
+
+
+def find_origin(message: str, path: str | os.PathLike[str], overrides: Iterable[str]) -> str:
+    """Where the value came from that a ConfigError's message begins with: the last override of it, or the file."""
+    given = [override for override in overrides if message.startswith(f"{override.partition('=')[0].strip()} ")]
+    return f"--set {given[-1]}" if given else name_source(path)
 
 
 def config_from_toml(text: str, source: str, folder: Path, overrides: Iterable[str] = ()) -> Config:

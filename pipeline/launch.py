@@ -17,7 +17,7 @@ import msgspec
 
 from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
-from pipeline.config import Config, load_config, name_source, to_toml
+from pipeline.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
 from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timeline=options.timeline,
             )  # fmt: skip
         except ConfigError as error:
-            raise ConfigError(f"{_origin(options, str(error))}: {error}") from None
+            raise ConfigError(f"{find_origin(str(error), options.config, options.set)}: {error}") from None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_CONFIG_STATUS
     except RingfeedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -89,12 +89,6 @@ def launch(
             package=package,
         )
         return supervisor.run()
-
-
-def _origin(options: argparse.Namespace, message: str) -> str:
-    """Where the value came from that a ConfigError's message begins with."""
-    overrides = (given for given in reversed(options.set) if message.startswith(f"{given.partition('=')[0].strip()} "))
-    return next((f"--set {given}" for given in overrides), name_source(options.config))
 
 
 def _details(config: Config, model: ModelFacts) -> str:

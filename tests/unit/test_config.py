@@ -401,6 +401,23 @@ def test_a_model_that_is_not_there_is_put_down_to_whoever_named_it(
     assert capsys.readouterr().err.startswith(f"error: {origin}: model.path ('{missing}'): there is no such folder")
 
 
+@pytest.mark.parametrize("is_overridden", [False, True])
+def test_a_pipeline_names_the_origin_of_what_only_the_launcher_finds_wrong(is_overridden: bool, tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text('[model]\npath = "./missing"\n')
+    override = f"model.path={tmp_path}/missing"
+    with pytest.raises(ConfigError) as caught:
+        Pipeline(file, override if is_overridden else ()).start()
+    origin = f"--set {override}" if is_overridden else str(file)
+    assert str(caught.value).startswith(f"{origin}: model.path ('{tmp_path}/missing'): there is no such folder")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", ["ring.depth=3", ["ring.depth=3"], {"ring.depth": 3}])
+def test_a_pipeline_takes_one_override_or_several(overrides: Any) -> None:
+    assert Pipeline({"model": {"path": "/m"}}, overrides).config.ring.depth == 3
+
+
 def test_every_key_has_a_value_of_its_declared_type() -> None:
     config = configure("/nowhere")
     assert msgspec.convert(msgspec.to_builtins(config), Config) == config
