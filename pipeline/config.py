@@ -83,7 +83,7 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises ConfigError, naming where the value came from, the key, the value and the cure.
     """
     is_piped = os.fspath(path) == STANDARD_INPUT
-    source, folder = name_source(path), Path.cwd() if is_piped else Path(path).resolve().parent
+    source = name_source(path)
     try:
         with open(0 if is_piped else path, "rb", closefd=not is_piped) as file:
             text = file.read().decode("utf-8-sig")  # some editors put a byte order mark first
@@ -91,7 +91,7 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: is not UTF-8 text (byte {error.start}), so it is not TOML") from None
-    return config_from_toml(text, source, folder, overrides)
+    return config_from_toml(text, source, Path.cwd() if is_piped else Path(path).resolve().parent, overrides)
 
 
 def name_source(path: str | os.PathLike[str]) -> str:

@@ -111,6 +111,9 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:
         load_config(file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "missing.toml")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    with pytest.raises(ConfigError, match="cannot be read: Too many levels"):
+        load_config(tmp_path / "loop.toml")
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(file)
