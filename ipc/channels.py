@@ -76,6 +76,7 @@ def _set_common_options(socket: zmq.Socket[Any], endpoint: str, max_frame_bytes:
         (zmq.RCVHWM, 0),
         (zmq.LINGER, 1_000),
         (zmq.MAXMSGSIZE, max_frame_bytes),
+        (zmq.IPV6, int(endpoint.startswith("tcp://["))),  # with it "*" and an interface's name would mean IPv6 as well
     ):
         socket.setsockopt(option, value)
     if endpoint.startswith("tcp:"):  # ipc shows death by itself, and must not take a frozen peer for a dead one

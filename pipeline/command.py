@@ -10,10 +10,15 @@ from typing import NoReturn
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with `main`'s status, or with 1 once standard output is full (said in one line) or its reader has left."""
+    """Exit with `status_of(main)`."""
+    sys.exit(status_of(main))
+
+
+def status_of(write: Callable[[], int | None]) -> int:
+    """What `write` returns, or 1 once standard output is full (said in one line) or its reader has left."""
     try:
         try:
-            status = main()
+            return write() or 0
         finally:
             print(end="", flush=True)
     except OSError as error:
@@ -22,5 +27,4 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         if error.errno == errno.ENOSPC:
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
-        status = 1
-    sys.exit(status)
+        return 1

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
-import sys
 import tomllib
 import types
 import typing
@@ -22,6 +20,7 @@ import msgspec
 
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.errors import ConfigError
+from ipc.scheduling import MAX_WAIT_S
 from pipeline.endpoint import check_endpoint
 from workers.gateway.config import FrontendConfig
 from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
@@ -29,6 +28,8 @@ from workers.scheduler.config import RingConfig, SchedulerConfig
 from workers.tokenizer.config import TokenizerConfig
 
 STANDARD_INPUT: Final = "-"
+BAD_CONFIG_STATUS: Final = 2  # of the launcher, for a configuration that cannot work
+_BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError; so is that of an integer too long
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +50,7 @@ def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value <= high, f"must lie in [{low}, {high}]"
 
 
-_POSITIVE: Final = (lambda value: 0 < value < math.inf, "must be a number of seconds above 0")
+_DURATION: Final = (lambda value: 0 < value <= MAX_WAIT_S, f"must be a number of seconds in (0, {MAX_WAIT_S:g}]")
 
 _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "model.num_threads": _within(1, 1024),
@@ -59,7 +60,7 @@ _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "scheduler.max_model_len": _within(2, 16_777_216),
     "scheduler.max_num_waiting": _within(1, 16_777_216),
     "scheduler.max_num_waiting_tokens": _within(1, 2**40),
-    "scheduler.queue_timeout_s": _POSITIVE,
+    "scheduler.queue_timeout_s": _DURATION,
     "scheduler.priority_aging_s": _within(0.001, 86_400),
     "scheduler.fair_quantum": _within(1, 16_777_216),
     "scheduler.max_itl_ms": _within(0.1, 60_000),
@@ -70,8 +71,8 @@ _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "tokenizer.num_workers": _within(1, 64),
     "frontend.max_open_requests": _within(1, 16_777_216),
     "frontend.max_queued_bytes": _within(MAX_CLIENT_FRAME_BYTES, 1 << 40),
-    "frontend.slow_client_timeout_s": _POSITIVE,
-    "frontend.drain_timeout_s": _POSITIVE,
+    "frontend.slow_client_timeout_s": _DURATION,
+    "frontend.drain_timeout_s": _DURATION,
 }
 
 
@@ -81,23 +82,34 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     A relative `model.path` is looked for beside the file, or in the current folder if an override gives it.
     Raises ConfigError, naming where the value came from, the key, the value and the cure.
     """
-    if os.fspath(path) == STANDARD_INPUT:
-        return config_from_toml(sys.stdin.read(), "standard input", Path.cwd(), overrides)
-    path = Path(path)
+    is_piped = os.fspath(path) == STANDARD_INPUT
+    source = name_source(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(0 if is_piped else path, "rb", closefd=not is_piped) as file:
+            text = file.read().decode("utf-8-sig")  # some editors put a byte order mark first
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}), so it is not TOML") from None
-    return config_from_toml(text, str(path), path.resolve().parent, overrides)
+        raise ConfigError(f"{source}: is not UTF-8 text (byte {error.start}), so it is not TOML") from None
+    return config_from_toml(text, source, Path.cwd() if is_piped else Path(path).resolve().parent, overrides)
+
+
+def name_source(path: str | os.PathLike[str]) -> str:
+    """What errors call a configuration's file."""
+    return "standard input" if os.fspath(path) == STANDARD_INPUT else str(Path(path))
+
+
+def find_origin(message: str, path: str | os.PathLike[str], overrides: Iterable[str]) -> str:
+    """Where the value came from that a ConfigError's message begins with: the last override of it, or the file."""
+    given = [override for override in overrides if message.startswith(f"{override.partition('=')[0].strip()} ")]
+    return f"--set {given[-1]}" if given else name_source(path)
 
 
 def config_from_toml(text: str, source: str, folder: Path, overrides: Iterable[str] = ()) -> Config:
     """The same for TOML text. `source` names it in errors; `folder` is where a relative `model.path` starts."""
     try:
         plain = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except _BAD_TOML as error:
         raise ConfigError(f"{source}: is not TOML: {error}") from None
     return config_from_dict(plain, source, folder, overrides)
 
@@ -178,8 +190,15 @@ class _Builder:
         if path == "":
             raise ConfigError(f"{self._origins['model.path']}: model.path ('') must be a folder or a hub id")
         if path is not None:
-            local = (folder / Path(path).expanduser()).resolve()
-            if local.is_dir() or path.startswith((".", "/", "~")):
+            try:
+                local = (folder / Path(path).expanduser()).resolve()
+                is_folder = local.is_dir()
+            except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a NUL byte
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(
+                    f"{self._origins['model.path']}: model.path ({path!r}) cannot be a folder: {reason}"
+                ) from None
+            if is_folder or path.startswith((".", "/", "~")):
                 self._values["model"]["path"] = str(local)
 
     def build(self) -> Config:
@@ -187,6 +206,11 @@ class _Builder:
             raise ConfigError(
                 f"{self._source}: model.path is missing: a folder with config.json, weights and tokenizer, or a hub id"
             )
+        for name, origin in self._origins.items():
+            section, _, key = name.partition(".")
+            value = self._values[section][key]
+            if not _is_utf8(str(value)):
+                raise ConfigError(f"{origin}: {name} ({value!r}) is not UTF-8 text")
         sections: dict[str, Any] = {section: make(**self._values[section]) for section, make in _SECTIONS.items()}
         config = Config(**sections)
         origins = {self._origins.get(name, self._source) for name in _COMBINED}
@@ -246,9 +270,18 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
         raise ConfigError(f"--set {override}: must have the form section.key=value")
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except _BAD_TOML:
         return section, key, text  # a bare string
     return section, key, parsed["value"] if len(parsed) == 1 else text
+
+
+def _is_utf8(text: str) -> bool:
+    """False for a path of undecodable bytes: TOML and the workers' messages cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suggest(name: str, valid: Iterable[str]) -> str:

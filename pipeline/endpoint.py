@@ -14,14 +14,17 @@ import os
 import re
 import socket
 import stat
+import time
 from pathlib import Path
 from typing import Final
 
 from ipc.channels import MAX_IPC_PATH_BYTES
 from ipc.errors import ConfigError
 
+PATIENCE_S: Final = 2.0  # for the gateway of a killed engine, which first answers what is open, to let go
+_POLL_S: Final = 0.02
 _IPC: Final = "ipc://"
-_TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>\d{1,5})")
+_TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>[0-9]{1,5})")
 
 
 def runtime_folder() -> Path:
@@ -69,34 +72,35 @@ def check_endpoint(endpoint: str) -> None:
             raise ConfigError('must name an IP address of this machine ("127.0.0.1"), an interface, or "*"') from None
 
 
+def connectable(endpoint: str) -> str:
+    """Where a client on this machine reaches who listens on `endpoint`: a wildcard is no address to connect to."""
+    for wildcard, loopback in (("*", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]")):
+        if endpoint.startswith(f"tcp://{wildcard}:"):
+            return endpoint.replace(wildcard, loopback, 1)
+    return endpoint
+
+
 class EndpointClaim:
     """The right to listen on an endpoint, from construction until `close()`, or the end of all its holders.
 
     `fd` (None for tcp, where the kernel itself refuses a second listener) is for the process that listens: as long as
     it holds it, no other engine takes the endpoint. Makes a missing folder, private to the user.
-    Raises ConfigError if another process listens there or the folder will not do.
+    Raises ConfigError if another process still listens there after `patience_s`, or the folder will not do.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, patience_s: float = 0.0) -> None:
         self.fd: int | None = None
         self._path: Path | None = None
         self._owned_folder: Path | None = None
         if not endpoint.startswith(_IPC):
             return
         path = Path(endpoint.removeprefix(_IPC))
-        owned_folder = self._make_folder(path.parent, endpoint)
         self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
         try:
-            self._lock.bind(f"\0ringfeed-{digest}")
-            self._owned_folder = owned_folder  # not before: until now it may be another claim's, and empty
+            self._take_lock(path, endpoint, time.monotonic() + patience_s)
+            self._owned_folder = self._make_folder(path.parent, endpoint)  # locked: its last holder removes it no more
             self._refuse_foreign_file(path, endpoint)
-        except OSError as error:
-            self._give_up()
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise ConfigError(f"frontend.endpoint ({endpoint}) is in use by another engine: {_CURE}") from None
-        except ConfigError:
+        except BaseException:
             self._give_up()
             raise
         self._path = path
@@ -114,6 +118,18 @@ class EndpointClaim:
         if self._owned_folder is not None:
             with contextlib.suppress(OSError):  # not empty: another engine of this user listens in it
                 self._owned_folder.rmdir()
+
+    def _take_lock(self, path: Path, endpoint: str, deadline: float) -> None:
+        digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+        while True:
+            try:
+                return self._lock.bind(f"\0ringfeed-{digest}")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"frontend.endpoint ({endpoint}) is in use by another engine: {_CURE}")
+            time.sleep(_POLL_S)
 
     @staticmethod
     def _make_folder(folder: Path, endpoint: str) -> Path | None:

@@ -18,9 +18,19 @@ from typing import IO, Any, Final, Self
 
 import msgspec
 
-from ipc.errors import EngineUnavailable
-from pipeline.config import Config, config_from_dict, load_config, overrides_from_dict, to_toml
-from pipeline.endpoint import runtime_folder
+from ipc.errors import ConfigError, EngineUnavailable
+from pipeline.config import (
+    BAD_CONFIG_STATUS,
+    STANDARD_INPUT,
+    Config,
+    config_from_dict,
+    find_origin,
+    load_config,
+    name_source,
+    overrides_from_dict,
+    to_toml,
+)
+from pipeline.endpoint import connectable, runtime_folder
 from pipeline.python_module import module_command, module_environment
 from pipeline.sync_client import Client
 
@@ -33,7 +43,7 @@ class Pipeline:
 
     Args:
         config: a TOML file, a Config, or nested plain values.
-        overrides: "section.key=value" strings, or {"section.key": value}.
+        overrides: "section.key=value", several of them, or {"section.key": value}.
         log: a file to write the engine's log to; None = only `log_text()` has it.
         startup_timeout_s: how long the engine may take to be ready.
         timeline: a file for a trace of all that the engine does (`python -m pipeline.launch --timeline`).
@@ -52,16 +62,20 @@ class Pipeline:
         startup_timeout_s: float = 120.0,
         timeline: str | os.PathLike[str] | None = None,
     ) -> None:
-        overrides = overrides_from_dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
+        if isinstance(overrides, Mapping):
+            overrides = overrides_from_dict(overrides)
+        self._overrides = [overrides] if isinstance(overrides, str) else list(overrides)
         if isinstance(config, Config):
             config = {
                 section: {key: value for key, value in values.items() if value is not None}
                 for section, values in msgspec.to_builtins(config).items()
             }
         if isinstance(config, Mapping):
-            self.config = config_from_dict(config, overrides=overrides)
+            self._source = "config"
+            self.config = config_from_dict(config, self._source, overrides=self._overrides)
         else:
-            self.config = load_config(config, overrides)
+            self._source = os.fspath(config)
+            self.config = load_config(config, self._overrides)
         self._log_path = log
         self._startup_timeout_s = startup_timeout_s
         self._timeline = timeline
@@ -69,7 +83,7 @@ class Pipeline:
         self._client: Client | None = None
         self._private_folder: Path | None = None
         self._lifeline: int | None = None
-        self.endpoint = self.config.frontend.endpoint or ""
+        self.endpoint = connectable(self.config.frontend.endpoint or "")
         self.pids: dict[str, int] = {}  # role -> process id, "launcher" included
 
     @property
@@ -97,7 +111,7 @@ class Pipeline:
         try:
             self._process = subprocess.Popen(
                 module_command(
-                    "pipeline.launch", "--config", "-",
+                    "pipeline.launch", "--config", STANDARD_INPUT,
                     "--status-fd", str(status_writer), "--lifeline-fd", str(lifeline_reader), *timeline,
                 ),
                 stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
@@ -113,8 +127,9 @@ class Pipeline:
         try:
             with os.fdopen(status_reader, "rb", buffering=0) as status:
                 self._wait_ready(status.fileno())
-        except BaseException:
-            self.kill()
+        except BaseException as error:
+            if self.kill() == BAD_CONFIG_STATUS and isinstance(error, EngineUnavailable):
+                raise self._config_error() from None
             raise
         return self
 
@@ -171,6 +186,11 @@ class Pipeline:
     def _startup_error(self, what: str) -> EngineUnavailable:
         lines = self.log_text().splitlines()[-_LAST_LINES:]
         return EngineUnavailable(f"the engine {what}; its log ends:\n" + "\n".join(lines))
+
+    def _config_error(self) -> ConfigError:
+        """The launcher's, which got the configuration by its standard input, put down to where we have it from."""
+        message = self.log_text().rpartition(f"error: {name_source(STANDARD_INPUT)}: ")[2].strip()
+        return ConfigError(f"{find_origin(message, self._source, self._overrides)}: {message}")
 
     def _finish(self, timeout_s: float) -> int:
         assert self._process is not None, "the Pipeline was not started"

@@ -17,8 +17,9 @@ import msgspec
 
 from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
-from pipeline.config import Config, load_config, to_toml
-from pipeline.endpoint import EndpointClaim, default_endpoint
+from pipeline.command import status_of
+from pipeline.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
+from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
 from pipeline.timeline.recorder import Recorder
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
+    _open_closed_streams()
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level, format=LOG_FORMAT.format(role="launcher"), stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "huggingface_hub"):
@@ -38,17 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.set)
         try:
             if options.check:
-                _print_resolved(config)
-                return 0
+                return _print_resolved(config)
             return launch(
                 config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd,
                 timeline=options.timeline,
             )  # fmt: skip
         except ConfigError as error:
-            raise ConfigError(f"{_origin(options, str(error))}: {error}") from None
+            raise ConfigError(f"{find_origin(str(error), options.config, options.set)}: {error}") from None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_CONFIG_STATUS
     except RingfeedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -73,7 +74,7 @@ def launch(
     check_device(config.model.device)
     model = find_model(config)
     endpoint = config.frontend.endpoint or default_endpoint()
-    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint)) as claim, ExitStack() as stack:
+    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
         wiring = Wiring(config, model, endpoint, claim.fd, log_level, traced=recorder is not None)
         stack.callback(wiring.remove_run_folder)  # the supervisor's to do, once there is one
@@ -91,12 +92,6 @@ def launch(
         return supervisor.run()
 
 
-def _origin(options: argparse.Namespace, message: str) -> str:
-    """Where the value came from that a ConfigError's message begins with."""
-    overrides = (given for given in reversed(options.set) if message.startswith(f"{given.partition('=')[0].strip()} "))
-    return next((f"--set {given}" for given in overrides), str(options.config))
-
-
 def _details(config: Config, model: ModelFacts) -> str:
     return (
         f"{config.cache.block_size} tokens each, {config.scheduler.max_num_seqs} sequences of up to "
@@ -111,8 +106,16 @@ def _label(config: Config, model: ModelFacts) -> str:
     return f"{name}, ring.depth {depth}{' (synchronous)' if depth == 1 else ''}"
 
 
-def _print_resolved(config: Config) -> None:
-    """The configuration as it would run. A model that is not on this machine yet leaves its own values open."""
+def _print_resolved(config: Config) -> int:
+    """Print the configuration as it would run, and return the exit status.
+
+    What this machine lacks is noted: a configuration may be checked where it is written. A model that is not here yet
+    leaves its own values open.
+    """
+    try:
+        check_device(config.model.device)
+    except ConfigError as error:
+        print(f"note: {error}", file=sys.stderr)
     try:
         model = find_model(config, download=False)
     except ModelNotHere as error:
@@ -122,9 +125,17 @@ def _print_resolved(config: Config) -> None:
             config, scheduler=msgspec.structs.replace(config.scheduler, max_model_len=model.max_model_len)
         )
     endpoint = config.frontend.endpoint or default_endpoint()
-    print(
-        to_toml(msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint)))
-    )
+    config = msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint))
+    return status_of(lambda: print(to_toml(config)))
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that we were started without would be None, and its descriptor the next file's to take."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)  # the workers' as well
+            setattr(sys, name, os.fdopen(fd, mode))
 
 
 def _parser() -> argparse.ArgumentParser:

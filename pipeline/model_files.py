@@ -27,7 +27,9 @@ _LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", 
 _SIZES: Final = (  # of a transformer, by all their names
     "vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim", "num_hidden_layers", "n_layer",
     "num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions",
+    "max_seq_len", "seq_length", "n_ctx",
 )  # fmt: skip
+_MAX_SIZE: Final = 2**31 - 1  # token ids are 32 bits wide, and no other size comes near
 _SLOW_TOKENIZER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -136,7 +138,7 @@ def _read_json(file: Path, path: str, *, optional: bool = False) -> dict[str, An
         if optional:
             return {}
         raise ConfigError(f"model.path ({path!r}): {file.parent} has no {file.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.path ({path!r}): {file} cannot be read: {error}") from None
     if not isinstance(plain, dict):
         raise ConfigError(f"model.path ({path!r}): {file} must hold a JSON object")
@@ -149,9 +151,9 @@ def _check_sizes(text_config: dict[str, Any], path: str) -> None:
         value = text_config.get(key)
         if value is None or (isinstance(value, list) and key != "vocab_size"):  # some families: one for each layer
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
             raise ConfigError(
-                f"model.path ({path!r}): {key} ({value!r}) in config.json must be an integer of at least 1"
+                f"model.path ({path!r}): {key} ({value!r}) in config.json must be an integer from 1 to {_MAX_SIZE}"
             )
 
 
@@ -183,7 +185,7 @@ def _eos_token_ids(sources: Iterable[dict[str, Any]], path: str) -> list[int]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i <= _MAX_SIZE for i in ids):
             raise ConfigError(f"model.path ({path!r}): eos_token_id ({value!r}) must be a token id or a list of them")
         if len(ids) > MAX_EOS_TOKEN_IDS:
             raise ConfigError(

@@ -118,6 +118,18 @@ def test_a_killed_launchers_endpoint_goes_with_its_folder_unless_the_user_named_
     assert list((named if is_named else runtime_folder).iterdir()) == []
 
 
+def test_an_engine_without_standard_streams_serves(runtime_folder: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.launch", "--config", str(TINY_CONFIG), "--set", "model.load_format=null"]
+    with subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]) as launcher:
+        try:
+            with Client(default_endpoint()) as client:
+                client.wait_ready(timeout_s=60)
+                assert client.generate("A module is", SamplingParams(max_tokens=3)).error is None
+        finally:
+            launcher.terminate()
+    assert launcher.returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_open_requests_to_their_end(number: signal.Signals, runtime_folder: Path) -> None:
     with Pipeline(TINY_CONFIG, NULL) as pipeline:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,18 @@ def test_messages_go_both_ways_under_an_identity(context, endpoint):
     assert dealer.poll(DEADLINE_S * 1000)
     assert list(receive(dealer, CancelRequests)) == [CancelRequests(keys=[3])]
     assert list(receive(dealer, CancelRequests)) == []
+
+
+def test_messages_go_over_ipv6(context):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    router = bind_router(context, "tcp://[::1]:*")
+    dealer = connect_dealer(context, router.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode(), identity=b"client")
+    send(dealer, TokenizeDone(key=3))
+    assert collect(router, 1) == [(b"client", 3)]
 
 
 def test_a_send_to_an_unknown_peer_says_so(context, endpoint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 
 from ipc.errors import ConfigError
-from pipeline import model_files
+from pipeline import Pipeline, model_files
 from pipeline.config import Config, config_from_dict, config_from_toml, load_config, overrides_from_dict, to_toml
 from pipeline.endpoint import EndpointClaim, check_endpoint, default_endpoint
 from pipeline.launch import main
@@ -51,7 +52,9 @@ def configure(model: Path | str, *overrides: str) -> Config:
         ("cache.memory_share=0", "cache.memory_share (0.0) must lie in (0, 1]"),
         ("cache.memory_share=nan", "cache.memory_share (nan) must lie in (0, 1]"),
         ("cache.block_size=0", "cache.block_size (0) must lie in [1, 1024]"),
-        ("frontend.drain_timeout_s=inf", "frontend.drain_timeout_s (inf) must be a number of seconds"),
+        ("frontend.drain_timeout_s=inf", "frontend.drain_timeout_s (inf) must be a number of seconds in (0, 1e+06]"),
+        ("frontend.drain_timeout_s=3000000", "frontend.drain_timeout_s (3000000.0) must be a number of seconds"),
+        ("scheduler.queue_timeout_s=1e308", "scheduler.queue_timeout_s (1e+308) must be a number of seconds"),
         ("frontend.endpoint=udp://x", "frontend.endpoint ('udp://x') must have the form"),
         (
             "model.attention=varlen",
@@ -60,6 +63,13 @@ def configure(model: Path | str, *overrides: str) -> Config:
         ("model.null_step_ms=4", 'model.null_step_ms (4.0) has no effect with model.load_format ("dummy")'),
         ("ring", "must have the form section.key=value"),
         ("model.path=", "model.path ('') must be a folder or a hub id"),
+        ("model.path=~nouser/x", "model.path ('~nouser/x') cannot be a folder: "),
+        ('model.path="a\\u0000b"', "model.path ('a\\x00b') cannot be a folder: "),
+        (f"model.path={'x' * 5000}", "cannot be a folder: File name too long"),
+        ("model.path=/\udcff", "model.path ('/\\udcff') is not UTF-8 text"),
+        ("frontend.endpoint=ipc:///\udcff", "frontend.endpoint ('ipc:///\\udcff') is not UTF-8 text"),
+        (f"ring.depth={'9' * 5000}", "must be an integer"),
+        (f"ring.depth={'[' * 3000}", "must be an integer"),
     ],
 )
 def test_an_override_that_cannot_work_is_named_with_its_cure(override: str, message: str) -> None:
@@ -87,6 +97,8 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:
         ("[model\n", "is not TOML: "),
         ("[ring]\ndepth = 2\n", "model.path is missing"),
         ("model = 3\n", "model (3) must be a section"),
+        (f"a = {'9' * 5000}", "is not TOML: "),
+        (f"a = {'[' * 3000}", "is not TOML: "),
         ('[model]\npath = "x"\n[ring]\ndepth = 0\n', "ring.depth (0) must lie in [1, 8]"),
     ):
         file.write_text(text)
@@ -99,9 +111,40 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:
         load_config(file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "missing.toml")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    with pytest.raises(ConfigError, match="cannot be read: Too many levels"):
+        load_config(tmp_path / "loop.toml")
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(file)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text('[model]\npath = "/m"\n', encoding="utf-8-sig")
+    assert load_config(file).model.path == "/m"
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        (b"[ring]\ndepth = 0\n", "ring.depth (0) must lie in [1, 8]"),
+        (b"\xff", "is not UTF-8 text (byte 0), so it is not TOML"),
+        (b'[model]\npath = "/none"\n', "there is no such folder"),
+        (None, "model.path is missing"),
+    ],
+)
+def test_errors_of_standard_input_name_it(text: bytes | None, end: str) -> None:
+    command = [sys.executable, "-m", "pipeline.launch", "--check", "--config", "-"]
+    close = "" if text is not None else " <&-"
+    done = subprocess.run(
+        ["sh", "-c", f'"$@"{close}', "sh", *command], env=module_environment(), input=text, capture_output=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("error: standard input: ")
+    assert end in line
 
 
 def test_a_relative_model_path_starts_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +175,7 @@ def test_shipped_configurations_are_valid(name: str) -> None:
 @pytest.mark.parametrize(
     "endpoint",
     ["", "ipc://relative.sock", "ipc:///folder/", "ipc://@abstract", f"ipc:///{'x' * 107}", "tcp://127.0.0.1",
-     "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536", "tcp://no-such-host.example:80", "http://127.0.0.1:80"],
+     "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536", "tcp://127.0.0.1:٥٥٥٥", "tcp://no-such-host.example:80", "http://127.0.0.1:80"],
 )  # fmt: skip
 def test_impossible_endpoints_are_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError):
@@ -173,6 +216,31 @@ def test_a_refused_claim_leaves_the_holders_folder_alone(
     assert folder.is_dir()
     claim.close()
     assert not folder.exists()
+
+
+def test_a_claim_waits_for_the_endpoint_that_a_dying_engine_still_holds(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("f")))
+    dying = EndpointClaim(default_endpoint())
+    monkeypatch.setattr("pipeline.endpoint.time.sleep", lambda _: dying.close())  # with its folder
+    claim = EndpointClaim(default_endpoint(), patience_s=60.0)
+    assert Path(default_endpoint().removeprefix("ipc://")).parent.is_dir()
+    claim.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reached_at"),
+    [
+        ("tcp://*:5601", "tcp://127.0.0.1:5601"),
+        ("tcp://0.0.0.0:5601", "tcp://127.0.0.1:5601"),
+        ("tcp://[::]:5601", "tcp://[::1]:5601"),
+        ("tcp://[::1]:5601", "tcp://[::1]:5601"),
+        ("ipc:///tmp/*:1/s", "ipc:///tmp/*:1/s"),
+    ],
+)
+def test_a_pipelines_client_connects_to_the_loopback_of_a_wildcard(endpoint: str, reached_at: str) -> None:
+    assert Pipeline({"model": {"path": "/m"}}, {"frontend.endpoint": endpoint}).endpoint == reached_at
 
 
 def test_an_endpoint_is_not_taken_from_a_file_or_a_stranger(tmp_path: Path) -> None:
@@ -227,9 +295,13 @@ def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: 
     assert "there is no such folder" in refusal()
     make_model(folder := tmp_path / "many", {**MODEL, "eos_token_id": list(range(9))})
     assert "lists 9 ids" in refusal()
+    make_model(folder, {**MODEL, "eos_token_id": 10**20})
+    assert "eos_token_id (100000000000000000000) must be a token id" in refusal()
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000)
+    assert "cannot be read" in refusal()
 
 
-@pytest.mark.parametrize("value", [0, -1, "12", 1.5, True, {}])
+@pytest.mark.parametrize("value", [0, -1, "12", 1.5, True, {}, 10**30])
 @pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers", "n_head", "head_dim", "max_position_embeddings"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_size_that_no_model_can_have_is_named_with_its_value(
@@ -240,7 +312,7 @@ def test_a_size_that_no_model_can_have_is_named_with_its_value(
     with pytest.raises(ConfigError) as caught:
         find_model(configure(folder))
     assert str(caught.value) == (
-        f"model.path ({str(folder)!r}): {key} ({value!r}) in config.json must be an integer of at least 1"
+        f"model.path ({str(folder)!r}): {key} ({value!r}) in config.json must be an integer from 1 to 2147483647"
     )
 
 
@@ -275,11 +347,14 @@ def test_missing_cuda_is_said_before_the_model_is_looked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(model_files, "_cuda_missing", lambda: "no CUDA driver is installed here")
-    assert main(["--config", str(ROOT / "configs" / "8b.toml")]) == 2
+    config, said = ["--config", str(ROOT / "configs" / "8b.toml")], 'model.device ("cuda"): no CUDA driver is installed'
+    assert main(config) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert 'model.device ("cuda"): no CUDA driver is installed here' in error
+    assert said in error
     assert error.count("\n") == 1
+    assert main([*config, "--check"]) == 0
+    assert f"note: {said}" in capsys.readouterr().err
 
 
 def test_check_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,6 +366,24 @@ def test_check_prints_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert resolved.scheduler.max_model_len == 64
     assert resolved.ring.depth == 4
     assert resolved.frontend.endpoint == default_endpoint()
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [("/dev/full", "error: the output cannot be written: No space left on device\n"), ("a closed pipe", "")],
+)
+def test_output_that_nobody_takes_is_no_traceback(output: str, error: str) -> None:
+    if output == "/dev/full":
+        target = os.open(output, os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "pipeline.launch", "--config", str(ROOT / "configs" / "tiny.toml"), "--check"]
+    done = subprocess.run(
+        command, env=module_environment(), stdout=target, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(target)
+    assert (done.returncode, done.stderr) == (1, error)
 
 
 def test_the_command_line_answers_a_bad_configuration_with_status_2_and_one_line(tmp_path: Path) -> None:
@@ -311,6 +404,23 @@ def test_a_model_that_is_not_there_is_put_down_to_whoever_named_it(
     assert main(["--config", str(file), "--check", *(["--set", override] if overridden else [])]) == 2
     origin = f"--set {override}" if overridden else str(file)
     assert capsys.readouterr().err.startswith(f"error: {origin}: model.path ('{missing}'): there is no such folder")
+
+
+@pytest.mark.parametrize("is_overridden", [False, True])
+def test_a_pipeline_names_the_origin_of_what_only_the_launcher_finds_wrong(is_overridden: bool, tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text('[model]\npath = "./missing"\n')
+    override = f"model.path={tmp_path}/missing"
+    with pytest.raises(ConfigError) as caught:
+        Pipeline(file, override if is_overridden else ()).start()
+    origin = f"--set {override}" if is_overridden else str(file)
+    assert str(caught.value).startswith(f"{origin}: model.path ('{tmp_path}/missing'): there is no such folder")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", ["ring.depth=3", ["ring.depth=3"], {"ring.depth": 3}])
+def test_a_pipeline_takes_one_override_or_several(overrides: Any) -> None:
+    assert Pipeline({"model": {"path": "/m"}}, overrides).config.ring.depth == 3
 
 
 def test_every_key_has_a_value_of_its_declared_type() -> None:

@@ -154,6 +154,24 @@ def test_a_killed_worker_ends_the_engine_with_status_1(launch: Callable[..., Eng
     engine.assert_nothing_left()
 
 
+@pytest.mark.parametrize(("role", "when"), [("gpu", "killed"), ("gateway", "killed"), ("gateway", "killed by Start")])
+def test_a_worker_that_is_killed_while_the_engine_comes_up_is_named(
+    launch: Callable[..., Engine], role: str, when: str
+) -> None:
+    engine = launch({f"FAKE_{role.upper()}": when})
+    assert engine.process.wait(20) == 1
+    assert f"ERROR launcher: {role} was killed by signal 9 (Killed): the engine ends" in engine.log()
+    assert "Traceback" not in engine.log()
+    assert engine.event()["event"] == "spawned"
+    engine.assert_nothing_left()
+
+
+def test_a_ready_that_comes_after_its_worker_is_buried_is_ignored(launch: Callable[..., Engine]) -> None:
+    engine = launch({"FAKE_DETOKENIZER": "late"}).until_ready()
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+
+
 def test_a_worker_that_fails_at_start_ends_the_engine_with_its_reason(launch: Callable[..., Engine]) -> None:
     engine = launch({"FAKE_GPU": "fail"})
     assert engine.process.wait(20) == 1

@@ -1,7 +1,8 @@
 """Workers with the sockets and the lifecycle of real ones and nothing inside, for tests of the supervisor.
 
 The environment variable FAKE_<ROLE> has one of them misbehave: "fail" (says Failed at start), "deaf" (ignores Stop),
-"undrained" (never says Drained), "slow" (never Ready).
+"undrained" (never says Drained), "slow" (never Ready), "killed" and "killed by Start" (by signal 9), "late"
+(says Ready for a worker that is gone).
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from ipc.channels import bind_router, connect_dealer
 from ipc.errors import ModelUnsupported
-from ipc.messages import Abort, Drain, Drained, Start
+from ipc.messages import Abort, Drain, Drained, Ready, Start
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,10 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
     misbehaviour = os.environ.get(f"FAKE_{process.role.partition('.')[0].upper()}", "")
     if misbehaviour == "fail":
         raise ModelUnsupported("this model cannot be run")
+    if misbehaviour == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if misbehaviour == "late":
+        process.say(Ready(role="gone", info={}))
     sockets = [bind_router(process.context, getattr(bootstrap, f"{name}_endpoint")) for name in bind]
     sockets += [connect_dealer(process.context, getattr(bootstrap, f"{name}_endpoint")) for name in connect]
     if hasattr(bootstrap, "endpoint"):
@@ -34,6 +40,8 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
     def obey(message: Any) -> None:
         logger.info("heard %s", type(message).__name__)
         match message:
+            case Start() if misbehaviour == "killed by Start":
+                os.kill(os.getpid(), signal.SIGKILL)
             case Start() if process.role in ("scheduler", "gateway"):
                 process.ready()
             case Abort():
