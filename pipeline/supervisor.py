@@ -146,7 +146,7 @@ class Supervisor:
 
     def _bring_up(self) -> bool:
         """True once the engine serves; False if it never will."""
-        if not self._wait_until(lambda: self._workers[GPU].is_ready) or not self._check_cache():
+        if not self._wait_until(lambda: self._is_ready(GPU)) or not self._check_cache():
             return False
         while not self._tell(SCHEDULER, Start(info=self._info)):  # it may not be connected yet, and says nothing before
             if self._wait_until(self._is_over, _POLL_S):
@@ -161,10 +161,14 @@ class Supervisor:
                 self._tell(role, Start(info=self._info))
         self._workers[GATEWAY].is_ready = False  # until it takes requests: nobody is told that we serve before it does
         self._tell(GATEWAY, Start(info=self._info))
-        if not self._wait_until(lambda: self._workers[GATEWAY].is_ready):
+        if not self._wait_until(lambda: self._is_ready(GATEWAY)):
             return False
         self._announcer.ready(self._info)
         return True
+
+    def _is_ready(self, role: str) -> bool:
+        """Whether the worker lives and has said so."""
+        return role in self._workers and self._workers[role].is_ready
 
     def _check_cache(self) -> bool:
         """Whether the KV cache that the GPU process got holds the longest sequence."""
@@ -283,9 +287,11 @@ class Supervisor:
                 case Progress():
                     self._announcer.progress(message)
                 case Ready():
-                    self._workers[message.role].is_ready = True
-                    self._info |= message.info
-                    self._announcer.worker_ready(message.role)
+                    worker = self._workers.get(message.role)
+                    if worker is not None:  # messages outlive their senders
+                        worker.is_ready = True
+                        self._info |= message.info
+                        self._announcer.worker_ready(message.role)
                 case Drained():
                     self._drained = True
                 case Failed():

@@ -11,14 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import zmq
 
+from ipc.channels import bind_router, connect_dealer, send
 from ipc.errors import ConfigError
+from ipc.messages import Drained, Ready
+from pipeline.announce import Announcer
 from pipeline.endpoint import EndpointClaim
 from pipeline.python_module import module_environment
+from pipeline.supervisor import Supervisor
 
 ROLES = ["gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1"]
 RUN = """
@@ -161,6 +167,37 @@ def test_a_worker_that_fails_at_start_ends_the_engine_with_its_reason(launch: Ca
     assert engine.event()["event"] == "spawned"
     assert engine.event() is None
     engine.assert_nothing_left()
+
+
+def test_a_gpu_process_that_is_killed_while_it_loads_ends_the_engine_with_status_1(
+    launch: Callable[..., Engine],
+) -> None:
+    engine = launch({"FAKE_GPU": "slow"})
+    assert engine.event()["event"] == "spawned"
+    eventually(lambda: "gpu: loading (50 %)" in engine.log())
+    os.kill(engine.pids["gpu"], signal.SIGKILL)
+    assert engine.process.wait(20) == 1
+    assert "gpu was killed by signal 9 (Killed): the engine ends" in engine.log()
+    assert "Traceback" not in engine.log()
+    engine.assert_nothing_left()
+
+
+def test_a_message_of_a_worker_that_is_buried_already_changes_nothing(tmp_path: Path) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    wiring: Any = SimpleNamespace(control_endpoint=f"ipc://{tmp_path}/control")
+    announcer = Announcer("ipc:///nowhere", "tiny", "")
+    supervisor = Supervisor(wiring, announcer, drain_timeout_s=1.0, signal_fd=-1)
+    supervisor._control = bind_router(context, wiring.control_endpoint)
+    dead = connect_dealer(context, wiring.control_endpoint, identity=b"tokenizer.0")
+    try:
+        send(dead, Ready(role="tokenizer.0", info={"num_blocks": 7}))
+        send(dead, Drained())
+        while not supervisor._drained:
+            assert supervisor._control.poll(20_000), "nothing arrived"
+            supervisor._take_messages()
+        assert supervisor._info == {}
+    finally:
+        context.destroy(0)
 
 
 def test_a_gpu_process_out_of_memory_ends_the_engine_with_one_line(launch: Callable[..., Engine]) -> None:
