@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import zmq
 
-from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Query, Stats
+from ipc.channels import connect_dealer, send
+from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Opened, Query, Route, Stats, StepOutputs
+from ipc.records import FinishCode
 from ipc.sampling import SamplingParams
 from tests.unit.gateway_tools import generate
 from tests.unit.text_frames import bad_frame
@@ -134,6 +136,20 @@ def test_bad_frames_disturb_no_good_request(engine: TextEngine) -> None:
     assert all(good.texts[name] == f"the fox {name[4:]}" for name in names)
     assert good.refused == []
     assert all(worker.poll() is None for worker in engine.workers.values())
+
+
+def test_stop_strings_that_end_more_sequences_than_a_message_holds_cancel_them_all(engine: TextEngine) -> None:
+    keys = np.arange(1, 20_001, dtype="<i8")
+    token_id = TOKENIZER.token_to_id("x")
+    scheduler = connect_dealer(engine.context, f"ipc://{engine.folder}/detokenize")
+    for some in np.split(keys, 2):
+        opened = [Opened(int(key), Route(b"nobody", str(key), False), ["x"], 1, None) for key in some]
+        send(scheduler, StepOutputs(opened=opened))
+    token_ids = np.full(len(keys), token_id, "<i4").tobytes()
+    finish = bytes([FinishCode.RUNNING]) * len(keys)
+    send(scheduler, StepOutputs(keys=keys.tobytes(), token_ids=token_ids, finish=finish))
+    wait_until(lambda: len(engine.scheduler.cancelled) >= len(keys), "cancellations of all")
+    assert engine.scheduler.cancelled == keys.tolist()
 
 
 def test_only_the_user_may_connect_and_nothing_is_left_after_stop(folder: Path, model: Path) -> None:

@@ -26,7 +26,6 @@ from ipc.messages import (
     Alive,
     CacheCleared,
     Cancel,
-    CancelRequests,
     ClearCache,
     ClientCredit,
     ClientGone,
@@ -41,6 +40,7 @@ from ipc.messages import (
     Route,
     Stats,
     Tokenize,
+    cancel_requests,
 )
 from ipc.messages import (
     Final as FinalAnswer,
@@ -54,7 +54,7 @@ from workers.gateway.table import Client, Request, RequestState, RequestTable
 logger = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S: Final = 1.0
-MAX_LIST: Final = 8_192  # requests in one message
+MAX_ANSWERED: Final = 8_192  # requests in one Outputs of our own
 
 
 class Peer(enum.Enum):
@@ -105,8 +105,8 @@ class Gateway:
 
     def take_outbox(self) -> list[Send]:
         """What has to be sent, in order."""
-        for start in range(0, len(self._cancels), MAX_LIST):
-            self._send(Peer.SCHEDULER, CancelRequests(keys=self._cancels[start : start + MAX_LIST]))
+        for cancels in cancel_requests(self._cancels):
+            self._send(Peer.SCHEDULER, cancels)
         self._cancels = []
         outbox, self._outbox = self._outbox, []
         return outbox
@@ -280,8 +280,8 @@ class Gateway:
         """Errors for all of a client's open requests; the caller takes them out of the table."""
         final = FinalAnswer("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
         request_ids = list(client.keys)
-        for start in range(0, len(request_ids), MAX_LIST):
-            self._answer(client, request_ids[start : start + MAX_LIST], final, client.last_progress)
+        for start in range(0, len(request_ids), MAX_ANSWERED):
+            self._answer(client, request_ids[start : start + MAX_ANSWERED], final, client.last_progress)
 
     def _answer(self, client: Client, request_ids: list[str], final: FinalAnswer, now: float) -> None:
         """The same final answer to some requests, in the gateway's own words."""
