@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -435,8 +436,8 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
 # What waits for a tokenizer
 
 
-def test_prompts_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
-    gateway = Harness(max_queued_bytes=2_500)
+def test_requests_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
+    gateway = Harness(max_queued_bytes=5_000)
     for number in range(4 + 2):  # the tokenizers have room for four
         gateway.client(generate(f"r{number}", prompt="x" * 1_000))
     gateway.client(generate("r6", prompt="x" * 1_000))
@@ -449,6 +450,43 @@ def test_prompts_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_
     for number in range(2):
         gateway.client(generate(f"s{number}", prompt="x" * 1_000), identity=b"other")
     assert len(gateway.answers(Refused, b"other")) == 1
+
+
+def test_a_request_larger_than_the_bound_waits_alone() -> None:
+    gateway = Harness(max_queued_bytes=5_000)
+    for number in range(4):
+        gateway.client(generate(f"r{number}"))
+    gateway.client(generate("large", prompt="x" * 20_000))
+    gateway.client(generate("next"))
+    assert gateway.refusal().request_id == "next"
+    assert [request.route.request_id for request in gateway.pass_on()] == ["r0", "r1", "r2", "r3", "large"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "x"},
+        {"prompt": "x" * 500 + "\N{ROCKET}"},
+        {"chat": [ChatMessage("user", f"hi there {number}") for number in range(20)]},
+        {"params": SamplingParams(stop=[f"stop {number}" for number in range(16)], stop_token_ids=[*range(300, 316)])},
+        {"scheduling": SchedulingParams(priority=1, tenant="somebody", deadline_s=1.5, queue_timeout_s=2.5)},
+    ],
+    ids=["tiny", "wide text", "chat", "stops", "scheduling"],
+)
+def test_what_waits_for_a_tokenizer_is_charged_the_memory_that_it_takes(fields: dict[str, Any]) -> None:
+    gateway = Harness(max_open_requests=10_000, max_queued_bytes=4 << 20)
+    frames = [encode(generate(f"request {number}", **fields)) for number in range(4_000)]
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for frame in frames:
+            gateway.core.client_frames(b"c", [frame], gateway.now)
+        gateway.core.take_outbox()  # refusals, which do not wait
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert gateway.core.num_refused > 0, "the bound was not reached"
+    assert 0.4 * (4 << 20) < held - before <= 4 << 20
 
 
 # Several samples

@@ -15,7 +15,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
             also where a client without an endpoint looks.
         max_open_requests: of one client; more are refused at once. One of n samples counts n times.
-        max_queued_bytes: of requests, of all clients together, that wait for a tokenizer; more are refused at once.
+        max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
+            1,280 bytes and more for each (`prompt_queue.held_bytes`); more are refused at once.
         slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
             cancelled.
         drain_timeout_s: how long a draining engine waits for open requests.

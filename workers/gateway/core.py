@@ -48,7 +48,7 @@ from ipc.messages import (
 from ipc.sampling import MAX_SEED
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.prompt_queue import PromptQueue
+from workers.gateway.prompt_queue import PromptQueue, held_bytes
 from workers.gateway.table import Client, Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Gateway:
         refused = Refused(request_id=request_id, error_code=error.code, error_message=text)
         self._send(Peer.CLIENT, refused, identity)
 
-    def _generate(self, identity: bytes, message: Generate, num_bytes: int, now: float) -> None:
+    def _generate(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         client = self.table.client(identity)
@@ -198,6 +198,7 @@ class Gateway:
                     f"{client.num_samples} requests of this client are open, and {limit} may be, each sample counted: "
                     "wait for one to end"
                 )
+        num_bytes = held_bytes(message, frame_bytes)
         self._queue.check_room(num_bytes)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
