@@ -280,10 +280,82 @@ def test_a_client_that_takes_in_nothing_is_dropped_with_errors_and_its_late_news
     gateway.tick(2)
     assert [gateway.finals[b"c", f"r{n}"][0].error_code for n in (3, 4)] == ["request_failed"] * 2
     assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[r.key for r in requests[3:]])]
-    gateway.client(generate("r3"))  # it is back
+    gateway.client(generate("r3"))
+    assert "has taken in no output since" in gateway.refusal().error_message
+    gateway.client(Delivered(count=3))  # it is back
+    gateway.client(generate("r3"))
     gateway.deliver(requests[3])
     assert len(gateway.finals[b"c", "r3"]) == 1
     assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=requests[0].route.client)] * 2
+
+
+def test_a_client_at_its_mark_is_dropped_and_told_every_end_once_it_reads() -> None:
+    gateway = Harness()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    requests = gateway.pass_on()
+    gateway.full.add(b"c")
+    gateway.deliver(requests[0])
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[r.key for r in requests[1:]])]
+    assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=requests[0].route.client)]
+    assert len(gateway.core.table) == 0
+    gateway.tick(2)  # still full
+    assert gateway.finals == {}
+    gateway.full.clear()
+    gateway.client(generate("new"))
+    assert (gateway.refusal().request_id, gateway.refusal().error_code) == ("new", "queue_full")
+    gateway.tick(2)
+    assert [gateway.finals[b"c", f"r{n}"][0].finish_reason for n in range(5)] == ["length"] + ["error"] * 4
+    assert all(len(finals) == 1 for finals in gateway.finals.values())
+    gateway.client(Delivered(count=1))
+    gateway.client(generate("new"))
+    assert [request.route.request_id for request in gateway.pass_on()] == ["new"]
+    assert all(len(finals) == 1 for finals in gateway.finals.values())
+
+
+def test_a_client_at_its_mark_that_says_it_has_read_gets_the_rest_at_once() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    gateway.full.add(b"c")
+    gateway.deliver(*gateway.pass_on())
+    gateway.full.clear()
+    gateway.client(Delivered(count=1))
+    assert [final.finish_reason for final in gateway.finals[b"c", "r"]] == ["length"]
+
+
+def test_an_answer_that_costs_no_credit_is_lost_at_the_mark_and_nothing_is_kept_of_it() -> None:
+    gateway = Harness()
+    gateway.full.add(b"c")
+    for _ in range(3):
+        gateway.client(Query(query_id=1, what="health"))
+    gateway.full.clear()
+    gateway.client(Query(query_id=2, what="health"))
+    gateway.tick(2)
+    assert [health.query_id for health in gateway.answers(Health)] == [2]
+    assert gateway.core.timeout_s() is None
+
+
+def test_a_client_that_was_dropped_is_forgotten_once_it_has_gone() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    gateway.full.add(b"c")
+    gateway.deliver(*gateway.pass_on())
+    gateway.unreachable.add(b"c")
+    gateway.tick(2)
+    assert gateway.core.timeout_s() is None
+
+
+def test_a_client_that_asks_for_a_cleared_cache_without_end_is_refused_until_one_is_answered() -> None:
+    gateway = Harness()
+    for number in range(65):
+        gateway.client(ClearCache(query_id=number))
+    assert gateway.refusal().error_code == "queue_full"
+    gateway.client(ClearCache(query_id=1), b"other")
+    clears = gateway.messages(Peer.SCHEDULER, ClearCache)
+    assert len(clears) == 64 + 1
+    gateway.core.cache_cleared(clears[0].query_id)
+    gateway.client(ClearCache(query_id=100))
+    assert len(gateway.messages(Peer.SCHEDULER, ClearCache)) == 64 + 2
 
 
 def test_a_client_that_is_slow_and_reads_is_not_dropped() -> None:

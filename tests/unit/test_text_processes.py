@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zmq
 
@@ -119,6 +120,51 @@ def test_a_vanished_clients_requests_are_cancelled_within_seconds(engine: TextEn
     stays.finish("hold0")
     assert stays.finals["hold0"].finish_reason == "cancelled"
     assert len(engine.scheduler.cancelled) == 2
+
+
+def test_a_client_that_floods_and_never_reads_costs_little_memory_and_disturbs_nobody(engine: TextEngine) -> None:
+    flooding, good = engine.client(read_ahead=1), engine.client()
+    gateway = psutil.Process(engine.workers["gateway"].pid)
+    flooding.say(generate("hold", prompt="the fox", params=ONE))
+    wait_until(lambda: engine.scheduler.held, "the request to run")
+    before = gateway.memory_info().rss
+    for number in range(20):
+        for _ in range(2_500):
+            flooding.say(Query(query_id=1, what="stats"))
+        good.say(generate(f"good{number}", prompt="the fox", params=ONE))
+        good.finish(f"good{number}")
+    wait_until(lambda: engine.count("num_received") > 50_000, "the flood to pass")
+    assert gateway.memory_info().rss - before < 32 << 20  # the answers are 200 MB
+    wait_until(lambda: engine.scheduler.cancelled, "the cancellation")
+    assert good.refused == []
+    flooding.finish("hold")  # it reads at last
+    assert flooding.finals["hold"].error_code == "request_failed"
+    assert len(flooding.others) < 5_000
+    flooding.say(generate("again", prompt="the fox", params=ONE))
+    flooding.finish("again")
+
+
+def test_a_slow_client_loses_no_answer_though_it_has_all_that_it_may_open(folder: Path, model: Path) -> None:
+    names = [f"r{number}" for number in range(16_384)]
+    engine = TextEngine(folder, model, TOKENIZER.get_vocab_size(), max_open_requests=len(names))
+    try:
+        engine.start()
+        client = engine.client(read_ahead=1)
+        client.say(generate("hold", prompt="the fox", params=ONE))
+        wait_until(lambda: engine.scheduler.held, "the request to run")
+        engine.tell(Drain())
+        engine.client().say(generate("late"))
+        wait_until(lambda: engine.count("num_refused"), "draining")
+        for name in names:
+            client.say(generate(name))
+        wait_until(lambda: engine.count("num_refused") == 1 + len(names), "refusals of all")
+        engine.tell(Abort(error_message="over"))
+        wait_until(lambda: any(isinstance(message, Drained) for message in engine.hear()), "Drained")
+        client.finish("hold")
+        assert client.finals["hold"].error_message == "over"
+        assert [refused.request_id for refused in client.refused] == names
+    finally:
+        engine.stop()
 
 
 def test_bad_frames_disturb_no_good_request(engine: TextEngine) -> None:

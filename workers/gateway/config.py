@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from ipc.stats import StatsHandle
 from workers.process import WorkerBootstrap
+
+UNCREDITED_ANSWERS: Final = 1_024  # of queries, probes and refusals that a client may leave unread
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -46,3 +50,13 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     detokenize_endpoint: str
     identity: bytes
     stats: list[StatsHandle]  # of every worker, for `stats()`
+
+
+def send_mark(bootstrap: GatewayBootstrap) -> int:
+    """How many messages may be queued to one client that is slow to read.
+
+    All that a client within its rights can be sent unread: one answer or refusal for every request that it may have
+    open, the outputs that it has credit for, and some that need no credit. So it bounds only what a client that never
+    reads costs; outputs, the only large messages, are bounded by credit besides.
+    """
+    return bootstrap.frontend.max_open_requests + bootstrap.client_window + UNCREDITED_ANSWERS

@@ -15,6 +15,7 @@ import enum
 import itertools
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S: Final = 1.0
 MAX_ANSWERED: Final = 8_192  # requests in one Outputs of our own
+MAX_CLEARING: Final = 64  # ClearCache messages of one client that the scheduler has not answered
 
 
 class Peer(enum.Enum):
@@ -78,8 +80,8 @@ class Send(NamedTuple):
 class Gateway:
     """The role's whole behaviour. Times are seconds of one monotonic clock.
 
-    After every event the owner sends what `take_outbox()` gives, and reports a client that cannot be reached
-    with `client_gone()`.
+    After every event the owner sends what `take_outbox()` gives, and reports a client that cannot be reached with
+    `client_gone()`, and a message for which a client's queue has no room with `client_full()`.
     """
 
     def __init__(self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[], dict[str, dict[str, float]]]) -> None:
@@ -96,6 +98,10 @@ class Gateway:
         self._under_way: dict[bytes, int] = {}  # Tokenize messages, by tokenizer
         self._tokenizer_of: dict[int, bytes] = {}  # of each of these
         self._clearing: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by ours
+        self._num_clearing: Counter[bytes] = Counter()  # by client
+        # Clients that were dropped because they take in nothing, and the outputs that had no room in their queues. They
+        # may ask for nothing new before they take something in: each stay could leave another window of outputs unread.
+        self._deaf: dict[bytes, list[Outputs | bytes]] = {}
         self._clear_ids = itertools.count(1)
         self._cancels: list[int] = []
         self._outbox: list[Send] = []
@@ -113,7 +119,8 @@ class Gateway:
 
     def timeout_s(self) -> float | None:
         """How long `tick` may wait; None: until something happens."""
-        return PROBE_INTERVAL_S if self.table.clients or self._drain_deadline != float("inf") else None
+        is_watching = self.table.clients or self._deaf or self._drain_deadline != float("inf")
+        return PROBE_INTERVAL_S if is_watching else None
 
     def _send(self, peer: Peer, message: Any, identity: bytes = b"") -> None:
         self._outbox.append(Send(peer, identity, message))
@@ -185,6 +192,8 @@ class Gateway:
     def _generate(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
+        if identity in self._deaf:
+            raise QueueFull("this client was dropped and has taken in no output since (`Delivered` says that it has)")
         client = self.table.client(identity)
         params = message.params
         limit = self._bootstrap.frontend.max_open_requests
@@ -236,13 +245,19 @@ class Gateway:
 
     def _clear_cache(self, identity: bytes, query_id: int) -> None:
         """Passed on under a number of our own: clients' numbers may be the same."""
+        if self._num_clearing[identity] >= MAX_CLEARING:
+            raise QueueFull(f"{MAX_CLEARING} ClearCache messages of this client are not answered yet: wait for one")
         clear_id = next(self._clear_ids)
         self._clearing[clear_id] = identity, query_id
+        self._num_clearing[identity] += 1
         self._send(Peer.SCHEDULER, ClearCache(query_id=clear_id))
 
     def cache_cleared(self, clear_id: int) -> None:
         """The scheduler has emptied its cache."""
         identity, query_id = self._clearing.pop(clear_id)
+        self._num_clearing[identity] -= 1
+        if not self._num_clearing[identity]:
+            del self._num_clearing[identity]
         self._send(Peer.CLIENT, CacheCleared(query_id=query_id), identity)
 
     def _cancel(self, identity: bytes, request_id: str, now: float) -> None:
@@ -264,6 +279,8 @@ class Gateway:
         """The client has taken in some `Outputs`. Nobody gets credit for more than was sent."""
         if delivered.count < 1:
             raise InvalidRequest(f"count ({delivered.count}) must be at least 1")
+        for outputs in self._deaf.pop(identity, []):
+            self._send(Peer.CLIENT, outputs, identity)
         client = self.table.client(identity)
         count = 0 if client is None else min(delivered.count, client.num_outputs)
         if client is None or count == 0:
@@ -305,9 +322,29 @@ class Gateway:
 
     def client_gone(self, identity: bytes) -> None:
         """A client cannot be reached: nobody waits for its requests any more."""
+        self._deaf.pop(identity, None)
         client = self.table.client(identity)
         if client is not None:
             logger.info("a client has gone; %d of its requests are cancelled", len(client.keys))
+            self._drop(client)
+
+    def client_full(self, identity: bytes, message: Any) -> None:
+        """A client has left so much unread that `message` had no room.
+
+        Its requests are cancelled. What tells of them is kept, and tried again, so that none goes without its end if
+        the client should read on; credit bounds it. Answers that cost no credit are lost.
+        """
+        client = self.table.client(identity)
+        if client is None and not isinstance(message, Outputs | bytes):
+            return
+        outputs = self._deaf.setdefault(identity, [])
+        if isinstance(message, Outputs | bytes):
+            outputs.append(message)
+        if client is not None:
+            logger.warning(
+                "a client leaves everything unread and is dropped; %d requests are cancelled", len(client.keys)
+            )
+            self._answer_open_requests(client, RequestFailed("cancelled: this client left too many messages unread"))
             self._drop(client)
 
     def _drop(self, client: Client) -> None:
@@ -394,6 +431,13 @@ class Gateway:
                 error = RequestFailed(f"cancelled: this client took in no output for {patience:g} s")
                 self._answer_open_requests(client, error)
                 self._drop(client)
+                self._deaf.setdefault(client.identity, [])
             elif not client.was_sent_to:
                 self._send(Peer.CLIENT, Alive(), client.identity)
             client.was_sent_to = False
+        for identity, outputs in self._deaf.items():
+            for message in outputs:
+                self._send(Peer.CLIENT, message, identity)
+            if not outputs:
+                self._send(Peer.CLIENT, Alive(), identity)
+            outputs.clear()
