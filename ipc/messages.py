@@ -65,7 +65,7 @@ class Cancel(Message, frozen=True):
 
 
 class Delivered(Message, frozen=True):
-    """Credit: the client has taken in this many `Outputs` messages."""
+    """Credit: the client has taken in this many `Outputs` messages. One that never says so is dropped in the end."""
 
     count: int
 

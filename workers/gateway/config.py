@@ -22,7 +22,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
             1,280 bytes and more for each (`prompt_queue.held_bytes`); more are refused at once.
         slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
-            cancelled.
+            cancelled, and new ones refused until it does take something in.
         drain_timeout_s: how long a draining engine waits for open requests.
     """
 
