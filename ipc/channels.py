@@ -1,14 +1,17 @@
 """ZeroMQ sockets with the options that ringfeed relies on, and typed sends and receives over them.
 
-No socket here drops in silence: ROUTERs are mandatory-routing (a send to nobody says so), DEALERs queue without a
-high-water mark (libzmq loses messages at an orderly close over ipc when a receive mark is set: its issue 4660), and the
-bounds come from credits and bounded queues in the protocol itself. A ROUTER gives an identity to its newest holder
-(otherwise it ignores a restarted worker while messages of the dead one are unread); what the former holder has sent
-still arrives, perhaps under another identity.
+No socket here drops in silence: ROUTERs are mandatory-routing (a send to nobody says so), sockets inside the engine
+queue without a high-water mark (libzmq loses messages at an orderly close over ipc when a receive mark is set: its
+issue 4660), and their bounds come from credits and bounded queues in the protocol itself. Only the socket to which
+strangers connect has marks, because no stranger need keep to a protocol: a client that closes wants no answers, so of
+its messages none can be lost that matters. A ROUTER gives an identity to its newest holder (otherwise it ignores a
+restarted worker while messages of the dead one are unread); what the former holder has sent still arrives, perhaps
+under another identity.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -23,16 +26,32 @@ _HEARTBEAT_MS: Final = 2_000
 _HEARTBEAT_TIMEOUT_MS: Final = 30_000
 
 
+class SendResult(enum.Enum):
+    """What became of a message to one peer of a ROUTER."""
+
+    QUEUED = "queued"
+    FULL = "full"  # the peer is there, and its queue at the send mark
+    GONE = "gone"
+
+
 def bind_router(
-    context: zmq.Context[Any], endpoint: str, *, max_frame_bytes: int = MAX_FRAME_BYTES, handover: bool = True
+    context: zmq.Context[Any],
+    endpoint: str,
+    *,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+    handover: bool = True,
+    send_mark: int = 0,
+    receive_mark: int = 0,
 ) -> zmq.Socket[Any]:
     """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound.
 
     With `handover` a new peer takes over the identity of an old one: a restarted worker does. Among clients, who choose
-    theirs freely, nobody may.
+    theirs freely, nobody may. `send_mark` and `receive_mark` bound the messages queued to and from one peer (0 = no
+    bound). At the first a send is FULL, until the peer has taken in half of what is queued; at the second the peer is
+    not read from, and its messages pile up on its own side.
     """
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-    _set_common_options(socket, endpoint, max_frame_bytes)
+    _set_common_options(socket, endpoint, max_frame_bytes, send_mark, receive_mark)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
     try:
@@ -70,10 +89,12 @@ def connect_dealer(
     return socket
 
 
-def _set_common_options(socket: zmq.Socket[Any], endpoint: str, max_frame_bytes: int) -> None:
+def _set_common_options(
+    socket: zmq.Socket[Any], endpoint: str, max_frame_bytes: int, send_mark: int = 0, receive_mark: int = 0
+) -> None:
     for option, value in (
-        (zmq.SNDHWM, 0),
-        (zmq.RCVHWM, 0),
+        (zmq.SNDHWM, send_mark),
+        (zmq.RCVHWM, receive_mark),
         (zmq.LINGER, 1_000),
         (zmq.MAXMSGSIZE, max_frame_bytes),
         (zmq.IPV6, int(endpoint.startswith("tcp://["))),  # with it "*" and an interface's name would mean IPv6 as well
@@ -96,13 +117,20 @@ def send_to(socket: zmq.Socket[Any], identity: bytes, message: Any) -> bool:
 
 def send_frames_to(socket: zmq.Socket[Any], identity: bytes, *frames: bytes) -> bool:
     """The same for frames that are encoded already."""
+    return try_send_to(socket, identity, *frames) is SendResult.QUEUED
+
+
+def try_send_to(socket: zmq.Socket[Any], identity: bytes, *frames: bytes) -> SendResult:
+    """The same for a ROUTER with a send mark. What is not QUEUED has not been sent in part either. Never blocks."""
     try:
         socket.send_multipart((identity, *frames), flags=zmq.DONTWAIT, copy=True)
+    except zmq.Again:
+        return SendResult.FULL
     except zmq.ZMQError as error:
-        if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-            return False
+        if error.errno == zmq.EHOSTUNREACH:
+            return SendResult.GONE
         raise
-    return True
+    return SendResult.QUEUED
 
 
 def receive_frames(socket: zmq.Socket[Any], limit: int = 1_000) -> Iterator[list[bytes]]:

@@ -16,6 +16,7 @@ dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -25,6 +26,7 @@ from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
 PROTOCOL_VERSION = 1
 MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
+MAX_CANCELLED_KEYS = 8_192  # in one CancelRequests; a receiver refuses lists of more than `codec.MAX_ITEMS`
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
 
@@ -63,7 +65,7 @@ class Cancel(Message, frozen=True):
 
 
 class Delivered(Message, frozen=True):
-    """Credit: the client has taken in this many `Outputs` messages."""
+    """Credit: the client has taken in this many `Outputs` messages. One that never says so is dropped in the end."""
 
     count: int
 
@@ -218,10 +220,16 @@ class Accepted(Message, frozen=True):
 class CancelRequests(Message, frozen=True):
     """gateway -> scheduler (the client gave up) or detokenizer -> scheduler (a stop string was found).
 
-    Keys that are unknown have ended already and are ignored.
+    Keys that are unknown have ended already and are ignored. Made by `cancel_requests`, which bounds it.
     """
 
     keys: list[int]
+
+
+def cancel_requests(keys: Sequence[int]) -> Iterator[CancelRequests]:
+    """As many messages as it takes to cancel `keys`, in their order; none for none."""
+    for start in range(0, len(keys), MAX_CANCELLED_KEYS):
+        yield CancelRequests(keys=list(keys[start : start + MAX_CANCELLED_KEYS]))
 
 
 class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

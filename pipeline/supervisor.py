@@ -167,6 +167,7 @@ class Supervisor:
         return True
 
     def _is_ready(self, role: str) -> bool:
+        """Whether the worker lives and has said so."""
         return role in self._workers and self._workers[role].is_ready
 
     def _check_cache(self) -> bool:
@@ -286,10 +287,11 @@ class Supervisor:
                 case Progress():
                     self._announcer.progress(message)
                 case Ready():
-                    if message.role in self._workers:  # or it died after it had sent this
-                        self._workers[message.role].is_ready = True
-                    self._info |= message.info
-                    self._announcer.worker_ready(message.role)
+                    worker = self._workers.get(message.role)
+                    if worker is not None:  # messages outlive their senders
+                        worker.is_ready = True
+                        self._info |= message.info
+                        self._announcer.worker_ready(message.role)
                 case Drained():
                     self._drained = True
                 case Failed():

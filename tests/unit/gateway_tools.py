@@ -67,13 +67,14 @@ def generate(request_id: str, **changes: Any) -> Generate:
 
 
 class Harness:
-    """The core, and what it sent to whom. `unreachable` clients fail like a send to nobody."""
+    """The core, and what it sent to whom. Sends to `unreachable` clients find nobody, to `full` ones no room."""
 
     def __init__(self, *, started: bool = True, **changes: Any) -> None:
         self.core = Gateway(bootstrap(**changes), lambda: {"gateway": {"num_open": 0.0}})
         self.now = 100.0
         self.sent: dict[Peer, list[tuple[bytes, Any]]] = {peer: [] for peer in Peer}
         self.unreachable: set[bytes] = set()
+        self.full: set[bytes] = set()
         self.finals: dict[tuple[bytes, str], list[FinalAnswer]] = {}
         if started:
             self.core.start()
@@ -85,6 +86,9 @@ class Harness:
             for peer, identity, message in outbox:
                 if peer is Peer.CLIENT and identity in self.unreachable:
                     self.core.client_gone(identity)
+                    continue
+                if peer is Peer.CLIENT and identity in self.full:
+                    self.core.client_full(identity, message)
                     continue
                 self.sent[peer].append((identity, message))
                 if peer is Peer.CLIENT:

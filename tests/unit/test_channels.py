@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ipc.channels import (
+    SendResult,
     bind_router,
     connect_dealer,
     receive,
@@ -22,6 +24,7 @@ from ipc.channels import (
     send,
     send_frames_to,
     send_to,
+    try_send_to,
 )
 from ipc.errors import ConfigError, EngineUnavailable, ProtocolError
 from ipc.messages import CancelRequests, TokenizeDone
@@ -124,6 +127,47 @@ def test_receiving_stops_at_its_limit(context, endpoint):
         assert len(batch) <= 2
         found += batch
     assert len(found) + len(collect(router, 5 - len(found))) == 5
+
+
+def test_a_peer_that_reads_nothing_is_full_at_the_send_mark_and_loses_nothing_that_was_queued(context, endpoint):
+    router = bind_router(context, endpoint, send_mark=100)
+    dealer = connect_dealer(
+        context, endpoint, identity=b"slow", prepare=lambda socket: socket.setsockopt(zmq.RCVHWM, 1)
+    )
+    send(dealer, TokenizeDone(key=0))
+    assert collect(router, 1) == [(b"slow", 0)]
+    large = bytes(64 << 10)  # so that the kernel's buffers hold few
+    num_queued = 0
+    while (result := try_send_to(router, b"slow", num_queued.to_bytes(4, "big") + large)) is SendResult.QUEUED:
+        num_queued += 1
+        assert num_queued < 1_000, "there is no mark"
+    assert result is SendResult.FULL
+    assert num_queued >= 100
+    assert try_send_to(router, b"nobody", b"x") is SendResult.GONE
+    for number in range(num_queued):
+        assert dealer.poll(DEADLINE_S * 1000)
+        assert dealer.recv()[:4] == number.to_bytes(4, "big")
+    deadline = time.monotonic() + DEADLINE_S
+    while not send_frames_to(router, b"slow", b"again"):
+        assert time.monotonic() < deadline, "a peer that has read everything is still full"
+        router.poll(1)
+    assert dealer.poll(DEADLINE_S * 1000)
+    assert dealer.recv() == b"again"
+
+
+def test_at_the_receive_mark_a_peers_messages_stay_on_its_own_side(context, endpoint):
+    router = bind_router(context, endpoint, receive_mark=4)
+    dealer = connect_dealer(context, endpoint, prepare=lambda socket: socket.setsockopt(zmq.SNDHWM, 4))
+    dealer.setsockopt(zmq.SNDTIMEO, 500)
+    num_sent = 0
+    with contextlib.suppress(zmq.Again):
+        while num_sent < 2_000:
+            dealer.send(bytes(64 << 10))
+            num_sent += 1
+    assert num_sent < 2_000, "it can send for ever, though nothing is read"
+    for _ in range(num_sent):
+        assert router.poll(DEADLINE_S * 1000)
+        assert len(router.recv_multipart()[1]) == 64 << 10
 
 
 def test_a_message_of_another_kind_is_a_protocol_error(context, endpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -279,10 +280,82 @@ def test_a_client_that_takes_in_nothing_is_dropped_with_errors_and_its_late_news
     gateway.tick(2)
     assert [gateway.finals[b"c", f"r{n}"][0].error_code for n in (3, 4)] == ["request_failed"] * 2
     assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[r.key for r in requests[3:]])]
-    gateway.client(generate("r3"))  # it is back
+    gateway.client(generate("r3"))
+    assert "has taken in no output since" in gateway.refusal().error_message
+    gateway.client(Delivered(count=3))  # it is back
+    gateway.client(generate("r3"))
     gateway.deliver(requests[3])
     assert len(gateway.finals[b"c", "r3"]) == 1
     assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=requests[0].route.client)] * 2
+
+
+def test_a_client_at_its_mark_is_dropped_and_told_every_end_once_it_reads() -> None:
+    gateway = Harness()
+    for number in range(5):
+        gateway.client(generate(f"r{number}"))
+    requests = gateway.pass_on()
+    gateway.full.add(b"c")
+    gateway.deliver(requests[0])
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[r.key for r in requests[1:]])]
+    assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=requests[0].route.client)]
+    assert len(gateway.core.table) == 0
+    gateway.tick(2)  # still full
+    assert gateway.finals == {}
+    gateway.full.clear()
+    gateway.client(generate("new"))
+    assert (gateway.refusal().request_id, gateway.refusal().error_code) == ("new", "queue_full")
+    gateway.tick(2)
+    assert [gateway.finals[b"c", f"r{n}"][0].finish_reason for n in range(5)] == ["length"] + ["error"] * 4
+    assert all(len(finals) == 1 for finals in gateway.finals.values())
+    gateway.client(Delivered(count=1))
+    gateway.client(generate("new"))
+    assert [request.route.request_id for request in gateway.pass_on()] == ["new"]
+    assert all(len(finals) == 1 for finals in gateway.finals.values())
+
+
+def test_a_client_at_its_mark_that_says_it_has_read_gets_the_rest_at_once() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    gateway.full.add(b"c")
+    gateway.deliver(*gateway.pass_on())
+    gateway.full.clear()
+    gateway.client(Delivered(count=1))
+    assert [final.finish_reason for final in gateway.finals[b"c", "r"]] == ["length"]
+
+
+def test_an_answer_that_costs_no_credit_is_lost_at_the_mark_and_nothing_is_kept_of_it() -> None:
+    gateway = Harness()
+    gateway.full.add(b"c")
+    for _ in range(3):
+        gateway.client(Query(query_id=1, what="health"))
+    gateway.full.clear()
+    gateway.client(Query(query_id=2, what="health"))
+    gateway.tick(2)
+    assert [health.query_id for health in gateway.answers(Health)] == [2]
+    assert gateway.core.timeout_s() is None
+
+
+def test_a_client_that_was_dropped_is_forgotten_once_it_has_gone() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    gateway.full.add(b"c")
+    gateway.deliver(*gateway.pass_on())
+    gateway.unreachable.add(b"c")
+    gateway.tick(2)
+    assert gateway.core.timeout_s() is None
+
+
+def test_a_client_that_asks_for_a_cleared_cache_without_end_is_refused_until_one_is_answered() -> None:
+    gateway = Harness()
+    for number in range(65):
+        gateway.client(ClearCache(query_id=number))
+    assert gateway.refusal().error_code == "queue_full"
+    gateway.client(ClearCache(query_id=1), b"other")
+    clears = gateway.messages(Peer.SCHEDULER, ClearCache)
+    assert len(clears) == 64 + 1
+    gateway.core.cache_cleared(clears[0].query_id)
+    gateway.client(ClearCache(query_id=100))
+    assert len(gateway.messages(Peer.SCHEDULER, ClearCache)) == 64 + 2
 
 
 def test_a_client_that_is_slow_and_reads_is_not_dropped() -> None:
@@ -435,8 +508,8 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
 # What waits for a tokenizer
 
 
-def test_prompts_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
-    gateway = Harness(max_queued_bytes=2_500)
+def test_requests_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
+    gateway = Harness(max_queued_bytes=5_000)
     for number in range(4 + 2):  # the tokenizers have room for four
         gateway.client(generate(f"r{number}", prompt="x" * 1_000))
     gateway.client(generate("r6", prompt="x" * 1_000))
@@ -449,6 +522,43 @@ def test_prompts_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_
     for number in range(2):
         gateway.client(generate(f"s{number}", prompt="x" * 1_000), identity=b"other")
     assert len(gateway.answers(Refused, b"other")) == 1
+
+
+def test_a_request_larger_than_the_bound_waits_alone() -> None:
+    gateway = Harness(max_queued_bytes=5_000)
+    for number in range(4):
+        gateway.client(generate(f"r{number}"))
+    gateway.client(generate("large", prompt="x" * 20_000))
+    gateway.client(generate("next"))
+    assert gateway.refusal().request_id == "next"
+    assert [request.route.request_id for request in gateway.pass_on()] == ["r0", "r1", "r2", "r3", "large"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "x"},
+        {"prompt": "x" * 500 + "\N{ROCKET}"},
+        {"chat": [ChatMessage("user", f"hi there {number}") for number in range(20)]},
+        {"params": SamplingParams(stop=[f"stop {number}" for number in range(16)], stop_token_ids=[*range(300, 316)])},
+        {"scheduling": SchedulingParams(priority=1, tenant="somebody", deadline_s=1.5, queue_timeout_s=2.5)},
+    ],
+    ids=["tiny", "wide text", "chat", "stops", "scheduling"],
+)
+def test_what_waits_for_a_tokenizer_is_charged_the_memory_that_it_takes(fields: dict[str, Any]) -> None:
+    gateway = Harness(max_open_requests=10_000, max_queued_bytes=4 << 20)
+    frames = [encode(generate(f"request {number}", **fields)) for number in range(4_000)]
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for frame in frames:
+            gateway.core.client_frames(b"c", [frame], gateway.now)
+        gateway.core.take_outbox()  # refusals, which do not wait
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert gateway.core.num_refused > 0, "the bound was not reached"
+    assert 0.4 * (4 << 20) < held - before <= 4 << 20
 
 
 # Several samples

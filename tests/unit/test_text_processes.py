@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zmq
 
-from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Query, Stats
+from ipc.channels import connect_dealer, send
+from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Opened, Query, Route, Stats, StepOutputs
+from ipc.records import FinishCode
 from ipc.sampling import SamplingParams
 from tests.unit.gateway_tools import generate
 from tests.unit.text_frames import bad_frame
@@ -119,6 +122,51 @@ def test_a_vanished_clients_requests_are_cancelled_within_seconds(engine: TextEn
     assert len(engine.scheduler.cancelled) == 2
 
 
+def test_a_client_that_floods_and_never_reads_costs_little_memory_and_disturbs_nobody(engine: TextEngine) -> None:
+    flooding, good = engine.client(read_ahead=1), engine.client()
+    gateway = psutil.Process(engine.workers["gateway"].pid)
+    flooding.say(generate("hold", prompt="the fox", params=ONE))
+    wait_until(lambda: engine.scheduler.held, "the request to run")
+    before = gateway.memory_info().rss
+    for number in range(20):
+        for _ in range(2_500):
+            flooding.say(Query(query_id=1, what="stats"))
+        good.say(generate(f"good{number}", prompt="the fox", params=ONE))
+        good.finish(f"good{number}")
+    wait_until(lambda: engine.count("num_received") > 50_000, "the flood to pass")
+    assert gateway.memory_info().rss - before < 32 << 20  # the answers are 200 MB
+    wait_until(lambda: engine.scheduler.cancelled, "the cancellation")
+    assert good.refused == []
+    flooding.finish("hold")  # it reads at last
+    assert flooding.finals["hold"].error_code == "request_failed"
+    assert len(flooding.others) < 5_000
+    flooding.say(generate("again", prompt="the fox", params=ONE))
+    flooding.finish("again")
+
+
+def test_a_slow_client_loses_no_answer_though_it_has_all_that_it_may_open(folder: Path, model: Path) -> None:
+    names = [f"r{number}" for number in range(16_384)]
+    engine = TextEngine(folder, model, TOKENIZER.get_vocab_size(), max_open_requests=len(names))
+    try:
+        engine.start()
+        client = engine.client(read_ahead=1)
+        client.say(generate("hold", prompt="the fox", params=ONE))
+        wait_until(lambda: engine.scheduler.held, "the request to run")
+        engine.tell(Drain())
+        engine.client().say(generate("late"))
+        wait_until(lambda: engine.count("num_refused"), "draining")
+        for name in names:
+            client.say(generate(name))
+        wait_until(lambda: engine.count("num_refused") == 1 + len(names), "refusals of all")
+        engine.tell(Abort(error_message="over"))
+        wait_until(lambda: any(isinstance(message, Drained) for message in engine.hear()), "Drained")
+        client.finish("hold")
+        assert client.finals["hold"].error_message == "over"
+        assert [refused.request_id for refused in client.refused] == names
+    finally:
+        engine.stop()
+
+
 def test_bad_frames_disturb_no_good_request(engine: TextEngine) -> None:
     good, bad = engine.client(), engine.client()
     draw = random.Random(5)
@@ -134,6 +182,20 @@ def test_bad_frames_disturb_no_good_request(engine: TextEngine) -> None:
     assert all(good.texts[name] == f"the fox {name[4:]}" for name in names)
     assert good.refused == []
     assert all(worker.poll() is None for worker in engine.workers.values())
+
+
+def test_stop_strings_that_end_more_sequences_than_a_message_holds_cancel_them_all(engine: TextEngine) -> None:
+    keys = np.arange(1, 20_001, dtype="<i8")
+    token_id = TOKENIZER.token_to_id("x")
+    scheduler = connect_dealer(engine.context, f"ipc://{engine.folder}/detokenize")
+    for some in np.split(keys, 2):
+        opened = [Opened(int(key), Route(b"nobody", str(key), False), ["x"], 1, None) for key in some]
+        send(scheduler, StepOutputs(opened=opened))
+    token_ids = np.full(len(keys), token_id, "<i4").tobytes()
+    finish = bytes([FinishCode.RUNNING]) * len(keys)
+    send(scheduler, StepOutputs(keys=keys.tobytes(), token_ids=token_ids, finish=finish))
+    wait_until(lambda: len(engine.scheduler.cancelled) >= len(keys), "cancellations of all")
+    assert engine.scheduler.cancelled == keys.tolist()
 
 
 def test_only_the_user_may_connect_and_nothing_is_left_after_stop(folder: Path, model: Path) -> None:

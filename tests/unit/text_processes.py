@@ -129,8 +129,11 @@ class EchoScheduler(threading.Thread):
 class TextClient:
     """A client of the test's: collects texts and ends."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        self.socket = connect_dealer(context, endpoint)
+    def __init__(self, context: zmq.Context[Any], endpoint: str, *, read_ahead: int = 0) -> None:
+        def limit(socket: zmq.Socket[Any]) -> None:
+            socket.setsockopt(zmq.RCVHWM, read_ahead)  # 0 = everything lands here at once, read or not
+
+        self.socket = connect_dealer(context, endpoint, prepare=limit)
         self.texts: dict[str, str] = {}
         self.finals: dict[str, FinalAnswer] = {}
         self.refused: list[Refused] = []
@@ -168,7 +171,9 @@ class TextClient:
 class TextEngine:
     """The three workers, as their launcher sees them. `folder` must be short: sockets lie in it."""
 
-    def __init__(self, folder: Path, model: Path, vocab_size: int, *, max_model_len: int = 12_000) -> None:
+    def __init__(
+        self, folder: Path, model: Path, vocab_size: int, *, max_model_len: int = 12_000, max_open_requests: int = 100
+    ) -> None:
         self.folder = folder
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = bind_router(self.context, f"ipc://{folder}/control")
@@ -206,6 +211,7 @@ class TextEngine:
             stats=list(self.stats.values()),
             client_window=8,
             max_model_len=max_model_len,
+            max_open_requests=max_open_requests,
         )
         self.workers = {
             "gateway": spawn("gateway", gateway, self._fds("gateway")),
@@ -245,8 +251,12 @@ class TextEngine:
         for role in self.workers:
             send_to(self.control, role.encode(), message)
 
-    def client(self) -> TextClient:
-        return TextClient(self.context, self.endpoint)
+    def client(self, *, read_ahead: int = 0) -> TextClient:
+        return TextClient(self.context, self.endpoint, read_ahead=read_ahead)
+
+    def count(self, name: str) -> int:
+        """A counter of the gateway's."""
+        return int(StatsPage(self.stats["gateway"]).snapshot()[name])
 
     def stop(self) -> dict[str, int]:
         """Stop all that runs; exit codes by role."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipc.channels import bind_router, connect_dealer, receive_from, send
 from ipc.codec import encode
-from ipc.messages import CancelRequests, ToDetokenizer
+from ipc.messages import ToDetokenizer, cancel_requests
 from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
@@ -29,8 +29,8 @@ def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
         for _, message in receive_from(inbox, ToDetokenizer):
             with trace[Span.DETOKENIZE]:
                 core.handle(message)
-        if cancels := core.take_cancels():
-            send(scheduler, CancelRequests(keys=cancels))
+        for cancels in cancel_requests(core.take_cancels()):
+            send(scheduler, cancels)
         with trace[Span.DELIVER]:
             for head, frames in core.deliveries():
                 gateway.send_multipart([encode(head), *frames])

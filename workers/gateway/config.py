@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from ipc.stats import StatsHandle
 from workers.process import WorkerBootstrap
+
+UNCREDITED_ANSWERS: Final = 1_024  # of queries, probes and refusals that a client may leave unread
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -15,9 +19,10 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
             also where a client without an endpoint looks.
         max_open_requests: of one client; more are refused at once. One of n samples counts n times.
-        max_queued_bytes: of requests, of all clients together, that wait for a tokenizer; more are refused at once.
+        max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
+            1,280 bytes and more for each (`prompt_queue.held_bytes`); more are refused at once.
         slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
-            cancelled.
+            cancelled, and new ones refused until it does take something in.
         drain_timeout_s: how long a draining engine waits for open requests.
     """
 
@@ -45,3 +50,13 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     detokenize_endpoint: str
     identity: bytes
     stats: list[StatsHandle]  # of every worker, for `stats()`
+
+
+def send_mark(bootstrap: GatewayBootstrap) -> int:
+    """How many messages may be queued to one client that is slow to read.
+
+    All that a client within its rights can be sent unread: one answer or refusal for every request that it may have
+    open, the outputs that it has credit for, and some that need no credit. So it bounds only what a client that never
+    reads costs; outputs, the only large messages, are bounded by credit besides.
+    """
+    return bootstrap.frontend.max_open_requests + bootstrap.client_window + UNCREDITED_ANSWERS

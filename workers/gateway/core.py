@@ -15,6 +15,7 @@ import enum
 import itertools
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -26,7 +27,6 @@ from ipc.messages import (
     Alive,
     CacheCleared,
     Cancel,
-    CancelRequests,
     ClearCache,
     ClientCredit,
     ClientGone,
@@ -41,6 +41,7 @@ from ipc.messages import (
     Route,
     Stats,
     Tokenize,
+    cancel_requests,
 )
 from ipc.messages import (
     Final as FinalAnswer,
@@ -48,13 +49,14 @@ from ipc.messages import (
 from ipc.sampling import MAX_SEED
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.prompt_queue import PromptQueue
+from workers.gateway.prompt_queue import PromptQueue, held_bytes
 from workers.gateway.table import Client, Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S: Final = 1.0
-MAX_LIST: Final = 8_192  # requests in one message
+MAX_ANSWERED: Final = 8_192  # requests in one Outputs of our own
+MAX_CLEARING: Final = 64  # ClearCache messages of one client that the scheduler has not answered
 
 
 class Peer(enum.Enum):
@@ -78,8 +80,8 @@ class Send(NamedTuple):
 class Gateway:
     """The role's whole behaviour. Times are seconds of one monotonic clock.
 
-    After every event the owner sends what `take_outbox()` gives, and reports a client that cannot be reached
-    with `client_gone()`.
+    After every event the owner sends what `take_outbox()` gives, and reports a client that cannot be reached with
+    `client_gone()`, and a message for which a client's queue has no room with `client_full()`.
     """
 
     def __init__(self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[], dict[str, dict[str, float]]]) -> None:
@@ -96,6 +98,10 @@ class Gateway:
         self._under_way: dict[bytes, int] = {}  # Tokenize messages, by tokenizer
         self._tokenizer_of: dict[int, bytes] = {}  # of each of these
         self._clearing: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by ours
+        self._num_clearing: Counter[bytes] = Counter()  # by client
+        # Clients that were dropped because they take in nothing, and the outputs that had no room in their queues. They
+        # may ask for nothing new before they take something in: each stay could leave another window of outputs unread.
+        self._deaf: dict[bytes, list[Outputs | bytes]] = {}
         self._clear_ids = itertools.count(1)
         self._cancels: list[int] = []
         self._outbox: list[Send] = []
@@ -105,15 +111,16 @@ class Gateway:
 
     def take_outbox(self) -> list[Send]:
         """What has to be sent, in order."""
-        for start in range(0, len(self._cancels), MAX_LIST):
-            self._send(Peer.SCHEDULER, CancelRequests(keys=self._cancels[start : start + MAX_LIST]))
+        for cancels in cancel_requests(self._cancels):
+            self._send(Peer.SCHEDULER, cancels)
         self._cancels = []
         outbox, self._outbox = self._outbox, []
         return outbox
 
     def timeout_s(self) -> float | None:
         """How long `tick` may wait; None: until something happens."""
-        return PROBE_INTERVAL_S if self.table.clients or self._drain_deadline != float("inf") else None
+        is_watching = self.table.clients or self._deaf or self._drain_deadline != float("inf")
+        return PROBE_INTERVAL_S if is_watching else None
 
     def _send(self, peer: Peer, message: Any, identity: bytes = b"") -> None:
         self._outbox.append(Send(peer, identity, message))
@@ -182,9 +189,11 @@ class Gateway:
         refused = Refused(request_id=request_id, error_code=error.code, error_message=text)
         self._send(Peer.CLIENT, refused, identity)
 
-    def _generate(self, identity: bytes, message: Generate, num_bytes: int, now: float) -> None:
+    def _generate(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
+        if identity in self._deaf:
+            raise QueueFull("this client was dropped and has taken in no output since (`Delivered` says that it has)")
         client = self.table.client(identity)
         params = message.params
         limit = self._bootstrap.frontend.max_open_requests
@@ -198,6 +207,7 @@ class Gateway:
                     f"{client.num_samples} requests of this client are open, and {limit} may be, each sample counted: "
                     "wait for one to end"
                 )
+        num_bytes = held_bytes(message, frame_bytes)
         self._queue.check_room(num_bytes)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
@@ -235,13 +245,19 @@ class Gateway:
 
     def _clear_cache(self, identity: bytes, query_id: int) -> None:
         """Passed on under a number of our own: clients' numbers may be the same."""
+        if self._num_clearing[identity] >= MAX_CLEARING:
+            raise QueueFull(f"{MAX_CLEARING} ClearCache messages of this client are not answered yet: wait for one")
         clear_id = next(self._clear_ids)
         self._clearing[clear_id] = identity, query_id
+        self._num_clearing[identity] += 1
         self._send(Peer.SCHEDULER, ClearCache(query_id=clear_id))
 
     def cache_cleared(self, clear_id: int) -> None:
         """The scheduler has emptied its cache."""
         identity, query_id = self._clearing.pop(clear_id)
+        self._num_clearing[identity] -= 1
+        if not self._num_clearing[identity]:
+            del self._num_clearing[identity]
         self._send(Peer.CLIENT, CacheCleared(query_id=query_id), identity)
 
     def _cancel(self, identity: bytes, request_id: str, now: float) -> None:
@@ -263,6 +279,8 @@ class Gateway:
         """The client has taken in some `Outputs`. Nobody gets credit for more than was sent."""
         if delivered.count < 1:
             raise InvalidRequest(f"count ({delivered.count}) must be at least 1")
+        for outputs in self._deaf.pop(identity, []):
+            self._send(Peer.CLIENT, outputs, identity)
         client = self.table.client(identity)
         count = 0 if client is None else min(delivered.count, client.num_outputs)
         if client is None or count == 0:
@@ -280,8 +298,8 @@ class Gateway:
         """Errors for all of a client's open requests; the caller takes them out of the table."""
         final = FinalAnswer("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
         request_ids = list(client.keys)
-        for start in range(0, len(request_ids), MAX_LIST):
-            self._answer(client, request_ids[start : start + MAX_LIST], final, client.last_progress)
+        for start in range(0, len(request_ids), MAX_ANSWERED):
+            self._answer(client, request_ids[start : start + MAX_ANSWERED], final, client.last_progress)
 
     def _answer(self, client: Client, request_ids: list[str], final: FinalAnswer, now: float) -> None:
         """The same final answer to some requests, in the gateway's own words."""
@@ -304,9 +322,29 @@ class Gateway:
 
     def client_gone(self, identity: bytes) -> None:
         """A client cannot be reached: nobody waits for its requests any more."""
+        self._deaf.pop(identity, None)
         client = self.table.client(identity)
         if client is not None:
             logger.info("a client has gone; %d of its requests are cancelled", len(client.keys))
+            self._drop(client)
+
+    def client_full(self, identity: bytes, message: Any) -> None:
+        """A client has left so much unread that `message` had no room.
+
+        Its requests are cancelled. What tells of them is kept, and tried again, so that none goes without its end if
+        the client should read on; credit bounds it. Answers that cost no credit are lost.
+        """
+        client = self.table.client(identity)
+        if client is None and not isinstance(message, Outputs | bytes):
+            return
+        outputs = self._deaf.setdefault(identity, [])
+        if isinstance(message, Outputs | bytes):
+            outputs.append(message)
+        if client is not None:
+            logger.warning(
+                "a client leaves everything unread and is dropped; %d requests are cancelled", len(client.keys)
+            )
+            self._answer_open_requests(client, RequestFailed("cancelled: this client left too many messages unread"))
             self._drop(client)
 
     def _drop(self, client: Client) -> None:
@@ -393,6 +431,13 @@ class Gateway:
                 error = RequestFailed(f"cancelled: this client took in no output for {patience:g} s")
                 self._answer_open_requests(client, error)
                 self._drop(client)
+                self._deaf.setdefault(client.identity, [])
             elif not client.was_sent_to:
                 self._send(Peer.CLIENT, Alive(), client.identity)
             client.was_sent_to = False
+        for identity, outputs in self._deaf.items():
+            for message in outputs:
+                self._send(Peer.CLIENT, message, identity)
+            if not outputs:
+                self._send(Peer.CLIENT, Alive(), identity)
+            outputs.clear()

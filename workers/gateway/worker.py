@@ -11,23 +11,34 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import zmq
 
-from ipc.channels import bind_router, connect_dealer, receive, receive_frames, receive_from, send_frames_to
+from ipc.channels import (
+    SendResult,
+    bind_router,
+    connect_dealer,
+    receive,
+    receive_frames,
+    receive_from,
+    send_frames_to,
+    try_send_to,
+)
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import ConfigError, EngineUnavailable
 from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone
 from ipc.stats import StatsPage
 from ipc.trace import Span
-from workers.gateway.config import GatewayBootstrap
+from workers.gateway.config import GatewayBootstrap, send_mark
 from workers.gateway.core import Gateway, Peer
 from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-_IPC = "ipc://"
+CLIENT_TURN_S: Final = 0.002  # of clients' messages between two looks at the engine's: a flood delays no output by more
+RECEIVE_MARK: Final = 16  # messages of one client that are read ahead; each may have a large prompt
+_IPC: Final = "ipc://"
 _LAUNCHER_DIED = "the engine's launcher died"
 
 
@@ -65,7 +76,7 @@ class GatewayWorker:
         context = process.context
         if bootstrap.endpoint_folder is not None:
             _keep_folder(Path(bootstrap.endpoint_folder))
-        self.clients = _bind_frontend(context, bootstrap.endpoint)
+        self.clients = _bind_frontend(context, bootstrap)
         self.tokenizers = bind_router(context, bootstrap.tokenize_endpoint)
         self.deliveries = bind_router(context, bootstrap.deliver_endpoint)
         self.scheduler = connect_dealer(context, bootstrap.schedule_endpoint, identity=bootstrap.identity)
@@ -104,9 +115,12 @@ class GatewayWorker:
                     core.cache_cleared(message.query_id)
             for identity, done in receive_from(self.tokenizers, TokenizeDone):
                 core.tokenizer_done(identity, done.key)
-            for frames in receive_frames(self.clients):
+            turn_ends = time.monotonic() + CLIENT_TURN_S
+            for frames in receive_frames(self.clients):  # a message of each client in turn
                 with trace[Span.REQUEST]:
                     core.client_frames(frames[0], frames[1:], now)
+                if time.monotonic() >= turn_ends:
+                    break
             core.tick(now)
             if self.launcher_fd in ready:
                 self._end_without_launcher()
@@ -128,8 +142,11 @@ class GatewayWorker:
             for peer, identity, message in outbox:
                 frame = message if isinstance(message, bytes) else encode(message)
                 if peer is Peer.CLIENT:
-                    if not send_frames_to(self.clients, identity, frame):
+                    result = try_send_to(self.clients, identity, frame)
+                    if result is SendResult.GONE:
                         self.core.client_gone(identity)  # which may have more to say
+                    elif result is SendResult.FULL:
+                        self.core.client_full(identity, message)  # the same
                 elif peer is Peer.TOKENIZER:
                     if not send_frames_to(self.tokenizers, identity, frame):
                         logger.error("%s has died", identity.decode())  # the launcher sees that too and says Abort
@@ -159,7 +176,7 @@ def _keep_folder(folder: Path) -> None:
         raise ConfigError(f"{folder} belongs to another user")
 
 
-def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
+def _bind_frontend(context: zmq.Context[Any], bootstrap: GatewayBootstrap) -> zmq.Socket[Any]:
     """The clients' socket. A file that only this user may connect to.
 
     libzmq disconnects who sends more than its own bound, without a word; so that bound lies above the one that the core
@@ -167,7 +184,14 @@ def _bind_frontend(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
     """
     before = os.umask(0o177)
     try:
-        return bind_router(context, endpoint, max_frame_bytes=MAX_FRAME_BYTES, handover=False)
+        return bind_router(
+            context,
+            bootstrap.endpoint,
+            max_frame_bytes=MAX_FRAME_BYTES,
+            handover=False,
+            send_mark=send_mark(bootstrap),
+            receive_mark=RECEIVE_MARK,
+        )
     finally:
         os.umask(before)
 
