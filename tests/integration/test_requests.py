@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,37 @@ def test_a_batch_keeps_its_order_and_a_bad_prompt_fails_alone(client: Client) ->
     assert [output.finish_reason == "error" for output in outputs] == [False, True, False, True, False]
     alone = [client.generate(prompts[i], GREEDY).token_ids for i in (0, 2, 4)]
     assert [outputs[i].token_ids for i in (0, 2, 4)] == alone
+
+
+def test_refusals_reach_their_own_requests_whichever_tokenizer_had_the_prompt() -> None:
+    asked: list[tuple[str | list[int], int]] = []  # prompts and priorities
+    for number in range(1, 17):
+        asked += [("A module is", 0), ([10**6 + number], 0), ("A module is", number)]
+
+    async def ask(endpoint: str) -> list[Any]:
+        async with AsyncClient(endpoint) as client:
+            requests = (client.generate(prompt, GREEDY, priority=priority) for prompt, priority in asked)
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    with Pipeline(TINY_CONFIG, {"tokenizer.num_workers": 2}) as pipeline:
+        client = pipeline.client
+        expected = client.generate("A module is", GREEDY).token_ids
+
+        def both_have_rejected_some() -> bool:
+            for (prompt, priority), answer in zip(asked, asyncio.run(ask(pipeline.endpoint)), strict=True):
+                if priority:  # the scheduler's refusal: the policy takes none
+                    assert isinstance(answer, InvalidRequest)
+                    assert f"priority ({priority})" in str(answer)
+                elif isinstance(prompt, list):  # the tokenizer's
+                    assert isinstance(answer, InvalidRequest)
+                    assert str(prompt[0]) in str(answer)
+                else:
+                    assert answer.token_ids == expected
+            stats = client.stats()
+            return all(stats[f"tokenizer.{i}"]["num_rejected"] > 0 for i in range(2))
+
+        wait_until(both_have_rejected_some)
+        wait_until_nothing_is_held(client)
 
 
 def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Client) -> None:
