@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from ipc.errors import InvalidRequest
-from pipeline import AsyncClient, Client, Pipeline, SamplingParams
+from pipeline import AsyncClient, Client, Output, Pipeline, SamplingParams
 from pipeline.config import load_config
 from tests.integration.conftest import TINY_CONFIG
 
@@ -169,6 +169,64 @@ def test_refusals_reach_their_own_requests_whichever_tokenizer_had_the_prompt() 
 
         wait_until(both_have_rejected_some)
         wait_until_nothing_is_held(client)
+
+
+FOR_EVER = SamplingParams(ignore_eos=True)
+
+
+async def end_at_a_stop_token(client: AsyncClient, request_id: str) -> None:
+    """The next step is under way by then."""
+    third = (await client.generate("Return a list of", SamplingParams(max_tokens=3, ignore_eos=True))).token_ids[2]
+    params = SamplingParams(ignore_eos=True, stop_token_ids=[third])
+    assert (await client.generate("Return a list of", params, request_id=request_id)).finish_reason == "stop"
+
+
+async def end_by_a_stop_string(client: AsyncClient, request_id: str) -> None:
+    """The scheduler hears of it no sooner than the client."""
+    params = SamplingParams(ignore_eos=True, stop=[" "])
+    assert (await client.generate("Return a list of", params, request_id=request_id)).finish_reason == "stop"
+
+
+async def cancel(client: AsyncClient, request_id: str) -> None:
+    stream = client.generate("Return a list of", FOR_EVER, stream=True, request_id=request_id)
+    await anext(stream)
+    await client.cancel(request_id)
+    assert [piece.finish_reason async for piece in stream][-1] == "cancelled"
+
+
+async def abandon(client: AsyncClient, request_id: str) -> None:
+    async with client.generate("Return a list of", FOR_EVER, stream=True, request_id=request_id) as stream:
+        await anext(stream)
+
+
+@pytest.mark.parametrize("end", [end_at_a_stop_token, end_by_a_stop_string, cancel, abandon])
+def test_a_request_id_used_again_at_once_gets_its_own_answer_and_nothing_of_the_first(
+    engine: Pipeline, end: Callable[[AsyncClient, str], Coroutine[Any, Any, None]]
+) -> None:
+    async def ask_again(client: AsyncClient) -> Output:
+        deadline = time.monotonic() + 30.0
+        while True:
+            try:
+                return await client.generate("The for statement", GREEDY, request_id="again")
+            except InvalidRequest as error:  # an abandoned request keeps its id until its final answer
+                if end is not abandon or "open request" not in str(error) or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0)
+
+    async def use_one_id_for_all() -> list[Output]:
+        async with AsyncClient(engine.endpoint) as client:
+            answers = []
+            for _ in range(10):
+                await end(client, "again")
+                answers.append(await ask_again(client))
+            return answers
+
+    expected = engine.client.generate("The for statement", GREEDY)
+    for answer in asyncio.run(use_one_id_for_all()):
+        assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
+        assert answer.finish_reason == expected.finish_reason
+        assert answer.usage.completion_tokens == expected.usage.completion_tokens
+    wait_until_nothing_is_held(engine.client)
 
 
 def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Client) -> None:
