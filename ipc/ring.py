@@ -102,6 +102,11 @@ class Ring:
         """How many records the writer could publish before it meets one that is not yet released."""
         return self.num_slots - (self.next_ticket - self.read_cursor)
 
+    @property
+    def num_unreleased(self) -> int:
+        """Records that are published and not released."""
+        return self.next_ticket - self.read_cursor
+
     def claim(self) -> Any:
         """The next record to write, as numpy views. It is ours until `publish()`; no reader sees it before.
 

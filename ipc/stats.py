@@ -17,10 +17,14 @@ _COMMON: Final = ("cpu_ns", "num_wakeups")  # process CPU time; returns from the
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "gateway": ("num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients"),
-    "tokenizer": ("num_requests", "num_tokens", "num_rejected", "encode_ns"),
+    "tokenizer": ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records"),
     "detokenizer": ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered"),
     "scheduler": (
         "num_waiting", "num_waiting_tokens", "num_running", "num_preempted", "num_blocks", "num_free_blocks",
+        "num_free_rows",
+        # What the rings hold, as "num_prompt_records" does of a tokenizer's: records that are not released. One of the
+        # result ring counts from its step's publishing on: it is kept for that step.
+        "num_step_records", "num_result_records", "num_upload_records",
         "num_steps",
         "num_prefill_steps",  # those that compute prompts, with or without sequences that decode beside them
         "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",

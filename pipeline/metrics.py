@@ -28,9 +28,13 @@ _STYLES: Final = {"busy": "green", "no work": "bright_black", "scheduler": "red"
 # What a role's row says: its gauges now, and its counters per second.
 _GAUGES: Final[dict[str, tuple[str, ...]]] = {
     "gateway": ("num_open", "num_clients"),
+    "tokenizer": ("num_prompt_records",),
     "detokenizer": ("num_open", "num_undelivered"),
-    "scheduler": ("num_running", "num_waiting", "num_preempted", "num_free_blocks"),
-}
+    "scheduler": (
+        "num_running", "num_waiting", "num_preempted", "num_free_blocks", "num_free_rows",
+        "num_step_records", "num_result_records", "num_upload_records",
+    ),
+}  # fmt: skip
 _RATES: Final[dict[str, tuple[str, ...]]] = {
     "gateway": ("num_received", "num_finished"),
     "tokenizer": ("num_requests", "num_tokens"),

@@ -204,7 +204,6 @@ class Wiring:
             run_dir=str(self.run_folder),
             model_name=model.name,
             max_model_len=model.max_model_len,
-            num_tokenizers=len(tokenizers),
             tokenizer_window=TOKENIZER_WINDOW,
             client_window=CLIENT_WINDOW,
             identity=GATEWAY.encode(),

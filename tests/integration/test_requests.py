@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
 from ipc.errors import InvalidRequest
-from pipeline import AsyncClient, Client, Pipeline, SamplingParams
+from pipeline import AsyncClient, Client, Output, Pipeline, SamplingParams
+from pipeline.config import load_config
 from tests.integration.conftest import TINY_CONFIG
 
 GREEDY = SamplingParams(max_tokens=24)
@@ -32,6 +34,39 @@ def is_idle(client: Client) -> bool:
         stats["gateway"]["num_open"] == stats["detokenizer"]["num_open"] == 0
         and stats["scheduler"]["num_running"] == stats["scheduler"]["num_waiting"] == 0
     )
+
+
+def wait_until_nothing_is_held(client: Client) -> None:
+    """Rows and records of the last steps come back a moment after the last answer has gone out."""
+    max_num_seqs = load_config(TINY_CONFIG).scheduler.max_num_seqs
+
+    def held() -> dict[str, float]:
+        stats = client.stats()
+        scheduler = stats["scheduler"]
+        amounts = {
+            "requests of the gateway": stats["gateway"]["num_open"],
+            "requests of the detokenizer": stats["detokenizer"]["num_open"],
+            "undelivered": stats["detokenizer"]["num_undelivered"],
+            "waiting": scheduler["num_waiting"],
+            "running": scheduler["num_running"],
+            "preempted": scheduler["num_preempted"],
+            "blocks": scheduler["num_blocks"] - scheduler["num_free_blocks"],
+            "rows": max_num_seqs - scheduler["num_free_rows"],
+            "step records": scheduler["num_step_records"],
+            "result records": scheduler["num_result_records"],
+            "upload records": scheduler["num_upload_records"],
+        }
+        amounts |= {
+            f"prompt records of {role}": counters["num_prompt_records"]
+            for role, counters in stats.items()
+            if role.startswith("tokenizer.")
+        }
+        return {name: amount for name, amount in amounts.items() if amount}
+
+    deadline = time.monotonic() + 30.0
+    while left := held():
+        assert time.monotonic() < deadline, f"an idle engine holds {left}"
+        time.sleep(0.02)
 
 
 def test_a_string_a_chat_and_token_ids_are_completed(client: Client) -> None:
@@ -103,6 +138,95 @@ def test_a_batch_keeps_its_order_and_a_bad_prompt_fails_alone(client: Client) ->
     assert [output.finish_reason == "error" for output in outputs] == [False, True, False, True, False]
     alone = [client.generate(prompts[i], GREEDY).token_ids for i in (0, 2, 4)]
     assert [outputs[i].token_ids for i in (0, 2, 4)] == alone
+
+
+def test_refusals_reach_their_own_requests_whichever_tokenizer_had_the_prompt() -> None:
+    asked: list[tuple[str | list[int], int]] = []  # prompts and priorities
+    for number in range(1, 17):
+        asked += [("A module is", 0), ([10**6 + number], 0), ("A module is", number)]
+
+    async def ask(endpoint: str) -> list[Any]:
+        async with AsyncClient(endpoint) as client:
+            requests = (client.generate(prompt, GREEDY, priority=priority) for prompt, priority in asked)
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    with Pipeline(TINY_CONFIG, {"tokenizer.num_workers": 2}) as pipeline:
+        client = pipeline.client
+        expected = client.generate("A module is", GREEDY).token_ids
+
+        def both_have_rejected_some() -> bool:
+            for (prompt, priority), answer in zip(asked, asyncio.run(ask(pipeline.endpoint)), strict=True):
+                if priority:  # the scheduler's refusal: the policy takes none
+                    assert isinstance(answer, InvalidRequest)
+                    assert f"priority ({priority})" in str(answer)
+                elif isinstance(prompt, list):  # the tokenizer's
+                    assert isinstance(answer, InvalidRequest)
+                    assert str(prompt[0]) in str(answer)
+                else:
+                    assert answer.token_ids == expected
+            stats = client.stats()
+            return all(stats[f"tokenizer.{i}"]["num_rejected"] > 0 for i in range(2))
+
+        wait_until(both_have_rejected_some)
+        wait_until_nothing_is_held(client)
+
+
+FOR_EVER = SamplingParams(ignore_eos=True)
+
+
+async def end_at_a_stop_token(client: AsyncClient, request_id: str) -> None:
+    """The next step is under way by then."""
+    third = (await client.generate("Return a list of", SamplingParams(max_tokens=3, ignore_eos=True))).token_ids[2]
+    params = SamplingParams(ignore_eos=True, stop_token_ids=[third])
+    assert (await client.generate("Return a list of", params, request_id=request_id)).finish_reason == "stop"
+
+
+async def end_by_a_stop_string(client: AsyncClient, request_id: str) -> None:
+    """The scheduler hears of it no sooner than the client."""
+    params = SamplingParams(ignore_eos=True, stop=[" "])
+    assert (await client.generate("Return a list of", params, request_id=request_id)).finish_reason == "stop"
+
+
+async def cancel(client: AsyncClient, request_id: str) -> None:
+    stream = client.generate("Return a list of", FOR_EVER, stream=True, request_id=request_id)
+    await anext(stream)
+    await client.cancel(request_id)
+    assert [piece.finish_reason async for piece in stream][-1] == "cancelled"
+
+
+async def abandon(client: AsyncClient, request_id: str) -> None:
+    async with client.generate("Return a list of", FOR_EVER, stream=True, request_id=request_id) as stream:
+        await anext(stream)
+
+
+@pytest.mark.parametrize("end", [end_at_a_stop_token, end_by_a_stop_string, cancel, abandon])
+def test_a_request_id_used_again_at_once_gets_its_own_answer_and_nothing_of_the_first(
+    engine: Pipeline, end: Callable[[AsyncClient, str], Coroutine[Any, Any, None]]
+) -> None:
+    async def ask_again(client: AsyncClient) -> Output:
+        deadline = time.monotonic() + 30.0
+        while True:
+            try:
+                return await client.generate("The for statement", GREEDY, request_id="again")
+            except InvalidRequest as error:  # an abandoned request keeps its id until its final answer
+                if end is not abandon or "open request" not in str(error) or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0)
+
+    async def use_one_id_for_all() -> list[Output]:
+        async with AsyncClient(engine.endpoint) as client:
+            answers = []
+            for _ in range(10):
+                await end(client, "again")
+                answers.append(await ask_again(client))
+            return answers
+
+    expected = engine.client.generate("The for statement", GREEDY)
+    for answer in asyncio.run(use_one_id_for_all()):
+        assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
+        assert answer.finish_reason == expected.finish_reason
+        assert answer.usage.completion_tokens == expected.usage.completion_tokens
+    wait_until_nothing_is_held(engine.client)
 
 
 def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Client) -> None:
@@ -267,8 +391,6 @@ def test_health_and_stats_speak_of_the_engine(client: Client) -> None:
 
 def test_an_idle_engine_holds_nothing(client: Client) -> None:
     client.generate_batch(["A module is"] * 40, GREEDY)
-    wait_until(lambda: is_idle(client))
-    stats = client.stats()
-    assert stats["scheduler"]["num_preempted"] == 0
-    assert stats["scheduler"]["num_free_blocks"] == stats["scheduler"]["num_blocks"]
-    assert stats["detokenizer"]["num_undelivered"] == 0
+    with pytest.raises(InvalidRequest, match="priority"):
+        client.generate("refused with its tokens in the ring", priority=1)
+    wait_until_nothing_is_held(client)

@@ -229,7 +229,7 @@ class ScheduledEngine:
         """Nothing is held by anybody: blocks, rows, prompt records, requests."""
         gauges = self.scheduler.gauges()
         assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
-        assert self.scheduler._rows.num_free == self.shape.max_num_seqs, "a row leaked"
+        assert gauges["num_free_rows"] == self.shape.max_num_seqs, "a row leaked"
         assert not self.scheduler._rows._retired
         for ring in self.tokenizer_rings[1:]:
             assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"

@@ -45,7 +45,6 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
         "run_dir": folder,
         "model_name": "tiny",
         "max_model_len": 128,
-        "num_tokenizers": 2,
         "tokenizer_window": 2,
         "client_window": 3,
         "tokenize_endpoint": f"ipc://{folder}/tokenize",

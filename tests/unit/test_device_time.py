@@ -17,7 +17,9 @@ SCHEDULER = {
     "plan_ns": 0.0, "apply_ns": 0.0,
     "device_busy_ns": 0.0, "device_no_work_ns": 0.0, "device_scheduler_ns": 0.0, "device_copies_ns": 0.0,
     "num_running": 0.0, "num_waiting": 0.0, "num_preempted": 0.0, "num_free_blocks": 0.0, "cpu_ns": 0.0,
+    "num_free_rows": 0.0, "num_step_records": 0.0, "num_result_records": 0.0, "num_upload_records": 0.0,
 }  # fmt: skip
+TOKENIZER = {"cpu_ns": 0.0, "num_requests": 0.0, "num_tokens": 0.0, "num_prompt_records": 0.0}
 
 
 def after_first_step() -> DeviceTime:
@@ -85,10 +87,10 @@ def test_a_pause_that_began_before_the_window_fills_no_more_than_the_window() ->
 
 def test_the_live_view_shows_every_process_and_the_causes_of_idleness() -> None:
     readings = iter([
-        {**reading(), "tokenizer.0": {"cpu_ns": 0.0, "num_requests": 0.0, "num_tokens": 0.0}},
+        {**reading(), "tokenizer.0": TOKENIZER},
         {
             **reading(num_running=3, device_busy_ns=6e3, device_scheduler_ns=3e3, device_copies_ns=1e3),
-            "tokenizer.0": {"cpu_ns": 0.0, "num_requests": 0.0, "num_tokens": 0.0},
+            "tokenizer.0": {**TOKENIZER, "num_prompt_records": 2.0},
         },
     ])  # fmt: skip
     shown = []
@@ -97,17 +99,17 @@ def test_the_live_view_shows_every_process_and_the_causes_of_idleness() -> None:
     with console.capture() as captured:
         console.print(shown[0])
     text = captured.get()
-    for expected in ("tokenizer.0", "scheduler", "running 3", "busy 60.00%", "scheduler 30.00%", "copies 10.00%"):
+    for expected in ("tokenizer.0", "prompt records 2", "scheduler", "running 3", "busy 60.00%", "scheduler 30.00%"):
         assert expected in text
+    assert "copies 10.00%" in text
 
 
 def test_an_engine_that_was_started_again_between_two_readings_begins_a_new_window() -> None:
-    tokenizer = {"cpu_ns": 0.0, "num_requests": 0.0, "num_tokens": 0.0}
     readings = iter([
         reading(num_steps=500, cpu_ns=9e9),
         reading(num_steps=3, cpu_ns=1e9),  # counts from 0 again
-        {**reading(num_steps=9, cpu_ns=2e9), "tokenizer.1": tokenizer},  # and now with another process
-        {**reading(num_steps=9, cpu_ns=2e9), "tokenizer.1": tokenizer},
+        {**reading(num_steps=9, cpu_ns=2e9), "tokenizer.1": TOKENIZER},  # and now with another process
+        {**reading(num_steps=9, cpu_ns=2e9), "tokenizer.1": TOKENIZER},
     ])  # fmt: skip
     shown = []
     metrics.watch(lambda: next(readings), shown.append, interval_s=0.0, count=1)

@@ -183,6 +183,41 @@ def test_steps_overlap_on_the_timed_device_and_results_come_when_their_time_is_o
     assert time.monotonic_ns() >= second.device_end_ns[0]
 
 
+class LateWaiter(CpuDevice):
+    """Events fire when the test says so, and the thread that waits for one comes back when the test lets it."""
+
+    def __init__(self) -> None:
+        self.has_fired = False
+        self.is_waited_for = threading.Event()
+        self.lets_go = threading.Event()
+
+    def query(self, event: Any) -> bool:
+        return self.has_fired
+
+    def synchronize(self, event: Any) -> None:
+        self.is_waited_for.set()
+        assert self.lets_go.wait(DEADLINE_S), "the test did not let go"
+
+
+def test_a_step_that_is_done_at_once_is_not_published_while_the_thread_still_has_the_one_before_it() -> None:
+    ends, device, rung = Ends(SHAPE, 2), LateWaiter(), threading.Event()
+    executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, ends.gpu)
+    completion = Completion(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    with driven(executor, completion) as take_steps:
+        publish_step(ends.steps)
+        take_steps()
+        assert device.is_waited_for.wait(DEADLINE_S)
+        device.has_fired = True
+        publish_step(ends.steps)
+        take_steps()
+        assert not ends.results.is_published(1), "two threads are at the executor's oldest step"
+        assert not rung.is_set()
+        device.lets_go.set()
+        wait_until(lambda: not executor.under_way)
+        completion.check()
+    assert [ends.results.is_published(ticket) for ticket in (1, 2)] == [True, True]
+
+
 class OwnTime(CpuDevice):
     """A device with a clock of its own, which it reads twice a step."""
 

@@ -54,6 +54,43 @@ def test_only_the_gpu_process_imports_torch() -> None:
                 assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
 
 
+def is_zero_copy_send(call: ast.Call) -> bool:
+    """Whether a call sends over ZeroMQ without a copy, which is pyzmq's default for a Frame and not for the others."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("send", "send_multipart"):
+        copies = [keyword.value for keyword in call.keywords if keyword.arg in ("copy", None)] + call.args[2:3]
+        return any(not (isinstance(value, ast.Constant) and value.value is True) for value in copies)
+    return name == "Frame"
+
+
+def test_no_message_is_sent_from_memory_that_may_be_written_again_before_it_has_left() -> None:
+    for package in PACKAGES:
+        for path in modules(package):
+            for node in ast.walk(ast.parse(path.read_text())):
+                assert not (isinstance(node, ast.Call) and is_zero_copy_send(node)), (
+                    f"{path.relative_to(ROOT)}:{node.lineno}: ZeroMQ would read the buffer after send has returned"
+                )
+
+
+@pytest.mark.parametrize(
+    ("source", "is_forbidden"),
+    [
+        ("socket.send(frame, copy=False)", True),
+        ("socket.send(frame, 0, False)", True),
+        ("socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=zero)", True),
+        ("socket.send(frame, **options)", True),
+        ("zmq.Frame(ids)", True),
+        ("socket.send(frame)", False),
+        ("socket.send_multipart(frames, zmq.DONTWAIT, copy=True)", False),
+        ("ids.astype(int, copy=False)", False),
+    ],
+)
+def test_a_send_counts_as_zero_copy_unless_it_plainly_copies(source: str, is_forbidden: bool) -> None:
+    call = ast.parse(source, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert is_zero_copy_send(call) == is_forbidden
+
+
 @pytest.mark.parametrize("module", ["pipeline", "workers.scheduler.worker", "workers.gateway.worker"])
 def test_importing_the_client_or_a_host_role_does_not_load_torch(module: str) -> None:
     script = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"

@@ -58,6 +58,7 @@ def test_a_full_ring_refuses_until_its_owner_releases(ring):
     owner = Ring.attach(ring.handle, LAYOUT)
     for value in range(3):
         assert ring.num_free() == 3 - value
+        assert ring.num_unreleased == value
         publish(ring, value)
     with pytest.raises(RingFull, match="all 3 records up to 3 are unreleased"):
         ring.claim()
@@ -66,6 +67,7 @@ def test_a_full_ring_refuses_until_its_owner_releases(ring):
         ring.claim()
     owner.release_through(2)
     assert ring.num_free() == 2
+    assert ring.num_unreleased == 1
     assert publish(ring, 3) == 4
 
 

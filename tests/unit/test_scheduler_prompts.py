@@ -108,12 +108,14 @@ def test_a_prompt_whose_records_are_gone_is_sent_from_the_upload_ring_when_that_
     sent = prompts.admit(lost, ids)
     assert sent is not None
     assert (sent.ring, sent.ticket, sent.num_records) == (0, 1, 2)
+    assert prompts.num_upload_records == 2
     assert [*both[0].record(1).token_ids, both[0].record(2).token_ids[0]] == [0, 1, 2, 3, 4]
     assert prompts.admit(other, np.array([9], np.int32)) is None, "both records are in use"
     prompts.release(sent)
     again = prompts.admit(other, np.array([9], np.int32))
     assert again is not None
     assert again.ticket == 3
+    assert prompts.num_upload_records == 1
     assert prompts.take_moved() == [1], "ring 0 is no tokenizer's"
 
 

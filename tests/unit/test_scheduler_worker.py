@@ -6,7 +6,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +127,28 @@ class Surroundings:
     def look(self) -> None:
         """Run what the GPU process would, take what has come."""
         if self.bells["gpu"].drain():
-            while (record := self.steps.take()) is not None:
-                self.gpu.submit(record)
-                self.steps.release_through(self.steps.next_ticket - 1)
-                self.gpu.run_next(self.results.claim())
-                self.results.publish()
-                self.bells["scheduler"].ring()
+            while self.take_step():
+                self.answer_step()
         self.heard += [message for _, message in receive_from(self.detokenizer, ToDetokenizer)]
         for message in receive(self.gateway, SchedulerToGateway):
             assert isinstance(message, Accepted)
             self.accepted += message.keys
+
+    def take_step(self) -> bool:
+        record = self.steps.take()
+        if record is not None:
+            self.gpu.submit(record)
+            self.steps.release_through(self.steps.next_ticket - 1)
+        return record is not None
+
+    def answer_step(self) -> None:
+        self.gpu.run_next(self.results.claim())
+        self.results.publish()
+        self.bells["scheduler"].ring()
+
+    def counters(self, *names: str) -> tuple[float, ...]:
+        counters = self.stats.snapshot()
+        return tuple(counters[name] for name in names)
 
     def until(self, condition: Any) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -214,9 +226,62 @@ def test_the_tokenizer_is_woken_when_its_records_are_free_and_the_counters_say_w
     assert counters["num_sampled_tokens"] == 2
     assert counters["num_prompt_tokens"] == 3
     assert counters["num_free_blocks"] == NUM_BLOCKS
+    assert counters["num_free_rows"] == SHAPE.max_num_seqs
+    assert counters["num_step_records"] == counters["num_result_records"] == 0
     assert counters["plan_ns"] > 0
     assert counters["apply_ns"] > 0
     assert counters["device_busy_ns"] == 200
+
+
+def test_the_counters_say_what_rows_and_rings_hold_until_the_gpu_process_answers(surroundings: Surroundings) -> None:
+    def held() -> tuple[float, ...]:
+        return surroundings.counters("num_free_rows", "num_step_records", "num_result_records")
+
+    num_rows = SHAPE.max_num_seqs
+    surroundings.start()
+    surroundings.send(1, [1, 2, 3], 2)
+    surroundings.until(lambda: held() == (num_rows - 1, DEPTH, DEPTH))
+    while surroundings.take_step():
+        pass
+    surroundings.answer_step()
+    surroundings.until(lambda: held() == (num_rows - 1, 0, DEPTH - 1))
+    surroundings.answer_step()
+    surroundings.until(lambda: held() == (num_rows, 0, 0))
+
+
+def test_the_counter_says_what_the_upload_ring_holds_until_its_prompts_are_copied(surroundings: Surroundings) -> None:
+    uploads, prompts = surroundings.prompts
+
+    def num_uploaded() -> int:
+        tickets = range(uploads.read_cursor, uploads.read_cursor + uploads.num_slots)
+        return sum(uploads.is_published(ticket) for ticket in tickets)
+
+    def answer_steps_until(condition: Callable[[], bool]) -> None:
+        def has_come() -> bool:
+            if condition():
+                return True
+            if surroundings.take_step():
+                surroundings.answer_step()
+            return False
+
+        surroundings.until(has_come)
+
+    def are_in(num_running: int, num_waiting: int) -> bool:
+        return surroundings.counters("num_running", "num_waiting") == (num_running, num_waiting)
+
+    surroundings.start()
+    for key in range(1, 9):  # twice as many as rows, and as many as records
+        surroundings.send(key, [key], 60)
+    answer_steps_until(lambda: are_in(4, 4) and prompts.num_free() >= 4)
+    for key in range(9, 13):  # more than half of their ring is prompts that wait: those in front lose their place
+        surroundings.send(key, [key], 60)
+    answer_steps_until(lambda: are_in(4, 8))
+    send(surroundings.gateway, CancelRequests(keys=[1, 2, 3, 4]))
+    answer_steps_until(lambda: num_uploaded() > 0)
+    surroundings.until(lambda: surroundings.counters("num_upload_records") == (num_uploaded(),))
+    assert num_uploaded() > 0
+    send(surroundings.gateway, CancelRequests(keys=list(range(5, 13))))
+    answer_steps_until(lambda: are_in(0, 0) and surroundings.counters("num_upload_records") == (0,))
 
 
 def test_an_idle_scheduler_does_not_wake_up(surroundings: Surroundings) -> None:

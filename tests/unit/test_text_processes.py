@@ -21,6 +21,7 @@ from ipc.channels import connect_dealer, send
 from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Opened, Query, Route, Stats, StepOutputs
 from ipc.records import FinishCode
 from ipc.sampling import SamplingParams
+from ipc.stats import StatsPage
 from tests.unit.gateway_tools import generate
 from tests.unit.text_frames import bad_frame
 from tests.unit.text_processes import ROOT, TextClient, TextEngine, wait_until
@@ -107,6 +108,18 @@ def test_stats_and_health_cover_all_workers(engine: TextEngine) -> None:
     assert health.state == "ready"
     assert stats.roles["tokenizer.0"]["num_requests"] == 1
     assert set(stats.roles) == {"gateway", "tokenizer.0", "detokenizer"}
+
+
+def test_the_tokenizers_counter_says_what_its_ring_holds_until_the_scheduler_has_released_it(
+    engine: TextEngine,
+) -> None:
+    client, counters = engine.client(), StatsPage(engine.stats["tokenizer.0"])
+    engine.scheduler.may_release.clear()
+    client.say(generate("r", prompt="the quick brown fox " * 1_500, params=ONE))  # more than one record
+    wait_until(lambda: counters.snapshot()["num_prompt_records"] > 1, "the records to be counted")
+    engine.scheduler.may_release.set()
+    client.finish("r")
+    wait_until(lambda: counters.snapshot()["num_prompt_records"] == 0, "the tokenizer to hear of their release")
 
 
 def test_a_vanished_clients_requests_are_cancelled_within_seconds(engine: TextEngine) -> None:

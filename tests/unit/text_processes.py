@@ -80,6 +80,8 @@ class EchoScheduler(threading.Thread):
         self.tokenizer_doorbell = tokenizer_doorbell
         self.held: set[int] = set()
         self.cancelled: list[int] = []
+        self.may_release = threading.Event()  # the records of prompts
+        self.may_release.set()
         self.is_over = threading.Event()
 
     def run(self) -> None:
@@ -112,6 +114,7 @@ class EchoScheduler(threading.Thread):
         tickets = range(request.ticket, request.ticket + num_records)
         token_ids = np.concatenate([self.ring.record(ticket).token_ids for ticket in tickets])
         token_ids = token_ids[: request.num_prompt_tokens].copy()
+        assert self.may_release.wait(DEADLINE_S), "the test did not let the records go"
         self.ring.release_through(tickets[-1])
         self.tokenizer_doorbell.ring()
         send(self.detokenizer, StepOutputs(opened=[opened]))

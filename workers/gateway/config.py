@@ -41,7 +41,6 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str  # the engine's private folder; removed here if the launcher dies before it could
     model_name: str
     max_model_len: int
-    num_tokenizers: int
     tokenizer_window: int  # Tokenize messages under way to one tokenizer
     client_window: int  # Outputs messages under way to one client
     tokenize_endpoint: str  # ROUTER, bound here: tokenizers connect under their role

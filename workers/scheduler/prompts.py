@@ -49,6 +49,11 @@ class PromptRings:
         """The longest prompt that the upload ring can carry."""
         return self._rings[UPLOAD_RING].num_slots * self._record_tokens
 
+    @property
+    def num_upload_records(self) -> int:
+        """Records of the upload ring that are not released."""
+        return self._rings[UPLOAD_RING].num_unreleased
+
     def receive(self, ring: int, ticket: int, num_tokens: int) -> tuple[Int32Array, PromptLease]:
         """Copy a prompt, [num_tokens] int32, out of its records and take a lease on them.
 

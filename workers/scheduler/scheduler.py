@@ -100,21 +100,24 @@ class Scheduler:
         return bool(self._planner.running or self._backlog)
 
     def gauges(self) -> dict[str, int]:
-        """The scheduler's statistics by their names in `ipc/stats.py`, durations of the host excepted."""
+        """The scheduler's statistics by their names in `ipc/stats.py`, durations of the host and records of rings
+        excepted."""
+        backlog, blocks, device_time = self._backlog, self._planner.blocks, self.device_time
         return {
             **self.counts,
-            "num_waiting": self._backlog.num_waiting,
-            "num_waiting_tokens": self._backlog.num_waiting_tokens,
+            "num_waiting": backlog.num_waiting,
+            "num_waiting_tokens": backlog.num_waiting_tokens,
             "num_running": len(self._planner.running),
-            "num_preempted": self._backlog.num_preempted,
-            "num_blocks": self._planner.blocks.num_blocks,
-            "num_free_blocks": self._planner.blocks.num_free,
-            "num_cached_blocks": self._planner.blocks.num_cached,
-            "device_busy_ns": self.device_time.busy_ns,
-            "device_no_work_ns": self.device_time.no_work_ns,
-            "device_scheduler_ns": self.device_time.scheduler_ns,
-            "device_copies_ns": self.device_time.copies_ns,
-            "device_last_end_ns": self.device_time.last_end_ns,
+            "num_preempted": backlog.num_preempted,
+            "num_blocks": blocks.num_blocks,
+            "num_free_blocks": blocks.num_free,
+            "num_free_rows": self._rows.num_free,
+            "num_cached_blocks": blocks.num_cached,
+            "device_busy_ns": device_time.busy_ns,
+            "device_no_work_ns": device_time.no_work_ns,
+            "device_scheduler_ns": device_time.scheduler_ns,
+            "device_copies_ns": device_time.copies_ns,
+            "device_last_end_ns": device_time.last_end_ns,
         }
 
     def take_outputs(self) -> StepOutputs | None:

@@ -54,7 +54,7 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     tokenizers = [Doorbell(fd) for fd in bootstrap.tokenizer_doorbell_fds]
     accepted: list[int] = []
     cleared: list[int] = []
-    trace = process.trace
+    trace, counters = process.trace, vars(process.stats)
     process.ready()
     while True:
         with trace[Span.RECEIVE]:
@@ -72,7 +72,8 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
             tokenizers[ring - 1].ring()  # ring 0 is our own
         gauges = scheduler.gauges()
         for name, value in gauges.items():
-            getattr(process.stats, name)[0] = value
+            counters[name][0] = value
+        process.stats.num_upload_records[0] = scheduler.prompts.num_upload_records
         trace.gauge(Span.SEQUENCES, gauges["num_running"], gauges["num_waiting"])
         retry_ms = (
             ACCEPTED_RETRY_MS if accepted or cleared else None
@@ -139,6 +140,8 @@ class StepChannel:
                 span.set(self._steps.publish(), record.num_seqs[0], record.num_tokens[0])
             self._gpu.ring()
         trace.gauge(Span.STEP_RING, scheduler.num_in_flight)
+        stats.num_step_records[0] = self._steps.num_unreleased
+        stats.num_result_records[0] = self._steps.next_ticket - self._results.read_cursor
         stats.plan_ns[0] += perf_counter_ns() - applied
 
 

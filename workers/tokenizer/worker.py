@@ -65,7 +65,9 @@ class TokenizerWorker:
                     span.set(self.ring.next_ticket, encoded.token_ids.size)
                     self._hand_over(encoded)
                 encoded = None
-            trace.gauge(Span.PROMPT_RING, self.ring.num_slots - self.ring.num_free())
+            num_records = self.ring.num_unreleased
+            self.process.stats.num_prompt_records[0] = num_records
+            trace.gauge(Span.PROMPT_RING, num_records)
 
     def _encode(self, request: Tokenize) -> Encoded:
         started = time.monotonic_ns()
