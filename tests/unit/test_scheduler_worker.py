@@ -258,9 +258,10 @@ def test_the_counter_says_what_the_upload_ring_holds_until_its_prompts_are_copie
 
     def answer_steps_until(condition: Callable[[], bool]) -> None:
         def has_come() -> bool:
-            if condition():
+            surroundings.take_step()
+            if condition():  # before its answer gives back what the step holds
                 return True
-            if surroundings.take_step():
+            if surroundings.gpu.num_submitted:
                 surroundings.answer_step()
             return False
 
