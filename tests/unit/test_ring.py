@@ -315,4 +315,4 @@ def test_processes_killed_at_random_tear_and_lose_nothing():
             os.sched_yield()
         num_kills += crossing.kill(choose.choice((crossing.reader, crossing.writer)))
     crossing.wait_for_end()
-    assert num_kills > 50
+    assert num_kills > 10
