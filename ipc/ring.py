@@ -100,7 +100,7 @@ class Ring:
 
     def num_free(self) -> int:
         """How many records the writer could publish before it meets one that is not yet released."""
-        return self.num_slots - (self.next_ticket - self.read_cursor)
+        return self.num_slots - self.num_unreleased
 
     @property
     def num_unreleased(self) -> int:
