@@ -49,6 +49,12 @@ class RequestFailed(RingfeedError):
     code = "request_failed"
 
 
+class LogitsNotFinite(RequestFailed):
+    """The model computed NaN or infinity for this request. Other requests are not affected."""
+
+    code = "logits_not_finite"
+
+
 class ProtocolError(RingfeedError, ValueError):
     """Bytes that are not a message of this protocol."""
 
@@ -72,7 +78,8 @@ class LayoutMismatch(RingError):
 _BY_CODE: dict[str, type[RingfeedError]] = {
     error.code: error
     for error in (
-        ConfigError, ModelUnsupported, InvalidRequest, QueueFull, EngineUnavailable, RequestFailed, ProtocolError,
+        ConfigError, ModelUnsupported, InvalidRequest, QueueFull, EngineUnavailable, RequestFailed, LogitsNotFinite,
+        ProtocolError,
     )
 }  # fmt: skip
 

@@ -58,6 +58,7 @@ class FinishCode(enum.IntEnum):
     RUNNING = 0
     STOP = 1  # the token is one of the row's end ids
     LENGTH = 2  # the row is as long as it may get
+    NOT_FINITE = 3  # no token: the row's logits hold NaN or +inf, or nothing but -inf
 
 
 def prompt_layout() -> Layout:
@@ -104,7 +105,8 @@ def step_layout(shape: StepShape) -> Layout:
 
 
 def result_layout(shape: StepShape) -> Layout:
-    """GPU process -> scheduler, in the order of the step's sequences. `token_ids` is NO_TOKEN where none was sampled.
+    """GPU process -> scheduler, in the order of the step's sequences. `token_ids` is NO_TOKEN where none was sampled,
+    which includes rows that finish as NOT_FINITE.
 
     `top_*` and `logprob` are filled only where the step's `want_logprobs` asked. Times are CLOCK_MONOTONIC.
     """

@@ -28,7 +28,8 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
         "num_steps",
         "num_prefill_steps",  # those that compute prompts, with or without sequences that decode beside them
         "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
-        "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_preemptions", "num_cached_tokens",
+        "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
+        "num_preemptions", "num_cached_tokens",
         "num_cached_blocks", "plan_ns", "apply_ns",
         # Of the device, from the times in the result records: busy, or idle and why (workers/scheduler/device_time.py).
         "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_last_end_ns",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.attention_steps import LLAMA_8B, STEPS, assert_near, check_replay, lengths_of
-from tests.reference.paged_attention import PagedStep, attend, make_paged_step, run_backend
+from tests.reference.paged_attention import PLANTS, PagedStep, attend, check_planted, make_paged_step, run_backend
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -55,6 +55,21 @@ def test_groups_windows_soft_caps_and_sinks(group: int, name: str) -> None:
         {"sliding_window": 128, "sinks": sinks},
     ):
         assert_near(run(step, scaling=0.1, **options), attend(step, scaling=0.1, **options))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_not_finite_reaches_the_tokens_that_see_it_and_no_others(dtype: torch.dtype, head_dim: int) -> None:
+    shape = {**LLAMA_8B, "dtype": dtype, "head_dim": head_dim, "block_size": 16}
+    for window in (None, 100):
+        num_found = [0, 0]
+        for seed, plant_options in enumerate(PLANTS):
+            lengths = [(1, 400), (201, 300), (1, 9), (150, 150), (1, 70), (2, 40)]
+            step = make_paged_step(lengths, num_seqs=8, num_tokens=512, seed=seed, **shape)
+            options = {"scaling": head_dim**-0.5, "sliding_window": window}
+            found = check_planted(TritonBackend(), step, {**plant_options, "seed": seed}, 3e-2, **options)
+            num_found = [count + more for count, more in zip(num_found, found, strict=True)]
+        assert min(num_found) > 10, "this test needs tokens of both kinds"
 
 
 @pytest.mark.parametrize("name", ["padded decodes", "mixed, padded"])

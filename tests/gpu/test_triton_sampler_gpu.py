@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ipc.records import NO_TOKEN, SamplerVariant
-from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens
+from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens, check_not_finite
 from workers.gpu.sampling.sampler import sample
 
 pytestmark = pytest.mark.gpu
@@ -69,20 +69,9 @@ def test_a_mixed_batch_draws_what_the_cpu_draws(
     assert_same_tokens(bench.sample(logits, variant), bench, logits, filtered=variant == SamplerVariant.FILTERED)
 
 
-def test_what_is_not_finite_still_gives_a_token_of_the_row(device: Any) -> None:
-    logits = torch.full((4, VOCAB), torch.nan, device="cuda")
-    logits[1] = -torch.inf
-    logits[2, 100_000] = 0.0
-    logits[3, 70_000] = torch.inf
-    for variant in SamplerVariant:
-        for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 5, 0.9), (1e-30, 500, 1.0)):
-            bench = Bench(4, device=device)
-            bench.tables.temperature.fill_(temperature)
-            bench.tables.top_k.fill_(top_k)
-            bench.tables.top_p.fill_(top_p)
-            tokens = bench.sample(logits, variant)
-            assert tokens[2:] == [100_000, 70_000]
-            assert all(0 <= token < VOCAB for token in tokens)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_whose_logits_are_not_finite_ends_so_and_no_other_does(dtype: torch.dtype, device: Any) -> None:
+    check_not_finite(lambda num_seqs: Bench(num_seqs, device=device), VOCAB, dtype)
 
 
 @pytest.mark.parametrize("variant", SamplerVariant, ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -113,6 +114,63 @@ def make_paged_step(
     )
     query = normal(num_tokens, num_heads, head_dim)
     return PagedStep(batch, list(lengths), query, key_cache, value_cache, keys, values)
+
+
+def plant(step: PagedStep, value: float, *, in_keys: bool, in_values: bool, seed: int = 0) -> torch.Tensor:
+    """Put `value` into K or V of some of the positions that the step's own tokens hold, and of some older ones.
+
+    `step.keys` and `step.values` stay as they were: `attend` still says what holds for tokens that see none of it.
+    Returns: the positions, [sequences, longest KV length] bool.
+    """
+    random = torch.Generator().manual_seed(seed)
+    longest = max(length for _, length in step.lengths)
+    planted = torch.zeros(len(step.lengths), longest, dtype=torch.bool)
+    for index, (tokens, length) in enumerate(step.lengths):
+        share = torch.where(torch.arange(length) < length - tokens, 0.02, 0.2)
+        planted[index, :length] = torch.rand(length, generator=random) < share
+        position = planted[index].nonzero()[:, 0]
+        blocks = step.batch.block_table[int(step.batch.seq_row[index])].cpu().long()
+        block_size = step.batch.block_size
+        kv_slots = (blocks[position // block_size] * block_size + position % block_size).to(step.query.device)
+        for cache, is_planted in ((step.key_cache, in_keys), (step.value_cache, in_values)):
+            if is_planted:
+                cache.flatten(0, 1)[kv_slots, :, int(torch.randint(cache.shape[-1], (), generator=random))] = value
+    return planted
+
+
+def sees(step: PagedStep, positions: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
+    """Which of the step's tokens see one of the `positions` (see `plant`) of their sequence, [T] bool."""
+    result = torch.zeros(step.batch.num_tokens, dtype=torch.bool)
+    first_token = 0
+    for own, (tokens, length) in zip(positions, step.lengths, strict=True):
+        for i, query_position in enumerate(range(length - tokens, length)):
+            first = 0 if sliding_window is None else max(0, query_position - sliding_window + 1)
+            result[first_token + i] = own[first : query_position + 1].any()
+        first_token += tokens
+    return result
+
+
+PLANTS = [
+    {"value": value, "in_keys": in_keys, "in_values": in_values}
+    for value in (torch.nan, torch.inf, -torch.inf)
+    for in_keys, in_values in ((True, False), (False, True), (True, True))
+]
+
+
+def check_planted(
+    backend: AttentionBackend, step: PagedStep, plant_options: dict[str, Any], tolerance: float, **options: Any
+) -> tuple[int, int]:
+    """That what is not finite reaches the tokens that see it, and no others. Returns how many there are of both."""
+    planted = plant(step, **plant_options)
+    result = run_backend(backend, step, **options)
+    expected = attend(step, **options)
+    sees_it = sees(step, planted, options.get("sliding_window")).to(result.device)
+    clean, bad = result[~sees_it], result[sees_it]
+    assert clean.isfinite().all(), "what is not finite reached tokens that do not see it"
+    torch.testing.assert_close(clean.float(), expected[~sees_it], atol=tolerance, rtol=tolerance)
+    if plant_options["in_values"] or plant_options["value"] != plant_options["value"]:  # an infinite K may weigh 0
+        assert not bad.isfinite().all(-1).any(), "what is not finite was lost"
+    return len(clean), len(bad)
 
 
 def attend(

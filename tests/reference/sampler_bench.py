@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ipc.records import MAX_END_IDS, FinishCode, SamplerVariant, StepShape, result_layout
+from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant, StepShape, result_layout
 from workers.gpu.batch import StepBatch
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
@@ -65,6 +65,45 @@ def check_ends(tokens_of: Callable[[Bench, torch.Tensor], list[int]]) -> None:
     assert bench.outputs.finish[:4].tolist() == [stop, stop, length, running]
 
 
+def check_not_finite(bench_of: Callable[[int], Bench], vocab_size: int, dtype: torch.dtype) -> None:
+    """That exactly the rows whose logits hold NaN or +inf, or nothing finite, end as not finite and without a token.
+
+    -inf beside finite logits is legal. A row's place, its parameters and its neighbours change nothing.
+    """
+    rows = torch.zeros(10, vocab_size, dtype=dtype)
+    rows[0, vocab_size // 2] = torch.nan
+    rows[1] = torch.nan
+    rows[2, -1] = torch.inf
+    rows[3] = -torch.inf
+    rows[4, 0], rows[4, -1] = torch.nan, torch.inf
+    rows[5] = -torch.inf
+    rows[5, -1] = torch.nan
+    rows[6] = -torch.inf
+    rows[6, vocab_size // 3] = -7.0  # legal from here on
+    rows[7, 1::2] = -torch.inf
+    rows[8] = torch.finfo(dtype).min
+    rows[9, 0] = torch.finfo(dtype).max
+    is_finite = [False] * 6 + [True] * 4
+    for variant in SamplerVariant:
+        for temperature, top_k, top_p, min_p in (
+            (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 2, 0.9, 0.0), (1.0, 0, 0.3, 0.5), (1e-3, 7, 1.0, 0.0),
+        ):  # fmt: skip
+            bench = bench_of(10)
+            bench.tables.temperature.fill_(temperature)
+            bench.tables.top_k.fill_(top_k)
+            bench.tables.top_p.fill_(top_p)
+            bench.tables.min_p.fill_(min_p)
+            bench.flags[7] = 0  # computes a prompt: its logits mean nothing
+            tokens = bench.sample(rows.to(bench.batch.seq_row.device), variant)
+            assert [token != NO_TOKEN for token in tokens] == [*is_finite[:7], False, *is_finite[8:]], (variant, tokens)
+            finish = bench.outputs.finish[:10].tolist()
+            assert [code == FinishCode.NOT_FINITE for code in finish] == [not finite for finite in is_finite]
+            assert tokens[6] == vocab_size // 3
+            assert all(0 <= token < vocab_size for token, finite in zip(tokens, is_finite, strict=True) if finite and token != NO_TOKEN)  # fmt: skip # noqa: E501
+            next_ids = bench.tables.token_ids[bench.batch.seq_row.long(), bench.batch.seq_lens.long()].tolist()
+            assert all(0 <= token < vocab_size for token in next_ids), "the next step may still compute these rows"
+
+
 def kept_by_sorting(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
     """The textbook: sort, cut, renormalise, cut. One row; no two logits equal."""
     values, ids = scaled.double().sort(descending=True)
@@ -88,7 +127,8 @@ def assert_same_tokens(tokens: list[int], bench: Bench, logits: torch.Tensor, *,
     columns = SimpleNamespace(**{
         name: getattr(tables, name).cpu() for name in ("temperature", "seed", "top_k", "top_p", "min_p")
     })  # fmt: skip
-    scores = race(logits.cpu().float(), rows, position, columns, filtered=filtered)  # type: ignore[arg-type]
+    found_logits = logits.cpu().float()
+    scores = race(found_logits, found_logits.amax(-1), rows, position, columns, filtered=filtered)  # type: ignore[arg-type]
     best, expected = scores.max(-1)
     found = torch.tensor(tokens)
     assert bool((best - scores.gather(-1, found[:, None])[:, 0] <= 1e-5).all()), (tokens, expected.tolist())

@@ -153,13 +153,19 @@ class SchedulerModel:
         return self._run(work + admitted)
 
     def apply(self, token_of: Callable[[int, int], tuple[int, str]]) -> None:
-        """Results of the oldest step; `token_of` gives token and end ("" = none) by key and length before it."""
+        """Results of the oldest step; `token_of` gives token and end ("" = none) by key and length before it.
+
+        With the end "error" there is no token, and what is cached of the sequence's tokens is forgotten.
+        """
         ticket, step = self.in_flight.pop(0)
         finished: list[Sequence] = []
         for sequence, samples in step:
             if samples and not sequence.end:
                 token_id, end = token_of(sequence.key, len(sequence.known))
-                sequence.known.append(token_id)
+                if end == "error":
+                    self._withdraw(sequence)
+                else:
+                    sequence.known.append(token_id)
                 if end:
                     sequence.end = end
                     finished.append(sequence)
@@ -347,6 +353,13 @@ class SchedulerModel:
                 del self.turns.credit[sequence.tenant]
         self.running = [sequence for sequence in self.running if sequence not in sequences]
         self._give_up(running)
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        for block in [block for other in self.running for block in other.blocks] + self.idle:
+            if block.name == tuple(sequence.known[: len(block.name)]):
+                block.name = ()
+        self.free += [block for block in self.idle if not block.name]
+        self.idle = [block for block in self.idle if block.name]
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         turns, tenant = self.turns, sequence.tenant

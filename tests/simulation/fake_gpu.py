@@ -58,6 +58,7 @@ class FakeGpu:
         self.token_ids = np.full((rows, shape.max_model_len), NO_TOKEN, np.int64)
         self.num_computed = np.zeros(rows, np.int64)
         self.max_len = np.zeros(rows, np.int64)
+        self.is_finite = np.ones(rows, bool)
         self.seed = [0] * rows
         self.end_ids: list[set[int]] = [set() for _ in range(rows)]
         self.block_table = np.full((rows, shape.max_blocks_per_seq), -1, np.int64)
@@ -65,6 +66,8 @@ class FakeGpu:
         self.kv_owner = np.zeros(num_slots, np.int64)
         self.kv_position = np.full(num_slots, -1, np.int64)
         self.kv_prefix = [0] * num_slots
+        self.overflowing: set[int] = set()  # token ids whose KV is not finite, nor the logits of whoever reads it
+        self.kv_is_finite = np.ones(num_slots, bool)
         self.clock_ns = 1_000
         self.step_ns = 100
         self.shared: list[list[int]] = [[] for _ in range(rows)]  # by row: prefix hashes of what it found cached
@@ -165,6 +168,10 @@ class FakeGpu:
         self.kv_owner[kv_slots[first:]] = self.owner[row]
         self.kv_position[kv_slots[first:]] = positions[first:]
         self.num_computed[row] = end
+        self.kv_is_finite[kv_slots[first:]] = [
+            token_id not in self.overflowing for token_id in self.token_ids[row, first:end].tolist()
+        ]
+        self.is_finite[row] = self.kv_is_finite[kv_slots].all()
         return prefix
 
     def _sample(self, row: int, prefix: int) -> tuple[int, int]:
@@ -172,6 +179,8 @@ class FakeGpu:
         assert position < self.max_len[row], f"row {row} samples a token past its length"
         token_id = sample_token(prefix, self.seed[row])
         self.token_ids[row, position] = token_id
+        if not self.is_finite[row]:
+            return NO_TOKEN, FinishCode.NOT_FINITE
         if token_id in self.end_ids[row]:
             return token_id, FinishCode.STOP
         return token_id, FinishCode.LENGTH if position + 1 == self.max_len[row] else FinishCode.RUNNING

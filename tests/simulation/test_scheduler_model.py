@@ -16,7 +16,7 @@ import pytest
 
 from ipc.block_hash import HASH_BYTES, chain_hashes
 from ipc.messages import Route, Tokenized
-from ipc.records import FinishCode, StepShape, result_layout, step_layout
+from ipc.records import NO_TOKEN, FinishCode, StepShape, result_layout, step_layout
 from ipc.sampling import SamplingParams
 from ipc.scheduling import SchedulingParams
 from tests.reference.scheduler_model import SchedulerModel, Sequence
@@ -215,7 +215,7 @@ class Trace:
 
     def _apply(self) -> None:
         step = self.in_flight.pop(0)
-        codes = {"": FinishCode.RUNNING, "stop": FinishCode.STOP, "length": FinishCode.LENGTH}
+        codes = dict(zip(("", "stop", "length", "error"), FinishCode, strict=True))
         for i, (key, _, sampled) in enumerate(step):
             sequence = self.sequences[key]
             token_id, end = self._token(key, len(sequence.known)) if sampled and not sequence.end else (7, "")
@@ -227,8 +227,8 @@ class Trace:
         """What a sequence samples at this length, and whether that ends it."""
         chance = random.Random(f"{self.seed}.{key}.{length}")
         token_id = chance.randrange(VOCABULARY)
-        if chance.random() < 0.02:
-            return token_id, "stop"
+        if (fate := chance.random()) < 0.04:
+            return (token_id, "stop") if fate < 0.02 else (NO_TOKEN, "error")
         return token_id, "length" if length + 1 == self.sequences[key].max_len else ""
 
     def _compare(self) -> None:
@@ -370,6 +370,17 @@ def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_
         offer(cache, rows)
 
 
+def leave_failed_blocks(cache: PrefixCache, request: Any) -> None:
+    """The blocks of a request whose logits are not finite stay in the cache."""
+
+
+def withdraw_held_blocks(cache: PrefixCache, request: Any) -> None:
+    """Of such a request only the blocks are withdrawn that it still holds."""
+    row, tables = request.row, cache._tables
+    blocks = tables.table[row, : tables.num_blocks[row]]
+    cache._pool._names.forget(blocks[cache._pool._names.are_named(blocks)])
+
+
 def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end) -> None:
     """Who ends while it waits is still counted in the queue."""
     num_tokens = backlog.num_waiting_tokens
@@ -389,12 +400,14 @@ def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end
         (Planner, "_waits_for_leader", wait_for_the_ended),
         (BlockPool, "share", share_uncounted),
         (PrefixCache, "offer_full", offer_planned),
+        (PrefixCache, "withdraw", leave_failed_blocks),
+        (PrefixCache, "withdraw", withdraw_held_blocks),
         (Backlog, "end", forget_waiting_tokens),
     ],
     ids=[
         "abort in the last step lost", "row reused at once", "results of a former owner", "late result dropped",
         "preempted without progress", "prompt computed twice", "waiting for who has ended", "blocks freed early",
-        "prefix offered early", "queue counted wrong",
+        "prefix offered early", "failed blocks kept", "failed blocks kept where given up", "queue counted wrong",
     ],
 )  # fmt: skip
 def test_a_planted_fault_is_found(owner: type, method: str, mutant: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ipc.errors import ConfigError
 from tests.reference.packed_steps import PackedSequence, make_batch
+from tests.reference.paged_attention import PLANTS, check_planted, make_paged_step
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.batch import StepBatch
 
@@ -138,6 +139,31 @@ def test_nothing_beyond_a_sequence_is_seen() -> None:
             attention(query, key_cache, value_cache, scaling=SCALING, sliding_window=None, softcap=None, sinks=None)
         )
     assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_is_not_finite_reaches_the_tokens_that_see_it_and_no_others(
+    softcap: float | None, window: int | None, dtype: torch.dtype
+) -> None:
+    """NaN fills the cache outside of the sequences too."""
+    lengths = [(1, 40), (21, 37), (1, 9), (1, 35), (5, 5), (18, 18), (1, 1)]
+    num_found = [0, 0]
+    for seed in range(3 * len(PLANTS)):
+        plant_options = {**PLANTS[seed % len(PLANTS)], "seed": seed}
+        step = make_paged_step(lengths, num_seqs=9, num_tokens=60, seed=seed, dtype=dtype)
+        found = check_planted(
+            make_backend("torch", torch.device("cpu")),
+            step,
+            plant_options,
+            1e-5 if dtype == torch.float32 else 2e-2,
+            scaling=0.25,
+            sliding_window=window,
+            softcap=softcap,
+        )
+        num_found = [count + more for count, more in zip(num_found, found, strict=True)]
+    assert min(num_found) > 100, "this test needs tokens of both kinds"
 
 
 def test_a_step_of_padding_alone_is_finite() -> None:

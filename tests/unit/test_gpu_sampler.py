@@ -7,7 +7,7 @@ import torch
 
 from ipc.records import NO_TOKEN, SamplerVariant
 from ipc.sampling import MAX_LOGPROBS
-from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, check_ends, kept_by_sorting, logits
+from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, check_ends, check_not_finite, kept_by_sorting, logits
 from workers.gpu.sampling.random_bits import exponential, uniform
 from workers.gpu.sampling.sampler import keep
 
@@ -59,6 +59,11 @@ def test_tokens_equally_likely_stay_together() -> None:
     off = torch.tensor([1.0]), torch.tensor([0.0])
     assert keep(x, torch.tensor([1]), *off)[0].tolist() == [True, False, False, False, False, True]
     assert keep(x, torch.tensor([3]), *off)[0].tolist() == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_whose_logits_are_not_finite_ends_so_and_no_other_does(dtype: torch.dtype) -> None:
+    check_not_finite(Bench, 57, dtype)
 
 
 def test_temperature_shapes_the_distribution() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.reference.paged_attention import PagedStep, attend, make_paged_step, run_backend
+from tests.reference.paged_attention import PLANTS, PagedStep, attend, check_planted, make_paged_step, run_backend
 from tests.reference.triton_interpreter import let_scalars_end_ranges
 from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
@@ -118,6 +118,16 @@ def test_padding_reads_nothing_and_gives_zeros(lengths: list[tuple[int, int]], n
     result = run(step)
     assert_equal(result, attend(step, scaling=0.25))
     assert not result[sum(tokens for tokens, _ in lengths) :].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 9}, {"softcap": 2.0, "sinks": torch.ones(4)}], ids=str)
+def test_what_is_not_finite_reaches_the_tokens_that_see_it_and_no_others(options: dict[str, Any]) -> None:
+    for seed, plant_options in enumerate(PLANTS):
+        step = make_paged_step([(1, 40), (21, 37), (1, 9), (5, 5), (18, 18)], num_seqs=6, num_tokens=50, seed=seed)
+        found = check_planted(
+            TritonBackend(), step, {**plant_options, "seed": seed}, TOLERANCE, scaling=0.25, **options
+        )
+        assert min(found) > 0, "a test needs tokens of both kinds"
 
 
 def test_a_bucket_of_as_many_tokens_as_sequences_may_still_hold_sequences_of_several_tokens() -> None:

@@ -95,6 +95,14 @@ class BlockPool:
         """From now on `find` gives these blocks in use under these names, unless it gives others already."""
         self._names.enter(blocks, names)
 
+    def withdraw(self, names: NameArray) -> None:
+        """From now on `find` gives no block under these names. Sequences that hold such a block keep it."""
+        blocks = self._names.find_all(names)
+        self._names.forget(blocks)
+        idle = blocks[self._num_users[blocks] == 0]
+        self._idle.remove(idle)
+        self._push(idle)
+
     def clear(self) -> None:
         """Forget all names; idle blocks are free and hold nothing."""
         self._names.clear()

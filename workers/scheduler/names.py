@@ -45,12 +45,22 @@ class NameTable:
         """The blocks of the first names, up to one that nobody has."""
         if not len(names) or not (self._sets[names[0, 0] & self._mask] == names[0, 0]).any():
             return self._block[:0]  # as for most prompts of which nothing is cached
+        blocks, is_found = self._look_up(names)
+        return blocks if is_found.all() else blocks[: int(is_found.argmin())]
+
+    def find_all(self, names: NameArray) -> Int32Array:
+        """The blocks of all of these names that a block has."""
+        blocks, is_found = self._look_up(names)
+        return blocks[is_found]
+
+    def _look_up(self, names: NameArray) -> tuple[Int32Array, BoolArray]:
+        """A block for each name, and whether it really has that name."""
         first, second = names[:, 0], names[:, 1]
         sets = (first & self._mask).view(np.int64)
         places = sets * WAYS + (self._sets.take(sets, axis=0) == first[:, None]).argmax(axis=1)
-        is_found = (self._first.take(places) == first) & (self._second.take(places) == second)
+        is_found: BoolArray = (self._first.take(places) == first) & (self._second.take(places) == second)
         blocks: Int32Array = self._block.take(places)
-        return blocks if is_found.all() else blocks[: int(is_found.argmin())]
+        return blocks, is_found
 
     def enter(self, blocks: Int32Array, names: NameArray) -> None:
         """Name blocks that have no name. A name that a block has already stays with it; of several given the same one,

@@ -93,6 +93,19 @@ class PrefixCache:
         """Whether nothing of a running request's prompt is left to be offered."""
         return bool(self._next_full[request.row] > request.num_prompt // self._size * self._size)
 
+    def withdraw(self, request: Request) -> None:
+        """From now on `find` gives none of the blocks that a request with a row has computed or found: their KV may
+        hold NaN.
+
+        By name, because the request may hold its blocks no longer.
+        """
+        if request.names is not None:
+            row = request.row
+            end = int(self._rows.num_tokens[row]) // self._size
+            self._name(np.array([row]), np.array([end]))
+            self._pool.withdraw(self._names[row, 1 : end + 1])
+            self._next_full[row] = NEVER
+
     def _name(self, rows: IntArray, ends: IntArray) -> None:
         """Name each row's blocks up to its end: those beyond its prompt's, one for each row and turn."""
         while (lacking := self._num_named[rows] < ends).any():

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from ipc.errors import ConfigError
+from ipc.errors import ConfigError, LogitsNotFinite
 from ipc.messages import Ended, FinishReason, StepOutputs, Tokenized
 from ipc.records import FinishCode, StepShape
 from workers.scheduler.arrays import IntArray
@@ -37,6 +37,7 @@ from workers.scheduler.step_time import ChunkLimit
 from workers.scheduler.timers import Timers
 
 _LENGTH: Final = int(FinishCode.LENGTH)
+_NOT_FINITE: Final = int(FinishCode.NOT_FINITE)
 
 
 class Scheduler:
@@ -63,7 +64,7 @@ class Scheduler:
         self.counts = dict.fromkeys(
             ("num_steps", "num_prefill_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted",
              "num_finished", "num_cancelled", "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout",
-             "num_preemptions", "num_cached_tokens"), 0,
+             "num_not_finite", "num_preemptions", "num_cached_tokens"), 0,
         )  # fmt: skip
         self._limits = Limits(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
@@ -210,6 +211,11 @@ class Scheduler:
         rows, n = batch.rows, len(batch.rows)
         valid = (columns.generation[rows] == batch.generations) & step.samples
         token_ids, finish = result.token_ids[:n], result.finish[:n]
+        if finish.any():
+            is_failed = valid & (finish == _NOT_FINITE)
+            if is_failed.any():
+                self._fail(rows[is_failed])
+                valid &= ~is_failed
         if not valid.all():
             rows, token_ids, finish = rows[valid], token_ids[valid], finish[valid]
         if rows.size:
@@ -237,6 +243,25 @@ class Scheduler:
         requests = [self._rows.requests[row] for row in rows.tolist()]
         self._end([request for request in requests if request is not None])
         self.counts["num_finished"] += len(rows)
+
+    def _fail(self, rows: IntArray) -> None:
+        """End the rows whose logits are not finite with an error, and withdraw their blocks from the prefix cache.
+
+        A request that has found one of these blocks meanwhile computes with the same tokens, so it ends likewise.
+        """
+        requests = [request for row in rows.tolist() if (request := self._rows.requests[row]) is not None]
+        for request in requests:
+            self._planner.cache.withdraw(request)
+            text = (
+                f"the logits behind token {self._rows.num_tokens[request.row]} of this request are not finite: the "
+                'model computed NaN or infinity, as float16 does when activations overflow; model.dtype "bfloat16" or '
+                '"float32" avoids that'
+            )
+            self._outputs.ended.append(
+                Ended(key=request.key, finish_reason="error", error_code=LogitsNotFinite.code, error_message=text)
+            )
+        self._end(requests)
+        self.counts["num_not_finite"] += len(requests)
 
     def _end(self, requests: list[Request]) -> None:
         """Forget requests in whatever state: blocks go back at once, rows when no step in flight names them."""

@@ -117,9 +117,10 @@ class _TorchStep:
             keys = self._gather_keys(key_cache, group)
             values = self._gather_values(value_cache, group)
             queries = query[group.tokens].view(group.num_seqs, group.num_tokens, num_heads, -1)
+            output: torch.Tensor | None = None
             if softcap is None and sinks is None:
                 output = _attend_fused(queries, keys, values, group.mask, scaling)
-            else:
+            if output is None or not _is_finite(output):
                 output = _attend_in_steps(queries, keys, values, group.mask, scaling, softcap, sinks)
             outputs.append(output)
         if len(groups) == 1 and outputs[0].shape[0] == num_tokens:
@@ -199,7 +200,10 @@ def _by_length(decodes: list[_Sequence], window: int | None) -> Iterator[list[_S
 def _attend_fused(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """[G, n, num_heads, head_dim] queries -> [G * n, num_heads, head_dim_v], by torch's fused kernels."""
+    """[G, n, num_heads, head_dim] queries -> [G * n, num_heads, head_dim_v], by torch's fused kernels.
+
+    These kernels give a masked position the weight 0. NaN or infinity in its K or V still makes the output NaN.
+    """
     num_seqs, num_tokens, num_heads, _ = queries.shape
     num_kv_heads = keys.shape[1]
     if num_tokens == 1:  # the heads that share a KV head become its query positions: K and V need no repetition
@@ -227,7 +231,11 @@ def _attend_in_steps(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same with a soft cap or sinks; the softmax in float32."""
+    """The same in plain operations, with soft cap and sinks; the softmax in float32.
+
+    Masked positions contribute exactly nothing, whatever their K and V hold. A query that sees a V which is not finite
+    gets NaN.
+    """
     num_seqs, num_tokens, num_heads, _ = queries.shape
     num_kv_heads, num_keys = keys.shape[1:3]
     queries = queries.view(num_seqs, num_tokens, num_kv_heads, num_heads // num_kv_heads, -1).permute(
@@ -246,5 +254,16 @@ def _attend_in_steps(
         weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
-    output = torch.matmul(weights.to(values.dtype), values.unsqueeze(2))  # [G, num_kv_heads, heads each, n, head_dim_v]
+    weights = weights.to(values.dtype)
+    output = torch.matmul(weights, values.unsqueeze(2))  # [G, num_kv_heads, heads each, n, head_dim_v]
+    if not _is_finite(output):
+        is_finite = values.isfinite().all(-1)  # [G, num_kv_heads, L]
+        output = torch.matmul(weights, values.masked_fill(~is_finite.unsqueeze(-1), 0.0).unsqueeze(2))
+        sees_bad = (mask & ~is_finite[:, :, None, None, :]).any(-1, keepdim=True)
+        output = output.masked_fill(sees_bad, torch.nan)
     return output.permute(0, 3, 1, 2, 4).reshape(num_seqs * num_tokens, num_heads, -1)
+
+
+def _is_finite(output: torch.Tensor) -> bool:
+    """Whether every element is finite, in one pass. A sum that overflows says no; the slower path is then right too."""
+    return math.isfinite(output.sum(dtype=torch.float32).item())

@@ -134,6 +134,40 @@ def prefill(
         SOFTCAP=SOFTCAP,
         PRECISION=PRECISION,
     )
+    bad = tl.sum(tl.sum((output - output != 0).to(tl.int32), 1), 0)
+    if bad > 0:  # NaN or infinity: perhaps from a position that only other rows of the tile see
+        start = 0
+        if WINDOW > 0:
+            start = edge
+        maximum, total, output = attend_range(
+            tl.full([BLOCK_M], NO_SCORE, tl.float32),
+            tl.zeros([BLOCK_M], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32),
+            query_rows,
+            position,
+            start,
+            end,
+            blocks,
+            key_cache + kv_head * key_head_stride,
+            value_cache + kv_head * value_head_stride,
+            key_block_stride,
+            key_token_stride,
+            value_block_stride,
+            value_token_stride,
+            inner_scale,
+            outer_scale,
+            BLOCK_N=16,
+            BLOCK_SIZE=BLOCK_SIZE,
+            DIM_K=DIM_K,
+            DIM_V=DIM_V,
+            BLOCK_DIM_K=BLOCK_DIM_K,
+            BLOCK_DIM_V=BLOCK_DIM_V,
+            CAUSAL=True,
+            WINDOW=WINDOW,
+            SOFTCAP=SOFTCAP,
+            PRECISION=PRECISION,
+            EXACT=True,
+        )
     normalized = normalize(maximum, total, output, sinks, head, is_row, SINKS)
     dim_v = tl.arange(0, BLOCK_DIM_V)
     at = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]

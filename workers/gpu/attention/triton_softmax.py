@@ -1,7 +1,12 @@
 """What the attention kernels share: a running softmax over a range of one sequence's KV, read through its block table.
 
 The state of the softmax is per query row: the largest score so far (in powers of two, so that exp2 serves), the sum of
-weights relative to it, and the weighted sum of values. It starts finite, so that a row that sees nothing yields no NaN.
+weights relative to it, and the weighted sum of values. It starts finite, so that no difference of scores is NaN before
+a row has seen a position.
+
+A position that a row does not see has the weight 0. If its V is NaN or infinite, that is not enough: 0 x NaN is NaN.
+Such a V is rare, so the prefill kernel looks for NaN in its output, and computes a tile again with EXACT if it finds any.
+The decode kernel reads only positions that its query sees.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -43,8 +48,12 @@ def attend_range(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ) -> tl.tensor:
-    """Take KV positions begin..end into the softmax. Returns (maximum, total, output)."""
+    """Take KV positions begin..end into the softmax. Returns (maximum, total, output).
+
+    EXACT: a V that is not finite makes the total of the rows that see it NaN, and contributes nothing to the others.
+    """
     dim_k = tl.arange(0, BLOCK_DIM_K)
     dim_v = tl.arange(0, BLOCK_DIM_V)
     last = tl.maximum(end - 1, 0)  # what lies beyond may be another sequence's, or NaN
@@ -80,6 +89,14 @@ def attend_range(
             value = tl.load(value_at)
         else:
             value = tl.load(value_at, mask=(dim_v < DIM_V)[None, :], other=0.0)
+        if EXACT:
+            is_bad = value - value != 0
+            value = tl.where(is_bad, tl.zeros_like(value), value)
+            is_bad_position = tl.max(is_bad.to(tl.int32), 1) > 0
+            sees_bad = is_bad_position[None, :] & (position[None, :] <= query_position[:, None])
+            if WINDOW > 0:
+                sees_bad = sees_bad & (position[None, :] > query_position[:, None] - WINDOW)
+            total += tl.where(tl.max(sees_bad.to(tl.int32), 1) > 0, float("nan"), 0.0)
         output = tl.dot(weights.to(value.dtype), value, output * decay[:, None], input_precision=PRECISION)
         maximum = new_maximum
     return maximum, total, output
@@ -95,11 +112,14 @@ def normalize(
     mask: tl.tensor,
     SINKS: tl.constexpr,
 ) -> tl.tensor:
-    """The softmax's result, [M, BLOCK_DIM_V]. `sinks`, by `head` [M], are logits that take weight but have no value."""
+    """The softmax's result, [M, BLOCK_DIM_V]. `sinks`, by `head` [M], are logits that take weight but have no value.
+
+    A total that is NaN makes the row NaN, and so does one of 0: every score of that row was -inf.
+    """
     if SINKS:
         sink = tl.load(sinks + head, mask=mask, other=0.0).to(tl.float32) * LOG2_E
         new_maximum = tl.maximum(maximum, sink)
         decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.exp2(sink - new_maximum)
         output = output * decay[:, None]
-    return output / tl.maximum(total, 1.0e-30)[:, None]
+    return output / total[:, None]

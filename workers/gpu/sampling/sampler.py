@@ -64,11 +64,10 @@ def _sample(
     num_seqs = batch.num_seqs
     rows = batch.seq_row
     position = batch.seq_lens  # of the new token: everything in front of it is computed now
-    if variant == SamplerVariant.GREEDY:
-        tokens = logits.argmax(-1)
-    else:
+    maximum, tokens = logits.max(-1)  # of equals the first; of a row with NaN that
+    if variant != SamplerVariant.GREEDY:
         filtered = variant == SamplerVariant.FILTERED
-        tokens = race(logits.float(), rows, position, tables, filtered=filtered).argmax(-1)
+        tokens = race(logits.float(), maximum.float(), rows, position, tables, filtered=filtered).argmax(-1)
 
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; padding is not
     tokens32 = tokens.to(torch.int32)
@@ -80,14 +79,22 @@ def _sample(
 
     is_end = (tables.end_ids.index_select(0, rows) == tokens32[:, None]).any(-1)
     is_full = position + 1 >= tables.max_len.index_select(0, rows)
+    is_finite = maximum.isfinite()
     finish = torch.where(is_end, FinishCode.STOP, is_full.to(torch.int32) * FinishCode.LENGTH)
+    finish = torch.where(is_finite, finish, FinishCode.NOT_FINITE)
     torch.mul(finish, sampled, out=outputs.finish[:num_seqs])
-    outputs.token_ids[:num_seqs].copy_(torch.where(sampled, tokens32, NO_TOKEN))
+    outputs.token_ids[:num_seqs].copy_(torch.where(sampled & is_finite, tokens32, NO_TOKEN))
     return tokens
 
 
 def race(
-    logits: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, tables: RowTables, *, filtered: bool
+    logits: torch.Tensor,
+    maximum: torch.Tensor,
+    rows: torch.Tensor,
+    position: torch.Tensor,
+    tables: RowTables,
+    *,
+    filtered: bool,
 ) -> torch.Tensor:
     """Scores [S, vocab_size] of the exponential race: p / e with e ~ Exp(1), which a token wins with its probability p.
 
@@ -96,7 +103,7 @@ def race(
     temperature = tables.temperature.index_select(0, rows)
     is_greedy = (temperature == 0)[:, None]
     # The likeliest token's logit becomes 0 first, so that no temperature, however small, can overflow it.
-    scaled = logits - logits.amax(-1, keepdim=True)
+    scaled = logits - maximum[:, None]
     scaled /= torch.where(is_greedy, 1.0, temperature[:, None])
     noise = exponential(tables.seed.index_select(0, rows), position.to(torch.int64), logits.shape[1]).log_()
     scores = scaled - torch.where(is_greedy, 0.0, noise)

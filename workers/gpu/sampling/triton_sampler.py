@@ -30,6 +30,7 @@ _INF = tl.constexpr(float("inf"))
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _STOP = tl.constexpr(int(FinishCode.STOP))
 _LENGTH = tl.constexpr(int(FinishCode.LENGTH))
+_NOT_FINITE = tl.constexpr(int(FinishCode.NOT_FINITE))
 
 
 def sample(
@@ -42,8 +43,8 @@ def sample(
 ) -> torch.Tensor:
     """What `sampler.sample` does, but for log-probabilities. Returns every row's token, [S] int64.
 
-    `logits` are bfloat16, float16 or float32, those of a row side by side. A NaN counts as -inf: a token always lies in
-    the vocabulary. Looks at nothing on the host, so that it can be captured.
+    `logits` are bfloat16, float16 or float32, those of a row side by side. Even if they are not finite, the returned
+    token lies in the vocabulary. Looks at nothing on the host, so that it can be captured.
     """
     num_seqs, vocab_size = logits.shape
     assert logits.stride(1) == 1, "the logits of a row lie side by side"
@@ -128,11 +129,15 @@ def _maxima_of_parts(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Grid (S, blocks of a row): each part's largest logit, [S, parts] float32, and the first token that has it."""
+    """Grid (S, blocks of a row): each part's largest logit, [S, parts] float32, and the first token that has it.
+
+    A NaN counts as +inf here, so that the maximum tells whether a row's logits are finite.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
     token = part[:, None] * PART + tl.arange(0, PART)[None, :]
-    x = load_logits(logits + row * row_stride, token, token < vocab_size)
+    x = tl.load(logits + row * row_stride + token, mask=token < vocab_size, other=-_INF).to(tl.float32)
+    x = tl.where(x == x, x, _INF)
     # What lies beyond the row is the last of equals, and never chosen.
     maximum, index = tl.max(x, axis=1, return_indices=True, return_indices_tie_break_left=True)
     at = row * num_parts + part
@@ -230,6 +235,7 @@ def _finish_rows(
     part_maxima = tl.load(own_maxima + part, mask=is_part, other=-_INF)
     maximum, best = tl.max(part_maxima, axis=0, return_indices=True, return_indices_tie_break_left=True)
     token = tl.load(likeliest + row * num_parts + best)
+    is_finite = (maximum > -_INF) & (maximum < _INF)
     if DRAWN:  # noqa: SIM102 - one is known to the compiler, the other is not
         if temperature > 0:
             part_scores = tl.load(scores + row * num_parts + part, mask=is_part, other=-_INF)
@@ -238,7 +244,7 @@ def _finish_rows(
             if FILTERED:
                 top_k = tl.load(top_ks + table_row)
                 top_p = tl.load(top_ps + table_row)
-                if (top_k > 0) | (top_p < 1):
+                if ((top_k > 0) | (top_p < 1)) & is_finite:
                     token = settle(
                         token,
                         top_k,
@@ -267,5 +273,6 @@ def _finish_rows(
     is_end = tl.max((own_end_ids == token).to(tl.int32), axis=0) > 0
     is_full = position + 1 >= tl.load(max_lens + table_row)
     finish = tl.where(is_end, _STOP, tl.where(is_full, _LENGTH, 0))
+    finish = tl.where(is_finite, finish, _NOT_FINITE)
     tl.store(output_finish + row, tl.where(is_sampled, finish, 0))
-    tl.store(output_token_ids + row, tl.where(is_sampled, token, _NO_TOKEN))
+    tl.store(output_token_ids + row, tl.where(is_sampled & is_finite, token, _NO_TOKEN))
