@@ -5,7 +5,7 @@ weights relative to it, and the weighted sum of values. It starts finite, so tha
 a row has seen a position.
 
 A position that a row does not see has the weight 0. If its V is NaN or infinite, that is not enough: 0 x NaN is NaN.
-Such a V is rare, so the prefill kernel looks for NaN in its output, and computes a tile again with EXACT if it finds any.
+Such a V is rare. The prefill kernel looks for NaN in its output, and computes a tile again with EXACT if it finds any.
 The decode kernel reads only positions that its query sees.
 """
 
