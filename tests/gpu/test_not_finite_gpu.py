@@ -1,0 +1,17 @@
+"""Requests that overflow float16, among others, in an engine on a GPU: under graphs, by the kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import Pipeline
+from tests.reference.overflow import check_overflows, overflow_config
+
+pytestmark = pytest.mark.gpu
+
+
+def test_an_overflow_ends_its_own_request_and_changes_no_other(tmp_path: Path) -> None:
+    with Pipeline(overflow_config(tmp_path, "cuda")) as engine:
+        check_overflows(engine.client)
