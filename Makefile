@@ -1,17 +1,26 @@
 # Every target sets up what it needs: `make demo` or `make test` is all a fresh machine with Python >= 3.11 wants.
+# `make test` is what to run before a commit, `make test-slow` the rest of what CI runs. `make explore` draws new samples
+# for the property-based tests: what it finds becomes a test with a fixed sample.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-slow explore check format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline.demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" --durations=10
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow --durations=10
+
+explore: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=default --hypothesis-show-statistics \
+		$$(grep -l "^from hypothesis" tests/*/*.py)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

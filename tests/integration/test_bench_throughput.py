@@ -42,6 +42,7 @@ def test_requests_at_once_give_a_row_against_the_bounds_and_a_timeline(
     assert row["gap_p99_ms"] >= row["gap_p50_ms"] > 0
 
 
+@pytest.mark.slow
 def test_arrivals_beside_streams_give_steps_with_prompts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

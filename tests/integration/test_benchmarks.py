@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pipeline.bench import overload, prefix
 from tests.integration.conftest import TINY_CONFIG
+
+pytestmark = pytest.mark.slow
 
 
 def test_an_overloaded_engine_refuses_what_it_cannot_hold_and_recovers() -> None:

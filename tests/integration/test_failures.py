@@ -72,7 +72,9 @@ def ends(threads: list[threading.Thread]) -> list[object]:
     return [thread.result[0] for thread in threads]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    "role", [role if role in ("gpu", "gateway") else pytest.param(role, marks=pytest.mark.slow) for role in ROLES]
+)
 def test_a_killed_worker_ends_the_engine_and_every_request_is_told(role: str, runtime_folder: Path) -> None:
     with Pipeline(TINY_CONFIG, NULL) as pipeline:
         pids = dict(pipeline.pids)
@@ -96,6 +98,7 @@ def test_a_killed_launcher_takes_everything_with_it(runtime_folder: Path) -> Non
     assert not alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_named", [False, True])
 def test_a_killed_launchers_endpoint_goes_with_its_folder_unless_the_user_named_it(
     is_named: bool, runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory

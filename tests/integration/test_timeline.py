@@ -115,6 +115,7 @@ def test_without_it_no_trace_memory_exists(engine: Pipeline) -> None:
     assert trace_segments(engine.pids) == set()
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_a_file_that_can_be_read_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "t.json.gz"
     with Pipeline(TINY_CONFIG, NULL, timeline=path) as pipeline:

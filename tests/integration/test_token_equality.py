@@ -43,7 +43,13 @@ def mixed_prompts(seed: int, count: int) -> list[list[int]]:
     return [[draw.randrange(5, 190) for _ in range(draw.choice([1, 3, 7, 15, 16, 17, 33, 60]))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+FEW_FAMILIES = ("llama", "gemma2")  # full attention; windows in every other layer and soft caps
+EVERY_FAMILY = [
+    family if family in FEW_FAMILIES else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_greedy_tokens_equal_those_of_generate_computed_and_cached(family: str, tmp_path: Path) -> None:
     make_folder(family, tmp_path, seed=1)
     prompts = mixed_prompts(seed=2, count=12)
@@ -80,8 +86,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "engines", [[(1, 1), (4, 3)], pytest.param([(1, 1), (2, 1), (3, 3), (4, 3)], marks=pytest.mark.slow)], ids=len
+)
 def test_depth_order_and_number_of_tokenizers_change_no_token_and_samples_are_requests_of_their_own(
-    llama: Path,
+    engines: list[tuple[int, int]], llama: Path
 ) -> None:
     prompts = mixed_prompts(seed=4, count=24)
     params = [
@@ -96,12 +105,12 @@ def test_depth_order_and_number_of_tokenizers_change_no_token_and_samples_are_re
     params += [params[i].of_sample(sample) for i, sample in alone]
     order = list(range(len(prompts)))
     results = []
-    for depth, num_tokenizers, shuffle in ((1, 1, 0), (2, 1, 1), (3, 3, 2), (4, 3, 3)):
-        random.Random(shuffle).shuffle(order)
+    for depth, num_tokenizers in engines:
+        random.Random(depth).shuffle(order)
         overrides = {"ring.depth": depth, "tokenizer.num_workers": num_tokenizers}
         with Pipeline(config(llama, **overrides)) as pipeline:
             outputs = pipeline.client.generate_batch([prompts[i] for i in order], [params[i] for i in order])
         results.append({i: [c.token_ids for c in output.completions] for i, output in zip(order, outputs, strict=True)})
-    assert results[0] == results[1] == results[2] == results[3]
+    assert all(result == results[0] for result in results[1:])
     assert len({tuple(ids) for samples in results[0].values() for ids in samples}) > len(prompts) // 2
     assert [results[0][i][sample] for i, sample in alone] == [results[0][24 + j][0] for j in range(len(alone))]

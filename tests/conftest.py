@@ -1,0 +1,11 @@
+"""What holds for all tests: their samples are fixed, so a run depends on the code alone and not on luck.
+
+`make explore` draws the property-based tests' samples anew.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
