@@ -16,14 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ipc.errors import ConfigError
 from tests.reference.tiny_models import FAMILIES, make_tiny_config, make_tiny_model
-from workers.gpu.model.weights import make_blank, read_weights, weight_files
+from workers.gpu.model.weights import LoadReport, make_blank, read_weights, weight_files
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
-def read(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> tuple[Any, list[str]]:
+def read(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> tuple[Any, LoadReport]:
     blank = make_blank(AutoConfig.from_pretrained(folder))
     return read_weights(weight_files(str(folder)), blank, dtype, device, lambda *_: None)
 
@@ -35,10 +35,10 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_as_transformers_loads_it(folder: Path, dtype: str = "auto") -> Any:
-    model, missing = read(folder, dtype)
+    model, report = read(folder, dtype)
     expected = tensors(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
     found = tensors(model)
-    assert missing == []
+    assert report == LoadReport(report.read, missing=[], unexpected=[], mismatched=[], integers=[])
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -28,6 +29,7 @@ from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
+from workers.gpu.model.quantization import check_quantization, check_tensors, loading_quantized
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, make_blank, read_weights, weight_files
@@ -136,31 +138,49 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
 
     Raises ConfigError or ModelUnsupported.
     """
+    reads_files = config.load_format != "dummy"
+    files = weight_files(config.path) if reads_files else []
+    if reads_files:
+        check_quantization(config.path, files[0].parent, model_config)
     with _blaming_config(config.path, model_config):  # for what fails in this, and not for what fails with the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
-    if config.load_format == "dummy":
-        model = _random_weights(config, model_config, device)
+    if reads_files:
+        model = _read_weights(config, files, model_config, blank, device, progress)
     else:
-        model = _read_weights(config, blank, device, progress)
+        model = _random_weights(config, model_config, device)
     model.eval().requires_grad_(False)
     progress(LOADING, 1.0)
     return model
 
 
-def _read_weights(config: ModelConfig, blank: nn.Module, device: torch.device, progress: Progress) -> nn.Module:
-    files = weight_files(config.path)
+def _read_weights(
+    config: ModelConfig, files: list[Path], model_config: Any, blank: nn.Module, device: torch.device,
+    progress: Progress,
+) -> nn.Module:  # fmt: skip
+    unreadable = f"the weights of model.path ({config.path!r}) cannot be read"
     try:
-        model, missing = read_weights(files, blank, config.dtype, device, progress)
+        with loading_quantized(config.path, model_config):
+            model, report = read_weights(files, blank, config.dtype, device, progress)
+    except ModelUnsupported:
+        raise
     except ValueError as error:
         raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise ConfigError(f"the weights of model.path ({config.path!r}) cannot be read: {_one_line(error)}") from None
-    if missing:  # transformers would run on with random ones
+        raise ConfigError(f"{unreadable}: {_one_line(error)}") from None
+    check_tensors(config.path, model_config, model, report)
+    if report.mismatched:
+        name, stored, wanted = report.mismatched[0]
         raise ConfigError(
-            f"model.path ({config.path!r}) lacks {len(missing)} of the model's weights, {missing[0]} among them"
+            f"{unreadable}: {name} is {stored} in the files and {wanted} in the model: is config.json of the same "
+            "model?"
+        )
+    if report.missing:  # transformers would run on with random ones
+        raise ConfigError(
+            f"model.path ({config.path!r}) lacks {len(report.missing)} of the model's weights, {report.missing[0]} "
+            "among them"
         )
     return model
 

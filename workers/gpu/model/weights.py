@@ -16,6 +16,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Final, Protocol
@@ -38,6 +39,17 @@ class Progress(Protocol):
     """Is told what is being done and how much of it is done, 0 to 1; of how many bytes, where bytes are counted."""
 
     def __call__(self, stage: str, fraction: float, total_bytes: int = 0, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read, and what did not fit between the files and the model, by the model's names where it has any."""
+
+    read: set[str]  # tensors, by their names in the files
+    missing: list[str]  # weights that the files lack: the model has them at random
+    unexpected: list[str]  # tensors of the files that the model has no place for, and that its class does not ignore
+    mismatched: list[tuple[str, list[int], list[int]]]  # of another shape; name, shape in the files, in the model
+    integers: list[str]  # what was read of them that is stored as integers and asked for as floating point
 
 
 def weight_files(path: str) -> list[Path]:
@@ -65,11 +77,10 @@ def make_blank(model_config: Any) -> nn.Module:
 
 def read_weights(
     files: Sequence[Path], blank: Any, dtype: str, device: torch.device, progress: Progress
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[nn.Module, LoadReport]:
     """Build the model that `blank` is one of on `device`; `dtype` "auto" = what its configuration says.
 
-    Returns it with the names of weights that the files lack: these it has at random. Raises RuntimeError for a weight
-    of another shape than the model's, and what transformers and safetensors raise.
+    Raises what transformers and safetensors raise.
     """
     counter = _Counter(sum(file.stat().st_size for file in files), progress)
     state_dict: dict[str, Any] = {}
@@ -81,13 +92,14 @@ def read_weights(
             None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,  # its own error names none of them
         )  # fmt: skip
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise RuntimeError(
-            f"{name} is {list(stored)} in the files and {list(wanted)} in the model: is config.json of the same model?"
-        )
     on_device: nn.Module = model.to(device)  # what no file holds, such as RoPE's frequencies, is still on the CPU
-    return on_device, sorted(report["missing_keys"])
+    return on_device, LoadReport(
+        read=counter.names,
+        missing=sorted(report["missing_keys"]),
+        unexpected=sorted(report["unexpected_keys"]),
+        mismatched=[(name, list(stored), list(wanted)) for name, stored, wanted in sorted(report["mismatched_keys"])],
+        integers=sorted(counter.integers),
+    )
 
 
 class _Counter:
@@ -99,6 +111,8 @@ class _Counter:
         self._lock = threading.Lock()
         self._read_bytes = 0
         self._reported = 0
+        self.names: set[str] = set()  # of tensors that were read; added to by any thread, as are these:
+        self.integers: list[str] = []  # names of those that are cast from integers
 
     def add(self, num_bytes: int) -> None:
         with self._lock:
@@ -130,6 +144,9 @@ class _StoredTensor:
         with safe_open(self._file, framework="pt") as file:  # anew for each: its pages go when this mapping does
             stored: torch.Tensor = file.get_tensor(self._name)
             self._counter.add(stored.nbytes)
+            self._counter.names.add(self._name)
+            if dtype is not None and dtype.is_floating_point and not stored.is_floating_point() and stored.ndim > 1:
+                self._counter.integers.append(self._name)
             return stored.to(device=self._device, dtype=dtype, copy=True)
 
     @property
