@@ -2,27 +2,30 @@
 
 A packed step is right for a model whose tokens meet in the attention function alone, which knows who may see whom.
 Three looks decide. The configuration says what a family declares. The parts of the built model say how positions are
-embedded. And a probe runs the model's forward twice, with an attention in which no token sees another: it finds
-the calls of each layer, and whether anything else carries information from token to token (state-space layers,
-convolutions, linear attention) or counts positions by itself.
+embedded. And a probe runs the model's forward a few times, with an attention in which no token sees another: it finds
+the calls of each layer, whether a mask would hide more from them than they are told, and whether anything else carries
+information from token to token (state-space layers, convolutions, linear attention) or counts positions by itself.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
 from workers.gpu.kv_cache import LayerShape
 from workers.gpu.model.facts import ModelFacts
+from workers.gpu.model.masks import agreeing_length, building_masks, function_of
 
-_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
+_WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers in which each token is by itself
 _HARMLESS_TENSORS: Final = ("position_ids", "cache_position")  # passed on to attention by some, and not needed there
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
@@ -35,6 +38,11 @@ def check_config(config: Any, max_model_len: int) -> None:
     `max_model_len` are longer than the model's positions.
     """
     text = config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelUnsupported(
+            f"transformers has no causal language model for model_type {config.model_type!r} (AutoModelForCausalLM "
+            "does not list it): use a checkpoint of its text model, or another model"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "it is an encoder-decoder model")
     if not getattr(text, "is_causal", True):
@@ -44,13 +52,19 @@ def check_config(config: Any, max_model_len: int) -> None:
         raise _unsupported(config, f"num_hidden_layers ({num_layers}) gives it no layers")
     if getattr(text, "num_kv_shared_layers", None):
         raise _unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
-    if getattr(text, "attention_chunk_size", None):
-        raise _unsupported(config, f"its attention is cut into chunks of {text.attention_chunk_size} tokens")
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    others = sorted(layer_types - {*_LAYER_TYPES, *_WITHOUT_TOKENS})
     if others:
         raise _unsupported(config, f"it has layers of type {', '.join(others)}; known are {', '.join(_LAYER_TYPES)}")
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk and max_model_len > chunk and "chunked_attention" in layer_types:
+        raise ConfigError(
+            f"scheduler.max_model_len ({max_model_len}) is more than {chunk}: beyond {chunk} tokens, this "
+            f"{config.model_type} model attends in chunks, which paged attention does not support; set it to "
+            f"{chunk} or less"
+        )
     limit = getattr(text, "max_position_embeddings", None)
-    if limit is not None and max_model_len > limit:
+    if isinstance(limit, int) and 0 < limit < max_model_len:
         raise ConfigError(
             f"scheduler.max_model_len ({max_model_len}) is more than the {limit} positions of this {config.model_type} "
             f"model: set it to {limit} or less"
@@ -67,9 +81,9 @@ def prepare_model(model: nn.Module, max_model_len: int) -> None:
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
     if {config._attn_implementation, text._attn_implementation} != {ATTENTION_NAME}:  # it keeps the old one, in silence
         raise _unsupported(config, "its attention does not go through transformers' attention interface")
-    for each in (config, text):
-        each.pad_token_id = None  # with one, some families look for padding in every input, and wait for the device
     for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # it looks for padding in every input, and waits for the device
+            module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
         if getattr(module, "rope_type", None) is not None:
             _freeze_rope(config, module, max_model_len)
 
@@ -106,6 +120,8 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     probe = _Probe(config)
     logits = _call(model, probe, input_ids, positions, wanted)
     _check_calls(config, text, probe.calls)
+    with building_masks(model):
+        _call(model, _MaskProbe(config, max_model_len), input_ids, positions, wanted)
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
         raise _unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
     if not logits.isfinite().all():
@@ -197,6 +213,10 @@ class _Probe:
         self._config = config
         self.calls: list[_Call] = []
 
+    def _check_mask(self, where: str, mask: Any, sliding_window: int | None, device: torch.device) -> None:
+        if mask is not None:
+            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
+
     def attend(
         self,
         module: nn.Module,
@@ -213,8 +233,7 @@ class _Probe:
     ) -> torch.Tensor:
         layer_idx = getattr(module, "layer_idx", None)
         where = f"attention layer {layer_idx}"
-        if attention_mask is not None:
-            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
+        self._check_mask(where, attention_mask, sliding_window, query.device)
         if others.get("is_causal", getattr(module, "is_causal", True)) is False:
             raise _unsupported(self._config, f"{where} is not causal")
         extra = sorted(
@@ -226,8 +245,11 @@ class _Probe:
             raise _unsupported(
                 self._config, f"{where} mixes dtypes: query {query.dtype}, key {key.dtype}, value {value.dtype}"
             )
-        if any(call.key.data_ptr() == key.data_ptr() for call in self.calls):
-            raise _unsupported(self._config, f"{where} shares the KV of an earlier layer")
+        for call in self.calls:
+            if call.key.data_ptr() == key.data_ptr():
+                same = call.layer_idx == layer_idx
+                detail = "attends more than once to the same keys" if same else "shares the KV of an earlier layer"
+                raise _unsupported(self._config, f"{where} {detail}")
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         self.calls.append(
             _Call(layer_idx, shape, key.dtype, sliding_window, softcap is not None, sinks is not None, key)
@@ -242,6 +264,30 @@ class _Probe:
         return value.repeat_interleave(repeats, dim=1) * (1 + gate.unsqueeze(-1))
 
 
+class _MaskProbe(_Probe):
+    """Compares the mask that each call is given with what the call is told beside it."""
+
+    def __init__(self, config: Any, max_model_len: int) -> None:
+        super().__init__(config)
+        self._max_model_len = max_model_len
+
+    def _check_mask(self, where: str, mask: Any, sliding_window: int | None, device: torch.device) -> None:
+        function = causal_mask_function if mask is None else function_of(mask)
+        if function is None:
+            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
+        length = agreeing_length(function, sliding_window, self._max_model_len, device)
+        if length == self._max_model_len:
+            return
+        if length <= 1:
+            raise _unsupported(self._config, f"the mask of {where} is neither causal nor a sliding window")
+        passed = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
+        raise ConfigError(
+            f"scheduler.max_model_len ({self._max_model_len}) is more than {length}: beyond {length} tokens, {where} "
+            f"of this {self._config.model_type} model relies on a mask that paged attention does not apply (the layer "
+            f"passes {passed} to attention); set it to {length} or less"
+        )
+
+
 def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
     num_layers = text.num_hidden_layers
     indices = [call.layer_idx for call in calls]
@@ -249,6 +295,8 @@ def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
         missing = sorted(set(range(num_layers)) - {index for index in indices if index is not None})
         if not calls:
             detail = "none of its layers calls transformers' attention interface"
+        elif len(set(indices)) < len(indices):
+            detail = f"its layers attend more than once in a forward ({len(calls)} calls of {len(set(indices))} layers)"
         elif missing:
             detail = f"its layers {', '.join(map(str, missing))} have no attention"
         else:
@@ -256,14 +304,6 @@ def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
         raise _unsupported(config, detail)
     if len({call.dtype for call in calls}) > 1:
         raise _unsupported(config, "its layers have KV of different dtypes")
-    for call, layer_type in zip(calls, _layer_types(text, num_layers), strict=True):
-        if layer_type == "sliding_attention" and call.sliding_window is None:
-            raise _unsupported(config, f"attention layer {call.layer_idx} keeps its sliding window to its mask")
-
-
-def _layer_types(text: Any, num_layers: int) -> Iterator[str | None]:
-    declared = getattr(text, "layer_types", None)
-    yield from declared if declared else [None] * num_layers
 
 
 def _unsupported(config: Any, reason: str) -> ModelUnsupported:
