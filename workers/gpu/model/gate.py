@@ -23,10 +23,13 @@ from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
 from workers.gpu.kv_cache import LayerShape
 from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.masks import agreeing_length, building_masks, function_of
+from workers.gpu.positions import num_positions
 
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
 _WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers in which each token is by itself
-_HARMLESS_TENSORS: Final = ("position_ids", "cache_position")  # passed on to attention by some, and not needed there
+_HARMLESS_TENSORS: Final = (  # passed on to attention by some families, and not used there
+    "position_ids", "cache_position", "logits_to_keep",
+)  # fmt: skip
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
@@ -63,8 +66,8 @@ def check_config(config: Any, max_model_len: int) -> None:
             f"{config.model_type} model attends in chunks, which paged attention does not support; set it to "
             f"{chunk} or less"
         )
-    limit = getattr(text, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < max_model_len:
+    limit = num_positions(text.to_dict())
+    if limit is not None and max_model_len > limit:
         raise ConfigError(
             f"scheduler.max_model_len ({max_model_len}) is more than the {limit} positions of this {config.model_type} "
             f"model: set it to {limit} or less"
@@ -79,7 +82,7 @@ def prepare_model(model: nn.Module, max_model_len: int) -> None:
     config: Any = model.config
     text = config.get_text_config()
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
-    if {config._attn_implementation, text._attn_implementation} != {ATTENTION_NAME}:  # it keeps the old one, in silence
+    if text._attn_implementation != ATTENTION_NAME:  # it keeps the old one, in silence
         raise _unsupported(config, "its attention does not go through transformers' attention interface")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # it looks for padding in every input, and waits for the device

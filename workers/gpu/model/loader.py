@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ipc.errors import ConfigError, ModelUnsupported, RingfeedError
@@ -32,7 +34,8 @@ from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_l
 from workers.gpu.model.quantization import check_quantization, check_tensors, loading_quantized
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
-from workers.gpu.model.weights import Progress, make_blank, read_weights, weight_files
+from workers.gpu.model.weights import Progress, make_blank, read_weights
+from workers.gpu.model_folder import weight_files
 from workers.gpu.out_of_memory import is_out_of_memory
 from workers.gpu.stages import LOADING
 
@@ -125,6 +128,8 @@ def load_config(path: str) -> Any:
     """The model's configuration as transformers reads it. Raises ConfigError or ModelUnsupported."""
     with _blaming_config(path):
         try:
+            plain, _ = PreTrainedConfig.get_config_dict(path, **_LOCAL_ONLY)
+            _check_model_type(path, plain)
             return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
         except OSError as error:
             raise ConfigError(
@@ -133,13 +138,29 @@ def load_config(path: str) -> Any:
             ) from None
 
 
+def _check_model_type(path: str, plain: dict[str, Any]) -> None:
+    """transformers' own words on this are long, and advise what does not help here."""
+    model_type = plain.get("model_type")
+    if model_type is None or model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in plain:
+        raise ModelUnsupported(
+            f"model.path ({path!r}): model_type {model_type!r} in config.json needs Python code from its own "
+            "repository, which ringfeed never runs: use a model that transformers has itself"
+        )
+    raise ModelUnsupported(
+        f"model.path ({path!r}): transformers {transformers.__version__} does not know model_type {model_type!r} in "
+        "config.json: a later version may"
+    )
+
+
 def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
     """transformers' own model with the weights that `config` names, ready to run and with nothing of ours in it.
 
     Raises ConfigError or ModelUnsupported.
     """
     reads_files = config.load_format != "dummy"
-    files = weight_files(config.path) if reads_files else []
+    files = weight_files(_folder(config.path)) if reads_files else []
     if reads_files:
         check_quantization(config.path, files[0].parent, model_config)
     with _blaming_config(config.path, model_config):  # for what fails in this, and not for what fails with the weights
@@ -152,6 +173,10 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
     model.eval().requires_grad_(False)
     progress(LOADING, 1.0)
     return model
+
+
+def _folder(path: str) -> Path:
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
 
 
 def _read_weights(

@@ -12,27 +12,21 @@ So the host holds a few tensors at a time, whatever the size of the model, and n
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ipc.errors import ConfigError
 from workers.gpu.stages import LOADING
-
-_FILE: Final = "model.safetensors"
-_INDEX: Final = "model.safetensors.index.json"
 
 
 class Progress(Protocol):
@@ -52,22 +46,6 @@ class LoadReport:
     integers: list[str]  # what was read of them that is stored as integers and asked for as floating point
 
 
-def weight_files(path: str) -> list[Path]:
-    """The safetensors files of a folder, or of a hub id in the local cache. Raises ConfigError if there are none."""
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
-    unreadable = f"the weights of model.path ({path!r}) cannot be read"
-    files = [folder / _FILE]
-    if not files[0].is_file() and (index := folder / _INDEX).is_file():
-        try:
-            files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{unreadable}: {index} has no weight_map") from None
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"{unreadable}: there is no {file}")
-    return files
-
-
 def make_blank(model_config: Any) -> nn.Module:
     """The model of a transformers configuration without memory for its weights. The configuration stays as it is."""
     with torch.device("meta"):
@@ -80,13 +58,17 @@ def read_weights(
 ) -> tuple[nn.Module, LoadReport]:
     """Build the model that `blank` is one of on `device`; `dtype` "auto" = what its configuration says.
 
-    Raises what transformers and safetensors raise.
+    Raises RuntimeError for a file that is no safetensors, and what transformers raises.
     """
     counter = _Counter(sum(file.stat().st_size for file in files), progress)
     state_dict: dict[str, Any] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            state_dict |= {name: _StoredTensor(file, name, device, counter) for name in opened.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names: list[str] = opened.keys()
+        except SafetensorError as error:
+            raise RuntimeError(f"{file.name}: {error}") from None
+        state_dict |= {name: _StoredTensor(file, name, device, counter) for name in names}
     with _reporting(counter):
         model, report = type(blank).from_pretrained(
             None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
