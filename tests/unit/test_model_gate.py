@@ -318,6 +318,32 @@ def test_sequences_longer_than_the_models_positions_are_refused(tmp_path: Path) 
         load(tmp_path, max_model_len=MAX_POSITIONS + 1)
 
 
+def test_a_length_that_a_rope_factor_reaches_runs_as_in_transformers(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    make_tiny_model("llama", tmp_path, max_position_embeddings=16, rope_parameters=rope)
+    with pytest.raises(ConfigError, match="is more than the 64 positions"):
+        load(tmp_path, "safetensors", max_model_len=65)
+    prompts = [list(range(3, 43)), [35] * 20]
+    expected = reference_generate(tmp_path, prompts, 16)
+    loaded = load(tmp_path, "safetensors", max_model_len=64)
+    sequences = run_packed(loaded.runner, prompts, 16, num_blocks=loaded.num_blocks)
+    assert [sequence.generated for sequence in sequences] == expected
+
+
+def test_a_prepared_model_looks_for_no_padding_and_keeps_its_padding_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: Any) -> None:
+        raise AssertionError("it waits for the device")
+
+    config = make_tiny_config("gpt2", pad_token_id=7)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    monkeypatch.setattr(transformers.PreTrainedModel, "warn_if_padding_and_no_attention_mask", look)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+    prepare_model(model, 64)
+    probe_model(model, 64, torch.device("cpu"))
+    assert model.config.pad_token_id == 7
+
+
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64, "factor": 4.0,
     "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [4.0 + 0.5 * i for i in range(8)],

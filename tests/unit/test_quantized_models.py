@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ipc.errors import ConfigError, ModelUnsupported
 from tests.reference.packed_steps import run_packed
-from tests.reference.tiny_models import make_tiny_config, make_tiny_model
+from tests.reference.tiny_models import make_tiny_config, make_tiny_model, save_model
 from tests.unit.test_model_gate import SIZES, load
 
 FLOAT8 = torch.float8_e4m3fn
@@ -192,6 +192,19 @@ def test_tensors_that_no_model_of_the_kind_uses_do_no_harm(
 
     rewrite(tmp_path, add)
     load(tmp_path, "safetensors")
+
+
+def test_the_layers_for_multi_token_prediction_that_a_family_ignores_do_no_harm(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4}, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    )  # fmt: skip
+    save_model(config, tmp_path)
+    beyond = {"model.layers.61.eh_proj.weight": torch.ones(3), "model.layers.2.eh_proj.weight": torch.ones(3)}
+    rewrite(tmp_path, lambda tensors: tensors | beyond)
+    load(tmp_path, "safetensors")
+    rewrite(tmp_path, lambda tensors: tensors | {"model.layers.3.eh_proj.weight": torch.ones(3)})
+    assert "no place for (model.layers.3.eh_proj.weight)" in refusal(tmp_path)
 
 
 def test_the_towers_of_a_multimodal_checkpoint_are_left_aside_by_a_text_model(tmp_path: Path) -> None:

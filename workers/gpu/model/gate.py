@@ -10,26 +10,21 @@ information from token to token (state-space layers, convolutions, linear attent
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
-from workers.gpu.kv_cache import LayerShape
 from workers.gpu.model.facts import ModelFacts
-from workers.gpu.model.masks import agreeing_length, building_masks, function_of
+from workers.gpu.model.masks import building_masks
+from workers.gpu.model.probe import Call, MaskProbe, Probe, unsupported
 from workers.gpu.positions import num_positions
 
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
 _WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers in which each token is by itself
-_HARMLESS_TENSORS: Final = (  # passed on to attention by some families, and not used there
-    "position_ids", "cache_position", "logits_to_keep",
-)  # fmt: skip
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
@@ -47,18 +42,18 @@ def check_config(config: Any, max_model_len: int) -> None:
             "does not list it): use a checkpoint of its text model, or another model"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(config, "it is an encoder-decoder model")
+        raise unsupported(config, "it is an encoder-decoder model")
     if not getattr(text, "is_causal", True):
-        raise _unsupported(config, "its attention is not causal")
+        raise unsupported(config, "its attention is not causal")
     num_layers = getattr(text, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers < 1:
-        raise _unsupported(config, f"num_hidden_layers ({num_layers}) gives it no layers")
+        raise unsupported(config, f"num_hidden_layers ({num_layers}) gives it no layers")
     if getattr(text, "num_kv_shared_layers", None):
-        raise _unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
+        raise unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
     layer_types = set(getattr(text, "layer_types", None) or ())
     others = sorted(layer_types - {*_LAYER_TYPES, *_WITHOUT_TOKENS})
     if others:
-        raise _unsupported(config, f"it has layers of type {', '.join(others)}; known are {', '.join(_LAYER_TYPES)}")
+        raise unsupported(config, f"it has layers of type {', '.join(others)}; known are {', '.join(_LAYER_TYPES)}")
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk and max_model_len > chunk and "chunked_attention" in layer_types:
         raise ConfigError(
@@ -83,7 +78,7 @@ def prepare_model(model: nn.Module, max_model_len: int) -> None:
     text = config.get_text_config()
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
     if text._attn_implementation != ATTENTION_NAME:  # it keeps the old one, in silence
-        raise _unsupported(config, "its attention does not go through transformers' attention interface")
+        raise unsupported(config, "its attention does not go through transformers' attention interface")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # it looks for padding in every input, and waits for the device
             module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
@@ -120,23 +115,23 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     text = config.get_text_config()
     input_ids, positions, wanted = _probe_inputs(model, max_model_len, device)
     num_tokens = len(input_ids)
-    probe = _Probe(config)
+    probe = Probe(config)
     logits = _call(model, probe, input_ids, positions, wanted)
     _check_calls(config, text, probe.calls)
     with building_masks(model):
-        _call(model, _MaskProbe(config, max_model_len), input_ids, positions, wanted)
+        _call(model, MaskProbe(config, max_model_len), input_ids, positions, wanted)
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
-        raise _unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
+        raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
     if not logits.isfinite().all():
-        raise _unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
-    if torch.equal(logits, _call(model, _Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
-        raise _unsupported(config, "its logits_to_keep does not select tokens by index")
+        raise unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
+    if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
+        raise unsupported(config, "its logits_to_keep does not select tokens by index")
 
     # The same tokens at the same positions in the opposite order change nothing where tokens meet in attention alone.
-    turned = _call(model, _Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
+    turned = _call(model, Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
     first = probe.calls[0]
     if not is_near(turned, logits, first.dtype):
-        raise _unsupported(
+        raise unsupported(
             config,
             "its tokens affect each other outside of attention, or it counts positions by itself "
             f"(the same tokens in another order change the logits by {_difference(turned, logits):.0%})",
@@ -154,7 +149,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
 @torch.inference_mode()
 def probe_logits(model: nn.Module, max_model_len: int, device: torch.device) -> torch.Tensor:
     """One forward of a model that has passed, [num_tokens, vocab_size]: to watch it, or to see that it is the same."""
-    return _call(model, _Probe(model.config), *_probe_inputs(model, max_model_len, device))[0]
+    return _call(model, Probe(model.config), *_probe_inputs(model, max_model_len, device))[0]
 
 
 def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -181,12 +176,12 @@ def _probe_inputs(
 
 
 def _call(
-    model: nn.Module, probe: _Probe, input_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+    model: nn.Module, probe: Probe, input_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
     parameters = inspect.signature(model.forward).parameters
     for name in ("position_ids", "logits_to_keep"):
         if name not in parameters:
-            raise _unsupported(model.config, f"its forward takes no {name}")
+            raise unsupported(model.config, f"its forward takes no {name}")
     with handling_attention(probe):
         output = model(
             input_ids=input_ids.unsqueeze(0),
@@ -198,100 +193,7 @@ def _call(
     return logits
 
 
-@dataclass(frozen=True)
-class _Call:
-    layer_idx: int | None
-    shape: LayerShape
-    dtype: torch.dtype
-    sliding_window: int | None
-    has_softcap: bool
-    has_sinks: bool
-    key: torch.Tensor  # kept, so that a later key at the same address is the same key
-
-
-class _Probe:
-    """Records the attention calls of a forward. Its attention is a function of each token's own q, k and v."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self.calls: list[_Call] = []
-
-    def _check_mask(self, where: str, mask: Any, sliding_window: int | None, device: torch.device) -> None:
-        if mask is not None:
-            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        attention_mask: Any,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        others: dict[str, Any],
-    ) -> torch.Tensor:
-        layer_idx = getattr(module, "layer_idx", None)
-        where = f"attention layer {layer_idx}"
-        self._check_mask(where, attention_mask, sliding_window, query.device)
-        if others.get("is_causal", getattr(module, "is_causal", True)) is False:
-            raise _unsupported(self._config, f"{where} is not causal")
-        extra = sorted(
-            name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _HARMLESS_TENSORS
-        )
-        if extra:
-            raise _unsupported(self._config, f"{where} takes further tensors: {', '.join(extra)}")
-        if not query.dtype == key.dtype == value.dtype:
-            raise _unsupported(
-                self._config, f"{where} mixes dtypes: query {query.dtype}, key {key.dtype}, value {value.dtype}"
-            )
-        for call in self.calls:
-            if call.key.data_ptr() == key.data_ptr():
-                same = call.layer_idx == layer_idx
-                detail = "attends more than once to the same keys" if same else "shares the KV of an earlier layer"
-                raise _unsupported(self._config, f"{where} {detail}")
-        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.calls.append(
-            _Call(layer_idx, shape, key.dtype, sliding_window, softcap is not None, sinks is not None, key)
-        )
-        num_heads = query.shape[1]
-        if num_heads % shape.num_kv_heads:
-            raise _unsupported(
-                self._config, f"the {num_heads} heads of {where} do not divide among its {shape.num_kv_heads} KV heads"
-            )
-        repeats = num_heads // shape.num_kv_heads
-        gate = torch.tanh(query.mean(-1) + key.mean(-1).repeat_interleave(repeats, dim=1))  # [T, num_heads]
-        return value.repeat_interleave(repeats, dim=1) * (1 + gate.unsqueeze(-1))
-
-
-class _MaskProbe(_Probe):
-    """Compares the mask that each call is given with what the call is told beside it."""
-
-    def __init__(self, config: Any, max_model_len: int) -> None:
-        super().__init__(config)
-        self._max_model_len = max_model_len
-
-    def _check_mask(self, where: str, mask: Any, sliding_window: int | None, device: torch.device) -> None:
-        function = causal_mask_function if mask is None else function_of(mask)
-        if function is None:
-            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
-        length = agreeing_length(function, sliding_window, self._max_model_len, device)
-        if length == self._max_model_len:
-            return
-        if length <= 1:
-            raise _unsupported(self._config, f"the mask of {where} is neither causal nor a sliding window")
-        passed = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
-        raise ConfigError(
-            f"scheduler.max_model_len ({self._max_model_len}) is more than {length}: beyond {length} tokens, {where} "
-            f"of this {self._config.model_type} model relies on a mask that paged attention does not apply (the layer "
-            f"passes {passed} to attention); set it to {length} or less"
-        )
-
-
-def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
+def _check_calls(config: Any, text: Any, calls: list[Call]) -> None:
     num_layers = text.num_hidden_layers
     indices = [call.layer_idx for call in calls]
     if indices != list(range(num_layers)):
@@ -304,10 +206,6 @@ def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
             detail = f"its layers {', '.join(map(str, missing))} have no attention"
         else:
             detail = f"its {num_layers} layers call attention {len(calls)} times, as layers {indices}"
-        raise _unsupported(config, detail)
+        raise unsupported(config, detail)
     if len({call.dtype for call in calls}) > 1:
-        raise _unsupported(config, "its layers have KV of different dtypes")
-
-
-def _unsupported(config: Any, reason: str) -> ModelUnsupported:
-    return ModelUnsupported(f"a {config.model_type} model cannot run on paged attention: {reason}")
+        raise unsupported(config, "its layers have KV of different dtypes")

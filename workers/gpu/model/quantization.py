@@ -31,7 +31,9 @@ _QUANTIZED: Final = re.compile(  # names of scales, zero points and packed weigh
     r"scale|zero_point|zeros|g_idx|qweight|weight_packed|weight_shape|absmax|quant_map|quant_state|SCB|weight_format"
     r"|codebook|_blocks$"
 )
-_CONSTANTS: Final = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias)$")  # once stored with a model, now computed by it
+_CONSTANTS: Final = re.compile(
+    r"(^|\.)(rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$"
+)  # once stored with a model, now computed by it
 
 
 def check_quantization(path: str, folder: Path, config: Any) -> None:
@@ -144,7 +146,7 @@ def _is_beside_the_model(name: str, config: Any, model: nn.Module, report: LoadR
     if _CONSTANTS.search(name):
         return True
     text = config.get_text_config()
-    num_layers, num_extra = text.num_hidden_layers, getattr(text, "num_nextn_predict_layers", None) or 0
+    num_layers, num_extra = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
     if any(f".layers.{num_layers + i}." in f".{name}" for i in range(num_extra)):
         return True
     if text is config:
