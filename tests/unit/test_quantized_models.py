@@ -156,11 +156,14 @@ def test_packed_weights_are_called_quantised_and_not_missing(tmp_path: Path) -> 
     assert "tensors of quantised weights (model.layers.0.mlp.down_proj.qweight and 20 more)" in refusal(tmp_path)
 
 
-def test_whole_numbers_for_weights_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_numbers_that_no_model_computes_in_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     make_tiny_model("llama", tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
-    rewrite(tmp_path, lambda tensors: tensors | {name: (100 * tensors[name]).to(torch.int8)})
-    assert f"{name} is stored as integers" in refusal(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors | {name: (100 * tensors[name]).abs().to(dtype)})
+    assert f"{name} is stored as {str(dtype).removeprefix('torch.')}), and config.json does not say how" in refusal(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize(

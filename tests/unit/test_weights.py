@@ -39,7 +39,7 @@ def assert_as_transformers_loads_it(folder: Path, dtype: str = "auto") -> Any:
     model, report = read(folder, dtype)
     expected = tensors(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
     found = tensors(model)
-    assert report == LoadReport(report.read, missing=[], unexpected=[], mismatched=[], integers=[])
+    assert report == LoadReport(report.read, missing=[], unexpected=[], mismatched=[], narrow={})
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name

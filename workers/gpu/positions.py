@@ -26,7 +26,7 @@ def num_positions(text_config: Mapping[str, Any]) -> int | None:
 
 
 def _ropes(text_config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    declared = text_config.get("rope_parameters") or text_config.get("rope_scaling")
+    declared = text_config.get("rope_scaling") or text_config.get("rope_parameters")  # as transformers has it
     if not isinstance(declared, Mapping):
         return
     by_layer_type = [each for each in declared.values() if isinstance(each, Mapping)]

@@ -110,9 +110,11 @@ def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) 
             f"model.path ({path!r}): its files hold tensors that the model has no place for ({names}): is config.json "
             "of the same model?"
         )
-    if report.integers and _declared(config, _DECLARATIONS[0]) is None:
+    if report.narrow and _declared(config, _DECLARATIONS[0]) is None:
+        name, dtype = min(report.narrow.items())
+        stored = str(dtype).removeprefix("torch.")
         raise ModelUnsupported(
-            f"model.path ({path!r}): the weights are quantised ({report.integers[0]} is stored as integers), and "
+            f"model.path ({path!r}): the weights are quantised ({name} is stored as {stored}), and "
             f"config.json does not say how: {_CURE}"
         )
 

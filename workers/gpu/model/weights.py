@@ -43,7 +43,7 @@ class LoadReport:
     missing: list[str]  # weights that the files lack: the model has them at random
     unexpected: list[str]  # tensors of the files that the model has no place for, and that its class does not ignore
     mismatched: list[tuple[str, list[int], list[int]]]  # of another shape; name, shape in the files, in the model
-    integers: list[str]  # what was read of them that is stored as integers and asked for as floating point
+    narrow: dict[str, torch.dtype]  # what was read that is stored as integers or in 8 bits, and asked for as more
 
 
 def make_blank(model_config: Any) -> nn.Module:
@@ -80,7 +80,7 @@ def read_weights(
         missing=sorted(report["missing_keys"]),
         unexpected=sorted(report["unexpected_keys"]),
         mismatched=[(name, list(stored), list(wanted)) for name, stored, wanted in sorted(report["mismatched_keys"])],
-        integers=sorted(counter.integers),
+        narrow=counter.narrow,
     )
 
 
@@ -94,7 +94,7 @@ class _Counter:
         self._read_bytes = 0
         self._reported = 0
         self.names: set[str] = set()  # of tensors that were read; added to by any thread, as are these:
-        self.integers: list[str] = []  # names of those that are cast from integers
+        self.narrow: dict[str, torch.dtype] = {}  # those that are cast from what no model computes in
 
     def add(self, num_bytes: int) -> None:
         with self._lock:
@@ -127,8 +127,9 @@ class _StoredTensor:
             stored: torch.Tensor = file.get_tensor(self._name)
             self._counter.add(stored.nbytes)
             self._counter.names.add(self._name)
-            if dtype is not None and dtype.is_floating_point and not stored.is_floating_point() and stored.ndim > 1:
-                self._counter.integers.append(self._name)
+            is_narrow = stored.itemsize == 1 or not stored.is_floating_point()
+            if is_narrow and stored.ndim > 1 and dtype is not None and dtype.is_floating_point:
+                self._counter.narrow[self._name] = stored.dtype
             return stored.to(device=self._device, dtype=dtype, copy=True)
 
     @property
