@@ -113,7 +113,7 @@ class MaskProbe(Probe):
             raise unsupported(self._config, f"the mask of {where} is neither causal nor a sliding window")
         passed = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
         raise ConfigError(
-            f"scheduler.max_model_len ({self._max_model_len}) is more than {length}: beyond {length} tokens, {where} "
-            f"of this {self._config.model_type} model relies on a mask that paged attention does not apply (the layer "
-            f"passes {passed} to attention); set it to {length} or less"
+            f"scheduler.max_model_len ({self._max_model_len}) is more than {length}: beyond {length} tokens, the mask "
+            f"of {where} of this {self._config.model_type} model differs from what the layer passes to attention "
+            f"({passed}), and paged attention uses no masks; set it to {length} or less"
         )

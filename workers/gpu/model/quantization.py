@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import transformers
 from torch import nn
 from transformers.quantizers import AutoHfQuantizer
@@ -70,14 +71,14 @@ def check_quantization(path: str, folder: Path, config: Any) -> None:
 def loading_quantized(path: str, config: Any) -> Iterator[None]:
     """Raise ModelUnsupported, in one line, for whatever keeps transformers from loading quantised weights.
 
-    Each method has its own way to say what it lacks, or fails in the middle. Other weights, and memory that runs out,
-    are left to the caller.
+    Each method has its own way to say what it lacks, or fails in the middle. Other weights, memory that runs out and
+    errors of the device are left to the caller.
     """
     try:
         yield
     except Exception as error:
         declared = _declared(config, _DECLARATIONS[0])
-        if declared is None or is_out_of_memory(error):
+        if declared is None or is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         packages = list(dict.fromkeys(_PACKAGE.findall(str(error))))
         if isinstance(error, ModuleNotFoundError) and error.name:
