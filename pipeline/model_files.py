@@ -1,6 +1,7 @@
 """Finds the model's folder and what the engine must know of it, before anything is spawned.
 
-Reads JSON and looks at file names; loads neither weights nor tokenizer, and imports neither torch nor transformers.
+Reads JSON and looks at files; loads neither weights nor tokenizer, and imports neither torch nor transformers, which a
+process of its own asks where the JSON alone does not tell.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ctypes
 import json
 import logging
 import re
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -18,18 +20,24 @@ import msgspec
 from ipc.errors import ConfigError
 from ipc.records import MAX_EOS_TOKEN_IDS
 from pipeline.config import Config, check_cache_holds_one_sequence
+from pipeline.python_module import module_command, module_environment
+from workers.gpu.model_folder import check_pointers, weight_files
+from workers.gpu.positions import num_positions
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES: Final = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-_LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _SIZES: Final = (  # of a transformer, by all their names
     "vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim", "num_hidden_layers", "n_layer",
     "num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions",
     "max_seq_len", "seq_length", "n_ctx",
 )  # fmt: skip
 _MAX_SIZE: Final = 2**31 - 1  # token ids are 32 bits wide, and no other size comes near
+_READ_FILES: Final = (  # the beginnings of their names; weights are chosen elsewhere
+    "config.json", "generation_config.json", "hf_quant_config.json", "tokenizer", "vocab", "merges", "spiece",
+    "sentencepiece", "special_tokens_map", "added_tokens", "chat_template",
+)  # fmt: skip
 _SLOW_TOKENIZER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -60,23 +68,32 @@ def find_model(config: Config, *, download: bool = True) -> ModelFacts:
             f"model.path ({path!r}): there is no such folder; relative ones start at the config file's, with --set at "
             "the current one"
         )
+    _check_pointers(folder)
     plain = _read_json(folder / "config.json", path)
     text = plain.get("text_config") or plain
     if not isinstance(text, dict):
         raise ConfigError(f"model.path ({path!r}): text_config ({text!r}) in config.json must be an object")
     generation = _read_json(folder / "generation_config.json", path, optional=True)
     _check_sizes(text, path)
+    _check_tokenizer(folder, path)
+    reads_weights = config.model.load_format == "safetensors"
+    if reads_weights:
+        weight_files(folder)
+    sources = [generation, text, plain]
+    if ("model_type" in plain and _is_incomplete(config, text)) or (
+        reads_weights and _is_quantized(folder, plain, text)
+    ):
+        text = _text_config_of_transformers(folder, path)
+        _check_sizes(text, path)
+        sources.append(text)
     vocab_size = text.get("vocab_size")
     if vocab_size is None:
         raise ConfigError(f"model.path ({path!r}): config.json gives no vocab_size; is it a language model?")
-    _check_tokenizer(folder, path)
-    if config.model.load_format == "safetensors":
-        _check_weights(folder, path)
     facts = ModelFacts(
         name=Path(path).name if path.startswith("/") else path,
         folder=str(folder),
         vocab_size=vocab_size,
-        eos_token_ids=_eos_token_ids((generation, text, plain), path),
+        eos_token_ids=_eos_token_ids(sources, path),
         max_model_len=_max_model_len(config, text),
     )
     if config.cache.num_blocks is not None:
@@ -162,20 +179,39 @@ def _check_tokenizer(folder: Path, path: str) -> None:
         raise ConfigError(f"model.path ({path!r}): {folder} has no tokenizer (tokenizer.json)")
 
 
-def _check_weights(folder: Path, path: str) -> None:
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        weight_map = _read_json(index, path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"model.path ({path!r}): {index.name} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"model.path ({path!r}): {folder} lacks weights ({missing[0]}{', ...' if missing[1:] else ''}); only "
-            'safetensors are read. Set model.load_format = "dummy" for random ones'
-        )
+def _check_pointers(folder: Path) -> None:
+    """Weights are looked at where they are chosen."""
+    check_pointers(file for file in sorted(folder.iterdir()) if file.name.startswith(_READ_FILES))
+
+
+def _is_quantized(folder: Path, *configs: dict[str, Any]) -> bool:
+    keys = ("quantization_config", "compression_config")
+    return (folder / "hf_quant_config.json").exists() or any(config.get(key) for config in configs for key in keys)
+
+
+def _is_incomplete(config: Config, text_config: dict[str, Any]) -> bool:
+    """Whether what we must know is left to transformers' defaults, or to what it makes of a RoPE factor."""
+    length = num_positions(text_config)
+    if text_config.get("vocab_size") is None or (length is None and config.scheduler.max_model_len is None):
+        return True
+    return length != num_positions({**text_config, "rope_parameters": None, "rope_scaling": None})
+
+
+def _text_config_of_transformers(folder: Path, path: str) -> dict[str, Any]:
+    """The text model's configuration as transformers reads it, in a process of its own: it takes some seconds."""
+    done = subprocess.run(
+        module_command("workers.gpu.model.describe", str(folder)), env=module_environment(), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    try:
+        described = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last_line = next(iter(reversed(done.stderr.strip().splitlines())), f"exit status {done.returncode}")
+        raise ConfigError(f"model.path ({path!r}): transformers cannot read config.json: {last_line}") from None
+    if "error" in described:
+        raise ConfigError(described["error"])
+    text_config: dict[str, Any] = described["text_config"]
+    return text_config
 
 
 def _eos_token_ids(sources: Iterable[dict[str, Any]], path: str) -> list[int]:
@@ -197,8 +233,7 @@ def _eos_token_ids(sources: Iterable[dict[str, Any]], path: str) -> list[int]:
 
 def _max_model_len(config: Config, text_config: dict[str, Any]) -> int:
     configured = config.scheduler.max_model_len
-    known = (text_config[key] for key in _LENGTH_KEYS if isinstance(text_config.get(key), int))
-    possible: int | None = next(known, None)
+    possible = num_positions(text_config)
     if configured is None:
         if possible is None:
             raise ConfigError(
@@ -209,6 +244,6 @@ def _max_model_len(config: Config, text_config: dict[str, Any]) -> int:
     if possible is not None and configured > possible:
         raise ConfigError(
             f"scheduler.max_model_len ({configured}) is larger than what the model can "
-            f"(max_position_embeddings {possible}): lower it, or leave it out"
+            f"({possible} positions): lower it, or leave it out"
         )
     return configured

@@ -20,7 +20,8 @@ from workers.gpu.buckets import Buckets
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.memory import bytes_taken, reserved_bytes
 from workers.gpu.model.loader import load_model
-from workers.gpu.model.weights import make_blank, read_weights, weight_files
+from workers.gpu.model.weights import make_blank, read_weights
+from workers.gpu.model_folder import weight_files
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +67,7 @@ def test_weights_pass_through_a_few_tensors_of_host_memory(dtype: str, big: Path
 def test_weights_on_the_gpu_are_those_on_the_cpu(dtype: str, tmp_path: Path) -> None:
     for family in ("llama", "qwen3_moe", "gpt_oss"):
         folder = make_tiny_model(family, tmp_path / family)
-        files, config = weight_files(str(folder)), AutoConfig.from_pretrained(folder)
+        files, config = weight_files(folder), AutoConfig.from_pretrained(folder)
         on_cpu, on_gpu = (
             read_weights(files, make_blank(config), dtype, torch.device(device), lambda *_: None)[0]
             for device in ("cpu", "cuda")

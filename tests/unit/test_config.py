@@ -20,6 +20,7 @@ from pipeline.endpoint import EndpointClaim, check_endpoint, default_endpoint
 from pipeline.launch import main
 from pipeline.model_files import ModelNotHere, find_model
 from pipeline.python_module import module_environment
+from workers.gpu.model_folder import weight_files
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"vocab_size": 32, "max_position_embeddings": 64, "eos_token_id": 1}
@@ -279,7 +280,7 @@ def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: 
             find_model(configure(folder, *overrides))
         return str(caught.value)
 
-    assert "max_position_embeddings 64" in refusal("scheduler.max_model_len=65")
+    assert "than what the model can (64 positions)" in refusal("scheduler.max_model_len=65")
     assert "lacks weights (model.safetensors)" in refusal("model.load_format=safetensors")
     assert "cannot hold one sequence" in refusal("cache.num_blocks=3")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
@@ -319,6 +320,114 @@ def test_a_size_that_no_model_can_have_is_named_with_its_value(
 def test_sizes_that_a_model_leaves_open_or_has_for_each_layer_are_taken(tmp_path: Path) -> None:
     config = {**MODEL, "head_dim": None, "intermediate_size": [8, 16], "num_hidden_layers": 2}
     assert find_model(configure(make_model(tmp_path / "m", config))).vocab_size == 32
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        ({"rope_scaling": {"type": "linear", "factor": 1.5}}, 96),
+        ({"rope_parameters": {"rope_theta": 1e4, **LINEAR}}, 256),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 256),
+        ({"rope_scaling": YARN}, 192),
+        ({"rope_scaling": {**YARN, "rope_type": "llama3"}}, 192),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 16}}, 64),  # the factor is in the length already
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 8}}, 64),  # as in Llama 3.1: 8 x 8192 in 131072
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": LINEAR}}, 64),
+        ({"rope_parameters": {"sliding_attention": LINEAR, "full_attention": YARN}}, 192),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 64),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, 64),
+        ({"rope_scaling": None}, 64),
+        ({"rope_scaling": "linear"}, 64),
+    ],
+)
+def test_a_rope_factor_multiplies_the_length_that_a_model_was_trained_for(
+    rope: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "m", {**MODEL, **rope})
+    assert find_model(configure(folder)).max_model_len == expected
+    assert find_model(configure(folder, f"scheduler.max_model_len={expected}")).max_model_len == expected
+    with pytest.raises(ConfigError, match=rf"larger than what the model can \({expected} positions\)"):
+        find_model(configure(folder, f"scheduler.max_model_len={expected + 1}"))
+
+
+GEMMA_3 = {  # a published config.json, its numbers made small: the text part leaves much to transformers' defaults
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "sliding_window": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 1},
+}  # fmt: skip
+
+
+def test_what_config_json_leaves_to_transformers_defaults_is_asked_of_transformers(tmp_path: Path) -> None:
+    facts = find_model(configure(make_model(tmp_path / "m", GEMMA_3)))
+    assert (facts.vocab_size, facts.max_model_len, facts.eos_token_ids) == (262_208, 131_072, [1, 106])
+
+
+def test_quantised_weights_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    declared = {**MODEL, "model_type": "llama", "quantization_config": {"quant_method": "modelopt"}}  # unknown to it
+    folder = make_model(tmp_path / "m", declared)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"quant_method 'modelopt'\), which transformers .* does not know"):
+        find_model(configure(folder, "model.load_format=safetensors"))
+    assert find_model(configure(folder)).vocab_size == 32  # random weights are not quantised
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "model.safetensors",
+     "model.safetensors.index.json", "model-00002-of-00002.safetensors", "hf_quant_config.json"],
+)  # fmt: skip
+def test_a_file_that_is_only_a_git_lfs_pointer_is_named_with_the_cure(name: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    shards = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    if name == "model.safetensors":
+        (folder / name).touch()
+    else:
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict(zip("ab", shards, strict=True))})
+        )
+        for shard in shards:
+            (folder / shard).touch()
+    find_model(configure(folder, "model.load_format=safetensors"))
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ConfigError) as caught:
+        find_model(configure(folder, "model.load_format=safetensors"))
+    assert f"{name} is only a Git LFS pointer to the file: run `git lfs pull` in that folder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pointer_to_what_is_not_read_does_no_harm(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "picture.png"):
+        (folder / name).write_text(POINTER)
+    (folder / "model.safetensors").touch()
+    find_model(configure(folder, "model.load_format=safetensors"))
+    (folder / "model.safetensors").write_text(POINTER)
+    find_model(configure(folder))  # random weights need no files
+
+
+def test_whole_weights_are_read_whatever_an_index_beside_them_says(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").touch()
+    for content in ('{"weight_map": {"a": "gone.safetensors"}}', "{", POINTER):
+        index.write_text(content)
+        find_model(configure(folder, "model.load_format=safetensors"))
+        assert weight_files(folder) == [folder / "model.safetensors"]
 
 
 @pytest.mark.parametrize("value", ["llama", [1], 5])

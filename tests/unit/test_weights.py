@@ -16,16 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ipc.errors import ConfigError
 from tests.reference.tiny_models import FAMILIES, make_tiny_config, make_tiny_model
-from workers.gpu.model.weights import make_blank, read_weights, weight_files
+from workers.gpu.model.weights import LoadReport, make_blank, read_weights
+from workers.gpu.model_folder import weight_files
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
 
-def read(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> tuple[Any, list[str]]:
+def read(folder: Path, dtype: str = "auto", device: torch.device = CPU) -> tuple[Any, LoadReport]:
     blank = make_blank(AutoConfig.from_pretrained(folder))
-    return read_weights(weight_files(str(folder)), blank, dtype, device, lambda *_: None)
+    return read_weights(weight_files(folder), blank, dtype, device, lambda *_: None)
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -35,10 +36,10 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_as_transformers_loads_it(folder: Path, dtype: str = "auto") -> Any:
-    model, missing = read(folder, dtype)
+    model, report = read(folder, dtype)
     expected = tensors(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
     found = tensors(model)
-    assert missing == []
+    assert report == LoadReport(report.read, missing=[], unexpected=[], mismatched=[], narrow={})
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
@@ -70,7 +71,7 @@ def test_without_a_declared_dtype_it_is_that_of_the_file(tmp_path: Path) -> None
 def test_a_checkpoint_in_shards_is_read_from_all_of_them(family: str, tmp_path: Path) -> None:
     whole = make_tiny_model(family, tmp_path / "whole")
     AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    assert len(weight_files(str(tmp_path / "sharded"))) > 3
+    assert len(weight_files(tmp_path / "sharded")) > 3
     model = assert_as_transformers_loads_it(tmp_path / "sharded")
     assert all(torch.equal(tensor, tensors(model)[name]) for name, tensor in tensors(read(whole)[0]).items())
 
@@ -96,18 +97,20 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
     make_tiny_config("llama").save_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "1.safetensors"}}')
-    with pytest.raises(ConfigError, match=r"there is no .*/1\.safetensors"):
-        weight_files(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"lacks weights \(1\.safetensors\)"):
+        weight_files(tmp_path)
     index.write_text("[]")
     with pytest.raises(ConfigError, match="has no weight_map"):
-        weight_files(str(tmp_path))
+        weight_files(tmp_path)
 
 
 HOLD_NOTHING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}  # else glibc keeps freed tensors for later ones
 MEASURE = """
 import sys, torch
+from pathlib import Path
 from transformers import AutoConfig
-from workers.gpu.model.weights import _StoredTensor, make_blank, read_weights, weight_files
+from workers.gpu.model.weights import _StoredTensor, make_blank, read_weights
+from workers.gpu.model_folder import weight_files
 from tests.reference.tiny_models import make_tiny_config, make_tiny_model
 
 def resident(name):
@@ -116,7 +119,7 @@ def resident(name):
 
 def load(folder, dtype, device):
     blank = make_blank(AutoConfig.from_pretrained(folder))
-    read_weights(weight_files(folder), blank, dtype, torch.device(device), lambda *_: None)
+    read_weights(weight_files(Path(folder)), blank, dtype, torch.device(device), lambda *_: None)
 
 def send(self, device=None, dtype=None):
     self._device = torch.device("cpu")

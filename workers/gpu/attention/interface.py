@@ -23,6 +23,7 @@ from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
 
 ATTENTION_NAME: Final = "ringfeed_paged"
+MASKED_NAME: Final = "ringfeed_masked"  # the same with masks, for the gate's look at them: workers/gpu/model/masks.py
 
 
 class AttentionHandler(Protocol):
@@ -185,4 +186,5 @@ def layer_index(module: nn.Module) -> int | None:
     return index if isinstance(index, int) else None
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+for _name in (ATTENTION_NAME, MASKED_NAME):
+    AttentionInterface.register(_name, _attention_forward)

@@ -2,28 +2,29 @@
 
 A packed step is right for a model whose tokens meet in the attention function alone, which knows who may see whom.
 Three looks decide. The configuration says what a family declares. The parts of the built model say how positions are
-embedded. And a probe runs the model's forward twice, with an attention in which no token sees another: it finds
-the calls of each layer, and whether anything else carries information from token to token (state-space layers,
-convolutions, linear attention) or counts positions by itself.
+embedded. And a probe runs the model's forward a few times, with an attention in which no token sees another: it finds
+the calls of each layer, whether a mask would hide more from them than they are told, and whether anything else carries
+information from token to token (state-space layers, convolutions, linear attention) or counts positions by itself.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
-from workers.gpu.kv_cache import LayerShape
 from workers.gpu.model.facts import ModelFacts
+from workers.gpu.model.masks import building_masks
+from workers.gpu.model.probe import Call, MaskProbe, Probe, unsupported
+from workers.gpu.positions import num_positions
 
-_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
-_HARMLESS_TENSORS: Final = ("position_ids", "cache_position")  # passed on to attention by some, and not needed there
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
+_WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers in which each token is by itself
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
@@ -35,21 +36,32 @@ def check_config(config: Any, max_model_len: int) -> None:
     `max_model_len` are longer than the model's positions.
     """
     text = config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelUnsupported(
+            f"transformers has no causal language model for model_type {config.model_type!r} (AutoModelForCausalLM "
+            "does not list it): use a checkpoint of its text model, or another model"
+        )
     if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(config, "it is an encoder-decoder model")
+        raise unsupported(config, "it is an encoder-decoder model")
     if not getattr(text, "is_causal", True):
-        raise _unsupported(config, "its attention is not causal")
+        raise unsupported(config, "its attention is not causal")
     num_layers = getattr(text, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers < 1:
-        raise _unsupported(config, f"num_hidden_layers ({num_layers}) gives it no layers")
+        raise unsupported(config, f"num_hidden_layers ({num_layers}) gives it no layers")
     if getattr(text, "num_kv_shared_layers", None):
-        raise _unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
-    if getattr(text, "attention_chunk_size", None):
-        raise _unsupported(config, f"its attention is cut into chunks of {text.attention_chunk_size} tokens")
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_LAYER_TYPES))
+        raise unsupported(config, f"its last {text.num_kv_shared_layers} layers share the KV of earlier ones")
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    others = sorted(layer_types - {*_LAYER_TYPES, *_WITHOUT_TOKENS})
     if others:
-        raise _unsupported(config, f"it has layers of type {', '.join(others)}; known are {', '.join(_LAYER_TYPES)}")
-    limit = getattr(text, "max_position_embeddings", None)
+        raise unsupported(config, f"it has layers of type {', '.join(others)}; known are {', '.join(_LAYER_TYPES)}")
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk and max_model_len > chunk and "chunked_attention" in layer_types:
+        raise ConfigError(
+            f"scheduler.max_model_len ({max_model_len}) is more than {chunk}: beyond {chunk} tokens, this "
+            f"{config.model_type} model attends in chunks, which paged attention does not support; set it to "
+            f"{chunk} or less"
+        )
+    limit = num_positions(text.to_dict())
     if limit is not None and max_model_len > limit:
         raise ConfigError(
             f"scheduler.max_model_len ({max_model_len}) is more than the {limit} positions of this {config.model_type} "
@@ -65,11 +77,11 @@ def prepare_model(model: nn.Module, max_model_len: int) -> None:
     config: Any = model.config
     text = config.get_text_config()
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
-    if {config._attn_implementation, text._attn_implementation} != {ATTENTION_NAME}:  # it keeps the old one, in silence
-        raise _unsupported(config, "its attention does not go through transformers' attention interface")
-    for each in (config, text):
-        each.pad_token_id = None  # with one, some families look for padding in every input, and wait for the device
+    if text._attn_implementation != ATTENTION_NAME:  # it keeps the old one, in silence
+        raise unsupported(config, "its attention does not go through transformers' attention interface")
     for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # it looks for padding in every input, and waits for the device
+            module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
         if getattr(module, "rope_type", None) is not None:
             _freeze_rope(config, module, max_model_len)
 
@@ -103,21 +115,23 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     text = config.get_text_config()
     input_ids, positions, wanted = _probe_inputs(model, max_model_len, device)
     num_tokens = len(input_ids)
-    probe = _Probe(config)
+    probe = Probe(config)
     logits = _call(model, probe, input_ids, positions, wanted)
     _check_calls(config, text, probe.calls)
+    with building_masks(model):
+        _call(model, MaskProbe(config, max_model_len), input_ids, positions, wanted)
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
-        raise _unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
+        raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
     if not logits.isfinite().all():
-        raise _unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
-    if torch.equal(logits, _call(model, _Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
-        raise _unsupported(config, "its logits_to_keep does not select tokens by index")
+        raise unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
+    if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
+        raise unsupported(config, "its logits_to_keep does not select tokens by index")
 
     # The same tokens at the same positions in the opposite order change nothing where tokens meet in attention alone.
-    turned = _call(model, _Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
+    turned = _call(model, Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
     first = probe.calls[0]
     if not is_near(turned, logits, first.dtype):
-        raise _unsupported(
+        raise unsupported(
             config,
             "its tokens affect each other outside of attention, or it counts positions by itself "
             f"(the same tokens in another order change the logits by {_difference(turned, logits):.0%})",
@@ -135,7 +149,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
 @torch.inference_mode()
 def probe_logits(model: nn.Module, max_model_len: int, device: torch.device) -> torch.Tensor:
     """One forward of a model that has passed, [num_tokens, vocab_size]: to watch it, or to see that it is the same."""
-    return _call(model, _Probe(model.config), *_probe_inputs(model, max_model_len, device))[0]
+    return _call(model, Probe(model.config), *_probe_inputs(model, max_model_len, device))[0]
 
 
 def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -162,12 +176,12 @@ def _probe_inputs(
 
 
 def _call(
-    model: nn.Module, probe: _Probe, input_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+    model: nn.Module, probe: Probe, input_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
     parameters = inspect.signature(model.forward).parameters
     for name in ("position_ids", "logits_to_keep"):
         if name not in parameters:
-            raise _unsupported(model.config, f"its forward takes no {name}")
+            raise unsupported(model.config, f"its forward takes no {name}")
     with handling_attention(probe):
         output = model(
             input_ids=input_ids.unsqueeze(0),
@@ -179,92 +193,19 @@ def _call(
     return logits
 
 
-@dataclass(frozen=True)
-class _Call:
-    layer_idx: int | None
-    shape: LayerShape
-    dtype: torch.dtype
-    sliding_window: int | None
-    has_softcap: bool
-    has_sinks: bool
-    key: torch.Tensor  # kept, so that a later key at the same address is the same key
-
-
-class _Probe:
-    """Records the attention calls of a forward. Its attention is a function of each token's own q, k and v."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self.calls: list[_Call] = []
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        attention_mask: Any,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        others: dict[str, Any],
-    ) -> torch.Tensor:
-        layer_idx = getattr(module, "layer_idx", None)
-        where = f"attention layer {layer_idx}"
-        if attention_mask is not None:
-            raise _unsupported(self._config, f"{where} makes an attention mask of its own")
-        if others.get("is_causal", getattr(module, "is_causal", True)) is False:
-            raise _unsupported(self._config, f"{where} is not causal")
-        extra = sorted(
-            name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _HARMLESS_TENSORS
-        )
-        if extra:
-            raise _unsupported(self._config, f"{where} takes further tensors: {', '.join(extra)}")
-        if not query.dtype == key.dtype == value.dtype:
-            raise _unsupported(
-                self._config, f"{where} mixes dtypes: query {query.dtype}, key {key.dtype}, value {value.dtype}"
-            )
-        if any(call.key.data_ptr() == key.data_ptr() for call in self.calls):
-            raise _unsupported(self._config, f"{where} shares the KV of an earlier layer")
-        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.calls.append(
-            _Call(layer_idx, shape, key.dtype, sliding_window, softcap is not None, sinks is not None, key)
-        )
-        num_heads = query.shape[1]
-        if num_heads % shape.num_kv_heads:
-            raise _unsupported(
-                self._config, f"the {num_heads} heads of {where} do not divide among its {shape.num_kv_heads} KV heads"
-            )
-        repeats = num_heads // shape.num_kv_heads
-        gate = torch.tanh(query.mean(-1) + key.mean(-1).repeat_interleave(repeats, dim=1))  # [T, num_heads]
-        return value.repeat_interleave(repeats, dim=1) * (1 + gate.unsqueeze(-1))
-
-
-def _check_calls(config: Any, text: Any, calls: list[_Call]) -> None:
+def _check_calls(config: Any, text: Any, calls: list[Call]) -> None:
     num_layers = text.num_hidden_layers
     indices = [call.layer_idx for call in calls]
     if indices != list(range(num_layers)):
         missing = sorted(set(range(num_layers)) - {index for index in indices if index is not None})
         if not calls:
             detail = "none of its layers calls transformers' attention interface"
+        elif len(set(indices)) < len(indices):
+            detail = f"its layers attend more than once in a forward ({len(calls)} calls of {len(set(indices))} layers)"
         elif missing:
             detail = f"its layers {', '.join(map(str, missing))} have no attention"
         else:
             detail = f"its {num_layers} layers call attention {len(calls)} times, as layers {indices}"
-        raise _unsupported(config, detail)
+        raise unsupported(config, detail)
     if len({call.dtype for call in calls}) > 1:
-        raise _unsupported(config, "its layers have KV of different dtypes")
-    for call, layer_type in zip(calls, _layer_types(text, num_layers), strict=True):
-        if layer_type == "sliding_attention" and call.sliding_window is None:
-            raise _unsupported(config, f"attention layer {call.layer_idx} keeps its sliding window to its mask")
-
-
-def _layer_types(text: Any, num_layers: int) -> Iterator[str | None]:
-    declared = getattr(text, "layer_types", None)
-    yield from declared if declared else [None] * num_layers
-
-
-def _unsupported(config: Any, reason: str) -> ModelUnsupported:
-    return ModelUnsupported(f"a {config.model_type} model cannot run on paged attention: {reason}")
+        raise unsupported(config, "its layers have KV of different dtypes")

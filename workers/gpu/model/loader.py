@@ -9,13 +9,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ipc.errors import ConfigError, ModelUnsupported, RingfeedError
@@ -28,9 +31,11 @@ from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
+from workers.gpu.model.quantization import check_quantization, check_tensors, loading_quantized
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
-from workers.gpu.model.weights import Progress, make_blank, read_weights, weight_files
+from workers.gpu.model.weights import Progress, make_blank, read_weights
+from workers.gpu.model_folder import weight_files
 from workers.gpu.out_of_memory import is_out_of_memory
 from workers.gpu.stages import LOADING
 
@@ -123,6 +128,8 @@ def load_config(path: str) -> Any:
     """The model's configuration as transformers reads it. Raises ConfigError or ModelUnsupported."""
     with _blaming_config(path):
         try:
+            plain, _ = PreTrainedConfig.get_config_dict(path, **_LOCAL_ONLY)
+            _check_model_type(path, plain)
             return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
         except OSError as error:
             raise ConfigError(
@@ -131,36 +138,74 @@ def load_config(path: str) -> Any:
             ) from None
 
 
+def _check_model_type(path: str, plain: dict[str, Any]) -> None:
+    """transformers' own words on this are long, and advise what does not help here."""
+    model_type = plain.get("model_type")
+    if model_type is None or model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in plain:
+        raise ModelUnsupported(
+            f"model.path ({path!r}): model_type {model_type!r} in config.json needs Python code from its own "
+            "repository, which ringfeed never runs: use a model that transformers has itself"
+        )
+    raise ModelUnsupported(
+        f"model.path ({path!r}): transformers {transformers.__version__} does not know model_type {model_type!r} in "
+        "config.json: a later version may"
+    )
+
+
 def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
     """transformers' own model with the weights that `config` names, ready to run and with nothing of ours in it.
 
     Raises ConfigError or ModelUnsupported.
     """
+    reads_files = config.load_format != "dummy"
+    files = weight_files(_folder(config.path)) if reads_files else []
+    if reads_files:
+        check_quantization(config.path, files[0].parent, model_config)
     with _blaming_config(config.path, model_config):  # for what fails in this, and not for what fails with the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
-    if config.load_format == "dummy":
-        model = _random_weights(config, model_config, device)
+    if reads_files:
+        model = _read_weights(config, files, model_config, blank, device, progress)
     else:
-        model = _read_weights(config, blank, device, progress)
+        model = _random_weights(config, model_config, device)
     model.eval().requires_grad_(False)
     progress(LOADING, 1.0)
     return model
 
 
-def _read_weights(config: ModelConfig, blank: nn.Module, device: torch.device, progress: Progress) -> nn.Module:
-    files = weight_files(config.path)
+def _folder(path: str) -> Path:
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
+
+
+def _read_weights(
+    config: ModelConfig, files: list[Path], model_config: Any, blank: nn.Module, device: torch.device,
+    progress: Progress,
+) -> nn.Module:  # fmt: skip
+    unreadable = f"the weights of model.path ({config.path!r}) cannot be read"
     try:
-        model, missing = read_weights(files, blank, config.dtype, device, progress)
+        with loading_quantized(config.path, model_config):
+            model, report = read_weights(files, blank, config.dtype, device, progress)
+    except ModelUnsupported:
+        raise
     except ValueError as error:
         raise ModelUnsupported(f"model.path ({config.path!r}): {_one_line(error)}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise ConfigError(f"the weights of model.path ({config.path!r}) cannot be read: {_one_line(error)}") from None
-    if missing:  # transformers would run on with random ones
+        raise ConfigError(f"{unreadable}: {_one_line(error)}") from None
+    check_tensors(config.path, model_config, model, report)
+    if report.mismatched:
+        name, stored, wanted = report.mismatched[0]
         raise ConfigError(
-            f"model.path ({config.path!r}) lacks {len(missing)} of the model's weights, {missing[0]} among them"
+            f"{unreadable}: {name} is {stored} in the files and {wanted} in the model: is config.json of the same "
+            "model?"
+        )
+    if report.missing:  # transformers would run on with random ones
+        raise ConfigError(
+            f"model.path ({config.path!r}) lacks {len(report.missing)} of the model's weights, {report.missing[0]} "
+            "among them"
         )
     return model
 

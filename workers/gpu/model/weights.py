@@ -12,26 +12,21 @@ So the host holds a few tensors at a time, whatever the size of the model, and n
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ipc.errors import ConfigError
 from workers.gpu.stages import LOADING
-
-_FILE: Final = "model.safetensors"
-_INDEX: Final = "model.safetensors.index.json"
 
 
 class Progress(Protocol):
@@ -40,20 +35,15 @@ class Progress(Protocol):
     def __call__(self, stage: str, fraction: float, total_bytes: int = 0, /) -> None: ...
 
 
-def weight_files(path: str) -> list[Path]:
-    """The safetensors files of a folder, or of a hub id in the local cache. Raises ConfigError if there are none."""
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
-    unreadable = f"the weights of model.path ({path!r}) cannot be read"
-    files = [folder / _FILE]
-    if not files[0].is_file() and (index := folder / _INDEX).is_file():
-        try:
-            files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{unreadable}: {index} has no weight_map") from None
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"{unreadable}: there is no {file}")
-    return files
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read, and what did not fit between the files and the model, by the model's names where it has any."""
+
+    read: set[str]  # tensors, by their names in the files
+    missing: list[str]  # weights that the files lack: the model has them at random
+    unexpected: list[str]  # tensors of the files that the model has no place for, and that its class does not ignore
+    mismatched: list[tuple[str, list[int], list[int]]]  # of another shape; name, shape in the files, in the model
+    narrow: dict[str, torch.dtype]  # what was read that is stored as integers or in 8 bits, and asked for as more
 
 
 def make_blank(model_config: Any) -> nn.Module:
@@ -65,29 +55,33 @@ def make_blank(model_config: Any) -> nn.Module:
 
 def read_weights(
     files: Sequence[Path], blank: Any, dtype: str, device: torch.device, progress: Progress
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[nn.Module, LoadReport]:
     """Build the model that `blank` is one of on `device`; `dtype` "auto" = what its configuration says.
 
-    Returns it with the names of weights that the files lack: these it has at random. Raises RuntimeError for a weight
-    of another shape than the model's, and what transformers and safetensors raise.
+    Raises RuntimeError for a file that is no safetensors, and what transformers raises.
     """
     counter = _Counter(sum(file.stat().st_size for file in files), progress)
     state_dict: dict[str, Any] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            state_dict |= {name: _StoredTensor(file, name, device, counter) for name in opened.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names: list[str] = opened.keys()
+        except SafetensorError as error:
+            raise RuntimeError(f"{file.name}: {error}") from None
+        state_dict |= {name: _StoredTensor(file, name, device, counter) for name in names}
     with _reporting(counter):
         model, report = type(blank).from_pretrained(
             None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,  # its own error names none of them
         )  # fmt: skip
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise RuntimeError(
-            f"{name} is {list(stored)} in the files and {list(wanted)} in the model: is config.json of the same model?"
-        )
     on_device: nn.Module = model.to(device)  # what no file holds, such as RoPE's frequencies, is still on the CPU
-    return on_device, sorted(report["missing_keys"])
+    return on_device, LoadReport(
+        read=counter.names,
+        missing=sorted(report["missing_keys"]),
+        unexpected=sorted(report["unexpected_keys"]),
+        mismatched=[(name, list(stored), list(wanted)) for name, stored, wanted in sorted(report["mismatched_keys"])],
+        narrow=counter.narrow,
+    )
 
 
 class _Counter:
@@ -99,6 +93,8 @@ class _Counter:
         self._lock = threading.Lock()
         self._read_bytes = 0
         self._reported = 0
+        self.names: set[str] = set()  # of tensors that were read; added to by any thread, as are these:
+        self.narrow: dict[str, torch.dtype] = {}  # those that are cast from what no model computes in
 
     def add(self, num_bytes: int) -> None:
         with self._lock:
@@ -130,6 +126,10 @@ class _StoredTensor:
         with safe_open(self._file, framework="pt") as file:  # anew for each: its pages go when this mapping does
             stored: torch.Tensor = file.get_tensor(self._name)
             self._counter.add(stored.nbytes)
+            self._counter.names.add(self._name)
+            is_narrow = stored.itemsize == 1 or not stored.is_floating_point()
+            if is_narrow and stored.ndim > 1 and dtype is not None and dtype.is_floating_point:
+                self._counter.narrow[self._name] = stored.dtype
             return stored.to(device=self._device, dtype=dtype, copy=True)
 
     @property

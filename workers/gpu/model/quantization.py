@@ -1,0 +1,164 @@
+"""Refuses weights that transformers would load without what scales them back, which would be noise.
+
+transformers skips a quantization method that it does not know, with no more than a warning, and loads the numbers as
+they are stored. What it knows it loads itself; some methods need packages that are not installed. The files tell the
+rest: a tensor that the model has no use for may be the scale of another.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import AutoHfQuantizer
+
+from ipc.errors import ModelUnsupported
+from workers.gpu.model.weights import LoadReport
+from workers.gpu.out_of_memory import is_out_of_memory
+
+_DECLARATIONS: Final = ("quantization_config", "compression_config")  # in config.json; transformers reads the first
+_EXPORT: Final = "hf_quant_config.json"  # NVIDIA ModelOpt's own file; transformers does not read it
+_CURE: Final = "use an unquantised checkpoint of the model"
+_PACKAGE: Final = re.compile(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w.-]*)")
+_QUANTIZED: Final = re.compile(  # names of scales, zero points and packed weights, as the usual tools write them
+    r"scale|zero_point|zeros|g_idx|qweight|weight_packed|weight_shape|absmax|quant_map|quant_state|SCB|weight_format"
+    r"|codebook|_blocks$"
+)
+_CONSTANTS: Final = re.compile(
+    r"(^|\.)(rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$"
+)  # once stored with a model, now computed by it
+
+
+def check_quantization(path: str, folder: Path, config: Any) -> None:
+    """Look at what a model's configuration says of its weights, before any is read.
+
+    `config` is transformers'; `folder` holds the model's files. Raises ModelUnsupported for quantised weights that
+    transformers cannot load here.
+    """
+    read, unread = (_declared(config, key) for key in _DECLARATIONS)
+    if read is None and unread is None:
+        algorithm = _exported_algorithm(folder / _EXPORT)
+        if algorithm:
+            raise ModelUnsupported(
+                f"model.path ({path!r}): {_EXPORT} says that the weights are quantised ({algorithm}), which "
+                f"transformers does not read: {_CURE}"
+            )
+        return
+    if _method(read or unread) is None:
+        raise ModelUnsupported(
+            f"model.path ({path!r}): config.json says that the weights are quantised, but gives no quant_method that "
+            f"transformers could read them with: {_CURE}"
+        )
+    if read is None or not AutoHfQuantizer.supports_quant_method(read):
+        raise ModelUnsupported(
+            f"model.path ({path!r}): the weights are quantised (quant_method {_method(read or unread)!r}), which "
+            f"transformers {transformers.__version__} does not know and would load unscaled: {_CURE}"
+        )
+    with loading_quantized(path, config):
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(read), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+
+
+@contextmanager
+def loading_quantized(path: str, config: Any) -> Iterator[None]:
+    """Raise ModelUnsupported, in one line, for whatever keeps transformers from loading quantised weights.
+
+    Each method has its own way to say what it lacks, or fails in the middle. Other weights, memory that runs out and
+    errors of the device are left to the caller.
+    """
+    try:
+        yield
+    except Exception as error:
+        declared = _declared(config, _DECLARATIONS[0])
+        if declared is None or is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        packages = list(dict.fromkeys(_PACKAGE.findall(str(error))))
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            packages.append(error.name.partition(".")[0])
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        reason = f"it needs {' and '.join(packages)}, missing here or too old" if packages else first_line
+        raise ModelUnsupported(
+            f"model.path ({path!r}): the weights are quantised (quant_method {_method(declared)!r}), which "
+            f"transformers cannot load: {reason}; or {_CURE}"
+        ) from None
+
+
+def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) -> None:
+    """Look at what loading left over. Raises ModelUnsupported for tensors that may be a part of the model after all.
+
+    Not among these are parts that `config`, the whole configuration, has beside its text model, layers for multi-token
+    prediction, and constants.
+    """
+    ours = [name for name in report.unexpected if not _is_beside_the_model(name, config, model, report)]
+    if ours:
+        scales = [name for name in ours if _QUANTIZED.search(name)]
+        named, others = (scales or ours)[0], len(scales or ours) - 1
+        names = f"{named} and {others} more" if others else named
+        if scales:
+            raise ModelUnsupported(
+                f"model.path ({path!r}): its files hold tensors of quantised weights ({names}), which transformers "
+                f"would leave out, loading the weights unscaled: {_CURE}"
+            )
+        raise ModelUnsupported(
+            f"model.path ({path!r}): its files hold tensors that the model has no place for ({names}): is config.json "
+            "of the same model?"
+        )
+    if report.narrow and _declared(config, _DECLARATIONS[0]) is None:
+        name, dtype = min(report.narrow.items())
+        stored = str(dtype).removeprefix("torch.")
+        raise ModelUnsupported(
+            f"model.path ({path!r}): the weights are quantised ({name} is stored as {stored}), and "
+            f"config.json does not say how: {_CURE}"
+        )
+
+
+def _declared(config: Any, key: str) -> Any:
+    """What a configuration, or its text configuration, holds under a key; None if nothing."""
+    return getattr(config, key, None) or getattr(config.get_text_config(), key, None)
+
+
+def _method(declared: Any) -> str | None:
+    if not isinstance(declared, dict):
+        return None
+    if declared.get("load_in_8bit") or declared.get("load_in_4bit"):
+        return "bitsandbytes"
+    return declared.get("quant_method")
+
+
+def _exported_algorithm(file: Path) -> str | None:
+    """What the file says the weights are quantised by; ModelOpt also writes it where only the KV cache is."""
+    try:
+        plain = json.loads(file.read_bytes())["quantization"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return "in a way that cannot be read"
+    algorithm = plain.get("quant_algo") if isinstance(plain, dict) else plain
+    return None if algorithm is None else str(algorithm)
+
+
+def _is_beside_the_model(name: str, config: Any, model: nn.Module, report: LoadReport) -> bool:
+    if _CONSTANTS.search(name):
+        return True
+    text = config.get_text_config()
+    num_layers, num_extra = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    if any(f".layers.{num_layers + i}." in f".{name}" for i in range(num_extra)):
+        return True
+    if text is config:
+        return False
+    used = {part for each in (*report.read, *model.state_dict()) for part in _outer_parts(each)}
+    return not used.issuperset(_outer_parts(name))
+
+
+def _outer_parts(name: str) -> list[str]:
+    """The outermost module that a tensor is in and the next one: "model", "model.vision_tower"."""
+    modules = name.split(".")[:-1]
+    return [".".join(modules[: i + 1]) for i in range(min(2, len(modules)))]
