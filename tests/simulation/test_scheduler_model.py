@@ -167,26 +167,27 @@ class Trace:
         )
         deadline_ns = self.now_ns + rng.randrange(30_000_000_000) if rng.random() < 0.1 else 0
         num_samples = rng.choice([1, 1, 1, 2, 4])
+        arrived_ns = self.now_ns - rng.choice([0, 0, 3_000_000_000])  # at the gateway
         self.prompts.ids |= dict.fromkeys(range(key, key + num_samples), prompt)
         names = chain_hashes(bytes(HASH_BYTES), np.array(prompt, np.int32).tobytes(), self.size)
         self.scheduler.add(
             Tokenized(
                 key=key, route=ROUTE, params=SamplingParams(max_tokens=max_tokens, seed=key, n=num_samples), ring=1,
                 ticket=key, num_prompt_tokens=len(prompt), block_hashes=names if self.has_cache else b"",
-                scheduling=scheduling, deadline_ns=deadline_ns,
+                scheduling=scheduling, arrived_ns=arrived_ns, deadline_ns=deadline_ns,
             )
         )  # fmt: skip
         wait_s = scheduling.queue_timeout_s or self.queue_timeout_s
         timers = [(deadline_ns, "deadline")] if deadline_ns else []
         if wait_s:
-            timers.append((self.now_ns + round(wait_s * 1e9), "queue_timeout"))
+            timers.append((arrived_ns + round(wait_s * 1e9), "queue_timeout"))
         samples: list[Sequence] = []
         for sample in range(key, key + num_samples):
             leader = samples[0] if samples and self.has_cache and len(prompt) >= self.size else None
             samples.append(
                 Sequence(
                     sample, list(prompt), min(MAX_LEN, len(prompt) + max_tokens), scheduling.priority,
-                    scheduling.tenant, self.now_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
+                    scheduling.tenant, arrived_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
                 )
             )  # fmt: skip
         samples[0].has_followers = any(sample.leader for sample in samples)
@@ -435,7 +436,7 @@ class Backlogged:
         self.scheduler.add(
             Tokenized(
                 key=key, route=ROUTE, params=SamplingParams(max_tokens=self.rng.randint(1, 30)), ring=1, ticket=key,
-                num_prompt_tokens=len(self.prompts.ids[key]),
+                num_prompt_tokens=len(self.prompts.ids[key]), arrived_ns=self.now_ns,
                 scheduling=SchedulingParams(tenant=tenant, priority=priority),
             )
         )  # fmt: skip

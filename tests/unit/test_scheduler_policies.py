@@ -12,8 +12,7 @@ from ipc.errors import InvalidRequest
 from ipc.sampling import SamplingParams
 from ipc.scheduling import SchedulingParams
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.policies import FIRST_TENANTS, FairShare, RankedRequests, make_policy
+from workers.policies import FIRST_TENANTS, FairShare, PolicyConfig, RankedRequests, make_policy
 
 SECOND = 1_000_000_000
 
@@ -40,7 +39,7 @@ def order(policy: Any, *requests: Any) -> list[int]:
 
 @pytest.mark.parametrize("name", ["fifo", "priority", "fair"])
 def test_equals_come_in_in_order_of_arrival_and_who_ended_does_not(name: Any) -> None:
-    policy = make_policy(SchedulerConfig(policy=name), 10)
+    policy = make_policy(PolicyConfig(policy=name), 10)
     requests = [waiting(key, arrived_s=key) for key in range(6)]
     for request in requests:
         policy.add(request)
@@ -52,7 +51,7 @@ def test_equals_come_in_in_order_of_arrival_and_who_ended_does_not(name: Any) ->
 
 @pytest.mark.parametrize("name", ["fifo", "priority", "fair"])
 def test_asking_who_is_next_changes_nothing(name: Any) -> None:
-    policy = make_policy(SchedulerConfig(policy=name), 10)
+    policy = make_policy(PolicyConfig(policy=name), 10)
     policy.add(waiting(1, tenant="a"))
     policy.add(waiting(2, tenant="b"))
     assert policy.next() is policy.next()
@@ -63,7 +62,7 @@ def test_asking_who_is_next_changes_nothing(name: Any) -> None:
 
 
 def test_the_highest_priority_comes_first_and_waiting_makes_up_for_what_it_lacks() -> None:
-    policy = make_policy(SchedulerConfig(policy="priority", priority_aging_s=10), 10)
+    policy = make_policy(PolicyConfig(policy="priority", priority_aging_s=10), 10)
     assert order(policy, waiting(1), waiting(2, priority=2, arrived_s=19), waiting(3, priority=2, arrived_s=21)) == [
         2, 1, 3,
     ]  # fmt: skip
@@ -71,7 +70,7 @@ def test_the_highest_priority_comes_first_and_waiting_makes_up_for_what_it_lacks
 
 
 def test_whatever_arrives_later_a_low_priority_has_its_turn() -> None:
-    policy = make_policy(SchedulerConfig(policy="priority", priority_aging_s=1), 10)
+    policy = make_policy(PolicyConfig(policy="priority", priority_aging_s=1), 10)
     policy.add(waiting(0, priority=-3))
     served = []
     for second in range(20):  # one important request arrives in each second, and one comes in

@@ -7,7 +7,7 @@ import pytest
 from ipc.sampling import SamplingParams
 from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.scheduler import worker
-from workers.scheduler.timers import Timers
+from workers.timers import Timers
 
 SECOND = 1_000_000_000
 

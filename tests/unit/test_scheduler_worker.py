@@ -121,6 +121,7 @@ class Surroundings:
                 ring=1,
                 ticket=ticket,
                 num_prompt_tokens=len(prompt),
+                arrived_ns=time.monotonic_ns(),
             ),
         )
 
