@@ -77,7 +77,9 @@ class Engine:
         bad = self.draw.random() < 0.1
         params = SamplingParams(n=self.draw.choice([1, 1, 3]))
         scheduling = SchedulingParams(
-            priority=self.draw.randint(-1, 1), tenant=self.draw.choice("ab"), deadline_s=self.draw.choice([None, 0.5, 20])
+            priority=self.draw.randint(-1, 1),
+            tenant=self.draw.choice("ab"),
+            deadline_s=self.draw.choice([None, 0.5, 20]),
         )
         stream, prompt = self.draw.random() < 0.7, "" if bad else "x"
         message = generate(request_id, params=params, scheduling=scheduling, stream=stream, prompt=prompt)

@@ -79,8 +79,12 @@ class Intake:
         """The requests whose time has run out here, each with the reason that came first."""
         if self._timers.first_ns is None:
             return []
-        due = {key: reason for key, reason in reversed(self._timers.take_due(now_ns)) if self._is_ours(key)}
-        return [(request, reason) for key, reason in due.items() if (request := self._table.request(key))]
+        due: dict[Request, FinishReason] = {}
+        for key, reason in self._timers.take_due(now_ns):
+            request = self._table.request(key)
+            if request is not None and request.state is not RequestState.ACCEPTED:
+                due.setdefault(request, reason)
+        return list(due.items())
 
     def stop(self, ends: Ends) -> Ends:
         """Stop requests that the scheduler does not have, as far as is known here.
