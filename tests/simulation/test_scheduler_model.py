@@ -80,6 +80,7 @@ class Trace:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
+        self.before = random.Random(f"before {seed}")  # for what happens to a request before it arrives
         self.seed = seed
         self.size = rng.choice([1, 2, 4])
         self.depth = rng.choice([1, 2, 2, 3, 4])
@@ -116,6 +117,8 @@ class Trace:
         self.result = _views(result_layout(self.shape))
         self.in_flight: list[list[tuple[int, int, bool]]] = []
         self.sequences: dict[int, Sequence] = {}
+        self.last_key = 0
+        self.withdrawn = 0  # the key of the next request, if it is withdrawn
         self.shared = [rng.randrange(VOCABULARY) for _ in range(MAX_LEN)]
         self.opened: set[int] = set()
         self.tokens: dict[int, list[int]] = {}
@@ -131,7 +134,9 @@ class Trace:
             [event] = rng.choices(events, weights)
             if event == "add" and to_come:
                 to_come -= 1
-                self._add(len(self.sequences) + 1)
+                if self.before.random() < 0.1:
+                    self._withdraw()
+                self._add(self.last_key + 1)
             elif event == "plan" and len(self.in_flight) < self.depth:
                 self._plan()
             elif event == "apply" and self.in_flight:
@@ -167,7 +172,8 @@ class Trace:
         )
         deadline_ns = self.now_ns + rng.randrange(30_000_000_000) if rng.random() < 0.1 else 0
         num_samples = rng.choice([1, 1, 1, 2, 4])
-        arrived_ns = self.now_ns - rng.choice([0, 0, 3_000_000_000])  # at the gateway
+        arrived_ns = self.now_ns - self.before.choice([0, 0, 3_000_000_000])  # at the gateway
+        self.last_key += num_samples
         self.prompts.ids |= dict.fromkeys(range(key, key + num_samples), prompt)
         names = chain_hashes(bytes(HASH_BYTES), np.array(prompt, np.int32).tobytes(), self.size)
         self.scheduler.add(
@@ -177,6 +183,8 @@ class Trace:
                 scheduling=scheduling, arrived_ns=arrived_ns, deadline_ns=deadline_ns,
             )
         )  # fmt: skip
+        if key == self.withdrawn:
+            return
         wait_s = scheduling.queue_timeout_s or self.queue_timeout_s
         timers = [(deadline_ns, "deadline")] if deadline_ns else []
         if wait_s:
@@ -195,6 +203,14 @@ class Trace:
             samples[0].end = "error"
             del samples[1:]  # it is opened and ended as one
         self.sequences |= {sample.key: sample for sample in samples}
+
+    def _withdraw(self) -> None:
+        """Of the next request, and of one that is open or has ended."""
+        self.withdrawn = self.last_key + 1
+        keys = {self.withdrawn, self.before.randint(1, self.last_key + 1)}
+        absent = {key for key in keys if key not in self.sequences or self.sequences[key].end}
+        assert set(self.scheduler.withdraw(sorted(keys))) == absent
+        self.scheduler.cancel([key for key in absent if key != self.withdrawn])
 
     def _plan(self) -> None:
         if self.rng.random() < 0.3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +60,12 @@ def test_asking_who_is_next_changes_nothing(name: Any) -> None:
     assert len(policy) == 2
 
 
+def test_requests_that_arrive_late_from_a_slow_tokenizer_keep_their_place_in_the_order_of_arrival() -> None:
+    for name in ("fifo", "fair"):
+        policy = make_policy(PolicyConfig(policy=name), 10)
+        assert order(policy, waiting(2), waiting(4), waiting(1), waiting(3)) == [1, 2, 3, 4]
+
+
 # Priority
 
 
@@ -90,6 +98,21 @@ def test_removed_entries_do_not_pile_up() -> None:
         ranked.remove(other)
     assert len(ranked._heap) < 40
     assert ranked.first() is first
+
+
+def test_nothing_is_kept_of_a_request_that_leaves_from_the_middle() -> None:
+    class Held(SimpleNamespace):
+        pass
+
+    ranked: RankedRequests[Any] = RankedRequests()
+    held = [Held(key=key, rank=key) for key in range(3)]
+    for request in held:
+        ranked.add(request)
+    gone = weakref.ref(held[1])
+    ranked.remove(held.pop(1))
+    del request
+    gc.collect()
+    assert gone() is None
 
 
 # Fair share

@@ -26,6 +26,8 @@ from ipc.messages import (
     Stop,
     ToDetokenizer,
     Tokenized,
+    Withdraw,
+    Withdrawn,
     WorkerToLauncher,
 )
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
@@ -88,6 +90,7 @@ class Surroundings:
         self.tokenizer = connect_dealer(self.context, endpoint["schedule"])
         self.heard: list[Any] = []  # StepOutputs
         self.accepted: list[int] = []
+        self.answers: list[Any] = []  # to the gateway
 
     def _run(self, bootstrap: SchedulerBootstrap) -> None:
         try:
@@ -132,8 +135,9 @@ class Surroundings:
                 self.answer_step()
         self.heard += [message for _, message in receive_from(self.detokenizer, ToDetokenizer)]
         for message in receive(self.gateway, SchedulerToGateway):
-            assert isinstance(message, Accepted)
-            self.accepted += message.keys
+            self.answers.append(message)
+            if isinstance(message, Accepted):
+                self.accepted += message.keys
 
     def take_step(self) -> bool:
         record = self.steps.take()
@@ -211,6 +215,25 @@ def test_the_gateway_can_cancel_and_the_detokenizer_hears_of_it(surroundings: Su
 
     surroundings.until(ended)
     assert ended() == [(1, "cancelled")] or len(surroundings.tokens_of(1)) == 60
+
+
+def test_the_gateway_hears_of_an_arrival_before_it_hears_that_the_request_is_not_open(
+    surroundings: Surroundings,
+) -> None:
+    surroundings.start()
+    send(surroundings.gateway, Withdraw(keys=[2]))
+    surroundings.until(lambda: surroundings.look() or surroundings.answers == [Withdrawn(keys=[2])])
+    surroundings.answers.clear()
+    surroundings.send(1, [1], 1)
+    surroundings.send(2, [2], 1)
+    surroundings.until(lambda: len(surroundings.tokens_of(1)) == 1 and surroundings.accepted == [1, 2])
+    surroundings.until(lambda: surroundings.stats.snapshot()["num_finished"] == 1)
+    send(surroundings.gateway, Withdraw(keys=[1]))
+    surroundings.until(lambda: surroundings.look() or Withdrawn(keys=[1]) in surroundings.answers)
+    assert surroundings.answers[-1] == Withdrawn(keys=[1])
+    assert [opened.key for outputs in surroundings.heard for opened in outputs.opened] == [1]
+    surroundings.until(surroundings.bells["tokenizer"].drain)
+    assert surroundings.prompts[1].num_free() == 8
 
 
 def test_the_tokenizer_is_woken_when_its_records_are_free_and_the_counters_say_what_happened(

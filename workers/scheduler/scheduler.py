@@ -96,6 +96,11 @@ class Scheduler:
         return len(self._requests)
 
     @property
+    def num_withdrawn(self) -> int:
+        """Requests that are declined when they arrive."""
+        return len(self._withdrawn)
+
+    @property
     def has_work(self) -> bool:
         """Something can be planned, now or when a step in flight has been applied."""
         return bool(self._planner.running or self._backlog)
