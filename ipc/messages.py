@@ -102,7 +102,7 @@ class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The end of a sample. With `num_open` 0 it is the final answer, and ends whatever is open of the request."""
 
     finish_reason: FinishReason
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # 0 of a text that was never tokenized
     num_completion_tokens: int  # of the sample
     error_code: str = ""
     error_message: str = ""
