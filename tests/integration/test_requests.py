@@ -141,24 +141,24 @@ def test_a_batch_keeps_its_order_and_a_bad_prompt_fails_alone(client: Client) ->
 
 
 def test_refusals_reach_their_own_requests_whichever_tokenizer_had_the_prompt() -> None:
-    asked: list[tuple[str | list[int], int]] = []  # prompts and priorities
+    asked: list[tuple[str | list[int], int]] = []  # prompts and the tokens that they ask for
     for number in range(1, 17):
-        asked += [("A module is", 0), ([10**6 + number], 0), ("A module is", number)]
+        asked += [("A module is", 24), ([10**6 + number], 24), ("A module is", 400 + number)]
 
     async def ask(endpoint: str) -> list[Any]:
         async with AsyncClient(endpoint) as client:
-            requests = (client.generate(prompt, GREEDY, priority=priority) for prompt, priority in asked)
+            requests = (client.generate(prompt, SamplingParams(max_tokens=num)) for prompt, num in asked)
             return await asyncio.gather(*requests, return_exceptions=True)
 
-    with Pipeline(TINY_CONFIG, {"tokenizer.num_workers": 2}) as pipeline:
+    with Pipeline(TINY_CONFIG, {"tokenizer.num_workers": 2, "cache.num_blocks": 24}) as pipeline:  # 384 tokens
         client = pipeline.client
         expected = client.generate("A module is", GREEDY).token_ids
 
         def both_have_rejected_some() -> bool:
-            for (prompt, priority), answer in zip(asked, asyncio.run(ask(pipeline.endpoint)), strict=True):
-                if priority:  # the scheduler's refusal: the policy takes none
+            for (prompt, num), answer in zip(asked, asyncio.run(ask(pipeline.endpoint)), strict=True):
+                if num > 24:  # the scheduler's refusal: the cache does not hold so many
                     assert isinstance(answer, InvalidRequest)
-                    assert f"priority ({priority})" in str(answer)
+                    assert f"max_tokens ({num})" in str(answer)
                 elif isinstance(prompt, list):  # the tokenizer's
                     assert isinstance(answer, InvalidRequest)
                     assert str(prompt[0]) in str(answer)

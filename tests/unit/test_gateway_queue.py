@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from ipc.errors import QueueFull, error_from_code
+from ipc.errors import InvalidRequest, QueueFull, error_from_code
 from ipc.messages import (
     Cancel,
     CancelRequests,
@@ -83,7 +83,7 @@ class Trace:
         message = generate(
             f"r{len(self.sent)}", prompt="x" * rng.choice([1, 30, 1_000]), params=SamplingParams(n=rng.choice([1, 3])),
             scheduling=SchedulingParams(
-                priority=rng.randint(-2, 2), tenant=rng.choice("pqr"),
+                priority=rng.randint(-2, 2) if self.policy == "priority" else 0, tenant=rng.choice("pqr"),
                 deadline_s=rng.choice([None, None, 0.5, 3.0]), queue_timeout_s=rng.choice([None, None, 1.0]),
             ),
         )  # fmt: skip
@@ -360,6 +360,16 @@ def test_a_high_priority_waits_for_no_more_than_the_tokenizers_have_already() ->
         gateway.client(generate(f"r{number}"))
     gateway.client(generate("now", scheduling=SchedulingParams(priority=100)), b"other")
     assert tokenize_all(gateway)[:6] == ["r0", "r1", "r2", "r3", "now", "r4"]
+
+
+@pytest.mark.parametrize("policy", ["fifo", "fair"])
+def test_a_priority_that_no_policy_would_heed_is_refused_at_once(policy: str) -> None:
+    gateway = Harness(policy={"policy": policy})
+    gateway.client(generate("r", scheduling=SchedulingParams(priority=2)))
+    assert gateway.refusal().error_code == InvalidRequest.code
+    assert "priority (2)" in gateway.refusal().error_message
+    assert 'scheduler.policy = "priority"' in gateway.refusal().error_message
+    assert len(gateway.core.table) == 0
 
 
 def test_what_is_under_way_to_a_tokenizer_is_bounded_in_bytes_too_and_a_long_prompt_goes_alone() -> None:

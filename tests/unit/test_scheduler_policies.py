@@ -217,15 +217,6 @@ def test_the_policy_of_the_configuration_decides(policy: Any, expected: list[int
     engine.check_empty()
 
 
-def test_a_priority_that_nobody_would_heed_is_refused() -> None:
-    engine = ScheduledEngine()
-    engine.send(1, [1], priority=2)
-    engine.drain()
-    assert engine.errors[1][0] == InvalidRequest.code
-    assert 'scheduler.policy = "priority"' in engine.errors[1][1]
-    engine.check_empty()
-
-
 def test_the_lowest_priority_gives_way_when_blocks_run_out_although_it_came_first() -> None:
     engine = ScheduledEngine(num_blocks=8, block_size=2, max_model_len=16, depth=1, policy="priority")
     engine.send(1, [1, 2, 3, 4], SamplingParams(max_tokens=11))

@@ -46,9 +46,9 @@ def test_a_request_travels_to_a_tokenizer_and_its_answer_back_to_the_client() ->
 
 
 def test_scheduling_goes_along_and_a_deadline_counts_from_when_the_gateway_heard_of_it() -> None:
-    gateway = Harness()
+    gateway = Harness(policy={"policy": "priority"})
     gateway.now = 50.0
-    scheduling = SchedulingParams(priority=-2, tenant="a", deadline_s=1.5)
+    scheduling = SchedulingParams(priority=-2, tenant="a", deadline_s=1.5, queue_timeout_s=3.0)
     gateway.client(generate("r", scheduling=scheduling))
     gateway.client(generate("q"))
     first, second = gateway.pass_on()
@@ -572,12 +572,18 @@ def test_a_request_larger_than_the_bound_waits_alone() -> None:
         {"chat": [ChatMessage("user", f"hi there {number}") for number in range(20)]},
         {"params": SamplingParams(stop=[f"stop {number}" for number in range(16)], stop_token_ids=[*range(300, 316)])},
         {"scheduling": SchedulingParams(priority=1, tenant="somebody", deadline_s=1.5, queue_timeout_s=2.5)},
+        {"policy": "fair"},
     ],
-    ids=["tiny", "wide text", "chat", "stops", "scheduling"],
+    ids=["tiny", "wide text", "chat", "stops", "scheduling", "tenants"],
 )
 def test_what_waits_for_a_tokenizer_is_charged_the_memory_that_it_takes(fields: dict[str, Any]) -> None:
-    gateway = Harness(max_open_requests=10_000, max_queued_bytes=4 << 20)
+    fields = {"policy": "priority", **fields}
+    policy = fields.pop("policy")
+    gateway = Harness(max_open_requests=10_000, max_queued_bytes=4 << 20, policy={"policy": policy})
     frames = [encode(generate(f"request {number}", **fields)) for number in range(4_000)]
+    if policy == "fair":
+        tenants = (SchedulingParams(tenant=f"tenant {number}", deadline_s=1.5) for number in range(4_000))
+        frames = [encode(generate(f"request {i}", scheduling=tenant)) for i, tenant in enumerate(tenants)]
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()

@@ -47,7 +47,8 @@ class Engine:
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
         self.now = 0.0
-        policy = {"policy": draw.choice(["fifo", "priority", "fair"]), "queue_timeout_s": draw.choice([None, 15.0])}
+        self.policy = draw.choice(["fifo", "priority", "fair"])
+        policy = {"policy": self.policy, "queue_timeout_s": draw.choice([None, 15.0])}
         self.gateway = Gateway(bootstrap(max_open_requests=6, policy=policy), dict)
         self.detokenizer = Detokenizer(NEW_DECODER, client_window=3)
         self.arrows: dict[str, deque[Any]] = {}
@@ -77,7 +78,7 @@ class Engine:
         bad = self.draw.random() < 0.1
         params = SamplingParams(n=self.draw.choice([1, 1, 3]))
         scheduling = SchedulingParams(
-            priority=self.draw.randint(-1, 1),
+            priority=self.draw.randint(-1, 1) if self.policy == "priority" else 0,
             tenant=self.draw.choice("ab"),
             deadline_s=self.draw.choice([None, 0.5, 20]),
         )

@@ -211,6 +211,12 @@ class Gateway:
                 "this client was dropped and has taken in no output since (`Delivered` says that it has)",
                 PROBE_INTERVAL_S,  # what it has not taken in is sent again by then
             )
+        priority = message.scheduling.priority
+        if priority and self._bootstrap.policy.policy != "priority":
+            raise InvalidRequest(
+                f"priority ({priority}) has no effect in this engine: leave it out, or start the engine with "
+                'scheduler.policy = "priority"'
+            )
         client = self.table.client(identity)
         params, now_ns = message.params, _ns(now)
         limit = self._bootstrap.frontend.max_open_requests

@@ -67,7 +67,6 @@ class Scheduler:
         )  # fmt: skip
         self._limits = Limits(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
-            takes_priority=config.policy == "priority",
         )  # fmt: skip
         self._queue_timeout_s = config.queue_timeout_s
         self._eos_token_ids = eos_token_ids
