@@ -239,7 +239,7 @@ class Withdraw(Message, frozen=True):
 
 
 class Withdrawn(Message, frozen=True):
-    """scheduler -> gateway: these requests are not open, and will not be.
+    """scheduler -> gateway: these requests are not open, and will not be. No `Accepted` of them follows.
 
     A key for which `Accepted` came before this had ended already; the gateway then says `CancelRequests`, and the
     scheduler forgets that it was to be declined.

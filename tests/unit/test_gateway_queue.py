@@ -147,10 +147,10 @@ class Trace:
             return
         message = queue.popleft()
         if isinstance(message, Tokenize):
-            self.to_gateway.append(("accepted", [message.key]))
             if message.key in self.declined:
                 self.declined.discard(message.key)
             else:
+                self.to_gateway.append(("accepted", [message.key]))
                 request_id = self.keys[message.key]
                 assert not self.is_over(request_id) or self.sent[request_id][0] in self.gone, "it runs after its end"
                 self.running[message.key] = message

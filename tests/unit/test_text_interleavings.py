@@ -172,10 +172,10 @@ class Engine:
     # Scheduler and detokenizer
 
     def admit(self, request: Tokenize) -> None:
-        self.put("scheduler>gateway", [request.key])
         if request.key in self.withdrawn:
             self.withdrawn.discard(request.key)
             return
+        self.put("scheduler>gateway", [request.key])
         stop = self.draw.choice([[], ["e"]])
         if self.draw.random() < 0.1:
             opened = Opened(request.key, request.route, stop, 1, None)

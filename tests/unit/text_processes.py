@@ -110,13 +110,13 @@ class EchoScheduler(threading.Thread):
         send(self.detokenizer, StepOutputs(ended=[Ended(key, "cancelled") for key in found]))
 
     def _echo(self, request: Tokenized) -> None:
+        if request.key in self.withdrawn:
+            self.ring.release_through(request.ticket)
+            return
         opened = Opened(request.key, request.route, request.params.stop, request.num_prompt_tokens, None)
         accepted = Accepted(keys=[request.key])
         while not send_to(self.inbox, b"gateway", accepted):  # it may not be connected yet
             self.inbox.poll(1)
-        if request.key in self.withdrawn:
-            self.ring.release_through(request.ticket)
-            return
         self.echoed.add(request.key)
         if request.error_code:
             ended = Ended(request.key, "error", request.error_code, request.error_message)

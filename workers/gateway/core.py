@@ -432,7 +432,8 @@ class Gateway:
 
     def _expire(self, now: float) -> None:
         """End the requests whose time runs out before they reach the scheduler."""
-        self._end(self._intake.stop(self._intake.take_due(_ns(now))), now)
+        if due := self._intake.take_due(_ns(now)):
+            self._end(self._intake.stop(due), now)
 
     def tick(self, now: float) -> None:
         """End what is out of time, and look after clients that have vanished or stopped reading.

@@ -77,7 +77,7 @@ class Intake:
 
     def take_due(self, now_ns: int) -> Ends:
         """The requests whose time has run out here, each with the reason that came first."""
-        if self._timers.first_ns is None:
+        if self._timers.first_ns is None or self._timers.first_ns > now_ns:
             return []
         due: dict[Request, FinishReason] = {}
         for key, reason in self._timers.take_due(now_ns):

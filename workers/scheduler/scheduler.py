@@ -131,13 +131,16 @@ class Scheduler:
 
     # Arrivals, cancellations and time-outs
 
-    def add(self, message: Tokenized) -> None:
-        """Take in a request, all its samples; one that cannot be served is opened and ended at once."""
+    def add(self, message: Tokenized) -> bool:
+        """Take in a request, all its samples; one that cannot be served is opened and ended at once.
+
+        False: it was withdrawn, and nobody hears of it.
+        """
         assert message.key not in self._requests, f"key {message.key} was drawn twice"
         if message.key in self._withdrawn:
             self._withdrawn.discard(message.key)
             self._decline_prompt(message)
-            return
+            return False
         refusal = self._limits.refusal(message)
         if refusal is None:
             refusal = self._backlog.refusal(message, self._rows.num_free)
@@ -147,7 +150,7 @@ class Scheduler:
             self._decline_prompt(message)
             self.counts["num_refused"] += 1
             self._outputs.ended.append(refusal)
-            return
+            return True
         if not self.has_work:
             self._work_since_ns = self._clock()
         ids, lease = self.prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
@@ -158,6 +161,7 @@ class Scheduler:
             self._set_timers(request.key, message)
         if self.num_in_flight >= self.depth:  # it waits for a step to end, at least
             self.prompts.relieve()
+        return True
 
     def _decline_prompt(self, message: Tokenized) -> None:
         """The ids of a request that is not taken lie in the ring all the same."""

@@ -101,8 +101,8 @@ def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[Sched
     answers: list[SchedulerToGateway] = []
     for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
         if isinstance(message, Tokenized):
-            scheduler.add(message)
-            accepted.append(message.key)
+            if scheduler.add(message):
+                accepted.append(message.key)
         elif isinstance(message, ClearCache):
             scheduler.clear_cache()
             answers.append(CacheCleared(query_id=message.query_id))
