@@ -240,3 +240,21 @@ def test_a_refusal_says_when_the_queue_will_have_moved() -> None:
     assert refused(102) == 60.0
     engine.drain()
     engine.check_empty()
+
+
+def test_how_long_nothing_waited_does_not_make_the_hint_longer() -> None:
+    engine = ScheduledEngine(max_num_seqs=1, max_num_waiting=3)
+    for key in range(4):
+        engine.send(key, [1], tokens(1))
+        engine.step()
+    engine.drain()
+    engine.clock.now_ns += 10_000 * SECOND
+    for key in range(10, 14):
+        engine.send(key, [1], tokens(1))
+    engine.clock.now_ns += SECOND
+    engine.send(20, [1], tokens(1))
+    hear_all(engine)
+    assert engine.errors[20][0] == "queue_full"
+    assert 0 < engine.retry_after_s[20] < 10
+    engine.drain()
+    engine.check_empty()

@@ -68,6 +68,8 @@ class Backlog:
         )
 
     def add(self, request: Request) -> None:
+        if not self.num_waiting:
+            self._admissions.begin(self._clock())
         self._policy.add(request)
         self.num_waiting_tokens += request.num_prompt
 
