@@ -36,6 +36,10 @@ class QueueFull(RingfeedError):
 
     code = "queue_full"
 
+    def __init__(self, message: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class EngineUnavailable(RingfeedError):
     """The engine is starting, draining, or gone; an open request was answered with this."""

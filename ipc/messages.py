@@ -7,11 +7,11 @@
     detokenizer  --DEALER-->  gateway  (ROUTER `deliver`)
     every worker  --DEALER-->  launcher  (ROUTER `control`)
 
-A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway
-draws once and never again. Its n samples are sequences with keys of their own: sample i has `key + i`, and no other
-request has any of these. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer, gateway),
-so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named with their
-dtype.
+A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway draws
+once and never again, in order of arrival. Its n samples are sequences with keys of their own: sample i has `key + i`,
+and no other request has any of these. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer,
+gateway), so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named
+with their dtype.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The end of a sample. With `num_open` 0 it is the final answer, and ends whatever is open of the request."""
 
     finish_reason: FinishReason
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # 0 of a text that was never tokenized
     num_completion_tokens: int  # of the sample
     error_code: str = ""
     error_message: str = ""
@@ -129,6 +129,7 @@ class Refused(Message, frozen=True):
     request_id: str
     error_code: str
     error_message: str
+    retry_after_s: float = 0.0  # of a full queue: when to try again
 
 
 class Health(Message, frozen=True):
@@ -178,12 +179,13 @@ class Tokenize(Message, frozen=True):
     key: int
     route: Route
     params: SamplingParams
+    arrived_ns: int  # at the gateway, CLOCK_MONOTONIC: queue time-outs and aging count from then
     prompt: str | None = None
     chat: list[ChatMessage] | None = None
     token_ids: bytes | None = None
     cache_salt: str = ""
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
-    deadline_ns: int = 0  # CLOCK_MONOTONIC; 0 = none
+    deadline_ns: int = 0  # by the same clock; 0 = none
 
 
 class Tokenized(Message, frozen=True):
@@ -195,6 +197,7 @@ class Tokenized(Message, frozen=True):
     key: int
     route: Route
     params: SamplingParams
+    arrived_ns: int
     ring: int = 0
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
@@ -221,6 +224,25 @@ class CancelRequests(Message, frozen=True):
     """gateway -> scheduler (the client gave up) or detokenizer -> scheduler (a stop string was found).
 
     Keys that are unknown have ended already and are ignored. Made by `cancel_requests`, which bounds it.
+    """
+
+    keys: list[int]
+
+
+class Withdraw(Message, frozen=True):
+    """gateway -> scheduler: decline these requests when they arrive, without a word to the detokenizer.
+
+    Answered by `Withdrawn`. A key of a request that has arrived and is open is ignored.
+    """
+
+    keys: list[int]
+
+
+class Withdrawn(Message, frozen=True):
+    """scheduler -> gateway: these requests are not open, and will not be. No `Accepted` of them follows.
+
+    A key for which `Accepted` came before this had ended already; the gateway then says `CancelRequests`, and the
+    scheduler forgets that it was to be declined.
     """
 
     keys: list[int]
@@ -294,8 +316,8 @@ class ClientGone(Message, frozen=True):
     client: bytes
 
 
-ToScheduler = Tokenized | CancelRequests | ClearCache
-SchedulerToGateway = Accepted | CacheCleared
+ToScheduler = Tokenized | CancelRequests | Withdraw | ClearCache
+SchedulerToGateway = Accepted | Withdrawn | CacheCleared
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
 

@@ -16,7 +16,12 @@ from ipc.memory import create_segment, map_segment
 _COMMON: Final = ("cpu_ns", "num_wakeups")  # process CPU time; returns from the worker's poll
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
-    "gateway": ("num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients"),
+    "gateway": (
+        "num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients",
+        # As the scheduler's, of what has not reached it: requests that wait for a tokenizer, those refused because
+        # something was full, and those whose time ran out.
+        "num_waiting", "num_queue_full", "num_deadline", "num_queue_timeout",
+    ),
     "tokenizer": ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records"),
     "detokenizer": ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered"),
     "scheduler": (

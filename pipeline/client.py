@@ -353,7 +353,7 @@ class AsyncClient:
         if request is None:
             logger.warning("the engine refused a message: %s", refused.error_message)
         else:
-            request.fail(error_from_code(refused.error_code, refused.error_message))
+            request.fail(error_from_code(refused.error_code, refused.error_message, refused.retry_after_s))
 
     # Connection
 

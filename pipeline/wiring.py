@@ -28,11 +28,15 @@ from pipeline.model_files import ModelFacts
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import GatewayBootstrap
 from workers.gpu.config import GpuBootstrap
+from workers.policies import PolicyConfig
 from workers.process import WorkerBootstrap
 from workers.scheduler.config import SchedulerBootstrap
 from workers.tokenizer.config import TokenizerBootstrap
 
-TOKENIZER_WINDOW: Final = 8  # enough to keep a tokenizer busy; few enough that a long prompt holds up few others
+# Prompts under way to one tokenizer: enough to keep it busy, and no more than some 40 ms of its work, because the
+# policy orders only what still waits. A longer prompt goes alone.
+TOKENIZER_WINDOW: Final = 8
+TOKENIZER_WINDOW_BYTES: Final = 64 << 10
 CLIENT_WINDOW: Final = 64  # at 4 ms a step, a quarter of a second of a client's absence before its deltas coalesce
 MIN_PROMPT_RECORDS: Final = 64
 GATEWAY, DETOKENIZER, SCHEDULER, GPU = "gateway", "detokenizer", "scheduler", "gpu"
@@ -204,7 +208,9 @@ class Wiring:
             run_dir=str(self.run_folder),
             model_name=model.name,
             max_model_len=model.max_model_len,
+            policy=PolicyConfig(**{name: getattr(config.scheduler, name) for name in PolicyConfig.__struct_fields__}),
             tokenizer_window=TOKENIZER_WINDOW,
+            tokenizer_window_bytes=TOKENIZER_WINDOW_BYTES,
             client_window=CLIENT_WINDOW,
             identity=GATEWAY.encode(),
             stats=list(pages.values()),

@@ -132,14 +132,14 @@ async def _drive(
             await _send_at_rate(client, phase)
         memory.cancel()
         stats = await client.stats()
-        scheduler = stats["scheduler"]
+        scheduler, gateway = stats["scheduler"], stats["gateway"]
         rest = {
             "sustainable_per_s": round(sustainable, 1),
-            "num_open": stats["gateway"]["num_open"] + stats["detokenizer"]["num_open"],
-            "num_waiting": scheduler["num_waiting"],
+            "num_open": gateway["num_open"] + stats["detokenizer"]["num_open"],
+            "num_waiting": gateway["num_waiting"] + scheduler["num_waiting"],
             "num_running": scheduler["num_running"],
             "num_blocks_held": scheduler["num_blocks"] - scheduler["num_free_blocks"],
-            "num_refused": scheduler["num_refused"],
+            "num_refused": gateway["num_refused"] + scheduler["num_refused"],
         }
         return phases, rest, await memory
 

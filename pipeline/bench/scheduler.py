@@ -134,6 +134,7 @@ class _Engine:
             ring=1,
             ticket=self._tokenizer.next_ticket - 1,
             num_prompt_tokens=NUM_PROMPT_TOKENS,
+            arrived_ns=0,
             block_hashes=chain_hashes(bytes(HASH_BYTES), token_ids.tobytes(), BLOCK_SIZE),
         )
         started = perf_counter_ns()

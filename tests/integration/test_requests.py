@@ -141,24 +141,24 @@ def test_a_batch_keeps_its_order_and_a_bad_prompt_fails_alone(client: Client) ->
 
 
 def test_refusals_reach_their_own_requests_whichever_tokenizer_had_the_prompt() -> None:
-    asked: list[tuple[str | list[int], int]] = []  # prompts and priorities
-    for number in range(1, 17):
-        asked += [("A module is", 0), ([10**6 + number], 0), ("A module is", number)]
+    asked: list[tuple[str | list[int], int]] = []  # prompts and samples
+    for number in range(49, 65):
+        asked += [("A module is", 1), ([10**6 + number], 1), ("A module is", number)]
 
     async def ask(endpoint: str) -> list[Any]:
         async with AsyncClient(endpoint) as client:
-            requests = (client.generate(prompt, GREEDY, priority=priority) for prompt, priority in asked)
+            requests = (client.generate(prompt, SamplingParams(max_tokens=24, n=n)) for prompt, n in asked)
             return await asyncio.gather(*requests, return_exceptions=True)
 
-    with Pipeline(TINY_CONFIG, {"tokenizer.num_workers": 2}) as pipeline:
+    with Pipeline(TINY_CONFIG, {"tokenizer.num_workers": 2, "scheduler.max_num_waiting": 16}) as pipeline:
         client = pipeline.client
         expected = client.generate("A module is", GREEDY).token_ids
 
         def both_have_rejected_some() -> bool:
-            for (prompt, priority), answer in zip(asked, asyncio.run(ask(pipeline.endpoint)), strict=True):
-                if priority:  # the scheduler's refusal: the policy takes none
+            for (prompt, n), answer in zip(asked, asyncio.run(ask(pipeline.endpoint)), strict=True):
+                if n > 1:  # the scheduler's refusal: it has 32 rows, and 16 may wait
                     assert isinstance(answer, InvalidRequest)
-                    assert f"priority ({priority})" in str(answer)
+                    assert f"n ({n})" in str(answer)
                 elif isinstance(prompt, list):  # the tokenizer's
                     assert isinstance(answer, InvalidRequest)
                     assert str(prompt[0]) in str(answer)

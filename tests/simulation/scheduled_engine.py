@@ -116,6 +116,7 @@ class ScheduledEngine:
         *,
         ring: int = 1,
         salt: str = "",
+        arrived_ns: int | None = None,
         deadline_ns: int = 0,
         **scheduling: Any,
     ) -> None:
@@ -130,6 +131,7 @@ class ScheduledEngine:
                 num_prompt_tokens=len(prompt),
                 block_hashes=self.names(prompt, salt) if self.prefix_caching else b"",
                 scheduling=SchedulingParams(**scheduling),
+                arrived_ns=self.clock.now_ns if arrived_ns is None else arrived_ns,
                 deadline_ns=deadline_ns,
             )
         )
@@ -140,7 +142,7 @@ class ScheduledEngine:
 
     def send_error(self, key: int, code: str, text: str) -> None:
         self.scheduler.add(
-            Tokenized(key=key, route=ROUTE, params=SamplingParams(), error_code=code, error_message=text)
+            Tokenized(key=key, route=ROUTE, params=SamplingParams(), arrived_ns=0, error_code=code, error_message=text)
         )
 
     # One event each

@@ -83,7 +83,7 @@ class Run:
         params = SamplingParams(max_tokens=self.limits[self._num_arrived], seed=0)
         self._to_announce.append(
             Tokenized(key=self._num_arrived, route=NOBODY, params=params, ring=ring_index, ticket=ring.publish(),
-                      num_prompt_tokens=len(prompt))
+                      num_prompt_tokens=len(prompt), arrived_ns=0)
         )  # fmt: skip
         self._num_arrived += 1
         return True

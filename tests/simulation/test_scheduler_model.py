@@ -80,6 +80,7 @@ class Trace:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
+        self.before = random.Random(f"before {seed}")  # for what happens to a request before it arrives
         self.seed = seed
         self.size = rng.choice([1, 2, 4])
         self.depth = rng.choice([1, 2, 2, 3, 4])
@@ -116,6 +117,8 @@ class Trace:
         self.result = _views(result_layout(self.shape))
         self.in_flight: list[list[tuple[int, int, bool]]] = []
         self.sequences: dict[int, Sequence] = {}
+        self.last_key = 0
+        self.withdrawn = 0  # the key of the next request, if it is withdrawn
         self.shared = [rng.randrange(VOCABULARY) for _ in range(MAX_LEN)]
         self.opened: set[int] = set()
         self.tokens: dict[int, list[int]] = {}
@@ -131,7 +134,9 @@ class Trace:
             [event] = rng.choices(events, weights)
             if event == "add" and to_come:
                 to_come -= 1
-                self._add(len(self.sequences) + 1)
+                if self.before.random() < 0.1:
+                    self._withdraw()
+                self._add(self.last_key + 1)
             elif event == "plan" and len(self.in_flight) < self.depth:
                 self._plan()
             elif event == "apply" and self.in_flight:
@@ -167,26 +172,30 @@ class Trace:
         )
         deadline_ns = self.now_ns + rng.randrange(30_000_000_000) if rng.random() < 0.1 else 0
         num_samples = rng.choice([1, 1, 1, 2, 4])
+        arrived_ns = self.now_ns - self.before.choice([0, 0, 3_000_000_000])  # at the gateway
+        self.last_key += num_samples
         self.prompts.ids |= dict.fromkeys(range(key, key + num_samples), prompt)
         names = chain_hashes(bytes(HASH_BYTES), np.array(prompt, np.int32).tobytes(), self.size)
         self.scheduler.add(
             Tokenized(
                 key=key, route=ROUTE, params=SamplingParams(max_tokens=max_tokens, seed=key, n=num_samples), ring=1,
                 ticket=key, num_prompt_tokens=len(prompt), block_hashes=names if self.has_cache else b"",
-                scheduling=scheduling, deadline_ns=deadline_ns,
+                scheduling=scheduling, arrived_ns=arrived_ns, deadline_ns=deadline_ns,
             )
         )  # fmt: skip
+        if key == self.withdrawn:
+            return
         wait_s = scheduling.queue_timeout_s or self.queue_timeout_s
         timers = [(deadline_ns, "deadline")] if deadline_ns else []
         if wait_s:
-            timers.append((self.now_ns + round(wait_s * 1e9), "queue_timeout"))
+            timers.append((arrived_ns + round(wait_s * 1e9), "queue_timeout"))
         samples: list[Sequence] = []
         for sample in range(key, key + num_samples):
             leader = samples[0] if samples and self.has_cache and len(prompt) >= self.size else None
             samples.append(
                 Sequence(
                     sample, list(prompt), min(MAX_LEN, len(prompt) + max_tokens), scheduling.priority,
-                    scheduling.tenant, self.now_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
+                    scheduling.tenant, arrived_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
                 )
             )  # fmt: skip
         samples[0].has_followers = any(sample.leader for sample in samples)
@@ -194,6 +203,14 @@ class Trace:
             samples[0].end = "error"
             del samples[1:]  # it is opened and ended as one
         self.sequences |= {sample.key: sample for sample in samples}
+
+    def _withdraw(self) -> None:
+        """Of the next request, and of one that is open or has ended."""
+        self.withdrawn = self.last_key + 1
+        keys = {self.withdrawn, self.before.randint(1, self.last_key + 1)}
+        absent = {key for key in keys if key not in self.sequences or self.sequences[key].end}
+        assert set(self.scheduler.withdraw(sorted(keys))) == absent
+        self.scheduler.cancel([key for key in absent if key != self.withdrawn])
 
     def _plan(self) -> None:
         if self.rng.random() < 0.3:
@@ -448,7 +465,7 @@ class Backlogged:
         self.scheduler.add(
             Tokenized(
                 key=key, route=ROUTE, params=SamplingParams(max_tokens=self.rng.randint(1, 30)), ring=1, ticket=key,
-                num_prompt_tokens=len(self.prompts.ids[key]),
+                num_prompt_tokens=len(self.prompts.ids[key]), arrived_ns=self.now_ns,
                 scheduling=SchedulingParams(tenant=tenant, priority=priority),
             )
         )  # fmt: skip

@@ -19,6 +19,7 @@ from ipc.sampling import SamplingParams
 from ipc.stats import StatsHandle
 from workers.gateway.config import FrontendConfig, GatewayBootstrap
 from workers.gateway.core import Gateway, Peer
+from workers.policies import PolicyConfig
 from workers.process import WorkerBootstrap
 
 TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
@@ -45,7 +46,9 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
         "run_dir": folder,
         "model_name": "tiny",
         "max_model_len": 128,
+        "policy": PolicyConfig(**changes.pop("policy", {})),
         "tokenizer_window": 2,
+        "tokenizer_window_bytes": 1 << 20,
         "client_window": 3,
         "tokenize_endpoint": f"ipc://{folder}/tokenize",
         "deliver_endpoint": f"ipc://{folder}/deliver",
@@ -78,7 +81,7 @@ class Harness:
         if started:
             self.core.start()
             for tokenizer in TOKENIZERS:
-                self.core.tokenizer_done(tokenizer, 0)
+                self.core.tokenizer_done(tokenizer, 0, self.now)
 
     def flush(self) -> None:
         while outbox := self.core.take_outbox():
@@ -125,11 +128,16 @@ class Harness:
         taken = []
         while self.sent[Peer.TOKENIZER]:
             tokenizer, message = self.sent[Peer.TOKENIZER].pop(0)
-            self.core.tokenizer_done(tokenizer, message.key)
+            self.core.tokenizer_done(tokenizer, message.key, self.now)
             self.core.accepted([message.key])
             self.flush()
             taken.append(message)
         return taken
+
+    def withdrawn(self, *keys: int) -> None:
+        """The scheduler says that it does not have these."""
+        self.core.withdrawn(keys, self.now)
+        self.flush()
 
     def deliver(self, *requests: Tokenize, reason: Any = "length") -> None:
         """The detokenizer's final answers to some requests of one client."""

@@ -296,6 +296,12 @@ def test_a_full_queue_says_when_to_try_again(gateway: FakeGateway, client: Clien
     with pytest.raises(QueueFull, match="full") as caught:
         client.generate("hi")
     assert caught.value.retry_after_s == 2.5
+    gateway.on_generate = lambda g: [
+        Refused(request_id=g.request_id, error_code=QueueFull.code, error_message="no", retry_after_s=1.5)
+    ]
+    with pytest.raises(QueueFull, match="no") as caught:
+        client.generate("hi")
+    assert caught.value.retry_after_s == 1.5
 
 
 def test_scheduling_arguments_go_with_the_request_and_with_each_of_a_batch(

@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("ipc", "workers", "pipeline")
 MAY_IMPORT = {"ipc": {"ipc"}, "workers": {"ipc", "workers"}, "pipeline": {"ipc", "workers", "pipeline"}}
-SHARED_BY_WORKERS = {"workers.process", "workers.tokenizer_files"}
+SHARED_BY_WORKERS = {
+    "workers.drain_rate",
+    "workers.policies",
+    "workers.process",
+    "workers.timers",
+    "workers.tokenizer_files",
+}
 
 
 def modules(package: str) -> list[Path]:

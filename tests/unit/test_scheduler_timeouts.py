@@ -7,7 +7,7 @@ import pytest
 from ipc.sampling import SamplingParams
 from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.scheduler import worker
-from workers.scheduler.timers import Timers
+from workers.timers import Timers
 
 SECOND = 1_000_000_000
 
@@ -93,6 +93,49 @@ def test_who_waits_too_long_ends_unserved_and_who_has_come_in_does_not() -> None
     engine.drain()
     assert engine.ends[1] == "length"
     engine.check_empty()
+
+
+def test_time_that_passed_before_the_scheduler_counts() -> None:
+    engine = ScheduledEngine(max_num_seqs=1, queue_timeout_s=2)
+    engine.send(1, [1], tokens(50))
+    engine.step()
+    now_ns = engine.clock.now_ns
+    engine.send(2, [2], arrived_ns=now_ns - 3 * SECOND)
+    engine.send(3, [3], arrived_ns=now_ns - SECOND)
+    pass_time(engine, 0)
+    hear_all(engine)
+    assert engine.ends == {2: "queue_timeout"}
+    assert engine.scheduler.next_timer_ns == now_ns + SECOND
+    engine.scheduler.cancel([1, 3])
+    engine.drain()
+    engine.check_empty()
+
+
+def test_a_withdrawn_request_is_declined_when_it_arrives_and_nobody_hears_of_it() -> None:
+    engine = ScheduledEngine()
+    assert engine.scheduler.withdraw([1, 2]) == [1, 2]
+    engine.send(1, [1, 2, 3], SamplingParams(max_tokens=4, seed=7, n=2), deadline_ns=1)
+    engine.scheduler.expire()
+    assert engine.hear() is None
+    assert engine.plan() is None
+    engine.send_error(2, "invalid_request", "too long")
+    assert engine.hear() is None
+    engine.send(5, [1])  # and later ones are not
+    engine.drain()
+    assert engine.ends == {5: "length"}
+    engine.check_empty()
+
+
+def test_a_request_that_is_open_cannot_be_withdrawn_and_one_that_has_ended_is_not_waited_for() -> None:
+    engine = ScheduledEngine()
+    engine.send(1, [1], tokens(4))
+    assert engine.scheduler.withdraw([1]) == []
+    engine.drain()
+    assert engine.ends == {1: "length"}
+    assert engine.scheduler.withdraw([1]) == [1]
+    assert engine.scheduler.num_withdrawn == 1
+    engine.scheduler.cancel([1])  # the gateway knows that it has been there
+    assert engine.scheduler.num_withdrawn == 0
 
 
 def test_a_request_ends_once_whatever_times_out_after_that() -> None:
@@ -195,5 +238,23 @@ def test_a_refusal_says_when_the_queue_will_have_moved() -> None:
     assert 10 <= refused(101) <= 16
     engine.clock.now_ns += 1_000 * SECOND
     assert refused(102) == 60.0
+    engine.drain()
+    engine.check_empty()
+
+
+def test_how_long_nothing_waited_does_not_make_the_hint_longer() -> None:
+    engine = ScheduledEngine(max_num_seqs=1, max_num_waiting=3)
+    for key in range(4):
+        engine.send(key, [1], tokens(1))
+        engine.step()
+    engine.drain()
+    engine.clock.now_ns += 10_000 * SECOND
+    for key in range(10, 14):
+        engine.send(key, [1], tokens(1))
+    engine.clock.now_ns += SECOND
+    engine.send(20, [1], tokens(1))
+    hear_all(engine)
+    assert engine.errors[20][0] == "queue_full"
+    assert 0 < engine.retry_after_s[20] < 10
     engine.drain()
     engine.check_empty()

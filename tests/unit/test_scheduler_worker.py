@@ -26,6 +26,8 @@ from ipc.messages import (
     Stop,
     ToDetokenizer,
     Tokenized,
+    Withdraw,
+    Withdrawn,
     WorkerToLauncher,
 )
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
@@ -33,7 +35,9 @@ from ipc.ring import Ring, close_handle
 from ipc.sampling import SamplingParams
 from ipc.stats import StatsPage
 from tests.simulation.fake_gpu import FakeGpu, expected_tokens
+from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.process import StopWorker, WorkerBootstrap, WorkerProcess
+from workers.scheduler import worker
 from workers.scheduler.config import SchedulerBootstrap, SchedulerConfig
 from workers.scheduler.worker import run
 
@@ -58,16 +62,16 @@ class Surroundings:
         self.gpu = FakeGpu(SHAPE, NUM_BLOCKS, self.prompts)
         stats = StatsPage.create("scheduler")
         self.stats = StatsPage(stats)
-        worker = WorkerBootstrap(
+        common = WorkerBootstrap(
             role="scheduler",
             control_endpoint=endpoint["control"],
             doorbell_fd=self.bells["scheduler"].fd,
             stats=stats,
             launcher_pid=os.getpid(),
         )
-        self.process = WorkerProcess(worker)
+        self.process = WorkerProcess(common)
         bootstrap = SchedulerBootstrap(
-            worker=worker,
+            worker=common,
             scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64),
             shape=SHAPE,
             depth=DEPTH,
@@ -88,6 +92,7 @@ class Surroundings:
         self.tokenizer = connect_dealer(self.context, endpoint["schedule"])
         self.heard: list[Any] = []  # StepOutputs
         self.accepted: list[int] = []
+        self.answers: list[Any] = []  # to the gateway
 
     def _run(self, bootstrap: SchedulerBootstrap) -> None:
         try:
@@ -121,6 +126,7 @@ class Surroundings:
                 ring=1,
                 ticket=ticket,
                 num_prompt_tokens=len(prompt),
+                arrived_ns=time.monotonic_ns(),
             ),
         )
 
@@ -131,8 +137,9 @@ class Surroundings:
                 self.answer_step()
         self.heard += [message for _, message in receive_from(self.detokenizer, ToDetokenizer)]
         for message in receive(self.gateway, SchedulerToGateway):
-            assert isinstance(message, Accepted)
-            self.accepted += message.keys
+            self.answers.append(message)
+            if isinstance(message, Accepted):
+                self.accepted += message.keys
 
     def take_step(self) -> bool:
         record = self.steps.take()
@@ -210,6 +217,46 @@ def test_the_gateway_can_cancel_and_the_detokenizer_hears_of_it(surroundings: Su
 
     surroundings.until(ended)
     assert ended() == [(1, "cancelled")] or len(surroundings.tokens_of(1)) == 60
+
+
+def test_the_gateway_hears_of_an_arrival_before_it_hears_that_the_request_is_not_open(
+    surroundings: Surroundings,
+) -> None:
+    surroundings.start()
+    send(surroundings.gateway, Withdraw(keys=[2]))
+    surroundings.until(lambda: surroundings.look() or surroundings.answers == [Withdrawn(keys=[2])])
+    surroundings.answers.clear()
+    surroundings.send(2, [2], 1)
+    surroundings.send(1, [1], 1)
+    surroundings.until(lambda: len(surroundings.tokens_of(1)) == 1 and surroundings.accepted == [1])
+    surroundings.until(lambda: surroundings.stats.snapshot()["num_finished"] == 1)
+    send(surroundings.gateway, Withdraw(keys=[1]))
+    surroundings.until(lambda: surroundings.look() or Withdrawn(keys=[1]) in surroundings.answers)
+    assert surroundings.answers == [Accepted(keys=[1]), Withdrawn(keys=[1])]
+    assert [opened.key for outputs in surroundings.heard for opened in outputs.opened] == [1]
+    surroundings.until(surroundings.bells["tokenizer"].drain)
+    assert surroundings.prompts[1].num_free() == 8
+
+
+def test_a_request_that_arrives_together_with_its_withdrawal_is_either_accepted_or_withdrawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answers(*messages: Any) -> list[Any]:
+        monkeypatch.setattr(worker, "receive_from", lambda *_: [(b"", message) for message in messages])
+        return worker.take_messages(no_socket, engine.scheduler)
+
+    engine = ScheduledEngine()
+    no_socket: Any = None
+    arrivals = {}
+    for key in (1, 2, 3):
+        ticket = engine.publish_prompt([key])
+        route = Route(client=b"c", request_id=str(key), stream=True)
+        arrivals[key] = Tokenized(key, route, SamplingParams(max_tokens=1), 0, 1, ticket, num_prompt_tokens=1)
+    assert answers(Withdraw(keys=[1]), arrivals[1]) == [Withdrawn(keys=[1])]
+    assert answers(arrivals[2], Withdraw(keys=[2])) == [Accepted(keys=[2])]
+    assert answers(arrivals[3], CancelRequests(keys=[3]), Withdraw(keys=[3])) == [
+        Accepted(keys=[3]), Withdrawn(keys=[3]),
+    ]  # fmt: skip
 
 
 def test_the_tokenizer_is_woken_when_its_records_are_free_and_the_counters_say_what_happened(

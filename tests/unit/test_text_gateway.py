@@ -26,6 +26,7 @@ from ipc.messages import (
     Query,
     Refused,
     Stats,
+    Withdraw,
 )
 from ipc.messages import Final as FinalAnswer
 from ipc.sampling import MAX_SEED, SamplingParams
@@ -45,9 +46,9 @@ def test_a_request_travels_to_a_tokenizer_and_its_answer_back_to_the_client() ->
 
 
 def test_scheduling_goes_along_and_a_deadline_counts_from_when_the_gateway_heard_of_it() -> None:
-    gateway = Harness()
+    gateway = Harness(policy={"policy": "priority"})
     gateway.now = 50.0
-    scheduling = SchedulingParams(priority=-2, tenant="a", deadline_s=1.5)
+    scheduling = SchedulingParams(priority=-2, tenant="a", deadline_s=1.5, queue_timeout_s=3.0)
     gateway.client(generate("r", scheduling=scheduling))
     gateway.client(generate("q"))
     first, second = gateway.pass_on()
@@ -68,11 +69,11 @@ def test_a_cleared_cache_is_told_to_each_client_that_asked_under_its_own_number(
     for client in (b"a", b"b"):
         gateway.client(ClearCache(query_id=1), client)
     first, second = gateway.messages(Peer.SCHEDULER, ClearCache)
-    gateway.core.cache_cleared(second.query_id)
+    gateway.core.cache_cleared(second.query_id, gateway.now)
     gateway.flush()
     assert gateway.answers(CacheCleared, b"a") == []
     assert gateway.answers(CacheCleared, b"b") == [CacheCleared(query_id=1)]
-    gateway.core.cache_cleared(first.query_id)
+    gateway.core.cache_cleared(first.query_id, gateway.now)
     gateway.flush()
     assert gateway.answers(CacheCleared, b"a") == [CacheCleared(query_id=1)]
 
@@ -95,7 +96,7 @@ def test_tokenizers_are_loaded_evenly_and_never_beyond_their_window() -> None:
     for number in range(6):
         gateway.client(generate(f"r{number}"))
     assert [tokenizer for tokenizer, _ in gateway.tokenized()] == [*TOKENIZERS, *TOKENIZERS]
-    gateway.core.tokenizer_done(TOKENIZERS[1], gateway.tokenized()[1][1].key)
+    gateway.core.tokenizer_done(TOKENIZERS[1], gateway.tokenized()[1][1].key, gateway.now)
     gateway.flush()
     assert gateway.tokenized()[-1][0] == TOKENIZERS[1]
     assert [request.route.request_id for _, request in gateway.tokenized()] == ["r0", "r1", "r2", "r3", "r4"]
@@ -106,7 +107,7 @@ def test_nothing_is_sent_to_a_tokenizer_that_is_not_connected_yet() -> None:
     gateway.core.start()
     gateway.client(generate("r"))
     assert gateway.tokenized() == []
-    gateway.core.tokenizer_done(TOKENIZERS[0], 0)
+    gateway.core.tokenizer_done(TOKENIZERS[0], 0, gateway.now)
     gateway.flush()
     assert [tokenizer for tokenizer, _ in gateway.tokenized()] == [TOKENIZERS[0]]
 
@@ -216,16 +217,45 @@ def test_a_queued_request_is_cancelled_here() -> None:
     assert [request.route.request_id for request in gateway.pass_on()] == ["r0", "r1", "r2", "r3"]
 
 
-def test_a_cancellation_during_tokenizing_waits_for_the_scheduler() -> None:
+def test_a_cancellation_during_tokenizing_is_answered_once_the_scheduler_says_that_the_request_is_not_there() -> None:
+    gateway = Harness()
+    gateway.client(generate("r"))
+    for _ in range(2):
+        gateway.client(Cancel(request_id="r"))
+    [(_, request)] = gateway.tokenized()
+    assert gateway.messages(Peer.SCHEDULER, Withdraw) == [Withdraw(keys=[request.key])]
+    assert gateway.finals == {}, "it may run by now"
+    gateway.withdrawn(request.key)
+    assert gateway.finals == {(b"c", "r"): [FinalAnswer("cancelled", 0, 0)]}
+    assert len(gateway.core.table) == 0
+    gateway.pass_on()  # the tokenizer has not heard of it
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == []
+    assert len(gateway.finals[b"c", "r"]) == 1
+
+
+def test_a_cancellation_during_tokenizing_is_passed_on_if_the_request_is_in_the_scheduler() -> None:
     gateway = Harness()
     gateway.client(generate("r"))
     gateway.client(Cancel(request_id="r"))
-    assert gateway.sent[Peer.SCHEDULER] == []
     [request] = gateway.pass_on()
     assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[request.key])]
     assert gateway.finals == {}
     gateway.deliver(request, reason="cancelled")
     assert len(gateway.finals[b"c", "r"]) == 1
+
+
+def test_a_scheduler_that_waits_for_a_request_that_has_ended_there_is_told_so() -> None:
+    gateway = Harness()
+    for number in range(2):
+        gateway.client(generate(f"r{number}"))
+        gateway.client(Cancel(request_id=f"r{number}"))
+    first, second = gateway.pass_on()  # both have arrived and ended when the Withdraw does
+    gateway.deliver(first)
+    gateway.sent[Peer.SCHEDULER].clear()
+    gateway.withdrawn(first.key, second.key)
+    assert gateway.messages(Peer.SCHEDULER, CancelRequests) == [CancelRequests(keys=[first.key, second.key])]
+    gateway.deliver(second)
+    assert {len(finals) for finals in gateway.finals.values()} == {1}
 
 
 def test_an_accepted_request_is_cancelled_once_however_often_that_is_asked() -> None:
@@ -332,7 +362,7 @@ def test_an_answer_that_costs_no_credit_is_lost_at_the_mark_and_nothing_is_kept_
     gateway.client(Query(query_id=2, what="health"))
     gateway.tick(2)
     assert [health.query_id for health in gateway.answers(Health)] == [2]
-    assert gateway.core.timeout_s() is None
+    assert gateway.core.timeout_s(gateway.now) is None
 
 
 def test_a_client_that_was_dropped_is_forgotten_once_it_has_gone() -> None:
@@ -342,7 +372,7 @@ def test_a_client_that_was_dropped_is_forgotten_once_it_has_gone() -> None:
     gateway.deliver(*gateway.pass_on())
     gateway.unreachable.add(b"c")
     gateway.tick(2)
-    assert gateway.core.timeout_s() is None
+    assert gateway.core.timeout_s(gateway.now) is None
 
 
 def test_a_client_that_asks_for_a_cleared_cache_without_end_is_refused_until_one_is_answered() -> None:
@@ -353,7 +383,7 @@ def test_a_client_that_asks_for_a_cleared_cache_without_end_is_refused_until_one
     gateway.client(ClearCache(query_id=1), b"other")
     clears = gateway.messages(Peer.SCHEDULER, ClearCache)
     assert len(clears) == 64 + 1
-    gateway.core.cache_cleared(clears[0].query_id)
+    gateway.core.cache_cleared(clears[0].query_id, gateway.now)
     gateway.client(ClearCache(query_id=100))
     assert len(gateway.messages(Peer.SCHEDULER, ClearCache)) == 64 + 2
 
@@ -384,7 +414,7 @@ def test_a_silent_client_is_probed_every_second_and_cancelled_when_it_has_gone()
     gateway.client(generate("other"), identity=b"other")
     gateway.tick(1.5)
     assert len(gateway.answers(Alive)) == 1
-    assert gateway.core.timeout_s() == 1.0
+    assert gateway.core.timeout_s(gateway.now) == 1.0
     gateway.unreachable.add(b"c")
     gateway.tick(1.5)
     assert gateway.messages(Peer.DETOKENIZER, ClientGone) == [ClientGone(client=accepted.route.client)]
@@ -412,12 +442,12 @@ def test_a_client_with_news_is_not_probed() -> None:
 
 def test_an_idle_gateway_needs_no_clock() -> None:
     gateway = Harness()
-    assert gateway.core.timeout_s() is None
+    assert gateway.core.timeout_s(gateway.now) is None
     gateway.client(generate("r"))
     [request] = gateway.pass_on()
     gateway.deliver(request)
     gateway.client(Delivered(count=1))
-    assert gateway.core.timeout_s() is None
+    assert gateway.core.timeout_s(gateway.now) is None
 
 
 # Queries and the engine's state
@@ -509,7 +539,7 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
 
 
 def test_requests_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:
-    gateway = Harness(max_queued_bytes=5_000)
+    gateway = Harness(max_queued_bytes=6_000)
     for number in range(4 + 2):  # the tokenizers have room for four
         gateway.client(generate(f"r{number}", prompt="x" * 1_000))
     gateway.client(generate("r6", prompt="x" * 1_000))
@@ -542,12 +572,18 @@ def test_a_request_larger_than_the_bound_waits_alone() -> None:
         {"chat": [ChatMessage("user", f"hi there {number}") for number in range(20)]},
         {"params": SamplingParams(stop=[f"stop {number}" for number in range(16)], stop_token_ids=[*range(300, 316)])},
         {"scheduling": SchedulingParams(priority=1, tenant="somebody", deadline_s=1.5, queue_timeout_s=2.5)},
+        {"policy": "fair"},
     ],
-    ids=["tiny", "wide text", "chat", "stops", "scheduling"],
+    ids=["tiny", "wide text", "chat", "stops", "scheduling", "tenants"],
 )
 def test_what_waits_for_a_tokenizer_is_charged_the_memory_that_it_takes(fields: dict[str, Any]) -> None:
-    gateway = Harness(max_open_requests=10_000, max_queued_bytes=4 << 20)
+    fields = {"policy": "priority", **fields}
+    policy = fields.pop("policy")
+    gateway = Harness(max_open_requests=10_000, max_queued_bytes=4 << 20, policy={"policy": policy})
     frames = [encode(generate(f"request {number}", **fields)) for number in range(4_000)]
+    if policy == "fair":
+        tenants = (SchedulingParams(tenant=f"tenant {number}", deadline_s=1.5) for number in range(4_000))
+        frames = [encode(generate(f"request {i}", scheduling=tenant)) for i, tenant in enumerate(tenants)]
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()

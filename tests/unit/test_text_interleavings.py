@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,18 @@ from ipc.messages import (
     CancelRequests,
     Delivered,
     Ended,
+    FinishReason,
     GatewayToClient,
     Opened,
     Outputs,
     Refused,
     StepOutputs,
     Tokenize,
+    Withdraw,
+    Withdrawn,
 )
 from ipc.sampling import SamplingParams
+from ipc.scheduling import SchedulingParams
 from tests.unit.gateway_tools import TOKENIZERS, bootstrap, generate
 from tests.unit.text_tools import byte_level_tokenizer
 from workers.detokenizer.core import Detokenizer
@@ -42,10 +47,14 @@ class Engine:
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
         self.now = 0.0
-        self.gateway = Gateway(bootstrap(max_open_requests=6), dict)
+        self.policy = draw.choice(["fifo", "priority", "fair"])
+        policy = {"policy": self.policy, "queue_timeout_s": draw.choice([None, 15.0])}
+        self.gateway = Gateway(bootstrap(max_open_requests=6, policy=policy), dict)
         self.detokenizer = Detokenizer(NEW_DECODER, client_window=3)
         self.arrows: dict[str, deque[Any]] = {}
         self.running: dict[int, int] = {}  # in the scheduler: tokens still to come
+        self.withdrawn: set[int] = set()  # to be declined there when they arrive
+        self.deadlines: list[tuple[int, range]] = []  # there
         self.clients = [bytes([number]) for number in range(NUM_CLIENTS)]  # those that are there
         self.unread = dict.fromkeys(self.clients, 0)
         self.unreachable: set[bytes] = set()
@@ -68,7 +77,13 @@ class Engine:
         self.waiting[request_id] = client
         bad = self.draw.random() < 0.1
         params = SamplingParams(n=self.draw.choice([1, 1, 3]))
-        message = generate(request_id, params=params, stream=self.draw.random() < 0.7, prompt="" if bad else "x")
+        scheduling = SchedulingParams(
+            priority=self.draw.randint(-1, 1) if self.policy == "priority" else 0,
+            tenant=self.draw.choice("ab"),
+            deadline_s=self.draw.choice([None, 0.5, 20]),
+        )
+        stream, prompt = self.draw.random() < 0.7, "" if bad else "x"
+        message = generate(request_id, params=params, scheduling=scheduling, stream=stream, prompt=prompt)
         self.put(f"client>gateway {client!r}", (client, encode(message)))
 
     def cancel(self, client: bytes) -> None:
@@ -129,9 +144,12 @@ class Engine:
         if source == "client":
             self.gateway.client_frames(message[0], [message[1]], self.now)
         elif arrow == "tokenizer>gateway":
-            self.gateway.tokenizer_done(*message)
+            self.gateway.tokenizer_done(*message, self.now)
         elif arrow == "scheduler>gateway":
-            self.gateway.accepted(message)
+            if isinstance(message, Withdrawn):
+                self.gateway.withdrawn(message.keys, self.now)
+            else:
+                self.gateway.accepted(message)
         elif arrow == "detokenizer>gateway":
             self.gateway.delivery(*message, self.now)
         elif target.startswith("tokenizer."):
@@ -141,7 +159,12 @@ class Engine:
         elif target == "detokenizer":
             self.detokenizer.handle(message)
         elif isinstance(message, CancelRequests):
-            self.end([key for key in message.keys if self.running.pop(key, None) is not None])
+            self.withdrawn.difference_update(message.keys)
+            self.end(message.keys)
+        elif isinstance(message, Withdraw):
+            withdrawn = [key for key in message.keys if key not in self.running]
+            self.withdrawn.update(withdrawn)
+            self.put("scheduler>gateway", Withdrawn(keys=withdrawn))
         else:
             self.admit(message)
         self.flush()
@@ -149,6 +172,9 @@ class Engine:
     # Scheduler and detokenizer
 
     def admit(self, request: Tokenize) -> None:
+        if request.key in self.withdrawn:
+            self.withdrawn.discard(request.key)
+            return
         self.put("scheduler>gateway", [request.key])
         stop = self.draw.choice([[], ["e"]])
         if self.draw.random() < 0.1:
@@ -156,13 +182,25 @@ class Engine:
             refused = Ended(request.key, "error", "invalid_request", "too long")
             self.put("scheduler>detokenizer", StepOutputs(opened=[opened], ended=[refused]))
         else:
-            for sample in range(request.params.n):
-                self.running[request.key + sample] = self.draw.randint(1, 6)
+            keys = range(request.key, request.key + request.params.n)
+            for key in keys:
+                self.running[key] = self.draw.randint(1, 6)
             opened = Opened(request.key, request.route, stop, 1, None, request.params.n)
             self.put("scheduler>detokenizer", StepOutputs(opened=[opened]))
+            if request.deadline_ns:
+                self.deadlines.append((request.deadline_ns, keys))
+            self.expire()
 
-    def end(self, keys: list[int]) -> None:
-        self.put("scheduler>detokenizer", StepOutputs(ended=[Ended(key, "cancelled") for key in keys]))
+    def end(self, keys: Iterable[int], reason: FinishReason = "cancelled") -> None:
+        ended = [Ended(key, reason) for key in keys if self.running.pop(key, None) is not None]
+        self.put("scheduler>detokenizer", StepOutputs(ended=ended))
+
+    def expire(self) -> None:
+        """The scheduler's own timers."""
+        due = [(at_ns, keys) for at_ns, keys in self.deadlines if at_ns <= self.now * 1e9]
+        for entry in due:
+            self.deadlines.remove(entry)
+            self.end(entry[1], "deadline")
 
     def step(self) -> None:
         keys = [key for key in self.running if self.draw.random() < 0.7]
@@ -188,6 +226,7 @@ class Engine:
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
+        self.expire()
         self.gateway.tick(self.now)
         self.flush()
 
@@ -236,6 +275,7 @@ def test_every_request_gets_exactly_one_final_answer_whatever_comes_late(block: 
         assert set(engine.waiting) <= engine.lost, f"seed {seed}: no final answer"
         assert set(engine.num_finals.values()) <= {1}, f"seed {seed}: several final answers"
         assert engine.detokenizer.num_open == 0, f"seed {seed}"
+        assert not engine.withdrawn, f"seed {seed}: the scheduler waits for requests that will not come"
         engine.come_to_rest()
         assert len(engine.gateway.table.clients) == 0, f"seed {seed}: clients are left"
         assert engine.detokenizer.num_clients == 0, f"seed {seed}: clients are left in the detokenizer"

@@ -21,6 +21,7 @@ from ipc.channels import connect_dealer, send
 from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Opened, Query, Route, Stats, StepOutputs
 from ipc.records import FinishCode
 from ipc.sampling import SamplingParams
+from ipc.scheduling import SchedulingParams
 from ipc.stats import StatsPage
 from tests.unit.gateway_tools import generate
 from tests.unit.text_frames import bad_frame
@@ -133,6 +134,31 @@ def test_a_vanished_clients_requests_are_cancelled_within_seconds(engine: TextEn
     stays.finish("hold0")
     assert stays.finals["hold0"].finish_reason == "cancelled"
     assert len(engine.scheduler.cancelled) == 2
+
+
+def test_time_and_cancellations_hold_while_a_tokenizer_makes_no_progress(engine: TextEngine) -> None:
+    client = engine.client()
+    tokenizer = engine.workers["tokenizer.0"]
+    os.kill(tokenizer.pid, signal.SIGSTOP)
+    try:
+        scheduling = SchedulingParams(deadline_s=0.3)
+        names = [f"late{number}" for number in range(6)]  # some of them with the tokenizer, and some behind
+        for name in names:
+            client.say(generate(name, prompt="the fox", params=ONE, scheduling=scheduling))
+        client.finish(*names)
+        assert {client.finals[name].finish_reason for name in names} == {"deadline"}
+        for number in range(2):  # which wait where those were: the tokenizer has not given them back
+            client.say(generate(f"cancelled{number}", prompt="the fox", params=ONE))
+            client.say(Cancel(request_id=f"cancelled{number}"))
+        client.finish("cancelled0", "cancelled1")
+        wait_until(lambda: engine.count("num_open") == engine.count("num_waiting") == 0, "nothing to be left")
+        assert engine.count("num_deadline") == len(names)
+        client.say(generate("good", prompt="the fox", params=ONE))
+    finally:
+        os.kill(tokenizer.pid, signal.SIGCONT)
+    client.finish("good")
+    assert client.texts["good"] == "the fox"
+    assert len(engine.scheduler.echoed) == 1
 
 
 def test_a_client_that_floods_and_never_reads_costs_little_memory_and_disturbs_nobody(engine: TextEngine) -> None:

@@ -55,7 +55,9 @@ def encoder(folder: str, *, max_model_len: int = 200, vocab_size: int = 500) -> 
 
 
 def request(params: SamplingParams | None = None, **source: Any) -> Tokenize:
-    return Tokenize(key=1, route=Route(b"c", "r", False), params=params or SamplingParams(max_tokens=1), **source)
+    return Tokenize(
+        key=1, route=Route(b"c", "r", False), params=params or SamplingParams(max_tokens=1), arrived_ns=5, **source
+    )
 
 
 def failure(encoded: Encoded) -> str:

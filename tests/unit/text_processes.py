@@ -34,6 +34,8 @@ from ipc.messages import (
     Stop,
     Tokenized,
     ToScheduler,
+    Withdraw,
+    Withdrawn,
     WorkerToLauncher,
 )
 from ipc.messages import Final as FinalAnswer
@@ -80,6 +82,8 @@ class EchoScheduler(threading.Thread):
         self.tokenizer_doorbell = tokenizer_doorbell
         self.held: set[int] = set()
         self.cancelled: list[int] = []
+        self.echoed: set[int] = set()
+        self.withdrawn: set[int] = set()  # to be declined when they arrive
         self.may_release = threading.Event()  # the records of prompts
         self.may_release.set()
         self.is_over = threading.Event()
@@ -90,6 +94,10 @@ class EchoScheduler(threading.Thread):
             for _, message in receive_from(self.inbox, ToScheduler):
                 if isinstance(message, CancelRequests):
                     self._cancel(message.keys)
+                elif isinstance(message, Withdraw):
+                    withdrawn = [key for key in message.keys if key not in self.echoed]
+                    self.withdrawn.update(withdrawn)
+                    send_to(self.inbox, b"gateway", Withdrawn(keys=withdrawn))
                 else:
                     self._echo(message)
         self.inbox.close(0)
@@ -102,10 +110,14 @@ class EchoScheduler(threading.Thread):
         send(self.detokenizer, StepOutputs(ended=[Ended(key, "cancelled") for key in found]))
 
     def _echo(self, request: Tokenized) -> None:
+        if request.key in self.withdrawn:
+            self.ring.release_through(request.ticket)
+            return
         opened = Opened(request.key, request.route, request.params.stop, request.num_prompt_tokens, None)
         accepted = Accepted(keys=[request.key])
         while not send_to(self.inbox, b"gateway", accepted):  # it may not be connected yet
             self.inbox.poll(1)
+        self.echoed.add(request.key)
         if request.error_code:
             ended = Ended(request.key, "error", request.error_code, request.error_message)
             send(self.detokenizer, StepOutputs(opened=[opened], ended=[ended]))

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from ipc.stats import StatsHandle
+from workers.policies import PolicyConfig
 from workers.process import WorkerBootstrap
 
 UNCREDITED_ANSWERS: Final = 1_024  # of queries, probes and refusals that a client may leave unread
@@ -20,7 +21,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             also where a client without an endpoint looks.
         max_open_requests: of one client; more are refused at once. One of n samples counts n times.
         max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
-            1,280 bytes and more for each (`prompt_queue.held_bytes`); more are refused at once.
+            1,408 bytes and more for each (`PromptQueue.held_bytes`); more are refused at once.
         slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
             cancelled, and new ones refused until it does take something in.
         drain_timeout_s: how long a draining engine waits for open requests.
@@ -41,7 +42,9 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str  # the engine's private folder; removed here if the launcher dies before it could
     model_name: str
     max_model_len: int
+    policy: PolicyConfig
     tokenizer_window: int  # Tokenize messages under way to one tokenizer
+    tokenizer_window_bytes: int  # of these; one that exceeds the bound is the last
     client_window: int  # Outputs messages under way to one client
     tokenize_endpoint: str  # ROUTER, bound here: tokenizers connect under their role
     deliver_endpoint: str  # ROUTER, bound here: the detokenizer connects

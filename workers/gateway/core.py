@@ -2,20 +2,22 @@
 
     QUEUED --dispatch--> TOKENIZING --Accepted--> ACCEPTED --Delivery--> closed
       |                      |                       |
-    answered here     remembered until Accepted   CancelRequests            (a cancellation, or a client that is gone)
+    answered here         Withdraw             CancelRequests        (cancelled, its client gone, or out of time)
+                             |
+            Withdrawn: answered here; Accepted: go on as ACCEPTED
 
 Final answers come from the detokenizer, in frames that pass unread. The gateway answers by itself only what the
-detokenizer never hears of (a cancelled QUEUED request), or what it will not be listened to any more (a dropped client,
-an engine that fails): so every request that was taken gets exactly one.
+detokenizer never hears of (a request that ends while it is QUEUED, or is Withdrawn), or what it will not be listened to
+any more (a dropped client, an engine that fails): so every request that was taken gets exactly one. Only the scheduler
+knows whether a request that is TOKENIZING has reached it. From then on, the scheduler watches the request's time.
 """
 
 from __future__ import annotations
 
 import enum
-import itertools
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -38,25 +40,23 @@ from ipc.messages import (
     Outputs,
     Query,
     Refused,
-    Route,
     Stats,
-    Tokenize,
     cancel_requests,
 )
 from ipc.messages import (
     Final as FinalAnswer,
 )
 from ipc.sampling import MAX_SEED
+from workers.gateway.clearing import CacheClears
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.prompt_queue import PromptQueue, held_bytes
+from workers.gateway.intake import Ends, Intake
 from workers.gateway.table import Client, Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S: Final = 1.0
 MAX_ANSWERED: Final = 8_192  # requests in one Outputs of our own
-MAX_CLEARING: Final = 64  # ClearCache messages of one client that the scheduler has not answered
 
 
 class Peer(enum.Enum):
@@ -89,20 +89,18 @@ class Gateway:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.num_received = 0
         self.num_refused = 0
+        self.num_queue_full = 0  # of these
         self.num_finished = 0
         self.num_cancelled = 0
+        self.num_out_of_time: Counter[str] = Counter()  # before they reached the scheduler, by finish reason
         self._bootstrap = bootstrap
         self._snapshot_stats = snapshot_stats
         self._detail = "the engine's workers are starting"
-        self._queue = PromptQueue(bootstrap.frontend.max_queued_bytes)  # of the QUEUED requests
-        self._under_way: dict[bytes, int] = {}  # Tokenize messages, by tokenizer
-        self._tokenizer_of: dict[int, bytes] = {}  # of each of these
-        self._clearing: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by ours
-        self._num_clearing: Counter[bytes] = Counter()  # by client
+        self._intake = Intake(bootstrap, self.table)
+        self._clears = CacheClears()
         # Clients that were dropped because they take in nothing, and the outputs that had no room in their queues. They
         # may ask for nothing new before they take something in: each stay could leave another window of outputs unread.
         self._deaf: dict[bytes, list[Outputs | bytes]] = {}
-        self._clear_ids = itertools.count(1)
         self._cancels: list[int] = []
         self._outbox: list[Send] = []
         self._next_probe = 0.0
@@ -114,13 +112,25 @@ class Gateway:
         for cancels in cancel_requests(self._cancels):
             self._send(Peer.SCHEDULER, cancels)
         self._cancels = []
+        if (withdraw := self._intake.take_withdraws()) is not None:
+            self._send(Peer.SCHEDULER, withdraw)
         outbox, self._outbox = self._outbox, []
         return outbox
 
-    def timeout_s(self) -> float | None:
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a tokenizer."""
+        return len(self._intake.queue)
+
+    def timeout_s(self, now: float) -> float | None:
         """How long `tick` may wait; None: until something happens."""
-        is_watching = self.table.clients or self._deaf or self._drain_deadline != float("inf")
-        return PROBE_INTERVAL_S if is_watching else None
+        times = [self._drain_deadline]
+        if self.table.clients or self._deaf:
+            times.append(now + PROBE_INTERVAL_S)
+        if self._intake.first_timer_ns is not None:
+            times.append(self._intake.first_timer_ns / 1e9)
+        first = min(times)
+        return None if first == float("inf") else max(0.0, first - now)
 
     def _send(self, peer: Peer, message: Any, identity: bytes = b"") -> None:
         self._outbox.append(Send(peer, identity, message))
@@ -149,7 +159,7 @@ class Gateway:
             self._answer_open_requests(client, EngineUnavailable(error_message))
         self.num_finished += len(self.table)
         self.table.clear()
-        self._queue.clear()
+        self._intake.clear()
         self._say_drained_if_so()
 
     def _say_drained_if_so(self) -> None:
@@ -172,7 +182,8 @@ class Gateway:
             elif isinstance(message, Query):
                 self._answer_query(identity, message)
             elif isinstance(message, ClearCache):
-                self._clear_cache(identity, message.query_id)
+                clear_id = self._clears.add(identity, message.query_id, _ns(now))
+                self._send(Peer.SCHEDULER, ClearCache(query_id=clear_id))
             elif isinstance(message, Cancel):
                 self._cancel(identity, message.request_id, now)
             else:
@@ -184,49 +195,52 @@ class Gateway:
 
     def _refuse(self, identity: bytes, request_id: str, error: RingfeedError) -> None:
         self.num_refused += 1
+        self.num_queue_full += isinstance(error, QueueFull)
         logger.debug("refused %s: %s", request_id or "a message", error)
         text = str(error)[:MAX_ERROR_CHARS]
-        refused = Refused(request_id=request_id, error_code=error.code, error_message=text)
+        refused = Refused(
+            request_id=request_id, error_code=error.code, error_message=text, retry_after_s=error.retry_after_s
+        )
         self._send(Peer.CLIENT, refused, identity)
 
     def _generate(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         if identity in self._deaf:
-            raise QueueFull("this client was dropped and has taken in no output since (`Delivered` says that it has)")
+            raise QueueFull(
+                "this client was dropped and has taken in no output since (`Delivered` says that it has)",
+                PROBE_INTERVAL_S,  # what it has not taken in is sent again by then
+            )
+        priority = message.scheduling.priority
+        if priority and self._bootstrap.policy.policy != "priority":
+            raise InvalidRequest(
+                f"priority ({priority}) has no effect in this engine: leave it out, or start the engine with "
+                'scheduler.policy = "priority"'
+            )
         client = self.table.client(identity)
-        params = message.params
+        params, now_ns = message.params, _ns(now)
         limit = self._bootstrap.frontend.max_open_requests
         if params.n > limit:
             raise InvalidRequest(f"n ({params.n}) is more than frontend.max_open_requests ({limit})")
         if client is not None:
             if message.request_id in client.keys:
                 raise InvalidRequest(f"request_id ({message.request_id!r}) is that of a request that is still open")
-            if client.num_samples + params.n > limit:
+            num_over = client.num_samples + params.n - limit
+            if num_over > 0:
+                retry_s = client.departures.retry_after_s(num_over, now_ns)
                 raise QueueFull(
                     f"{client.num_samples} requests of this client are open, and {limit} may be, each sample counted: "
-                    "wait for one to end"
+                    f"wait for one to end, or try again in {retry_s:g} s",
+                    retry_s,
                 )
-        num_bytes = held_bytes(message, frame_bytes)
-        self._queue.check_room(num_bytes)
+        num_bytes = self._intake.queue.held_bytes(message, frame_bytes)
+        self._intake.queue.check_room(num_bytes, now_ns)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
-        deadline_s = message.scheduling.deadline_s
-        request = self.table.open(identity, message.request_id, params.n)
-        assert request.client is not None, "a new request has its client"
-        tokenize = Tokenize(
-            key=request.key,
-            route=Route(request.client.name, message.request_id, message.stream),
-            params=params,
-            prompt=message.prompt,
-            chat=message.chat,
-            token_ids=message.token_ids,
-            cache_salt=message.cache_salt,
-            scheduling=message.scheduling,
-            deadline_ns=0 if deadline_s is None else round((now + deadline_s) * 1e9),
-        )
-        self._queue.add(tokenize, num_bytes)
-        self._dispatch()
+        num_prompt_tokens = len(message.token_ids or b"") // 4
+        request = self.table.open(identity, message.request_id, params.n, now_ns, num_prompt_tokens)
+        self._intake.add(request, message, params, frame_bytes, num_bytes, now_ns)
+        self._dispatch(now)
 
     def _answer_query(self, identity: bytes, query: Query) -> None:
         if query.what == "stats":
@@ -243,21 +257,9 @@ class Gateway:
         )
         self._send(Peer.CLIENT, health, identity)
 
-    def _clear_cache(self, identity: bytes, query_id: int) -> None:
-        """Passed on under a number of our own: clients' numbers may be the same."""
-        if self._num_clearing[identity] >= MAX_CLEARING:
-            raise QueueFull(f"{MAX_CLEARING} ClearCache messages of this client are not answered yet: wait for one")
-        clear_id = next(self._clear_ids)
-        self._clearing[clear_id] = identity, query_id
-        self._num_clearing[identity] += 1
-        self._send(Peer.SCHEDULER, ClearCache(query_id=clear_id))
-
-    def cache_cleared(self, clear_id: int) -> None:
+    def cache_cleared(self, clear_id: int, now: float) -> None:
         """The scheduler has emptied its cache."""
-        identity, query_id = self._clearing.pop(clear_id)
-        self._num_clearing[identity] -= 1
-        if not self._num_clearing[identity]:
-            del self._num_clearing[identity]
+        identity, query_id = self._clears.done(clear_id, _ns(now))
         self._send(Peer.CLIENT, CacheCleared(query_id=query_id), identity)
 
     def _cancel(self, identity: bytes, request_id: str, now: float) -> None:
@@ -270,10 +272,8 @@ class Gateway:
         self.num_cancelled += 1
         if request.state is RequestState.ACCEPTED:
             self._cancels += request.keys
-        elif request.state is RequestState.QUEUED:
-            self._queue.remove(request.key)
-            self._answer(client, [request_id], FinalAnswer("cancelled", 0, 0), now)
-            self._close(request)
+        else:
+            self._end(self._intake.stop([(request, "cancelled")]), now)
 
     def _credit(self, identity: bytes, delivered: Delivered, now: float) -> None:
         """The client has taken in some `Outputs`. Nobody gets credit for more than was sent."""
@@ -294,24 +294,37 @@ class Gateway:
             self._send(Peer.DETOKENIZER, ClientCredit(client=client.name, count=count - own))
         self.table.forget_if_idle(client)
 
+    def _end(self, ends: Ends, now: float) -> None:
+        """Answer requests of which the detokenizer never hears, and close them."""
+        answers: defaultdict[Client, list[tuple[str, FinalAnswer]]] = defaultdict(list)
+        for request, reason in ends:
+            if reason in ("deadline", "queue_timeout"):
+                self.num_out_of_time[reason] += 1
+            if request.client is not None:
+                answers[request.client].append((request.request_id, FinalAnswer(reason, request.num_prompt_tokens, 0)))
+        for client, finals in answers.items():
+            self._answer(client, finals, now)
+        for request, _ in ends:
+            self._close(request, now)
+
     def _answer_open_requests(self, client: Client, error: RingfeedError) -> None:
         """Errors for all of a client's open requests; the caller takes them out of the table."""
         final = FinalAnswer("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
-        request_ids = list(client.keys)
-        for start in range(0, len(request_ids), MAX_ANSWERED):
-            self._answer(client, request_ids[start : start + MAX_ANSWERED], final, client.last_progress)
+        self._answer(client, [(request_id, final) for request_id in client.keys], client.last_progress)
 
-    def _answer(self, client: Client, request_ids: list[str], final: FinalAnswer, now: float) -> None:
-        """The same final answer to some requests, in the gateway's own words."""
-        outputs = Outputs(
-            request_ids=request_ids,
-            texts=[""] * len(request_ids),
-            num_token_ids=bytes(4 * len(request_ids)),
-            token_ids=b"",
-            finals=[(index, final) for index in range(len(request_ids))],
-        )
-        client.num_own_outputs += 1
-        self._send_outputs(client, outputs, now)
+    def _answer(self, client: Client, finals: list[tuple[str, FinalAnswer]], now: float) -> None:
+        """Final answers to some requests, in the gateway's own words."""
+        for start in range(0, len(finals), MAX_ANSWERED):
+            part = finals[start : start + MAX_ANSWERED]
+            outputs = Outputs(
+                request_ids=[request_id for request_id, _ in part],
+                texts=[""] * len(part),
+                num_token_ids=bytes(4 * len(part)),
+                token_ids=b"",
+                finals=[(index, final) for index, (_, final) in enumerate(part)],
+            )
+            client.num_own_outputs += 1
+            self._send_outputs(client, outputs, now)
 
     def _send_outputs(self, client: Client, outputs: Outputs | bytes, now: float) -> None:
         if client.num_outputs == 0:
@@ -350,46 +363,41 @@ class Gateway:
     def _drop(self, client: Client) -> None:
         self._send(Peer.DETOKENIZER, ClientGone(client=client.name))
         for request in self.table.forget(client):
-            if not request.is_cancelled:
-                request.is_cancelled = True
-                self.num_cancelled += 1
-                if request.state is RequestState.ACCEPTED:
+            is_new = not request.is_cancelled
+            request.is_cancelled = True
+            self.num_cancelled += is_new
+            if request.state is RequestState.ACCEPTED:
+                if is_new:
                     self._cancels += request.keys
-            if request.state is RequestState.QUEUED:
-                self._queue.remove(request.key)
-            if request.state is not RequestState.TOKENIZING:  # those must be remembered until they can be cancelled
                 self._close(request)
+            else:  # what a tokenizer has must be remembered until it is known to run nowhere
+                for ended, _ in self._intake.stop([(request, "cancelled")]):
+                    self._close(ended)
 
-    def _close(self, request: Request) -> None:
+    def _close(self, request: Request, now: float | None = None) -> None:
+        """`now` counts only for a request that still has a client."""
         self.num_finished += 1
+        if request.client is not None and now is not None:
+            request.client.departures.leave(_ns(now), len(request.keys))
         self.table.close(request)
         self._say_drained_if_so()
 
     # The other workers
 
-    def tokenizer_done(self, identity: bytes, key: int) -> None:
+    def tokenizer_done(self, identity: bytes, key: int, now: float) -> None:
         """A tokenizer has handed on a request, or (key 0) is there."""
-        self._under_way.setdefault(identity, 0)
-        if self._tokenizer_of.pop(key, None) is not None:
-            self._under_way[identity] -= 1
-        self._dispatch()
+        self._intake.tokenizer_done(identity, key)
+        self._dispatch(now)
 
-    def _dispatch(self) -> None:
-        """Give queued requests to the tokenizers, each to the one that has the fewest."""
-        while self._queue and self._under_way:
-            identity = min(self._under_way, key=self._under_way.__getitem__)
-            if self._under_way[identity] >= self._bootstrap.tokenizer_window:
-                return
-            message = self._queue.pop_oldest()
-            request = self.table.request(message.key)
-            assert request is not None, f"request {message.key} is queued and not in the table"
-            request.state = RequestState.TOKENIZING
-            self._under_way[identity] += 1
-            self._tokenizer_of[message.key] = identity
+    def _dispatch(self, now: float) -> None:
+        """Give the tokenizers as many prompts as they have room for, none of them out of time."""
+        self._expire(now)
+        for identity, message in self._intake.dispatch(_ns(now)):
             self._send(Peer.TOKENIZER, message, identity)
 
     def accepted(self, keys: Iterable[int]) -> None:
-        """The scheduler has these requests: cancellations that came before can be passed on."""
+        """The scheduler has these requests: it looks after their time, and cancellations that came before can be
+        passed on."""
         for key in keys:
             request = self.table.request(key)
             if request is None:  # ended already
@@ -399,6 +407,12 @@ class Gateway:
                 self._cancels += request.keys
                 if request.client is None:
                     self._close(request)
+
+    def withdrawn(self, keys: Iterable[int], now: float) -> None:
+        """The scheduler does not have these requests, and will decline them when they arrive."""
+        ended, over = self._intake.withdrawn(keys)
+        self._cancels += over
+        self._end(ended, now)
 
     def delivery(self, head: Delivery, frames: list[bytes], now: float) -> None:
         """The detokenizer's news: one encoded frame for each client that the head names."""
@@ -412,12 +426,21 @@ class Gateway:
             for key in finished:
                 request = self.table.request(key)
                 if request is not None:
-                    self._close(request)
+                    self._close(request, now)
 
     # Time
 
+    def _expire(self, now: float) -> None:
+        """End the requests whose time runs out before they reach the scheduler."""
+        if due := self._intake.take_due(_ns(now)):
+            self._end(self._intake.stop(due), now)
+
     def tick(self, now: float) -> None:
-        """Look after clients that have vanished or stopped reading. Call at least as often as `timeout_s` says."""
+        """End what is out of time, and look after clients that have vanished or stopped reading.
+
+        Call at least as often as `timeout_s` says.
+        """
+        self._expire(now)
         if now >= self._drain_deadline:
             self._drain_deadline = float("inf")
             self._answer_all("the engine was stopped before this request was finished")
@@ -441,3 +464,8 @@ class Gateway:
             if not outputs:
                 self._send(Peer.CLIENT, Alive(), identity)
             outputs.clear()
+
+
+def _ns(now: float) -> int:
+    """Seconds as the nanoseconds of messages and timers."""
+    return round(now * 1e9)

@@ -5,27 +5,32 @@ from __future__ import annotations
 import enum
 from collections.abc import ValuesView
 
+from ipc.messages import FinishReason
+from workers.drain_rate import DrainRate
+
 
 class RequestState(enum.Enum):
     """How far a request is; what a cancellation has to do depends on it."""
 
     QUEUED = "queued"  # here
-    TOKENIZING = "tokenizing"  # on its way to the scheduler, which does not know it yet
+    TOKENIZING = "tokenizing"  # on its way to the scheduler, which may not know it yet: a Withdraw stops it there
     ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
 
 
 class Request:
     """An open request. `client` None: its client has gone, and it is to be cancelled as soon as that can be."""
 
-    __slots__ = ("client", "is_cancelled", "key", "keys", "request_id", "state")
+    __slots__ = ("client", "is_cancelled", "key", "keys", "num_prompt_tokens", "request_id", "state", "withdrawn_as")
 
-    def __init__(self, key: int, num_samples: int, client: Client, request_id: str) -> None:
+    def __init__(self, key: int, num_samples: int, client: Client, request_id: str, num_prompt_tokens: int) -> None:
         self.key = key
         self.keys = range(key, key + num_samples)  # of its samples
         self.client: Client | None = client
         self.request_id = request_id
+        self.num_prompt_tokens = num_prompt_tokens  # 0: nobody knows before it is tokenized
         self.state = RequestState.QUEUED
         self.is_cancelled = False
+        self.withdrawn_as: FinishReason | None = None  # why, if a Withdraw was sent
 
 
 class Client:
@@ -36,7 +41,8 @@ class Client:
     """
 
     __slots__ = (
-        "identity", "keys", "last_progress", "name", "num_outputs", "num_own_outputs", "num_samples", "was_sent_to",
+        "departures", "identity", "keys", "last_progress", "name", "num_outputs", "num_own_outputs", "num_samples",
+        "was_sent_to",
     )  # fmt: skip
 
     def __init__(self, identity: bytes, name: bytes) -> None:
@@ -44,6 +50,7 @@ class Client:
         self.name = name  # in routes
         self.keys: dict[str, int] = {}  # of its open requests, by request_id
         self.num_samples = 0  # of all of these
+        self.departures = DrainRate()  # of samples
         self.num_outputs = 0  # sent, and not taken in yet
         self.num_own_outputs = 0  # of these, those that the detokenizer knows nothing of
         self.last_progress = 0.0  # when it last took something in, or began to owe that
@@ -76,14 +83,18 @@ class RequestTable:
     def request(self, key: int) -> Request | None:
         return self._requests.get(key)
 
-    def open(self, identity: bytes, request_id: str, num_samples: int) -> Request:
+    def open(
+        self, identity: bytes, request_id: str, num_samples: int, now_ns: int, num_prompt_tokens: int = 0
+    ) -> Request:
         """Enter a new request, and its client if it has none open."""
         client = self._by_identity.get(identity)
         if client is None:
             self._last_name += 1
             client = Client(identity, self._last_name.to_bytes(8, "big"))
             self._by_identity[identity] = self._by_name[client.name] = client
-        request = Request(self._last_key + 1, num_samples, client, request_id)
+        if not client.num_samples:
+            client.departures.begin(now_ns)
+        request = Request(self._last_key + 1, num_samples, client, request_id, num_prompt_tokens)
         self._last_key += num_samples
         self._requests[request.key] = request
         client.keys[request_id] = request.key

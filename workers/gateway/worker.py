@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ from ipc.channels import (
 )
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import ConfigError, EngineUnavailable
-from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone
+from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone, Withdrawn
 from ipc.stats import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, send_mark
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_TURN_S: Final = 0.002  # of clients' messages between two looks at the engine's: a flood delays no output by more
 RECEIVE_MARK: Final = 16  # messages of one client that are read ahead; each may have a large prompt
+MAX_SLEEP_MS: Final = 3_600_000  # a poll takes no time-outs of months
 _IPC: Final = "ipc://"
 _LAUNCHER_DIED = "the engine's launcher died"
 
@@ -102,8 +104,8 @@ class GatewayWorker:
         core, trace = self.core, self.process.trace
         self.process.ready()
         while True:
-            timeout_s = core.timeout_s()
-            ready = self.process.wait(None if timeout_s is None else int(timeout_s * 1_000))
+            timeout_s = core.timeout_s(time.monotonic())
+            ready = self.process.wait(None if timeout_s is None else min(MAX_SLEEP_MS, math.ceil(timeout_s * 1_000)))
             now = time.monotonic()
             for frames in receive_frames(self.deliveries):
                 with trace[Span.DELIVER]:
@@ -111,10 +113,12 @@ class GatewayWorker:
             for message in receive(self.scheduler, SchedulerToGateway):
                 if isinstance(message, Accepted):
                     core.accepted(message.keys)
+                elif isinstance(message, Withdrawn):
+                    core.withdrawn(message.keys, now)
                 else:
-                    core.cache_cleared(message.query_id)
+                    core.cache_cleared(message.query_id, now)
             for identity, done in receive_from(self.tokenizers, TokenizeDone):
-                core.tokenizer_done(identity, done.key)
+                core.tokenizer_done(identity, done.key, now)
             turn_ends = time.monotonic() + CLIENT_TURN_S
             for frames in receive_frames(self.clients):  # a message of each client in turn
                 with trace[Span.REQUEST]:
@@ -163,6 +167,10 @@ class GatewayWorker:
         stats.num_refused[0] = core.num_refused
         stats.num_finished[0] = core.num_finished
         stats.num_cancelled[0] = core.num_cancelled
+        stats.num_waiting[0] = core.num_waiting
+        stats.num_queue_full[0] = core.num_queue_full
+        stats.num_deadline[0] = core.num_out_of_time["deadline"]
+        stats.num_queue_timeout[0] = core.num_out_of_time["queue_timeout"]
 
     def _end_without_launcher(self) -> None:
         self.core.abort(_LAUNCHER_DIED)

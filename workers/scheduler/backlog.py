@@ -6,34 +6,28 @@ that wait is the policy's.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from typing import Final
 
 from ipc.errors import QueueFull
 from ipc.messages import Ended, Tokenized
+from workers.drain_rate import DrainRate
+from workers.policies import Policy, RankedRequests
 from workers.scheduler.arrays import IntArray
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.policies import Policy, RankedRequests
 from workers.scheduler.request import Request
-
-MIN_RETRY_S: Final = 0.1
-MAX_RETRY_S: Final = 60.0
-UNKNOWN_RETRY_S: Final = 1.0  # before anybody has come in
-NUM_RECENT: Final = 64  # admissions from which the rate is taken
 
 
 class Backlog:
     """`clock` gives nanoseconds."""
 
-    def __init__(self, config: SchedulerConfig, policy: Policy, clock: Callable[[], int]) -> None:
+    def __init__(self, config: SchedulerConfig, policy: Policy[Request], clock: Callable[[], int]) -> None:
         self.num_waiting_tokens = 0
         self._max_num_waiting = config.max_num_waiting
         self._max_num_waiting_tokens = config.max_num_waiting_tokens
         self._policy = policy
-        self._preempted = RankedRequests()
+        self._preempted: RankedRequests[Request] = RankedRequests()
         self._clock = clock
-        self._admitted_ns: deque[int] = deque(maxlen=NUM_RECENT)
+        self._admissions = DrainRate()
 
     def __len__(self) -> int:
         return self.num_waiting + self.num_preempted
@@ -64,7 +58,7 @@ class Backlog:
             )
         else:
             return None
-        retry_s = self._retry_after_s()
+        retry_s = self._admissions.retry_after_s(num, self._clock())  # when those that wait now have been admitted
         return Ended(
             key=message.key,
             finish_reason="error",
@@ -74,6 +68,8 @@ class Backlog:
         )
 
     def add(self, request: Request) -> None:
+        if not self.num_waiting:
+            self._admissions.begin(self._clock())
         self._policy.add(request)
         self.num_waiting_tokens += request.num_prompt
 
@@ -100,7 +96,7 @@ class Backlog:
             return
         self._policy.admit(request)
         self.num_waiting_tokens -= request.num_prompt
-        self._admitted_ns.append(self._clock())
+        self._admissions.leave(self._clock())
 
     def sampled(self, rows: IntArray) -> None:
         """A step computes one new token for each of these rows."""
@@ -112,10 +108,3 @@ class Backlog:
             self.num_waiting_tokens -= request.num_prompt
         self._preempted.remove(request)
         self._policy.end(request)
-
-    def _retry_after_s(self) -> float:
-        """How long those that wait take to come in, at the rate of the last that did."""
-        if not self._admitted_ns:
-            return UNKNOWN_RETRY_S
-        elapsed_s = (self._clock() - self._admitted_ns[0]) / 1e9
-        return round(min(MAX_RETRY_S, max(MIN_RETRY_S, self.num_waiting * elapsed_s / len(self._admitted_ns))), 1)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from ipc.records import StepShape
 from ipc.ring import RingHandle
+from workers.policies import PolicyConfig
 from workers.process import WorkerBootstrap
 
 
-class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[scheduler]: bounds on what runs and what waits.
+class SchedulerConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[scheduler]: bounds on what runs and what waits; `PolicyConfig` has the rest of the section.
 
     Args:
         max_num_seqs: sequences that hold a row (running or preempted) at a time.
@@ -21,11 +20,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         max_num_waiting: requests that may wait for a row, each of n samples counted; one more is refused at once.
         max_num_waiting_tokens: of their prompts, together; None = no bound. A prompt that finds nobody waiting is taken
             whatever its length.
-        queue_timeout_s: a request that has waited so long for a row ends unserved; None = it may wait for ever.
-        policy: who comes in next: "fifo" = in order of arrival; "priority" = the highest priority, which grows with
-            waiting; "fair" = tenants take turns, each worth the same number of tokens.
-        priority_aging_s: of "priority": so long a wait is worth one more of priority.
-        fair_quantum: of "fair": tokens of a turn.
         max_itl_ms: time between two tokens of a stream that prompts computed beside it should not exceed: they are cut
             into chunks that fit, by what steps have been found to take. None = chunks fill max_num_batched_tokens.
     """
@@ -35,10 +29,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_model_len: int | None = None
     max_num_waiting: int = 16_384
     max_num_waiting_tokens: int | None = None
-    queue_timeout_s: float | None = None
-    policy: Literal["fifo", "priority", "fair"] = "fifo"
-    priority_aging_s: float = 10.0
-    fair_quantum: int = 1024
     max_itl_ms: float | None = None
 
 

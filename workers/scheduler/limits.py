@@ -17,7 +17,6 @@ class Limits:
     num_blocks: int
     max_num_waiting: int
     max_num_seqs: int
-    takes_priority: bool  # the policy heeds it
 
     @property
     def num_cache_tokens(self) -> int:
@@ -57,11 +56,5 @@ class Limits:
                 InvalidRequest.code,
                 f"n ({message.params.n}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
                 f"scheduler.max_num_waiting ({self.max_num_waiting}) can ever hold",
-            )
-        if message.scheduling.priority and not self.takes_priority:
-            return error(
-                InvalidRequest.code,
-                f"priority ({message.scheduling.priority}) has no effect in this engine: leave it out, or start the "
-                'engine with scheduler.policy = "priority"',
             )
         return None

@@ -15,10 +15,10 @@ from ipc.block_hash import read_hashes
 from ipc.messages import Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
+from workers.policies import NO_ROW
 from workers.scheduler.arrays import Int32Array, NameArray
 from workers.scheduler.prompts import PromptLease
 
-NO_ROW = -1
 _GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
 
 
@@ -39,14 +39,13 @@ class Request:
         token_ids: Int32Array,
         lease: PromptLease,
         eos_token_ids: list[int],
-        arrived_ns: int,
         leader: Self | None = None,
     ) -> None:
         params = message.params
         self.key = message.key
         self.priority = message.scheduling.priority
         self.tenant = message.scheduling.tenant
-        self.arrived_ns = arrived_ns  # CLOCK_MONOTONIC
+        self.arrived_ns = message.arrived_ns  # at the gateway; CLOCK_MONOTONIC
         self.rank = 0  # set by the policy
         hashes = message.block_hashes
         self.names: NameArray | None = read_hashes(hashes) if hashes else None  # root and full blocks; None: not cached
@@ -88,24 +87,19 @@ class Request:
 
 
 def requests_of(
-    message: Tokenized,
-    max_len: int,
-    token_ids: Int32Array,
-    lease: PromptLease,
-    eos_token_ids: list[int],
-    arrived_ns: int,
+    message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
 ) -> Iterator[Request]:
     """One request for each sample.
 
     The first has the prompt's records. The others have given them up from the beginning: their ids are sent from the
     upload ring, so nobody has to count who still copies from the tokenizer's.
     """
-    leader = Request(message, max_len, token_ids, lease, eos_token_ids, arrived_ns)
+    leader = Request(message, max_len, token_ids, lease, eos_token_ids)
     yield leader
     for sample in range(1, message.params.n):
         own = msgspec.structs.replace(message, key=message.key + sample, params=message.params.of_sample(sample))
         given_up = replace(lease, is_waiting=False, is_released=True)
-        yield Request(own, max_len, token_ids, given_up, eos_token_ids, arrived_ns, leader)
+        yield Request(own, max_len, token_ids, given_up, eos_token_ids, leader)
 
 
 def opened(message: Tokenized, num_samples: int) -> Opened:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from ipc.errors import ConfigError, LogitsNotFinite
 from ipc.messages import Ended, FinishReason, StepOutputs, Tokenized
 from ipc.records import FinishCode, StepShape
+from workers.policies import make_policy
 from workers.scheduler.arrays import IntArray
 from workers.scheduler.backlog import Backlog
 from workers.scheduler.config import SchedulerConfig
@@ -29,12 +30,11 @@ from workers.scheduler.device_time import DeviceTime
 from workers.scheduler.limits import Limits
 from workers.scheduler.outputs import LogprobArrays, OutputBuffer
 from workers.scheduler.planner import PlannedStep, Planner
-from workers.scheduler.policies import make_policy
 from workers.scheduler.prompts import PromptRings
 from workers.scheduler.request import Request, opened, requests_of
 from workers.scheduler.rows import Rows
 from workers.scheduler.step_time import ChunkLimit
-from workers.scheduler.timers import Timers
+from workers.timers import Timers
 
 _LENGTH: Final = int(FinishCode.LENGTH)
 _NOT_FINITE: Final = int(FinishCode.NOT_FINITE)
@@ -68,13 +68,13 @@ class Scheduler:
         )  # fmt: skip
         self._limits = Limits(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
-            takes_priority=config.policy == "priority",
         )  # fmt: skip
         self._queue_timeout_s = config.queue_timeout_s
         self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._rows = Rows(shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
         self._requests: dict[int, Request] = {}  # every open one by key
+        self._withdrawn: set[int] = set()  # to be declined when they arrive
         self._timers = Timers(self._requests.__contains__)
         self._backlog = Backlog(config, make_policy(config, shape.max_num_seqs), clock)
         self._chunk = ChunkLimit(None if config.max_itl_ms is None else config.max_itl_ms / 1e3)
@@ -94,6 +94,11 @@ class Scheduler:
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)
+
+    @property
+    def num_withdrawn(self) -> int:
+        """Requests that are declined when they arrive."""
+        return len(self._withdrawn)
 
     @property
     def has_work(self) -> bool:
@@ -127,34 +132,55 @@ class Scheduler:
 
     # Arrivals, cancellations and time-outs
 
-    def add(self, message: Tokenized) -> None:
-        """Take in a request, all its samples; one that cannot be served is opened and ended at once."""
+    def add(self, message: Tokenized) -> bool:
+        """Take in a request, all its samples; one that cannot be served is opened and ended at once.
+
+        False: it was withdrawn, and nobody hears of it.
+        """
         assert message.key not in self._requests, f"key {message.key} was drawn twice"
+        if message.key in self._withdrawn:
+            self._withdrawn.discard(message.key)
+            self._decline_prompt(message)
+            return False
         refusal = self._limits.refusal(message)
         if refusal is None:
             refusal = self._backlog.refusal(message, self._rows.num_free)
             self.counts["num_queue_full"] += refusal is not None
         self._outputs.opened.append(opened(message, message.params.n if refusal is None else 1))
         if refusal is not None:
-            if message.ticket:  # its ids lie in the ring all the same
-                self.prompts.decline(message.ring, message.ticket, message.num_prompt_tokens)
+            self._decline_prompt(message)
             self.counts["num_refused"] += 1
             self._outputs.ended.append(refusal)
-            return
-        now_ns = self._clock()
+            return True
         if not self.has_work:
-            self._work_since_ns = now_ns
+            self._work_since_ns = self._clock()
         ids, lease = self.prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
         max_len = self._limits.max_len(message)
-        for request in requests_of(message, max_len, ids, lease, self._eos_token_ids, now_ns):
+        for request in requests_of(message, max_len, ids, lease, self._eos_token_ids):
             self._requests[request.key] = request
             self._backlog.add(request)
-            self._set_timers(request.key, message, now_ns)
+            self._set_timers(request.key, message)
         if self.num_in_flight >= self.depth:  # it waits for a step to end, at least
             self.prompts.relieve()
+        return True
+
+    def _decline_prompt(self, message: Tokenized) -> None:
+        """The ids of a request that is not taken lie in the ring all the same."""
+        if message.ticket:
+            self.prompts.decline(message.ring, message.ticket, message.num_prompt_tokens)
+
+    def withdraw(self, keys: list[int]) -> list[int]:
+        """Decline these requests when they arrive, unheard by the detokenizer, if they have not arrived yet.
+
+        Returns the keys of those. One that has arrived and ended is among them: a `cancel` of it must follow.
+        """
+        withdrawn = [key for key in keys if key not in self._requests]
+        self._withdrawn.update(withdrawn)
+        return withdrawn
 
     def cancel(self, keys: list[int]) -> None:
         """End requests now. What steps in flight sample for them is dropped; keys that have ended are ignored."""
+        self._withdrawn.difference_update(keys)
         self.counts["num_cancelled"] += self._end_early(keys, "cancelled")
 
     @property
@@ -171,12 +197,13 @@ class Scheduler:
             if request is not None and not (reason == "queue_timeout" and request.has_row):
                 self.counts[f"num_{reason}"] += self._end_early([key], reason)
 
-    def _set_timers(self, key: int, message: Tokenized, now_ns: int) -> None:
+    def _set_timers(self, key: int, message: Tokenized) -> None:
+        """What has passed since the gateway took the request counts."""
         if message.deadline_ns:
             self._timers.add(message.deadline_ns, key, "deadline")
         wait_s = message.scheduling.queue_timeout_s or self._queue_timeout_s
         if wait_s is not None:
-            self._timers.add(now_ns + round(wait_s * 1e9), key, "queue_timeout")
+            self._timers.add(message.arrived_ns + round(wait_s * 1e9), key, "queue_timeout")
 
     def _end_early(self, keys: list[int], reason: FinishReason) -> int:
         """End those of the requests that are open; returns how many were."""

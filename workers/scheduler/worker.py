@@ -11,16 +11,26 @@ sleeps until something announces itself on a socket or the doorbell, or a reques
 from __future__ import annotations
 
 import logging
+from collections import deque
 from time import monotonic_ns, perf_counter_ns
 from typing import Any, Final
 
 import zmq
 
 from ipc.channels import bind_router, connect_dealer, receive_from, send, send_to
-from ipc.codec import MAX_ITEMS
 from ipc.doorbell import Doorbell
 from ipc.errors import EngineUnavailable
-from ipc.messages import Accepted, CacheCleared, ClearCache, Start, Tokenized, ToScheduler
+from ipc.messages import (
+    Accepted,
+    CacheCleared,
+    ClearCache,
+    SchedulerToGateway,
+    Start,
+    Tokenized,
+    ToScheduler,
+    Withdraw,
+    Withdrawn,
+)
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
 from ipc.trace import Span
@@ -32,7 +42,7 @@ from workers.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGES: Final = 32  # taken in between two looks at the result ring: 1-2 ms, so that a burst stalls no step
-ACCEPTED_RETRY_MS: Final = 50
+ANSWER_RETRY_MS: Final = 50
 MAX_SLEEP_MS: Final = 3_600_000  # a poll takes no time-outs of months
 
 
@@ -52,22 +62,19 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     )
     steps = StepChannel(scheduler, process, bootstrap)
     tokenizers = [Doorbell(fd) for fd in bootstrap.tokenizer_doorbell_fds]
-    accepted: list[int] = []
-    cleared: list[int] = []
+    answers: deque[SchedulerToGateway] = deque()
     trace, counters = process.trace, vars(process.stats)
     process.ready()
     while True:
         with trace[Span.RECEIVE]:
-            accepted += take_messages(schedule, scheduler, cleared)
+            answers += take_messages(schedule, scheduler)
             scheduler.expire()
         steps.advance()
         with trace[Span.SEND]:
             while (outputs := scheduler.take_outputs()) is not None:
                 send(detokenizer, outputs)
-        if accepted and send_to(schedule, bootstrap.gateway_identity, Accepted(keys=accepted[:MAX_ITEMS])):
-            accepted = accepted[MAX_ITEMS:]
-        while cleared and send_to(schedule, bootstrap.gateway_identity, CacheCleared(query_id=cleared[0])):
-            del cleared[0]
+        while answers and send_to(schedule, bootstrap.gateway_identity, answers[0]):
+            answers.popleft()
         for ring in scheduler.prompts.take_moved():
             tokenizers[ring - 1].ring()  # ring 0 is our own
         gauges = scheduler.gauges()
@@ -75,9 +82,7 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
             counters[name][0] = value
         process.stats.num_upload_records[0] = scheduler.prompts.num_upload_records
         trace.gauge(Span.SEQUENCES, gauges["num_running"], gauges["num_waiting"])
-        retry_ms = (
-            ACCEPTED_RETRY_MS if accepted or cleared else None
-        )  # only a gateway that still connects is waited for
+        retry_ms = ANSWER_RETRY_MS if answers else None  # only while the gateway is still connecting
         process.wait(timeout_ms(scheduler, retry_ms))
 
 
@@ -89,20 +94,24 @@ def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
     return min(MAX_SLEEP_MS, due_ms if at_most_ms is None else min(due_ms, at_most_ms))
 
 
-def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler, cleared: list[int]) -> list[int]:
-    """Hand what has arrived to the scheduler, up to a bound; returns the keys of new requests, and adds to `cleared`
-    the ids of the ClearCaches to answer."""
-    keys = []
+def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[SchedulerToGateway]:
+    """Hand what has arrived to the scheduler, up to a bound. Returns what the gateway must hear of that, in order: an
+    arrival before the news that the same request is not open."""
+    accepted: list[int] = []
+    answers: list[SchedulerToGateway] = []
     for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
         if isinstance(message, Tokenized):
-            scheduler.add(message)
-            keys.append(message.key)
+            if scheduler.add(message):
+                accepted.append(message.key)
         elif isinstance(message, ClearCache):
             scheduler.clear_cache()
-            cleared.append(message.query_id)
+            answers.append(CacheCleared(query_id=message.query_id))
+        elif isinstance(message, Withdraw):
+            if withdrawn := scheduler.withdraw(message.keys):
+                answers.append(Withdrawn(keys=withdrawn))
         else:
             scheduler.cancel(message.keys)
-    return keys
+    return [Accepted(keys=accepted), *answers] if accepted else answers
 
 
 class StepChannel:

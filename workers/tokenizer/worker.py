@@ -110,6 +110,7 @@ class TokenizerWorker:
                 num_prompt_tokens=int(token_ids.size),
                 block_hashes=self._block_hashes(encoded),
                 scheduling=request.scheduling,
+                arrived_ns=request.arrived_ns,
                 deadline_ns=request.deadline_ns,
                 error_code=error.code if error else "",
                 error_message=str(error)[:MAX_ERROR_CHARS] if error else "",

@@ -1,4 +1,7 @@
-"""Which request runs out of time when. Knows no clock and does not end anybody."""
+"""When each request runs out of time. Knows no clock and ends no request.
+
+The gateway and the scheduler each have one: a timer is set in both, and counts from the arrival at the gateway.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,9 @@ class Timers:
             heapq.heapify(self._heap)
             self._max_kept = max(_FEW, 2 * len(self._heap))  # so that each timer pays for one look at most
         heapq.heappush(self._heap, (at_ns, key, reason))
+
+    def clear(self) -> None:
+        self._heap.clear()
 
     def take_due(self, now_ns: int) -> list[tuple[int, TimeoutReason]]:
         """Keys and reasons of timers that are due, in order. A key may occur for both reasons, and may have ended."""

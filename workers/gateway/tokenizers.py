@@ -1,0 +1,52 @@
+"""Which prompts are under way to each tokenizer, and which tokenizer gets the next one.
+
+A tokenizer takes its prompts in the order in which it gets them, so what is under way to it can no longer be overtaken.
+That is kept to what bridges the time until the gateway looks at its sockets again.
+"""
+
+from __future__ import annotations
+
+
+class Tokenizer:
+    """What is under way to one tokenizer."""
+
+    __slots__ = ("identity", "num_bytes", "prompts")
+
+    def __init__(self, identity: bytes) -> None:
+        self.identity = identity
+        self.num_bytes = 0
+        self.prompts: dict[int, int] = {}  # bytes by key
+
+
+class Tokenizers:
+    """All that are connected.
+
+    Args:
+        max_prompts: under way to one tokenizer.
+        max_bytes: of their messages; the one that exceeds the bound is the last.
+    """
+
+    def __init__(self, max_prompts: int, max_bytes: int) -> None:
+        self._max_prompts = max_prompts
+        self._max_bytes = max_bytes
+        self._tokenizers: dict[bytes, Tokenizer] = {}
+
+    def next(self) -> Tokenizer | None:
+        """The tokenizer with the fewest bytes under way, of those that have room."""
+        free = (
+            tokenizer
+            for tokenizer in self._tokenizers.values()
+            if len(tokenizer.prompts) < self._max_prompts and tokenizer.num_bytes < self._max_bytes
+        )
+        return min(free, key=lambda tokenizer: tokenizer.num_bytes, default=None)
+
+    def give(self, tokenizer: Tokenizer, key: int, num_bytes: int) -> None:
+        tokenizer.prompts[key] = num_bytes
+        tokenizer.num_bytes += num_bytes
+
+    def done(self, identity: bytes, key: int) -> None:
+        """A tokenizer has handed on a prompt, or (key 0) is there."""
+        tokenizer = self._tokenizers.get(identity)
+        if tokenizer is None:
+            tokenizer = self._tokenizers[identity] = Tokenizer(identity)
+        tokenizer.num_bytes -= tokenizer.prompts.pop(key, 0)

@@ -1,0 +1,281 @@
+"""Which waiting request is next: one small object for each policy that `scheduler.policy` names.
+
+Requests wait twice, and by the same policy: in the gateway for a tokenizer, and in the scheduler for a row. A policy
+orders requests and gives each a rank; it decides nothing about room. All policies are starvation-free: whatever arrives
+later, a waiting request becomes the next one at some time, and stays the next one until there is room for it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+
+NO_ROW: Final = -1
+LAST_RANK: Final = 2**62
+FIRST_TENANTS: Final = 64  # room for so many tenants with open requests; it doubles when they are more
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How requests wait: the part of [scheduler] that the gateway needs as well.
+
+    Args:
+        queue_timeout_s: a request that has waited so long for a tokenizer and a row ends unserved; None = it may wait
+            for ever.
+        policy: which request is next: "fifo" = in order of arrival; "priority" = the highest priority, which grows with
+            waiting; "fair" = tenants take turns, each worth the same number of tokens.
+        priority_aging_s: of "priority": so long a wait is worth one more of priority.
+        fair_quantum: of "fair": tokens of a turn.
+    """
+
+    queue_timeout_s: float | None = None
+    policy: Literal["fifo", "priority", "fair"] = "fifo"
+    priority_aging_s: float = 10.0
+    fair_quantum: int = 1024
+
+
+class Waiting(Protocol):
+    """What a policy reads and, in the case of `rank`, writes of a request."""
+
+    rank: int
+
+    @property
+    def key(self) -> int: ...  # drawn by the gateway in order of arrival
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def arrived_ns(self) -> int: ...  # at the gateway; CLOCK_MONOTONIC
+    @property
+    def num_prompt(self) -> int: ...  # tokens of its prompt; before it is tokenized, an estimate
+    @property
+    def row(self) -> int: ...  # once it is admitted; NO_ROW where requests have none
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+class Policy(Protocol[W]):
+    """The order of waiting requests. Nothing here takes time in proportion to their number."""
+
+    def __len__(self) -> int:
+        """How many wait."""
+
+    def add(self, request: W) -> None:
+        """A request begins to wait."""
+
+    def next(self) -> W | None:
+        """The request to admit when there is room. Asking changes nothing."""
+
+    def admit(self, request: W) -> None:
+        """The next request is admitted; if requests have rows here, it has its row.
+
+        From here on its `rank` stands: when blocks run out, the request with the highest rank is preempted first. Among
+        preempted requests the lowest rank resumes first, and before waiting ones unless their rank is lower still.
+        """
+
+    def sampled(self, rows: Rows) -> None:
+        """A step computes one new token for each of these rows."""
+
+    def end(self, request: W) -> None:
+        """A request has ended, whether it was waiting or admitted."""
+
+
+def make_policy(config: PolicyConfig, num_rows: int = 0) -> Policy[Any]:
+    """The policy that `config.policy` names, for requests that get one of `num_rows` rows when they are admitted."""
+    if config.policy == "priority":
+        aging_ns = round(config.priority_aging_s * 1e9)
+        return Ranked(lambda request: request.arrived_ns - request.priority * aging_ns)
+    if config.policy == "fair":
+        return FairShare(num_rows, config.fair_quantum)
+    return Ranked(lambda request: request.key)
+
+
+class RankedRequests(Generic[W]):
+    """Requests in order of rank, equals in order of arrival.
+
+    A request that leaves from the middle leaves its rank and key behind, which go later; nothing else of it is kept.
+    """
+
+    __slots__ = ("_heap", "_requests")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []  # (rank, key)
+        self._requests: dict[int, W] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, request: W) -> bool:
+        return request.key in self._requests
+
+    def add(self, request: W) -> None:
+        self._requests[request.key] = request
+        heapq.heappush(self._heap, (request.rank, request.key))
+
+    def first(self) -> W | None:
+        while self._heap:
+            request = self._requests.get(self._heap[0][1])
+            if request is not None:
+                return request
+            heapq.heappop(self._heap)
+        return None
+
+    def remove(self, request: W) -> None:
+        """Take a request out, if it is in."""
+        if self._requests.pop(request.key, None) is None:
+            return
+        if self._heap[0][1] == request.key:
+            heapq.heappop(self._heap)
+        elif len(self._heap) > 2 * len(self._requests) + 16:  # each removal has paid for its part of this
+            self._heap = [entry for entry in self._heap if entry[1] in self._requests]
+            heapq.heapify(self._heap)
+
+
+class Ranked(Generic[W]):
+    """Lowest rank first: in order of arrival, or by priority.
+
+    Waiting raises a priority. As all requests age alike, their order never changes, so the time of arrival less the
+    priority's worth in time stands for it. No request starves: it is overtaken only by those that arrive within that
+    worth's difference.
+    """
+
+    def __init__(self, rank_of: Callable[[W], int]) -> None:
+        self._rank_of = rank_of
+        self._waiting: RankedRequests[W] = RankedRequests()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: W) -> None:
+        request.rank = self._rank_of(request)
+        self._waiting.add(request)
+
+    def next(self) -> W | None:
+        return self._waiting.first()
+
+    def admit(self, request: W) -> None:
+        self._waiting.remove(request)
+
+    def sampled(self, rows: Rows) -> None:
+        pass
+
+    def end(self, request: W) -> None:
+        self._waiting.remove(request)
+
+
+class Tenant(Generic[W]):
+    """A tenant with open requests, some of them waiting in order of arrival. `index` is where its credit stands."""
+
+    __slots__ = ("index", "name", "num_open", "waiting")
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name = name
+        self.index = index
+        self.num_open = 0
+        self.waiting: RankedRequests[W] = RankedRequests()  # all of one rank: in order of arrival
+
+
+class FairShare(Generic[W]):
+    """Deficit round robin: tenants that have requests waiting take turns, each worth `quantum` tokens.
+
+    A prompt costs its length when it is admitted, cached or not, and an answer a token at a time, so a tenant pays for
+    what it gets and not for what it might get. It is passed over while it is in debt. A tenant with nothing waiting
+    saves up no credit, and its debt is forgotten once none of its requests is open. While two tenants both have
+    requests waiting, what they get differs by at most a quantum, a prompt, and the answers of those that run.
+    """
+
+    def __init__(self, num_rows: int, quantum: int) -> None:
+        self._quantum = quantum
+        self._tenants: dict[str, Tenant[W]] = {}
+        self._turns: OrderedDict[str, Tenant[W]] = OrderedDict()  # those with requests waiting, in turn
+        self._in_turn: Tenant[W] | None = None  # has got its quantum for this turn
+        self._next: W | None = None  # stays next until it is admitted or ends, whatever its tenant pays meanwhile
+        self._num_waiting = 0
+        self._admissions = itertools.count()
+        self._credit = np.zeros(FIRST_TENANTS, np.int64)  # by index
+        self._free_indices = list(range(FIRST_TENANTS))
+        self._tenant_of = np.zeros(num_rows, np.int64)  # [num_rows], index of the tenant of each row's owner
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def add(self, request: W) -> None:
+        request.rank = LAST_RANK  # a preempted request has had its turn, and resumes first
+        tenant = self._tenants.get(request.tenant) or self._open(request.tenant)
+        tenant.num_open += 1
+        tenant.waiting.add(request)
+        self._turns.setdefault(tenant.name, tenant)
+        self._num_waiting += 1
+
+    def next(self) -> W | None:
+        if self._next is None and self._turns:
+            tenant = self._whose_turn()
+            self._next = tenant.waiting.first()
+        return self._next
+
+    def admit(self, request: W) -> None:
+        tenant = self._tenants[request.tenant]
+        if request.row != NO_ROW:
+            self._tenant_of[request.row] = tenant.index
+        self._credit[tenant.index] -= request.num_prompt
+        self._stop_waiting(tenant, request)
+        request.rank = next(self._admissions)
+
+    def sampled(self, rows: Rows) -> None:
+        self._credit -= np.bincount(self._tenant_of[rows], minlength=len(self._credit))
+
+    def end(self, request: W) -> None:
+        tenant = self._tenants[request.tenant]
+        if request in tenant.waiting:
+            self._stop_waiting(tenant, request)
+        tenant.num_open -= 1
+        if not tenant.num_open:
+            del self._tenants[tenant.name]
+            self._free_indices.append(tenant.index)
+
+    def _open(self, name: str) -> Tenant[W]:
+        if not self._free_indices:
+            num = len(self._credit)
+            self._credit = np.concatenate((self._credit, np.zeros(num, np.int64)))
+            self._free_indices = list(range(num, 2 * num))
+        tenant = self._tenants[name] = Tenant(name, self._free_indices.pop())
+        self._credit[tenant.index] = 0
+        return tenant
+
+    def _stop_waiting(self, tenant: Tenant[W], request: W) -> None:
+        tenant.waiting.remove(request)
+        self._num_waiting -= 1
+        if request is self._next:
+            self._next = None
+        if not len(tenant.waiting):
+            del self._turns[tenant.name]
+            self._in_turn = None if tenant is self._in_turn else self._in_turn
+            self._credit[tenant.index] = min(0, self._credit[tenant.index])
+
+    def _whose_turn(self) -> Tenant[W]:
+        """The first in turn that has credit; each gets a quantum when its turn begins. Turns go on until one has.
+
+        Each look at a tenant in debt has paid off a quantum of that; whole rounds in which all stay in debt are one
+        addition.
+        """
+        while True:
+            for _ in range(len(self._turns)):
+                tenant = next(iter(self._turns.values()))
+                if tenant is not self._in_turn:
+                    self._in_turn = tenant
+                    self._credit[tenant.index] += self._quantum
+                if self._credit[tenant.index] > 0:
+                    return tenant
+                self._turns.move_to_end(tenant.name)
+                self._in_turn = None
+            indices: Any = [waiting.index for waiting in self._turns.values()]
+            self._credit[indices] += -int(self._credit[indices].max()) // self._quantum * self._quantum
