@@ -63,3 +63,8 @@ def _convert_with_transformers(folder: str) -> Tokenizer:
     if backend is None:
         raise ModelUnsupported("it has no fast form; save it as tokenizer.json")
     return backend
+
+
+def is_foreign_failure(error: BaseException) -> bool:
+    """Whether a call into `tokenizers` failed, which concerns the text at hand alone. Its panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -10,6 +10,7 @@ import pytest
 
 from ipc.codec import MAX_ITEMS
 from ipc.errors import ConfigError
+from ipc.messages import PROMPT_TAIL_TOKENS
 from ipc.records import MAX_ADMISSIONS, SamplerVariant
 from ipc.sampling import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
@@ -339,6 +340,14 @@ def test_a_tokenizers_error_opens_and_ends_the_request() -> None:
     assert [opened.key for opened in outputs.opened] == [7]
     assert engine.errors == {7: ("invalid_request", "token id 99 is out of range")}
     assert engine.scheduler.num_open == 0
+
+
+def test_the_detokenizer_hears_how_the_prompt_ends() -> None:
+    engine = ScheduledEngine()
+    engine.send(7, list(range(1, 31)))
+    engine.send(8, [5, 6])
+    tails = [np.frombuffer(opened.prompt_tail, "<i4").tolist() for opened in engine.hear().opened]
+    assert tails == [list(range(31 - PROMPT_TAIL_TOKENS, 31)), [5, 6]]
 
 
 def test_a_full_queue_answers_at_once_and_says_so() -> None:

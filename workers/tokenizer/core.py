@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
 from ipc.messages import Tokenize
 from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer_files import is_foreign_failure
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,8 @@ class PromptEncoder:
             self._check(token_ids, request)
         except RingfeedError as error:
             return Encoded(request, _NO_IDS, error)
-        except Exception as error:
-            return self._failed(request, error)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # a Rust panic in `tokenizers`: theirs, about this text
+            if not is_foreign_failure(error):
                 raise
             return self._failed(request, error)
         return Encoded(request, token_ids, None)
