@@ -17,7 +17,7 @@ from workers.tokenizer_files import load_tokenizer
 def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
-    tokenizer = load_tokenizer(bootstrap.model_path)
+    tokenizer = load_tokenizer(bootstrap.model_path).tokenizer
     core = Detokenizer(decoder_factory(tokenizer), SpecialTokens.of(tokenizer), bootstrap.client_window)
     inbox = bind_router(process.context, bootstrap.detokenize_endpoint)
     scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)

@@ -6,6 +6,7 @@ A prompt is a stranger's: whatever it makes the template or the tokenizer raise 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -42,6 +43,16 @@ class PromptEncoder:
         self._max_model_len = max_model_len
         longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._max_chars = _SHRINK * max_model_len * longest_token
+
+    def split_control_tokens(self) -> Iterator[str]:
+        """Notes for the log on control tokens of the template that the tokenizer does not know as tokens.
+
+        Some models are trained so; for others it is a token that was forgotten.
+        """
+        for text in self._template.control_tokens:
+            num_tokens = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            if num_tokens != 1:
+                yield f"the chat template writes {text!r}, which is no token of this tokenizer: it becomes {num_tokens}"
 
     def encode(self, request: Tokenize) -> Encoded:
         """Never raises for what a request holds."""
