@@ -32,8 +32,10 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     template = ChatTemplate.load(bootstrap.model_path, loaded.special_tokens)
     encoder = PromptEncoder(loaded.tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
     if bootstrap.ring_index == 1:  # the first tokenizer speaks for all
-        for note in (*loaded.notes, *encoder.split_control_tokens()):
+        for note in loaded.notes:
             logger.info("%s", note)
+        for note in encoder.split_control_tokens():
+            logger.warning("%s", note)
     worker = TokenizerWorker(process, bootstrap, encoder)
     process.ready(**({} if loaded.eos_token_id is None else {EOS_TOKEN_ID: loaded.eos_token_id}))
     worker.serve()
