@@ -27,7 +27,11 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "byte_fallback": byte_fallback_tokenizer(),
     "metaspace": metaspace_tokenizer(),
     "word_piece": word_piece_tokenizer(),
+    "strips_each_piece": byte_fallback_tokenizer(),
 }
+TOKENIZERS["strips_each_piece"].decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0), decoders.Fuse()]
+)
 FACTORIES: dict[str, NewDecoder] = {name: decoder_factory(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 for name in ("byte_fallback", "metaspace"):  # the same as if nothing were known of their decoders
     TOKENIZERS[f"{name}_by_window"] = TOKENIZERS[name]

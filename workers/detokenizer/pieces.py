@@ -38,8 +38,10 @@ class Vocabulary:
         self.spoken: dict[int, str] = {i: t for i, t in tokens.items() if t is not None and i not in self.special}
         decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": ""}
         self.chain: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        kinds = [link["type"] for link in self.chain]
+        self.has_half_characters = "ByteLevel" in kinds  # a token may end within one, and the decoder makes it U+FFFD
         self.bytes_of: dict[int, bytes] = {}
-        if any(link["type"] == "ByteFallback" for link in self.chain):
+        if "ByteFallback" in kinds:
             matches = ((i, _BYTE_TOKEN.fullmatch(token)) for i, token in self.spoken.items())
             self.bytes_of = {i: bytes([int(match[1], 16)]) for i, match in matches if match}
         self.filler = next(filter(self._has_text, self.spoken), None)  # an id with a text of its own
@@ -208,8 +210,8 @@ class WindowDecoder:
         text:    ..................[ prefix  | delta ]
 
     The overlap stands for all that came before it: a decoder that treats the first token of a text differently (and
-    takes a leading space off) does so to prefix and whole alike. A last U+FFFD may be the beginning of a character and
-    is held back.
+    takes a leading space off) does so to prefix and whole alike. If ByteLevel is one link of a longer chain, a last
+    U+FFFD may be the beginning of a character and is held back.
     """
 
     __slots__ = ("_cutter", "_prefix", "_vocabulary", "_window")
@@ -235,7 +237,7 @@ class WindowDecoder:
         for unit in units:
             if unit.is_broken:
                 texts += self._new_text(), _REPLACEMENT
-                if not self._prefix and self._vocabulary.filler is not None:  # the beginning is behind us
+                if self._vocabulary.filler is not None:  # in its place: runs of bytes do not meet across it
                     window.append(self._vocabulary.filler)
                     self._prefix = self._vocabulary.decode(window)
             else:
@@ -247,7 +249,7 @@ class WindowDecoder:
 
     def _new_text(self, *, hold_back: bool = False) -> str:
         text = self._vocabulary.decode(self._window)
-        if hold_back:
+        if hold_back and self._vocabulary.has_half_characters and len(text) > len(self._prefix):
             text = text.removesuffix(_REPLACEMENT)
         delta = text[len(self._prefix) :]
         self._prefix = text
@@ -260,7 +262,9 @@ class WindowDecoder:
             # Bytes of one character decode together or not at all: never begin inside a run of them.
             if self._window[-num_kept] not in self._vocabulary.bytes_of:
                 kept = self._window[-num_kept:]
-                prefix = self._vocabulary.decode(kept).removesuffix(_REPLACEMENT)
+                prefix = self._vocabulary.decode(kept)
+                if not self._prefix.endswith(prefix.lstrip()):
+                    prefix = prefix.removesuffix(_REPLACEMENT)  # held back
                 if prefix and self._prefix.endswith(prefix.lstrip()):
                     self._window[:], self._prefix = kept, prefix
                     return
