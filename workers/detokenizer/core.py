@@ -155,7 +155,9 @@ class Detokenizer:
         matcher = sequence.matcher
         if matcher is not None:
             text = "" if sequence.hides_last else sequence.decoder.push([token_id])
-            sequence.text += matcher.feed(text + matcher.marks.get(token_id, ""))
+            if matcher.marks:
+                text += matcher.marks.get(token_id, "")
+            sequence.text += matcher.feed(text)
             if code and not matcher.matched:
                 sequence.finish_text()
             if matcher.matched:

@@ -72,7 +72,8 @@ class StopMatcher:
             return self._visible(text)
         num_certain = len(text) - max(self._matched_chars)
         self.held = text[num_certain:]
-        return self._visible(text[:num_certain])
+        text = text[:num_certain]
+        return self._visible(text) if self.marks else text
 
     def finish(self) -> str:
         """What was held back, when the text ends without a stop string."""
