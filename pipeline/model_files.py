@@ -162,14 +162,10 @@ def _check_tokenizer(folder: Path, path: str) -> None:
     files = [file for name in ("tokenizer.json", *_SLOW_TOKENIZER_FILES) if (file := folder / name).is_file()]
     if not files:
         raise ConfigError(f"model.path ({path!r}): {folder} has no tokenizer (tokenizer.json)")
-    file = files[0]
-    with file.open("rb") as opened:
-        beginning = opened.read(100)
-    if beginning.startswith(b"version https://git-lfs"):
-        raise ConfigError(f"model.path ({path!r}): {file} is a Git LFS pointer, not the file itself: run git lfs pull")
     if all(file.suffix == ".model" for file in files):
         # A SentencePiece model is a protobuf message that begins with its pieces; tiktoken's files are lines of text.
-        packages = ("sentencepiece", "protobuf") if beginning.startswith(b"\n") else ("tiktoken",)
+        file = files[0]
+        packages = ("sentencepiece", "protobuf") if file.read_bytes().startswith(b"\n") else ("tiktoken",)
         if missing := [package for package in packages if not _is_installed(package)]:
             raise ConfigError(
                 f"model.path ({path!r}): {folder} has no tokenizer.json, and reading its {file.name} needs packages "

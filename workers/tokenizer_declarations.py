@@ -121,20 +121,12 @@ def read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        data = file.read_bytes()
-        check_content(file, data)
-        plain = json.loads(data)
+        plain = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelUnsupported(f"{file} cannot be read: {error}") from None
     if not isinstance(plain, dict):
         raise ModelUnsupported(f"{file} must hold a JSON object")
     return plain
-
-
-def check_content(file: Path, data: bytes) -> None:
-    """Raise ModelUnsupported for what Git LFS leaves in place of a file that it has not fetched."""
-    if data.startswith(b"version https://git-lfs"):
-        raise ModelUnsupported(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")
 
 
 def _texts(values: dict[Any, Any]) -> dict[Any, str]:

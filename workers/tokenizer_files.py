@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from tokenizers import Tokenizer
 
 from ipc.errors import ModelUnsupported
-from workers.tokenizer_declarations import Declarations, chain_kinds, check_content
+from workers.tokenizer_declarations import Declarations, chain_kinds
 
 _MAX_PROBLEM_CHARS: Final = 300
 _LOCALLY: Final = {"local_files_only": True, "chat_template": None}  # templates are read elsewhere
@@ -66,8 +66,6 @@ def _load(folder: str, declarations: Declarations) -> ModelTokenizer:
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         return _of_transformers(_auto_tokenizer(folder), "there is no tokenizer.json")
-    with file.open("rb") as opened:
-        check_content(file, opened.read(100))
     tokenizer = Tokenizer.from_file(str(file))
     missing = declarations.missing_in(tokenizer)
     if missing is None:

@@ -289,13 +289,6 @@ def test_a_tokenizer_that_takes_more_packages_names_them_before_anything_starts(
     find_model(configure(folder))
 
 
-def test_a_tokenizer_that_was_not_fetched_is_named(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "m")
-    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ConfigError, match=r"tokenizer.json is a Git LFS pointer, .*: run git lfs pull"):
-        find_model(configure(folder))
-
-
 def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m")
 

@@ -127,8 +127,6 @@ def test_templates_in_files_are_named_by_them_and_outrank_the_configuration(tmp_
         ("tokenizer_config.json", b"[]", "must hold a JSON object"),
         ("special_tokens_map.json", b"[]", "must hold a JSON object"),
         ("added_tokens.json", b"{", "cannot be read: Expecting property name"),
-        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid", "run git lfs pull"),
-        ("tokenizer_config.json", b"version https://git-lfs.github.com/spec/v1\noid", "run git lfs pull"),
     ],
 )
 def test_a_broken_file_of_the_tokenizer_is_named(tmp_path: Path, name: str, content: bytes, text: str) -> None:
