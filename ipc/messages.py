@@ -26,6 +26,8 @@ from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
 PROTOCOL_VERSION = 1
 MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
+EOS_TOKEN_ID = "eos_token_id"  # in Ready.info
+PROMPT_TAIL_TOKENS = 16  # what a text decoder must know of a prompt to go on from it
 MAX_CANCELLED_KEYS = 8_192  # in one CancelRequests; a receiver refuses lists of more than `codec.MAX_ITEMS`
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
@@ -263,6 +265,7 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_prompt_tokens: int
     num_logprobs: int | None  # SamplingParams.logprobs
     num_samples: int = 1  # a request that is refused has one, which is ended
+    prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; of a refused one none
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -336,7 +339,7 @@ class Progress(Message, frozen=True):
 class Ready(Message, frozen=True):
     """A worker can take work; the gateway says so again once it takes requests, after `Start`.
 
-    `info` holds what others need of it (the GPU process: num_blocks).
+    `info` holds what others need of it (the GPU process: num_blocks; a tokenizer: EOS_TOKEN_ID, if it has one).
     """
 
     role: str

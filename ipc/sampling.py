@@ -33,9 +33,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 = off.
         min_p: drop tokens less likely than `min_p` times the likeliest, in [0, 1]; 0 = off.
         seed: same seed, same prompt, same parameters = same tokens, whatever else runs. None: the gateway draws one.
-        stop: strings that end the text; the text stops before the first of them.
+        stop: strings that end the text; the text stops before the first of them. They may name special tokens.
         stop_token_ids: token ids that end the sequence, besides the model's end-of-sequence ids.
-        ignore_eos: do not end at the model's end-of-sequence ids (`stop_token_ids` still apply).
+        ignore_eos: do not end at the end-of-sequence ids of model and tokenizer (`stop_token_ids` still apply).
         logprobs: None = none; n >= 0: log-probability of each sampled token and of the n likeliest ones.
         n: samples of the prompt, 1 to 64. Sample 0 is what n = 1 gives; the others have their own seeds (`of_sample`).
 

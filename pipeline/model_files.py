@@ -7,6 +7,7 @@ process of its own asks where the JSON alone does not tell.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import json
 import logging
 import re
@@ -175,8 +176,26 @@ def _check_sizes(text_config: dict[str, Any], path: str) -> None:
 
 
 def _check_tokenizer(folder: Path, path: str) -> None:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW_TOKENIZER_FILES)):
+    files = [file for name in ("tokenizer.json", *_SLOW_TOKENIZER_FILES) if (file := folder / name).is_file()]
+    if not files:
         raise ConfigError(f"model.path ({path!r}): {folder} has no tokenizer (tokenizer.json)")
+    if all(file.suffix == ".model" for file in files):
+        # A SentencePiece model is a protobuf message that begins with its pieces; tiktoken's files are lines of text.
+        file = files[0]
+        packages = ("sentencepiece", "protobuf") if file.read_bytes().startswith(b"\n") else ("tiktoken",)
+        if missing := [package for package in packages if not _is_installed(package)]:
+            raise ConfigError(
+                f"model.path ({path!r}): {folder} has no tokenizer.json, and reading its {file.name} needs packages "
+                f"that are not installed: pip install {' '.join(missing)}, or save a tokenizer.json with transformers"
+            )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_pointers(folder: Path) -> None:

@@ -146,7 +146,8 @@ class Supervisor:
 
     def _bring_up(self) -> bool:
         """True once the engine serves; False if it never will."""
-        if not self._wait_until(lambda: self._is_ready(GPU)) or not self._check_cache():
+        known_by = (GPU, *self._wiring.tokenizer_roles)  # what the scheduler must be told
+        if not self._wait_until(lambda: all(map(self._is_ready, known_by))) or not self._check_cache():
             return False
         while not self._tell(SCHEDULER, Start(info=self._info)):  # it may not be connected yet, and says nothing before
             if self._wait_until(self._is_over, _POLL_S):

@@ -272,6 +272,24 @@ def test_a_models_facts_are_read_from_its_json(tmp_path: Path) -> None:
     assert (facts.eos_token_ids, facts.max_model_len) == ([4, 5], 5)
 
 
+@pytest.mark.parametrize(
+    ("content", "packages"), [(b"\n\x0e\n\x05<unk>", "sentencepiece protobuf"), (b"IQ== 0\nIg== 1\n", "tiktoken")]
+)
+def test_a_tokenizer_that_takes_more_packages_names_them_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, packages: str
+) -> None:
+    folder = make_model(tmp_path / "m")
+    (folder / "tokenizer.model").write_bytes(content)
+    find_model(configure(folder))  # tokenizer.json will do
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr("pipeline.model_files._is_installed", lambda package: False)
+    with pytest.raises(ConfigError) as caught:
+        find_model(configure(folder))
+    assert f"tokenizer.model needs packages that are not installed: pip install {packages}, or" in str(caught.value)
+    monkeypatch.setattr("pipeline.model_files._is_installed", lambda package: True)
+    find_model(configure(folder))
+
+
 def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m")
 

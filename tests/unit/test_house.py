@@ -17,6 +17,7 @@ SHARED_BY_WORKERS = {
     "workers.policies",
     "workers.process",
     "workers.timers",
+    "workers.tokenizer_declarations",
     "workers.tokenizer_files",
 }
 

@@ -10,7 +10,8 @@ import pytest
 
 from ipc.codec import MAX_ITEMS
 from ipc.errors import ConfigError
-from ipc.records import MAX_ADMISSIONS, SamplerVariant
+from ipc.messages import PROMPT_TAIL_TOKENS
+from ipc.records import MAX_ADMISSIONS, MAX_END_IDS, SamplerVariant
 from ipc.sampling import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import RECORD_TOKENS, ScheduledEngine
@@ -210,7 +211,7 @@ def test_the_newest_sequence_is_preempted_and_comes_back_with_its_row_and_its_to
                 assert record.admit_seed[i] == 3
                 assert record.admit_top_k[i] == 7
                 assert (record.admit_temperature[i], record.admit_top_p[i], record.admit_min_p[i]) == (0.5, 0.5, 0.25)
-                assert record.admit_end_ids[i].tolist() == [99] + [-1] * 23
+                assert record.admit_end_ids[i].tolist() == [99] + [-1] * (MAX_END_IDS - 1)
     engine.drain()
     assert engine.scheduler.counts["num_preemptions"] >= 1
     assert (1, 0) in returns, "row 1 came back without ids"
@@ -339,6 +340,14 @@ def test_a_tokenizers_error_opens_and_ends_the_request() -> None:
     assert [opened.key for opened in outputs.opened] == [7]
     assert engine.errors == {7: ("invalid_request", "token id 99 is out of range")}
     assert engine.scheduler.num_open == 0
+
+
+def test_the_detokenizer_hears_how_the_prompt_ends() -> None:
+    engine = ScheduledEngine()
+    engine.send(7, list(range(1, 31)))
+    engine.send(8, [5, 6])
+    tails = [np.frombuffer(opened.prompt_tail, "<i4").tolist() for opened in engine.hear().opened]
+    assert tails == [list(range(31 - PROMPT_TAIL_TOKENS, 31)), [5, 6]]
 
 
 def test_a_full_queue_answers_at_once_and_says_so() -> None:

@@ -17,6 +17,7 @@ import zmq
 from ipc.channels import bind_router, connect_dealer, receive, receive_from, send, send_to
 from ipc.doorbell import Doorbell
 from ipc.messages import (
+    EOS_TOKEN_ID,
     Accepted,
     CancelRequests,
     Ready,
@@ -39,7 +40,7 @@ from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.process import StopWorker, WorkerBootstrap, WorkerProcess
 from workers.scheduler import worker
 from workers.scheduler.config import SchedulerBootstrap, SchedulerConfig
-from workers.scheduler.worker import run
+from workers.scheduler.worker import eos_token_ids, run
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
 NUM_BLOCKS = 64
@@ -330,6 +331,20 @@ def test_the_counter_says_what_the_upload_ring_holds_until_its_prompts_are_copie
     assert num_uploaded() > 0
     send(surroundings.gateway, CancelRequests(keys=list(range(5, 13))))
     answer_steps_until(lambda: are_in(0, 0) and surroundings.counters("num_upload_records") == (0,))
+
+
+@pytest.mark.parametrize(("of_model", "info", "expected"), [
+    ([0], {EOS_TOKEN_ID: 2}, [0, 2]),
+    ([0, 2], {EOS_TOKEN_ID: 2}, [0, 2]),
+    ([], {EOS_TOKEN_ID: 0}, [0]),
+    ([5], {}, [5]),
+])  # fmt: skip
+def test_sequences_end_at_the_models_eos_ids_and_at_the_tokenizers(
+    of_model: list[int], info: dict[str, int], expected: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert eos_token_ids(of_model, info) == expected
+    assert ("the tokenizer's eos_token" in caplog.text) == (expected != of_model)
 
 
 def test_an_idle_scheduler_does_not_wake_up(surroundings: Surroundings) -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from ipc.errors import ConfigError
+from ipc.messages import EOS_TOKEN_ID
 from pipeline.endpoint import EndpointClaim
 from pipeline.python_module import module_environment
 
@@ -138,6 +139,8 @@ def test_workers_start_in_order_and_the_gateway_last(launch: Callable[..., Engin
     assert engine.process.wait(20) == 0
     heard = [line.split(" INFO ")[1] for line in engine.log().splitlines() if "heard Start" in line]
     assert heard[0].startswith("scheduler:")
+    assert "'num_blocks': 100" in heard[0]
+    assert f"'{EOS_TOKEN_ID}': 7" in heard[0]
     assert len(heard) == len(ROLES)
     assert engine.log().index("ready: ipc://") > engine.log().index("scheduler: heard Start")
 

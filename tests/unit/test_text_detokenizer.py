@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
 
 from ipc.codec import decode
 from ipc.messages import (
@@ -22,10 +24,11 @@ from ipc.messages import (
 )
 from ipc.messages import Final as FinalAnswer
 from ipc.records import FinishCode
-from tests.unit.text_tools import byte_level_tokenizer
+from tests.unit.text_tools import byte_fallback_tokenizer, byte_level_tokenizer
 from workers.detokenizer import core as detokenizer_core
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.decoding import decoder_factory
+from workers.detokenizer.stop_strings import SpecialTokens
 
 TOKENIZER = byte_level_tokenizer()
 NEW_DECODER = decoder_factory(TOKENIZER)
@@ -45,8 +48,10 @@ def opened(
     stop: Sequence[str] = (),
     logprobs: int | None = None,
     n: int = 1,
+    prompt: Sequence[int] = (),
 ) -> Opened:
-    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs, n)
+    tail = np.array(prompt, "<i4").tobytes()
+    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs, n, tail)
 
 
 def step(tokens: list[tuple[int, int, FinishCode]] | None = None, **more: Any) -> StepOutputs:
@@ -103,8 +108,9 @@ class Reader:
         self.finished += keys
 
 
-def new_core(window: int = 4) -> tuple[Detokenizer, Reader]:
-    core = Detokenizer(NEW_DECODER, window)
+def new_core(window: int = 4, tokenizer: Tokenizer = TOKENIZER) -> tuple[Detokenizer, Reader]:
+    new_decoder = NEW_DECODER if tokenizer is TOKENIZER else decoder_factory(tokenizer)
+    core = Detokenizer(new_decoder, SpecialTokens.of(tokenizer), window)
     return core, Reader(core)
 
 
@@ -200,6 +206,119 @@ def test_text_that_was_held_back_comes_with_the_end() -> None:
     assert set(reader.texts.values()) == {"lazy dog"}
     assert [reader.finals[f"r{i}"].finish_reason for i in (1, 2, 3)] == ["length", "stop", "error"]
     assert (reader.finals["r3"].error_message, reader.finals["r3"].retry_after_s) == ("broken", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"),
+    [
+        (["</s>"], "the fox", 3),
+        (["zzz", "</s>"], "the fox", 3),
+        (["</s>the"], "the fox", 4),
+        (["fox</s>t"], "the ", 4),
+        (["x", "</s>"], "the fo", 2),
+        (["<s>"], "the foxthe fox", 0),  # none of its tokens; and the special ones among them have no text
+        (["</s><s>"], "the foxthe fox", 0),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens(stop: list[str], text: str, num_tokens: int) -> None:
+    core, reader = new_core(window=100)
+    the_fox = [*ids_of("the"), *ids_of(" fox")]
+    assert len(the_fox) == 2
+    core.handle(step(opened=[opened(1, stop=stop)]))
+    run_text(core, 1, [*the_fox, EOS, *the_fox])
+    reader.collect()
+    assert reader.texts["r1"] == text
+    assert len(reader.token_ids["r1"]) == num_tokens or reader.finals["r1"].finish_reason == "length"
+    assert bool(core.take_cancels()) == (0 < num_tokens < 5)
+
+
+def test_a_special_token_that_ends_the_sequence_may_end_a_stop_string() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1, stop=["fox</s>"])]))
+    run_text(core, 1, [*ids_of("the fox"), EOS], FinishCode.STOP)
+    reader.collect()
+    assert reader.texts["r1"] == "the "
+
+
+def test_a_stop_string_is_found_within_a_run_of_byte_tokens() -> None:
+    pieces = byte_fallback_tokenizer()
+    core, reader = new_core(window=100, tokenizer=pieces)
+    byte_ids = [pieces.token_to_id(f"<0x{byte:02X}>") for byte in "🙂🚀🙂🙂".encode()]
+    core.handle(step(opened=[opened(1, stop=["🚀"])]))
+    run_text(core, 1, byte_ids)
+    reader.collect()
+    assert reader.texts["r1"] == "🙂"
+    assert len(reader.token_ids["r1"]) == 8
+    assert core.take_cancels() == [1]
+
+
+def test_an_answer_goes_on_from_its_prompt_in_every_sample() -> None:
+    pieces = byte_fallback_tokenizer()
+    core, _ = new_core(tokenizer=pieces)
+    the, fox = pieces.token_to_id("▁the"), pieces.token_to_id("▁fox")
+    core.handle(step(opened=[opened(1, n=2, prompt=[the]), opened(3)]))
+    core.handle(step([(key, fox, FinishCode.LENGTH) for key in (1, 2, 3)]))
+    ((_, frames),) = core.deliveries()
+    assert items(decode(frames[0], Outputs)) == [("r1", 0, " fox"), ("r1", 1, " fox"), ("r3", 0, "fox")]
+
+
+def panics_on_a_space() -> Tokenizer:
+    """`tokenizers` panics in this decoder where a text is one space."""
+    tokenizer = byte_fallback_tokenizer()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("stop", [[], ["x"]])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("last", [FinishCode.RUNNING, FinishCode.LENGTH])
+def test_tokens_that_cannot_be_decoded_end_their_own_request_alone(
+    stop: list[str], stream: bool, last: FinishCode
+) -> None:
+    tokenizer = panics_on_a_space()
+    core, reader = new_core(window=100, tokenizer=tokenizer)
+    space, the = tokenizer.token_to_id("▁"), tokenizer.token_to_id("▁the")
+    core.handle(step(opened=[opened(1, stream=stream, stop=stop), opened(3, stream=stream, stop=stop)]))
+    core.handle(step([(1, space, last), (3, the, FinishCode.RUNNING)]))
+    reader.collect()
+    if stop or stream or last == FinishCode.LENGTH:  # else it is decoded later, together with what follows
+        final = reader.finals["r1"]
+        assert (final.finish_reason, final.error_code) == ("error", "request_failed")
+        assert final.error_message.startswith("the tokens of the answer cannot be decoded: ")
+        assert last == FinishCode.LENGTH or core.take_cancels() == [1]
+    core.handle(step(ended=[Ended(1, "cancelled")]))
+    core.handle(step([(3, the, FinishCode.LENGTH)]))
+    reader.collect()
+    assert reader.texts["r3"] == "the the"
+    assert reader.finals["r3"].finish_reason == "length"
+    assert core.num_open == core.num_undelivered() == 0
+
+
+def test_a_sample_that_cannot_be_decoded_cancels_the_others() -> None:
+    tokenizer = panics_on_a_space()
+    core, _ = new_core(tokenizer=tokenizer)
+    space, the = tokenizer.token_to_id("▁"), tokenizer.token_to_id("▁the")
+    core.handle(step(opened=[opened(1, n=3)]))
+    core.handle(step([(1, the, FinishCode.RUNNING), (2, space, FinishCode.RUNNING)]))
+    ((_, frames),) = core.deliveries()
+    ((index, final),) = decode(frames[0], Outputs).finals
+    assert (index, final.finish_reason, final.num_open) == (1, "error", 2)
+    assert core.take_cancels() == [1, 2, 3]
+    core.handle(step(ended=[Ended(1, "cancelled"), Ended(3, "cancelled")]))
+    ((head, frames),) = core.deliveries()
+    assert [final.finish_reason for _, final in decode(frames[0], Outputs).finals] == ["cancelled", "cancelled"]
+    assert head.finished == [[1]]
+    assert core.num_open == 0
+
+
+def test_a_prompt_that_cannot_be_decoded_ends_its_request() -> None:
+    tokenizer = panics_on_a_space()
+    core, reader = new_core(tokenizer=tokenizer)
+    core.handle(step(opened=[opened(1, prompt=[tokenizer.token_to_id("▁")])]))
+    reader.collect()
+    assert reader.finals["r1"].finish_reason == "error"
+    assert core.take_cancels() == [1]
+    assert core.num_open == 0
 
 
 def test_without_credit_tokens_wait_and_go_out_as_one_item() -> None:

@@ -35,6 +35,7 @@ from tests.unit.gateway_tools import TOKENIZERS, bootstrap, generate
 from tests.unit.text_tools import byte_level_tokenizer
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.decoding import decoder_factory
+from workers.detokenizer.stop_strings import SpecialTokens
 from workers.gateway.core import Gateway, Peer
 
 NEW_DECODER = decoder_factory(byte_level_tokenizer())
@@ -50,7 +51,7 @@ class Engine:
         self.policy = draw.choice(["fifo", "priority", "fair"])
         policy = {"policy": self.policy, "queue_timeout_s": draw.choice([None, 15.0])}
         self.gateway = Gateway(bootstrap(max_open_requests=6, policy=policy), dict)
-        self.detokenizer = Detokenizer(NEW_DECODER, client_window=3)
+        self.detokenizer = Detokenizer(NEW_DECODER, SpecialTokens({}), client_window=3)
         self.arrows: dict[str, deque[Any]] = {}
         self.running: dict[int, int] = {}  # in the scheduler: tokens still to come
         self.withdrawn: set[int] = set()  # to be declined there when they arrive

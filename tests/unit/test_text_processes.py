@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,21 @@ import pytest
 import zmq
 
 from ipc.channels import connect_dealer, send
-from ipc.messages import Abort, Cancel, ChatMessage, Drain, Drained, Health, Opened, Query, Route, Stats, StepOutputs
+from ipc.messages import (
+    EOS_TOKEN_ID,
+    Abort,
+    Cancel,
+    ChatMessage,
+    Drain,
+    Drained,
+    Health,
+    Opened,
+    Query,
+    Ready,
+    Route,
+    Stats,
+    StepOutputs,
+)
 from ipc.records import FinishCode
 from ipc.sampling import SamplingParams
 from ipc.scheduling import SchedulingParams
@@ -77,6 +92,32 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
     assert client.texts["ids"] == TOKENIZER.decode(token_ids.tolist())
     assert client.texts["chat"] == "fox dog"
     assert (client.texts["stop"], client.finals["stop"].finish_reason) == ("the fo", "stop")
+
+
+def test_tokens_that_are_declared_beside_the_file_hold_for_prompts_answers_and_the_scheduler(
+    folder: Path, model: Path
+) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "extra_special_tokens": ["<|turn|>"],
+    }
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    engine = TextEngine(folder, model, TOKENIZER.get_vocab_size() + 2)
+    try:
+        engine.start()
+        ready = {message.role: message.info for message in engine.said if isinstance(message, Ready) and message.info}
+        assert ready == {"tokenizer.0": {EOS_TOKEN_ID: TOKENIZER.get_vocab_size()}}
+        client = engine.client()
+        text = "the<|turn|> fox<|end|> jumps"
+        client.say(generate("whole", prompt=text, params=ONE))
+        client.say(generate("stop", prompt=text, params=SamplingParams(max_tokens=1, stop=["<|end|>"])))
+        client.finish("whole", "stop")
+        assert client.texts == {"whole": "the fox jumps", "stop": "the fox"}
+        assert client.finals["whole"].num_prompt_tokens == len(TOKENIZER.encode("the fox jumps").ids) + 2
+        assert client.finals["stop"].finish_reason == "stop"
+    finally:
+        engine.stop()
 
 
 def test_a_request_that_cannot_be_encoded_fails_alone(engine: TextEngine) -> None:

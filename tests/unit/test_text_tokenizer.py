@@ -51,7 +51,12 @@ def save(folder: Path, tokenizer: Any = None, **config: Any) -> str:
 
 
 def encoder(folder: str, *, max_model_len: int = 200, vocab_size: int = 500) -> PromptEncoder:
-    return PromptEncoder(load_tokenizer(folder), ChatTemplate.load(folder), vocab_size, max_model_len)
+    loaded = load_tokenizer(folder)
+    return PromptEncoder(loaded.tokenizer, chat_template(folder), vocab_size, max_model_len)
+
+
+def chat_template(folder: str) -> ChatTemplate:
+    return ChatTemplate.load(folder, load_tokenizer(folder).special_tokens)
 
 
 def request(params: SamplingParams | None = None, **source: Any) -> Tokenize:
@@ -84,21 +89,36 @@ def test_chats_are_rendered_and_encoded_as_transformers_does(tmp_path: Path) -> 
     chat = [*CHAT, ChatMessage("skip", "not shown")]
     plain = [{"role": message.role, "content": message.content} for message in chat]
     expected = reference.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    assert ChatTemplate.load(folder).render(chat) == expected
+    assert chat_template(folder).render(chat) == expected
     token_ids = reference.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
     assert encoder(folder).encode(request(chat=chat)).token_ids.tolist() == token_ids
 
 
 def test_a_template_file_outranks_the_configuration(tmp_path: Path) -> None:
     folder = save(tmp_path, chat_template="of the configuration")
-    assert ChatTemplate.load(folder).render(CHAT) == "of the configuration"
+    assert chat_template(folder).render(CHAT) == "of the configuration"
     (tmp_path / "chat_template.jinja").write_text("of the file")
-    assert ChatTemplate.load(folder).render(CHAT) == "of the file"
+    assert chat_template(folder).render(CHAT) == "of the file"
 
 
-def test_a_named_default_template_is_found(tmp_path: Path) -> None:
-    templates = [{"name": "rag", "template": "x"}, {"name": "default", "template": "it: {{ messages[0].role }}"}]
-    assert ChatTemplate.load(save(tmp_path, chat_template=templates)).render(CHAT) == "it: system"
+NAMED = {"rag": "x", "default": "it: {{ messages[0].role }}"}
+
+
+@pytest.mark.parametrize("value", [NAMED, [{"name": name, "template": text} for name, text in NAMED.items()]])
+def test_a_named_default_template_is_found(tmp_path: Path, value: Any) -> None:
+    assert chat_template(save(tmp_path, chat_template=value)).render(CHAT) == "it: system"
+
+
+def test_templates_in_files_are_named_by_them_and_outrank_the_configuration(tmp_path: Path) -> None:
+    folder = save(tmp_path, chat_template=NAMED)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    with pytest.raises(InvalidRequest, match="'tool_use' and none named 'default'"):
+        chat_template(folder).render(CHAT)
+    with pytest.raises(ValueError, match=r"no default specified.*tool_use"):
+        AutoTokenizer.from_pretrained(folder).get_chat_template()
+    (tmp_path / "chat_template.jinja").write_text("of the file")
+    assert chat_template(folder).render(CHAT) == "of the file"
 
 
 @pytest.mark.parametrize(
@@ -107,17 +127,58 @@ def test_a_named_default_template_is_found(tmp_path: Path) -> None:
         ("tokenizer_config.json", b"{", "cannot be read: Expecting property name"),
         ("tokenizer_config.json", b"[" * 100_000, "cannot be read: maximum recursion depth"),
         ("tokenizer_config.json", b"[]", "must hold a JSON object"),
-        ("tokenizer_config.json", b'{"chat_template": 5}', ": chat_template (5) must be a text"),
-        ("tokenizer_config.json", b'{"chat_template": [{"x": 1}]}', ": chat_template ([{'x': 1}]) must be a text"),
+        ("special_tokens_map.json", b"[]", "must hold a JSON object"),
+        ("added_tokens.json", b"{", "cannot be read: Expecting property name"),
+    ],
+)
+def test_a_broken_file_of_the_tokenizer_is_named(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    folder = save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelUnsupported) as caught:
+        load_tokenizer(folder)
+    assert f"{tmp_path / name}" in str(caught.value)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template (5) in"),
+        ("tokenizer_config.json", b'{"chat_template": [{"x": 1}]}', "chat_template ({None: None}) in"),
+        ("tokenizer_config.json", b'{"chat_template": {"tools": "x", "rag": "y"}}', "templates named 'rag', 'tools'"),
+        ("tokenizer_config.json", b'{"chat_template": "{% for %}"}', "cannot be compiled"),
         ("chat_template.jinja", b"\xff", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
-def test_a_broken_file_beside_the_tokenizer_is_named(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+def test_a_broken_template_refuses_chats_and_nothing_else(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ModelUnsupported) as caught:
-        ChatTemplate.load(str(tmp_path))
-    assert f"{tmp_path / name}" in str(caught.value)
-    assert text in str(caught.value)
+    encode = encoder(str(tmp_path)).encode
+    assert text in failure(encode(request(chat=CHAT)))
+    assert encode(request(prompt="the fox")).error is None
+
+
+def test_control_tokens_of_the_template_that_are_no_tokens_are_noted_and_do_not_stop_the_start(tmp_path: Path) -> None:
+    template = "{{ '<s>' }}<tool call>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    notes = list(encoder(save(tmp_path, chat_template=template)).split_control_tokens())
+    assert len(notes) == 1
+    assert "'<|end|>', which is no token of this tokenizer" in notes[0]
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["<|end|>"])
+    assert list(encoder(save(tmp_path, tokenizer, chat_template=template)).split_control_tokens()) == []
+
+
+def test_templates_see_the_special_tokens_of_every_file(tmp_path: Path) -> None:
+    folder = save(tmp_path, chat_template="{{ bos_token }}{{ image_token }}{{ eos_token }}{{ sep_token }}")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    kept = {"tokenizer_class": config["tokenizer_class"], "chat_template": config["chat_template"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kept))
+    special = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "image_token": "<image>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    reference = AutoTokenizer.from_pretrained(folder)
+    plain = [{"role": message.role, "content": message.content} for message in CHAT]
+    expected = reference.apply_chat_template(plain, tokenize=False)
+    assert chat_template(folder).render(CHAT) == expected == "<s><image><|end|>"
 
 
 def test_a_chat_without_a_template_says_what_to_do(tmp_path: Path) -> None:
@@ -215,7 +276,7 @@ def test_truncation_and_padding_of_the_file_do_not_apply(tmp_path: Path) -> None
     tokenizer.enable_padding(length=50)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "the quick brown fox"
-    assert load_tokenizer(str(tmp_path)).encode(text).ids == byte_level_tokenizer().encode(text).ids
+    assert load_tokenizer(str(tmp_path)).tokenizer.encode(text).ids == byte_level_tokenizer().encode(text).ids
 
 
 def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path: Path) -> None:

@@ -8,18 +8,19 @@ tokens pile up as plain ints and go out as one item later. So the cost of a slow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+import logging
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
 from ipc.codec import encode
+from ipc.errors import RequestFailed
 from ipc.messages import (
     ClientCredit,
     ClientGone,
     Delivery,
     Ended,
-    FinishReason,
     Opened,
     Outputs,
     StepLogprobs,
@@ -30,74 +31,28 @@ from ipc.messages import (
     Final as FinalAnswer,
 )
 from ipc.records import FinishCode
-from workers.detokenizer.decoding import TextDecoder
-from workers.detokenizer.stop_strings import StopMatcher
+from workers.detokenizer.decoding import NewDecoder
+from workers.detokenizer.state import NO_DECODER, Client, Request, Sequence
+from workers.detokenizer.stop_strings import SpecialTokens
+from workers.tokenizer_files import is_foreign_failure
+
+logger = logging.getLogger(__name__)
 
 MAX_FRAME_ITEMS: Final = 8_192  # in one Outputs
 MAX_FRAME_TOKENS: Final = 131_072  # in one Outputs, before its last item: keeps it far below the largest frame
 MAX_ITEM_TOKENS: Final = 65_536  # of one sequence in one Outputs
+MAX_PROBLEM_CHARS: Final = 300
 
 RUNNING: Final = int(FinishCode.RUNNING)
 STOP: Final = int(FinishCode.STOP)
 
 
-class Client:
-    """One client's credit and what waits for it."""
-
-    __slots__ = ("credit", "name", "num_open", "ready")
-
-    def __init__(self, name: bytes, window: int) -> None:
-        self.name = name
-        self.credit = window
-        self.num_open = 0
-        self.ready: list[Sequence] = []  # have news
-
-
-class Request:
-    """What the samples of one request have in common."""
-
-    __slots__ = ("client", "key", "num_cached_tokens", "num_open", "num_prompt_tokens", "request_id", "stream")
-
-    def __init__(self, opened: Opened, client: Client) -> None:
-        self.key = opened.key
-        self.client = client
-        self.request_id = opened.route.request_id
-        self.stream = opened.route.stream
-        self.num_prompt_tokens = opened.num_prompt_tokens
-        self.num_cached_tokens = 0
-        self.num_open = opened.num_samples  # whose ends are not delivered
-
-
-class Sequence:
-    """One sample of a request, between `Opened` and the delivery of its end."""
-
-    __slots__ = (
-        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "num_sent",
-        "request", "sample", "text", "token_ids",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, sample: int, opened: Opened, decoder: TextDecoder) -> None:
-        self.key = request.key + sample
-        self.request = request
-        self.sample = sample
-        self.client = request.client
-        self.decoder = decoder
-        self.matcher = StopMatcher(opened.stop) if opened.stop else None
-        self.logprobs = None if opened.num_logprobs is None else _LogprobColumns(opened.num_logprobs)
-        self.is_plain = self.matcher is None and self.logprobs is None
-        self.token_ids: list[int] = []  # not sent yet
-        self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
-        self.num_sent = 0  # tokens
-        self.idle = request.stream  # not in client.ready, and the next token puts it there
-        self.end: Ended | None = None
-        self.hides_last = False  # the last token ended the sequence: it has no text
-
-
 class Detokenizer:
     """The role's whole behaviour. Feed it messages, then collect `deliveries()` and `take_cancels()`."""
 
-    def __init__(self, new_decoder: Callable[[], TextDecoder], client_window: int) -> None:
+    def __init__(self, new_decoder: NewDecoder, special_tokens: SpecialTokens, client_window: int) -> None:
         self._new_decoder = new_decoder
+        self._special_tokens = special_tokens
         self._window = client_window
         self._open: dict[int, Sequence] = {}
         self._clients: dict[bytes, Client] = {}
@@ -143,9 +98,7 @@ class Detokenizer:
             if client is None:
                 client = self._clients[name] = Client(name, self._window)
             client.num_open += opened.num_samples
-            request = Request(opened, client)
-            for sample in range(opened.num_samples):
-                self._open[opened.key + sample] = Sequence(request, sample, opened, self._new_decoder())
+            self._open_request(opened, Request(opened, client))
         for key, num_cached in step.cached:
             sequence = self._open.get(key)
             if sequence is not None and sequence.sample == 0:  # the others find what it has just computed
@@ -163,12 +116,33 @@ class Detokenizer:
                 sequence.idle = False
                 sequence.client.ready.append(sequence)
             if code or not sequence.is_plain:
-                self._look_closer(sequence, token_id, code, step.logprobs, index)
+                try:
+                    self._look_closer(sequence, token_id, code, step.logprobs, index)
+                except BaseException as error:
+                    self._fail(sequence, _problem_of(error))
         for ended in step.ended:
             sequence = find(ended.key)
             if sequence is not None:
-                self._finish_text(sequence)
-                self._end(sequence, ended)
+                try:
+                    sequence.finish_text()
+                except BaseException as error:
+                    self._fail(sequence, _problem_of(error))
+                else:
+                    self._end(sequence, ended)
+
+    def _open_request(self, opened: Opened, request: Request) -> None:
+        prompt_tail = np.frombuffer(opened.prompt_tail, "<i4").tolist()
+        for sample in range(opened.num_samples):
+            matcher = self._special_tokens.matcher(opened.stop) if opened.stop else None
+            problem = ""
+            try:
+                decoder = self._new_decoder(prompt_tail)
+            except BaseException as error:
+                decoder, problem = NO_DECODER, _problem_of(error)
+            sequence = Sequence(request, sample, opened, decoder, matcher)
+            self._open[sequence.key] = sequence
+            if problem:
+                self._fail(sequence, problem)
 
     def _look_closer(
         self, sequence: Sequence, token_id: int, code: int, logprobs: StepLogprobs | None, index: int
@@ -180,10 +154,12 @@ class Detokenizer:
         sequence.hides_last = code == STOP
         matcher = sequence.matcher
         if matcher is not None:
-            if not sequence.hides_last:
-                sequence.text += matcher.feed(sequence.decoder.push([token_id]))
+            text = "" if sequence.hides_last else sequence.decoder.push([token_id])
+            if matcher.marks:
+                text += matcher.marks.get(token_id, "")
+            sequence.text += matcher.feed(text)
             if code and not matcher.matched:
-                self._finish_text(sequence)
+                sequence.finish_text()
             if matcher.matched:
                 if code == RUNNING:
                     self._cancels.append(sequence.key)
@@ -192,12 +168,20 @@ class Detokenizer:
         if code:
             self._end(sequence, Ended(sequence.key, "stop" if code == STOP else "length"))
 
-    @staticmethod
-    def _finish_text(sequence: Sequence) -> None:
-        """Decode the end of a text that is decoded eagerly; a stop string may be complete only here."""
-        matcher = sequence.matcher
-        if matcher is not None:
-            sequence.text += matcher.feed(sequence.decoder.flush()) + matcher.finish()
+    def _fail(self, sequence: Sequence, problem: str) -> None:
+        """End a request whose tokens cannot be decoded: this sample with an error, the others as cancelled ones."""
+        logger.warning("the tokens of request %d cannot be decoded: %s", sequence.key, problem)
+        request = sequence.request
+        keys = range(request.key, request.key + request.num_samples)
+        self._cancels += [key for key in keys if key in self._open]  # some may have ended; the scheduler ignores these
+        sequence.decoder, sequence.matcher, sequence.text = NO_DECODER, None, ""
+        ended = Ended(
+            sequence.key, "error", RequestFailed.code, f"the tokens of the answer cannot be decoded: {problem}"
+        )
+        if sequence.end is None:
+            self._end(sequence, ended)
+        else:
+            sequence.end = ended
 
     def _end(self, sequence: Sequence, ended: Ended) -> None:
         sequence.end = ended
@@ -263,16 +247,24 @@ class Detokenizer:
                 is_last = False
             else:
                 sequence.token_ids = []
-                sequence.idle = sequence.end is None
                 is_last = sequence.end is not None
-            texts.append(
-                sequence.decoder.push(new) if sequence.is_plain and not is_last else _text_of(sequence, new, is_last)
-            )
+            try:
+                text = (
+                    sequence.decoder.push(new)
+                    if sequence.is_plain and not is_last
+                    else sequence.take_text(new, is_last)
+                )
+            except BaseException as error:
+                self._fail(sequence, _problem_of(error))
+                is_last = not sequence.token_ids
+                text = ""
+            sequence.idle = sequence.end is None and not sequence.token_ids
+            texts.append(text)
             sequence.num_sent += len(new)
             if sequence.logprobs is not None and new:
                 logprobs.append((len(request_ids), sequence.logprobs.take(len(new))))
             if is_last:
-                finals.append((len(request_ids), _end_of(sequence)))
+                finals.append((len(request_ids), sequence.take_final()))
                 if not sequence.request.num_open:
                     keys.append(sequence.request.key)
             request_ids.append(sequence.request.request_id)
@@ -294,63 +286,8 @@ class Detokenizer:
         return outputs, keys
 
 
-def _text_of(sequence: Sequence, new: list[int], is_last: bool) -> str:
-    """The text of an item; `new` are its tokens."""
-    if sequence.matcher is not None:
-        text, sequence.text = sequence.text, ""
-        return text
-    visible = new[:-1] if is_last and sequence.hides_last else new
-    text = sequence.decoder.push(visible) if visible else ""
-    return text + sequence.decoder.flush() if is_last else text
-
-
-def _end_of(sequence: Sequence) -> FinalAnswer:
-    """Counts the sequence out of its request: once, when this is delivered."""
-    request, end = sequence.request, sequence.end
-    assert end is not None, f"sequence {sequence.key} has not ended"
-    request.num_open -= 1
-    reason: FinishReason = end.finish_reason
-    return FinalAnswer(
-        reason,
-        request.num_prompt_tokens,
-        sequence.num_sent,
-        end.error_code,
-        end.error_message,
-        request.num_cached_tokens,
-        request.num_open,
-        end.retry_after_s,
-    )
-
-
-class _LogprobColumns:
-    """Log-probabilities of one sequence's unsent tokens, with the `num_top` alternatives that it asked for."""
-
-    __slots__ = ("_logprobs", "_num_top", "_top_ids", "_top_logprobs")
-
-    def __init__(self, num_top: int) -> None:
-        self._num_top = num_top
-        self._logprobs = bytearray()
-        self._top_ids = bytearray()
-        self._top_logprobs = bytearray()
-
-    def append(self, step: StepLogprobs, index: int) -> None:
-        """Take the row of the step's token `index`. The step has at least `num_top` alternatives."""
-        assert step.num_top >= self._num_top, f"{step.num_top} alternatives, {self._num_top} wanted"
-        row, num_bytes = 4 * step.num_top * index, 4 * self._num_top
-        self._logprobs += step.logprobs[4 * index : 4 * index + 4]
-        self._top_ids += step.top_ids[row : row + num_bytes]
-        self._top_logprobs += step.top_logprobs[row : row + num_bytes]
-
-    def take(self, num_tokens: int) -> TokenLogprobs:
-        return TokenLogprobs(
-            self._num_top,
-            _cut(self._logprobs, 4 * num_tokens),
-            _cut(self._top_ids, 4 * num_tokens * self._num_top),
-            _cut(self._top_logprobs, 4 * num_tokens * self._num_top),
-        )
-
-
-def _cut(column: bytearray, num_bytes: int) -> bytes:
-    part: Any = bytes(column[:num_bytes])
-    del column[:num_bytes]
-    return part  # type: ignore[no-any-return]
+def _problem_of(error: BaseException) -> str:
+    """What `tokenizers` says of a request's tokens, for its one line of error. Raises what is no such failure."""
+    if not is_foreign_failure(error) or isinstance(error, AssertionError):
+        raise error
+    return " ".join(str(error).split())[:MAX_PROBLEM_CHARS] or type(error).__name__

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from tokenizers import Tokenizer
+
+_ALL_MARKS: Final = dict.fromkeys(range(0xDC00, 0xE000))  # lone surrogates: no decoded text holds one
+_NO_MARKS: Final[dict[int, str]] = {}
+
+
+class SpecialTokens:
+    """Special tokens have no text, and stop strings may hold them: in those, a mark stands for each."""
+
+    def __init__(self, contents: Mapping[int, str]) -> None:
+        self._ids = {content: token_id for token_id, content in contents.items() if content}
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
+        return cls({i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special})
+
+    def matcher(self, stops: list[str]) -> StopMatcher:
+        """A new matcher of these strings, as they stand and with marks for the special tokens in them."""
+        pattern = self._pattern
+        if pattern is None:
+            return StopMatcher(stops)
+        found = dict.fromkeys(content for stop in stops for content in pattern.findall(stop))
+        marks = {content: chr(mark) for content, mark in zip(found, _ALL_MARKS, strict=False)}
+        marked = [pattern.sub(lambda match: marks.get(match[0], match[0]), stop) for stop in stops]
+        return StopMatcher(
+            list(dict.fromkeys(stops + marked)), {self._ids[content]: mark for content, mark in marks.items()}
+        )
+
 
 class StopMatcher:
     """One sequence's stop strings, each with the Knuth-Morris-Pratt automaton: time linear in the text.
 
     The first string to be complete ends the text, whatever the pieces; of several that end at the same character
-    the longest. `matched` says that it has happened.
+    the longest. `matched` says that it has happened. `marks` says by token id which mark to feed for a special token;
+    marks are in no text that comes out.
     """
 
-    __slots__ = ("_fallbacks", "_matched_chars", "_stops", "held", "matched")
+    __slots__ = ("_fallbacks", "_matched_chars", "_stops", "held", "marks", "matched")
 
-    def __init__(self, stops: list[str]) -> None:
+    def __init__(self, stops: list[str], marks: dict[int, str] = _NO_MARKS) -> None:
         self._stops = stops
+        self.marks = marks
         self._fallbacks = [_fallback(stop) for stop in stops]
         self._matched_chars = [0] * len(stops)  # how many leading characters of each end the text so far
         self.held = ""  # end of the text that may be the beginning of a stop string
@@ -33,15 +69,19 @@ class StopMatcher:
             self.matched = True
             text = text[: len(self.held) + end - length]
             self.held = ""
-            return text
+            return self._visible(text)
         num_certain = len(text) - max(self._matched_chars)
         self.held = text[num_certain:]
-        return text[:num_certain]
+        text = text[:num_certain]
+        return self._visible(text) if self.marks else text
 
     def finish(self) -> str:
         """What was held back, when the text ends without a stop string."""
         held, self.held = self.held, ""
-        return held
+        return self._visible(held)
+
+    def _visible(self, text: str) -> str:
+        return text.translate(_ALL_MARKS) if self.marks else text
 
     def _advance(self, which: int, stop: str, piece: str) -> int:
         """Run one automaton over the piece. Number of its characters up to the end of the first match, 0 for none."""

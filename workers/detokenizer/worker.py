@@ -9,6 +9,7 @@ from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.decoding import decoder_factory
+from workers.detokenizer.stop_strings import SpecialTokens
 from workers.process import WorkerProcess
 from workers.tokenizer_files import load_tokenizer
 
@@ -16,7 +17,8 @@ from workers.tokenizer_files import load_tokenizer
 def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
-    core = Detokenizer(decoder_factory(load_tokenizer(bootstrap.model_path)), bootstrap.client_window)
+    tokenizer = load_tokenizer(bootstrap.model_path).tokenizer
+    core = Detokenizer(decoder_factory(tokenizer), SpecialTokens.of(tokenizer), bootstrap.client_window)
     inbox = bind_router(process.context, bootstrap.detokenize_endpoint)
     scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)
     gateway = connect_dealer(process.context, bootstrap.deliver_endpoint)

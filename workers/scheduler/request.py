@@ -12,7 +12,7 @@ from typing import Any, Self
 import msgspec
 
 from ipc.block_hash import read_hashes
-from ipc.messages import Opened, Tokenized
+from ipc.messages import PROMPT_TAIL_TOKENS, Opened, Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling import SamplingParams
 from workers.policies import NO_ROW
@@ -102,8 +102,8 @@ def requests_of(
         yield Request(own, max_len, token_ids, given_up, eos_token_ids, leader)
 
 
-def opened(message: Tokenized, num_samples: int) -> Opened:
-    """What the detokenizer hears of a request first."""
+def opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = None) -> Opened:
+    """What the detokenizer hears of a request first. `token_ids` is the prompt; None: the request is refused."""
     return Opened(
         key=message.key,
         route=message.route,
@@ -111,6 +111,7 @@ def opened(message: Tokenized, num_samples: int) -> Opened:
         num_prompt_tokens=message.num_prompt_tokens,
         num_logprobs=message.params.logprobs,
         num_samples=num_samples,
+        prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
     )
 
 

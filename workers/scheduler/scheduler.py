@@ -146,8 +146,8 @@ class Scheduler:
         if refusal is None:
             refusal = self._backlog.refusal(message, self._rows.num_free)
             self.counts["num_queue_full"] += refusal is not None
-        self._outputs.opened.append(opened(message, message.params.n if refusal is None else 1))
         if refusal is not None:
+            self._outputs.opened.append(opened(message, 1))
             self._decline_prompt(message)
             self.counts["num_refused"] += 1
             self._outputs.ended.append(refusal)
@@ -155,6 +155,7 @@ class Scheduler:
         if not self.has_work:
             self._work_since_ns = self._clock()
         ids, lease = self.prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
+        self._outputs.opened.append(opened(message, message.params.n, ids))
         max_len = self._limits.max_len(message)
         for request in requests_of(message, max_len, ids, lease, self._eos_token_ids):
             self._requests[request.key] = request

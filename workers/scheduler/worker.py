@@ -21,6 +21,7 @@ from ipc.channels import bind_router, connect_dealer, receive_from, send, send_t
 from ipc.doorbell import Doorbell
 from ipc.errors import EngineUnavailable
 from ipc.messages import (
+    EOS_TOKEN_ID,
     Accepted,
     CacheCleared,
     ClearCache,
@@ -52,12 +53,13 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     detokenizer = connect_dealer(process.context, bootstrap.detokenize_endpoint, identity=process.role.encode())
     process.watch(schedule)
     rings = [Ring.attach(handle, prompt_layout()) for handle in bootstrap.prompt_rings]
+    info = _await_start(process).info
     scheduler = Scheduler(
         bootstrap.scheduler,
         bootstrap.shape,
         bootstrap.depth,
-        _await_num_blocks(process),
-        bootstrap.eos_token_ids,
+        info["num_blocks"],
+        eos_token_ids(bootstrap.eos_token_ids, info),
         PromptRings(rings),
     )
     steps = StepChannel(scheduler, process, bootstrap)
@@ -154,8 +156,8 @@ class StepChannel:
         stats.plan_ns[0] += perf_counter_ns() - applied
 
 
-def _await_num_blocks(process: WorkerProcess) -> int:
-    """Sleep until the launcher's Start says how many KV blocks the GPU process has."""
+def _await_start(process: WorkerProcess) -> Start:
+    """Sleep until the launcher's Start says what the scheduler must know of GPU process and tokenizers."""
     starts: list[Start] = []
 
     def on_control(message: Any) -> None:
@@ -169,4 +171,13 @@ def _await_num_blocks(process: WorkerProcess) -> int:
     if num_blocks < 1:
         raise EngineUnavailable(f"the GPU process has {num_blocks} KV blocks: the scheduler needs at least one")
     logger.info("schedules over %d KV blocks", num_blocks)
-    return num_blocks
+    return starts[0]
+
+
+def eos_token_ids(of_model: list[int], info: dict[str, int]) -> list[int]:
+    """The ids that end a sequence: the model's, and the tokenizer's eos token, which fine-tunes may name alone."""
+    of_tokenizer = info.get(EOS_TOKEN_ID)
+    if of_tokenizer is None or of_tokenizer in of_model:
+        return of_model
+    logger.info("the tokenizer's eos_token (%d) ends sequences, besides the model's eos ids %s", of_tokenizer, of_model)
+    return [*of_model, of_tokenizer]

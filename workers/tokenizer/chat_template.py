@@ -8,68 +8,59 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import msgspec
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ipc.errors import InvalidRequest, ModelUnsupported
+from ipc.errors import InvalidRequest
 from ipc.messages import ChatMessage
-from workers.tokenizer_files import read_tokenizer_config, special_tokens
+from workers.tokenizer_declarations import read_object
 
-_NO_TEMPLATE = (
+_NO_TEMPLATE: Final = (
     "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json): "
     "send a prompt"
 )
-
-
-class _NamedTemplate(msgspec.Struct):
-    name: str
-    template: str
+_CONTROL_TOKEN: Final = re.compile(r"<\|[^\s<|>{}'\"]+\|>")
 
 
 class ChatTemplate:
-    """A compiled template. `source` None: the model has none, and `render` says so."""
+    """A model's compiled template, or the reason why there is none to use, which `render` gives."""
 
-    def __init__(self, source: str | None, names: dict[str, str]) -> None:
+    def __init__(self, source: str | None, names: dict[str, str], problem: str = _NO_TEMPLATE) -> None:
         self._names = names  # bos_token and the like
         self._template: Any = None
-        self._problem = _NO_TEMPLATE
+        self._problem = problem
+        self.control_tokens = sorted(set(_CONTROL_TOKEN.findall(source or "")))  # that it writes itself
         if source is not None:
             try:
                 self._template = _environment().from_string(source)
-            except jinja2.TemplateError as error:
+            except Exception as error:  # jinja2 raises its own, and what its parser runs into
                 self._problem = f"the model's chat template cannot be compiled: {error}"
 
     @classmethod
-    def load(cls, folder: str) -> ChatTemplate:
-        """The folder's template: chat_template.jinja, or else the one in tokenizer_config.json.
+    def load(cls, folder: str, names: dict[str, str]) -> ChatTemplate:
+        """The folder's template, from where AutoTokenizer takes it; `names` are the special tokens that it may write.
 
-        Raises ModelUnsupported for files that cannot be read.
+        Files (chat_template.jinja, additional_chat_templates/*.jinja) outrank tokenizer_config.json. Of several
+        templates it is the one named "default". A template that cannot be read is a problem of chats alone.
         """
-        config = read_tokenizer_config(folder)
-        file = Path(folder) / "chat_template.jinja"
-        if file.is_file():
-            try:
-                return cls(file.read_text(encoding="utf-8"), special_tokens(config))
-            except (OSError, UnicodeDecodeError) as error:
-                raise ModelUnsupported(f"{file} cannot be read: {error}") from None
-        value = config.get("chat_template")
+        config = Path(folder) / "tokenizer_config.json"
         try:
-            source = msgspec.convert(value, str | list[_NamedTemplate] | None)
-        except msgspec.ValidationError as error:
-            raise ModelUnsupported(
-                f"{file.with_name('tokenizer_config.json')}: chat_template ({reprlib.repr(value)}) must be a text, or "
-                f"a list of texts by name: {error}"
-            ) from None
-        if isinstance(source, list):
-            source = next((named.template for named in source if named.name == "default"), None)
-        return cls(source, special_tokens(config))
+            templates = _of_files(Path(folder)) or _of_config(config, read_object(config).get("chat_template"))
+        except InvalidRequest as error:
+            return cls(None, names, str(error))
+        if templates and "default" not in templates:
+            listed = ", ".join(map(repr, sorted(templates)))
+            return cls(
+                None, names, f"the model has chat templates named {listed} and none named 'default': send a prompt"
+            )
+        return cls(templates.get("default"), names)
 
     def render(self, chat: list[ChatMessage]) -> str:
         """The text of the chat, ready for the model's answer.
@@ -86,6 +77,36 @@ class ChatTemplate:
         except Exception as error:  # a template may raise whatever its expressions raise
             raise InvalidRequest(f"the model's chat template refuses this chat: {error}") from error
         return text
+
+
+def _of_files(folder: Path) -> dict[str, str]:
+    """Templates by name, of those that are files of their own."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    templates = {}
+    for name, file in files.items():
+        try:
+            if file.is_file():
+                templates[name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"the model's chat template ({file}) cannot be read: {error}") from None
+    return templates
+
+
+def _of_config(file: Path, value: Any) -> dict[str, str]:
+    """Templates by name, of the setting: one text, texts by name, or a list of objects with name and template."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = {one.get("name"): one.get("template") for one in value}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        raise InvalidRequest(
+            f"the model's chat_template ({reprlib.repr(value)}) in {file} must be a text, or texts by "
+            "name: send a prompt"
+        )
+    return value
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

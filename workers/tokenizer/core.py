@@ -6,6 +6,7 @@ A prompt is a stranger's: whatever it makes the template or the tokenizer raise 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
 from ipc.messages import Tokenize
 from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer_files import is_foreign_failure
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,16 @@ class PromptEncoder:
         longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._max_chars = _SHRINK * max_model_len * longest_token
 
+    def split_control_tokens(self) -> Iterator[str]:
+        """Notes for the log on control tokens of the template that the tokenizer does not know as tokens.
+
+        Some models are trained so; for others it is a token that was forgotten.
+        """
+        for text in self._template.control_tokens:
+            num_tokens = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            if num_tokens != 1:
+                yield f"the chat template writes {text!r}, which is no token of this tokenizer: it becomes {num_tokens}"
+
     def encode(self, request: Tokenize) -> Encoded:
         """Never raises for what a request holds."""
         try:
@@ -49,10 +61,8 @@ class PromptEncoder:
             self._check(token_ids, request)
         except RingfeedError as error:
             return Encoded(request, _NO_IDS, error)
-        except Exception as error:
-            return self._failed(request, error)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # a Rust panic in `tokenizers`: theirs, about this text
+            if not is_foreign_failure(error):
                 raise
             return self._failed(request, error)
         return Encoded(request, token_ids, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from typing import Final
@@ -9,7 +10,7 @@ from typing import Final
 from ipc.block_hash import chain_hashes, root_hash
 from ipc.channels import connect_dealer, receive, send
 from ipc.errors import RequestFailed
-from ipc.messages import Tokenize, Tokenized, TokenizeDone
+from ipc.messages import EOS_TOKEN_ID, Tokenize, Tokenized, TokenizeDone
 from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
 from ipc.ring import Ring
 from ipc.trace import Span
@@ -19,16 +20,25 @@ from workers.tokenizer.config import TokenizerBootstrap
 from workers.tokenizer.core import Encoded, PromptEncoder
 from workers.tokenizer_files import load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 MAX_ERROR_CHARS: Final = 1_000  # a template may put the whole chat into its complaint
 
 
 def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
-    tokenizer = load_tokenizer(bootstrap.model_path)
-    template = ChatTemplate.load(bootstrap.model_path)
-    encoder = PromptEncoder(tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
-    TokenizerWorker(process, bootstrap, encoder).serve()
+    loaded = load_tokenizer(bootstrap.model_path)
+    template = ChatTemplate.load(bootstrap.model_path, loaded.special_tokens)
+    encoder = PromptEncoder(loaded.tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
+    if bootstrap.ring_index == 1:  # the first tokenizer speaks for all
+        for note in loaded.notes:
+            logger.info("%s", note)
+        for note in encoder.split_control_tokens():
+            logger.warning("%s", note)
+    worker = TokenizerWorker(process, bootstrap, encoder)
+    process.ready(**({} if loaded.eos_token_id is None else {EOS_TOKEN_ID: loaded.eos_token_id}))
+    worker.serve()
 
 
 class TokenizerWorker:
@@ -50,7 +60,6 @@ class TokenizerWorker:
         waiting: deque[Tokenize] = deque()  # the gateway bounds how many
         encoded: Encoded | None = None  # done, and waiting for the scheduler to free records
         trace = self.process.trace
-        self.process.ready()
         send(self.gateway, TokenizeDone(key=0))
         while True:
             # With a prompt that waits for records, only a message or the scheduler's doorbell can help.

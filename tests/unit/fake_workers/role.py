@@ -38,7 +38,7 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
         sockets.append(bind_router(process.context, bootstrap.endpoint))
 
     def obey(message: Any) -> None:
-        logger.info("heard %s", type(message).__name__)
+        logger.info("heard %s %s", type(message).__name__, message.info if isinstance(message, Start) else "")
         match message:
             case Start() if misbehaviour == "killed by Start":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -5,4 +5,4 @@ from workers.process import run_worker
 from workers.tokenizer.config import TokenizerBootstrap
 
 if __name__ == "__main__":
-    run_worker(TokenizerBootstrap, partial(live, bind=[], connect=["tokenize", "schedule"]))
+    run_worker(TokenizerBootstrap, partial(live, bind=[], connect=["tokenize", "schedule"], eos_token_id=7))

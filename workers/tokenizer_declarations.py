@@ -1,0 +1,135 @@
+"""What the files beside tokenizer.json declare of a tokenizer, and whether tokenizer.json honours it.
+
+Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and config.json. Builds no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer
+
+from ipc.errors import ModelUnsupported
+
+# Classes that take tokenizer.json as it is; any other rebuilds the tokenizer in its own way, with its own defaults.
+_PLAIN_CLASSES: Final = ("PreTrainedTokenizer", "TokenizersBackend")
+_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space")
+_TOKEN_FIELDS: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Declarations(NamedTuple):
+    """Of one model folder."""
+
+    folder: Path
+    class_name: str  # of the tokenizer; empty: the folder names none
+    model_type: str
+    behaviour: list[str]  # settings that change how text is encoded
+    named: dict[str, str]  # bos_token and the like
+    extra: list[str]  # more special tokens
+    added: dict[int, AddedToken]  # by the id that they should have
+    are_older: bool  # the added tokens are those of added_tokens.json: where tokenizer.json has the id, it counts
+
+    @classmethod
+    def read(cls, folder: Path) -> Declarations:
+        """Raises ModelUnsupported for a file that cannot be read."""
+        config = read_object(folder / "tokenizer_config.json")
+        model = read_object(folder / "config.json")
+        are_older = "added_tokens_decoder" not in config
+        if are_older:  # else transformers does not look at this file
+            config |= read_object(folder / "special_tokens_map.json")
+        more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = _texts({name: value for name, value in config.items() if name.endswith("_token")})
+        if isinstance(more, dict):
+            named |= _texts(more)
+            more = []
+        extra = list(_texts(dict(enumerate(more))).values())
+        try:
+            if are_older:
+                special = {*named.values(), *extra}
+                added = {
+                    int(token_id): AddedToken(text, normalized=text not in special, special=text in special)
+                    for text, token_id in read_object(folder / "added_tokens.json").items()
+                }
+            else:
+                added = {
+                    int(token_id): AddedToken(**{key: token[key] for key in _TOKEN_FIELDS if key in token})
+                    for token_id, token in config["added_tokens_decoder"].items()
+                }
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelUnsupported(f"the added tokens in {folder} cannot be read: {error}") from None
+        class_name = config.get("tokenizer_class") or model.get("tokenizer_class") or ""
+        behaviour = [key for key in _BEHAVIOUR if config.get(key)]
+        return cls(
+            folder=folder,
+            class_name=str(class_name).removesuffix("Fast"),
+            model_type=str(model.get("model_type") or ""),
+            behaviour=behaviour,
+            named=named,
+            extra=extra,
+            added=added,
+            are_older=are_older,
+        )
+
+    def missing_in(self, tokenizer: Tokenizer) -> str | None:
+        """What the tokenizer of tokenizer.json does not honour, in words. None: it is all that the folder says."""
+        if self.has_own_class(tokenizer):
+            return f"its class is {self.class_name}" if self.class_name else f"the model type is {self.model_type}"
+        if self.behaviour:
+            return f"tokenizer_config.json sets {self.behaviour[0]}"
+        known = tokenizer.get_added_tokens_decoder()
+        contents = {token.content for token in known.values()}
+        for token_id, token in self.added.items():
+            if token_id not in known or not (self.are_older or repr(known[token_id]) == repr(token)):
+                return f"tokenizer.json does not hold {token.content!r} ({token_id}) as it is declared"
+        for text in (*self.named.values(), *self.extra):
+            if text not in contents:
+                return f"tokenizer.json does not hold the special token {text!r}"
+        return None
+
+    def has_own_class(self, tokenizer: Tokenizer) -> bool:
+        """Whether AutoTokenizer makes a class of its own of this folder."""
+        if self.class_name == "LlamaTokenizer" and "ByteLevel" in chain_kinds(tokenizer.decoder):
+            return False
+        return self.class_name not in _PLAIN_CLASSES if self.class_name else bool(self.model_type)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise ModelUnsupported for a declared special token that the tokenizer takes apart."""
+        if tokenizer.encode_special_tokens:  # declared, too: text never becomes a special token
+            return
+        special = [token.content for token in self.added.values() if token.special]
+        for text in dict.fromkeys((*self.named.values(), *self.extra, *special)):
+            token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+            if len(token_ids) != 1:
+                raise ModelUnsupported(
+                    f"the tokenizer in {self.folder} declares the special token {text!r} and makes {len(token_ids)} "
+                    "tokens of it: make it one added token in tokenizer.json, with normalized false"
+                )
+
+
+def chain_kinds(part: Any) -> list[str]:
+    """Types of the links of a decoder."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    return [link["type"] for link in (state["decoders"] if state["type"] == "Sequence" else [state])]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object, or nothing if there is no such file. Raises ModelUnsupported for a broken one."""
+    if not file.is_file():
+        return {}
+    try:
+        plain = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelUnsupported(f"{file} cannot be read: {error}") from None
+    if not isinstance(plain, dict):
+        raise ModelUnsupported(f"{file} must hold a JSON object")
+    return plain
+
+
+def _texts(values: dict[Any, Any]) -> dict[Any, str]:
+    """Those that are a token: a text, or an object with one."""
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and text}
