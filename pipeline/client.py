@@ -7,17 +7,19 @@ Talks to the gateway alone (`ipc/messages.py`: client -> gateway, gateway -> cli
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import math
 import reprlib
 import time
 import uuid
-from collections import deque
-from collections.abc import Coroutine, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Literal, Self, Unpack, overload
 
 from ipc.codec import decode, encode
-from ipc.errors import EngineUnavailable, InvalidRequest, ProtocolError, QueueFull, RingfeedError, error_from_code
+from ipc.errors import EngineUnavailable, InvalidRequest, ProtocolError, RingfeedError, error_from_code
 from ipc.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -34,9 +36,12 @@ from ipc.messages import (
 from ipc.messages import Final as FinalAnswer
 from ipc.sampling import SamplingParams
 from ipc.scheduling import SchedulingParams
+from pipeline import forks
+from pipeline.batch import Batch
 from pipeline.connection import Connection
-from pipeline.endpoint import default_endpoint
-from pipeline.outputs import Output, Prompt, SchedulingOptions, generate_frame
+from pipeline.endpoint import check_client_endpoint, default_endpoint, where_else
+from pipeline.loop_thread import CLOSED
+from pipeline.outputs import Output, Prompt, SchedulingOptions, batch_of, checked_timeout, generate_frame
 from pipeline.progress import progress_bar
 from pipeline.streams import OpenRequest, OutputStream
 
@@ -45,7 +50,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_S: Final = 10.0
 DEFAULT_PARAMS: Final = SamplingParams()
 _POLL_HEALTH_S: Final = 0.05
-_QUEUE_FULL_PAUSE_S: Final = 0.1  # before the one request left of a batch tries a full queue again
 
 
 class AsyncClient:
@@ -53,21 +57,31 @@ class AsyncClient:
 
     Args:
         endpoint: the engine's; None = this user's default one.
-        timeout_s: how long a request or query waits for an engine to be there, before EngineUnavailable.
+        timeout_s: how long a request or query waits for an engine to be there, before EngineUnavailable is raised;
+            None = for ever.
 
     Errors of a request: InvalidRequest (mend it), QueueFull (try later), EngineUnavailable (starting, draining, gone),
-    RequestFailed. Close it with `close()` or `async with`: what is open then is cancelled.
+    RequestFailed. `close()`, leaving its `async with` block, or dropping the last reference cancels open requests. A
+    client can be used on another event loop once its first one has stopped. In a forked child it opens a connection of
+    its own.
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self.endpoint = endpoint or default_endpoint()
-        self._timeout_s = timeout_s
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+        self.endpoint = default_endpoint() if endpoint is None else check_client_endpoint(endpoint)
+        self._timeout_s = checked_timeout(timeout_s)
+        self._is_default = endpoint is None
+        self._closed = False
+        self._query_ids = itertools.count(1)
+        self._forget()
+        forks.register(self)
+
+    def _forget(self) -> None:
+        """Return to the state before the first use."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
-        self._closed = False
         self._open: dict[str, OpenRequest] = {}
         self._queries: dict[int, asyncio.Future[Any]] = {}
-        self._query_ids = itertools.count(1)
+        self._pauses: set[asyncio.Future[None]] = set()
         self._outbox: dict[str | int, bytes] = {}  # by request or query: what waits for an engine
 
     @overload
@@ -117,7 +131,7 @@ class AsyncClient:
         options = SchedulingParams(**scheduling)
         if stream:
             request = self._start(prompt, params, True, request_id, cache_salt, options)
-            return OutputStream(request, self._abandon, self._running_loop())
+            return OutputStream(request, self._abandon, self._bind())
         return self._generate_whole(prompt, params, request_id, cache_salt, options)
 
     async def generate_batch(
@@ -130,58 +144,33 @@ class AsyncClient:
     ) -> list[Output]:
         """Complete many prompts, with one SamplingParams or one for each. Returns their Outputs in input order.
 
-        No more are open at a time than the engine takes. One that fails has finish reason "error" and the text of its
-        error; the others are not affected. `progress` shows a bar on the terminal. Raises EngineUnavailable if there is
-        no engine to begin with. Scheduling arguments, as of `generate`, apply to each prompt.
+        No more are open at a time than the engine accepts. While its queue is full the rest waits in the client, for as
+        long as the engine says. One that fails has finish reason "error" and the text of its error; the others are not
+        affected. `progress` shows a bar on the terminal. Raises EngineUnavailable if there is no engine to begin with.
+        Scheduling arguments, as of `generate`, apply to each prompt.
         """
         options = SchedulingParams(**scheduling)
-        if isinstance(prompts, str):  # a sequence of prompts of one letter
-            raise InvalidRequest(f"prompts ({reprlib.repr(prompts)}) must be a list of prompts; generate takes one")
-        prompts = list(prompts)
-        params_of = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(params_of) != len(prompts):
-            raise InvalidRequest(f"{len(params_of)} params for {len(prompts)} prompts: give one, or one for each")
+        prompts, params_of = batch_of(prompts, params)
         if not prompts:
             return []
         request_ids = [_new_id() for _ in prompts]
-        outputs: dict[int, Output] = {}
-        waiting = deque(range(len(prompts)))
-        num_askers = min(len(prompts), max(1, (await self.health()).max_open_requests))
-
-        def settle(index: int, output: Output | RingfeedError) -> None:
-            outputs[index] = output if isinstance(output, Output) else Output.failed(request_ids[index], str(output))
-            advance()
-
-        async def ask() -> None:
-            """Ask for one prompt after the other. If the engine's queue is full, one asker fewer is enough."""
-            nonlocal num_askers
-            while waiting:
-                index = waiting.popleft()
-                try:
-                    output = await self._generate_whole(
-                        prompts[index], params_of[index], request_ids[index], "", options
-                    )
-                    settle(index, output)
-                except QueueFull:
-                    waiting.appendleft(index)
-                    if num_askers > 1:
-                        num_askers -= 1
-                        return
-                    await asyncio.sleep(_QUEUE_FULL_PAUSE_S)
-                except RingfeedError as error:
-                    settle(index, error)
-                    if isinstance(error, EngineUnavailable):  # for the rest too: they need not find out one by one
-                        while waiting:
-                            settle(waiting.popleft(), error)
-
+        num_samples = max(each.n if isinstance(each, SamplingParams) else 1 for each in params_of)
+        window = (await self.health()).max_open_requests // num_samples
         with progress_bar("generating", len(prompts), shown=progress) as advance:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(num_askers):
-                    tasks.create_task(ask())
-        return [outputs[index] for index in range(len(prompts))]
+            results = await Batch(
+                lambda i: self._generate_whole(prompts[i], params_of[i], request_ids[i], "", options),
+                len(prompts), window, pause=self._pause, advance=advance,
+            ).run()  # fmt: skip
+        return [
+            result if isinstance(result, Output) else Output.failed(request_id, str(result))
+            for request_id, result in zip(request_ids, results, strict=True)
+        ]
 
     async def cancel(self, request_id: str) -> None:
         """End an open request of this client: it gets finish reason "cancelled". Other ids are ignored."""
+        if not isinstance(request_id, str):
+            raise InvalidRequest(f"request_id ({reprlib.repr(request_id)}) must be a string")
+        self._bind()
         request = self._open.get(request_id)
         if request is None:
             return
@@ -192,7 +181,7 @@ class AsyncClient:
 
     async def health(self) -> Health:
         """The engine's state: "starting", "ready", "draining" or "failed", and its limits."""
-        health: Health = await self._ask("health")
+        health: Health = await self._ask("health", self._timeout_s)
         if health.protocol_version != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"the engine at {self.endpoint} speaks protocol {health.protocol_version}, this client "
@@ -202,34 +191,40 @@ class AsyncClient:
 
     async def stats(self) -> dict[str, dict[str, float]]:
         """Counters and gauges by worker: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}, ...}."""
-        stats: Stats = await self._ask("stats")
+        stats: Stats = await self._ask("stats", self._timeout_s)
         return stats.roles
 
     async def clear_cache(self) -> None:
         """Forget all cached prompts. Requests that are sent after this has returned find nothing from before."""
-        await self._ask("clear_cache")
+        await self._ask("clear_cache", self._timeout_s)
 
-    async def wait_ready(self, timeout_s: float = 60.0) -> Health:
+    async def wait_ready(self, timeout_s: float | None = 60.0) -> Health:
         """Wait until the engine takes requests. Raises EngineUnavailable if it does not in time, or never will."""
-        deadline = time.monotonic() + timeout_s
+        timeout_s = checked_timeout(timeout_s)
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            health = await self._ask("health", timeout_s=max(0.0, deadline - time.monotonic()))
+            left_s = max(0.0, deadline - time.monotonic())
+            health = await self._ask("health", None if left_s == math.inf else left_s)
             if health.state == "ready":
                 return await self.health()
             if health.state == "failed" or time.monotonic() + _POLL_HEALTH_S >= deadline:
                 raise EngineUnavailable(f"the engine at {self.endpoint} is {health.state}: {health.detail}")
-            await asyncio.sleep(_POLL_HEALTH_S)
+            await self._pause(_POLL_HEALTH_S)
 
     async def close(self) -> None:
-        """Cancel what is open and disconnect. A closed client cannot be used again."""
-        if self._closed:
-            return
+        """Cancel open requests, whose callers get EngineUnavailable, and disconnect. A second call does nothing."""
         self._closed = True
-        if self._connection is not None:
-            for request_id in self._open.keys() - self._outbox.keys():
-                self._connection.send(encode(Cancel(request_id=request_id)))
-            self._fail_all(EngineUnavailable("this client was closed"))
-            self._connection.close()
+        loop = self._loop
+        if loop is None or loop is asyncio.get_running_loop() or not loop.is_running():
+            self._close()
+        else:
+            with contextlib.suppress(RuntimeError):  # it has ended just now, and what was open with it
+                loop.call_soon_threadsafe(self._close)
+
+    def forget_parent(self) -> None:
+        """In a forked child: leave the parent's connection and requests alone, and start afresh."""
+        forks.keep_for_ever(self._connection, self._open, self._queries, self._pauses)
+        self._forget()
 
     async def __aenter__(self) -> Self:
         return self
@@ -250,7 +245,7 @@ class AsyncClient:
         request = self._start(prompt, params, False, request_id, cache_salt, scheduling)
         try:
             while not request.ended:
-                await request.news(self._running_loop())
+                await request.news(self._bind())
         finally:
             self._abandon(request)  # if this task was cancelled; no effect on one that has ended
         if request.error is not None:
@@ -276,13 +271,14 @@ class AsyncClient:
             connection.send(frame)
         else:
             self._outbox[request_id] = frame
-            self._running_loop().call_later(self._timeout_s, self._give_up_unsent, request)
+            if self._timeout_s is not None:
+                self._bind().call_later(self._timeout_s, _weakly(self._give_up_unsent), request)
         return request
 
     def _give_up_unsent(self, request: OpenRequest) -> None:
         if self._open.get(request.request_id) is request and self._outbox.pop(request.request_id, None) is not None:
             del self._open[request.request_id]
-            request.fail(self._nobody_there(self._timeout_s))
+            request.fail(self._nobody_there())
 
     def _abandon(self, request: OpenRequest) -> None:
         """Nobody wants the rest. The id stays taken until the engine's final answer, which is then dropped."""
@@ -357,28 +353,72 @@ class AsyncClient:
 
     # Connection
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        return self._loop
+    def _bind(self) -> asyncio.AbstractEventLoop:
+        """The running loop, to which the client belongs from now on."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise InvalidRequest(
+                "AsyncClient needs a running event loop: call it in a coroutine, or use Client"
+            ) from None
+        if loop is not self._loop:
+            self._leave_loop()
+            self._loop = loop
+        return loop
+
+    def _leave_loop(self) -> None:
+        """Give up the present loop. Raises InvalidRequest if it is running, or has requests that can still end."""
+        loop = self._loop
+        if loop is None:
+            return
+        is_used = any(not request.abandoned for request in self._open.values()) or bool(self._queries)
+        if loop.is_running() or (is_used and not loop.is_closed()):
+            raise InvalidRequest(
+                "this AsyncClient belongs to another event loop, which is still in use: make one AsyncClient for each "
+                "event loop, or use Client, which threads can share"
+            )
+        self._disconnect(flush=False)
+        self._forget()
 
     def _connect(self) -> Connection:
         if self._closed:
-            raise EngineUnavailable("this client was closed")
+            raise EngineUnavailable(CLOSED)
+        loop = self._bind()
         if self._connection is None:
+            # The loop refers to the connection, and the connection must not keep this client alive.
             self._connection = Connection(
                 self.endpoint,
-                self._running_loop(),
-                on_frames=self._take_frames,
-                on_up=self._flush_outbox,
-                on_down=lambda: self._fail_all(EngineUnavailable(f"the engine at {self.endpoint} is gone")),
+                loop,
+                on_frames=_weakly(self._take_frames),
+                on_up=_weakly(self._flush_outbox),
+                on_down=_weakly(self._lose_engine),
             )
+            self._finalizer = weakref.finalize(self, self._connection.drop)
+            self._finalizer.atexit = False  # what ends with the process needs no closing
         return self._connection
+
+    def _disconnect(self, *, flush: bool) -> None:
+        if self._connection is not None:
+            self._finalizer.detach()
+            self._connection.close(flush=flush)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            for request_id in self._open.keys() - self._outbox.keys():
+                self._connection.send(encode(Cancel(request_id=request_id)))
+        self._fail_all(EngineUnavailable(CLOSED))
+        for pause in self._pauses:
+            _wake(pause)
+        self._disconnect(flush=True)
+        self._connection = None
 
     def _flush_outbox(self) -> None:
         for frame in self._outbox.values():
             self._connect().send(frame)
         self._outbox.clear()
+
+    def _lose_engine(self) -> None:
+        self._fail_all(EngineUnavailable(f"the engine at {self.endpoint} is gone"))
 
     def _fail_all(self, error: RingfeedError) -> None:
         requests, queries = list(self._open.values()), list(self._queries.values())
@@ -388,15 +428,14 @@ class AsyncClient:
         for request in requests:
             request.fail(error)
         for query in queries:
-            if not query.done():
+            if not query.done() and not query.get_loop().is_closed():
                 query.set_exception(error)
 
-    async def _ask(self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None = None) -> Any:
+    async def _ask(self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None) -> Any:
         connection = self._connect()
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         query_id = next(self._query_ids)
         frame = encode(ClearCache(query_id=query_id) if what == "clear_cache" else Query(query_id=query_id, what=what))
-        answer = self._queries[query_id] = self._running_loop().create_future()
+        answer = self._queries[query_id] = self._bind().create_future()
         if connection.is_up:
             connection.send(frame)
         else:
@@ -410,10 +449,41 @@ class AsyncClient:
             self._queries.pop(query_id, None)
             self._outbox.pop(query_id, None)
 
-    def _nobody_there(self, timeout_s: float) -> EngineUnavailable:
-        return EngineUnavailable(
-            f"no engine answers at {self.endpoint} within {timeout_s:g} s: is it started, and is this its endpoint?"
-        )
+    async def _pause(self, seconds: float) -> None:
+        """Sleep. Raises EngineUnavailable if the client is closed meanwhile."""
+        pause = self._bind().create_future()
+        self._pauses.add(pause)
+        try:
+            async with asyncio.timeout(seconds):
+                await pause
+        except TimeoutError:
+            pass
+        finally:
+            self._pauses.discard(pause)
+        if self._closed:
+            raise EngineUnavailable(CLOSED)
+
+    def _nobody_there(self, timeout_s: float | None = None) -> EngineUnavailable:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        within = "" if timeout_s is None else f" within {timeout_s:g} s"
+        text = f"no engine answers at {self.endpoint}{within}: is it started, and is this its endpoint?"
+        return EngineUnavailable(f"{text} {where_else(self.endpoint)}" if self._is_default else text)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """The method as a callback that does not keep its object alive, and does nothing once that is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: object) -> None:
+        if (found := reference()) is not None:
+            found(*arguments)
+
+    return call
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done() and not sleeper.get_loop().is_closed():
+        sleeper.set_result(None)
 
 
 def _new_id() -> str:
