@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -225,6 +226,10 @@ class AsyncClient:
         """In a forked child: leave the parent's connection and requests alone, and start afresh."""
         forks.keep_for_ever(self._connection, self._open, self._queries, self._pauses)
         self._forget()
+
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+        """A pickled copy, in whichever process, is a new client of the same engine."""
+        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
 
     async def __aenter__(self) -> Self:
         return self

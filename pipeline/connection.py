@@ -125,7 +125,7 @@ class Connection:
             self._on_frames(frames)
 
     def _look_again_if_needed(self) -> None:
-        if not self._again_scheduled and _option(self._socket, zmq.EVENTS) & zmq.POLLIN:
+        if not self._again_scheduled and not self._loop.is_closed() and _option(self._socket, zmq.EVENTS) & zmq.POLLIN:
             self._again_scheduled = True
             self._loop.call_soon(self._take_frames)
 

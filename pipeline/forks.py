@@ -19,6 +19,8 @@ class Owner(Protocol):
         """Called in a forked child before other code runs: drop what is the parent's without touching it."""
 
 
+generation = 0  # how many forks lie between this process and the one that imported this; cheaper than a process id
+
 _owners: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 _kept: Final[list[object]] = []
 
@@ -34,6 +36,8 @@ def keep_for_ever(*inherited: object) -> None:
 
 
 def _forget_parent() -> None:
+    global generation
+    generation += 1
     for owner in list(_owners):
         owner.forget_parent()
 

@@ -12,6 +12,7 @@ from typing import Self
 from ipc.errors import InvalidRequest, RingfeedError, error_from_code
 from ipc.messages import Final as FinalAnswer
 from ipc.messages import TokenLogprobs
+from pipeline import forks
 from pipeline.outputs import Completion, Output, Usage, token_logprobs
 
 
@@ -162,6 +163,7 @@ class OutputStream:
         self._request = request
         self._abandon = abandon
         self._loop = loop
+        self._generation = forks.generation
         self._pid = os.getpid()
         self._exhausted = False
 
@@ -181,7 +183,7 @@ class OutputStream:
     async def next(self) -> Output | None:
         """The next Output; None after the last, or after `aclose()`."""
         request = self._request
-        if self._pid != os.getpid():
+        if self._generation != forks.generation:
             raise InvalidRequest(
                 f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
                 "open one in this process"
@@ -202,14 +204,14 @@ class OutputStream:
         return output
 
     async def aclose(self) -> None:
-        if self._pid == os.getpid() and self._loop is asyncio.get_running_loop():
+        if self._generation == forks.generation and self._loop is asyncio.get_running_loop():
             self._close()
         else:
             self.close_soon()
 
     def close_soon(self) -> None:
         """Like `aclose()`, from any thread and without waiting. In a forked child it does nothing."""
-        if self._pid == os.getpid():
+        if self._generation == forks.generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
                 self._loop.call_soon_threadsafe(self._close)
 
@@ -221,7 +223,7 @@ class OutputStream:
 
     def __del__(self) -> None:
         # Whoever drops it may be another thread (the synchronous client's), or the collector in any.
-        if not self._request.ended and self._pid == os.getpid():
+        if not self._request.ended and self._generation == forks.generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
                 self._loop.call_soon_threadsafe(self._abandon, self._request)
 

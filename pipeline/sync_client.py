@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Self, Unpack, overload
 
 from ipc.messages import Health
@@ -22,6 +23,7 @@ class Client:
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._client = AsyncClient(endpoint, timeout_s=timeout_s)
         self._thread = LoopThread(at_end=self._client.close)
         weakref.finalize(self, self._thread.close_soon).atexit = False  # what ends with the process needs no closing
@@ -110,6 +112,10 @@ class Client:
     def close(self) -> None:
         """Cancel open requests and disconnect. Threads that wait get EngineUnavailable. A second call does nothing."""
         self._thread.close()
+
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+        """A pickled copy, in whichever process, is a new client of the same engine."""
+        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
 
     def __enter__(self) -> Self:
         return self

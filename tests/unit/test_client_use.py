@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from ipc.errors import ConfigError, EngineUnavailable, InvalidRequest, RingfeedE
 from ipc.messages import Generate
 from pipeline import AsyncClient, Client, Pipeline, SamplingParams
 from pipeline.endpoint import default_endpoint
+from pipeline.progress import progress_bar
 from tests.unit.client_scripts import WAIT_S
 from tests.unit.test_client import END, FakeGateway, news
 
@@ -91,6 +93,19 @@ def test_a_stream_has_one_reader_and_a_second_one_is_told(gateway: FakeGateway) 
         gateway.say(news("r", "a", (1,), END))
         reader.join(WAIT_S)
         assert texts == ["a"]
+
+
+def test_a_pickled_client_is_another_client_of_the_same_engine(gateway: FakeGateway) -> None:
+    with Client(gateway.endpoint, timeout_s=3) as client:
+        client.health()
+        with pickle.loads(pickle.dumps(client)) as copy:
+            assert copy.generate("hi").text == "re hi"
+    assert pickle.loads(pickle.dumps(AsyncClient(timeout_s=None))).endpoint == default_endpoint()
+
+
+def test_batches_of_two_threads_may_both_show_a_bar(gateway: FakeGateway) -> None:
+    with Client(gateway.endpoint) as client, progress_bar("other", 3, shown=True):
+        assert [output.text for output in client.generate_batch(["a"], progress=True)] == ["re a"]
 
 
 def test_no_time_out_is_to_wait_for_ever(tmp_path_factory: pytest.TempPathFactory) -> None:
