@@ -103,13 +103,21 @@ class OpenRequest:
         return error
 
     async def news(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Sleep until `wake()`. Raises InvalidRequest if another reader sleeps already."""
+        """Sleep until `wake()`. Raises InvalidRequest if another reader sleeps already, or on another loop."""
         if self._waiter is not None and not self._waiter.done():
             raise InvalidRequest(
                 f"the stream of request {self.request_id} is being read by another task or thread: one reads at a time"
             )
         self._waiter = loop.create_future()
-        await self._waiter
+        try:
+            await self._waiter
+        except (
+            RuntimeError
+        ):  # asyncio's, of a future that belongs to another loop; to ask for the loop costs a system call
+            self._waiter = None
+            raise InvalidRequest(
+                f"the stream of request {self.request_id} belongs to another event loop: read it there"
+            ) from None
 
     def take(self) -> Output:
         """All that is unread of one sample; the last one if the request has ended without error."""
@@ -187,10 +195,6 @@ class OutputStream:
             raise InvalidRequest(
                 f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
                 "open one in this process"
-            )
-        if self._loop is not asyncio.get_running_loop():
-            raise InvalidRequest(
-                f"the stream of request {request.request_id} belongs to another event loop: read it there"
             )
         while not self._exhausted and not request.has_unread and not request.ended:
             await request.news(self._loop)
