@@ -24,8 +24,8 @@ from typing import IO, Any, Final
 
 from pipeline import forks
 from pipeline.config import STANDARD_INPUT
-from pipeline.descriptors import check_room, hold_standard_descriptors
 from pipeline.python_module import module_command, module_environment
+from pipeline.user_process import check_room, hold_standard_descriptors
 
 HASTE_S: Final = 15.0  # for the engine to end, beyond the time that it may take to drain
 _LONGEST_POLL_MS: Final = 1e6

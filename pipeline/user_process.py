@@ -1,4 +1,4 @@
-"""Keeps our descriptors away from the standard streams' numbers, and checks that the process has room for them."""
+"""Opens descriptors in a process that is the user's: never as its standard streams, and only where there is room."""
 
 from __future__ import annotations
 
