@@ -127,11 +127,11 @@ class LoopThread:
     async def _end(self) -> None:
         try:
             await self._at_end()
+        finally:
             while others := asyncio.all_tasks() - {asyncio.current_task()}:
                 _, late = await asyncio.wait(others, timeout=_TIDY_S)
                 for task in late:
                     task.cancel()
-        finally:
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.stop)  # behind the callbacks of tasks that have just ended
 

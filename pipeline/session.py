@@ -44,8 +44,8 @@ class Session:
     """The requests and queries of one client. Connects at first use, and again when an engine comes back.
 
     It belongs to the event loop of its first use, and to another one once that has stopped. In a forked child it starts
-    afresh. The loop does not keep it alive: once nobody does, its connection is closed. `timeout_s`: how long requests
-    and queries wait for an engine to be there; None = for ever.
+    afresh. The loop does not keep it alive; its connection is closed when the last reference to it is dropped.
+    `timeout_s`: how long requests and queries wait for an engine to be there; None = for ever.
     """
 
     def __init__(self, endpoint: str, timeout_s: float | None, *, is_default: bool) -> None:
@@ -74,6 +74,7 @@ class Session:
         cache_salt: str,
         scheduling: SchedulingParams,
     ) -> Output:
+        """Send a request and wait for its one Output."""
         request = self.start(prompt, params, False, request_id, cache_salt, scheduling)
         try:
             while not request.ended:
@@ -93,6 +94,7 @@ class Session:
         cache_salt: str,
         scheduling: SchedulingParams,
     ) -> OpenRequest:
+        """Send a request, or have it wait for an engine. `request_id` None = a new one."""
         connection = self._connect()
         request_id = new_id() if request_id is None else request_id
         frame = generate_frame(request_id, prompt, params, stream, cache_salt, scheduling)
@@ -131,6 +133,7 @@ class Session:
             self._connect().send(encode(Cancel(request_id=request_id)))
 
     async def ask(self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None) -> Any:
+        """Send a query and return the engine's answer. `timeout_s` bounds all of it; None = no limit."""
         connection = self._connect()
         query_id = next(self._query_ids)
         frame = encode(ClearCache(query_id=query_id) if what == "clear_cache" else Query(query_id=query_id, what=what))
@@ -149,7 +152,9 @@ class Session:
             self._outbox.pop(query_id, None)
 
     async def pause(self, seconds: float) -> None:
-        """Sleep. Raises EngineUnavailable if the client is closed meanwhile."""
+        """Sleep. Raises EngineUnavailable if the client is closed, before or meanwhile."""
+        if self._closed:
+            raise EngineUnavailable(CLOSED)
         pause = self.bind().create_future()
         self._pauses.add(pause)
         try:
@@ -320,10 +325,10 @@ class Session:
         self._queries.clear()
         self._outbox.clear()
         for request in requests:
-            request.fail(error)
+            request.fail(type(error)(*error.args))  # one for each: threads raise them at the same time
         for query in queries:
             if not query.done() and not query.get_loop().is_closed():
-                query.set_exception(error)
+                query.set_exception(type(error)(*error.args))
 
     def _nobody_there(self, timeout_s: float | None = None) -> EngineUnavailable:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

@@ -143,7 +143,7 @@ def test_a_pool_of_forked_processes_shares_a_client(gateway: FakeGateway, client
 
 def test_a_child_exits_in_silence_while_its_parent_streams(gateway: FakeGateway) -> None:
     script = (
-        "import os, sys, threading, warnings; from pipeline import Client\n"
+        "import gc, os, sys, threading, warnings; from pipeline import Client\n"
         "warnings.simplefilter('ignore', DeprecationWarning)\n"
         "client = Client(sys.argv[1])\n"
         "def batch(): client.generate_batch(['x'] * 3, progress=True)\n"
@@ -152,7 +152,27 @@ def test_a_child_exits_in_silence_while_its_parent_streams(gateway: FakeGateway)
         "client.health()\n"
         "pid = os.fork()\n"
         "if pid: assert os.waitpid(pid, 0)[1] == 0; print(next(stream).text); os._exit(0)\n"
+        "del client, stream, batch; gc.collect()\n"
     )
     gateway.on_generate = lambda g: [news("parent", "a", (1,))] if g.request_id == "parent" else []
+    done = run_script(script, gateway.endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_child_forked_from_an_event_loop_does_not_destroy_the_tasks_of_its_parent(gateway: FakeGateway) -> None:
+    script = (
+        "import asyncio, gc, os, sys; from pipeline import AsyncClient\n"
+        "async def main():\n"
+        "    client = AsyncClient(sys.argv[1])\n"
+        "    asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(client.generate('parent')))\n"
+        "    await client.health()\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        gc.collect()\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "    gc.collect()\n"
+        "asyncio.run(main())\n"
+    )
     done = run_script(script, gateway.endpoint)
     assert (done.returncode, done.stderr) == (0, "")
