@@ -163,7 +163,7 @@ def test_a_child_forked_from_an_event_loop_does_not_destroy_the_tasks_of_its_par
     script = (
         "import asyncio, gc, os, sys; from pipeline import AsyncClient\n"
         "async def main():\n"
-        "    client = AsyncClient(sys.argv[1])\n"
+        "    client = AsyncClient(sys.argv[1], timeout_s=None)\n"
         "    asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(client.generate('parent')))\n"
         "    await client.health()\n"
         "    pid = os.fork()\n"

@@ -108,7 +108,7 @@ def test_batches_of_two_threads_may_both_show_a_bar(gateway: FakeGateway) -> Non
         assert [output.text for output in client.generate_batch(["a"], progress=True)] == ["re a"]
 
 
-def test_no_time_out_is_to_wait_for_ever(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_client_without_a_time_out_waits_for_ever(tmp_path_factory: pytest.TempPathFactory) -> None:
     endpoint = f"ipc://{tmp_path_factory.mktemp('f')}/s"
     for timeout_s in (None, math.inf):
         with Client(endpoint, timeout_s=timeout_s) as client:
@@ -124,7 +124,7 @@ def test_no_time_out_is_to_wait_for_ever(tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("timeout_s", [-1, math.nan, "3", True, []])
-def test_a_time_out_that_is_none_is_refused(timeout_s: Any) -> None:
+def test_a_time_out_that_is_not_a_number_of_seconds_is_refused(timeout_s: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"timeout_s \("):
         Client(timeout_s=timeout_s)
     with Client() as client, pytest.raises(InvalidRequest, match=r"timeout_s \("):
@@ -149,13 +149,13 @@ def test_a_time_out_that_is_none_is_refused(timeout_s: Any) -> None:
         "ipc:///\0",
     ],
 )
-def test_an_endpoint_that_nobody_could_connect_to_is_refused(endpoint: Any) -> None:
+def test_an_endpoint_that_no_client_can_connect_to_is_refused(endpoint: Any) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(ConfigError, match=r"endpoint \(.*must have the form"):
             kind(endpoint)
 
 
-def test_who_finds_no_engine_at_the_default_endpoint_is_told_where_that_is_and_where_one_is(
+def test_a_client_without_an_engine_at_its_default_endpoint_says_where_it_looked_and_where_one_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.path.exists", lambda path: False)
@@ -208,7 +208,7 @@ def test_a_wrong_use_gets_an_error_of_ours_in_one_line(gateway: FakeGateway, use
         assert client.generate("hi").text == "re hi"
 
 
-def test_what_is_no_prompt_fails_alone_among_prompts(gateway: FakeGateway) -> None:
+def test_an_item_that_is_no_prompt_fails_alone_among_prompts(gateway: FakeGateway) -> None:
     with Client(gateway.endpoint) as client:
         outputs = client.generate_batch(["a", 5, None, [True], "b"])  # type: ignore[list-item]
     assert [output.finish_reason for output in outputs] == ["length", "error", "error", "error", "length"]
