@@ -12,18 +12,9 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
     if not shown:
         yield lambda: None
         return
-    from rich.errors import LiveError
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns)
-    try:
-        bar.start()
-    except LiveError:  # the terminal shows another bar already
-        yield lambda: None
-        return
-    try:
+    with Progress(*columns) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
-    finally:
-        bar.stop()
