@@ -24,7 +24,7 @@ import msgspec
 from ipc.sampling import SamplingParams
 from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
 EOS_TOKEN_ID = "eos_token_id"  # in Ready.info
 PROMPT_TAIL_TOKENS = 16  # what a text decoder must know of a prompt to go on from it

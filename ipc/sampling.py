@@ -93,8 +93,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         Sample 0 keeps the seed; the others have a hash of it and of their index, so that neither they nor the samples
         of neighbouring seeds share random numbers. Without a seed there is nothing to derive from: InvalidRequest.
         """
-        if not 0 <= index < self.n:
-            raise InvalidRequest(f"index ({index}) must lie in [0, {self.n}): the request has no other samples")
+        if not isinstance(index, int) or not 0 <= index < self.n:
+            raise InvalidRequest(f"index ({index!r}) must lie in [0, {self.n}): the request has no other samples")
         seed = self.seed
         if seed is None:
             raise InvalidRequest("seed (None) must be set: the seeds of samples derive from it")

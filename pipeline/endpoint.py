@@ -72,6 +72,32 @@ def check_endpoint(endpoint: str) -> None:
             raise ConfigError('must name an IP address of this machine ("127.0.0.1"), an interface, or "*"') from None
 
 
+def check_client_endpoint(endpoint: object) -> str:
+    """Raise ConfigError for what no client could connect to. A host may also be a name, unlike a listener's."""
+    is_text = isinstance(endpoint, str) and "\0" not in endpoint and endpoint.isprintable()
+    match = re.fullmatch(r"ipc:///.*[^/]|tcp://[^/]+:(?P<port>[0-9]{1,5})", str(endpoint)) if is_text else None
+    if match is None or not 1 <= int(match["port"] or 1) <= 65_535:
+        raise ConfigError(
+            f'endpoint ({endpoint!r}) must have the form "ipc:///folder/name.sock" or "tcp://host:port"; without it, '
+            "Client() finds this user's default engine"
+        )
+    return str(endpoint)
+
+
+def where_else(endpoint: str) -> str:
+    """What to tell a client that found no engine at its default endpoint: where that comes from, and where one is."""
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    reason = f"is {given!r}" if given else "is not set"
+    if given and runtime_folder() != Path(given):
+        reason += " (no folder that can be written to, or too long for a socket's path)"
+    text = f"It is the default where XDG_RUNTIME_DIR {reason}; an engine started with another one listens elsewhere"
+    for folder in (f"/run/user/{os.getuid()}", "/tmp"):
+        other = f"{_IPC}{folder}/ringfeed-{os.getuid()}/default.sock"
+        if other != endpoint and os.path.exists(other.removeprefix(_IPC)):
+            return f"{text}: there is {other}, which can be given as the endpoint."
+    return f"{text}: give the endpoint that it logs."
+
+
 def connectable(endpoint: str) -> str:
     """Where a client on this machine reaches who listens on `endpoint`: a wildcard is no address to connect to."""
     for wildcard, loopback in (("*", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]")):

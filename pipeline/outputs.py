@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Final, TypeAlias, TypedDict, cast
 
 import msgspec
@@ -138,6 +140,41 @@ def generate_frame(
         return encode(message, max_bytes=MAX_CLIENT_FRAME_BYTES)
     except ProtocolError as error:
         raise InvalidRequest(f"prompt is too large: {error}") from None
+
+
+def batch_of(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompts of a batch and the parameters of each. Raises InvalidRequest for what is no batch.
+
+    That is also one prompt (a text, token ids, a chat): its letters, ids or messages would be taken for prompts.
+    """
+    refusal = f"prompts ({reprlib.repr(prompts)}) must be a list of prompts"
+    if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"{refusal}; generate takes one")
+    prompts = list(prompts)
+    if prompts and all(isinstance(prompt, Integral | ChatMessage | Mapping) for prompt in prompts):
+        raise InvalidRequest(f"{refusal}; this is one prompt, which generate takes")
+    if isinstance(params, SamplingParams):
+        return prompts, [params] * len(prompts)
+    if not isinstance(params, Iterable):
+        raise InvalidRequest(f"params ({reprlib.repr(params)}) must be SamplingParams, or a list of them")
+    params = list(params)
+    if len(params) != len(prompts):
+        raise InvalidRequest(f"{len(params)} params for {len(prompts)} prompts: give one, or one for each")
+    return prompts, params
+
+
+def checked_timeout(timeout_s: object, name: str = "timeout_s") -> float | None:
+    """A time-out in seconds; None = none. Raises InvalidRequest."""
+    if timeout_s is None:
+        return None
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s >= 0:
+        raise InvalidRequest(
+            f"{name} ({reprlib.repr(timeout_s)}) must be a number of seconds that is not negative, or None to wait "
+            "for ever"
+        )
+    return None if timeout_s == math.inf else float(timeout_s)
 
 
 def token_logprobs(token_ids: Sequence[int], parts: Sequence[TokenLogprobs]) -> list[TokenLogprob]:

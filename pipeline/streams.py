@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from ipc.errors import RingfeedError, error_from_code
+from ipc.errors import InvalidRequest, RingfeedError, error_from_code
 from ipc.messages import Final as FinalAnswer
 from ipc.messages import TokenLogprobs
+from pipeline import forks
 from pipeline.outputs import Completion, Output, Usage, token_logprobs
 
 
@@ -62,7 +64,7 @@ class OpenRequest:
     def wake(self) -> None:
         """Tell the reader, if it sleeps, that there is news."""
         if self._waiter is not None:
-            if not self._waiter.done():
+            if not self._waiter.done() and not self._waiter.get_loop().is_closed():
                 self._waiter.set_result(None)
             self._waiter = None
 
@@ -101,10 +103,21 @@ class OpenRequest:
         return error
 
     async def news(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Sleep until `wake()`. One reader at a time."""
-        assert self._waiter is None or self._waiter.done(), f"request {self.request_id} has two readers"
+        """Sleep until `wake()`. Raises InvalidRequest if another reader sleeps already, or on another loop."""
+        if self._waiter is not None and not self._waiter.done():
+            raise InvalidRequest(
+                f"the stream of request {self.request_id} is being read by another task or thread: one reads at a time"
+            )
         self._waiter = loop.create_future()
-        await self._waiter
+        try:
+            await self._waiter
+        except (
+            RuntimeError
+        ):  # asyncio's, of a future that belongs to another loop; to ask for the loop costs a system call
+            self._waiter = None
+            raise InvalidRequest(
+                f"the stream of request {self.request_id} belongs to another event loop: read it there"
+            ) from None
 
     def take(self) -> Output:
         """All that is unread of one sample; the last one if the request has ended without error."""
@@ -148,7 +161,8 @@ class OutputStream:
     """The Outputs of one request, as they come.
 
     Dropping it, `aclose()`, or leaving its `async with` block cancels the request if it has not ended. A request that
-    fails raises its error, after what had arrived before.
+    fails raises its error, after what had arrived before. It belongs to the event loop and the process that opened it:
+    elsewhere, and to a second reader, InvalidRequest is raised.
     """
 
     def __init__(
@@ -157,6 +171,8 @@ class OutputStream:
         self._request = request
         self._abandon = abandon
         self._loop = loop
+        self._generation = forks.generation
+        self._pid = os.getpid()
         self._exhausted = False
 
     @property
@@ -175,6 +191,11 @@ class OutputStream:
     async def next(self) -> Output | None:
         """The next Output; None after the last, or after `aclose()`."""
         request = self._request
+        if self._generation != forks.generation:
+            raise InvalidRequest(
+                f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
+                "open one in this process"
+            )
         while not self._exhausted and not request.has_unread and not request.ended:
             await request.news(self._loop)
         if self._exhausted:
@@ -187,9 +208,16 @@ class OutputStream:
         return output
 
     async def aclose(self) -> None:
-        self._exhausted = True
-        self._abandon(self._request)
-        self._request.wake()
+        if self._generation == forks.generation and self._loop is asyncio.get_running_loop():
+            self._close()
+        else:
+            self.close_soon()
+
+    def close_soon(self) -> None:
+        """Like `aclose()`, from any thread and without waiting. In a forked child it does nothing."""
+        if self._generation == forks.generation:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
+                self._loop.call_soon_threadsafe(self._close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -199,6 +227,11 @@ class OutputStream:
 
     def __del__(self) -> None:
         # Whoever drops it may be another thread (the synchronous client's), or the collector in any.
-        if not self._request.ended:
+        if not self._request.ended and self._generation == forks.generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
                 self._loop.call_soon_threadsafe(self._abandon, self._request)
+
+    def _close(self) -> None:
+        self._exhausted = True
+        self._abandon(self._request)
+        self._request.wake()

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import threading
-from collections.abc import Coroutine, Sequence
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Literal, Self, Unpack, overload
 
-from ipc.errors import EngineUnavailable
 from ipc.messages import Health
 from ipc.sampling import SamplingParams
 from pipeline.client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
+from pipeline.loop_thread import LoopThread
 from pipeline.outputs import Output, Prompt, SchedulingOptions
 from pipeline.streams import OutputStream
 
-T = TypeVar("T")
-
 
 class Client:
-    """A client of one engine, for any number of threads. Arguments, methods and errors as of AsyncClient."""
+    """A client of one engine, for any number of threads. Arguments, methods and errors as of AsyncClient.
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    The first call starts a thread and connects. `close()` ends both, and so does dropping the last reference to the
+    client and its streams. In a forked child the client starts a thread and a connection of its own.
+    """
+
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._client = AsyncClient(endpoint, timeout_s=timeout_s)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="ringfeed-client", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread(at_end=self._client.close)
+        weakref.finalize(self, self._thread.close_soon).atexit = False  # what ends with the process needs no closing
 
     @property
     def endpoint(self) -> str:
@@ -71,8 +72,9 @@ class Client:
         breaking out of it cancels the request. See AsyncClient.generate for the other arguments.
         """
         if stream:
-            return Stream(self, self.call(self._open_stream(prompt, params, request_id, cache_salt, scheduling)))
-        return self.call(
+            opening = self._open_stream(prompt, params, request_id, cache_salt, scheduling)
+            return Stream(self, self._thread, self._thread.run(opening))
+        return self._thread.run(
             self._client.generate(prompt, params, request_id=request_id, cache_salt=cache_salt, **scheduling)
         )
 
@@ -85,51 +87,41 @@ class Client:
         **scheduling: Unpack[SchedulingOptions],
     ) -> list[Output]:
         """Complete many prompts; Outputs come in input order. See AsyncClient.generate_batch."""
-        return self.call(self._client.generate_batch(prompts, params, progress=progress, **scheduling))
+        return self._thread.run(self._client.generate_batch(prompts, params, progress=progress, **scheduling))
 
     def cancel(self, request_id: str) -> None:
-        self.call(self._client.cancel(request_id))
+        self._thread.run(self._client.cancel(request_id))
 
     def health(self) -> Health:
-        return self.call(self._client.health())
+        return self._thread.run(self._client.health())
 
     def stats(self) -> dict[str, dict[str, float]]:
-        return self.call(self._client.stats())
+        return self._thread.run(self._client.stats())
 
     def clear_cache(self) -> None:
         """Forget all cached prompts; see AsyncClient.clear_cache."""
-        self.call(self._client.clear_cache())
+        self._thread.run(self._client.clear_cache())
 
-    def wait_ready(self, timeout_s: float = 60.0) -> Health:
-        return self.call(self._client.wait_ready(timeout_s))
+    def wait_ready(self, timeout_s: float | None = 60.0) -> Health:
+        return self._thread.run(self._client.wait_ready(timeout_s))
+
+    def keep_alive(self, owner: object) -> None:
+        """Hold a reference to what this client depends on, as long as the client lives."""
+        self._kept_alive = owner
 
     def close(self) -> None:
-        """Cancel what is open and disconnect."""
-        if not self._loop.is_closed():
-            self.call(self._client.close())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        """Cancel open requests and disconnect. Threads that wait get EngineUnavailable. A second call does nothing."""
+        self._thread.close()
+
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+        """A pickled copy, in whichever process, is a new client of the same engine."""
+        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the client's loop and wait for it. An interrupt here cancels it there."""
-        if self._loop.is_closed():
-            coroutine.close()
-            raise EngineUnavailable("this client was closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            del future  # it holds the error, which holds this frame
 
     async def _open_stream(
         self,
@@ -145,10 +137,14 @@ class Client:
 
 
 class Stream:
-    """An iterator over the Outputs of one request. Dropping it, `close()` or leaving its `with` block cancels it."""
+    """An iterator over the Outputs of one request. Dropping it, `close()` or leaving its `with` block cancels it.
 
-    def __init__(self, client: Client, stream: OutputStream) -> None:
-        self._client = client
+    One thread reads at a time, in the process that opened it: another one gets InvalidRequest.
+    """
+
+    def __init__(self, client: Client, thread: LoopThread, stream: OutputStream) -> None:
+        self._client = client  # lives as long as its streams
+        self._thread = thread
         self._stream = stream
 
     @property
@@ -159,14 +155,13 @@ class Stream:
         return self
 
     def __next__(self) -> Output:
-        output = self._client.call(self._stream.next())
+        output = self._thread.run(self._stream.next())
         if output is None:
             raise StopIteration
         return output
 
     def close(self) -> None:
-        with contextlib.suppress(EngineUnavailable):  # the client was closed, and the request with it
-            self._client.call(self._stream.aclose())
+        self._stream.close_soon()
 
     def __enter__(self) -> Self:
         return self
