@@ -16,7 +16,10 @@ from ipc.memory import create_segment, map_segment
 _COMMON: Final = ("cpu_ns", "num_wakeups")  # process CPU time; returns from the worker's poll
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
-    "gateway": ("num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients"),
+    "gateway": (
+        "num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients",
+        "num_connections", "num_connections_refused",
+    ),
     "tokenizer": ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records"),
     "detokenizer": ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered"),
     "scheduler": (

@@ -27,7 +27,7 @@ _STYLES: Final = {"busy": "green", "no work": "bright_black", "scheduler": "red"
 
 # What a role's row says: its gauges now, and its counters per second.
 _GAUGES: Final[dict[str, tuple[str, ...]]] = {
-    "gateway": ("num_open", "num_clients"),
+    "gateway": ("num_open", "num_clients", "num_connections"),
     "tokenizer": ("num_prompt_records",),
     "detokenizer": ("num_open", "num_undelivered"),
     "scheduler": (
