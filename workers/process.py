@@ -7,6 +7,7 @@ status. Knows nothing of what any role does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
@@ -134,7 +135,9 @@ def run_worker(
     worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
     if not outlives_launcher:
         _die_with(worker.launcher_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to act on
+    # Those that a terminal or a service manager sends to all processes of a group are the launcher's to act on.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=worker.log_level, format=LOG_FORMAT.format(role=worker.role), stream=sys.stderr)
     process = WorkerProcess(worker)
     status = 0
@@ -150,7 +153,8 @@ def run_worker(
         logger.error("ends: %s", message, exc_info=not expected)
         process.say(Failed(role=worker.role, error_code=code, error_message=message))
     process.close()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # its reader may have left
+        sys.stderr.flush()
     os._exit(status)  # no interpreter teardown: nothing of ours is left to run, and device libraries may hang in theirs
 
 
