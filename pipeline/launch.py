@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -135,6 +136,8 @@ def _print_resolved(config: Config) -> int:
         )
     endpoint = config.frontend.endpoint or default_endpoint()
     config = msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # TOML is, whatever the terminal's encoding
     return status_of(lambda: print(to_toml(config)))
 
 

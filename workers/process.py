@@ -62,6 +62,7 @@ class WorkerProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.stats_page = StatsPage(bootstrap.stats)
         self.stats = self.stats_page.values
+        self.stats.pid[0] = os.getpid()
         self.trace = tracer(bootstrap.trace)  # of the main thread
         self._awake_since_ns = time.monotonic_ns()
         self._control = connect_dealer(self.context, bootstrap.control_endpoint, identity=self.role.encode())
@@ -94,8 +95,6 @@ class WorkerProcess:
         Returns the readable sockets and descriptors that were given to `watch`. The doorbell is drained here, before
         the caller looks at its rings. Raises StopWorker when the launcher says so.
         """
-        if timeout_ms != 0:
-            self.stats.cpu_ns[0] = time.process_time_ns()
         self._trace_awake()
         ready = {source for source, _ in self._poller.poll(timeout_ms)}
         self._awake_since_ns = time.monotonic_ns()
@@ -112,7 +111,6 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Flush what is queued on every socket (bounded by their linger) and close them."""
-        self.stats.cpu_ns[0] = time.process_time_ns()
         self.context.destroy()
         self._trace_awake()
 
