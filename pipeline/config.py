@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+import pipeline.own_workers  # noqa: F401
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.errors import ConfigError
 from ipc.scheduling import MAX_WAIT_S

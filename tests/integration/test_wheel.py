@@ -29,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("ipc", "workers", "pipeline"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "ringfeed.py"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -37,12 +37,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_three_packages_and_a_console_script(wheel: Path) -> None:
+def test_the_wheel_holds_the_three_packages_and_the_command(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"ipc", "workers", "pipeline"}
+    assert tops == {"ipc", "workers", "pipeline", "ringfeed.py"}
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-    assert "ringfeed = pipeline.launch:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "ringfeed = ringfeed:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_an_installed_engine_serves_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
