@@ -16,7 +16,8 @@ import msgspec
 from ipc.layout import Layout
 from ipc.memory import create_segment, map_segment
 
-_COMMON: Final = ("pid", "num_wakeups")  # the writer's; returns from its poll
+# The writer's; returns from its poll; garbage collections since it was loaded, and what objects in cycles they found.
+_COMMON: Final = ("pid", "num_wakeups", "num_collections", "num_garbage")
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "gateway": (

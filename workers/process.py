@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -32,6 +33,9 @@ from ipc.tracer import tracer
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
+IDLE_MS: Final = 200  # without an event: idle enough to collect garbage, ...
+MIN_UNCOLLECTED: Final = 1_000  # ... if so many new containers may be garbage
+MAX_UNCOLLECTED: Final = 250_000  # collect even if busy, at most some 10 ms: rare, as requests leave no garbage
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s {role}: %(message)s"
 
 B = TypeVar("B")
@@ -83,6 +87,14 @@ class WorkerProcess:
         send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))
 
     def ready(self, **info: int) -> None:
+        """Say that all is loaded.
+
+        From here on garbage is collected only when the process is idle, so that no step waits for that. What has been
+        loaded is never looked at.
+        """
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         send(self._control, Ready(role=self.role, info=info))
 
     def say(self, message: Any) -> None:
@@ -96,7 +108,7 @@ class WorkerProcess:
         the caller looks at its rings. Raises StopWorker when the launcher says so.
         """
         self._trace_awake()
-        ready = {source for source, _ in self._poller.poll(timeout_ms)}
+        ready = {source for source, _ in self._poll(timeout_ms)}
         self._awake_since_ns = time.monotonic_ns()
         self.stats.num_wakeups[0] += 1
         if self.doorbell.fd in ready:
@@ -108,6 +120,21 @@ class WorkerProcess:
                 if self._on_control is not None:
                     self._on_control(message)
         return ready
+
+    def _poll(self, timeout_ms: int | None) -> list[tuple[Any, int]]:
+        num_new = gc.get_count()[0]  # containers made and not freed since the last collection
+        if num_new > MAX_UNCOLLECTED:
+            self._collect(0)
+        elif num_new > MIN_UNCOLLECTED and (timeout_ms is None or timeout_ms > IDLE_MS):
+            if events := self._poller.poll(IDLE_MS):
+                return events
+            self._collect(2)
+            timeout_ms = None if timeout_ms is None else timeout_ms - IDLE_MS
+        return self._poller.poll(timeout_ms)
+
+    def _collect(self, generation: int) -> None:
+        self.stats.num_garbage[0] += gc.collect(generation)
+        self.stats.num_collections[0] += 1
 
     def close(self) -> None:
         """Flush what is queued on every socket (bounded by their linger) and close them."""

@@ -21,7 +21,7 @@ def test_a_counter_of_any_role_is_read_through_another_mapping(role):
     del expected["pid"]
     snapshot = reader.snapshot()
     assert {name: snapshot[name] for name in expected} == expected
-    assert {"cpu_ns", "num_wakeups", *FIELDS[role.split(".")[0]]} == set(snapshot)
+    assert {"cpu_ns", *expected} == set(snapshot) > set(FIELDS[role.split(".")[0]])
     os.close(handle.fd)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 from typing import Final
@@ -51,6 +52,7 @@ class TokenizerWorker:
         encoded: Encoded | None = None  # done, and waiting for the scheduler to free records
         trace = self.process.trace
         self.process.ready()
+        gc.enable()  # what a chat template leaves may be garbage, and hold a whole prompt; no step waits for us
         send(self.gateway, TokenizeDone(key=0))
         while True:
             # With a prompt that waits for records, only a message or the scheduler's doorbell can help.
