@@ -20,7 +20,7 @@ import zmq
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_MS: Final = 5_000  # a peer that has not said by then that it speaks ZeroMQ is disconnected
+HANDSHAKE_TIMEOUT_MS: Final = 2_000  # a peer that has not said by then that it speaks ZeroMQ is disconnected
 MAX_RESERVE: Final = 2_048  # descriptors that clients may not take: more than the events that can be unread
 _LOG_EVERY_S: Final = 10.0
 _MONITOR: Final = "inproc://clients.connections"
