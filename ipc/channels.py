@@ -42,18 +42,21 @@ def bind_router(
     handover: bool = True,
     send_mark: int = 0,
     receive_mark: int = 0,
+    prepare: Callable[[zmq.Socket[Any]], None] | None = None,
 ) -> zmq.Socket[Any]:
     """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound.
 
     With `handover` a new peer takes over the identity of an old one: a restarted worker does. Among clients, who choose
     theirs freely, nobody may. `send_mark` and `receive_mark` bound the messages queued to and from one peer (0 = no
     bound). At the first a send is FULL, until the peer has taken in half of what is queued; at the second the peer is
-    not read from, and its messages pile up on its own side.
+    not read from, and its messages pile up on its own side. `prepare` gets the socket before it is bound.
     """
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _set_common_options(socket, endpoint, max_frame_bytes, send_mark, receive_mark)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
+    if prepare is not None:
+        prepare(socket)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:

@@ -2,10 +2,13 @@
 
 Updating one is a memory store: it costs the writer nothing and asks nobody. To add a metric: a name in `FIELDS`, and
 the line that counts. Names end in `_ns` for durations; all others are counts, and a gauge says so by its `num_` now.
+CPU time is the kernel's: the reader asks it, so a writer that never sleeps is not taken for one that does nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any, Final
 
 import msgspec
@@ -13,7 +16,8 @@ import msgspec
 from ipc.layout import Layout
 from ipc.memory import create_segment, map_segment
 
-_COMMON: Final = ("cpu_ns", "num_wakeups")  # process CPU time; returns from the worker's poll
+# The writer's; returns from its poll; garbage collections since it was loaded, and what objects in cycles they found.
+_COMMON: Final = ("pid", "num_wakeups", "num_collections", "num_garbage")
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "gateway": (
@@ -21,6 +25,7 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
         # As the scheduler's, of what has not reached it: requests that wait for a tokenizer, those refused because
         # something was full, and those whose time ran out.
         "num_waiting", "num_queue_full", "num_deadline", "num_queue_timeout",
+        "num_connections", "num_connections_refused",
     ),
     "tokenizer": ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records"),
     "detokenizer": ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered"),
@@ -58,15 +63,26 @@ class StatsPage:
         self.layout = stats_layout(handle.role)
         self._map = map_segment(handle.fd)
         self.values: Any = self.layout.views(memoryview(self._map))
+        self._cpu_ns = 0
 
     @staticmethod
     def create(role: str) -> StatsHandle:
         return StatsHandle(role, create_segment(f"ringfeed-stats-{role}", stats_layout(role).num_bytes))
 
     def snapshot(self) -> dict[str, float]:
-        return {name: float(getattr(self.values, name)[0]) for name in self.layout.fields}
+        """All counters, and `cpu_ns`, the CPU time of the process that writes them."""
+        values = {name: float(getattr(self.values, name)[0]) for name in self.layout.fields}
+        if pid := int(values.pop("pid")):
+            with contextlib.suppress(OSError):  # it has ended
+                self._cpu_ns = time.clock_gettime_ns(_cpu_clock(pid))
+        return {"cpu_ns": float(self._cpu_ns), **values}
 
 
 def stats_layout(role: str) -> Layout:
     """The layout of a role's page; "tokenizer.1" has that of "tokenizer"."""
     return Layout(f"stats.{role}", [(name, "<i8", (1,)) for name in (*_COMMON, *FIELDS[role.split(".")[0]])])
+
+
+def _cpu_clock(pid: int) -> int:
+    """What clock_getcpuclockid(3) gives for a process."""
+    return (~pid << 3) | 2

@@ -9,6 +9,7 @@ Importing it loads neither torch nor transformers.
 
 from typing import TYPE_CHECKING, Any
 
+import pipeline.own_ipc  # noqa: F401
 from ipc.sampling import SamplingParams
 from pipeline.client import AsyncClient
 from pipeline.outputs import Completion, Output

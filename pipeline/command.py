@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import NoReturn
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with `status_of(main)`."""
+    """Exit with `status_of(main)`. A character that the terminal's encoding lacks is shown as "?"."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(status_of(main))
 
 

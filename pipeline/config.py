@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+import pipeline.own_workers  # noqa: F401
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.errors import ConfigError
 from ipc.scheduling import MAX_WAIT_S
@@ -69,6 +70,7 @@ _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "cache.memory_share": (lambda value: 0 < value <= 1, "must lie in (0, 1]"),
     "ring.depth": _within(1, 8),
     "tokenizer.num_workers": _within(1, 64),
+    "frontend.max_connections": _within(1, 1_048_576),
     "frontend.max_open_requests": _within(1, 16_777_216),
     "frontend.max_queued_bytes": _within(MAX_CLIENT_FRAME_BYTES, 1 << 40),
     "frontend.slow_client_timeout_s": _DURATION,

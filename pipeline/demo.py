@@ -15,8 +15,7 @@ from rich.table import Table
 from pipeline import Pipeline, SamplingParams
 from pipeline.command import run_command
 from pipeline.measure import Window
-
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
+from pipeline.small_model import CONFIG
 
 FIRST_QUESTION = "What is the while statement?"
 QUESTIONS = [

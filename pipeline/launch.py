@@ -7,6 +7,8 @@ stopped at once.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import sys
@@ -19,6 +21,7 @@ from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
 from pipeline.command import status_of
 from pipeline.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
+from pipeline.descriptors import check_descriptor_limit, raise_descriptor_limit
 from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
     _open_closed_streams()
+    raise_descriptor_limit()
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level, format=LOG_FORMAT.format(role="launcher"), stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "huggingface_hub"):
@@ -53,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RingfeedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        print(f"error: {error.strerror}: raise the limit (ulimit -n)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the supervisor took the signals over: nothing runs yet
         return 130
 
@@ -71,6 +80,7 @@ def launch(
     `timeline`: a file for a trace of all that the processes do. `package` holds the workers' modules, one per role.
     Raises ConfigError before anything is spawned.
     """
+    check_descriptor_limit(config.tokenizer.num_workers)
     check_device(config.model.device)
     model = find_model(config)
     endpoint = config.frontend.endpoint or default_endpoint()
@@ -126,6 +136,8 @@ def _print_resolved(config: Config) -> int:
         )
     endpoint = config.frontend.endpoint or default_endpoint()
     config = msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # TOML is, whatever the terminal's encoding
     return status_of(lambda: print(to_toml(config)))
 
 

@@ -27,7 +27,7 @@ _STYLES: Final = {"busy": "green", "no work": "bright_black", "scheduler": "red"
 
 # What a role's row says: its gauges now, and its counters per second.
 _GAUGES: Final[dict[str, tuple[str, ...]]] = {
-    "gateway": ("num_open", "num_waiting", "num_clients"),
+    "gateway": ("num_open", "num_waiting", "num_clients", "num_connections"),
     "tokenizer": ("num_prompt_records",),
     "detokenizer": ("num_open", "num_undelivered"),
     "scheduler": (
@@ -106,12 +106,13 @@ def device_line(device: DeviceTime, has_work: bool) -> Text:
         return Text("device: no step ended" if has_work else "device: idle, no work", "bright_black")
     line, legend = Text("device "), Text("       ")
     shares = device.shares()
+    cell = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     end = num_cells = 0
     cumulated = 0.0
     for name, share in shares.items():
         cumulated += share
         end = round(cumulated * _BAR_CELLS)
-        line.append("█" * (end - num_cells), _STYLES[name])
+        line.append(cell * (end - num_cells), _STYLES[name])
         num_cells = end
         legend.append(f"{name} {share:.2%}   ", _STYLES[name])
     line.append(f"  idle {1 - shares['busy']:.2%}\n")

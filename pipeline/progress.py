@@ -12,9 +12,22 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
     if not shown:
         yield lambda: None
         return
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
 
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    cropped = Column(no_wrap=True, overflow="crop")  # an ellipsis is not in every terminal's encoding
+    columns = (
+        TextColumn("{task.description}", table_column=cropped),
+        BarColumn(),
+        *(kind(table_column=cropped) for kind in (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

@@ -1,14 +1,23 @@
-"""How this package starts Python modules of its own house in new processes, wherever it is installed."""
+"""Finds the packages of this house, wherever it is installed and whatever of the user's has one of their names.
+
+Our names are `ipc`, `workers` and `pipeline`. A user's `ipc.py` may come before ours on `sys.path`; it must neither be
+taken for ours, here or in the processes that we start, nor be hidden without a word.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import sysconfig
+import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 _HOUSE: Final = Path(__file__).resolve().parent.parent  # the folder that holds ipc, workers and pipeline
+_PACKAGES: Final = ("ipc", "workers", "pipeline")
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
@@ -17,8 +26,59 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
 
 def module_environment() -> dict[str, str]:
-    """The environment in which it finds the same packages as this process: a checkout comes before everything else."""
+    """The environment in which it finds the same packages as this process.
+
+    A checkout comes before everything else. Python's own folder for packages is found without that, and comes after the
+    standard library, unless a folder on PYTHONPATH has something with one of our names.
+    """
     environment = dict(os.environ)
-    if str(_HOUSE) not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_HOUSE), environment.get("PYTHONPATH"))))
+    folders = environment.get("PYTHONPATH", "").split(os.pathsep)
+    standard = {os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    is_hidden = any(PathFinder.find_spec(name, list(filter(None, folders))) is not None for name in _PACKAGES)
+    if str(_HOUSE) not in standard or is_hidden:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_HOUSE), *folders)))
     return environment
+
+
+def own_package(name: str) -> None:
+    """Have `import NAME` find our package in this process. Warns if something of the user's is hidden by that.
+
+    Raises ImportError, with the file that is in the way, if that has been imported already.
+    """
+    module = sys.modules.get(name)
+    if module is not None:
+        if not _is_ours(name, module.__spec__.origin if module.__spec__ else None):
+            raise ImportError(
+                f"ringfeed has a package {name!r}, and {_where(module)} was imported under that name: rename that file"
+            )
+        return
+    found = importlib.util.find_spec(name)
+    if found is not None and _is_ours(name, found.origin):
+        return
+    _load(name)
+    if found is not None and found.origin is not None:
+        warnings.warn(
+            f"{found.origin} has the name of a package of ringfeed's: from here on `import {name}` gives ringfeed's; "
+            "rename that file",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _load(name: str) -> None:
+    folder = _HOUSE / name
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None, "a package of ours is a folder of Python files"
+    assert spec.loader is not None, "the same"
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def _is_ours(name: str, origin: str | None) -> bool:
+    return origin is not None and Path(origin).resolve() == _HOUSE / name / "__init__.py"
+
+
+def _where(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or f"a folder {', '.join(getattr(module, '__path__', []))}"

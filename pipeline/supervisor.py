@@ -141,7 +141,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 pass_fds=(*plan.fds, bootstrap_fd),
-                process_group=0,  # a terminal's Ctrl-C is for the launcher alone
+                start_new_session=True,  # away from the terminal: no Ctrl-C, and no stop by `stty tostop`
             )
 
     def _bring_up(self) -> bool:
@@ -346,14 +346,21 @@ def connections_stand(expected: dict[Path, int]) -> bool:
 
 @contextmanager
 def signal_pipe() -> Iterator[int]:
-    """A descriptor that yields one byte per signal to end: its number."""
+    """A descriptor that yields one byte per signal to end: its number.
+
+    A signal that our parent ignored (nohup, `&` in a script) stays ignored. SIGTERM is the exception: nothing but a
+    request to end sends it.
+    """
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    handlers = {signum: signal.signal(signum, lambda *_: None) for signum in _SIGNALS}
+    taken = [signum for signum in _SIGNALS if signum == signal.SIGTERM or signal.getsignal(signum) != signal.SIG_IGN]
+    handlers = {signum: signal.signal(signum, lambda *_: None) for signum in taken}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield reader
     finally:
         signal.set_wakeup_fd(previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         os.close(reader)

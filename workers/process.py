@@ -7,7 +7,9 @@ status. Knows nothing of what any role does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -31,6 +33,9 @@ from ipc.tracer import tracer
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
+IDLE_MS: Final = 200  # without an event: idle enough to collect garbage, ...
+MIN_UNCOLLECTED: Final = 1_000  # ... if so many new containers may be garbage
+MAX_UNCOLLECTED: Final = 250_000  # collect even if busy, at most some 10 ms: rare, as requests leave no garbage
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s {role}: %(message)s"
 
 B = TypeVar("B")
@@ -61,6 +66,7 @@ class WorkerProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.stats_page = StatsPage(bootstrap.stats)
         self.stats = self.stats_page.values
+        self.stats.pid[0] = os.getpid()
         self.trace = tracer(bootstrap.trace)  # of the main thread
         self._awake_since_ns = time.monotonic_ns()
         self._control = connect_dealer(self.context, bootstrap.control_endpoint, identity=self.role.encode())
@@ -81,6 +87,14 @@ class WorkerProcess:
         send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))
 
     def ready(self, **info: int) -> None:
+        """Say that all is loaded.
+
+        From here on garbage is collected only when the process is idle, so that no step waits for that. What has been
+        loaded is never looked at.
+        """
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         send(self._control, Ready(role=self.role, info=info))
 
     def say(self, message: Any) -> None:
@@ -93,10 +107,8 @@ class WorkerProcess:
         Returns the readable sockets and descriptors that were given to `watch`. The doorbell is drained here, before
         the caller looks at its rings. Raises StopWorker when the launcher says so.
         """
-        if timeout_ms != 0:
-            self.stats.cpu_ns[0] = time.process_time_ns()
         self._trace_awake()
-        ready = {source for source, _ in self._poller.poll(timeout_ms)}
+        ready = {source for source, _ in self._poll(timeout_ms)}
         self._awake_since_ns = time.monotonic_ns()
         self.stats.num_wakeups[0] += 1
         if self.doorbell.fd in ready:
@@ -109,9 +121,23 @@ class WorkerProcess:
                     self._on_control(message)
         return ready
 
+    def _poll(self, timeout_ms: int | None) -> list[tuple[Any, int]]:
+        num_new = gc.get_count()[0]  # containers made and not freed since the last collection
+        if num_new > MAX_UNCOLLECTED:
+            self._collect(0)
+        elif num_new > MIN_UNCOLLECTED and (timeout_ms is None or timeout_ms > IDLE_MS):
+            if events := self._poller.poll(IDLE_MS):
+                return events
+            self._collect(2)
+            timeout_ms = None if timeout_ms is None else timeout_ms - IDLE_MS
+        return self._poller.poll(timeout_ms)
+
+    def _collect(self, generation: int) -> None:
+        self.stats.num_garbage[0] += gc.collect(generation)
+        self.stats.num_collections[0] += 1
+
     def close(self) -> None:
         """Flush what is queued on every socket (bounded by their linger) and close them."""
-        self.stats.cpu_ns[0] = time.process_time_ns()
         self.context.destroy()
         self._trace_awake()
 
@@ -134,7 +160,9 @@ def run_worker(
     worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
     if not outlives_launcher:
         _die_with(worker.launcher_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to act on
+    # Those that a terminal or a service manager sends to all processes of a group are the launcher's to act on.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=worker.log_level, format=LOG_FORMAT.format(role=worker.role), stream=sys.stderr)
     process = WorkerProcess(worker)
     status = 0
@@ -150,7 +178,8 @@ def run_worker(
         logger.error("ends: %s", message, exc_info=not expected)
         process.say(Failed(role=worker.role, error_code=code, error_message=message))
     process.close()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # its reader may have left
+        sys.stderr.flush()
     os._exit(status)  # no interpreter teardown: nothing of ours is left to run, and device libraries may hang in theirs
 
 

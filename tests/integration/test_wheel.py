@@ -29,31 +29,74 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("ipc", "workers", "pipeline"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "ringfeed.py", "setup.py"):
         shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "configs", source / "configs")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     (built,) = out.glob("ringfeed-*.whl")
     return built
 
 
-def test_the_wheel_holds_the_three_packages_and_a_console_script(wheel: Path) -> None:
+def test_the_wheel_holds_the_three_packages_and_the_command(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"ipc", "workers", "pipeline"}
+    assert tops == {"ipc", "workers", "pipeline", "ringfeed.py"}
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-    assert "ringfeed = pipeline.launch:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "ringfeed = ringfeed:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
-def test_an_installed_engine_serves_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(site)]
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the wheel installs."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(folder)]
     subprocess.run([*command, str(wheel)], check=True, timeout=120)
-    config = tmp_path / "tiny.toml"
-    shutil.copy(ROOT / "configs" / "tiny.toml", config)
-    (tmp_path / "tiny-model").symlink_to(ROOT / "configs" / "tiny-model")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(site=str(site), config=str(config))],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    return folder
+
+
+def run(*command: str, cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
+    """Run where no checkout is in sight."""
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=120)
+
+
+def test_the_wheel_holds_the_small_model_and_nothing_of_its_making(site: Path) -> None:
+    installed = site / "pipeline" / "configs"
+    assert {path.name for path in installed.iterdir()} == {"tiny.toml", "tiny-model"}
+    made_with = {"train.py", "__pycache__"}
+    expected = {path.name for path in (ROOT / "configs" / "tiny-model").iterdir()} - made_with
+    assert {path.name for path in (installed / "tiny-model").iterdir()} == expected
+
+
+def test_an_installed_engine_serves_outside_the_checkout(site: Path, tmp_path: Path) -> None:
+    config = str(site / "pipeline" / "configs" / "tiny.toml")
+    done = run(sys.executable, "-c", SCRIPT.format(site=str(site), config=config), cwd=tmp_path, path=str(site))
     assert done.stdout == "5 length\n", done.stderr
+
+
+def test_the_installed_command_works_among_files_with_our_names(site: Path, tmp_path: Path) -> None:
+    for name in ("ipc", "workers", "pipeline"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was taken for one of ringfeed')")
+    config = str(site / "pipeline" / "configs" / "tiny.toml")
+    path = os.pathsep.join((str(tmp_path), str(site)))
+    done = run(str(site / "bin" / "ringfeed"), "--config", config, "--check", cwd=tmp_path, path=path)
+    assert done.returncode == 0, done.stderr
+    assert f'path = "{site}/pipeline/configs/tiny-model"' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "arguments", "expected"),
+    [
+        ("demo", ["--num-requests", "4", "--max-tokens", "4"], "What the engine did"),
+        ("bench", ["host", "--num-seqs", "2", "--step-ms", "1", "--seconds", "0.2"], "host benchmark"),
+    ],
+)
+def test_what_needs_the_small_model_runs_from_the_wheel_in_an_empty_folder(
+    site: Path, tmp_path: Path, module: str, arguments: list[str], expected: str
+) -> None:
+    done = run(sys.executable, "-m", f"pipeline.{module}", *arguments, cwd=tmp_path, path=str(site))
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    assert not list(tmp_path.iterdir())

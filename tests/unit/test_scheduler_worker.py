@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import threading
@@ -178,6 +179,8 @@ class Surroundings:
         self.thread.join(DEADLINE_S)
         assert not self.thread.is_alive()
         self.process.close()
+        gc.enable()  # a worker switches it off
+        gc.unfreeze()
         self.context.destroy(0)
         for ring in (self.steps, self.results, *self.prompts):
             close_handle(ring.handle)

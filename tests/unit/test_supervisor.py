@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +49,9 @@ def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
 class Engine:
     """A launcher of fake workers as a subprocess."""
 
-    def __init__(self, folder: Path, faults: dict[str, str], **frontend: Any) -> None:
+    def __init__(
+        self, folder: Path, faults: dict[str, str], popen: dict[str, Any] | None = None, **frontend: Any
+    ) -> None:
         self.folder = folder
         model = folder / "model"
         model.mkdir(exist_ok=True)
@@ -64,8 +69,8 @@ class Engine:
         self.process = subprocess.Popen(
             [sys.executable, "-c", RUN, json.dumps(plain), str(status_writer), str(lifeline_reader)],
             env={**module_environment(), **faults, "XDG_RUNTIME_DIR": str(folder)},
-            stderr=self.stderr,
             pass_fds=(status_writer, lifeline_reader),
+            **{"stderr": self.stderr, **(popen or {})},
         )
         os.close(status_writer)
         os.close(lifeline_reader)
@@ -113,8 +118,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., E
     engines: list[Engine] = []
     folder = tmp_path_factory.mktemp("f")
 
-    def start(faults: dict[str, str] | None = None, **frontend: Any) -> Engine:
-        engines.append(Engine(folder, faults or {}, **frontend))
+    def start(faults: dict[str, str] | None = None, popen: dict[str, Any] | None = None, **frontend: Any) -> Engine:
+        engines.append(Engine(folder, faults or {}, popen, **frontend))
         return engines[-1]
 
     yield start
@@ -219,6 +224,60 @@ def test_a_second_signal_stops_at_once(launch: Callable[..., Engine], signum: in
     assert engine.process.wait(2) == status
     assert not engine.endpoint_folder.exists()
     engine.assert_nothing_left()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(launch: Callable[..., Engine], signum: int) -> None:
+    engine = launch(popen={"preexec_fn": lambda: signal.signal(signum, signal.SIG_IGN)}).until_ready()
+    for pid in (*engine.pids.values(), engine.process.pid):
+        os.kill(pid, signum)
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0, "the second signal would have stopped it at once"
+    assert "SIGTERM: finishing open requests" in engine.log()
+
+
+def test_sigterm_ends_a_launcher_whose_parent_ignores_or_blocks_it(launch: Callable[..., Engine]) -> None:
+    def stubborn() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    engine = launch(popen={"preexec_fn": stubborn}).until_ready()
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_service_is_the_launchers_to_act_on(
+    launch: Callable[..., Engine], signum: int
+) -> None:
+    engine = launch().until_ready()
+    for pid in (*engine.pids.values(), engine.process.pid):
+        os.kill(pid, signum)
+    assert engine.process.wait(20) == 0
+    assert "gateway: heard Drain" in engine.log()
+    assert "was killed" not in engine.log()
+
+
+def test_an_engine_on_a_terminal_that_stops_background_output_comes_up(launch: Callable[..., Engine]) -> None:
+    ours, terminal = os.openpty()
+    mode = termios.tcgetattr(terminal)
+    mode[3] |= termios.TOSTOP
+    termios.tcsetattr(terminal, termios.TCSANOW, mode)
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    become_foreground = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    engine = launch(popen={**streams, **become_foreground})
+    os.close(terminal)
+    threading.Thread(target=discard, args=(ours,), daemon=True).start()
+    engine.until_ready()  # its workers have logged by then
+    os.close(engine.lifeline)
+    engine.lifeline = os.open(os.devnull, os.O_RDONLY)
+    assert engine.process.wait(20) == 0
+
+
+def discard(fd: int) -> None:
+    with contextlib.suppress(OSError), os.fdopen(fd, "rb", buffering=0) as file:  # the other end of a terminal closes
+        while file.read(65_536):
+            pass
 
 
 def test_a_worker_that_dies_while_draining_is_a_failure(launch: Callable[..., Engine]) -> None:

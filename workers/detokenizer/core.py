@@ -195,7 +195,10 @@ class Detokenizer:
 
     def _forget(self, name: bytes) -> None:
         client = self._clients.pop(name, None)
-        if client is not None and client.num_open:
+        if client is None:
+            return
+        client.ready.clear()  # no cycle, client to sequence to client, may be left for the garbage collector
+        if client.num_open:
             for key in [key for key, sequence in self._open.items() if sequence.client is client]:
                 del self._open[key]
 

@@ -19,6 +19,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     Args:
         endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
             also where a client without an endpoint looks.
+        max_connections: of all clients; one more is closed at once, and so is one that would leave the process too few
+            descriptors (`ulimit -n`).
         max_open_requests: of one client; more are refused at once. One of n samples counts n times.
         max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
             1,408 bytes and more for each (`PromptQueue.held_bytes`); more are refused at once.
@@ -28,6 +30,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """
 
     endpoint: str | None = None
+    max_connections: int = 4_096
     max_open_requests: int = 16_384
     max_queued_bytes: int = 256 << 20
     slow_client_timeout_s: float = 30.0

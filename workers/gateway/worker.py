@@ -32,6 +32,7 @@ from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, S
 from ipc.stats import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, send_mark
+from workers.gateway.connections import Doorkeeper
 from workers.gateway.core import Gateway, Peer
 from workers.process import StopWorker, WorkerProcess
 
@@ -78,7 +79,7 @@ class GatewayWorker:
         context = process.context
         if bootstrap.endpoint_folder is not None:
             _keep_folder(Path(bootstrap.endpoint_folder))
-        self.clients = _bind_frontend(context, bootstrap)
+        self.clients = _bind_frontend(process, bootstrap)
         self.tokenizers = bind_router(context, bootstrap.tokenize_endpoint)
         self.deliveries = bind_router(context, bootstrap.deliver_endpoint)
         self.scheduler = connect_dealer(context, bootstrap.schedule_endpoint, identity=bootstrap.identity)
@@ -184,21 +185,23 @@ def _keep_folder(folder: Path) -> None:
         raise ConfigError(f"{folder} belongs to another user")
 
 
-def _bind_frontend(context: zmq.Context[Any], bootstrap: GatewayBootstrap) -> zmq.Socket[Any]:
+def _bind_frontend(process: WorkerProcess, bootstrap: GatewayBootstrap) -> zmq.Socket[Any]:
     """The clients' socket. A file that only this user may connect to.
 
     libzmq disconnects who sends more than its own bound, without a word; so that bound lies above the one that the core
     answers with a text.
     """
+    doorkeeper = Doorkeeper(bootstrap.endpoint, bootstrap.frontend.max_connections, process.stats)
     before = os.umask(0o177)
     try:
         return bind_router(
-            context,
+            process.context,
             bootstrap.endpoint,
             max_frame_bytes=MAX_FRAME_BYTES,
             handover=False,
             send_mark=send_mark(bootstrap),
             receive_mark=RECEIVE_MARK,
+            prepare=doorkeeper.attach,
         )
     finally:
         os.umask(before)

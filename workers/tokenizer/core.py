@@ -60,6 +60,8 @@ class PromptEncoder:
             token_ids = self._token_ids(request)
             self._check(token_ids, request)
         except RingfeedError as error:
+            # With its traceback it would hold the frames that hold it: garbage with a prompt in it.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             return Encoded(request, _NO_IDS, error)
         except BaseException as error:
             if not is_foreign_failure(error):

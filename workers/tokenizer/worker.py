@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import deque
@@ -38,6 +39,7 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
             logger.warning("%s", note)
     worker = TokenizerWorker(process, bootstrap, encoder)
     process.ready(**({} if loaded.eos_token_id is None else {EOS_TOKEN_ID: loaded.eos_token_id}))
+    gc.enable()  # what a chat template leaves may be garbage, and hold a whole prompt; no step waits for us
     worker.serve()
 
 
