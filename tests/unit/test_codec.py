@@ -31,6 +31,7 @@ from ipc.messages import (
     Query,
     Refused,
     Route,
+    SchedulerToGateway,
     Start,
     Stats,
     StepLogprobs,
@@ -41,6 +42,8 @@ from ipc.messages import (
     Tokenized,
     TokenLogprobs,
     ToScheduler,
+    Withdraw,
+    Withdrawn,
     WorkerToLauncher,
 )
 from ipc.sampling import SamplingParams
@@ -72,16 +75,19 @@ MESSAGES = st.one_of(
               token_ids=BYTES, samples=BYTES, finals=st.lists(st.tuples(COUNT, FINAL), max_size=2),
               logprobs=st.lists(st.tuples(COUNT, st.builds(TokenLogprobs, num_top=COUNT, logprobs=BYTES, top_ids=BYTES,
                                                            top_logprobs=BYTES)), max_size=2)),
-    st.builds(Refused, request_id=TEXT, error_code=TEXT, error_message=TEXT),
+    st.builds(Refused, request_id=TEXT, error_code=TEXT, error_message=TEXT, retry_after_s=st.floats(0, 60)),
     st.builds(Stats, query_id=COUNT,
               roles=st.dictionaries(TEXT, st.dictionaries(TEXT, st.floats(allow_nan=False), max_size=3), max_size=2)),
-    st.builds(Tokenize, key=KEY, route=ROUTE, params=PARAMS, prompt=TEXT),
-    st.builds(Tokenized, key=KEY, route=ROUTE, params=PARAMS, ring=COUNT, ticket=KEY, num_prompt_tokens=COUNT),
+    st.builds(Tokenize, key=KEY, route=ROUTE, params=PARAMS, prompt=TEXT, arrived_ns=KEY),
+    st.builds(Tokenized, key=KEY, route=ROUTE, params=PARAMS, ring=COUNT, ticket=KEY, num_prompt_tokens=COUNT,
+              arrived_ns=KEY),
     st.builds(CancelRequests, keys=st.lists(KEY, max_size=5)),
+    st.builds(Withdraw, keys=st.lists(KEY, max_size=5)),
+    st.builds(Withdrawn, keys=st.lists(KEY, max_size=5)),
     st.builds(StepOutputs, keys=BYTES, token_ids=BYTES, finish=BYTES,
               opened=st.lists(st.builds(Opened, key=KEY, route=ROUTE, stop=st.lists(TEXT, max_size=2),
                                         num_prompt_tokens=COUNT, num_logprobs=st.none() | COUNT,
-                                        num_samples=COUNT), max_size=2),
+                                        num_samples=COUNT, prompt_tail=BYTES), max_size=2),
               logprobs=st.none() | st.builds(StepLogprobs, num_top=COUNT, logprobs=BYTES, top_ids=BYTES,
                                              top_logprobs=BYTES),
               ended=st.lists(st.builds(Ended, key=KEY, finish_reason=REASON, error_message=TEXT), max_size=2)),
@@ -91,8 +97,8 @@ MESSAGES = st.one_of(
     st.just(Stop()),
 )  # fmt: skip
 ANY_MESSAGE = (
-    ClientMessage | GatewayToClient | Tokenize | ToScheduler | ToDetokenizer | Delivery | WorkerToLauncher
-    | LauncherToWorker
+    ClientMessage | GatewayToClient | Tokenize | ToScheduler | SchedulerToGateway | ToDetokenizer | Delivery
+    | WorkerToLauncher | LauncherToWorker
 )  # fmt: skip
 
 
