@@ -95,6 +95,10 @@ class EngineProcess:
                 for line in lines:
                     yield json.loads(line)
 
+    def poll(self) -> int | None:
+        """The launcher's exit status; None while it runs."""
+        return self.process.poll()
+
     def wait(self, timeout_s: float | None) -> int:
         """Wait for the engine to end by itself. Raises TimeoutError."""
         try:

@@ -85,7 +85,7 @@ class Pipeline:
         self._startup_timeout_s = checked_timeout(startup_timeout_s, "startup_timeout_s")
         self._timeline = timeline
         self._log: IO[bytes] | None = None
-        self._engine: EngineProcess | None = None
+        self._process: EngineProcess | None = None
         self._client: Client | None = None
         self.endpoint = connectable(self.config.frontend.endpoint or "")
         self.pids: dict[str, int] = {}  # role -> process id, "launcher" included
@@ -101,7 +101,7 @@ class Pipeline:
 
     def start(self) -> Self:
         """Launch the engine and wait until it is ready."""
-        if self._engine is not None:
+        if self._process is not None:
             raise InvalidRequest("this Pipeline was started already: make another one for another engine")
         config, folder = self.config, None
         if not self.endpoint:
@@ -114,10 +114,10 @@ class Pipeline:
         timeline = () if self._timeline is None else ("--timeline", os.fspath(self._timeline))
         hold_standard_descriptors()
         self._log = _open_log(self._log_path)
-        self._engine = EngineProcess(to_toml(config), timeline, log=self._log, folder=folder)
-        self.pids["launcher"] = self._engine.process.pid
+        self._process = EngineProcess(to_toml(config), timeline, log=self._log, folder=folder)
+        self.pids["launcher"] = self._process.process.pid
         try:
-            self._wait_ready(self._engine)
+            self._wait_ready(self._process)
         except BaseException as error:
             if self.kill() == BAD_CONFIG_STATUS and isinstance(error, EngineUnavailable):
                 raise self._config_error() from None
@@ -143,7 +143,7 @@ class Pipeline:
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
 
     def __enter__(self) -> Self:
-        return self if self._engine is not None else self.start()
+        return self if self._process is not None else self.start()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._client is not None:
@@ -152,9 +152,9 @@ class Pipeline:
             self.stop() if kind is None else self.kill()
 
     def _started(self) -> EngineProcess:
-        if self._engine is None:
+        if self._process is None:
             raise InvalidRequest(_NOT_STARTED)
-        return self._engine
+        return self._process
 
     def _owned(self) -> EngineProcess:
         engine = self._started()
