@@ -15,7 +15,7 @@ from ipc.errors import ModelUnsupported
 
 # Classes that take tokenizer.json as it is; any other rebuilds the tokenizer in its own way, with its own defaults.
 _PLAIN_CLASSES: Final = ("PreTrainedTokenizer", "TokenizersBackend")
-_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space")
+_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space", "fix_mistral_regex", "fast_tokenizer_files")
 _TOKEN_FIELDS: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -25,7 +25,7 @@ class Declarations(NamedTuple):
     folder: Path
     class_name: str  # of the tokenizer; empty: the folder names none
     model_type: str
-    behaviour: list[str]  # settings that change how text is encoded
+    behaviour: list[str]  # settings that change how text is encoded, beside what tokenizer.json says
     named: dict[str, str]  # bos_token and the like
     extra: list[str]  # more special tokens
     added: dict[int, AddedToken]  # by the id that they should have
@@ -41,6 +41,7 @@ class Declarations(NamedTuple):
             config |= read_object(folder / "special_tokens_map.json")
         more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = _texts({name: value for name, value in config.items() if name.endswith("_token")})
+        named |= _texts(config.get("model_specific_special_tokens") or {})
         if isinstance(more, dict):
             named |= _texts(more)
             more = []
@@ -79,13 +80,13 @@ class Declarations(NamedTuple):
         if self.behaviour:
             return f"tokenizer_config.json sets {self.behaviour[0]}"
         known = tokenizer.get_added_tokens_decoder()
-        contents = {token.content for token in known.values()}
+        special = {token.content for token in known.values() if token.special}
         for token_id, token in self.added.items():
             if token_id not in known or not (self.are_older or repr(known[token_id]) == repr(token)):
                 return f"tokenizer.json does not hold {token.content!r} ({token_id}) as it is declared"
         for text in (*self.named.values(), *self.extra):
-            if text not in contents:
-                return f"tokenizer.json does not hold the special token {text!r}"
+            if text not in special:
+                return f"tokenizer.json does not hold {text!r} as a special token"
         return None
 
     def has_own_class(self, tokenizer: Tokenizer) -> bool:
@@ -98,7 +99,7 @@ class Declarations(NamedTuple):
         """Raise ModelUnsupported for a declared special token that the tokenizer takes apart."""
         if tokenizer.encode_special_tokens:  # declared, too: text never becomes a special token
             return
-        special = [token.content for token in self.added.values() if token.special]
+        special = [token.content for token in self.added.values() if token.special and token.content]
         for text in dict.fromkeys((*self.named.values(), *self.extra, *special)):
             token_ids = tokenizer.encode(text, add_special_tokens=False).ids
             if len(token_ids) != 1:

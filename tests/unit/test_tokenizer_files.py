@@ -57,6 +57,7 @@ DECLARED: Final[dict[str, tuple[Tokenizer, dict[str, dict[str, Any]]]]] = {
         BYTES,
         {CONFIG: {**PLAIN, "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", **FLAGS, "lstrip": True}}},
     ),
+    "a named token that tokenizer.json holds as text": (BYTES, {CONFIG: {**PLAIN, "eos_token": "<tool call>"}}),
     "a token of a name of its own": (BYTES, {CONFIG: {**PLAIN, "image_token": "<pad>"}}),
     "a piece that is named a special token": (
         PIECES,
@@ -75,6 +76,14 @@ DECLARED: Final[dict[str, tuple[Tokenizer, dict[str, dict[str, Any]]]]] = {
         {CONFIG: {**PLAIN, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
     ),
     "extra_special_tokens by name": (BYTES, {CONFIG: {**PLAIN, "extra_special_tokens": {"image_token": "<pad>"}}}),
+    "extra special tokens as transformers saves them": (
+        BYTES,
+        {CONFIG: {**PLAIN, "model_specific_special_tokens": {"image_token": "<pad>"}}},
+    ),
+    "a special token without a text": (
+        BYTES,
+        {CONFIG: {**PLAIN, "added_tokens_decoder": {str(NEXT): {"content": "", **FLAGS}}}},
+    ),
     "stripping to the left and right": (
         BYTES,
         {
