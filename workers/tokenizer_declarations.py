@@ -15,7 +15,7 @@ from ipc.errors import ModelUnsupported
 
 # Classes that take tokenizer.json as it is; any other rebuilds the tokenizer in its own way, with its own defaults.
 _PLAIN_CLASSES: Final = ("PreTrainedTokenizer", "TokenizersBackend")
-_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space", "fix_mistral_regex", "fast_tokenizer_files")
+_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space", "fix_mistral_regex")
 _TOKEN_FIELDS: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -91,7 +91,7 @@ class Declarations(NamedTuple):
 
     def has_own_class(self, tokenizer: Tokenizer) -> bool:
         """Whether AutoTokenizer makes a class of its own of this folder."""
-        if self.class_name == "LlamaTokenizer" and "ByteLevel" in chain_kinds(tokenizer.decoder):
+        if self.class_name == "LlamaTokenizer" and is_byte_level(tokenizer):
             return False
         return self.class_name not in _PLAIN_CLASSES if self.class_name else bool(self.model_type)
 
@@ -109,12 +109,17 @@ class Declarations(NamedTuple):
                 )
 
 
-def chain_kinds(part: Any) -> list[str]:
-    """Types of the links of a decoder."""
+def chain(part: Any) -> list[dict[str, Any]]:
+    """The links of a tokenizer's normalizer, pre-tokenizer or decoder, as tokenizer.json has them. Of None: none."""
     if part is None:
         return []
     state = json.loads(part.__getstate__())
-    return [link["type"] for link in (state["decoders"] if state["type"] == "Sequence" else [state])]
+    sequence = next((links for links in state.values() if isinstance(links, list)), None)
+    return [state] if state["type"] != "Sequence" or sequence is None else sequence
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    return any(link["type"] == "ByteLevel" for link in chain(tokenizer.decoder))
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ipc.errors import ModelUnsupported
@@ -218,6 +218,34 @@ def test_a_file_that_says_everything_is_read_without_transformers(tmp_path: Path
 def test_a_class_for_pieces_does_not_touch_a_byte_level_file(tmp_path: Path, class_name: str) -> None:
     folder = save(tmp_path, BYTES, {CONFIG: {"tokenizer_class": class_name, "eos_token": "<|im_end|>"}, MODEL: {}})
     assert len(assert_same(folder, PreTrainedTokenizerFast.from_pretrained(folder))) == 1
+
+
+@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_class_leaves_the_normalizer_and_the_splitting_to_a_byte_level_file(
+    tmp_path: Path, class_name: str, prefix: bool
+) -> None:
+    tokenizer = Tokenizer.from_str(BYTES.to_str())
+    tokenizer.normalizer = normalizers.Lowercase()
+    digits, to_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
+    tokenizer.model = merging(tokenizer.model, "1", "2")
+    config = {"tokenizer_class": class_name, "eos_token": "</s>", "unk_token": "<s>", "add_prefix_space": prefix}
+    loaded = load_tokenizer(save(tmp_path, tokenizer, {CONFIG: config}))
+    to_bytes.add_prefix_space = prefix  # which is for the class to say
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
+    for text in ("year 12", "The 1212 e\u0301", "<think> 12</s>12"):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert loaded.tokenizer.encode(text, add_special_tokens=False).ids == expected
+    assert loaded.eos_token_id == tokenizer.token_to_id("</s>")
+    assert loaded.notes[-1].endswith("it splits text as tokenizer.json says, not as that class does")
+
+
+def merging(model: Any, left: str, right: str) -> models.BPE:
+    """The same byte-level pieces, and one more."""
+    state = json.loads(model.__getstate__())
+    vocab = {**state["vocab"], left + right: 1 + max(state["vocab"].values())}
+    return models.BPE(vocab=vocab, merges=[*map(tuple, state["merges"]), (left, right)])
 
 
 def test_a_class_of_the_folders_own_code_is_not_run(tmp_path: Path) -> None:
