@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any, Final
 
@@ -246,6 +247,18 @@ def merging(model: Any, left: str, right: str) -> models.BPE:
     state = json.loads(model.__getstate__())
     vocab = {**state["vocab"], left + right: 1 + max(state["vocab"].values())}
     return models.BPE(vocab=vocab, merges=[*map(tuple, state["merges"]), (left, right)])
+
+
+def test_a_folder_of_mistrals_own_format_needs_no_tokenizer_json(tmp_path: Path) -> None:
+    pieces = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the"]
+    vocab = [{"rank": i, "token_bytes": b64encode(piece).decode(), "token_str": None} for i, piece in enumerate(pieces)]
+    special = [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(["<unk>", "<s>", "</s>"])]
+    sizes = {"default_vocab_size": 262, "default_num_special_tokens": 3, "num_vocab_tokens": 259}
+    tekken = {"config": {"pattern": r"\s?\w+", "version": "v3", **sizes}, "vocab": vocab, "special_tokens": special}
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    (tmp_path / MODEL).write_text(json.dumps({"model_type": "mistral"}))
+    notes = assert_same(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
+    assert notes == ["transformers builds the tokenizer (TokenizersBackend): there is no tokenizer.json"]
 
 
 def test_a_class_of_the_folders_own_code_is_not_run(tmp_path: Path) -> None:
