@@ -6,6 +6,7 @@ Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and conf
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +30,7 @@ class Declarations(NamedTuple):
     named: dict[str, str]  # bos_token and the like
     extra: list[str]  # more special tokens
     added: dict[int, AddedToken]  # by the id that they should have
-    are_older: bool  # the added tokens are those of added_tokens.json: where tokenizer.json has the id, it counts
+    are_older: bool  # the added tokens are those of added_tokens.json; tokenizer.json wins where it has the id
 
     @classmethod
     def read(cls, folder: Path) -> Declarations:
@@ -94,6 +95,17 @@ class Declarations(NamedTuple):
         if self.class_name == "LlamaTokenizer" and is_byte_level(tokenizer):
             return False
         return self.class_name not in _PLAIN_CLASSES if self.class_name else bool(self.model_type)
+
+    def moved_in(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Warnings about declared tokens that the tokenizer has under another id than the model learned."""
+        for token_id, token in self.added.items():
+            actual = tokenizer.token_to_id(token.content)
+            if actual != token_id and token.content:
+                has = "does not have it" if actual is None else f"has it as {actual}"
+                yield (
+                    f"{self.folder} declares the token {token.content!r} as {token_id}, and the tokenizer {has}: "
+                    "the model may not understand it; add it to tokenizer.json"
+                )
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise ModelUnsupported for a declared special token that the tokenizer takes apart."""

@@ -30,14 +30,15 @@ class ModelTokenizer(NamedTuple):
     special_tokens: dict[str, str]  # named ones (`bos_token`, ...), as a chat template sees them
     eos_token_id: int | None
     notes: list[str]  # how it was loaded, for the log; empty: tokenizer.json says everything
+    warnings: list[str]  # for the log
 
 
 def load_tokenizer(folder: str) -> ModelTokenizer:
     """The folder's tokenizer as AutoTokenizer has it.
 
-    Not followed is a model class that would read a byte-level tokenizer.json as pieces, or the reverse (LlamaTokenizer
-    does so). A class that would split the text of a byte-level tokenizer.json in its own way (GPT2Tokenizer does so)
-    is followed in all else. Raises ModelUnsupported if no tokenizer can be loaded, or for a declared special token
+    A model class that would read a byte-level tokenizer.json as pieces (LlamaTokenizer does so), or the reverse, is
+    ignored. A class that would split the text of a byte-level tokenizer.json in its own way (GPT2Tokenizer does so) is
+    used for everything else. Raises ModelUnsupported if no tokenizer can be loaded, or for a declared special token
     that is not one id.
     """
     declarations = Declarations.read(Path(folder))
@@ -49,6 +50,7 @@ def load_tokenizer(folder: str) -> ModelTokenizer:
     loaded.tokenizer.no_truncation()
     loaded.tokenizer.no_padding()
     declarations.check(loaded.tokenizer)
+    loaded.warnings.extend(declarations.moved_in(loaded.tokenizer))
     return loaded
 
 
@@ -74,7 +76,8 @@ def _load(folder: str, declarations: Declarations) -> ModelTokenizer:
     missing = declarations.missing_in(tokenizer)
     if missing is None:
         eos = declarations.named.get("eos_token")
-        return ModelTokenizer(tokenizer, declarations.named, None if eos is None else tokenizer.token_to_id(eos), [])
+        eos_token_id = None if eos is None else tokenizer.token_to_id(eos)
+        return ModelTokenizer(tokenizer, declarations.named, eos_token_id, [], [])
     from transformers import PreTrainedTokenizerFast
 
     if declarations.has_own_class(tokenizer):
@@ -105,7 +108,7 @@ def _of_transformers(built: Any, why: str) -> ModelTokenizer:
         raise ModelUnsupported("it has no fast form; save it as tokenizer.json")
     named = {name: str(text) for name, text in built.special_tokens_map.items() if not isinstance(text, list)}
     note = f"transformers builds the tokenizer ({type(built).__name__}): {why}"
-    return ModelTokenizer(backend, named, built.eos_token_id, [note])
+    return ModelTokenizer(backend, named, built.eos_token_id, [note], [])
 
 
 def _split_as_file(built: Tokenizer, file: Tokenizer) -> bool:

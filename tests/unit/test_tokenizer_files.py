@@ -278,6 +278,22 @@ def test_a_declared_special_token_that_is_taken_apart_stops_the_start(tmp_path: 
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("declared", "actual"),
+    [({NEXT + 3: "<gap>"}, f"has it as {NEXT}"), ({5: "<renamed>"}, f"has it as {NEXT}"), ({0: "<s>", NEXT: ""}, "")],
+)
+def test_a_declared_token_that_has_another_id_is_warned_of(
+    tmp_path: Path, declared: dict[int, str], actual: str
+) -> None:
+    added = {str(token_id): {"content": text, **FLAGS} for token_id, text in declared.items()}
+    loaded = load_tokenizer(save(tmp_path, BYTES, {CONFIG: {**PLAIN, "added_tokens_decoder": added}}))
+    expected = [
+        f"declares the token {text!r} as {i}, and the tokenizer {actual}:" for i, text in declared.items() if actual
+    ]
+    assert len(loaded.warnings) == len(expected)
+    assert all(text in warning for text, warning in zip(expected, loaded.warnings, strict=True))
+
+
 def test_no_process_of_text_imports_torch_for_a_tokenizer(tmp_path: Path) -> None:
     folder = save(tmp_path, *DECLARED["the class of the model"])
     code = (

@@ -163,8 +163,8 @@ class PieceTexts(dict[int, str]):
 class PieceDecoder:
     """For decoders that are chains which treat each piece by itself: a piece has always the same text.
 
-    But for the first: such a chain may take a leading space off a text, so the ids at the beginning are decoded
-    together until they have a text.
+    The first piece is the exception. Such a chain may take a leading space off a text, so the ids at the beginning are
+    decoded together until they have a text.
     """
 
     __slots__ = ("_beginning", "_cutter", "_pieces")
