@@ -42,11 +42,11 @@ class Declarations(NamedTuple):
             config |= read_object(folder / "special_tokens_map.json")
         more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = _texts({name: value for name, value in config.items() if name.endswith("_token")})
-        named |= _texts(config.get("model_specific_special_tokens") or {})
+        named |= _texts(config.get("model_specific_special_tokens"))
         if isinstance(more, dict):
             named |= _texts(more)
             more = []
-        extra = list(_texts(dict(enumerate(more))).values())
+        extra = list(_texts(more).values())
         try:
             if are_older:
                 special = {*named.values(), *extra}
@@ -147,7 +147,11 @@ def read_object(file: Path) -> dict[str, Any]:
     return plain
 
 
-def _texts(values: dict[Any, Any]) -> dict[Any, str]:
-    """Those that are a token: a text, or an object with one."""
+def _texts(values: Any) -> dict[Any, str]:
+    """Those of an object's values, or of a list's, that are a token: a text, or an object with one."""
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return {}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str) and text}

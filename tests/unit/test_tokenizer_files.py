@@ -278,6 +278,14 @@ def test_a_declared_special_token_that_is_taken_apart_stops_the_start(tmp_path: 
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"])
+@pytest.mark.parametrize("value", [5, "</s>", [5], {"image_token": 5}])
+def test_special_tokens_of_a_wrong_type_declare_nothing(tmp_path: Path, key: str, value: Any) -> None:
+    loaded = load_tokenizer(save(tmp_path, BYTES, {CONFIG: {**PLAIN, "eos_token": "</s>", key: value}}))
+    assert loaded.special_tokens == {"eos_token": "</s>"}
+    assert loaded.tokenizer.to_str() == BYTES.to_str()
+
+
 @pytest.mark.parametrize(
     ("declared", "actual"),
     [({NEXT + 3: "<gap>"}, f"has it as {NEXT}"), ({5: "<renamed>"}, f"has it as {NEXT}"), ({0: "<s>", NEXT: ""}, "")],
