@@ -37,9 +37,12 @@ _SIZES: Final = (  # of a transformer, by all their names
 _MAX_SIZE: Final = 2**31 - 1  # token ids are 32 bits wide, and no other size comes near
 _READ_FILES: Final = (  # the beginnings of their names; weights are chosen elsewhere
     "config.json", "generation_config.json", "hf_quant_config.json", "tokenizer", "vocab", "merges", "spiece",
-    "sentencepiece", "special_tokens_map", "added_tokens", "chat_template",
+    "sentencepiece", "tekken", "tiktoken", "special_tokens_map", "added_tokens", "chat_template",
 )  # fmt: skip
-_SLOW_TOKENIZER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_SLOW_TOKENIZER_FILES: Final = (  # that transformers makes a tokenizer of
+    "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "tiktoken.model",
+)  # fmt: skip
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +181,7 @@ def _check_sizes(text_config: dict[str, Any], path: str) -> None:
 def _check_tokenizer(folder: Path, path: str) -> None:
     files = [file for name in ("tokenizer.json", *_SLOW_TOKENIZER_FILES) if (file := folder / name).is_file()]
     if not files:
-        raise ConfigError(f"model.path ({path!r}): {folder} has no tokenizer (tokenizer.json)")
+        raise ConfigError(f"model.path ({path!r}): {folder} has no tokenizer: put the model's tokenizer.json there")
     if all(file.suffix == ".model" for file in files):
         # A SentencePiece model is a protobuf message that begins with its pieces; tiktoken's files are lines of text.
         file = files[0]

@@ -6,6 +6,7 @@ Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and conf
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +16,7 @@ from ipc.errors import ModelUnsupported
 
 # Classes that take tokenizer.json as it is; any other rebuilds the tokenizer in its own way, with its own defaults.
 _PLAIN_CLASSES: Final = ("PreTrainedTokenizer", "TokenizersBackend")
-_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space")
+_BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space", "fix_mistral_regex")
 _TOKEN_FIELDS: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -25,11 +26,11 @@ class Declarations(NamedTuple):
     folder: Path
     class_name: str  # of the tokenizer; empty: the folder names none
     model_type: str
-    behaviour: list[str]  # settings that change how text is encoded
+    behaviour: list[str]  # settings that change how text is encoded, beside what tokenizer.json says
     named: dict[str, str]  # bos_token and the like
     extra: list[str]  # more special tokens
     added: dict[int, AddedToken]  # by the id that they should have
-    are_older: bool  # the added tokens are those of added_tokens.json: where tokenizer.json has the id, it counts
+    are_older: bool  # the added tokens are those of added_tokens.json; tokenizer.json wins where it has the id
 
     @classmethod
     def read(cls, folder: Path) -> Declarations:
@@ -41,10 +42,11 @@ class Declarations(NamedTuple):
             config |= read_object(folder / "special_tokens_map.json")
         more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = _texts({name: value for name, value in config.items() if name.endswith("_token")})
+        named |= _texts(config.get("model_specific_special_tokens"))
         if isinstance(more, dict):
             named |= _texts(more)
             more = []
-        extra = list(_texts(dict(enumerate(more))).values())
+        extra = list(_texts(more).values())
         try:
             if are_older:
                 special = {*named.values(), *extra}
@@ -79,26 +81,37 @@ class Declarations(NamedTuple):
         if self.behaviour:
             return f"tokenizer_config.json sets {self.behaviour[0]}"
         known = tokenizer.get_added_tokens_decoder()
-        contents = {token.content for token in known.values()}
+        special = {token.content for token in known.values() if token.special}
         for token_id, token in self.added.items():
             if token_id not in known or not (self.are_older or repr(known[token_id]) == repr(token)):
                 return f"tokenizer.json does not hold {token.content!r} ({token_id}) as it is declared"
         for text in (*self.named.values(), *self.extra):
-            if text not in contents:
-                return f"tokenizer.json does not hold the special token {text!r}"
+            if text not in special:
+                return f"tokenizer.json does not hold {text!r} as a special token"
         return None
 
     def has_own_class(self, tokenizer: Tokenizer) -> bool:
         """Whether AutoTokenizer makes a class of its own of this folder."""
-        if self.class_name == "LlamaTokenizer" and "ByteLevel" in chain_kinds(tokenizer.decoder):
+        if self.class_name == "LlamaTokenizer" and is_byte_level(tokenizer):
             return False
         return self.class_name not in _PLAIN_CLASSES if self.class_name else bool(self.model_type)
+
+    def moved_in(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Warnings about declared tokens that the tokenizer has under another id than the model learned."""
+        for token_id, token in self.added.items():
+            actual = tokenizer.token_to_id(token.content)
+            if actual != token_id and token.content:
+                has = "does not have it" if actual is None else f"has it as {actual}"
+                yield (
+                    f"{self.folder} declares the token {token.content!r} as {token_id}, and the tokenizer {has}: "
+                    "the model may not understand it; add it to tokenizer.json"
+                )
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise ModelUnsupported for a declared special token that the tokenizer takes apart."""
         if tokenizer.encode_special_tokens:  # declared, too: text never becomes a special token
             return
-        special = [token.content for token in self.added.values() if token.special]
+        special = [token.content for token in self.added.values() if token.special and token.content]
         for text in dict.fromkeys((*self.named.values(), *self.extra, *special)):
             token_ids = tokenizer.encode(text, add_special_tokens=False).ids
             if len(token_ids) != 1:
@@ -108,12 +121,17 @@ class Declarations(NamedTuple):
                 )
 
 
-def chain_kinds(part: Any) -> list[str]:
-    """Types of the links of a decoder."""
+def chain(part: Any) -> list[dict[str, Any]]:
+    """The links of a tokenizer's normalizer, pre-tokenizer or decoder, as tokenizer.json has them. Of None: none."""
     if part is None:
         return []
     state = json.loads(part.__getstate__())
-    return [link["type"] for link in (state["decoders"] if state["type"] == "Sequence" else [state])]
+    sequence = next((links for links in state.values() if isinstance(links, list)), None)
+    return [state] if state["type"] != "Sequence" or sequence is None else sequence
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    return any(link["type"] == "ByteLevel" for link in chain(tokenizer.decoder))
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -129,7 +147,11 @@ def read_object(file: Path) -> dict[str, Any]:
     return plain
 
 
-def _texts(values: dict[Any, Any]) -> dict[Any, str]:
-    """Those that are a token: a text, or an object with one."""
+def _texts(values: Any) -> dict[Any, str]:
+    """Those of an object's values, or of a list's, that are a token: a text, or an object with one."""
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return {}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str) and text}

@@ -7,18 +7,20 @@ them apart).
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from ipc.errors import ModelUnsupported
-from workers.tokenizer_declarations import Declarations, chain_kinds
+from workers.tokenizer_declarations import Declarations, chain, is_byte_level
 
 _MAX_PROBLEM_CHARS: Final = 300
 _LOCALLY: Final = {"local_files_only": True, "chat_template": None}  # templates are read elsewhere
+_NO_SPLITTING: Final = ("add_prefix_space", "trim_offsets")  # of ByteLevel: the class's to say, and of offsets alone
 
 
 class ModelTokenizer(NamedTuple):
@@ -28,13 +30,16 @@ class ModelTokenizer(NamedTuple):
     special_tokens: dict[str, str]  # named ones (`bos_token`, ...), as a chat template sees them
     eos_token_id: int | None
     notes: list[str]  # how it was loaded, for the log; empty: tokenizer.json says everything
+    warnings: list[str]  # for the log
 
 
 def load_tokenizer(folder: str) -> ModelTokenizer:
     """The folder's tokenizer as AutoTokenizer has it.
 
-    A model class that would read a byte-level tokenizer.json as pieces, or the reverse (LlamaTokenizer does so), is not
-    followed. Raises ModelUnsupported if no tokenizer can be loaded, or for a declared special token that is not one id.
+    A model class that would read a byte-level tokenizer.json as pieces (LlamaTokenizer does so), or the reverse, is
+    ignored. A class that would split the text of a byte-level tokenizer.json in its own way (GPT2Tokenizer does so) is
+    used for everything else. Raises ModelUnsupported if no tokenizer can be loaded, or for a declared special token
+    that is not one id.
     """
     declarations = Declarations.read(Path(folder))
     try:
@@ -45,6 +50,7 @@ def load_tokenizer(folder: str) -> ModelTokenizer:
     loaded.tokenizer.no_truncation()
     loaded.tokenizer.no_padding()
     declarations.check(loaded.tokenizer)
+    loaded.warnings.extend(declarations.moved_in(loaded.tokenizer))
     return loaded
 
 
@@ -70,18 +76,23 @@ def _load(folder: str, declarations: Declarations) -> ModelTokenizer:
     missing = declarations.missing_in(tokenizer)
     if missing is None:
         eos = declarations.named.get("eos_token")
-        return ModelTokenizer(tokenizer, declarations.named, None if eos is None else tokenizer.token_to_id(eos), [])
+        eos_token_id = None if eos is None else tokenizer.token_to_id(eos)
+        return ModelTokenizer(tokenizer, declarations.named, eos_token_id, [], [])
+    from transformers import PreTrainedTokenizerFast
+
     if declarations.has_own_class(tokenizer):
         try:
-            loaded = _of_transformers(_auto_tokenizer(folder), missing)
+            built = _auto_tokenizer(folder)
+            loaded = _of_transformers(built, missing)
         except Exception as error:  # a class of the folder's own code, or one that needs a package
             missing = f"{missing}, which cannot be used ({type(error).__name__})"
         else:
-            if _is_byte_level(loaded.tokenizer) == _is_byte_level(tokenizer):
+            if is_byte_level(loaded.tokenizer) == is_byte_level(tokenizer):
+                is_rebuilt = type(built) is not PreTrainedTokenizerFast
+                if is_rebuilt and is_byte_level(tokenizer) and _split_as_file(loaded.tokenizer, tokenizer):
+                    loaded.notes[0] += "; it splits text as tokenizer.json says, not as that class does"
                 return loaded
             missing = f"{missing}, which is not for the kind of tokenizer that tokenizer.json holds"
-    from transformers import PreTrainedTokenizerFast
-
     return _of_transformers(PreTrainedTokenizerFast.from_pretrained(folder, **_LOCALLY), missing)
 
 
@@ -97,8 +108,29 @@ def _of_transformers(built: Any, why: str) -> ModelTokenizer:
         raise ModelUnsupported("it has no fast form; save it as tokenizer.json")
     named = {name: str(text) for name, text in built.special_tokens_map.items() if not isinstance(text, list)}
     note = f"transformers builds the tokenizer ({type(built).__name__}): {why}"
-    return ModelTokenizer(backend, named, built.eos_token_id, [note])
+    return ModelTokenizer(backend, named, built.eos_token_id, [note], [])
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    return "ByteLevel" in chain_kinds(tokenizer.decoder)
+def _split_as_file(built: Tokenizer, file: Tokenizer) -> bool:
+    """Give `built` the normalizer and the pre-tokenizer of tokenizer.json, with which the model was trained.
+
+    Byte-level classes of transformers put their own in their place, which cut numbers and lines differently. The class
+    still says whether text begins with a space. Returns whether anything has changed.
+    """
+    if file.pre_tokenizer is None or _splitting(built) == _splitting(file):
+        return False
+    adds_space = any(link.get("add_prefix_space") for link in chain(built.pre_tokenizer))
+    links = [
+        {**link, "add_prefix_space": adds_space} if link["type"] == "ByteLevel" else link
+        for link in chain(file.pre_tokenizer)
+    ]
+    pre_tokenizer = pre_tokenizers.Sequence([])
+    pre_tokenizer.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": links}).encode())
+    built.normalizer, built.pre_tokenizer = file.normalizer, pre_tokenizer
+    return True
+
+
+def _splitting(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What decides where a text is cut."""
+    links = [*chain(tokenizer.normalizer), *chain(tokenizer.pre_tokenizer)]
+    return [{key: value for key, value in link.items() if key not in _NO_SPLITTING} for link in links]

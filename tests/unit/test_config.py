@@ -290,6 +290,13 @@ def test_a_tokenizer_that_takes_more_packages_names_them_before_anything_starts(
     find_model(configure(folder))
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "tekken.json"])
+def test_files_of_which_transformers_makes_a_tokenizer_do_without_tokenizer_json(tmp_path: Path, name: str) -> None:
+    folder = make_model(tmp_path / "m")
+    (folder / "tokenizer.json").rename(folder / name)
+    find_model(configure(folder))
+
+
 def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m")
 
@@ -406,8 +413,9 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 @pytest.mark.parametrize(
     "name",
     ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "model.safetensors",
-     "model.safetensors.index.json", "model-00002-of-00002.safetensors", "hf_quant_config.json"],
+     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json",
+     "tiktoken.model", "model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors",
+     "hf_quant_config.json"],
 )  # fmt: skip
 def test_a_file_that_is_only_a_git_lfs_pointer_is_named_with_the_cure(name: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m")

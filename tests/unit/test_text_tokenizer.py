@@ -162,7 +162,7 @@ def test_control_tokens_of_the_template_that_are_no_tokens_are_noted_and_do_not_
     template = "{{ '<s>' }}<tool call>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     notes = list(encoder(save(tmp_path, chat_template=template)).split_control_tokens())
     assert len(notes) == 1
-    assert "'<|end|>', which is no token of this tokenizer" in notes[0]
+    assert "'<|end|>', which is not a token: the tokenizer makes" in notes[0]
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens(["<|end|>"])
     assert list(encoder(save(tmp_path, tokenizer, chat_template=template)).split_control_tokens()) == []

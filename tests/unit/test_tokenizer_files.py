@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ipc.errors import ModelUnsupported
@@ -57,6 +58,7 @@ DECLARED: Final[dict[str, tuple[Tokenizer, dict[str, dict[str, Any]]]]] = {
         BYTES,
         {CONFIG: {**PLAIN, "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", **FLAGS, "lstrip": True}}},
     ),
+    "a named token that tokenizer.json holds as text": (BYTES, {CONFIG: {**PLAIN, "eos_token": "<tool call>"}}),
     "a token of a name of its own": (BYTES, {CONFIG: {**PLAIN, "image_token": "<pad>"}}),
     "a piece that is named a special token": (
         PIECES,
@@ -75,6 +77,14 @@ DECLARED: Final[dict[str, tuple[Tokenizer, dict[str, dict[str, Any]]]]] = {
         {CONFIG: {**PLAIN, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
     ),
     "extra_special_tokens by name": (BYTES, {CONFIG: {**PLAIN, "extra_special_tokens": {"image_token": "<pad>"}}}),
+    "extra special tokens as transformers saves them": (
+        BYTES,
+        {CONFIG: {**PLAIN, "model_specific_special_tokens": {"image_token": "<pad>"}}},
+    ),
+    "a special token without a text": (
+        BYTES,
+        {CONFIG: {**PLAIN, "added_tokens_decoder": {str(NEXT): {"content": "", **FLAGS}}}},
+    ),
     "stripping to the left and right": (
         BYTES,
         {
@@ -211,6 +221,46 @@ def test_a_class_for_pieces_does_not_touch_a_byte_level_file(tmp_path: Path, cla
     assert len(assert_same(folder, PreTrainedTokenizerFast.from_pretrained(folder))) == 1
 
 
+@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_class_leaves_the_normalizer_and_the_splitting_to_a_byte_level_file(
+    tmp_path: Path, class_name: str, prefix: bool
+) -> None:
+    tokenizer = Tokenizer.from_str(BYTES.to_str())
+    tokenizer.normalizer = normalizers.Lowercase()
+    digits, to_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
+    tokenizer.model = merging(tokenizer.model, "1", "2")
+    config = {"tokenizer_class": class_name, "eos_token": "</s>", "unk_token": "<s>", "add_prefix_space": prefix}
+    loaded = load_tokenizer(save(tmp_path, tokenizer, {CONFIG: config}))
+    to_bytes.add_prefix_space = prefix  # which is for the class to say
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
+    for text in ("year 12", "The 1212 e\u0301", "<think> 12</s>12"):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert loaded.tokenizer.encode(text, add_special_tokens=False).ids == expected
+    assert loaded.eos_token_id == tokenizer.token_to_id("</s>")
+    assert loaded.notes[-1].endswith("it splits text as tokenizer.json says, not as that class does")
+
+
+def merging(model: Any, left: str, right: str) -> models.BPE:
+    """The same byte-level pieces, and one more."""
+    state = json.loads(model.__getstate__())
+    vocab = {**state["vocab"], left + right: 1 + max(state["vocab"].values())}
+    return models.BPE(vocab=vocab, merges=[*map(tuple, state["merges"]), (left, right)])
+
+
+def test_a_folder_of_mistrals_own_format_needs_no_tokenizer_json(tmp_path: Path) -> None:
+    pieces = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the"]
+    vocab = [{"rank": i, "token_bytes": b64encode(piece).decode(), "token_str": None} for i, piece in enumerate(pieces)]
+    special = [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(["<unk>", "<s>", "</s>"])]
+    sizes = {"default_vocab_size": 262, "default_num_special_tokens": 3, "num_vocab_tokens": 259}
+    tekken = {"config": {"pattern": r"\s?\w+", "version": "v3", **sizes}, "vocab": vocab, "special_tokens": special}
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    (tmp_path / MODEL).write_text(json.dumps({"model_type": "mistral"}))
+    notes = assert_same(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
+    assert notes == ["transformers builds the tokenizer (TokenizersBackend): there is no tokenizer.json"]
+
+
 def test_a_class_of_the_folders_own_code_is_not_run(tmp_path: Path) -> None:
     config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     folder = save(tmp_path, BYTES, {CONFIG: {**config, "eos_token": "</s>"}, MODEL: {"model_type": "own"}})
@@ -226,6 +276,30 @@ def test_a_declared_special_token_that_is_taken_apart_stops_the_start(tmp_path: 
     folder = save(tmp_path, tokenizer, {CONFIG: {**PLAIN, "eos_token": "<END>"}})
     with pytest.raises(ModelUnsupported, match=r"declares the special token '<END>' and makes 4 tokens of it"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"])
+@pytest.mark.parametrize("value", [5, "</s>", [5], {"image_token": 5}])
+def test_special_tokens_of_a_wrong_type_declare_nothing(tmp_path: Path, key: str, value: Any) -> None:
+    loaded = load_tokenizer(save(tmp_path, BYTES, {CONFIG: {**PLAIN, "eos_token": "</s>", key: value}}))
+    assert loaded.special_tokens == {"eos_token": "</s>"}
+    assert loaded.tokenizer.to_str() == BYTES.to_str()
+
+
+@pytest.mark.parametrize(
+    ("declared", "actual"),
+    [({NEXT + 3: "<gap>"}, f"has it as {NEXT}"), ({5: "<renamed>"}, f"has it as {NEXT}"), ({0: "<s>", NEXT: ""}, "")],
+)
+def test_a_declared_token_that_has_another_id_is_warned_of(
+    tmp_path: Path, declared: dict[int, str], actual: str
+) -> None:
+    added = {str(token_id): {"content": text, **FLAGS} for token_id, text in declared.items()}
+    loaded = load_tokenizer(save(tmp_path, BYTES, {CONFIG: {**PLAIN, "added_tokens_decoder": added}}))
+    expected = [
+        f"declares the token {text!r} as {i}, and the tokenizer {actual}:" for i, text in declared.items() if actual
+    ]
+    assert len(loaded.warnings) == len(expected)
+    assert all(text in warning for text, warning in zip(expected, loaded.warnings, strict=True))
 
 
 def test_no_process_of_text_imports_torch_for_a_tokenizer(tmp_path: Path) -> None:

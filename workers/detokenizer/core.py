@@ -290,7 +290,7 @@ class Detokenizer:
 
 
 def _problem_of(error: BaseException) -> str:
-    """What `tokenizers` says of a request's tokens, for its one line of error. Raises what is no such failure."""
+    """What `tokenizers` says of a request's tokens, for its one line of error. Re-raises any other exception."""
     if not is_foreign_failure(error) or isinstance(error, AssertionError):
         raise error
     return " ".join(str(error).split())[:MAX_PROBLEM_CHARS] or type(error).__name__

@@ -7,14 +7,14 @@ which would take back characters that were given out. The two agree wherever a r
 
 from __future__ import annotations
 
-import json
 import re
 from codecs import utf_8_decode
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tokenizers import Tokenizer
 
+from workers.tokenizer_declarations import chain
 from workers.tokenizer_files import is_foreign_failure
 
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
@@ -36,8 +36,7 @@ class Vocabulary:
         num_ids = 1 + max([tokenizer.get_vocab_size(), *tokenizer.get_vocab().values()])
         tokens = {i: tokenizer.id_to_token(i) for i in range(num_ids)}
         self.spoken: dict[int, str] = {i: t for i, t in tokens.items() if t is not None and i not in self.special}
-        decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": ""}
-        self.chain: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        self.chain = chain(tokenizer.decoder)
         kinds = [link["type"] for link in self.chain]
         self.has_half_characters = "ByteLevel" in kinds  # a token may end within one, and the decoder makes it U+FFFD
         self.bytes_of: dict[int, bytes] = {}
@@ -164,8 +163,8 @@ class PieceTexts(dict[int, str]):
 class PieceDecoder:
     """For decoders that are chains which treat each piece by itself: a piece has always the same text.
 
-    But for the first: such a chain may take a leading space off a text, so the ids at the beginning are decoded
-    together until they have a text.
+    The first piece is the exception. Such a chain may take a leading space off a text, so the ids at the beginning are
+    decoded together until they have a text.
     """
 
     __slots__ = ("_beginning", "_cutter", "_pieces")

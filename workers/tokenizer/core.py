@@ -45,14 +45,14 @@ class PromptEncoder:
         self._max_chars = _SHRINK * max_model_len * longest_token
 
     def split_control_tokens(self) -> Iterator[str]:
-        """Notes for the log on control tokens of the template that the tokenizer does not know as tokens.
+        """Warnings about control tokens of the template that the tokenizer takes apart.
 
         Some models are trained so; for others it is a token that was forgotten.
         """
         for text in self._template.control_tokens:
             num_tokens = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
             if num_tokens != 1:
-                yield f"the chat template writes {text!r}, which is no token of this tokenizer: it becomes {num_tokens}"
+                yield f"the chat template writes {text!r}, which is not a token: the tokenizer makes {num_tokens} of it"
 
     def encode(self, request: Tokenize) -> Encoded:
         """Never raises for what a request holds."""

@@ -35,8 +35,8 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     if bootstrap.ring_index == 1:  # the first tokenizer speaks for all
         for note in loaded.notes:
             logger.info("%s", note)
-        for note in encoder.split_control_tokens():
-            logger.warning("%s", note)
+        for warning in (*loaded.warnings, *encoder.split_control_tokens()):
+            logger.warning("%s", warning)
     worker = TokenizerWorker(process, bootstrap, encoder)
     process.ready(**({} if loaded.eos_token_id is None else {EOS_TOKEN_ID: loaded.eos_token_id}))
     gc.enable()  # what a chat template leaves may be garbage, and hold a whole prompt; no step waits for us
