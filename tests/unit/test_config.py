@@ -359,8 +359,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_parameters": {"sliding_attention": LINEAR, "full_attention": YARN}}, 192),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 64),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, 64),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, 64),
-        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, 256),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, 64),
+        ({"rope_scaling": {"rope_type": "default", "factor": "4"}}, 64),  # not read
         ({"rope_scaling": None}, 64),
         ({"rope_scaling": "linear"}, 64),
     ],
@@ -373,6 +374,30 @@ def test_a_rope_factor_multiplies_the_length_that_a_model_was_trained_for(
     assert find_model(configure(folder, f"scheduler.max_model_len={expected}")).max_model_len == expected
     with pytest.raises(ConfigError, match=rf"larger than what the model can \({expected} positions\)"):
         find_model(configure(folder, f"scheduler.max_model_len={expected + 1}"))
+
+
+@pytest.mark.parametrize("value", [0, -2, "4", True, float("nan"), float("inf"), 10**400], ids=lambda v: f"{v}"[:9])
+@pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_rope_value_that_no_model_can_compute_with_is_named(
+    key: str, value: Any, nested: bool, tmp_path: Path
+) -> None:
+    rope = {**YARN, key: value}
+    declared = {"rope_parameters": {"full_attention": rope}} if nested else {"rope_scaling": rope}
+    with pytest.raises(ConfigError, match=rf"{key} \(.*\) of RoPE in config\.json must be a number above 0"):
+        find_model(configure(make_model(tmp_path / "m", {**MODEL, **declared})))
+
+
+@pytest.mark.parametrize(
+    "declared", [{"max_position_embeddings": 2**31 - 1}, {"rope_scaling": {"rope_type": "linear", "factor": 1e8}}]
+)
+def test_a_model_of_more_positions_than_any_sequence_can_have_needs_a_length(
+    declared: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "m", {**MODEL, **declared})
+    with pytest.raises(ConfigError, match=r"max_model_len is missing, and .* gives 2147483647 positions"):
+        find_model(configure(folder))
+    assert find_model(configure(folder, "scheduler.max_model_len=100")).max_model_len == 100
 
 
 GEMMA_3 = {  # a published config.json, its numbers made small: the text part leaves much to transformers' defaults
