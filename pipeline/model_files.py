@@ -22,7 +22,7 @@ from ipc.errors import ConfigError
 from ipc.records import MAX_EOS_TOKEN_IDS
 from pipeline.config import MAX_MODEL_LEN, Config, check_cache_holds_one_sequence
 from pipeline.python_module import module_command, module_environment
-from workers.gpu.model_folder import check_pointers, weight_files
+from workers.gpu.model_folder import check_pointers, other_contents, weight_files
 from workers.gpu.positions import num_positions, unfit_rope_value
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,26 @@ def find_model(config: Config, *, download: bool = True) -> ModelFacts:
     A hub id is looked for in the local Hugging Face cache and then, with `download`, at the hub. Raises ConfigError
     (ModelNotHere for files that `download` might get), naming the key, the value and the cure.
     """
+    try:
+        return _find_model(config, download)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"model.path: {error.filename!r} cannot be read: {error.strerror}") from None
+
+
+def _find_model(config: Config, download: bool) -> ModelFacts:
     path = config.model.path
     folder = Path(path) if path.startswith("/") else _hub_folder(path, config.model.load_format, download)
+    if folder.is_file():
+        raise ConfigError(f"model.path ({path!r}) is a file: give the folder of a model with weights as safetensors")
     if not folder.is_dir():
         raise ConfigError(
             f"model.path ({path!r}): there is no such folder; relative ones start at the config file's, with --set at "
             "the current one"
         )
+    if not (folder / "config.json").exists() and (cure := other_contents(folder)) is not None:
+        raise ConfigError(f"model.path ({path!r}): {folder} has no config.json: {cure}")
     _check_pointers(folder)
     plain = _read_json(folder / "config.json", path)
     text = plain.get("text_config") or plain
