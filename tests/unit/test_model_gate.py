@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from ipc.errors import ConfigError, ModelUnsupported
 from ipc.records import StepShape
@@ -475,6 +476,32 @@ def test_values_of_config_json_that_make_no_model_are_one_clear_line(
     with pytest.raises(ModelUnsupported, match=reason) as refusal:
         load(tmp_path, load_format)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8", "auto", "torch.bfloat16", "complex64", "nn"])
+def test_a_dtype_that_no_model_computes_in_is_named(name: str, nested: bool, key: str, tmp_path: Path) -> None:
+    plain = {**make_tiny_config("llama").to_dict(), "dtype": None, key: name}
+    whole = {"model_type": "gemma3", "text_config": {**plain, "model_type": "gemma3_text"}} if nested else plain
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ModelUnsupported, match=rf"dtype \('{name}'\) in config\.json is none that a model"):
+        load(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    weights = make_tiny_model("llama", tmp_path) / "model.safetensors"
+    whole = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value in (torch.nan, torch.inf):
+        damaged = whole[name].clone()
+        damaged[3, 4] = value
+        save_file({**whole, name: damaged}, weights, {"format": "pt"})
+        with pytest.raises(ModelUnsupported, match=rf"this llama model hold NaN or infinity \({name}\): either"):
+            load(tmp_path, "safetensors")
+    save_file({**whole, "lm_head.weight": whole["lm_head.weight"] * 1e38}, weights, {"format": "pt"})
+    with pytest.raises(ModelUnsupported, match="this llama model are not finite in float32, though its weights"):
+        load(tmp_path, "safetensors")
 
 
 def test_heads_that_do_not_divide_among_the_kv_heads_are_refused_with_both_numbers(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
         if is_listed or missing[0].is_symlink():  # into a cache of the hub
             cure = "download the model again"
         else:
-            cure = other_contents(folder) or 'set model.load_format = "dummy" for random ones'
+            cure = other_contents(folder) or 'only safetensors are read; model.load_format = "dummy" gives random ones'
         raise ConfigError(
             f"model.path ({str(folder)!r}): the folder lacks weights ({missing[0].name}"
             f"{', ...' if missing[1:] else ''}): {cure}"

@@ -123,7 +123,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
         raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
     if not logits.isfinite().all():
-        raise unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
+        raise ModelUnsupported(_why_not_finite(model))
     if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
         raise unsupported(config, "its logits_to_keep does not select tokens by index")
 
@@ -143,6 +143,22 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
         logits_dtype=logits.dtype,
         has_softcap=any(call.has_softcap for call in probe.calls),
         has_sinks=any(call.has_sinks for call in probe.calls),
+    )
+
+
+def _why_not_finite(model: Any) -> str:
+    """Why a model's logits are NaN or infinite."""
+    of_model = f"of this {model.config.model_type} model"
+    dtype = str(model.dtype).removeprefix("torch.")
+    for name, weight in model.named_parameters():
+        if weight.itemsize > 1 and not weight.isfinite().all():
+            return (
+                f"the weights {of_model} hold NaN or infinity ({name}): either the files are damaged, or their numbers "
+                f"are too large for {dtype}"
+            )
+    return (
+        f"the logits {of_model} are not finite in {dtype}, though its weights are: set model.dtype to bfloat16 or "
+        "float32, or see whether config.json is of the same model"
     )
 
 
