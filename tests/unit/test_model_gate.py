@@ -504,6 +504,18 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         load(tmp_path, "safetensors")
 
 
+def test_a_model_that_rules_tokens_out_by_logits_of_minus_infinity_gives_the_tokens_of_generate(tmp_path: Path) -> None:
+    weights = save_model(transformers.PhiConfig(**SIZES, eos_token_id=None), tmp_path) / "model.safetensors"
+    whole = load_file(weights)
+    whole["lm_head.bias"][-40:] = -torch.inf
+    save_file(whole, weights, {"format": "pt"})
+    prompts = [[3, 14, 15, 92, 65], [35] * 20]
+    expected = reference_generate(tmp_path, prompts, 8)
+    loaded = load(tmp_path, "safetensors")
+    sequences = run_packed(loaded.runner, prompts, 8, num_blocks=loaded.num_blocks)
+    assert [sequence.generated for sequence in sequences] == expected
+
+
 def test_heads_that_do_not_divide_among_the_kv_heads_are_refused_with_both_numbers(tmp_path: Path) -> None:
     make_tiny_config("llama", num_key_value_heads=3).save_pretrained(tmp_path)
     with pytest.raises(ModelUnsupported, match="the 4 heads of attention layer 0 do not divide among its 3 KV heads"):

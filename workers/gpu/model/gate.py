@@ -122,7 +122,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
         _call(model, MaskProbe(config, max_model_len), input_ids, positions, wanted)
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
         raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
-    if not logits.isfinite().all():
+    if not logits.amax(dim=-1).isfinite().all():  # -inf rules a token out; NaN, +inf or nothing else is a fault
         raise ModelUnsupported(_why_not_finite(model))
     if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
         raise unsupported(config, "its logits_to_keep does not select tokens by index")
@@ -175,7 +175,8 @@ def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """By the largest logit; the median token's, because a rounding may send one token to other experts."""
-    error = (logits - expected).abs().amax(dim=-1).flatten() / expected.abs().max().clamp(min=1e-6)
+    error = torch.where(logits == expected, 0, (logits - expected).abs()).amax(dim=-1).flatten()  # -inf is -inf
+    error /= expected.abs().masked_fill(expected.isinf(), 0).max().clamp(min=1e-6)
     return float(error.median())
 
 
