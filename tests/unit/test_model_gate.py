@@ -504,6 +504,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         load(tmp_path, "safetensors")
 
 
+@pytest.mark.parametrize("zeros", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_without_content_are_put_down_to_their_files(zeros: str, tmp_path: Path) -> None:
+    weights = make_tiny_model("llama", tmp_path) / "model.safetensors"
+    whole = load_file(weights)
+    save_file({**whole, zeros: torch.zeros_like(whole[zeros])}, weights, {"format": "pt"})
+    with pytest.raises(ModelUnsupported, match="this llama model are the same for different tokens: the files of its"):
+        load(tmp_path, "safetensors")
+
+
 def test_a_model_that_rules_tokens_out_by_logits_of_minus_infinity_gives_the_tokens_of_generate(tmp_path: Path) -> None:
     weights = save_model(transformers.PhiConfig(**SIZES, eos_token_id=None), tmp_path) / "model.safetensors"
     whole = load_file(weights)

@@ -124,6 +124,11 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
         raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
     if not logits.amax(dim=-1).isfinite().all():  # -inf rules a token out; NaN, +inf or nothing else is a fault
         raise ModelUnsupported(_why_not_finite(model))
+    if num_tokens > 1 and (logits == logits[:, :1]).all():
+        raise ModelUnsupported(
+            f"the logits of this {config.model_type} model are the same for different tokens: the files of its weights "
+            "are damaged (all zero?), or config.json is of another model"
+        )
     if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
         raise unsupported(config, "its logits_to_keep does not select tokens by index")
 
