@@ -51,6 +51,7 @@ def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value <= high, f"must lie in [{low}, {high}]"
 
 
+MAX_MODEL_LEN: Final = 16_777_216
 _DURATION: Final = (lambda value: 0 < value <= MAX_WAIT_S, f"must be a number of seconds in (0, {MAX_WAIT_S:g}]")
 
 _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
@@ -58,7 +59,7 @@ _RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "model.null_step_ms": _within(0, 60_000),
     "scheduler.max_num_seqs": _within(1, 65_536),
     "scheduler.max_num_batched_tokens": _within(1, 1_048_576),
-    "scheduler.max_model_len": _within(2, 16_777_216),
+    "scheduler.max_model_len": _within(2, MAX_MODEL_LEN),
     "scheduler.max_num_waiting": _within(1, 16_777_216),
     "scheduler.max_num_waiting_tokens": _within(1, 2**40),
     "scheduler.queue_timeout_s": _DURATION,

@@ -20,10 +20,10 @@ import msgspec
 
 from ipc.errors import ConfigError
 from ipc.records import MAX_EOS_TOKEN_IDS
-from pipeline.config import Config, check_cache_holds_one_sequence
+from pipeline.config import MAX_MODEL_LEN, Config, check_cache_holds_one_sequence
 from pipeline.python_module import module_command, module_environment
-from workers.gpu.model_folder import check_pointers, weight_files
-from workers.gpu.positions import num_positions
+from workers.gpu.model_folder import check_pointers, other_contents, weight_files
+from workers.gpu.positions import num_positions, unfit_rope_value
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,26 @@ def find_model(config: Config, *, download: bool = True) -> ModelFacts:
     A hub id is looked for in the local Hugging Face cache and then, with `download`, at the hub. Raises ConfigError
     (ModelNotHere for files that `download` might get), naming the key, the value and the cure.
     """
+    try:
+        return _find_model(config, download)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"model.path: {error.filename!r} cannot be read: {error.strerror}") from None
+
+
+def _find_model(config: Config, download: bool) -> ModelFacts:
     path = config.model.path
     folder = Path(path) if path.startswith("/") else _hub_folder(path, config.model.load_format, download)
+    if folder.is_file():
+        raise ConfigError(f"model.path ({path!r}) is a file: give the folder of a model with weights as safetensors")
     if not folder.is_dir():
         raise ConfigError(
             f"model.path ({path!r}): there is no such folder; relative ones start at the config file's, with --set at "
             "the current one"
         )
+    if not (folder / "config.json").exists() and (cure := other_contents(folder)) is not None:
+        raise ConfigError(f"model.path ({path!r}): {folder} has no config.json: {cure}")
     _check_pointers(folder)
     plain = _read_json(folder / "config.json", path)
     text = plain.get("text_config") or plain
@@ -176,6 +189,12 @@ def _check_sizes(text_config: dict[str, Any], path: str) -> None:
             raise ConfigError(
                 f"model.path ({path!r}): {key} ({value!r}) in config.json must be an integer from 1 to {_MAX_SIZE}"
             )
+    if (unfit := unfit_rope_value(text_config)) is not None:
+        key, value = unfit
+        raise ConfigError(
+            f"model.path ({path!r}): {key} ({value!r}) of RoPE in config.json must be a number above 0 and at most "
+            f"{_MAX_SIZE}"
+        )
 
 
 def _check_tokenizer(folder: Path, path: str) -> None:
@@ -261,6 +280,11 @@ def _max_model_len(config: Config, text_config: dict[str, Any]) -> int:
             raise ConfigError(
                 "scheduler.max_model_len is missing, and the model's config.json gives no max_position_embeddings: "
                 "set it to the most tokens (prompt + output) of one sequence"
+            )
+        if possible > MAX_MODEL_LEN:
+            raise ConfigError(
+                f"scheduler.max_model_len is missing, and the model's config.json gives {possible} positions, more "
+                f"than any sequence can have: set it to {MAX_MODEL_LEN} or less"
             )
         return possible
     if possible is not None and configured > possible:

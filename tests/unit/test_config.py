@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -366,8 +367,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_parameters": {"sliding_attention": LINEAR, "full_attention": YARN}}, 192),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 64),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, 64),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, 64),
-        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, 256),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, 64),
+        ({"rope_scaling": {"rope_type": "default", "factor": "4"}}, 64),  # not read
         ({"rope_scaling": None}, 64),
         ({"rope_scaling": "linear"}, 64),
     ],
@@ -380,6 +382,30 @@ def test_a_rope_factor_multiplies_the_length_that_a_model_was_trained_for(
     assert find_model(configure(folder, f"scheduler.max_model_len={expected}")).max_model_len == expected
     with pytest.raises(ConfigError, match=rf"larger than what the model can \({expected} positions\)"):
         find_model(configure(folder, f"scheduler.max_model_len={expected + 1}"))
+
+
+@pytest.mark.parametrize("value", [0, -2, "4", True, float("nan"), float("inf"), 10**400], ids=lambda v: f"{v}"[:9])
+@pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_rope_value_that_no_model_can_compute_with_is_named(
+    key: str, value: Any, nested: bool, tmp_path: Path
+) -> None:
+    rope = {**YARN, key: value}
+    declared = {"rope_parameters": {"full_attention": rope}} if nested else {"rope_scaling": rope}
+    with pytest.raises(ConfigError, match=rf"{key} \(.*\) of RoPE in config\.json must be a number above 0"):
+        find_model(configure(make_model(tmp_path / "m", {**MODEL, **declared})))
+
+
+@pytest.mark.parametrize(
+    "declared", [{"max_position_embeddings": 2**31 - 1}, {"rope_scaling": {"rope_type": "linear", "factor": 1e8}}]
+)
+def test_a_model_of_more_positions_than_any_sequence_can_have_needs_a_length(
+    declared: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "m", {**MODEL, **declared})
+    with pytest.raises(ConfigError, match=r"max_model_len is missing, and .* gives 2147483647 positions"):
+        find_model(configure(folder))
+    assert find_model(configure(folder, "scheduler.max_model_len=100")).max_model_len == 100
 
 
 GEMMA_3 = {  # a published config.json, its numbers made small: the text part leaves much to transformers' defaults
@@ -405,6 +431,79 @@ def test_quantised_weights_are_refused_before_anything_starts(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"quant_method 'modelopt'\), which transformers .* does not know"):
         find_model(configure(folder, "model.load_format=safetensors"))
     assert find_model(configure(folder)).vocab_size == 32  # random weights are not quantised
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "it holds an adapter: merge that into its base model"),
+        (["model.Q4_K_M.gguf"], "it holds GGUF files, which are not read"),
+        (["model-00001-of-00002.safetensors"], "parts of the weights without their index: download model.safet"),
+        (["model.fp16.safetensors"], "weights have the name model.safetensors, or those that"),
+        (["consolidated.safetensors"], "weights have the name model.safetensors, or those that"),
+        (["pytorch_model.bin"], "it holds PyTorch's .bin files, which are not read: save the model as safetensors"),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "it holds PyTorch's .bin files"),
+        (["snapshots/abc/config.json"], "it is a folder of the hub's cache: give the hub id, or the folder in its"),
+        (["checkpoint-500/config.json"], "give the folder in it that holds the model"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_folder_without_what_is_read_is_told_by_what_it_holds_instead(
+    held: list[str], said: str, has_config: bool, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "m")
+    for name in held:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    if not has_config:
+        (folder / "config.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        find_model(configure(folder, "model.load_format=safetensors"))
+    assert said in str(caught.value)
+    assert ("the folder lacks weights (model.safetensors)" if has_config else "has no config.json") in str(caught.value)
+
+
+def test_weights_whose_link_leads_nowhere_are_to_be_downloaded_again(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/gone")
+    with pytest.raises(ConfigError, match=r"lacks weights \(model\.safetensors\): download the model again$"):
+        weight_files(tmp_path)
+
+
+def test_a_path_to_a_file_is_refused_as_that(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(ConfigError, match=r"model\.gguf'\) is a file: give the folder"):
+        find_model(configure(file))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("iterdir", "m"), ("is_file", "tokenizer.json"), ("read_bytes", "tokenizer.model")]
+)
+def test_a_part_of_the_folder_that_may_not_be_looked_at_is_named(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "m")
+    config = configure(folder)
+    if name == "tokenizer.model":
+        (folder / "tokenizer.json").rename(folder / name)
+    permitted = getattr(Path, method)
+
+    def refuse(path: Path) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return permitted(path)
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(ConfigError, match=rf"model\.path: '\S*/{name}' cannot be read: Permission denied"):
+        find_model(config)
+
+
+@pytest.mark.parametrize("names", [[""], [5], ["a\nb"], [None, "a"]])
+def test_an_index_that_lists_no_files_is_refused(names: list[Any], tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(names)}}))
+    with pytest.raises(ConfigError, match=r"index\.json has no weight_map that lists files$"):
+        weight_files(tmp_path)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234\n"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from ipc.errors import ConfigError, ModelUnsupported
 from ipc.records import StepShape
@@ -390,9 +391,10 @@ def test_a_missing_folder_and_cut_or_missing_weights_are_clear_errors(tmp_path: 
         load(tmp_path / "nowhere")
     folder = make_tiny_model("llama", tmp_path / "llama")
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"the weights of .* cannot be read: model\.safetensors: "):
-        load(folder, "safetensors")
+    for content in (weights.read_bytes()[:1000], weights.read_bytes()[:-1], b"", b"<!DOCTYPE html>" * 100):
+        weights.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"cannot be read: model\.safetensors is incomplete, .*: download it"):
+            load(folder, "safetensors")
     weights.unlink()
     with pytest.raises(ConfigError, match=r"lacks weights \(model\.safetensors\)"):
         load(folder, "safetensors")
@@ -474,6 +476,53 @@ def test_values_of_config_json_that_make_no_model_are_one_clear_line(
     with pytest.raises(ModelUnsupported, match=reason) as refusal:
         load(tmp_path, load_format)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8", "auto", "torch.bfloat16", "complex64", "nn"])
+def test_a_dtype_that_no_model_computes_in_is_named(name: str, nested: bool, key: str, tmp_path: Path) -> None:
+    plain = {**make_tiny_config("llama").to_dict(), "dtype": None, key: name}
+    whole = {"model_type": "gemma3", "text_config": {**plain, "model_type": "gemma3_text"}} if nested else plain
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ModelUnsupported, match=rf"dtype \('{name}'\) in config\.json is none that a model"):
+        load(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    weights = make_tiny_model("llama", tmp_path) / "model.safetensors"
+    whole = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value in (torch.nan, torch.inf):
+        damaged = whole[name].clone()
+        damaged[3, 4] = value
+        save_file({**whole, name: damaged}, weights, {"format": "pt"})
+        with pytest.raises(ModelUnsupported, match=rf"this llama model hold NaN or infinity \({name}\): either"):
+            load(tmp_path, "safetensors")
+    save_file({**whole, "lm_head.weight": whole["lm_head.weight"] * 1e38}, weights, {"format": "pt"})
+    with pytest.raises(ModelUnsupported, match="this llama model are not finite in float32, though its weights"):
+        load(tmp_path, "safetensors")
+
+
+@pytest.mark.parametrize("zeros", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_without_content_are_put_down_to_their_files(zeros: str, tmp_path: Path) -> None:
+    weights = make_tiny_model("llama", tmp_path) / "model.safetensors"
+    whole = load_file(weights)
+    save_file({**whole, zeros: torch.zeros_like(whole[zeros])}, weights, {"format": "pt"})
+    with pytest.raises(ModelUnsupported, match="this llama model are the same for different tokens: the files of its"):
+        load(tmp_path, "safetensors")
+
+
+def test_a_model_that_rules_tokens_out_by_logits_of_minus_infinity_gives_the_tokens_of_generate(tmp_path: Path) -> None:
+    weights = save_model(transformers.PhiConfig(**SIZES, eos_token_id=None), tmp_path) / "model.safetensors"
+    whole = load_file(weights)
+    whole["lm_head.bias"][-40:] = -torch.inf
+    save_file(whole, weights, {"format": "pt"})
+    prompts = [[3, 14, 15, 92, 65], [35] * 20]
+    expected = reference_generate(tmp_path, prompts, 8)
+    loaded = load(tmp_path, "safetensors")
+    sequences = run_packed(loaded.runner, prompts, 8, num_blocks=loaded.num_blocks)
+    assert [sequence.generated for sequence in sequences] == expected
 
 
 def test_heads_that_do_not_divide_among_the_kv_heads_are_refused_with_both_numbers(tmp_path: Path) -> None:

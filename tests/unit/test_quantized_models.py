@@ -90,6 +90,24 @@ def test_a_quantization_that_transformers_does_not_know_is_refused_before_any_we
     assert "use an unquantised checkpoint" in text
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [None, {}, {"load_in_8bit": False, "load_in_4bit": False},
+     {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": False}],
+)  # fmt: skip
+def test_a_declaration_that_quantises_nothing_is_none(declared: Any, tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    edit(tmp_path, quantization_config=declared)
+    load(tmp_path, "safetensors")
+
+
+@pytest.mark.parametrize("declared", ["fp8", ["fp8"], 8, {"quant_method": ["fp8"]}, {"quant_method": {}}, {"bits": 4}])
+def test_a_declaration_of_the_wrong_type_is_one_line(declared: Any, tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    edit(tmp_path, quantization_config=declared)
+    assert "quant" in refusal(tmp_path) or "config.json" in refusal(tmp_path)
+
+
 METHODS = sorted(transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING.keys() - {"gguf"})  # it is for files of its own
 
 
@@ -134,6 +152,12 @@ def test_scales_that_nothing_applies_are_refused_by_name(suffixes: tuple[str, ..
     text = refusal(tmp_path)
     assert "tensors of quantised weights" in text
     assert any(f"_proj.{suffix} and " in text for suffix in suffixes)
+
+
+def test_scales_of_a_kv_cache_do_not_hide_those_of_weights(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    rewrite(tmp_path, with_scales("weight_scale", "k_scale"))
+    assert "down_proj.weight_scale and 20 more" in refusal(tmp_path)
 
 
 def test_scales_of_single_experts_are_refused_too(tmp_path: Path) -> None:
@@ -182,6 +206,11 @@ def test_other_tensors_that_the_model_has_no_use_for_are_refused_by_name(name: s
         ("llama", "lm_head.weight", {"tie_word_embeddings": True}),
         ("gpt2", "transformer.h.0.attn.bias", {}),
         ("gpt2", "transformer.h.0.attn.masked_bias", {}),
+        ("llama", "model.layers.0.self_attn.k_proj.k_scale", {}),
+        ("llama", "model.layers.0.self_attn.v_scale", {}),
+        ("llama", "model.layers.0.self_attn.v_proj.output_scale", {}),
+        ("llama", "model.layers.0.attn.bias", {}),  # as the causal mask was called, where its class does not say so
+        ("llama", "model.embed_positions.weights", {}),
         ("llama", "model.layers.3.embed_tokens.weight", {"num_nextn_predict_layers": 1}),
     ],
 )

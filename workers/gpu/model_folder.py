@@ -16,6 +16,15 @@ _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER_BYTES: Final = 1024  # as Git LFS has it
+_OTHER_CONTENTS: Final = (  # of folders without the files that we read: how to know one, and what to do with it
+    ("adapter_config.json", "it holds an adapter: merge that into its base model, and give the merged model's folder"),
+    ("snapshots/*/config.json", "it is a folder of the hub's cache: give the hub id, or the folder in its snapshots"),
+    ("*.gguf", "it holds GGUF files, which are not read: use the model's safetensors"),
+    ("*-of-*.safetensors", f"it holds parts of the weights without their index: download {_INDEX} too"),
+    ("*.safetensors", f"weights have the name {_WEIGHTS}, or those that {_INDEX} lists; others are not read"),
+    ("*.bin", "it holds PyTorch's .bin files, which are not read: save the model as safetensors, with transformers"),
+    ("*/config.json", "give the folder in it that holds the model"),
+)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -25,22 +34,33 @@ def weight_files(folder: Path) -> list[Path]:
     """
     files = [folder / _WEIGHTS]
     index = folder / _INDEX
-    if not files[0].is_file() and index.is_file():
+    is_listed = not files[0].is_file() and index.is_file()
+    if is_listed:
         check_pointers([index])
         try:
-            files = sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            files = []
-        if not files:
-            raise ConfigError(f"model.path ({str(folder)!r}): {index.name} has no weight_map")
-    missing = [file.name for file in files if not file.is_file()]
+            names = set()
+        if not names or not all(isinstance(name, str) and name and name.isprintable() for name in names):
+            raise ConfigError(f"model.path ({str(folder)!r}): {index.name} has no weight_map that lists files")
+        files = sorted(folder / name for name in names)
+    missing = [file for file in files if not file.is_file()]
     if missing:
+        if is_listed or missing[0].is_symlink():  # into a cache of the hub
+            cure = "download the model again"
+        else:
+            cure = other_contents(folder) or 'only safetensors are read; model.load_format = "dummy" gives random ones'
         raise ConfigError(
-            f"model.path ({str(folder)!r}): the folder lacks weights ({missing[0]}{', ...' if missing[1:] else ''}); "
-            'only safetensors are read. Set model.load_format = "dummy" for random ones'
+            f"model.path ({str(folder)!r}): the folder lacks weights ({missing[0].name}"
+            f"{', ...' if missing[1:] else ''}): {cure}"
         )
     check_pointers(files)
     return files
+
+
+def other_contents(folder: Path) -> str | None:
+    """What a folder holds instead of a model that we can read, and the cure; None if nothing that we know."""
+    return next((cure for pattern, cure in _OTHER_CONTENTS if next(folder.glob(pattern), None) is not None), None)
 
 
 def check_pointers(files: Iterable[Path]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 _LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-_MAX_POSITIONS: Final = 2**31 - 1
+_ROPE_KEYS: Final = ("factor", "original_max_position_embeddings")
+_MAX_NUMBER: Final = 2**31 - 1
 _STRETCHED: Final = ("linear", "yarn", "llama3")  # others change with the length, or are part of the length as given
 
 
@@ -25,6 +25,21 @@ def num_positions(text_config: Mapping[str, Any]) -> int | None:
     return max(length, min((_stretched(rope, length) for rope in _ropes(text_config)), default=length))
 
 
+def unfit_rope_value(text_config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """A key of RoPE's scaling and its value, if no model can compute with that: 0, a string, infinity.
+
+    Some of these make transformers fail in its own words, and others make every logit NaN.
+    """
+    for rope in _ropes(text_config):
+        if _type(rope) in (None, "default"):
+            continue  # reads neither
+        for key in _ROPE_KEYS:
+            value = rope.get(key)
+            if value is not None and _number(value) is None:
+                return key, value
+    return None
+
+
 def _ropes(text_config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     declared = text_config.get("rope_scaling") or text_config.get("rope_parameters")  # as transformers has it
     if not isinstance(declared, Mapping):
@@ -33,10 +48,18 @@ def _ropes(text_config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from by_layer_type or [declared]
 
 
+def _type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type"))
+
+
 def _stretched(rope: Mapping[str, Any], length: int) -> int:
-    if rope.get("rope_type", rope.get("type")) not in _STRETCHED:
+    if _type(rope) not in _STRETCHED:
         return length
-    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or length
-    if not isinstance(factor, int | float) or not isinstance(original, int | float) or math.isnan(factor * original):
-        return length  # transformers says what is wrong with it
-    return int(min(original * factor, _MAX_POSITIONS))
+    factor, original = (_number(rope.get(key)) for key in _ROPE_KEYS)
+    return length if factor is None else int(min((original or length) * factor, _MAX_NUMBER))
+
+
+def _number(value: Any) -> int | float | None:
+    """The value, if it is a number that can be a factor or a length. JSON has integers of any size, and NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and 0 < value <= _MAX_NUMBER else None

@@ -281,7 +281,7 @@ class Scheduler:
         for request in requests:
             self._planner.cache.withdraw(request)
             text = (
-                f"the logits behind token {self._rows.num_tokens[request.row]} of this request are not finite: the "
+                f"the logits after token {self._rows.num_tokens[request.row]} of this request are not finite: the "
                 'model computed NaN or infinity, as float16 does when activations overflow; model.dtype "bfloat16" or '
                 '"float32" avoids that'
             )

@@ -122,8 +122,13 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
         _call(model, MaskProbe(config, max_model_len), input_ids, positions, wanted)
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
         raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
-    if not logits.isfinite().all():
-        raise unsupported(config, f"its logits are not finite in {model.dtype}: try another model.dtype")
+    if not logits.amax(dim=-1).isfinite().all():  # -inf rules a token out; NaN, +inf or nothing else is a fault
+        raise ModelUnsupported(_why_not_finite(model))
+    if num_tokens > 1 and (logits == logits[:, :1]).all():
+        raise ModelUnsupported(
+            f"the logits of this {config.model_type} model are the same for different tokens: the files of its weights "
+            "are damaged (all zero?), or config.json is of another model"
+        )
     if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
         raise unsupported(config, "its logits_to_keep does not select tokens by index")
 
@@ -146,6 +151,22 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
     )
 
 
+def _why_not_finite(model: Any) -> str:
+    """Why a model's logits are NaN or infinite."""
+    of_model = f"of this {model.config.model_type} model"
+    dtype = str(model.dtype).removeprefix("torch.")
+    for name, weight in model.named_parameters():
+        if weight.itemsize > 1 and not weight.isfinite().all():
+            return (
+                f"the weights {of_model} hold NaN or infinity ({name}): either the files are damaged, or their numbers "
+                f"are too large for {dtype}"
+            )
+    return (
+        f"the logits {of_model} are not finite in {dtype}, though its weights are: set model.dtype to bfloat16 or "
+        "float32, or see whether config.json is of the same model"
+    )
+
+
 @torch.inference_mode()
 def probe_logits(model: nn.Module, max_model_len: int, device: torch.device) -> torch.Tensor:
     """One forward of a model that has passed, [num_tokens, vocab_size]: to watch it, or to see that it is the same."""
@@ -159,7 +180,8 @@ def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """By the largest logit; the median token's, because a rounding may send one token to other experts."""
-    error = (logits - expected).abs().amax(dim=-1).flatten() / expected.abs().max().clamp(min=1e-6)
+    error = torch.where(logits == expected, 0, (logits - expected).abs()).amax(dim=-1).flatten()  # -inf is -inf
+    error /= expected.abs().masked_fill(expected.isinf(), 0).max().clamp(min=1e-6)
     return float(error.median())
 
 

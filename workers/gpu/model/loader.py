@@ -31,7 +31,12 @@ from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
-from workers.gpu.model.quantization import check_quantization, check_tensors, loading_quantized
+from workers.gpu.model.quantization import (
+    check_quantization,
+    check_tensors,
+    drop_empty_declarations,
+    loading_quantized,
+)
 from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, make_blank, read_weights
@@ -130,7 +135,10 @@ def load_config(path: str) -> Any:
         try:
             plain, _ = PreTrainedConfig.get_config_dict(path, **_LOCAL_ONLY)
             _check_model_type(path, plain)
-            return AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
+            _check_dtype(path, plain)
+            config = AutoConfig.from_pretrained(path, **_LOCAL_ONLY)
+            drop_empty_declarations(config)
+            return config
         except OSError as error:
             raise ConfigError(
                 f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
@@ -152,6 +160,21 @@ def _check_model_type(path: str, plain: dict[str, Any]) -> None:
         f"model.path ({path!r}): transformers {transformers.__version__} does not know model_type {model_type!r} in "
         "config.json: a later version may"
     )
+
+
+def _check_dtype(path: str, plain: dict[str, Any]) -> None:
+    """transformers looks the name up in torch, and fails later on what it finds there."""
+    text = plain.get("text_config")
+    for each in (plain, text if isinstance(text, dict) else {}):
+        name = each.get("dtype") or each.get("torch_dtype")
+        if not isinstance(name, str):
+            continue
+        dtype = getattr(torch, name, None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+            raise ModelUnsupported(
+                f"model.path ({path!r}): dtype ({name!r}) in config.json is none that a model can compute in: change "
+                "it to bfloat16, float16 or float32"
+            )
 
 
 def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:

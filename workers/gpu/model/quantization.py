@@ -25,6 +25,7 @@ from workers.gpu.model.weights import LoadReport
 from workers.gpu.out_of_memory import is_out_of_memory
 
 _DECLARATIONS: Final = ("quantization_config", "compression_config")  # in config.json; transformers reads the first
+_SWITCHES: Final = ("load_in_8bit", "load_in_4bit")  # of bitsandbytes; with both off, weights are as they were
 _EXPORT: Final = "hf_quant_config.json"  # NVIDIA ModelOpt's own file; transformers does not read it
 _CURE: Final = "use an unquantised checkpoint of the model"
 _PACKAGE: Final = re.compile(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w.-]*)")
@@ -32,9 +33,20 @@ _QUANTIZED: Final = re.compile(  # names of scales, zero points and packed weigh
     r"scale|zero_point|zeros|g_idx|qweight|weight_packed|weight_shape|absmax|quant_map|quant_state|SCB|weight_format"
     r"|codebook|_blocks$"
 )
-_CONSTANTS: Final = re.compile(
-    r"(^|\.)(rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$"
-)  # once stored with a model, now computed by it
+_CACHE_SCALES: Final = re.compile(  # of K and V in a quantised KV cache, which ours is not; no weights
+    r"\.([kv]_scale|[kv]_proj\.output_scale)$"
+)
+_CONSTANTS: Final = re.compile(  # once stored with a model, now computed by it
+    r"(^|\.)(rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|(attn|attention)\.bias|masked_bias"
+    r"|position_ids|embed_positions\.weights|decoder\.version)$"
+)
+
+
+def drop_empty_declarations(config: Any) -> None:
+    """Take out of a transformers configuration what says that weights are quantised, and not how: nothing is."""
+    for each in (config, config.get_text_config()):
+        if hasattr(each, _DECLARATIONS[0]) and _declared(each, _DECLARATIONS[0]) is None:
+            del each.quantization_config
 
 
 def check_quantization(path: str, folder: Path, config: Any) -> None:
@@ -52,14 +64,15 @@ def check_quantization(path: str, folder: Path, config: Any) -> None:
                 f"transformers does not read: {_CURE}"
             )
         return
-    if _method(read or unread) is None:
+    method = _method(read or unread)
+    if method is None:
         raise ModelUnsupported(
             f"model.path ({path!r}): config.json says that the weights are quantised, but gives no quant_method that "
             f"transformers could read them with: {_CURE}"
         )
-    if read is None or not AutoHfQuantizer.supports_quant_method(read):
+    if read is None or not isinstance(method, str) or not AutoHfQuantizer.supports_quant_method(read):
         raise ModelUnsupported(
-            f"model.path ({path!r}): the weights are quantised (quant_method {_method(read or unread)!r}), which "
+            f"model.path ({path!r}): the weights are quantised (quant_method {method!r}), which "
             f"transformers {transformers.__version__} does not know and would load unscaled: {_CURE}"
         )
     with loading_quantized(path, config):
@@ -95,7 +108,7 @@ def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) 
     """Look at what loading left over. Raises ModelUnsupported for tensors that may be a part of the model after all.
 
     Not among these are parts that `config`, the whole configuration, has beside its text model, layers for multi-token
-    prediction, and constants.
+    prediction, constants, and scales of a KV cache.
     """
     ours = [name for name in report.unexpected if not _is_beside_the_model(name, config, model, report)]
     if ours:
@@ -121,14 +134,16 @@ def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) 
 
 
 def _declared(config: Any, key: str) -> Any:
-    """What a configuration, or its text configuration, holds under a key; None if nothing."""
-    return getattr(config, key, None) or getattr(config.get_text_config(), key, None)
+    """What a configuration, or its text configuration, says of quantised weights under a key; None if nothing."""
+    declared = getattr(config, key, None) or getattr(config.get_text_config(), key, None)
+    is_left_off = isinstance(declared, dict) and declared.keys() & _SWITCHES and not any(map(declared.get, _SWITCHES))
+    return None if not declared or is_left_off else declared
 
 
-def _method(declared: Any) -> str | None:
+def _method(declared: Any) -> Any:
     if not isinstance(declared, dict):
         return None
-    if declared.get("load_in_8bit") or declared.get("load_in_4bit"):
+    if any(map(declared.get, _SWITCHES)):
         return "bitsandbytes"
     return declared.get("quant_method")
 
@@ -146,7 +161,7 @@ def _exported_algorithm(file: Path) -> str | None:
 
 
 def _is_beside_the_model(name: str, config: Any, model: nn.Module, report: LoadReport) -> bool:
-    if _CONSTANTS.search(name):
+    if _CONSTANTS.search(name) or _CACHE_SCALES.search(name):
         return True
     text = config.get_text_config()
     num_layers, num_extra = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))

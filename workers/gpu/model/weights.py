@@ -58,7 +58,7 @@ def read_weights(
 ) -> tuple[nn.Module, LoadReport]:
     """Build the model that `blank` is one of on `device`; `dtype` "auto" = what its configuration says.
 
-    Raises RuntimeError for a file that is no safetensors, and what transformers raises.
+    Raises RuntimeError for a file that is no whole safetensors file, and what transformers raises.
     """
     counter = _Counter(sum(file.stat().st_size for file in files), progress)
     state_dict: dict[str, Any] = {}
@@ -67,7 +67,9 @@ def read_weights(
             with safe_open(file, framework="pt") as opened:
                 names: list[str] = opened.keys()
         except SafetensorError as error:
-            raise RuntimeError(f"{file.name}: {error}") from None
+            raise RuntimeError(
+                f"{file.name} is incomplete, or no safetensors file ({error}): download it again"
+            ) from None
         state_dict |= {name: _StoredTensor(file, name, device, counter) for name in names}
     with _reporting(counter):
         model, report = type(blank).from_pretrained(
