@@ -181,6 +181,30 @@ def test_the_interpreter_exits_in_silence_with_a_client_open(gateway: FakeGatewa
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+LATE = """
+import sys
+from pipeline import Client
+class Late:
+    client = Client(sys.argv[1])
+    def __del__(self):
+        for use in (self.client.health, lambda: type(self.client)(self.client.endpoint).health(), self.client.close):
+            try:
+                use()
+            except Exception as error:
+                print(type(error).__name__, error)
+late = sys.modules["late"] = Late()
+late.client.health()
+"""
+
+
+def test_a_client_in_a_finalizer_at_the_end_of_the_interpreter_does_not_wait_for_threads_that_are_gone(
+    gateway: FakeGateway,
+) -> None:
+    done = run_script(LATE, gateway.endpoint)
+    line = "EngineUnavailable a Client cannot be used while the interpreter shuts down (in a __del__?)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, 2 * line, "")
+
+
 # Dropped
 
 
