@@ -234,6 +234,7 @@ WRONG_USES: dict[str, Callable[[Client], object]] = {
     "a pipeline that is not started": lambda _: Pipeline({"model": {"path": "x"}}).client,
     "the end of a pipeline that is not started": lambda _: Pipeline({"model": {"path": "x"}}).stop(),
     "the log of a pipeline that is not started": lambda _: Pipeline({"model": {"path": "x"}}).log_text(),
+    "a copy of a pipeline": lambda _: pickle.dumps(Pipeline({"model": {"path": "x"}})),
     "a number for a configuration": lambda _: Pipeline(5),  # type: ignore[arg-type]
     "a number for overrides": lambda _: Pipeline({"model": {"path": "x"}}, 5),  # type: ignore[arg-type]
     "a number for an override": lambda _: Pipeline({"model": {"path": "x"}}, [5]),  # type: ignore[list-item]
