@@ -149,7 +149,7 @@ class _Call(Generic[T]):
 
     def start(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._coroutine)
-        self.task.add_done_callback(lambda _: self.ended.set())
+        self.task.add_done_callback(self._end)
 
     def cancel(self) -> None:
         if self.task is None:
@@ -157,6 +157,11 @@ class _Call(Generic[T]):
             self.ended.set()
         else:
             self.task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # told to the caller; asyncio need not complain if that was interrupted and does not ask
+        self.ended.set()
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

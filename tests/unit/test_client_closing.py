@@ -17,6 +17,7 @@ import pytest
 from ipc.errors import EngineUnavailable, InvalidRequest
 from ipc.messages import Cancel, Final, Generate
 from pipeline import AsyncClient, Client
+from pipeline.loop_thread import LoopThread
 from pipeline.python_module import module_environment
 from tests.unit.client_scripts import WAIT_S, run_script, wait_until
 from tests.unit.test_client import END, FakeGateway, news
@@ -179,6 +180,25 @@ def test_the_interpreter_exits_in_silence_with_a_client_open(gateway: FakeGatewa
     script = f"import sys; from pipeline import AsyncClient, Client; client = Client(sys.argv[1]); {use}"
     done = run_script(script, gateway.endpoint)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_interrupted_call_that_ends_with_an_error_says_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
+    async def nothing() -> None:
+        pass
+
+    async def fail() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise EngineUnavailable("too late")
+
+    thread = LoopThread(at_end=nothing)
+    with pytest.raises(KeyboardInterrupt):
+        thread.run(fail())
+    thread.close()
+    gc.collect()
+    assert caplog.messages == []
 
 
 LATE = """
