@@ -9,6 +9,7 @@ import sys
 from typing import Any, Final
 
 from ipc.messages import Progress
+from pipeline.progress import forgiving
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class Announcer:
             from rich.progress import Progress as ProgressBar
 
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[far]}"))
-            self._bar = ProgressBar(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+            console = Console(file=forgiving(sys.stderr))
+            self._bar = ProgressBar(*columns, TimeElapsedColumn(), console=console, transient=True)
             self._bar.start()
         if message.role not in self._tasks:
             self._tasks[message.role] = self._bar.add_task(message.stage, total=1.0, far="")

@@ -1,4 +1,4 @@
-"""How a command of ours ends when its output cannot be written. Knows no command."""
+"""How a command of ours says that it failed, and ends when its output cannot be written. Knows no command."""
 
 from __future__ import annotations
 
@@ -29,5 +29,13 @@ def status_of(write: Callable[[], int | None]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
         if error.errno == errno.ENOSPC:
-            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            print_error(f"the output cannot be written: {error.strerror}")
         return 1
+
+
+def print_error(error: object) -> None:
+    """Say in one line why a command ends. A standard error that cannot be written does not change the exit status."""
+    try:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for what is still buffered

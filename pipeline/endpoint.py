@@ -23,16 +23,17 @@ from ipc.errors import ConfigError
 
 PATIENCE_S: Final = 2.0  # for the gateway of a killed engine, which first answers what is open, to let go
 _POLL_S: Final = 0.02
+_MAX_FOLDER_BYTES: Final = MAX_IPC_PATH_BYTES // 2  # leaves room for the names of folders and sockets in it
 _IPC: Final = "ipc://"
 _TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>[0-9]{1,5})")
 
 
 def runtime_folder() -> Path:
-    """This user's folder for sockets: XDG_RUNTIME_DIR if it is one, else /tmp."""
+    """This user's folder for sockets: XDG_RUNTIME_DIR if it is one whose name an endpoint can have, else /tmp."""
     folder = os.environ.get("XDG_RUNTIME_DIR", "")
-    if folder.startswith("/") and len(os.fsencode(folder)) <= MAX_IPC_PATH_BYTES // 2 and os.access(folder, os.W_OK):
-        return Path(folder)
-    return Path("/tmp")
+    can_be_named = folder.startswith("/") and folder.isprintable() and len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES
+    is_usable = can_be_named and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    return Path(folder if is_usable else "/tmp")
 
 
 def default_endpoint() -> str:
@@ -54,8 +55,10 @@ def check_endpoint(endpoint: str) -> None:
     """Raise ConfigError, as the end of a sentence, if nobody could listen or connect there."""
     if endpoint.startswith(_IPC):
         path = endpoint.removeprefix(_IPC)
-        if not path.startswith("/") or path.endswith("/") or "\0" in path:
-            raise ConfigError('must name a file by its absolute path: "ipc:///folder/name.sock"')
+        if not path.startswith("/") or path.endswith("/") or not path.isprintable():
+            raise ConfigError(
+                'must name a file by its absolute path, in printable characters: "ipc:///folder/name.sock"'
+            )
         if (num_bytes := len(os.fsencode(path))) > MAX_IPC_PATH_BYTES:
             raise ConfigError(f"is a path of {num_bytes} bytes; a socket's may have {MAX_IPC_PATH_BYTES}: shorten it")
         return
@@ -74,7 +77,7 @@ def check_endpoint(endpoint: str) -> None:
 
 def check_client_endpoint(endpoint: object) -> str:
     """Raise ConfigError for what no client could connect to. A host may also be a name, unlike a listener's."""
-    is_text = isinstance(endpoint, str) and "\0" not in endpoint and endpoint.isprintable()
+    is_text = isinstance(endpoint, str) and endpoint.isprintable()
     match = re.fullmatch(r"ipc:///.*[^/]|tcp://[^/]+:(?P<port>[0-9]{1,5})", str(endpoint)) if is_text else None
     if match is None or not 1 <= int(match["port"] or 1) <= 65_535:
         raise ConfigError(
@@ -89,7 +92,7 @@ def where_else(endpoint: str) -> str:
     given = os.environ.get("XDG_RUNTIME_DIR")
     reason = f"is {given!r}" if given else "is not set"
     if given and runtime_folder() != Path(given):
-        reason += " (no folder that can be written to, or too long for a socket's path)"
+        reason += " (not a folder that can be written to, or its name is too long or not printable)"
     text = f"It is the default where XDG_RUNTIME_DIR {reason}; an engine started with another one listens elsewhere"
     for folder in (f"/run/user/{os.getuid()}", "/tmp"):
         other = f"{_IPC}{folder}/ringfeed-{os.getuid()}/default.sock"

@@ -14,6 +14,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -153,6 +154,8 @@ def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: 
     if os.getpid() != owner_pid or process.returncode is not None:
         return
     lifeline.close()
+    if sys.is_finalizing():  # the new thread would never run
+        return
     with contextlib.suppress(RuntimeError):  # no thread to be had: the engine ends all the same
         threading.Thread(target=_end, args=(process, HASTE_S, folder), name="ringfeed-reaper").start()
 

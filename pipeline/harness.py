@@ -7,7 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final, NoReturn, Self
 
 import msgspec
 
@@ -141,6 +141,12 @@ class Pipeline:
         if self._log is None:
             raise InvalidRequest(_NOT_STARTED)
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest(
+            "a Pipeline belongs to the process that made it and cannot be copied or pickled: give other processes its "
+            "client, or its endpoint"
+        )
 
     def __enter__(self) -> Self:
         return self if self._process is not None else self.start()

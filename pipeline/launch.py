@@ -19,7 +19,7 @@ import msgspec
 
 from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
-from pipeline.command import status_of
+from pipeline.command import print_error, status_of
 from pipeline.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
 from pipeline.descriptors import check_descriptor_limit, raise_descriptor_limit
 from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ConfigError as error:
             raise ConfigError(f"{find_origin(str(error), options.config, options.set)}: {error}") from None
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return BAD_CONFIG_STATUS
     except RingfeedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        print(f"error: {error.strerror}: raise the limit (ulimit -n)", file=sys.stderr)
+        print_error(f"{error.strerror}: raise the limit (ulimit -n)")
         return 1
     except KeyboardInterrupt:  # before the supervisor took the signals over: nothing runs yet
         return 130

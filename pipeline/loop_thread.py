@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, TypeVar
@@ -35,7 +36,7 @@ class LoopThread:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it on the loop and wait for it. An interrupt here cancels it there, and waits for it to tidy up.
 
-        Raises EngineUnavailable if the loop is closed, before or meanwhile.
+        Raises EngineUnavailable if the loop is closed, before or meanwhile, or the interpreter is shutting down.
         """
         call = _Call(coroutine)
         try:
@@ -60,7 +61,7 @@ class LoopThread:
         """Refuse new coroutines, end the running ones, then the thread. Safe from any thread, and more than once."""
         self.close_soon()
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread is not threading.current_thread() and not sys.is_finalizing():
             thread.join()
 
     def close_soon(self) -> None:
@@ -85,6 +86,8 @@ class LoopThread:
         with self._lock:
             if self._closed:
                 raise EngineUnavailable(CLOSED)
+            if sys.is_finalizing():  # no thread but this one runs any more, and none can start
+                raise EngineUnavailable("a Client cannot be used while the interpreter shuts down (in a __del__?)")
             loop = self._loop or self._start()
             if self._thread is threading.current_thread():
                 raise InvalidRequest(
@@ -146,7 +149,7 @@ class _Call(Generic[T]):
 
     def start(self) -> None:
         self.task = asyncio.get_running_loop().create_task(self._coroutine)
-        self.task.add_done_callback(lambda _: self.ended.set())
+        self.task.add_done_callback(self._end)
 
     def cancel(self) -> None:
         if self.task is None:
@@ -155,7 +158,16 @@ class _Call(Generic[T]):
         else:
             self.task.cancel()
 
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # told to the caller; asyncio need not complain if that was interrupted and does not ask
+        self.ended.set()
+
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     with contextlib.closing(loop):
-        loop.run_forever()
+        while True:
+            try:
+                return loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):  # of one coroutine, whose caller gets it; the others go on
+                pass

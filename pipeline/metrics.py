@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipc.errors import RingfeedError
-from pipeline.command import run_command
+from pipeline.command import print_error, run_command
 from pipeline.measure import DeviceTime, Figures, Roles, Window
 from pipeline.sync_client import Client
 
@@ -59,7 +59,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     except RingfeedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     return 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 
 @contextmanager
@@ -12,6 +14,7 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
     if not shown:
         yield lambda: None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -28,6 +31,28 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
         BarColumn(),
         *(kind(table_column=cropped) for kind in (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(file=forgiving(sys.stdout))) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
+
+
+def forgiving(stream: TextIO | None) -> TextIO | None:
+    """The stream without errors of writing: a bar that nobody can see is no reason to end what it tells of."""
+    return None if stream is None else cast(TextIO, _Forgiving(stream))
+
+
+class _Forgiving:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # full, without a reader, or closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()

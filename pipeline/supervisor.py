@@ -349,11 +349,12 @@ def signal_pipe() -> Iterator[int]:
     """A descriptor that yields one byte per signal to end: its number.
 
     A signal that our parent ignored (nohup, `&` in a script) stays ignored. SIGTERM is the exception: nothing but a
-    request to end sends it.
+    request to end sends it. SIGCHLD is no request; while it is ignored, the kernel keeps no exit status of a child.
     """
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     taken = [signum for signum in _SIGNALS if signum == signal.SIGTERM or signal.getsignal(signum) != signal.SIG_IGN]
     handlers = {signum: signal.signal(signum, lambda *_: None) for signum in taken}
+    handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:

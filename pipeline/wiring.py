@@ -17,6 +17,7 @@ import msgspec
 
 from ipc.block_hash import SEED_BYTES
 from ipc.doorbell import Doorbell
+from ipc.errors import EngineUnavailable
 from ipc.layout import Layout
 from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, RingHandle
@@ -82,7 +83,7 @@ class Wiring:
         )
         self.traces: list[TraceRing] = []
         self.tokenizer_roles = [f"tokenizer.{i}" for i in range(config.tokenizer.num_workers)]
-        self.run_folder = Path(tempfile.mkdtemp(prefix="ringfeed-run-", dir=runtime_folder()))  # mode 0700
+        self.run_folder = _make_run_folder(runtime_folder())
         self._endpoints = {name: f"ipc://{self.run_folder / name}.sock" for name in _SOCKETS}
         try:
             self.plans = self._plan(config, model, endpoint, claim_fd, epoch, traced)
@@ -254,3 +255,14 @@ class Wiring:
         ring.close()  # the launcher reads and writes none
         self._closers.callback(os.close, ring.handle.fd)
         return ring.handle
+
+
+def _make_run_folder(parent: Path) -> Path:
+    """A new folder, private to this user."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="ringfeed-run-", dir=parent))
+    except OSError as error:
+        raise EngineUnavailable(
+            f"no folder for the engine's internal sockets can be made in {parent}: {error.strerror}: set "
+            "XDG_RUNTIME_DIR to a folder that can be written to"
+        ) from None

@@ -7,7 +7,7 @@ import sys
 
 from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench import host, idle, overload, prefix, scheduler, throughput
-from pipeline.command import run_command
+from pipeline.command import print_error, run_command
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except (ConfigError, InvalidRequest) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
 
 

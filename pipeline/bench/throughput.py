@@ -30,6 +30,7 @@ from pipeline.bench.report import print_table
 from pipeline.bench.roofline import ModelShape, Rates
 from pipeline.bench.rows import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
 from pipeline.bench.workload import GREEDY, Sampling, Work
+from pipeline.command import print_error
 from pipeline.config import Config, load_config
 from pipeline.model_files import ModelFacts, find_model
 from pipeline.python_module import module_command, module_environment
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         failed = _Benchmark(arguments).run()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     sys.exit(1 if failed else 0)
 

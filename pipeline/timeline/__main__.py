@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import sys
 from collections.abc import Sequence
 
 from ipc.errors import ConfigError
-from pipeline.command import run_command
+from pipeline.command import print_error, run_command
 from pipeline.timeline.reader import load_timeline
 
 
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         window = None if options.window is None else Window(*options.window)
         draw([load_timeline(path) for path in options.files], window, options.output)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 

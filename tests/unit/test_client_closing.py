@@ -17,6 +17,7 @@ import pytest
 from ipc.errors import EngineUnavailable, InvalidRequest
 from ipc.messages import Cancel, Final, Generate
 from pipeline import AsyncClient, Client
+from pipeline.loop_thread import LoopThread
 from pipeline.python_module import module_environment
 from tests.unit.client_scripts import WAIT_S, run_script, wait_until
 from tests.unit.test_client import END, FakeGateway, news
@@ -179,6 +180,49 @@ def test_the_interpreter_exits_in_silence_with_a_client_open(gateway: FakeGatewa
     script = f"import sys; from pipeline import AsyncClient, Client; client = Client(sys.argv[1]); {use}"
     done = run_script(script, gateway.endpoint)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_interrupted_call_that_ends_with_an_error_says_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
+    async def nothing() -> None:
+        pass
+
+    async def fail() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise EngineUnavailable("too late")
+
+    thread = LoopThread(at_end=nothing)
+    with pytest.raises(KeyboardInterrupt):
+        thread.run(fail())
+    thread.close()
+    gc.collect()
+    assert caplog.messages == []
+
+
+LATE = """
+import sys
+from pipeline import Client
+class Late:
+    client = Client(sys.argv[1])
+    def __del__(self):
+        for use in (self.client.health, lambda: type(self.client)(self.client.endpoint).health(), self.client.close):
+            try:
+                use()
+            except Exception as error:
+                print(type(error).__name__, error)
+late = sys.modules["late"] = Late()
+late.client.health()
+"""
+
+
+def test_a_client_in_a_finalizer_at_the_end_of_the_interpreter_does_not_wait_for_threads_that_are_gone(
+    gateway: FakeGateway,
+) -> None:
+    done = run_script(LATE, gateway.endpoint)
+    line = "EngineUnavailable a Client cannot be used while the interpreter shuts down (in a __del__?)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, 2 * line, "")
 
 
 # Dropped

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +19,9 @@ from ipc.errors import ConfigError, EngineUnavailable, InvalidRequest, RingfeedE
 from ipc.messages import Generate
 from pipeline import AsyncClient, Client, Pipeline, SamplingParams
 from pipeline.endpoint import default_endpoint
+from pipeline.loop_thread import LoopThread
 from pipeline.progress import progress_bar
+from pipeline.python_module import module_environment
 from tests.unit.client_scripts import WAIT_S
 from tests.unit.test_client import END, FakeGateway, news
 
@@ -108,6 +113,42 @@ def test_batches_of_two_threads_may_both_show_a_bar(gateway: FakeGateway) -> Non
         assert [output.text for output in client.generate_batch(["a"], progress=True)] == ["re a"]
 
 
+BATCH_WITH_A_BAR = """
+import sys
+from pipeline import Client
+with Client(sys.argv[1]) as client:
+    print([output.text for output in client.generate_batch(["a", "b"], progress=True)], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("output", ["full", "without a reader"])
+def test_a_bar_that_cannot_be_written_costs_no_answer(gateway: FakeGateway, output: str) -> None:
+    if output == "full":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-c", BATCH_WITH_A_BAR, gateway.endpoint]
+    environment = module_environment()
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=WAIT_S, env=environment)
+    os.close(stdout)
+    assert done.stderr == "['re a', 're b']\n"
+
+
+def test_a_coroutine_that_asks_the_process_to_exit_ends_its_own_call_alone() -> None:
+    async def leave() -> None:
+        sys.exit(3)
+
+    async def answer() -> int:
+        return 1
+
+    thread = LoopThread(at_end=leave)
+    with pytest.raises(SystemExit):
+        thread.run(leave())
+    assert thread.run(answer()) == 1
+    thread.close()
+
+
 def test_a_client_without_a_time_out_waits_for_ever(tmp_path_factory: pytest.TempPathFactory) -> None:
     endpoint = f"ipc://{tmp_path_factory.mktemp('f')}/s"
     for timeout_s in (None, math.inf):
@@ -171,7 +212,10 @@ def test_a_client_without_an_engine_at_its_default_endpoint_says_where_it_looked
     with Client(timeout_s=0.01) as client, pytest.raises(EngineUnavailable, match=f"there is {there}"):
         client.health()
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
-    with Client(timeout_s=0.01) as client, pytest.raises(EngineUnavailable, match="no folder that can be written to"):
+    with (
+        Client(timeout_s=0.01) as client,
+        pytest.raises(EngineUnavailable, match="not a folder that can be"),
+    ):
         client.health()
 
 
@@ -190,6 +234,7 @@ WRONG_USES: dict[str, Callable[[Client], object]] = {
     "a pipeline that is not started": lambda _: Pipeline({"model": {"path": "x"}}).client,
     "the end of a pipeline that is not started": lambda _: Pipeline({"model": {"path": "x"}}).stop(),
     "the log of a pipeline that is not started": lambda _: Pipeline({"model": {"path": "x"}}).log_text(),
+    "a copy of a pipeline": lambda _: pickle.dumps(Pipeline({"model": {"path": "x"}})),
     "a number for a configuration": lambda _: Pipeline(5),  # type: ignore[arg-type]
     "a number for overrides": lambda _: Pipeline({"model": {"path": "x"}}, 5),  # type: ignore[arg-type]
     "a number for an override": lambda _: Pipeline({"model": {"path": "x"}}, [5]),  # type: ignore[list-item]

@@ -33,6 +33,17 @@ def test_output_that_cannot_be_written_ends_a_command_without_a_traceback(argume
             assert (done.returncode, done.stderr) == (1, said)
 
 
+@pytest.mark.parametrize(
+    "arguments", [("pipeline.launch", "--config", "/nowhere"), ("pipeline.timeline", "/nowhere", "-o", "/nowhere.svg")]
+)
+def test_an_error_that_cannot_be_written_leaves_the_exit_status_as_it_is(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", *arguments]
+    said = subprocess.run(command, env=module_environment(), stderr=subprocess.PIPE)
+    assert said.stderr.startswith(b"error: ")
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, env=module_environment(), stderr=full).returncode == said.returncode
+
+
 SHOWS = """
 import sys
 from rich.console import Console

@@ -17,7 +17,7 @@ import pytest
 from ipc.errors import ConfigError
 from pipeline import Pipeline, model_files
 from pipeline.config import Config, config_from_dict, config_from_toml, load_config, overrides_from_dict, to_toml
-from pipeline.endpoint import EndpointClaim, check_endpoint, default_endpoint
+from pipeline.endpoint import EndpointClaim, check_client_endpoint, check_endpoint, default_endpoint, runtime_folder
 from pipeline.launch import main
 from pipeline.model_files import ModelNotHere, find_model
 from pipeline.python_module import module_environment
@@ -69,7 +69,7 @@ def configure(model: Path | str, *overrides: str) -> Config:
         ('model.path="a\\u0000b"', "model.path ('a\\x00b') cannot be a folder: "),
         (f"model.path={'x' * 5000}", "cannot be a folder: File name too long"),
         ("model.path=/\udcff", "model.path ('/\\udcff') is not UTF-8 text"),
-        ("frontend.endpoint=ipc:///\udcff", "frontend.endpoint ('ipc:///\\udcff') is not UTF-8 text"),
+        ("frontend.endpoint=ipc:///\udcff", "frontend.endpoint ('ipc:///\\udcff') must name a file"),
         (f"ring.depth={'9' * 5000}", "must be an integer"),
         (f"ring.depth={'[' * 3000}", "must be an integer"),
     ],
@@ -176,7 +176,7 @@ def test_shipped_configurations_are_valid(name: str) -> None:
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["", "ipc://relative.sock", "ipc:///folder/", "ipc://@abstract", f"ipc:///{'x' * 107}", "tcp://127.0.0.1",
+    ["", "ipc://relative.sock", "ipc:///folder/", "ipc://@abstract", "ipc:///a\nb", f"ipc:///{'x' * 107}", "tcp://127.0.0.1",
      "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536", "tcp://127.0.0.1:٥٥٥٥", "tcp://no-such-host.example:80", "http://127.0.0.1:80"],
 )  # fmt: skip
 def test_impossible_endpoints_are_refused(endpoint: str) -> None:
@@ -189,6 +189,21 @@ def test_impossible_endpoints_are_refused(endpoint: str) -> None:
 )
 def test_usual_endpoints_are_taken(endpoint: str) -> None:
     check_endpoint(endpoint)
+
+
+@pytest.mark.parametrize("kind", ["a file", "of two lines", "not of text", "too long", "not there"])
+def test_a_runtime_folder_in_which_no_socket_can_be_is_not_taken(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    names = {"of two lines": "a\nb", "not of text": os.fsdecode(b"\xff"), "too long": "x" * 99}
+    folder = tmp_path_factory.mktemp("f") / names.get(kind, "x")
+    if kind == "a file":
+        folder.touch()
+    elif kind != "not there":
+        folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    check_client_endpoint(default_endpoint())
+    assert runtime_folder() == Path("/tmp")
 
 
 def test_the_default_endpoints_folder_is_private_and_removed(

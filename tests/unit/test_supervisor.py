@@ -162,6 +162,15 @@ def test_a_killed_worker_ends_the_engine_with_status_1(launch: Callable[..., Eng
     engine.assert_nothing_left()
 
 
+def test_a_killed_worker_is_seen_as_killed_where_the_parent_ignores_the_ends_of_children(
+    launch: Callable[..., Engine],
+) -> None:
+    engine = launch(popen={"preexec_fn": lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)}).until_ready()
+    os.kill(engine.pids["scheduler"], signal.SIGKILL)
+    assert engine.process.wait(20) == 1
+    assert "scheduler was killed by signal 9 (Killed): the engine ends" in engine.log()
+
+
 @pytest.mark.parametrize(("role", "when"), [("gpu", "killed"), ("gateway", "killed"), ("gateway", "killed by Start")])
 def test_a_worker_that_is_killed_while_the_engine_comes_up_is_named(
     launch: Callable[..., Engine], role: str, when: str

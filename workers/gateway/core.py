@@ -338,7 +338,8 @@ class Gateway:
         self._deaf.pop(identity, None)
         client = self.table.client(identity)
         if client is not None:
-            logger.info("a client has gone; %d of its requests are cancelled", len(client.keys))
+            if client.keys:
+                logger.info("a client has gone; %d of its requests are cancelled", len(client.keys))
             self._drop(client)
 
     def client_full(self, identity: bytes, message: Any) -> None:
