@@ -5,6 +5,7 @@ To add a parameter: a field here, a column in `ipc/records.py` (`admit_*`), a fu
 
 from __future__ import annotations
 
+import copy
 import math
 import reprlib
 from hashlib import blake2b
@@ -86,6 +87,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         check(self.logprobs is None or (is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
               "logprobs", f"must be an integer in [0, {MAX_LOGPROBS}], or None")  # fmt: skip
         check(is_int(self.n) and 1 <= self.n <= MAX_SAMPLES, "n", f"must be an integer in [1, {MAX_SAMPLES}]")
+
+    def with_seed(self, seed: int) -> Self:
+        """A copy with this seed, from 0 to MAX_SEED. Nothing is checked again: a gateway makes one for each request."""
+        copied = copy.copy(self)
+        msgspec.structs.force_setattr(copied, "seed", seed)
+        return copied
 
     def of_sample(self, index: int) -> Self:
         """The parameters, with n = 1, of a request that gives what sample `index` of this one gives.

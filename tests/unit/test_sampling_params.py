@@ -116,3 +116,9 @@ def test_samples_of_a_request_without_a_seed_cannot_be_told_apart():
 def test_a_sample_that_a_request_does_not_have_is_refused(index):
     with pytest.raises(InvalidRequest, match=rf"index \({index}\) must lie in \[0, 2\)"):
         SamplingParams(seed=1, n=2).of_sample(index)
+
+
+def test_a_copy_with_a_seed_differs_in_the_seed_alone() -> None:
+    params = SamplingParams(max_tokens=7, temperature=0.5, stop=["x"], n=3)
+    assert params.with_seed(9) == SamplingParams(max_tokens=7, temperature=0.5, stop=["x"], n=3, seed=9)
+    assert params.seed is None

@@ -21,8 +21,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
-import msgspec
-
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed, RingfeedError
 from ipc.messages import (
     PROTOCOL_VERSION,
@@ -236,7 +234,7 @@ class Gateway:
         num_bytes = self._intake.queue.held_bytes(message, frame_bytes)
         self._intake.queue.check_room(num_bytes, now_ns)
         if params.seed is None:
-            params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
+            params = params.with_seed(secrets.randbelow(MAX_SEED + 1))
         num_prompt_tokens = len(message.token_ids or b"") // 4
         request = self.table.open(identity, message.request_id, params.n, now_ns, num_prompt_tokens)
         self._intake.add(request, message, params, frame_bytes, num_bytes, now_ns)

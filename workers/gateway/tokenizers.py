@@ -6,6 +6,11 @@ That is kept to what bridges the time until the gateway looks at its sockets aga
 
 from __future__ import annotations
 
+from operator import attrgetter
+from typing import Final
+
+_num_bytes: Final = attrgetter("num_bytes")
+
 
 class Tokenizer:
     """What is under way to one tokenizer."""
@@ -30,19 +35,17 @@ class Tokenizers:
         self._max_prompts = max_prompts
         self._max_bytes = max_bytes
         self._tokenizers: dict[bytes, Tokenizer] = {}
+        self._free: dict[bytes, Tokenizer] = {}  # those of them that have room
 
     def next(self) -> Tokenizer | None:
         """The tokenizer with the fewest bytes under way, of those that have room."""
-        free = (
-            tokenizer
-            for tokenizer in self._tokenizers.values()
-            if len(tokenizer.prompts) < self._max_prompts and tokenizer.num_bytes < self._max_bytes
-        )
-        return min(free, key=lambda tokenizer: tokenizer.num_bytes, default=None)
+        return min(self._free.values(), key=_num_bytes) if self._free else None
 
     def give(self, tokenizer: Tokenizer, key: int, num_bytes: int) -> None:
         tokenizer.prompts[key] = num_bytes
         tokenizer.num_bytes += num_bytes
+        if len(tokenizer.prompts) >= self._max_prompts or tokenizer.num_bytes >= self._max_bytes:
+            del self._free[tokenizer.identity]
 
     def done(self, identity: bytes, key: int) -> None:
         """A tokenizer has handed on a prompt, or (key 0) is there."""
@@ -50,3 +53,5 @@ class Tokenizers:
         if tokenizer is None:
             tokenizer = self._tokenizers[identity] = Tokenizer(identity)
         tokenizer.num_bytes -= tokenizer.prompts.pop(key, 0)
+        if len(tokenizer.prompts) < self._max_prompts and tokenizer.num_bytes < self._max_bytes:
+            self._free[identity] = tokenizer
