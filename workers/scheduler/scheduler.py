@@ -239,7 +239,8 @@ class Scheduler:
         rows, n = batch.rows, len(batch.rows)
         valid = (columns.generation[rows] == batch.generations) & step.samples
         token_ids, finish = result.token_ids[:n], result.finish[:n]
-        if finish.any():
+        ends = bool(finish.any())
+        if ends:
             is_failed = valid & (finish == _NOT_FINITE)
             if is_failed.any():
                 self._fail(rows[is_failed])
@@ -253,7 +254,7 @@ class Scheduler:
             logprobs = _copy_logprobs(result, n, valid, batch.want_logprobs) if batch.want_logprobs else None
             self._outputs.add_tokens(columns.key[rows], token_ids, finish, logprobs)
             self.counts["num_sampled_tokens"] += rows.size
-            if finish.any():
+            if ends and finish.any():  # those of others have been left out
                 self._finish(rows, finish)
         columns.step_applied(step.ticket)
         for lease in step.leases:
