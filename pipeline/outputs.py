@@ -145,9 +145,9 @@ def generate_frame(
 def batch_of(
     prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
 ) -> tuple[list[Prompt], list[SamplingParams]]:
-    """The prompts of a batch and the parameters of each. Raises InvalidRequest for what is no batch.
+    """The prompts of a batch and the parameters of each. Raises InvalidRequest if `prompts` is not a batch.
 
-    That is also one prompt (a text, token ids, a chat): its letters, ids or messages would be taken for prompts.
+    It also refuses a single prompt (a text, token ids, a chat), whose letters, ids or messages would become prompts.
     """
     refusal = f"prompts ({reprlib.repr(prompts)}) must be a list of prompts"
     if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(prompts, Iterable):
