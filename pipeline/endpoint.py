@@ -93,7 +93,7 @@ def where_else(endpoint: str) -> str:
     reason = f"is {given!r}" if given else "is not set"
     if given and runtime_folder() != Path(given):
         reason += " (not a folder that can be written to, or its name is too long or not printable)"
-    text = f"It is the default where XDG_RUNTIME_DIR {reason}; an engine started with another one listens elsewhere"
+    text = f"It is the default where XDG_RUNTIME_DIR {reason}; an engine started with another value listens elsewhere"
     for folder in (f"/run/user/{os.getuid()}", "/tmp"):
         other = f"{_IPC}{folder}/ringfeed-{os.getuid()}/default.sock"
         if other != endpoint and os.path.exists(other.removeprefix(_IPC)):

@@ -151,10 +151,10 @@ def batch_of(
     """
     refusal = f"prompts ({reprlib.repr(prompts)}) must be a list of prompts"
     if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(prompts, Iterable):
-        raise InvalidRequest(f"{refusal}; generate takes one")
+        raise InvalidRequest(f"{refusal}; use generate for one prompt")
     prompts = list(prompts)
     if prompts and all(isinstance(prompt, Integral | ChatMessage | Mapping) for prompt in prompts):
-        raise InvalidRequest(f"{refusal}; this is one prompt, which generate takes")
+        raise InvalidRequest(f"{refusal}; this is one prompt: use generate for it")
     if isinstance(params, SamplingParams):
         return prompts, [params] * len(prompts)
     if not isinstance(params, Iterable):

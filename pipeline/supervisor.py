@@ -146,7 +146,7 @@ class Supervisor:
 
     def _bring_up(self) -> bool:
         """True once the engine serves; False if it never will."""
-        known_by = (GPU, *self._wiring.tokenizer_roles)  # what the scheduler must be told
+        known_by = (GPU, *self._wiring.tokenizer_roles)  # the scheduler needs facts from these roles
         if not self._wait_until(lambda: all(map(self._is_ready, known_by))) or not self._check_cache():
             return False
         while not self._tell(SCHEDULER, Start(info=self._info)):  # it may not be connected yet, and says nothing before
