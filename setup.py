@@ -1,4 +1,4 @@
-"""Puts the small model, which lies beside the packages, into the wheel. All else is in pyproject.toml."""
+"""Adds the small model, which lies beside the packages, to the wheel. Everything else is in pyproject.toml."""
 
 import shutil
 from pathlib import Path

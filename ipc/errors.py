@@ -26,7 +26,7 @@ class ModelUnsupported(RingfeedError, ValueError):
 
 
 class InvalidRequest(RingfeedError, ValueError):
-    """A request that no engine state could serve (bad type, out of range, too long, empty), or a client misused."""
+    """A request that is never valid (bad type, out of range, too long, empty), or a misuse of a client."""
 
     code = "invalid_request"
 

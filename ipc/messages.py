@@ -8,10 +8,10 @@
     every worker  --DEALER-->  launcher  (ROUTER `control`)
 
 A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway draws
-once and never again, in order of arrival. Its n samples are sequences with keys of their own: sample i has `key + i`,
-and no other request has any of these. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer,
-gateway), so nobody hears of a key from two sides in an unknown order. Arrays travel as raw little-endian bytes, named
-with their dtype.
+once and never again, in order of arrival. Each of its n samples is a sequence with its own key: sample i has `key + i`,
+and no other request uses these keys. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer,
+gateway), so no process receives messages about a key from two others in an unknown order. Arrays travel as raw
+little-endian bytes, named with their dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
 PROTOCOL_VERSION = 2
 MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
 EOS_TOKEN_ID = "eos_token_id"  # in Ready.info
-PROMPT_TAIL_TOKENS = 16  # what a text decoder must know of a prompt to go on from it
+PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens that a text decoder needs to continue its text
 MAX_CANCELLED_KEYS = 8_192  # in one CancelRequests; a receiver refuses lists of more than `codec.MAX_ITEMS`
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
@@ -104,7 +104,7 @@ class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The end of a sample. With `num_open` 0 it is the final answer, and ends whatever is open of the request."""
 
     finish_reason: FinishReason
-    num_prompt_tokens: int  # 0 of a text that was never tokenized
+    num_prompt_tokens: int  # 0 for a text that was never tokenized
     num_completion_tokens: int  # of the sample
     error_code: str = ""
     error_message: str = ""
@@ -232,19 +232,19 @@ class CancelRequests(Message, frozen=True):
 
 
 class Withdraw(Message, frozen=True):
-    """gateway -> scheduler: decline these requests when they arrive, without a word to the detokenizer.
+    """gateway -> scheduler: drop these requests when they arrive, and tell the detokenizer nothing.
 
-    Answered by `Withdrawn`. A key of a request that has arrived and is open is ignored.
+    The scheduler answers with `Withdrawn`. It ignores keys of requests that have arrived and are open.
     """
 
     keys: list[int]
 
 
 class Withdrawn(Message, frozen=True):
-    """scheduler -> gateway: these requests are not open, and will not be. No `Accepted` of them follows.
+    """scheduler -> gateway: these requests are not open and never will be. No `Accepted` for them follows.
 
-    A key for which `Accepted` came before this had ended already; the gateway then says `CancelRequests`, and the
-    scheduler forgets that it was to be declined.
+    If `Accepted` for a key came earlier, that request has already ended. The gateway then sends `CancelRequests`, and
+    the scheduler stops expecting the request.
     """
 
     keys: list[int]
@@ -265,7 +265,7 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_prompt_tokens: int
     num_logprobs: int | None  # SamplingParams.logprobs
     num_samples: int = 1  # a request that is refused has one, which is ended
-    prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; of a refused one none
+    prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,8 @@ from ipc.layout import Layout
 from ipc.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
-MAX_END_IDS: Final = MAX_EOS_TOKEN_IDS + 1 + MAX_STOP_TOKEN_IDS  # that end a row: these, the tokenizer's, the request's
+# Ids that end a row: the model's, the tokenizer's eos token and the request's.
+MAX_END_IDS: Final = MAX_EOS_TOKEN_IDS + 1 + MAX_STOP_TOKEN_IDS
 PROMPT_RECORD_TOKENS: Final = 4096
 MAX_ADMISSIONS: Final = 64  # in one step
 NO_TOKEN: Final = -1

@@ -2,7 +2,7 @@
 
 Updating one is a memory store: it costs the writer nothing and asks nobody. To add a metric: a name in `FIELDS`, and
 the line that counts. Names end in `_ns` for durations; all others are counts, and a gauge says so by its `num_` now.
-CPU time is the kernel's: the reader asks it, so a writer that never sleeps is not taken for one that does nothing.
+The reader gets CPU time from the kernel, so a writer that is too busy to update its page still shows its CPU time.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgspec
 from ipc.layout import Layout
 from ipc.memory import create_segment, map_segment
 
-# The writer's; returns from its poll; garbage collections since it was loaded, and what objects in cycles they found.
+# The writer's pid; its wake-ups from poll; garbage collections since it was loaded; objects in cycles that they found.
 _COMMON: Final = ("pid", "num_wakeups", "num_collections", "num_garbage")
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "gateway": (
         "num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients",
-        # As the scheduler's, of what has not reached it: requests that wait for a tokenizer, those refused because
-        # something was full, and those whose time ran out.
+        # Like the scheduler's counters, for requests that have not reached it: those that wait for a tokenizer, those
+        # refused because something was full, and those that ran out of time.
         "num_waiting", "num_queue_full", "num_deadline", "num_queue_timeout",
         "num_connections", "num_connections_refused",
     ),

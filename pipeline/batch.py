@@ -11,20 +11,20 @@ from typing import Final
 from ipc.errors import EngineUnavailable, QueueFull, RingfeedError
 from pipeline.outputs import Output
 
-_FIRST_PAUSE_S: Final = 0.1  # after a refusal that does not say when to try again; doubled while they go on
+_FIRST_PAUSE_S: Final = 0.1  # after a refusal without `retry_after_s`; doubled for each further refusal
 _LONGEST_PAUSE_S: Final = 2.0
-_JITTER: Final = 0.25  # of a pause, so that clients refused together do not come back together
+_JITTER: Final = 0.25  # share of a pause that is random, so that clients refused together do not retry together
 
 
 class Batch:
-    """Asks for `count` answers, at most `window` at a time, and for fewer while the engine's queue is full.
+    """Runs `count` requests, at most `window` at a time, and fewer while the engine's queue is full.
 
-    `ask(i)` gets answer i. After QueueFull it is called again; any other error becomes the result. `pause` sleeps, and
-    raises EngineUnavailable once the client is closed. `advance` is called for each result.
+    `ask(i)` runs request i and returns its Output. After QueueFull it is called again; any other error becomes the
+    result. `pause` sleeps, and raises EngineUnavailable once the client is closed. `advance` is called for each result.
 
-    A worker task whose request is refused by a full queue parks. The others go on: each request that ends leaves room
-    for another. After the time that the refusal named, the batch resumes one worker, then two, four and so on, until
-    the next refusal. So one request at a time tests a full queue, however large the batch is.
+    A worker task parks when a full queue refuses its request. The others go on, because each request that ends makes
+    room for another. After the refusal's `retry_after_s`, the batch resumes one worker, then two, four and so on, until
+    the next refusal. So a batch of any size tests a full queue with one request at a time.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Batch:
                 return
             except RingfeedError as error:
                 self._settle(index, error)
-                if isinstance(error, EngineUnavailable):  # the same for the rest: they need not fail one by one
+                if isinstance(error, EngineUnavailable):  # all others would fail in the same way
                     self._settle_rest(error)
             else:
                 if not self._was_refused:

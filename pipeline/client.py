@@ -1,6 +1,6 @@
 """The asyncio client: asks an engine for completions, whole, streamed, or by the batch.
 
-`pipeline/session.py` has what is open, and talks to the engine. `pipeline/sync_client.py` is the same for callers
+`pipeline/session.py` holds the open requests and talks to the engine. `pipeline/sync_client.py` is the same for callers
 without an event loop. Loads neither torch nor transformers.
 """
 
@@ -37,7 +37,7 @@ class AsyncClient:
 
     Args:
         endpoint: the engine's; None = this user's default one.
-        timeout_s: how long a request or query waits for an engine to be there, before EngineUnavailable is raised;
+        timeout_s: how long a request waits for an engine, and a query for its answer, before EngineUnavailable;
             None = for ever.
 
     Errors of a request: InvalidRequest (mend it), QueueFull (try later), EngineUnavailable (starting, draining, gone),
@@ -111,10 +111,10 @@ class AsyncClient:
     ) -> list[Output]:
         """Complete many prompts, with one SamplingParams or one for each. Returns their Outputs in input order.
 
-        No more are open at a time than the engine accepts. While its queue is full the rest waits in the client, for as
-        long as the engine says. One that fails has finish reason "error" and the text of its error; the others are not
-        affected. `progress` shows a bar on the terminal. Raises EngineUnavailable if there is no engine to begin with.
-        Scheduling arguments, as of `generate`, apply to each prompt.
+        At most as many are open at a time as the engine accepts. While its queue is full, the rest waits in the client,
+        for as long as the engine says. A request that fails has finish reason "error" and the text of its error; the
+        others are not affected. `progress` shows a bar on the terminal. Raises EngineUnavailable if no engine is
+        reachable at the start. Scheduling arguments, as of `generate`, apply to each prompt.
         """
         options = SchedulingParams(**scheduling)
         prompts, params_of = batch_of(prompts, params)

@@ -1,4 +1,4 @@
-"""How a command of ours says that it failed, and ends when its output cannot be written. Knows no command."""
+"""Reports the errors of our commands, and ends a command whose output cannot be written. Knows no command."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A client's socket on an asyncio loop: connects, tells when the engine comes and goes, sends and receives frames.
 
 Everything runs in the loop's thread. ZeroMQ's descriptor is edge-triggered: after every receive and send the socket is
-asked whether more has arrived. In a forked child a connection must not be touched: ZeroMQ's threads are not there, and
-its descriptors are also the parent's.
+asked whether more has arrived. In a forked child a connection must not be used: ZeroMQ's threads do not run there, and
+the child shares its descriptors with the parent.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Connection:
         if self._closed:
             return
         if self._loop.is_running():
-            with contextlib.suppress(RuntimeError):  # closed meanwhile, and the connection is dropped with it
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile, and drops the connection
                 self._loop.call_soon_threadsafe(self._close_dropped)
         else:
             self._close_dropped()

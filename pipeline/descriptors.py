@@ -8,19 +8,19 @@ from typing import Final
 
 from ipc.errors import EngineUnavailable
 
-_NUM_NEEDED: Final = 160  # by the process of an engine that needs most, with room for a few clients
+_NUM_NEEDED: Final = 160  # by the engine's process that needs most, with room for a few clients
 _NUM_PER_TOKENIZER: Final = 8
 
 
 def raise_descriptor_limit() -> None:
-    """Have as many as the system allows. What is started from here on, the workers, may have as many."""
+    """Raise the soft limit to the hard limit. Processes started after this, the workers, inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_descriptor_limit(num_tokenizers: int) -> None:
-    """Raise EngineUnavailable if an engine could not come up with what may be opened."""
+    """Raise EngineUnavailable if the limit leaves too few descriptors for an engine to start."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     num_open = len(os.listdir("/proc/self/fd"))
     needed = _NUM_NEEDED + _NUM_PER_TOKENIZER * num_tokenizers

@@ -29,7 +29,7 @@ _TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]]+\]|[^:\[\]/]+):(?P<port>[0-9]{
 
 
 def runtime_folder() -> Path:
-    """This user's folder for sockets: XDG_RUNTIME_DIR if it is one whose name an endpoint can have, else /tmp."""
+    """This user's folder for sockets: XDG_RUNTIME_DIR if that folder's name can be part of an endpoint, else /tmp."""
     folder = os.environ.get("XDG_RUNTIME_DIR", "")
     can_be_named = folder.startswith("/") and folder.isprintable() and len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES
     is_usable = can_be_named and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
@@ -76,7 +76,7 @@ def check_endpoint(endpoint: str) -> None:
 
 
 def check_client_endpoint(endpoint: object) -> str:
-    """Raise ConfigError for what no client could connect to. A host may also be a name, unlike a listener's."""
+    """Raise ConfigError if no client can connect to this endpoint. Its host, unlike a listener's, may be a name."""
     is_text = isinstance(endpoint, str) and endpoint.isprintable()
     match = re.fullmatch(r"ipc:///.*[^/]|tcp://[^/]+:(?P<port>[0-9]{1,5})", str(endpoint)) if is_text else None
     if match is None or not 1 <= int(match["port"] or 1) <= 65_535:
@@ -88,12 +88,12 @@ def check_client_endpoint(endpoint: object) -> str:
 
 
 def where_else(endpoint: str) -> str:
-    """What to tell a client that found no engine at its default endpoint: where that comes from, and where one is."""
+    """A hint for a client that finds no engine at its default endpoint: why it is the default, and which one to use."""
     given = os.environ.get("XDG_RUNTIME_DIR")
     reason = f"is {given!r}" if given else "is not set"
     if given and runtime_folder() != Path(given):
         reason += " (not a folder that can be written to, or its name is too long or not printable)"
-    text = f"It is the default where XDG_RUNTIME_DIR {reason}; an engine started with another one listens elsewhere"
+    text = f"It is the default where XDG_RUNTIME_DIR {reason}; an engine started with another value listens elsewhere"
     for folder in (f"/run/user/{os.getuid()}", "/tmp"):
         other = f"{_IPC}{folder}/ringfeed-{os.getuid()}/default.sock"
         if other != endpoint and os.path.exists(other.removeprefix(_IPC)):

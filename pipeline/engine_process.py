@@ -28,7 +28,7 @@ from pipeline.config import STANDARD_INPUT
 from pipeline.python_module import module_command, module_environment
 from pipeline.user_process import check_room, hold_standard_descriptors
 
-HASTE_S: Final = 15.0  # for the engine to end, beyond the time that it may take to drain
+HASTE_S: Final = 15.0  # time for the engine to end, in addition to the time for draining
 _LONGEST_POLL_MS: Final = 1e6
 _NUM_DESCRIPTORS: Final = 16  # while it starts
 _live: Final[weakref.WeakSet[EngineProcess]] = weakref.WeakSet()
@@ -37,8 +37,8 @@ _live: Final[weakref.WeakSet[EngineProcess]] = weakref.WeakSet()
 class EngineProcess:
     """A launcher, started with `config` (TOML) as its standard input.
 
-    Its output goes to `log`. `folder`, if given, is removed once it has ended. Dropping the last reference ends the
-    engine in haste; so does the exit of the interpreter. The copy in a forked child owns nothing.
+    Its output goes to `log`. `folder`, if given, is removed once the launcher has ended. Dropping the last reference
+    stops the engine at once; so does the exit of the interpreter. The copy in a forked child owns nothing.
     """
 
     def __init__(self, config: str, arguments: tuple[str, ...], *, log: IO[bytes], folder: Path | None) -> None:
@@ -49,7 +49,7 @@ class EngineProcess:
         self._lifeline: IO[bytes] | None = None
         forks.register(self)
         with contextlib.ExitStack() as started, contextlib.ExitStack() as failed:
-            # A file instead of a pipe: a child that another thread forks meanwhile would keep a pipe open.
+            # A file instead of a pipe: if another thread forks meanwhile, the child would keep a pipe open.
             stdin = started.enter_context(tempfile.TemporaryFile())
             stdin.write(config.encode())
             stdin.seek(0)
@@ -110,7 +110,7 @@ class EngineProcess:
     def end(self, drain_s: float | None = None) -> int:
         """End the engine and return its exit status.
 
-        It may take `drain_s` seconds to finish open requests; None = in haste: they get an error.
+        The engine may take `drain_s` seconds to finish open requests; None = it stops at once, and they get an error.
         """
         timeout_s = HASTE_S
         try:
@@ -120,7 +120,7 @@ class EngineProcess:
                 self.process.send_signal(signal.SIGTERM)
                 timeout_s += drain_s
             status = _end(self.process, timeout_s, self._folder)
-        finally:  # an interrupted wait leaves an engine that ends in haste
+        finally:  # after an interrupted wait the engine stops at once
             self._cut_lifeline()
         return status
 
@@ -156,7 +156,7 @@ def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: 
     lifeline.close()
     if sys.is_finalizing():  # the new thread would never run
         return
-    with contextlib.suppress(RuntimeError):  # no thread to be had: the engine ends all the same
+    with contextlib.suppress(RuntimeError):  # no thread can start: the engine ends all the same
         threading.Thread(target=_end, args=(process, HASTE_S, folder), name="ringfeed-reaper").start()
 
 

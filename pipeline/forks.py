@@ -1,8 +1,8 @@
 """Resets objects that own threads, sockets, descriptors or processes in a forked child.
 
 A child has a copy of every object and none of its parent's threads. It shares sockets, pipes and the event loop's epoll
-with its parent, so whatever it does to them happens to the parent. Owners register here; in a child each of them drops
-what it owned and returns to its state before the first use.
+with its parent, so using them in the child affects the parent. Owners register here; in a child each of them drops its
+resources and returns to its state before the first use.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Owner(Protocol):
     """Owns something that a forked child must not use."""
 
     def forget_parent(self) -> None:
-        """Called in a forked child before other code runs: drop what is the parent's without touching it."""
+        """Called in a forked child before other code runs: drop the parent's resources without using them."""
 
 
-generation = 0  # how many forks lie between this process and the one that imported this; cheaper than a process id
+generation = 0  # number of forks since this module was imported; cheaper to read than a process id
 
 _owners: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 _kept: Final[list[object]] = []
@@ -31,7 +31,7 @@ def register(owner: Owner) -> None:
 
 
 def keep_for_ever(*inherited: object) -> None:
-    """Never destroy these objects of the parent in the child: that would run code that is meant for the parent."""
+    """Keep these objects of the parent alive in the child: their finalizers are meant for the parent alone."""
     _kept.extend(inherited)
 
 

@@ -45,8 +45,8 @@ class Pipeline:
 
     Without `frontend.endpoint` the engine gets a private one of its own. Raises ConfigError for a configuration that
     cannot work, EngineUnavailable, with the last lines of its log, for an engine that does not come up. Leaves nothing:
-    the engine also ends if this process is killed, and with the last reference to the Pipeline and its client. A forked
-    child can use the client; leaving the `with` block there does not end the engine.
+    the engine also ends if this process is killed, or when the last reference to the Pipeline and its client is
+    dropped. A forked child can use the client; leaving the `with` block there does not end the engine.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from pipeline.user_process import check_room, hold_standard_descriptors
 T = TypeVar("T")
 
 CLOSED: Final = "this client was closed"
-_NUM_DESCRIPTORS: Final = 24  # of a loop and a connection on it, with some to spare
+_NUM_DESCRIPTORS: Final = 24  # a loop and a connection on it need fewer
 _TIDY_S: Final = 5.0  # for a cancelled coroutine to end
 
 
@@ -34,7 +34,7 @@ class LoopThread:
         forks.register(self)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run it on the loop and wait for it. An interrupt here cancels it there, and waits for it to tidy up.
+        """Run the coroutine on the loop and wait for it. An interrupt cancels it and waits until it has cleaned up.
 
         Raises EngineUnavailable if the loop is closed, before or meanwhile, or the interpreter is shutting down.
         """
@@ -43,7 +43,7 @@ class LoopThread:
             try:
                 self._submit(call)
             except RingfeedError:
-                call.cancel()  # the loop has not heard of it
+                call.cancel()  # it has not reached the loop
                 raise
             call.ended.wait()
             assert call.task is not None, "it has run"
@@ -86,12 +86,12 @@ class LoopThread:
         with self._lock:
             if self._closed:
                 raise EngineUnavailable(CLOSED)
-            if sys.is_finalizing():  # no thread but this one runs any more, and none can start
+            if sys.is_finalizing():  # other threads have stopped, and none can start
                 raise EngineUnavailable("a Client cannot be used while the interpreter shuts down (in a __del__?)")
             loop = self._loop or self._start()
             if self._thread is threading.current_thread():
                 raise InvalidRequest(
-                    "a Client was used from its own thread (by a finalizer?), which would wait for itself: use it from "
+                    "a Client was used from its own thread (by a finalizer?) and would deadlock: use it from "
                     "another thread, or AsyncClient"
                 )
             try:
@@ -160,7 +160,7 @@ class _Call(Generic[T]):
 
     def _end(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # told to the caller; asyncio need not complain if that was interrupted and does not ask
+            task.exception()  # retrieved here: an interrupted caller does not ask, and asyncio would warn
         self.ended.set()
 
 
@@ -169,5 +169,5 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         while True:
             try:
                 return loop.run_forever()
-            except (SystemExit, KeyboardInterrupt):  # of one coroutine, whose caller gets it; the others go on
+            except (SystemExit, KeyboardInterrupt):  # raised in one coroutine: its caller gets it, and the others go on
                 pass

@@ -1,7 +1,7 @@
 """Finds the model's folder and what the engine must know of it, before anything is spawned.
 
-Reads JSON and looks at files; loads neither weights nor tokenizer, and imports neither torch nor transformers, which a
-process of its own asks where the JSON alone does not tell.
+Reads JSON and looks at files; loads neither weights nor tokenizer, and imports neither torch nor transformers. Where
+the JSON alone does not say enough, it starts a process that asks transformers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _READ_FILES: Final = (  # the beginnings of their names; weights are chosen else
     "config.json", "generation_config.json", "hf_quant_config.json", "tokenizer", "vocab", "merges", "spiece",
     "sentencepiece", "tekken", "tiktoken", "special_tokens_map", "added_tokens", "chat_template",
 )  # fmt: skip
-_SLOW_TOKENIZER_FILES: Final = (  # that transformers makes a tokenizer of
+_SLOW_TOKENIZER_FILES: Final = (  # from which transformers builds a tokenizer
     "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "tiktoken.model",
 )  # fmt: skip
@@ -231,7 +231,7 @@ def _is_quantized(folder: Path, *configs: dict[str, Any]) -> bool:
 
 
 def _is_incomplete(config: Config, text_config: dict[str, Any]) -> bool:
-    """Whether what we must know is left to transformers' defaults, or to what it makes of a RoPE factor."""
+    """Whether the configuration relies on transformers' defaults, or on how transformers applies a RoPE factor."""
     length = num_positions(text_config)
     if text_config.get("vocab_size") is None or (length is None and config.scheduler.max_model_len is None):
         return True

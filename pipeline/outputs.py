@@ -145,16 +145,16 @@ def generate_frame(
 def batch_of(
     prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
 ) -> tuple[list[Prompt], list[SamplingParams]]:
-    """The prompts of a batch and the parameters of each. Raises InvalidRequest for what is no batch.
+    """The prompts of a batch and the parameters of each. Raises InvalidRequest if `prompts` is not a batch.
 
-    That is also one prompt (a text, token ids, a chat): its letters, ids or messages would be taken for prompts.
+    It also refuses a single prompt (a text, token ids, a chat), whose letters, ids or messages would become prompts.
     """
     refusal = f"prompts ({reprlib.repr(prompts)}) must be a list of prompts"
     if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(prompts, Iterable):
-        raise InvalidRequest(f"{refusal}; generate takes one")
+        raise InvalidRequest(f"{refusal}; use generate for one prompt")
     prompts = list(prompts)
     if prompts and all(isinstance(prompt, Integral | ChatMessage | Mapping) for prompt in prompts):
-        raise InvalidRequest(f"{refusal}; this is one prompt, which generate takes")
+        raise InvalidRequest(f"{refusal}; this is one prompt: use generate for it")
     if isinstance(params, SamplingParams):
         return prompts, [params] * len(prompts)
     if not isinstance(params, Iterable):

@@ -1,4 +1,4 @@
-"""Importing this has `import ipc` find our package. To be imported before it."""
+"""Makes `import ipc` find our package. Import this module before `ipc`."""
 
 from pipeline.python_module import own_package
 

@@ -1,6 +1,6 @@
-"""Importing this has `import workers` find our package. To be imported before it, by modules that need it.
+"""Makes `import workers` find our package. Modules that need `workers` import this module before it.
 
-A client needs none of it, so that a user's own `workers` may live beside `from pipeline import Client`.
+A client does not need our `workers`, so a script with its own `workers` can use `from pipeline import Client`.
 """
 
 from pipeline.python_module import own_package

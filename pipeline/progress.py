@@ -25,7 +25,7 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
     )
     from rich.table import Column
 
-    cropped = Column(no_wrap=True, overflow="crop")  # an ellipsis is not in every terminal's encoding
+    cropped = Column(no_wrap=True, overflow="crop")  # not every terminal's encoding has an ellipsis
     columns = (
         TextColumn("{task.description}", table_column=cropped),
         BarColumn(),
@@ -37,7 +37,7 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
 
 
 def forgiving(stream: TextIO | None) -> TextIO | None:
-    """The stream without errors of writing: a bar that nobody can see is no reason to end what it tells of."""
+    """The stream, ignoring errors on writing: work must not end because its progress bar cannot be shown."""
     return None if stream is None else cast(TextIO, _Forgiving(stream))
 
 

@@ -1,7 +1,7 @@
-"""Finds the packages of this house, wherever it is installed and whatever of the user's has one of their names.
+"""Finds ringfeed's own packages, wherever they are installed, even if the user's code has the same names.
 
-Our names are `ipc`, `workers` and `pipeline`. A user's `ipc.py` may come before ours on `sys.path`; it must neither be
-taken for ours, here or in the processes that we start, nor be hidden without a word.
+Our names are `ipc`, `workers` and `pipeline`. A user's `ipc.py` may come before ours on `sys.path`. Neither this
+process nor the processes that we start may import it in place of ours, and we warn if we hide it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
 
 def module_environment() -> dict[str, str]:
-    """The environment in which it finds the same packages as this process.
+    """The environment in which a child process finds the same packages as this process.
 
-    A checkout comes before everything else. Python's own folder for packages is found without that, and comes after the
-    standard library, unless a folder on PYTHONPATH has something with one of our names.
+    A checkout comes first on PYTHONPATH. site-packages needs no entry and stays behind the standard library, unless a
+    folder on PYTHONPATH has something with one of our names.
     """
     environment = dict(os.environ)
     folders = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -41,9 +41,9 @@ def module_environment() -> dict[str, str]:
 
 
 def own_package(name: str) -> None:
-    """Have `import NAME` find our package in this process. Warns if something of the user's is hidden by that.
+    """Make `import NAME` find our package in this process. Warns if this hides a module of the user's.
 
-    Raises ImportError, with the file that is in the way, if that has been imported already.
+    Raises ImportError, naming the user's file, if that module has been imported already.
     """
     module = sys.modules.get(name)
     if module is not None:
@@ -58,7 +58,7 @@ def own_package(name: str) -> None:
     _load(name)
     if found is not None and found.origin is not None:
         warnings.warn(
-            f"{found.origin} has the name of a package of ringfeed's: from here on `import {name}` gives ringfeed's; "
+            f"{found.origin} has the name of one of ringfeed's packages: from now on `import {name}` gives ringfeed's; "
             "rename that file",
             RuntimeWarning,
             stacklevel=3,

@@ -1,4 +1,4 @@
-"""What a client has open at an engine, on one event loop: requests, queries, and the connection for them.
+"""A client's open requests and queries on one event loop, and the connection that carries them.
 
 Talks to the gateway alone (`ipc/messages.py`: client -> gateway, gateway -> client), over `pipeline/connection.py`.
 """
@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 class Session:
     """The requests and queries of one client. Connects at first use, and again when an engine comes back.
 
-    It belongs to the event loop of its first use, and to another one once that has stopped. In a forked child it starts
-    afresh. The loop does not keep it alive; its connection is closed when the last reference to it is dropped.
-    `timeout_s`: how long requests and queries wait for an engine to be there; None = for ever.
+    It belongs to the event loop of its first use; once that loop has stopped, another one can use it. In a forked child
+    it starts afresh. The loop does not keep it alive. Dropping the last reference closes its connection.
+    `timeout_s`: how long a request waits until an engine is reachable; None = for ever.
     """
 
     def __init__(self, endpoint: str, timeout_s: float | None, *, is_default: bool) -> None:
@@ -64,7 +64,7 @@ class Session:
         self._open: dict[str, OpenRequest] = {}
         self._queries: dict[int, asyncio.Future[Any]] = {}
         self._pauses: set[asyncio.Future[None]] = set()
-        self._outbox: dict[str | int, bytes] = {}  # by request or query: what waits for an engine
+        self._outbox: dict[str | int, bytes] = {}  # messages that wait for an engine, by request or query
 
     async def whole(
         self,
@@ -110,7 +110,7 @@ class Session:
         return request
 
     def abandon(self, request: OpenRequest) -> None:
-        """Nobody wants the rest. The id stays taken until the engine's final answer, which is then dropped."""
+        """Cancel a request whose caller has left. Its id stays in use until the final answer, which is dropped."""
         if self._open.get(request.request_id) is not request or request.abandoned:
             return
         request.abandoned = True
@@ -181,13 +181,13 @@ class Session:
         return loop
 
     def close(self) -> None:
-        """Cancel and fail all that is open, and disconnect. Called on any running loop."""
+        """Cancel and fail everything that is open, and disconnect. Called on any running loop."""
         self._closed = True
         loop = self._loop
         if loop is None or loop is asyncio.get_running_loop() or not loop.is_running():
             self._close()
         else:
-            with contextlib.suppress(RuntimeError):  # it has ended just now, and what was open with it
+            with contextlib.suppress(RuntimeError):  # the loop has just ended, and everything open on it too
                 loop.call_soon_threadsafe(self._close)
 
     def forget_parent(self) -> None:
@@ -229,7 +229,7 @@ class Session:
                     if query is not None and not query.done():
                         query.set_result(message)
         if num_outputs and self._connection is not None:
-            # Taken in is delivered: what a slow reader leaves unread coalesces into one Output per request.
+            # Credit goes back at once: what a slow reader leaves unread coalesces into one Output per request.
             self._connection.send(encode(Delivered(count=num_outputs)))
 
     def _take_outputs(self, outputs: Outputs) -> None:
@@ -291,7 +291,7 @@ class Session:
                 on_down=_weakly(self._lose_engine),
             )
             self._finalizer = weakref.finalize(self, self._connection.drop)
-            self._finalizer.atexit = False  # what ends with the process needs no closing
+            self._finalizer.atexit = False  # at exit the process ends anyway
         return self._connection
 
     def _disconnect(self, *, flush: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where the configuration of the small model lies that comes with ringfeed."""
+"""Locates the configuration of the small model that comes with ringfeed."""
 
 from __future__ import annotations
 

@@ -111,9 +111,7 @@ class OpenRequest:
         self._waiter = loop.create_future()
         try:
             await self._waiter
-        except (
-            RuntimeError
-        ):  # asyncio's, of a future that belongs to another loop; to ask for the loop costs a system call
+        except RuntimeError:  # asyncio's, for a future of another loop; asking for the running loop costs a system call
             self._waiter = None
             raise InvalidRequest(
                 f"the stream of request {self.request_id} belongs to another event loop: read it there"

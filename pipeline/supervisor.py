@@ -141,12 +141,12 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 pass_fds=(*plan.fds, bootstrap_fd),
-                start_new_session=True,  # away from the terminal: no Ctrl-C, and no stop by `stty tostop`
+                start_new_session=True,  # detached from the terminal: no Ctrl-C, and no stop by `stty tostop`
             )
 
     def _bring_up(self) -> bool:
         """True once the engine serves; False if it never will."""
-        known_by = (GPU, *self._wiring.tokenizer_roles)  # what the scheduler must be told
+        known_by = (GPU, *self._wiring.tokenizer_roles)  # the scheduler needs facts from these roles
         if not self._wait_until(lambda: all(map(self._is_ready, known_by))) or not self._check_cache():
             return False
         while not self._tell(SCHEDULER, Start(info=self._info)):  # it may not be connected yet, and says nothing before
@@ -348,8 +348,9 @@ def connections_stand(expected: dict[Path, int]) -> bool:
 def signal_pipe() -> Iterator[int]:
     """A descriptor that yields one byte per signal to end: its number.
 
-    A signal that our parent ignored (nohup, `&` in a script) stays ignored. SIGTERM is the exception: nothing but a
-    request to end sends it. SIGCHLD is no request; while it is ignored, the kernel keeps no exit status of a child.
+    A signal that our parent ignored (nohup, `&` in a script) stays ignored. SIGTERM is the exception, because it always
+    asks us to end. SIGCHLD gets its default handler, because the kernel keeps no exit status of a child while SIGCHLD
+    is ignored.
     """
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     taken = [signum for signum in _SIGNALS if signum == signal.SIGTERM or signal.getsignal(signum) != signal.SIG_IGN]

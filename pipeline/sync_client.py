@@ -26,7 +26,7 @@ class Client:
         self._timeout_s = timeout_s
         self._client = AsyncClient(endpoint, timeout_s=timeout_s)
         self._thread = LoopThread(at_end=self._client.close)
-        weakref.finalize(self, self._thread.close_soon).atexit = False  # what ends with the process needs no closing
+        weakref.finalize(self, self._thread.close_soon).atexit = False  # at exit the process ends anyway
 
     @property
     def endpoint(self) -> str:

@@ -1,4 +1,4 @@
-"""Opens descriptors in a process that is the user's: never as its standard streams, and only where there is room."""
+"""Keeps our descriptors in the user's process off the standard streams, and checks that there is room for them."""
 
 from __future__ import annotations
 

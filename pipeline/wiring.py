@@ -34,8 +34,8 @@ from workers.process import WorkerBootstrap
 from workers.scheduler.config import SchedulerBootstrap
 from workers.tokenizer.config import TokenizerBootstrap
 
-# Prompts under way to one tokenizer: enough to keep it busy, and no more than some 40 ms of its work, because the
-# policy orders only what still waits. A longer prompt goes alone.
+# Prompts under way to one tokenizer: enough to keep it busy, and at most about 40 ms of work, because the policy cannot
+# reorder them any more. A longer prompt goes alone.
 TOKENIZER_WINDOW: Final = 8
 TOKENIZER_WINDOW_BYTES: Final = 64 << 10
 CLIENT_WINDOW: Final = 64  # at 4 ms a step, a quarter of a second of a client's absence before its deltas coalesce

@@ -1,4 +1,4 @@
-"""What holds for all tests: their samples are fixed, so a run depends on the code alone and not on luck.
+"""Settings for all tests: their samples are fixed, so a run depends on the code alone and not on luck.
 
 `make explore` draws the property-based tests' samples anew.
 """

@@ -1,4 +1,4 @@
-"""When to come back to a queue that is full: estimated from how fast it has been emptying."""
+"""Estimates when to retry at a full queue, from how fast the queue has been draining."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NUM_RECENT: Final = 64  # departures from which the rate is taken
 
 
 class DrainRate:
-    """The rate of the last departures, of requests or of whatever else is counted. Times are nanoseconds.
+    """The rate of the last departures, in requests or another unit. Times are nanoseconds.
 
-    Only time in which something waits counts: how long a queue has been empty says nothing about its rate.
+    Only time in which something waits counts, because an empty queue says nothing about the rate.
     """
 
     def __init__(self) -> None:
         self._departures: deque[tuple[int, int]] = deque(maxlen=NUM_RECENT)  # when, how much
-        self._idle_ns = 0  # that does not count
+        self._idle_ns = 0  # time that does not count
 
     def begin(self, now_ns: int) -> None:
         """The first arrival at an empty queue."""
@@ -27,11 +27,11 @@ class DrainRate:
             self._idle_ns = now_ns - self._departures[-1][0]
 
     def leave(self, now_ns: int, amount: int = 1) -> None:
-        """So much has left the queue, for what it had waited for."""
+        """`amount` has left the queue and been served."""
         self._departures.append((now_ns - self._idle_ns, amount))
 
     def retry_after_s(self, amount: int, now_ns: int) -> float:
-        """How long so much takes to leave at the rate of the last departures, within [MIN_RETRY_S, MAX_RETRY_S]."""
+        """How long `amount` takes to leave at the recent rate, within [MIN_RETRY_S, MAX_RETRY_S]."""
         if not self._departures:
             return UNKNOWN_RETRY_S
         elapsed_s = (now_ns - self._idle_ns - self._departures[0][0]) / 1e9

@@ -1,8 +1,8 @@
-"""Which waiting request is next: one small object for each policy that `scheduler.policy` names.
+"""Orders waiting requests: one small class for each policy that `scheduler.policy` names.
 
-Requests wait twice, and by the same policy: in the gateway for a tokenizer, and in the scheduler for a row. A policy
-orders requests and gives each a rank; it decides nothing about room. All policies are starvation-free: whatever arrives
-later, a waiting request becomes the next one at some time, and stays the next one until there is room for it.
+Requests wait twice under the same policy: in the gateway for a tokenizer, and in the scheduler for a row. A policy
+orders requests and gives each a rank; it does not decide whether there is room. All policies are starvation-free: a
+waiting request becomes the next one at some time, whatever arrives later, and stays next until there is room for it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """How requests wait: the part of [scheduler] that the gateway needs as well.
 
     Args:
-        queue_timeout_s: a request that has waited so long for a tokenizer and a row ends unserved; None = it may wait
+        queue_timeout_s: how long a request may wait for a tokenizer and a row together, before it ends unserved; None =
             for ever.
         policy: which request is next: "fifo" = in order of arrival; "priority" = the highest priority, which grows with
             waiting; "fair" = tenants take turns, each worth the same number of tokens.
-        priority_aging_s: of "priority": so long a wait is worth one more of priority.
-        fair_quantum: of "fair": tokens of a turn.
+        priority_aging_s: with "priority": a wait of this many seconds raises the priority by one.
+        fair_quantum: with "fair": tokens of a turn.
     """
 
     queue_timeout_s: float | None = None
@@ -42,7 +42,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class Waiting(Protocol):
-    """What a policy reads and, in the case of `rank`, writes of a request."""
+    """The attributes of a request that a policy reads; it also writes `rank`."""
 
     rank: int
 
@@ -57,7 +57,7 @@ class Waiting(Protocol):
     @property
     def num_prompt(self) -> int: ...  # tokens of its prompt; before it is tokenized, an estimate
     @property
-    def row(self) -> int: ...  # once it is admitted; NO_ROW where requests have none
+    def row(self) -> int: ...  # once it is admitted; NO_ROW in the gateway, which has no rows
 
 
 W = TypeVar("W", bound=Waiting)
@@ -76,9 +76,9 @@ class Policy(Protocol[W]):
         """The request to admit when there is room. Asking changes nothing."""
 
     def admit(self, request: W) -> None:
-        """The next request is admitted; if requests have rows here, it has its row.
+        """The next request is admitted; in the scheduler it has its row by now.
 
-        From here on its `rank` stands: when blocks run out, the request with the highest rank is preempted first. Among
+        Now its `rank` is fixed: when blocks run out, the request with the highest rank is preempted first. Among
         preempted requests the lowest rank resumes first, and before waiting ones unless their rank is lower still.
         """
 
@@ -102,7 +102,7 @@ def make_policy(config: PolicyConfig, num_rows: int = 0) -> Policy[Any]:
 class RankedRequests(Generic[W]):
     """Requests in order of rank, equals in order of arrival.
 
-    A request that leaves from the middle leaves its rank and key behind, which go later; nothing else of it is kept.
+    Removing a request from the middle keeps only its rank and key in the heap, until a later clean-up.
     """
 
     __slots__ = ("_heap", "_requests")
@@ -135,7 +135,7 @@ class RankedRequests(Generic[W]):
             return
         if self._heap[0][1] == request.key:
             heapq.heappop(self._heap)
-        elif len(self._heap) > 2 * len(self._requests) + 16:  # each removal has paid for its part of this
+        elif len(self._heap) > 2 * len(self._requests) + 16:  # amortised over the removals
             self._heap = [entry for entry in self._heap if entry[1] in self._requests]
             heapq.heapify(self._heap)
 
@@ -143,9 +143,9 @@ class RankedRequests(Generic[W]):
 class Ranked(Generic[W]):
     """Lowest rank first: in order of arrival, or by priority.
 
-    Waiting raises a priority. As all requests age alike, their order never changes, so the time of arrival less the
-    priority's worth in time stands for it. No request starves: it is overtaken only by those that arrive within that
-    worth's difference.
+    Waiting raises a priority. All requests age alike, so their order never changes, and the rank can be fixed: the time
+    of arrival minus the priority in units of time. No request starves: only requests that arrive within the difference
+    of their priorities, in time, can overtake it.
     """
 
     def __init__(self, rank_of: Callable[[W], int]) -> None:
@@ -173,7 +173,7 @@ class Ranked(Generic[W]):
 
 
 class Tenant(Generic[W]):
-    """A tenant with open requests, some of them waiting in order of arrival. `index` is where its credit stands."""
+    """A tenant with open requests, some of them waiting in order of arrival. `index` is the place of its credit."""
 
     __slots__ = ("index", "name", "num_open", "waiting")
 
@@ -181,24 +181,24 @@ class Tenant(Generic[W]):
         self.name = name
         self.index = index
         self.num_open = 0
-        self.waiting: RankedRequests[W] = RankedRequests()  # all of one rank: in order of arrival
+        self.waiting: RankedRequests[W] = RankedRequests()  # of equal rank, so in order of arrival
 
 
 class FairShare(Generic[W]):
     """Deficit round robin: tenants that have requests waiting take turns, each worth `quantum` tokens.
 
-    A prompt costs its length when it is admitted, cached or not, and an answer a token at a time, so a tenant pays for
-    what it gets and not for what it might get. It is passed over while it is in debt. A tenant with nothing waiting
-    saves up no credit, and its debt is forgotten once none of its requests is open. While two tenants both have
-    requests waiting, what they get differs by at most a quantum, a prompt, and the answers of those that run.
+    A prompt costs its length when it is admitted, cached or not. Output costs one token at a time, so a tenant pays for
+    the tokens that it gets, not for `max_tokens`. A tenant in debt is skipped. A tenant with nothing waiting saves no
+    credit, and its debt is cancelled once none of its requests is open. While two tenants both have requests waiting,
+    the tokens that they get differ by at most a quantum, a prompt, and the outputs of their running requests.
     """
 
     def __init__(self, num_rows: int, quantum: int) -> None:
         self._quantum = quantum
         self._tenants: dict[str, Tenant[W]] = {}
-        self._turns: OrderedDict[str, Tenant[W]] = OrderedDict()  # those with requests waiting, in turn
-        self._in_turn: Tenant[W] | None = None  # has got its quantum for this turn
-        self._next: W | None = None  # stays next until it is admitted or ends, whatever its tenant pays meanwhile
+        self._turns: OrderedDict[str, Tenant[W]] = OrderedDict()  # tenants with requests waiting, in turn
+        self._in_turn: Tenant[W] | None = None  # the tenant that has got its quantum for this turn
+        self._next: W | None = None  # stays next until it is admitted or ends, even if its tenant gets into debt
         self._num_waiting = 0
         self._admissions = itertools.count()
         self._credit = np.zeros(FIRST_TENANTS, np.int64)  # by index
@@ -209,7 +209,7 @@ class FairShare(Generic[W]):
         return self._num_waiting
 
     def add(self, request: W) -> None:
-        request.rank = LAST_RANK  # a preempted request has had its turn, and resumes first
+        request.rank = LAST_RANK  # so that preempted requests resume first
         tenant = self._tenants.get(request.tenant) or self._open(request.tenant)
         tenant.num_open += 1
         tenant.waiting.add(request)
@@ -262,10 +262,9 @@ class FairShare(Generic[W]):
             self._credit[tenant.index] = min(0, self._credit[tenant.index])
 
     def _whose_turn(self) -> Tenant[W]:
-        """The first in turn that has credit; each gets a quantum when its turn begins. Turns go on until one has.
+        """The first tenant in turn that has credit. Each gets a quantum when its turn begins, until one has credit.
 
-        Each look at a tenant in debt has paid off a quantum of that; whole rounds in which all stay in debt are one
-        addition.
+        A turn of a tenant in debt pays off a quantum. Whole rounds in which all stay in debt are added in one step.
         """
         while True:
             for _ in range(len(self._turns)):

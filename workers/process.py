@@ -33,9 +33,9 @@ from ipc.tracer import tracer
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
-IDLE_MS: Final = 200  # without an event: idle enough to collect garbage, ...
-MIN_UNCOLLECTED: Final = 1_000  # ... if so many new containers may be garbage
-MAX_UNCOLLECTED: Final = 250_000  # collect even if busy, at most some 10 ms: rare, as requests leave no garbage
+IDLE_MS: Final = 200  # without an event: then collect garbage, ...
+MIN_UNCOLLECTED: Final = 1_000  # ... if there are this many new containers
+MAX_UNCOLLECTED: Final = 250_000  # collect even if busy, for about 10 ms at most; rare, as requests leave no cycles
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s {role}: %(message)s"
 
 B = TypeVar("B")
@@ -87,10 +87,10 @@ class WorkerProcess:
         send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))
 
     def ready(self, **info: int) -> None:
-        """Say that all is loaded.
+        """Tell the launcher that everything is loaded.
 
-        From here on garbage is collected only when the process is idle, so that no step waits for that. What has been
-        loaded is never looked at.
+        From now on garbage is collected when the process is idle, so that steps do not wait for it. A busy process
+        collects only after MAX_UNCOLLECTED new containers. Loaded objects are never scanned.
         """
         gc.collect()
         gc.freeze()
@@ -160,7 +160,7 @@ def run_worker(
     worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
     if not outlives_launcher:
         _die_with(worker.launcher_pid)
-    # Those that a terminal or a service manager sends to all processes of a group are the launcher's to act on.
+    # A terminal or a service manager sends these to all processes of a group; only the launcher acts on them.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=worker.log_level, format=LOG_FORMAT.format(role=worker.role), stream=sys.stderr)

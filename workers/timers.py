@@ -1,6 +1,6 @@
-"""When each request runs out of time. Knows no clock and ends no request.
+"""Keeps the deadlines and queue time-outs of requests. Reads no clock and ends no request.
 
-The gateway and the scheduler each have one: a timer is set in both, and counts from the arrival at the gateway.
+The gateway and the scheduler each have one. Both set a request's timers, which count from its arrival at the gateway.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FEW: Final = 64
 
 
 class Timers:
-    """Timers by key. Those of requests that have ended stay until they are due, or are the larger part of all.
+    """Timers by key. Timers of ended requests stay until they are due, or until they may be half of all.
 
     Args:
         is_open: whether the request of a key has not ended.
@@ -31,21 +31,21 @@ class Timers:
 
     @property
     def first_ns(self) -> int | None:
-        """When the next one is due. It may be that of a request that has ended."""
+        """When the next timer is due. Its request may have ended."""
         return self._heap[0][0] if self._heap else None
 
     def add(self, at_ns: int, key: int, reason: TimeoutReason) -> None:
         if len(self._heap) >= self._max_kept:
             self._heap = [entry for entry in self._heap if self._is_open(entry[1])]
             heapq.heapify(self._heap)
-            self._max_kept = max(_FEW, 2 * len(self._heap))  # so that each timer pays for one look at most
+            self._max_kept = max(_FEW, 2 * len(self._heap))  # so that the clean-up costs each timer constant time
         heapq.heappush(self._heap, (at_ns, key, reason))
 
     def clear(self) -> None:
         self._heap.clear()
 
     def take_due(self, now_ns: int) -> list[tuple[int, TimeoutReason]]:
-        """Keys and reasons of timers that are due, in order. A key may occur for both reasons, and may have ended."""
+        """Keys and reasons of due timers, in order. A key may occur twice, and its request may have ended."""
         due = []
         while self._heap and self._heap[0][0] <= now_ns:
             _, key, reason = heapq.heappop(self._heap)

@@ -1,4 +1,4 @@
-"""What the files beside tokenizer.json declare of a tokenizer, and whether tokenizer.json honours it.
+"""Compares what the files beside tokenizer.json declare of a tokenizer with tokenizer.json itself.
 
 Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and config.json. Builds no tokenizer.
 """
@@ -14,19 +14,19 @@ from tokenizers import AddedToken, Tokenizer
 
 from ipc.errors import ModelUnsupported
 
-# Classes that take tokenizer.json as it is; any other rebuilds the tokenizer in its own way, with its own defaults.
+# Classes that use tokenizer.json as it is. Any other class rebuilds the tokenizer with its own defaults.
 _PLAIN_CLASSES: Final = ("PreTrainedTokenizer", "TokenizersBackend")
 _BEHAVIOUR: Final = ("split_special_tokens", "add_prefix_space", "fix_mistral_regex")
 _TOKEN_FIELDS: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Declarations(NamedTuple):
-    """Of one model folder."""
+    """What one model folder declares of its tokenizer."""
 
     folder: Path
     class_name: str  # of the tokenizer; empty: the folder names none
     model_type: str
-    behaviour: list[str]  # settings that change how text is encoded, beside what tokenizer.json says
+    behaviour: list[str]  # settings outside tokenizer.json that change how text is encoded
     named: dict[str, str]  # bos_token and the like
     extra: list[str]  # more special tokens
     added: dict[int, AddedToken]  # by the id that they should have
@@ -75,7 +75,7 @@ class Declarations(NamedTuple):
         )
 
     def missing_in(self, tokenizer: Tokenizer) -> str | None:
-        """What the tokenizer of tokenizer.json does not honour, in words. None: it is all that the folder says."""
+        """A declaration that tokenizer.json alone does not fulfil, in words; None if it fulfils all of them."""
         if self.has_own_class(tokenizer):
             return f"its class is {self.class_name}" if self.class_name else f"the model type is {self.model_type}"
         if self.behaviour:
@@ -91,7 +91,7 @@ class Declarations(NamedTuple):
         return None
 
     def has_own_class(self, tokenizer: Tokenizer) -> bool:
-        """Whether AutoTokenizer makes a class of its own of this folder."""
+        """Whether AutoTokenizer uses a special tokenizer class for this folder."""
         if self.class_name == "LlamaTokenizer" and is_byte_level(tokenizer):
             return False
         return self.class_name not in _PLAIN_CLASSES if self.class_name else bool(self.model_type)
@@ -108,7 +108,7 @@ class Declarations(NamedTuple):
                 )
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise ModelUnsupported for a declared special token that the tokenizer takes apart."""
+        """Raise ModelUnsupported for a declared special token that the tokenizer splits."""
         if tokenizer.encode_special_tokens:  # declared, too: text never becomes a special token
             return
         special = [token.content for token in self.added.values() if token.special and token.content]
@@ -122,7 +122,7 @@ class Declarations(NamedTuple):
 
 
 def chain(part: Any) -> list[dict[str, Any]]:
-    """The links of a tokenizer's normalizer, pre-tokenizer or decoder, as tokenizer.json has them. Of None: none."""
+    """The links of a tokenizer's normalizer, pre-tokenizer or decoder, as in tokenizer.json. None has no links."""
     if part is None:
         return []
     state = json.loads(part.__getstate__())
@@ -148,7 +148,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _texts(values: Any) -> dict[Any, str]:
-    """Those of an object's values, or of a list's, that are a token: a text, or an object with one."""
+    """Those values of an object or a list that are tokens: a text, or an object that holds one."""
     if isinstance(values, list):
         values = dict(enumerate(values))
     if not isinstance(values, dict):

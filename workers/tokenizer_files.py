@@ -1,8 +1,8 @@
 """Loads a model folder's tokenizer for the processes that encode or decode text, without torch.
 
-What transformers' AutoTokenizer makes of the folder is right. Most folders say everything in tokenizer.json, and
-`tokenizers` alone reads that in a tenth of the time; transformers builds the others (`tokenizer_declarations.py` tells
-them apart).
+The result must behave as transformers' AutoTokenizer does for the folder. In most folders tokenizer.json says
+everything, and `tokenizers` alone reads it in a tenth of the time. transformers builds the tokenizer of the other
+folders (`tokenizer_declarations.py` tells them apart).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ipc.errors import ModelUnsupported
 from workers.tokenizer_declarations import Declarations, chain, is_byte_level
 
 _MAX_PROBLEM_CHARS: Final = 300
-_LOCALLY: Final = {"local_files_only": True, "chat_template": None}  # templates are read elsewhere
-_NO_SPLITTING: Final = ("add_prefix_space", "trim_offsets")  # of ByteLevel: the class's to say, and of offsets alone
+_LOCALLY: Final = {"local_files_only": True, "chat_template": None}  # chat_template.py reads the templates
+# Settings of ByteLevel that do not decide where text is split. The class sets the first; the second is for offsets.
+_NO_SPLITTING: Final = ("add_prefix_space", "trim_offsets")
 
 
 class ModelTokenizer(NamedTuple):
@@ -55,16 +56,16 @@ def load_tokenizer(folder: str) -> ModelTokenizer:
 
 
 def hide_torch() -> None:
-    """Keep transformers from importing torch, which takes seconds and serves no tokenizer.
+    """Keep transformers from importing torch, which takes seconds and which no tokenizer needs.
 
-    For a process that needs no torch, before anything imports transformers.
+    Call this in a process that needs no torch, before anything imports transformers.
     """
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def is_foreign_failure(error: BaseException) -> bool:
-    """Whether a call into `tokenizers` failed, which concerns the text at hand alone. Its panics are no Exceptions."""
+    """Whether an error comes from `tokenizers` and concerns only the current text. Its panics are not Exceptions."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -92,7 +93,7 @@ def _load(folder: str, declarations: Declarations) -> ModelTokenizer:
                 if is_rebuilt and is_byte_level(tokenizer) and _split_as_file(loaded.tokenizer, tokenizer):
                     loaded.notes[0] += "; it splits text as tokenizer.json says, not as that class does"
                 return loaded
-            missing = f"{missing}, which is not for the kind of tokenizer that tokenizer.json holds"
+            missing = f"{missing}, which does not fit the kind of tokenizer in tokenizer.json"
     return _of_transformers(PreTrainedTokenizerFast.from_pretrained(folder, **_LOCALLY), missing)
 
 
@@ -105,7 +106,7 @@ def _auto_tokenizer(folder: str) -> Any:
 def _of_transformers(built: Any, why: str) -> ModelTokenizer:
     backend: Tokenizer | None = getattr(built, "backend_tokenizer", None)
     if backend is None:
-        raise ModelUnsupported("it has no fast form; save it as tokenizer.json")
+        raise ModelUnsupported("transformers has no fast version of it: save it as tokenizer.json")
     named = {name: str(text) for name, text in built.special_tokens_map.items() if not isinstance(text, list)}
     note = f"transformers builds the tokenizer ({type(built).__name__}): {why}"
     return ModelTokenizer(backend, named, built.eos_token_id, [note], [])
@@ -114,8 +115,8 @@ def _of_transformers(built: Any, why: str) -> ModelTokenizer:
 def _split_as_file(built: Tokenizer, file: Tokenizer) -> bool:
     """Give `built` the normalizer and the pre-tokenizer of tokenizer.json, with which the model was trained.
 
-    Byte-level classes of transformers put their own in their place, which cut numbers and lines differently. The class
-    still says whether text begins with a space. Returns whether anything has changed.
+    Byte-level classes of transformers replace them with their own, which split numbers and lines differently. The class
+    still decides whether text begins with a space. Returns whether anything has changed.
     """
     if file.pre_tokenizer is None or _splitting(built) == _splitting(file):
         return False
@@ -131,6 +132,6 @@ def _split_as_file(built: Tokenizer, file: Tokenizer) -> bool:
 
 
 def _splitting(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """What decides where a text is cut."""
+    """The settings that decide where a text is split."""
     links = [*chain(tokenizer.normalizer), *chain(tokenizer.pre_tokenizer)]
     return [{key: value for key, value in link.items() if key not in _NO_SPLITTING} for link in links]

@@ -1,4 +1,4 @@
-"""A Pipeline in a process that forks, drops it, has closed its standard streams or many open descriptors, or exits."""
+"""A Pipeline in a process that forks, drops it, exits, or has closed standard streams or many open descriptors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model whose weights are finite and whose activations overflow for one token id, and what an engine makes of it."""
+"""A model with finite weights whose activations overflow for one token id, and checks of an engine that runs it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def overflow_config(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
 
 def check_overflows(client: Client) -> None:
-    """That an overflow ends its own request, whole, streamed or one of several samples, and changes no other."""
+    """Check that an overflow ends its own request, whole, streamed or one of several samples, and changes no other."""
     clean = [[*_BEGINNING, 11, 12, 13], [3, 4, 5], _BEGINNING[:20], [50] * 30]
     expected = [client.generate(prompt, _PARAMS).token_ids for prompt in clean]
     bad = [

@@ -160,7 +160,7 @@ PLANTS = [
 def check_planted(
     backend: AttentionBackend, step: PagedStep, plant_options: dict[str, Any], tolerance: float, **options: Any
 ) -> tuple[int, int]:
-    """That what is not finite reaches the tokens that see it, and no others. Returns how many there are of both."""
+    """Check that non-finite values reach the tokens that see them, and no others. Returns the numbers of both."""
     planted = plant(step, **plant_options)
     result = run_backend(backend, step, **options)
     expected = attend(step, **options)

@@ -66,7 +66,7 @@ def check_ends(tokens_of: Callable[[Bench, torch.Tensor], list[int]]) -> None:
 
 
 def check_not_finite(bench_of: Callable[[int], Bench], vocab_size: int, dtype: torch.dtype) -> None:
-    """That exactly the rows whose logits hold NaN or +inf, or nothing finite, end as not finite and without a token.
+    """Check that exactly the rows whose logits hold NaN or +inf, or nothing finite, end as not finite, without a token.
 
     -inf beside finite logits is legal. A row's place, its parameters and its neighbours change nothing.
     """

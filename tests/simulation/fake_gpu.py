@@ -66,7 +66,7 @@ class FakeGpu:
         self.kv_owner = np.zeros(num_slots, np.int64)
         self.kv_position = np.full(num_slots, -1, np.int64)
         self.kv_prefix = [0] * num_slots
-        self.overflowing: set[int] = set()  # token ids whose KV is not finite, nor the logits of whoever reads it
+        self.overflowing: set[int] = set()  # token ids with non-finite KV; so are the logits that read it
         self.kv_is_finite = np.ones(num_slots, bool)
         self.clock_ns = 1_000
         self.step_ns = 100

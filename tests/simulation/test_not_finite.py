@@ -1,4 +1,4 @@
-"""Requests whose activations overflow, among others: they end with an error and reach nobody else."""
+"""Requests whose activations overflow, among others: they end with an error and affect no other request."""
 
 from __future__ import annotations
 

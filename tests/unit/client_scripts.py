@@ -1,4 +1,4 @@
-"""Runs code in processes of their own, for tests of what a client does to the process that uses it."""
+"""Runs code in separate processes, for tests of a client's effects on the process that uses it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class _NoSleep(selectors.DefaultSelector):
     passed_s = 0.0
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "everybody waits for ever"
+        assert timeout is not None, "every task waits for ever"
         self.passed_s += timeout
         return super().select(0)
 

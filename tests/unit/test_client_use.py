@@ -1,4 +1,4 @@
-"""How a client may be used: event loops, readers of a stream, and arguments that cannot be meant."""
+"""How a client may be used: event loops, readers of a stream, and invalid arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections that say nothing, more of them than there are descriptors: the clients' socket goes on."""
+"""More silent connections than there are descriptors: the clients' socket keeps working."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.python_module import module_environment
 DEADLINE_S = 20.0
 LIMITS = {"ipc": 1_024, "tcp": 256}  # descriptors; clients may take half of them. The kernel lets tcp in less quickly
 
-# argv: endpoint, descriptors, max_connections, handshake time-out in ms. Answers whatever it is sent with its counters.
+# argv: endpoint, descriptors, max_connections, handshake time-out in ms. Answers every message with its counters.
 GATEKEEPER = """
 import json, resource, sys, types
 import zmq

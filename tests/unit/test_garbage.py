@@ -71,7 +71,7 @@ def test_the_scheduler_leaves_no_garbage_however_requests_end(policy: str) -> No
     ],
 )
 def test_a_refused_prompt_leaves_no_garbage(tmp_path: Path, bad: dict[str, Any]) -> None:
-    """Of what jinja2 raises in a template it cannot be said: so a tokenizer collects whenever Python finds it time."""
+    """Errors that jinja2 raises in a template do leave cycles, so a tokenizer keeps automatic collection on."""
     encode = encoder(save(tmp_path)).encode
 
     def serve() -> None:

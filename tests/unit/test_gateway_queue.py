@@ -1,4 +1,4 @@
-"""What waits for a tokenizer: its order, its time, its memory, and the hint that a full queue gives.
+"""Requests that wait for a tokenizer: their order, time-outs and memory, and the hint of a full queue.
 
 Random traces on a made-up clock first: gateway, tokenizers and scheduler, every one of them as late as it likes.
 """
@@ -141,7 +141,7 @@ class Trace:
             self.gateway.flush()
 
     def schedule(self) -> None:
-        """The scheduler takes in a message of anybody's."""
+        """The scheduler takes in a message of any sender."""
         queue = self.to_scheduler[self.rng.choice(list(self.to_scheduler))]
         if not queue:
             return
@@ -199,7 +199,7 @@ class Trace:
         for message in (message for queue in self.to_tokenizer.values() for message in queue):
             ends = self.ends_at(self.keys[message.key]).values()
             late = any(at < self.gateway.now - 1e-6 for at in ends)
-            assert message.key in self.withdrawn or not late, "a tokenizer has it, and nobody looks at its time"
+            assert message.key in self.withdrawn or not late, "a tokenizer has it, and no timer ends it"
         for (_, request_id), finals in self.gateway.finals.items():
             assert len(finals) == 1, f"{request_id} has {len(finals)} answers"
         self.waiting = {
@@ -210,7 +210,7 @@ class Trace:
         held = sum(queue._prompts[key].held_bytes for key in self.waiting)
         assert queue.num_bytes == held, "memory is counted that is not held"
         messages = [prompt.message for prompt in queue._prompts.values() if prompt.message is not None]
-        assert len(messages) == len(self.waiting), "a message is kept that nobody needs"
+        assert len(messages) == len(self.waiting), "a message is kept that is not needed"
 
     def check_turn(self, message: Tokenize) -> None:
         """The request that goes to a tokenizer is the policy's next, and has time left."""
@@ -291,13 +291,13 @@ def test_the_policy_decides_every_request_has_one_answer_in_time_and_nothing_is_
 
 
 def answer_at_once(intake: Intake, ends: Any, stop: Any = Intake.stop) -> Any:
-    """A request that a tokenizer has is answered by the gateway, whether it runs by now or not."""
+    """The gateway answers a request that a tokenizer has, although the request may be running by now."""
     stop(intake, ends)
     return ends
 
 
 def forget_timers(intake: Intake, now_ns: int) -> Any:
-    """Nobody looks at the clock."""
+    """The gateway never checks the clock."""
     return []
 
 

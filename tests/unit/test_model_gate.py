@@ -182,7 +182,7 @@ def gemma4(**changes: Any) -> Any:
 
 
 def got_ocr2() -> Any:
-    """Its eyes, which see nothing here, have attention of their own; its text model has transformers'."""
+    """Its vision tower, unused here, has its own attention; its text model uses transformers'."""
     eyes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64, "mlp_dim": 64}
     text = {**SIZES, "model_type": "qwen2", "initializer_range": 0.2}
     return transformers.GotOcr2Config(text_config=text, vision_config={**eyes, "global_attn_indexes": [0]})
@@ -233,7 +233,7 @@ def test_a_model_whose_masks_are_no_more_than_attention_is_told_gives_the_tokens
 
 
 def make_masks(**overlays: Any) -> Any:
-    """What llama may ask transformers for, in place of its plain causal mask."""
+    """Other masks that llama may request from transformers, instead of its plain causal mask."""
     return lambda *args, **kwargs: transformers.masking_utils.create_causal_mask(*args, **kwargs, **overlays)
 
 

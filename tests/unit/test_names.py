@@ -79,7 +79,7 @@ def test_a_script_beside_such_files_gets_ours_and_is_told(folder: Path) -> None:
     assert len(told) == 2
     for name, line in zip(("ipc", "workers"), told, strict=True):
         assert f"RuntimeWarning: {folder}/{name}" in line
-        assert f"has the name of a package of ringfeed's: from here on `import {name}` gives ringfeed's" in line
+        assert f"has the name of one of ringfeed's packages: from now on `import {name}` gives ringfeed's" in line
 
 
 def test_a_command_beside_such_files_works_and_says_what_is_hidden(folder: Path) -> None:

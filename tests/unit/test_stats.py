@@ -41,7 +41,7 @@ def test_counters_outlive_the_process_that_counted():
 def test_cpu_time_of_a_process_that_never_sleeps_is_what_the_kernel_says():
     handle = StatsPage.create("gpu")
     page = StatsPage(handle)
-    assert page.snapshot()["cpu_ns"] == 0, "nobody writes it yet"
+    assert page.snapshot()["cpu_ns"] == 0, "no process writes it yet"
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     page.values.pid[0] = busy.pid
     try:

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder, held against what AutoTokenizer makes of the same files."""
+"""The tokenizer of a folder, compared with the one that AutoTokenizer makes of the same files."""
 
 from __future__ import annotations
 

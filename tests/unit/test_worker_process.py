@@ -1,4 +1,4 @@
-"""What all worker processes do alike, in this process."""
+"""Behaviour that all worker processes share, tested in this process."""
 
 from __future__ import annotations
 

@@ -169,11 +169,11 @@ class Detokenizer:
             self._end(sequence, Ended(sequence.key, "stop" if code == STOP else "length"))
 
     def _fail(self, sequence: Sequence, problem: str) -> None:
-        """End a request whose tokens cannot be decoded: this sample with an error, the others as cancelled ones."""
+        """End a request whose tokens cannot be decoded: this sample with an error, its other samples as cancelled."""
         logger.warning("the tokens of request %d cannot be decoded: %s", sequence.key, problem)
         request = sequence.request
         keys = range(request.key, request.key + request.num_samples)
-        self._cancels += [key for key in keys if key in self._open]  # some may have ended; the scheduler ignores these
+        self._cancels += [key for key in keys if key in self._open]  # the scheduler ignores those that have ended
         sequence.decoder, sequence.matcher, sequence.text = NO_DECODER, None, ""
         ended = Ended(
             sequence.key, "error", RequestFailed.code, f"the tokens of the answer cannot be decoded: {problem}"
@@ -197,7 +197,7 @@ class Detokenizer:
         client = self._clients.pop(name, None)
         if client is None:
             return
-        client.ready.clear()  # no cycle, client to sequence to client, may be left for the garbage collector
+        client.ready.clear()  # breaks the reference cycle client -> sequence -> client
         if client.num_open:
             for key in [key for key, sequence in self._open.items() if sequence.client is client]:
                 del self._open[key]
@@ -290,7 +290,7 @@ class Detokenizer:
 
 
 def _problem_of(error: BaseException) -> str:
-    """What `tokenizers` says of a request's tokens, for its one line of error. Re-raises any other exception."""
+    """The error of `tokenizers` about a request's tokens, as one line. Re-raises any other exception."""
     if not is_foreign_failure(error) or isinstance(error, AssertionError):
         raise error
     return " ".join(str(error).split())[:MAX_PROBLEM_CHARS] or type(error).__name__

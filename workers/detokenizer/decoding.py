@@ -1,11 +1,11 @@
-"""Decodes token ids into text piece by piece: what the answer adds to the prompt's text.
+"""Decodes a sequence's output tokens piece by piece, into the text that they add to the prompt's text.
 
-The pieces joined are the end of the decoding of prompt and answer together, after the prompt's own text. No piece ends
-in half a character, and text that was given out is never taken back. Special tokens have no text.
+The joined pieces equal the decoding of prompt and output together, minus the prompt's own text. No piece ends in half a
+character, and emitted text never changes. Special tokens have no text.
 
 Two ways. A byte-level vocabulary (GPT-2, Llama 3, Qwen) is a table of bytes: its text is a UTF-8 stream, which Python
-decodes incrementally by the same rule (one U+FFFD per maximal broken piece) that `tokenizers` uses on the whole. Any
-other decoder is asked for the text of its pieces (`pieces.py`).
+decodes incrementally by the same rule (one U+FFFD per maximal broken piece) that `tokenizers` uses on the whole. For
+any other decoder, `pieces.py` asks `tokenizers` for the text of a few ids at a time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ByteLevelDecoder:
         self._bytes = byte_table
         self._texts = text_table
         self._held = b""  # the beginning of a character
-        self._num_of_prompt = 0  # bytes of it, while there are no others
+        self._num_of_prompt = 0  # how many of its bytes are the prompt's, until the output adds some
         if prompt_tail:
             self.push(prompt_tail)
             self._num_of_prompt = len(self._held)
@@ -82,7 +82,7 @@ class ByteLevelDecoder:
 
     def flush(self) -> str:
         if self._num_of_prompt:
-            return ""  # the answer adds nothing to the prompt's half character
+            return ""  # the output adds nothing to the prompt's half character
         text, _ = utf_8_decode(self._held, "replace", True)
         self._held = b""
         return text

@@ -1,8 +1,8 @@
 """Decoding for tokenizers of pieces (SentencePiece and the like), by asking `tokenizers` for the text of a few ids.
 
-A run of byte-fallback tokens is cut into characters: each whole character has its text at once, and each byte that is
-part of none becomes one U+FFFD. `tokenizers` decodes a run as a whole, and one broken byte turns all of it into U+FFFD,
-which would take back characters that were given out. The two agree wherever a run is valid UTF-8.
+Runs of byte-fallback tokens are cut into characters. A whole character has its text at once, and each byte that belongs
+to no character becomes one U+FFFD. `tokenizers` decodes a run as a whole: one invalid byte turns the run into U+FFFD,
+which would change characters that were emitted already. Both give the same text for a run of valid UTF-8.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _OVERLAP: Final = 8
 
 
 class Vocabulary:
-    """A tokenizer's ids, each with the token that `Tokenizer.decode` takes it for.
+    """A tokenizer's ids, each with the token that `Tokenizer.decode` uses for it.
 
-    Asked for by id: a vocabulary may list one id under two tokens, or one token under two ids.
+    Looked up by id, because a vocabulary may list one id under two tokens, or one token under two ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -38,7 +38,7 @@ class Vocabulary:
         self.spoken: dict[int, str] = {i: t for i, t in tokens.items() if t is not None and i not in self.special}
         self.chain = chain(tokenizer.decoder)
         kinds = [link["type"] for link in self.chain]
-        self.has_half_characters = "ByteLevel" in kinds  # a token may end within one, and the decoder makes it U+FFFD
+        self.has_half_characters = "ByteLevel" in kinds  # decodes half a character to U+FFFD
         self.bytes_of: dict[int, bytes] = {}
         if "ByteFallback" in kinds:
             matches = ((i, _BYTE_TOKEN.fullmatch(token)) for i, token in self.spoken.items())
@@ -47,8 +47,8 @@ class Vocabulary:
 
     def decode(self, token_ids: list[int]) -> str:
         if not token_ids:
-            return ""  # some decoders panic at nothing
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)  # there are none among them
+            return ""  # some decoders panic on an empty list
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)  # the ids hold none
         return text
 
     def _has_text(self, token_id: int) -> bool:
@@ -61,10 +61,10 @@ class Vocabulary:
 
 
 class Unit(NamedTuple):
-    """Ids that have a text together: those of a piece, of a whole character, or of a byte that is part of none."""
+    """Ids that are decoded together: one piece, the bytes of one character, or a byte that belongs to no character."""
 
     token_ids: list[int]
-    is_broken: bool  # a byte that is part of no character
+    is_broken: bool  # a byte that belongs to no character
 
 
 class UnitCutter:
@@ -75,7 +75,7 @@ class UnitCutter:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._data = b""  # the bytes of `held`
-        self._num_of_prompt = 0  # of these, while there are no others
+        self._num_of_prompt = 0  # how many of these are the prompt's, until the output adds some
         self.held: list[int] = []
 
     def cut(self, token_ids: list[int]) -> Iterator[Unit]:
@@ -96,7 +96,7 @@ class UnitCutter:
                 yield Unit([token_id], False)
 
     def end_prompt(self) -> None:
-        """What was cut so far is the prompt: what is held now is the answer's only once the answer goes on from it."""
+        """The prompt ends here. Bytes held now belong to the output only if the output continues their character."""
         self._num_of_prompt = len(self.held)
 
     def finish(self) -> list[Unit]:
@@ -121,7 +121,7 @@ class UnitCutter:
 
 
 class PieceTexts(dict[int, str]):
-    """By id, a piece's text anywhere but at the beginning; filled as it is asked for. Bytes are not in it."""
+    """Each piece's text by id, anywhere but at the beginning of a text; filled on demand. Holds no byte tokens."""
 
     def __init__(self, vocabulary: Vocabulary, filler: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class PieceTexts(dict[int, str]):
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> PieceTexts | None:
-        """None if the tokenizer's decoder does not treat each piece by itself, as far as is known here."""
+        """None if the tokenizer's decoder is not known to treat each piece by itself."""
         kinds = " ".join(link["type"] for link in vocabulary.chain)
         if vocabulary.filler is None or not _PIECEWISE.fullmatch(kinds) or any(c.get("stop") for c in vocabulary.chain):
             return None
@@ -161,10 +161,10 @@ class PieceTexts(dict[int, str]):
 
 
 class PieceDecoder:
-    """For decoders that are chains which treat each piece by itself: a piece has always the same text.
+    """For decoder chains that treat each piece by itself, so that a piece always has the same text.
 
-    The first piece is the exception. Such a chain may take a leading space off a text, so the ids at the beginning are
-    decoded together until they have a text.
+    The first piece is the exception. Such a chain may strip a leading space from a text, so the ids at the beginning
+    are decoded together until they have a text.
     """
 
     __slots__ = ("_beginning", "_cutter", "_pieces")
@@ -203,14 +203,14 @@ class PieceDecoder:
 
 
 class WindowDecoder:
-    """Asks the tokenizer for the text of a sliding window; new text is what it has beyond its known beginning.
+    """Asks the tokenizer for the text of a sliding window; the new text is what follows the known prefix.
 
-        ids:     ... given out ....[ overlap | new ]
+        ids:     ..... emitted ....[ overlap | new ]
         text:    ..................[ prefix  | delta ]
 
-    The overlap stands for all that came before it: a decoder that treats the first token of a text differently (and
-    takes a leading space off) does so to prefix and whole alike. If ByteLevel is one link of a longer chain, a last
-    U+FFFD may be the beginning of a character and is held back.
+    The overlap stands for all earlier ids. A decoder that treats the first token of a text differently, and strips a
+    leading space, does so in the prefix and in the whole alike. If ByteLevel is one link of a longer chain, a final
+    U+FFFD may be the beginning of a character, so it is held back.
     """
 
     __slots__ = ("_cutter", "_prefix", "_vocabulary", "_window")
@@ -219,7 +219,7 @@ class WindowDecoder:
         self._vocabulary = vocabulary
         self._cutter = UnitCutter(vocabulary)
         self._window: list[int] = []
-        self._prefix = ""  # of the window's text, what has been given out
+        self._prefix = ""  # the part of the window's text that was emitted
         if prompt_tail:
             self.push(prompt_tail)
             self._cutter.end_prompt()
@@ -236,7 +236,7 @@ class WindowDecoder:
         for unit in units:
             if unit.is_broken:
                 texts += self._new_text(), _REPLACEMENT
-                if self._vocabulary.filler is not None:  # in its place: runs of bytes do not meet across it
+                if self._vocabulary.filler is not None:  # replaces the byte, to keep the runs around it apart
                     window.append(self._vocabulary.filler)
                     self._prefix = self._vocabulary.decode(window)
             else:
@@ -255,7 +255,7 @@ class WindowDecoder:
         return delta
 
     def _shorten(self) -> None:
-        """Forget the window's beginning. What stays has a text, so that the treatment of a first token is behind it."""
+        """Drop the window's beginning. The kept ids have a text, so later ids are not treated as a text's first."""
         num_kept = _OVERLAP
         while num_kept < len(self._window):
             # Bytes of one character decode together or not at all: never begin inside a run of them.

@@ -1,4 +1,4 @@
-"""What the detokenizer knows of a client, of a request, and of each of its samples."""
+"""The detokenizer's state of a client, of a request, and of each of its samples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Client:
         self.name = name
         self.credit = window
         self.num_open = 0
-        self.ready: list[Sequence] = []  # have news
+        self.ready: list[Sequence] = []  # that have something to send
 
 
 class Request:
-    """What the samples of one request have in common."""
+    """The state that the samples of one request share."""
 
     __slots__ = (
         "client", "key", "num_cached_tokens", "num_open", "num_prompt_tokens", "num_samples", "request_id", "stream",
@@ -35,7 +35,7 @@ class Request:
         self.num_prompt_tokens = opened.num_prompt_tokens
         self.num_cached_tokens = 0
         self.num_samples = opened.num_samples
-        self.num_open = opened.num_samples  # whose ends are not delivered
+        self.num_open = opened.num_samples  # samples whose end is not delivered
 
 
 class Sequence:
@@ -60,7 +60,7 @@ class Sequence:
         self.token_ids: list[int] = []  # not sent yet
         self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
         self.num_sent = 0  # tokens
-        self.idle = request.stream  # not in client.ready, and the next token puts it there
+        self.idle = request.stream  # not in client.ready; the next token adds it
         self.end: Ended | None = None
         self.hides_last = False  # the last token ended the sequence: it has no text
 
@@ -79,7 +79,7 @@ class Sequence:
             self.text += self.matcher.feed(self.decoder.flush()) + self.matcher.finish()
 
     def take_final(self) -> Final:
-        """Counts the sequence out of its request: once, when this is delivered."""
+        """Also counts the sequence as ended in its request, so call this once, on delivery."""
         request, end = self.request, self.end
         assert end is not None, f"sequence {self.key} has not ended"
         request.num_open -= 1
@@ -97,7 +97,7 @@ class Sequence:
 
 
 class _NoDecoder:
-    """Of a sequence that cannot be decoded: its tokens have no text."""
+    """The decoder of a sequence that cannot be decoded: its tokens have no text."""
 
     def push(self, token_ids: list[int]) -> str:
         return ""

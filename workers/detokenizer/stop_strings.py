@@ -13,7 +13,7 @@ _NO_MARKS: Final[dict[int, str]] = {}
 
 
 class SpecialTokens:
-    """Special tokens have no text, and stop strings may hold them: in those, a mark stands for each."""
+    """Lets stop strings contain special tokens, which have no text: each one is replaced by a mark."""
 
     def __init__(self, contents: Mapping[int, str]) -> None:
         self._ids = {content: token_id for token_id, content in contents.items() if content}
@@ -25,7 +25,7 @@ class SpecialTokens:
         return cls({i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special})
 
     def matcher(self, stops: list[str]) -> StopMatcher:
-        """A new matcher of these strings, as they stand and with marks for the special tokens in them."""
+        """A new matcher of these strings, both as they are and with marks for the special tokens in them."""
         pattern = self._pattern
         if pattern is None:
             return StopMatcher(stops)

@@ -1,4 +1,4 @@
-"""Who has asked for an empty prefix cache and has had no answer yet."""
+"""Remembers which clients asked to clear the prefix cache and have no answer yet."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MAX_CLEARING: Final = 64  # ClearCache messages of one client that the scheduler
 
 
 class CacheClears:
-    """They are passed on under a number of our own: clients' numbers may be the same."""
+    """ClearCache queries on their way. The gateway renumbers them, because two clients may use the same query id."""
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
-        self._asked: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by ours
+        self._asked: dict[int, tuple[bytes, int]] = {}  # clients and their query ids, by the gateway's id
         self._num_asked: Counter[bytes] = Counter()  # by client
         self._departures = DrainRate()
 
     def add(self, identity: bytes, query_id: int, now_ns: int) -> int:
-        """A client asks. Returns our number; raises QueueFull for one that asks without end."""
+        """Register a client's query. Returns the gateway's id; raises QueueFull if the client has too many open."""
         if self._num_asked[identity] >= MAX_CLEARING:
             retry_s = self._departures.retry_after_s(1, now_ns)
             raise QueueFull(
@@ -38,7 +38,7 @@ class CacheClears:
         return clear_id
 
     def done(self, clear_id: int, now_ns: int) -> tuple[bytes, int]:
-        """The scheduler has emptied its cache. Returns the client that asked, and its own number."""
+        """The scheduler has emptied its cache. Returns the client that asked, and its query id."""
         self._departures.leave(now_ns)
         identity, query_id = self._asked.pop(clear_id)
         self._num_asked[identity] -= 1

@@ -19,8 +19,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     Args:
         endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
             also where a client without an endpoint looks.
-        max_connections: of all clients; one more is closed at once, and so is one that would leave the process too few
-            descriptors (`ulimit -n`).
+        max_connections: of all clients together. Further connections are closed at once, and so are connections that
+            would leave the process too few descriptors (`ulimit -n`).
         max_open_requests: of one client; more are refused at once. One of n samples counts n times.
         max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
             1,408 bytes and more for each (`PromptQueue.held_bytes`); more are refused at once.
@@ -47,7 +47,7 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     policy: PolicyConfig
     tokenizer_window: int  # Tokenize messages under way to one tokenizer
-    tokenizer_window_bytes: int  # of these; one that exceeds the bound is the last
+    tokenizer_window_bytes: int  # bytes of these; the prompt that reaches the bound is the last one
     client_window: int  # Outputs messages under way to one client
     tokenize_endpoint: str  # ROUTER, bound here: tokenizers connect under their role
     deliver_endpoint: str  # ROUTER, bound here: the detokenizer connects

@@ -1,8 +1,8 @@
-"""Bounds how many connections the clients' socket holds, so that strangers cannot use up the process's descriptors.
+"""Bounds the connections of the clients' socket, so that peers cannot use up the process's descriptors.
 
-libzmq accepts in a thread of its own, without a bound, and an ipc listener that finds no free descriptor aborts the
-process (a tcp one spins). It tells a monitor of every connection, and waits once 1,001 of these events are unread. The
-reserve of descriptors covers that many, or is half of a small limit.
+libzmq accepts connections in its own thread, without a bound. If an ipc listener finds no free descriptor, libzmq
+aborts the process; a tcp listener spins. libzmq reports every connection to a monitor, and blocks once 1,001 of these
+events are unread. The reserve of descriptors covers that many, or is half of a small limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import zmq
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_MS: Final = 2_000  # a peer that has not said by then that it speaks ZeroMQ is disconnected
+HANDSHAKE_TIMEOUT_MS: Final = 2_000  # for ZeroMQ's handshake; then libzmq disconnects the peer
 MAX_RESERVE: Final = 2_048  # descriptors that clients may not take: more than the events that can be unread
 _LOG_EVERY_S: Final = 10.0
 _MONITOR: Final = "inproc://clients.connections"
@@ -28,7 +28,7 @@ _IPC: Final = "ipc://"
 
 
 class Doorkeeper:
-    """Counts the connections of one socket, and closes a new one if it is one too many.
+    """Counts the connections of one socket, and closes new ones beyond the bound.
 
     `attach` gets the socket before it is bound. `stats` is the gateway's page: this class alone writes
     `num_connections` and `num_connections_refused`. Its thread ends with the socket's context.
@@ -38,7 +38,7 @@ class Doorkeeper:
         self._path = endpoint.removeprefix(_IPC) if endpoint.startswith(_IPC) else None
         self._max_connections = max_connections
         self._stats = stats
-        self._open: set[int] = set()  # descriptors; one that is missed when it is closed is the next to be used again
+        self._open: set[int] = set()  # descriptors; if a close goes unnoticed, the next connection gets that number
         self._next_log = 0.0
 
     def attach(self, clients: zmq.Socket[Any]) -> None:
@@ -47,7 +47,7 @@ class Doorkeeper:
         threading.Thread(target=self._run, args=(clients.context,), name="doorkeeper", daemon=True).start()
 
     def _run(self, context: zmq.Context[Any]) -> None:
-        # A shadow: the process closes the sockets of its own context in another thread than this one.
+        # A shadow context: destroying the process's own context, in another thread, must not close our socket.
         events: zmq.Socket[Any] = zmq.Context.shadow(context).socket(zmq.PAIR)
         events.setsockopt(zmq.RCVHWM, 1)
         events.setsockopt(zmq.LINGER, 0)
@@ -69,10 +69,10 @@ class Doorkeeper:
             self._refuse(fd, limit)
 
     def _refuse(self, fd: int, limit: int) -> None:
-        with contextlib.suppress(OSError):  # it has gone already
+        with contextlib.suppress(OSError):  # it is closed already
             connection = socket.socket(fileno=fd)
             try:
-                if self._path is None or connection.getsockname() == self._path:  # the number is not another's by now
+                if self._path is None or connection.getsockname() == self._path:  # the number was not reused
                     connection.shutdown(socket.SHUT_RDWR)  # libzmq sees its end, and closes it
             finally:
                 connection.detach()

@@ -6,10 +6,11 @@
                              |
             Withdrawn: answered here; Accepted: go on as ACCEPTED
 
-Final answers come from the detokenizer, in frames that pass unread. The gateway answers by itself only what the
-detokenizer never hears of (a request that ends while it is QUEUED, or is Withdrawn), or what it will not be listened to
-any more (a dropped client, an engine that fails): so every request that was taken gets exactly one. Only the scheduler
-knows whether a request that is TOKENIZING has reached it. From then on, the scheduler watches the request's time.
+Final answers come from the detokenizer, in frames that the gateway passes on unread. The gateway itself answers
+requests that the detokenizer does not know: those that end while QUEUED, or are Withdrawn. It also answers if it drops
+a client or the engine fails, and then discards the detokenizer's frames. So every request gets exactly one final
+answer. Only the scheduler knows whether a TOKENIZING request has reached it. From then on, the scheduler enforces the
+request's time-outs.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Gateway:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.num_received = 0
         self.num_refused = 0
-        self.num_queue_full = 0  # of these
+        self.num_queue_full = 0  # refused because something was full
         self.num_finished = 0
         self.num_cancelled = 0
         self.num_out_of_time: Counter[str] = Counter()  # before they reached the scheduler, by finish reason
@@ -207,7 +208,7 @@ class Gateway:
         if identity in self._deaf:
             raise QueueFull(
                 "this client was dropped and has taken in no output since (`Delivered` says that it has)",
-                PROBE_INTERVAL_S,  # what it has not taken in is sent again by then
+                PROBE_INTERVAL_S,  # by then the gateway sends again what the client has not read
             )
         priority = message.scheduling.priority
         if priority and self._bootstrap.policy.policy != "priority":
@@ -227,8 +228,8 @@ class Gateway:
             if num_over > 0:
                 retry_s = client.departures.retry_after_s(num_over, now_ns)
                 raise QueueFull(
-                    f"{client.num_samples} requests of this client are open, and {limit} may be, each sample counted: "
-                    f"wait for one to end, or try again in {retry_s:g} s",
+                    f"this client has {client.num_samples} requests open, each sample counted, and "
+                    f"frontend.max_open_requests is {limit}: wait for one to end, or try again in {retry_s:g} s",
                     retry_s,
                 )
         num_bytes = self._intake.queue.held_bytes(message, frame_bytes)
@@ -293,7 +294,7 @@ class Gateway:
         self.table.forget_if_idle(client)
 
     def _end(self, ends: Ends, now: float) -> None:
-        """Answer requests of which the detokenizer never hears, and close them."""
+        """Answer requests that the detokenizer does not know, and close them."""
         answers: defaultdict[Client, list[tuple[str, FinalAnswer]]] = defaultdict(list)
         for request, reason in ends:
             if reason in ("deadline", "queue_timeout"):
@@ -311,7 +312,7 @@ class Gateway:
         self._answer(client, [(request_id, final) for request_id in client.keys], client.last_progress)
 
     def _answer(self, client: Client, finals: list[tuple[str, FinalAnswer]], now: float) -> None:
-        """Final answers to some requests, in the gateway's own words."""
+        """Send final answers to some requests in the detokenizer's place."""
         for start in range(0, len(finals), MAX_ANSWERED):
             part = finals[start : start + MAX_ANSWERED]
             outputs = Outputs(
@@ -369,12 +370,12 @@ class Gateway:
                 if is_new:
                     self._cancels += request.keys
                 self._close(request)
-            else:  # what a tokenizer has must be remembered until it is known to run nowhere
+            else:  # a request at a tokenizer stays in the table until the scheduler has answered
                 for ended, _ in self._intake.stop([(request, "cancelled")]):
                     self._close(ended)
 
     def _close(self, request: Request, now: float | None = None) -> None:
-        """`now` counts only for a request that still has a client."""
+        """`now` may be None for a request without a client."""
         self.num_finished += 1
         if request.client is not None and now is not None:
             request.client.departures.leave(_ns(now), len(request.keys))
@@ -384,19 +385,18 @@ class Gateway:
     # The other workers
 
     def tokenizer_done(self, identity: bytes, key: int, now: float) -> None:
-        """A tokenizer has handed on a request, or (key 0) is there."""
+        """A tokenizer has passed on a request, or (key 0) has connected."""
         self._intake.tokenizer_done(identity, key)
         self._dispatch(now)
 
     def _dispatch(self, now: float) -> None:
-        """Give the tokenizers as many prompts as they have room for, none of them out of time."""
+        """Give the tokenizers as many prompts as they have room for. Requests out of time end first."""
         self._expire(now)
         for identity, message in self._intake.dispatch(_ns(now)):
             self._send(Peer.TOKENIZER, message, identity)
 
     def accepted(self, keys: Iterable[int]) -> None:
-        """The scheduler has these requests: it looks after their time, and cancellations that came before can be
-        passed on."""
+        """The scheduler has these requests and enforces their time-outs. Pass on cancellations that came earlier."""
         for key in keys:
             request = self.table.request(key)
             if request is None:  # ended already
@@ -408,7 +408,7 @@ class Gateway:
                     self._close(request)
 
     def withdrawn(self, keys: Iterable[int], now: float) -> None:
-        """The scheduler does not have these requests, and will decline them when they arrive."""
+        """The scheduler does not have these requests, and will drop them when they arrive."""
         ended, over = self._intake.withdrawn(keys)
         self._cancels += over
         self._end(ended, now)
@@ -435,7 +435,7 @@ class Gateway:
             self._end(self._intake.stop(due), now)
 
     def tick(self, now: float) -> None:
-        """End what is out of time, and look after clients that have vanished or stopped reading.
+        """End requests that are out of time, and drop clients that have vanished or stopped reading.
 
         Call at least as often as `timeout_s` says.
         """

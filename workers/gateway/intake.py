@@ -1,6 +1,7 @@
-"""Requests from their arrival until the scheduler has them: they wait for a tokenizer, and then a tokenizer has them.
+"""Tracks requests from their arrival until the scheduler has them: queued for a tokenizer, then at a tokenizer.
 
-Owns the queue, what is under way to the tokenizers, and the time-outs of these requests. Answers nobody (`core.py`).
+Owns the queue, the prompts under way to the tokenizers, and the time-outs of these requests. Sends no answers:
+`core.py` does.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Intake:
         self._table = table
         self._tokenizers = Tokenizers(bootstrap.tokenizer_window, bootstrap.tokenizer_window_bytes)
         self._timers = Timers(self._is_ours)
-        self._withdraws: list[int] = []  # no more than are under way to tokenizers
+        self._withdraws: list[int] = []  # at most as many as are under way to tokenizers
 
     @property
     def first_timer_ns(self) -> int | None:
-        """When `take_due` may have something to say; None: not before the next `add`."""
+        """When `take_due` may return something; None: not before the next `add`."""
         return self._timers.first_ns
 
     def clear(self) -> None:
@@ -60,7 +61,7 @@ class Intake:
         self.queue.add(tokenize, frame_bytes, num_held)
 
     def _set_timers(self, key: int, scheduling: SchedulingParams, now_ns: int) -> int:
-        """The scheduler sets the same ones when it has the request. Returns the time of the deadline; 0 = none."""
+        """Set timers, as the scheduler will when it has the request. Returns the time of the deadline; 0 = none."""
         wait_s = scheduling.queue_timeout_s or self._queue_timeout_s
         if wait_s is not None:
             self._timers.add(now_ns + round(wait_s * 1e9), key, "queue_timeout")
@@ -89,7 +90,7 @@ class Intake:
     def stop(self, ends: Ends) -> Ends:
         """Stop requests that the scheduler does not have, as far as is known here.
 
-        Returns those that have ended with this; the scheduler has to say what becomes of the others.
+        Returns those that have ended now; for the others, the scheduler's answer decides.
         """
         ended: Ends = []
         for request, reason in ends:
@@ -102,17 +103,17 @@ class Intake:
         return ended
 
     def take_withdraws(self) -> Withdraw | None:
-        """What the scheduler has to be told since the last call."""
+        """The message for the scheduler about requests withdrawn since the last call."""
         if not self._withdraws:
             return None
         keys, self._withdraws = self._withdraws, []
         return Withdraw(keys=keys)
 
     def withdrawn(self, keys: Iterable[int]) -> tuple[Ends, list[int]]:
-        """The scheduler does not have these requests, and will decline them when they arrive.
+        """The scheduler does not have these requests, and will drop them when they arrive.
 
-        Returns those that have ended with this, and the keys of those that had come and ended before: the scheduler
-        need wait for them no longer.
+        Returns those that have ended now, and the keys of those that had arrived and ended earlier: the scheduler need
+        not expect them any more.
         """
         ended: Ends = []
         over = []
@@ -126,12 +127,12 @@ class Intake:
         return ended, over
 
     def tokenizer_done(self, identity: bytes, key: int) -> None:
-        """A tokenizer has handed on a request, or (key 0) is there."""
+        """A tokenizer has passed on a request, or (key 0) has connected."""
         self._tokenizers.done(identity, key)
         self.queue.end(key)
 
     def dispatch(self, now_ns: int) -> Iterator[tuple[bytes, Tokenize]]:
-        """Prompts for the tokenizers, in the order of the policy, while there is room; and to which each goes."""
+        """Yield prompts in the order of the policy while a tokenizer has room, each with the tokenizer that gets it."""
         while len(self.queue) and (tokenizer := self._tokenizers.next()) is not None:
             message, num_bytes = self.queue.take_next(now_ns)
             request = self._table.request(message.key)

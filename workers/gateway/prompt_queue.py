@@ -2,7 +2,7 @@
 
 The policy is the scheduler's, which applies it again to tokenized prompts. Here only the bytes of a prompt are known,
 and four bytes of its message count as a token: that is exact for token ids, and close for most text. So with "fair"
-tenants share the tokenizers by bytes; the scheduler then charges them the tokens that they really get.
+tenants share the tokenizers by bytes; the scheduler then charges them the real number of tokens.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class PromptQueue:
         return len(self._policy)
 
     def held_bytes(self, message: Generate, frame_bytes: int) -> int:
-        """About how much memory a request takes while it waits: bytes, rather too many than too few.
+        """About how many bytes of memory a request takes while it waits; rounded up.
 
-        That is its frame, or its text where that is more (a string is as wide as its widest character, up to four times
-        its frame), and what the objects take besides, however small the frame is.
+        Counts its frame, or its text if that is larger: a string is as wide as its widest character, up to four times
+        the frame. Adds the memory of its Python objects, which even the smallest request has.
         """
         params, chat = message.params, message.chat or []
         texts = [message.prompt or "", *params.stop]
@@ -76,17 +76,17 @@ class PromptQueue:
         return content + num_items * ITEM_OVERHEAD_BYTES + self._overhead_bytes
 
     def check_room(self, num_bytes: int, now_ns: int) -> None:
-        """Raise QueueFull if a request that holds this much would be too much."""
+        """Raise QueueFull if a request of this many bytes would exceed the bound."""
         if len(self) and self.num_bytes + num_bytes > self._max_bytes:
             retry_s = self._departures.retry_after_s(self.num_bytes, now_ns)
             raise QueueFull(
-                f"requests that hold {self.num_bytes} bytes wait for a tokenizer; with this one's {num_bytes} that "
-                f"would be more than frontend.max_queued_bytes ({self._max_bytes}): try again in {retry_s:g} s",
+                f"requests that wait for a tokenizer hold {self.num_bytes} bytes; this one's {num_bytes} would exceed "
+                f"frontend.max_queued_bytes ({self._max_bytes}): try again in {retry_s:g} s",
                 retry_s,
             )
 
     def add(self, message: Tokenize, frame_bytes: int, held_bytes: int) -> None:
-        """A prompt begins to wait. `frame_bytes` are the length of the message that it came in."""
+        """A prompt begins to wait. `frame_bytes` is the length of its message."""
         if not len(self):
             self._departures.begin(message.arrived_ns)
         prompt = self._prompts[message.key] = Prompt(message, frame_bytes, held_bytes)
@@ -105,7 +105,7 @@ class PromptQueue:
         return message, prompt.num_bytes
 
     def end(self, key: int) -> None:
-        """A prompt has left: its request has ended while it waited, or a tokenizer has handed it on."""
+        """A prompt has left: its request ended while it waited, or a tokenizer has passed it on."""
         prompt = self._prompts.pop(key, None)
         if prompt is None:
             return

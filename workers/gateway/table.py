@@ -13,7 +13,7 @@ class RequestState(enum.Enum):
     """How far a request is; what a cancellation has to do depends on it."""
 
     QUEUED = "queued"  # here
-    TOKENIZING = "tokenizing"  # on its way to the scheduler, which may not know it yet: a Withdraw stops it there
+    TOKENIZING = "tokenizing"  # on its way to the scheduler, which may not have it yet: a Withdraw stops it there
     ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
 
 
@@ -27,7 +27,7 @@ class Request:
         self.keys = range(key, key + num_samples)  # of its samples
         self.client: Client | None = client
         self.request_id = request_id
-        self.num_prompt_tokens = num_prompt_tokens  # 0: nobody knows before it is tokenized
+        self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens are not counted before it is tokenized
         self.state = RequestState.QUEUED
         self.is_cancelled = False
         self.withdrawn_as: FinishReason | None = None  # why, if a Withdraw was sent

@@ -1,7 +1,7 @@
 """Which prompts are under way to each tokenizer, and which tokenizer gets the next one.
 
-A tokenizer takes its prompts in the order in which it gets them, so what is under way to it can no longer be overtaken.
-That is kept to what bridges the time until the gateway looks at its sockets again.
+A tokenizer takes its prompts in the order in which it gets them, so the policy cannot reorder prompts under way to it.
+The gateway therefore keeps few under way: enough to keep a tokenizer busy until the gateway reads its sockets again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Tokenizer:
 
 
 class Tokenizers:
-    """All that are connected.
+    """All connected tokenizers.
 
     Args:
         max_prompts: under way to one tokenizer.
-        max_bytes: of their messages; the one that exceeds the bound is the last.
+        max_bytes: of their messages; the prompt that reaches the bound is the last one.
     """
 
     def __init__(self, max_prompts: int, max_bytes: int) -> None:
         self._max_prompts = max_prompts
         self._max_bytes = max_bytes
         self._tokenizers: dict[bytes, Tokenizer] = {}
-        self._free: dict[bytes, Tokenizer] = {}  # those of them that have room
+        self._free: dict[bytes, Tokenizer] = {}  # those that have room
 
     def next(self) -> Tokenizer | None:
         """The tokenizer with the fewest bytes under way, of those that have room."""
@@ -48,7 +48,7 @@ class Tokenizers:
             del self._free[tokenizer.identity]
 
     def done(self, identity: bytes, key: int) -> None:
-        """A tokenizer has handed on a prompt, or (key 0) is there."""
+        """A tokenizer has passed on a prompt, or (key 0) has connected."""
         tokenizer = self._tokenizers.get(identity)
         if tokenizer is None:
             tokenizer = self._tokenizers[identity] = Tokenizer(identity)

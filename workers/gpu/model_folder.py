@@ -1,6 +1,6 @@
-"""Which files of a model's folder are read, and whether they are there. Knows neither torch nor transformers.
+"""Chooses the weight files of a model's folder and checks that they are there. Knows neither torch nor transformers.
 
-The launcher asks before it starts anything, and the GPU process when it loads: both choose the same weights.
+The launcher calls this before it starts anything, and the GPU process when it loads, so both choose the same weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER_BYTES: Final = 1024  # as Git LFS has it
-_OTHER_CONTENTS: Final = (  # of folders without the files that we read: how to know one, and what to do with it
+_OTHER_CONTENTS: Final = (  # for folders without the files that we read: a pattern that identifies them, and the cure
     ("adapter_config.json", "it holds an adapter: merge that into its base model, and give the merged model's folder"),
     ("snapshots/*/config.json", "it is a folder of the hub's cache: give the hub id, or the folder in its snapshots"),
     ("*.gguf", "it holds GGUF files, which are not read: use the model's safetensors"),
@@ -28,9 +28,9 @@ _OTHER_CONTENTS: Final = (  # of folders without the files that we read: how to 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one for all if there is one, else those of the index, as transformers chooses.
+    """The safetensors files of a model: model.safetensors if it exists, else those of the index, as in transformers.
 
-    Raises ConfigError, naming the first file that is missing or only points to itself.
+    Raises ConfigError, naming the first file that is missing or is only a Git LFS pointer.
     """
     files = [folder / _WEIGHTS]
     index = folder / _INDEX
@@ -59,7 +59,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def other_contents(folder: Path) -> str | None:
-    """What a folder holds instead of a model that we can read, and the cure; None if nothing that we know."""
+    """What a folder holds instead of a model that we can read, and the cure; None if it holds nothing known."""
     return next((cure for pattern, cure in _OTHER_CONTENTS if next(folder.glob(pattern), None) is not None), None)
 
 
@@ -71,7 +71,7 @@ def check_pointers(files: Iterable[Path]) -> None:
                 continue
             start = file.read_bytes()[: len(_POINTER)]
         except OSError:
-            continue  # whoever needs it says so
+            continue  # the code that needs the file reports it
         if start == _POINTER:
             raise ConfigError(
                 f"model.path ({str(file.parent)!r}): {file.name} is only a Git LFS pointer to the file: run "

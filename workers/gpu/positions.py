@@ -1,4 +1,4 @@
-"""How long a model's sequences may be, by its configuration. Knows neither torch nor transformers."""
+"""Reads from a model's configuration how long its sequences may be. Knows neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any, Final
 _LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _ROPE_KEYS: Final = ("factor", "original_max_position_embeddings")
 _MAX_NUMBER: Final = 2**31 - 1
-_STRETCHED: Final = ("linear", "yarn", "llama3")  # others change with the length, or are part of the length as given
+# Other types vary with the length, or the declared length includes their factor.
+_STRETCHED: Final = ("linear", "yarn", "llama3")
 
 
 def num_positions(text_config: Mapping[str, Any]) -> int | None:
-    """The declared length, or what a factor of RoPE makes of it, whichever is more; None if there is none.
+    """The larger of the declared length and the length that a RoPE factor gives; None if no length is declared.
 
     A factor multiplies the length that the model was trained for: `original_max_position_embeddings`, or else the
-    declared one. Both are common: a length with the factor in it, and one that was left as it was. Where layers have
-    different RoPE, all must reach.
+    declared one. In some models the declared length includes the factor, in others it does not. If layers have
+    different RoPE settings, the smallest result counts.
     """
     known = (text_config.get(key) for key in _LENGTH_KEYS)
     length = next((value for value in known if isinstance(value, int) and value >= 1), None)
@@ -26,9 +27,9 @@ def num_positions(text_config: Mapping[str, Any]) -> int | None:
 
 
 def unfit_rope_value(text_config: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """A key of RoPE's scaling and its value, if no model can compute with that: 0, a string, infinity.
+    """A key of RoPE's scaling and its value, if no model can compute with it: 0, a string, infinity.
 
-    Some of these make transformers fail in its own words, and others make every logit NaN.
+    Some of these make transformers fail with an unclear error, and others make every logit NaN.
     """
     for rope in _ropes(text_config):
         if _type(rope) in (None, "default"):

@@ -58,7 +58,7 @@ class Backlog:
             )
         else:
             return None
-        retry_s = self._admissions.retry_after_s(num, self._clock())  # when those that wait now have been admitted
+        retry_s = self._admissions.retry_after_s(num, self._clock())  # the time to admit the requests that wait now
         return Ended(
             key=message.key,
             finish_reason="error",

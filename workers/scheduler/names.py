@@ -49,12 +49,12 @@ class NameTable:
         return blocks if is_found.all() else blocks[: int(is_found.argmin())]
 
     def find_all(self, names: NameArray) -> Int32Array:
-        """The blocks of all of these names that a block has."""
+        """The blocks of those names that have one."""
         blocks, is_found = self._look_up(names)
         return blocks[is_found]
 
     def _look_up(self, names: NameArray) -> tuple[Int32Array, BoolArray]:
-        """A block for each name, and whether it really has that name."""
+        """A candidate block for each name, and whether the block really has that name."""
         first, second = names[:, 0], names[:, 1]
         sets = (first & self._mask).view(np.int64)
         places = sets * WAYS + (self._sets.take(sets, axis=0) == first[:, None]).argmax(axis=1)

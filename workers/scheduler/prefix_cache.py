@@ -94,10 +94,9 @@ class PrefixCache:
         return bool(self._next_full[request.row] > request.num_prompt // self._size * self._size)
 
     def withdraw(self, request: Request) -> None:
-        """From now on `find` gives none of the blocks that a request with a row has computed or found: their KV may
-        hold NaN.
+        """Drop the names of all blocks that a request with a row has computed or found: their KV may hold NaN.
 
-        By name, because the request may hold its blocks no longer.
+        Goes by name, because the request may not hold these blocks any more.
         """
         if request.names is not None:
             row = request.row

@@ -103,7 +103,7 @@ def requests_of(
 
 
 def opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = None) -> Opened:
-    """What the detokenizer hears of a request first. `token_ids` is the prompt; None: the request is refused."""
+    """The detokenizer's first message about a request. `token_ids` is the prompt; None: the request is refused."""
     return Opened(
         key=message.key,
         route=message.route,

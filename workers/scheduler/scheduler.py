@@ -74,7 +74,7 @@ class Scheduler:
         self._clock = clock
         self._rows = Rows(shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
         self._requests: dict[int, Request] = {}  # every open one by key
-        self._withdrawn: set[int] = set()  # to be declined when they arrive
+        self._withdrawn: set[int] = set()  # withdrawn before they arrived: dropped when they arrive
         self._timers = Timers(self._requests.__contains__)
         self._backlog = Backlog(config, make_policy(config, shape.max_num_seqs), clock)
         self._chunk = ChunkLimit(None if config.max_itl_ms is None else config.max_itl_ms / 1e3)
@@ -97,7 +97,7 @@ class Scheduler:
 
     @property
     def num_withdrawn(self) -> int:
-        """Requests that are declined when they arrive."""
+        """Number of withdrawn requests that may still arrive, and are dropped then."""
         return len(self._withdrawn)
 
     @property
@@ -133,9 +133,9 @@ class Scheduler:
     # Arrivals, cancellations and time-outs
 
     def add(self, message: Tokenized) -> bool:
-        """Take in a request, all its samples; one that cannot be served is opened and ended at once.
+        """Queue a request with all its samples. A request that cannot be served is opened and ended at once.
 
-        False: it was withdrawn, and nobody hears of it.
+        Returns False if the gateway withdrew it: then the scheduler drops it and tells no process.
         """
         assert message.key not in self._requests, f"key {message.key} was drawn twice"
         if message.key in self._withdrawn:
@@ -166,14 +166,14 @@ class Scheduler:
         return True
 
     def _decline_prompt(self, message: Tokenized) -> None:
-        """The ids of a request that is not taken lie in the ring all the same."""
+        """Release a request's token ids in the prompt ring: they are there although the request is not queued."""
         if message.ticket:
             self.prompts.decline(message.ring, message.ticket, message.num_prompt_tokens)
 
     def withdraw(self, keys: list[int]) -> list[int]:
-        """Decline these requests when they arrive, unheard by the detokenizer, if they have not arrived yet.
+        """Of these requests, drop on arrival those that are not open now, without telling the detokenizer.
 
-        Returns the keys of those. One that has arrived and ended is among them: a `cancel` of it must follow.
+        Returns their keys. These include requests that arrived and ended earlier: a `cancel` of those must follow.
         """
         withdrawn = [key for key in keys if key not in self._requests]
         self._withdrawn.update(withdrawn)
@@ -199,7 +199,7 @@ class Scheduler:
                 self.counts[f"num_{reason}"] += self._end_early([key], reason)
 
     def _set_timers(self, key: int, message: Tokenized) -> None:
-        """What has passed since the gateway took the request counts."""
+        """Set the request's timers. Both count from its arrival at the gateway."""
         if message.deadline_ns:
             self._timers.add(message.deadline_ns, key, "deadline")
         wait_s = message.scheduling.queue_timeout_s or self._queue_timeout_s
@@ -276,7 +276,7 @@ class Scheduler:
     def _fail(self, rows: IntArray) -> None:
         """End the rows whose logits are not finite with an error, and withdraw their blocks from the prefix cache.
 
-        A request that has found one of these blocks meanwhile computes with the same tokens, so it ends likewise.
+        Another request that already shares one of these blocks computes with the same tokens, so it ends likewise.
         """
         requests = [request for row in rows.tolist() if (request := self._rows.requests[row]) is not None]
         for request in requests:

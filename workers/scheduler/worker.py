@@ -97,8 +97,8 @@ def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
 
 
 def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[SchedulerToGateway]:
-    """Hand what has arrived to the scheduler, up to a bound. Returns what the gateway must hear of that, in order: an
-    arrival before the news that the same request is not open."""
+    """Hand up to MAX_MESSAGES messages to the scheduler. Returns the answers for the gateway, in order: a request's
+    `Accepted` comes before a `Withdrawn` of the same request."""
     accepted: list[int] = []
     answers: list[SchedulerToGateway] = []
     for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
@@ -157,7 +157,7 @@ class StepChannel:
 
 
 def _await_start(process: WorkerProcess) -> Start:
-    """Sleep until the launcher's Start says what the scheduler must know of GPU process and tokenizers."""
+    """Sleep until the launcher's Start, which has the facts about the GPU process and the tokenizers."""
     starts: list[Start] = []
 
     def on_control(message: Any) -> None:
@@ -175,9 +175,9 @@ def _await_start(process: WorkerProcess) -> Start:
 
 
 def eos_token_ids(of_model: list[int], info: dict[str, int]) -> list[int]:
-    """The ids that end a sequence: the model's, and the tokenizer's eos token, which fine-tunes may name alone."""
+    """The ids that end a sequence: the model's and the tokenizer's eos token. Some fine-tunes only set the latter."""
     of_tokenizer = info.get(EOS_TOKEN_ID)
     if of_tokenizer is None or of_tokenizer in of_model:
         return of_model
-    logger.info("the tokenizer's eos_token (%d) ends sequences, besides the model's eos ids %s", of_tokenizer, of_model)
+    logger.info("the tokenizer's eos_token (%d) ends sequences, as do the model's eos ids %s", of_tokenizer, of_model)
     return [*of_model, of_tokenizer]

@@ -30,25 +30,25 @@ _CONTROL_TOKEN: Final = re.compile(r"<\|[^\s<|>{}'\"]+\|>")
 
 
 class ChatTemplate:
-    """A model's compiled template, or the reason why there is none to use, which `render` gives."""
+    """A model's compiled template, or the reason why it has none, which `render` raises."""
 
     def __init__(self, source: str | None, names: dict[str, str], problem: str = _NO_TEMPLATE) -> None:
         self._names = names  # bos_token and the like
         self._template: Any = None
         self._problem = problem
-        self.control_tokens = sorted(set(_CONTROL_TOKEN.findall(source or "")))  # that it writes itself
+        self.control_tokens = sorted(set(_CONTROL_TOKEN.findall(source or "")))  # that the template itself writes
         if source is not None:
             try:
                 self._template = _environment().from_string(source)
-            except Exception as error:  # jinja2 raises its own, and what its parser runs into
+            except Exception as error:  # jinja2 raises its own errors and those of its parser
                 self._problem = f"the model's chat template cannot be compiled: {error}"
 
     @classmethod
     def load(cls, folder: str, names: dict[str, str]) -> ChatTemplate:
-        """The folder's template, from where AutoTokenizer takes it; `names` are the special tokens that it may write.
+        """Load the folder's template, from the same files as AutoTokenizer; `names` are the special tokens for it.
 
         Files (chat_template.jinja, additional_chat_templates/*.jinja) outrank tokenizer_config.json. Of several
-        templates it is the one named "default". A template that cannot be read is a problem of chats alone.
+        templates, the one named "default" is used. If the template cannot be read, only chats fail.
         """
         config = Path(folder) / "tokenizer_config.json"
         try:
@@ -80,7 +80,7 @@ class ChatTemplate:
 
 
 def _of_files(folder: Path) -> dict[str, str]:
-    """Templates by name, of those that are files of their own."""
+    """Templates that are separate files, by name."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     templates = {}
@@ -94,7 +94,7 @@ def _of_files(folder: Path) -> dict[str, str]:
 
 
 def _of_config(file: Path, value: Any) -> dict[str, str]:
-    """Templates by name, of the setting: one text, texts by name, or a list of objects with name and template."""
+    """Templates of tokenizer_config.json, by name: one text, texts by name, or a list of {name, template}."""
     if value is None:
         return {}
     if isinstance(value, str):

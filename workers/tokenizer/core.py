@@ -45,9 +45,9 @@ class PromptEncoder:
         self._max_chars = _SHRINK * max_model_len * longest_token
 
     def split_control_tokens(self) -> Iterator[str]:
-        """Warnings about control tokens of the template that the tokenizer takes apart.
+        """Warnings about control tokens of the template that the tokenizer splits into several tokens.
 
-        Some models are trained so; for others it is a token that was forgotten.
+        Some models are trained that way; in other models the tokenizer lacks a token.
         """
         for text in self._template.control_tokens:
             num_tokens = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -60,7 +60,7 @@ class PromptEncoder:
             token_ids = self._token_ids(request)
             self._check(token_ids, request)
         except RingfeedError as error:
-            # With its traceback it would hold the frames that hold it: garbage with a prompt in it.
+            # With its traceback it would form a reference cycle (error, frames, error) that keeps a prompt in memory.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             return Encoded(request, _NO_IDS, error)
         except BaseException as error:

@@ -32,14 +32,14 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     loaded = load_tokenizer(bootstrap.model_path)
     template = ChatTemplate.load(bootstrap.model_path, loaded.special_tokens)
     encoder = PromptEncoder(loaded.tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
-    if bootstrap.ring_index == 1:  # the first tokenizer speaks for all
+    if bootstrap.ring_index == 1:  # all tokenizers would log the same
         for note in loaded.notes:
             logger.info("%s", note)
         for warning in (*loaded.warnings, *encoder.split_control_tokens()):
             logger.warning("%s", warning)
     worker = TokenizerWorker(process, bootstrap, encoder)
     process.ready(**({} if loaded.eos_token_id is None else {EOS_TOKEN_ID: loaded.eos_token_id}))
-    gc.enable()  # what a chat template leaves may be garbage, and hold a whole prompt; no step waits for us
+    gc.enable()  # chat templates may leave cycles that hold a whole prompt; no step waits for us
     worker.serve()
 
 

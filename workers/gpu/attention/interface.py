@@ -23,7 +23,7 @@ from workers.gpu.batch import StepBatch
 from workers.gpu.kv_cache import KVCache
 
 ATTENTION_NAME: Final = "ringfeed_paged"
-MASKED_NAME: Final = "ringfeed_masked"  # the same with masks, for the gate's look at them: workers/gpu/model/masks.py
+MASKED_NAME: Final = "ringfeed_masked"  # the same with masks, which the gate checks: workers/gpu/model/masks.py
 
 
 class AttentionHandler(Protocol):

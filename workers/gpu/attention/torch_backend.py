@@ -231,10 +231,10 @@ def _attend_in_steps(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same in plain operations, with soft cap and sinks; the softmax in float32.
+    """The same in plain torch operations, with soft cap and sinks. The softmax is in float32.
 
-    Masked positions contribute exactly nothing, whatever their K and V hold. A query that sees a V which is not finite
-    gets NaN.
+    Masked positions contribute exactly nothing, whatever their K and V hold. A query that sees a non-finite V gets
+    NaN.
     """
     num_seqs, num_tokens, num_heads, _ = queries.shape
     num_kv_heads, num_keys = keys.shape[1:3]
@@ -265,5 +265,5 @@ def _attend_in_steps(
 
 
 def _is_finite(output: torch.Tensor) -> bool:
-    """Whether every element is finite, in one pass. A sum that overflows says no; the slower path is then right too."""
+    """Whether every element is finite, in one pass. May say no if the sum overflows; the slower path is also right."""
     return math.isfinite(output.sum(dtype=torch.float32).item())

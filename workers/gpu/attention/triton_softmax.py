@@ -52,7 +52,7 @@ def attend_range(
 ) -> tl.tensor:
     """Take KV positions begin..end into the softmax. Returns (maximum, total, output).
 
-    EXACT: a V that is not finite makes the total of the rows that see it NaN, and contributes nothing to the others.
+    EXACT: a non-finite V makes the total NaN in rows that see it, and contributes nothing to other rows.
     """
     dim_k = tl.arange(0, BLOCK_DIM_K)
     dim_v = tl.arange(0, BLOCK_DIM_V)

@@ -4,9 +4,9 @@ It is there to be compared with, and for devices on which the Triton kernels do 
 asks for it. What it needs of torch, the device and the model is checked at load, what it needs of `cache.block_size`
 with the configuration; soft caps, sinks, float32 and value heads of another size than key heads it does not have.
 
-A masked position has the weight 0 in that kernel, so one kind of fault spreads further here than in the other backends:
-if a token's V is NaN or infinite, earlier tokens of the same chunk become NaN too where the kernel computes both in one
-tile. What lies behind a sequence's end is never read.
+That kernel gives a masked position the weight 0, and 0 x NaN is NaN. So if a token's V is NaN or infinite, earlier
+tokens of the same chunk become NaN too where the kernel computes both in one tile. Other backends have no such limit.
+The kernel never reads beyond a sequence's end.
 
 No length is read on the host, so that a step can be captured in a graph, `begin_step` included: the sizes that the
 kernel's grid is made from are the largest that the bucket may hold. A sequence's blocks beyond its own tokens end at

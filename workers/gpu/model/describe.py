@@ -1,6 +1,6 @@
-"""`python -m workers.gpu.model.describe FOLDER`: what transformers makes of a model's config.json, as a line of JSON.
+"""`python -m workers.gpu.model.describe FOLDER`: how transformers reads a model's config.json, as a line of JSON.
 
-For the launcher, which does not import transformers, and asks where the file alone does not tell. Prints an object
+For the launcher, which does not import transformers, for models whose file alone does not say enough. Prints an object
 with the text model's configuration, its defaults filled in, as `text_config`, or with an `error`.
 """
 

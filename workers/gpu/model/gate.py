@@ -1,10 +1,11 @@
 """Decides whether a model of transformers computes the same on paged attention; refuses it at load if not.
 
 A packed step is right for a model whose tokens meet in the attention function alone, which knows who may see whom.
-Three looks decide. The configuration says what a family declares. The parts of the built model say how positions are
-embedded. And a probe runs the model's forward a few times, with an attention in which no token sees another: it finds
-the calls of each layer, whether a mask would hide more from them than they are told, and whether anything else carries
-information from token to token (state-space layers, convolutions, linear attention) or counts positions by itself.
+Three checks decide. The configuration shows what a family declares. The modules of the built model show how it embeds
+positions. A probe runs the model's forward a few times, with an attention in which no token sees another. It records
+the attention calls of each layer, and compares their masks with their arguments. It also finds anything else that
+carries information from token to token (state-space layers, convolutions, linear attention) or counts positions by
+itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from workers.gpu.model.probe import Call, MaskProbe, Probe, unsupported
 from workers.gpu.positions import num_positions
 
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
-_WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers in which each token is by itself
+_WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers that treat each token by itself
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
@@ -77,10 +78,10 @@ def prepare_model(model: nn.Module, max_model_len: int) -> None:
     config: Any = model.config
     text = config.get_text_config()
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
-    if text._attn_implementation != ATTENTION_NAME:  # it keeps the old one, in silence
+    if text._attn_implementation != ATTENTION_NAME:  # transformers keeps the old one without an error
         raise unsupported(config, "its attention does not go through transformers' attention interface")
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # it looks for padding in every input, and waits for the device
+        if isinstance(module, PreTrainedModel):  # it would look for padding in every input, which waits for the device
             module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
         if getattr(module, "rope_type", None) is not None:
             _freeze_rope(config, module, max_model_len)
@@ -180,7 +181,7 @@ def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """By the largest logit; the median token's, because a rounding may send one token to other experts."""
-    error = torch.where(logits == expected, 0, (logits - expected).abs()).amax(dim=-1).flatten()  # -inf is -inf
+    error = torch.where(logits == expected, 0, (logits - expected).abs()).amax(dim=-1).flatten()  # -inf equals -inf
     error /= expected.abs().masked_fill(expected.isinf(), 0).max().clamp(min=1e-6)
     return float(error.median())
 

@@ -147,7 +147,7 @@ def load_config(path: str) -> Any:
 
 
 def _check_model_type(path: str, plain: dict[str, Any]) -> None:
-    """transformers' own words on this are long, and advise what does not help here."""
+    """Replaces transformers' message, which is long and gives advice that does not help here."""
     model_type = plain.get("model_type")
     if model_type is None or model_type in CONFIG_MAPPING:
         return
@@ -163,7 +163,7 @@ def _check_model_type(path: str, plain: dict[str, Any]) -> None:
 
 
 def _check_dtype(path: str, plain: dict[str, Any]) -> None:
-    """transformers looks the name up in torch, and fails later on what it finds there."""
+    """transformers looks the name up in torch without checking what it finds, and fails later."""
     text = plain.get("text_config")
     for each in (plain, text if isinstance(text, dict) else {}):
         name = each.get("dtype") or each.get("torch_dtype")
@@ -225,7 +225,7 @@ def _read_weights(
             f"{unreadable}: {name} is {stored} in the files and {wanted} in the model: is config.json of the same "
             "model?"
         )
-    if report.missing:  # transformers would run on with random ones
+    if report.missing:  # transformers would continue with random ones
         raise ConfigError(
             f"model.path ({config.path!r}) lacks {len(report.missing)} of the model's weights, {report.missing[0]} "
             "among them"

@@ -1,9 +1,9 @@
-"""Compares the masks that a model asks transformers for with what its attention calls are told.
+"""Compares the masks that a model requests from transformers with the arguments of its attention calls.
 
 Paged attention gets no masks: it lets a token see itself and those before it, within the `sliding_window` of the call.
-A model may keep more than that to its masks, such as a window, chunks, or sight of later tokens. So the model is run
-once under a name of attention for which transformers does build masks. Each mask stands for the function that it is
-built from, which can be asked about any two positions, not only the few that the model is run on.
+A model may express more than that in its masks alone, such as a window, chunks, or sight of later tokens. So the gate
+runs the model once with an attention name for which transformers builds masks. Each mask stands for its mask function,
+which can be evaluated for any two positions, not only for the few positions of the run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import AttentionMaskInterface
 from workers.gpu.attention.interface import ATTENTION_NAME, MASKED_NAME
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""transformers': whether, in sequence b and head h, the token at position q sees the one at k; (b, h, q, k)."""
+"""transformers' mask function of (b, h, q, k): whether token q sees token k, in sequence b and head h."""
 
-_masks: dict[int, tuple[torch.Tensor, MaskFunction]] = {}  # by their memory, which slices of a mask share
+_masks: dict[int, tuple[torch.Tensor, MaskFunction]] = {}  # by memory address, which slices of a mask share
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def building_masks(model: nn.Module) -> Iterator[None]:
 
 
 def function_of(mask: Any) -> MaskFunction | None:
-    """What a mask that came to an attention call was built from; None if it is none of transformers'."""
+    """The function of a mask that an attention call was given; None if transformers did not build the mask."""
     if not isinstance(mask, torch.Tensor):
         return None
     _, function = _masks.get(mask.untyped_storage().data_ptr(), (None, None))
@@ -45,9 +45,9 @@ def function_of(mask: Any) -> MaskFunction | None:
 
 
 def agreeing_length(function: MaskFunction, window: int | None, max_model_len: int, device: torch.device) -> int:
-    """Up to which length of sequences a mask is no other than paged attention's own; at most `max_model_len`.
+    """The longest sequence for which a mask equals paged attention's own mask; at most `max_model_len`.
 
-    `window`: what the attention call is told. 0 if they disagree from the first tokens on.
+    `window`: the attention call's argument. 0 if the masks differ from the first token on.
     """
     keys = torch.arange(max_model_len, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -65,7 +65,7 @@ def agreeing_length(function: MaskFunction, window: int | None, max_model_len: i
         return max_model_len
     if not agrees(0):
         return 0
-    low, high = 0, last  # a window or a chunk makes a difference to every token from some position on
+    low, high = 0, last  # a window or a chunk affects every token from some position on
     while low < high:
         middle = (low + high) // 2
         if agrees(middle):
@@ -76,9 +76,9 @@ def agreeing_length(function: MaskFunction, window: int | None, max_model_len: i
 
 
 class _MoreOfTheSame(TorchFunctionMode):
-    """Lets a mask look up its tokens at positions beyond those that it was made for: they are taken for its last one.
+    """Lets a mask function index tensors beyond their end, by using the last element instead.
 
-    Without it, that would be an error, which a GPU does not survive.
+    Otherwise the index would be out of bounds, and on a GPU the process cannot continue after that error.
     """
 
     def __torch_function__(
@@ -94,7 +94,7 @@ class _MoreOfTheSame(TorchFunctionMode):
 def _build_mask(
     batch_size: int, q_length: int, kv_length: int, *, mask_function: MaskFunction, device: torch.device, **_: Any
 ) -> torch.Tensor:
-    """What transformers calls for a mask, by keywords: one of the right shape, which only stands for its function."""
+    """transformers calls this for a mask, by keywords. Returns one of the right shape that stands for its function."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
     _masks[mask.untyped_storage().data_ptr()] = (mask, mask_function)
     return mask

@@ -1,4 +1,4 @@
-"""What stands in for attention when the gate looks at a model: it records calls, and compares them with their masks."""
+"""Replaces attention while the gate probes a model: records the calls, and compares them with their masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.kv_cache import LayerShape
 from workers.gpu.model.masks import MaskFunction, agreeing_length, function_of
 
-_HARMLESS_TENSORS: Final = (  # passed on to attention by some families, and not used there
+_HARMLESS_TENSORS: Final = (  # some families pass these to attention, which does not use them
     "position_ids", "cache_position", "logits_to_keep",
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ class Probe:
 
 
 class MaskProbe(Probe):
-    """Compares the mask that each call is given with what the call is told beside it."""
+    """Compares the mask of each attention call with the call's other arguments."""
 
     def __init__(self, config: Any, max_model_len: int) -> None:
         super().__init__(config)

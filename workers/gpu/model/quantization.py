@@ -1,8 +1,8 @@
-"""Refuses weights that transformers would load without what scales them back, which would be noise.
+"""Refuses quantised weights that transformers would load without their scales, which would give noise.
 
-transformers skips a quantization method that it does not know, with no more than a warning, and loads the numbers as
-they are stored. What it knows it loads itself; some methods need packages that are not installed. The files tell the
-rest: a tensor that the model has no use for may be the scale of another.
+transformers only warns of a quantization method that it does not know, and loads the numbers as they are stored. It
+loads the methods that it knows, but some of these need packages that are not installed. The files show other cases: a
+tensor that the model has no place for may be the scale of another.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _CONSTANTS: Final = re.compile(  # once stored with a model, now computed by it
 
 
 def drop_empty_declarations(config: Any) -> None:
-    """Take out of a transformers configuration what says that weights are quantised, and not how: nothing is."""
+    """Remove quantization settings that are empty or switched off from a transformers configuration."""
     for each in (config, config.get_text_config()):
         if hasattr(each, _DECLARATIONS[0]) and _declared(each, _DECLARATIONS[0]) is None:
             del each.quantization_config
 
 
 def check_quantization(path: str, folder: Path, config: Any) -> None:
-    """Look at what a model's configuration says of its weights, before any is read.
+    """Check what a model's configuration declares about quantization, before any weight is read.
 
     `config` is transformers'; `folder` holds the model's files. Raises ModelUnsupported for quantised weights that
     transformers cannot load here.
@@ -82,10 +82,10 @@ def check_quantization(path: str, folder: Path, config: Any) -> None:
 
 @contextmanager
 def loading_quantized(path: str, config: Any) -> Iterator[None]:
-    """Raise ModelUnsupported, in one line, for whatever keeps transformers from loading quantised weights.
+    """Turn any error of transformers on quantised weights into a ModelUnsupported of one line.
 
-    Each method has its own way to say what it lacks, or fails in the middle. Other weights, memory that runs out and
-    errors of the device are left to the caller.
+    Each method reports missing packages in its own way, or fails in the middle. The caller handles errors on other
+    weights, lack of memory and errors of the device.
     """
     try:
         yield
@@ -105,10 +105,10 @@ def loading_quantized(path: str, config: Any) -> Iterator[None]:
 
 
 def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) -> None:
-    """Look at what loading left over. Raises ModelUnsupported for tensors that may be a part of the model after all.
+    """Check the tensors that loading left over. Raises ModelUnsupported for those that may belong to the model.
 
-    Not among these are parts that `config`, the whole configuration, has beside its text model, layers for multi-token
-    prediction, constants, and scales of a KV cache.
+    Ignores constants, scales of a KV cache, layers for multi-token prediction, and the parts that `config` (the whole
+    configuration) has beside its text model.
     """
     ours = [name for name in report.unexpected if not _is_beside_the_model(name, config, model, report)]
     if ours:
@@ -134,7 +134,7 @@ def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) 
 
 
 def _declared(config: Any, key: str) -> Any:
-    """What a configuration, or its text configuration, says of quantised weights under a key; None if nothing."""
+    """What a configuration, or its text configuration, declares about quantization under a key; None if nothing."""
     declared = getattr(config, key, None) or getattr(config.get_text_config(), key, None)
     is_left_off = isinstance(declared, dict) and declared.keys() & _SWITCHES and not any(map(declared.get, _SWITCHES))
     return None if not declared or is_left_off else declared
@@ -149,7 +149,7 @@ def _method(declared: Any) -> Any:
 
 
 def _exported_algorithm(file: Path) -> str | None:
-    """What the file says the weights are quantised by; ModelOpt also writes it where only the KV cache is."""
+    """The weights' quantization that ModelOpt's file declares; None if only the KV cache is quantised, or no file."""
     try:
         plain = json.loads(file.read_bytes())["quantization"]
     except FileNotFoundError:

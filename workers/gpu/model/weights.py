@@ -37,13 +37,13 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was read, and what did not fit between the files and the model, by the model's names where it has any."""
+    """What was read, and where files and model differ. Uses the model's names for tensors that it has."""
 
     read: set[str]  # tensors, by their names in the files
-    missing: list[str]  # weights that the files lack: the model has them at random
+    missing: list[str]  # weights that the files lack; the model has random ones
     unexpected: list[str]  # tensors of the files that the model has no place for, and that its class does not ignore
     mismatched: list[tuple[str, list[int], list[int]]]  # of another shape; name, shape in the files, in the model
-    narrow: dict[str, torch.dtype]  # what was read that is stored as integers or in 8 bits, and asked for as more
+    narrow: dict[str, torch.dtype]  # tensors stored as integers or in 8 bits, and loaded as a wider dtype
 
 
 def make_blank(model_config: Any) -> nn.Module:
@@ -95,8 +95,8 @@ class _Counter:
         self._lock = threading.Lock()
         self._read_bytes = 0
         self._reported = 0
-        self.names: set[str] = set()  # of tensors that were read; added to by any thread, as are these:
-        self.narrow: dict[str, torch.dtype] = {}  # those that are cast from what no model computes in
+        self.names: set[str] = set()  # of tensors that were read; any thread adds to it and to `narrow`
+        self.narrow: dict[str, torch.dtype] = {}  # tensors cast from a dtype that no model computes in
 
     def add(self, num_bytes: int) -> None:
         with self._lock:

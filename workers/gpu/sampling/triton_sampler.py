@@ -44,7 +44,7 @@ def sample(
     """What `sampler.sample` does, but for log-probabilities. Returns every row's token, [S] int64.
 
     `logits` are bfloat16, float16 or float32, those of a row side by side. Even if they are not finite, the returned
-    token lies in the vocabulary. Looks at nothing on the host, so that it can be captured.
+    token lies in the vocabulary. Never synchronises with the host, so that it can be captured.
     """
     num_seqs, vocab_size = logits.shape
     assert logits.stride(1) == 1, "the logits of a row lie side by side"
