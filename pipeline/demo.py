@@ -6,6 +6,7 @@ Uses only what any user has: the harness, the client, and `stats()`.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def chat(question: str) -> list[dict[str, str]]:
 def run(config: Path, num_requests: int, max_tokens: int, console: Console) -> None:
     """Launch, measure, print. Raises what the engine raises."""
     params = SamplingParams(max_tokens=max_tokens)
-    console.print(f"launching [bold]python -m pipeline.launch --config {config.name}[/] ...")
+    console.print(f"launching [bold]python -m pipeline.launch --config {os.path.relpath(config)}[/] ...")
     with Pipeline(config) as pipeline:
         client = pipeline.client
         console.print(f"ready at {pipeline.endpoint}\n\n[bold]One chat, streamed:[/] {FIRST_QUESTION}")
