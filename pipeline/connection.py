@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ipc.channels import connect_dealer
 from pipeline import forks
-from pipeline.user_process import check_room, hold_standard_descriptors
+from pipeline.descriptors import check_room, hold_standard_descriptors
 
 _EVENTS: Final = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _NUM_DESCRIPTORS: Final = 20  # about a dozen, with some to spare

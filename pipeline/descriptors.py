@@ -1,15 +1,27 @@
-"""How many descriptors this process and its children may have open (`ulimit -n`)."""
+"""Descriptors of this process: how many it may have open (`ulimit -n`), and that ours are no standard streams."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import resource
 from typing import Final
 
 from ipc.errors import EngineUnavailable
 
-_NUM_NEEDED: Final = 160  # by the engine's process that needs most, with room for a few clients
-_NUM_PER_TOKENIZER: Final = 8
+_LAST_STANDARD: Final = 2
+
+
+def hold_standard_descriptors() -> None:
+    """Open /dev/null under the numbers 0 to 2 where they are closed, as in a daemon.
+
+    Otherwise our sockets and pipes would get these numbers. A library that prints to standard error would write into
+    the connection, and `subprocess` would overwrite our pipes in a child.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD:
+        pass
+    os.close(fd)
 
 
 def raise_descriptor_limit() -> None:
@@ -19,13 +31,17 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def check_descriptor_limit(num_tokenizers: int) -> None:
-    """Raise EngineUnavailable if the limit leaves too few descriptors for an engine to start."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    num_open = len(os.listdir("/proc/self/fd"))
-    needed = _NUM_NEEDED + _NUM_PER_TOKENIZER * num_tokenizers
-    if limit - num_open < needed:
-        raise EngineUnavailable(
-            f"a process may open {limit} files (ulimit -n) and {num_open} are open already; this engine needs {needed} "
-            "more: raise the limit"
-        )
+def check_room(num_descriptors: int, purpose: str) -> None:
+    """Raise EngineUnavailable if this process cannot open this many more. libzmq would abort the process instead."""
+    with contextlib.ExitStack() as opened:
+        for num_opened in range(num_descriptors):
+            try:
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                raise EngineUnavailable(
+                    f"{purpose} needs {num_descriptors} more descriptors, and this process can open {num_opened}, as "
+                    f"ulimit -n is {limit}: close files or clients that are not needed, or raise the limit"
+                ) from None

@@ -25,8 +25,8 @@ from typing import IO, Any, Final
 
 from pipeline import forks
 from pipeline.config import STANDARD_INPUT
+from pipeline.descriptors import check_room, hold_standard_descriptors
 from pipeline.python_module import module_command, module_environment
-from pipeline.user_process import check_room, hold_standard_descriptors
 
 HASTE_S: Final = 15.0  # time for the engine to end, in addition to the time for draining
 _LONGEST_POLL_MS: Final = 1e6
@@ -116,7 +116,7 @@ class EngineProcess:
         try:
             if drain_s is None:
                 self._cut_lifeline()
-            elif self.process.poll() is None:
+            elif self.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
                 timeout_s += drain_s
             status = _end(self.process, timeout_s, self._folder)
@@ -163,5 +163,5 @@ def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: 
 @atexit.register
 def _end_all() -> None:
     for engine in list(_live):
-        if engine.owner_pid == os.getpid() and engine.process.poll() is None:
+        if engine.owner_pid == os.getpid() and engine.poll() is None:
             engine.end()

@@ -23,11 +23,11 @@ from pipeline.config import (
     overrides_from_dict,
     to_toml,
 )
+from pipeline.descriptors import hold_standard_descriptors
 from pipeline.endpoint import connectable, runtime_folder
 from pipeline.engine_process import EngineProcess
 from pipeline.outputs import checked_timeout
 from pipeline.sync_client import Client
-from pipeline.user_process import hold_standard_descriptors
 
 _LAST_LINES: Final = 20
 _NOT_STARTED: Final = "this Pipeline was not started: call start(), or use it in a `with` statement"

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from typing import Final
 
 import msgspec
 
@@ -21,7 +22,7 @@ from ipc.errors import ConfigError, RingfeedError
 from pipeline.announce import Announcer
 from pipeline.command import print_error, status_of
 from pipeline.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
-from pipeline.descriptors import check_descriptor_limit, raise_descriptor_limit
+from pipeline.descriptors import check_room, raise_descriptor_limit
 from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
 from pipeline.supervisor import Supervisor, signal_pipe
@@ -30,6 +31,10 @@ from pipeline.wiring import Wiring
 from workers.process import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
+
+# Descriptors of the engine's process that needs most, with room for a few clients; and those that a tokenizer adds.
+_NUM_DESCRIPTORS: Final = 160
+_NUM_PER_TOKENIZER: Final = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +85,7 @@ def launch(
     `timeline`: a file for a trace of all that the processes do. `package` holds the workers' modules, one per role.
     Raises ConfigError before anything is spawned.
     """
-    check_descriptor_limit(config.tokenizer.num_workers)
+    check_room(_NUM_DESCRIPTORS + _NUM_PER_TOKENIZER * config.tokenizer.num_workers, "this engine")
     check_device(config.model.device)
     model = find_model(config)
     endpoint = config.frontend.endpoint or default_endpoint()

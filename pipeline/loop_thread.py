@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from ipc.errors import EngineUnavailable, InvalidRequest, RingfeedError
 from pipeline import forks
-from pipeline.user_process import check_room, hold_standard_descriptors
+from pipeline.descriptors import check_room, hold_standard_descriptors
 
 T = TypeVar("T")
 

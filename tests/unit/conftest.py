@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
+import zmq
 
 from tests.reference.triton_interpreter import start_under_interpreter
 
 INTERPRETED: Final = pytest.StashKey[dict[str, "subprocess.Popen[str]"]]()
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    """A ZeroMQ context, whose sockets are closed afterwards."""
+    context: zmq.Context[Any] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

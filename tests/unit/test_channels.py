@@ -49,13 +49,6 @@ else:
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[Any]]:
-    context: zmq.Context[Any] = zmq.Context()
-    yield context
-    context.destroy(linger=0)
-
-
-@pytest.fixture
 def endpoint(tmp_path) -> str:
     return f"ipc://{tmp_path}/socket"
 

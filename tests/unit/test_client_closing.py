@@ -303,7 +303,7 @@ def test_too_few_descriptors_are_an_error_and_not_an_abort(gateway: FakeGateway)
     done = run_script(script, gateway.endpoint)
     assert done.returncode == 1
     assert "EngineUnavailable: a c" in done.stderr
-    assert "(60): close what is not needed" in done.stderr
+    assert "ulimit -n is 60: close files or clients that are not needed" in done.stderr
 
 
 def test_a_client_leaves_the_numbers_of_closed_standard_streams_alone(gateway: FakeGateway) -> None:

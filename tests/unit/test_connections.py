@@ -74,13 +74,6 @@ def gatekeeper(endpoint: str) -> Iterator[Gatekeeper]:
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[Any]]:
-    context: zmq.Context[Any] = zmq.Context()
-    yield context
-    context.destroy(linger=0)
-
-
-@pytest.fixture
 def silent(endpoint: str) -> Iterator[Callable[[int], None]]:
     """Connects so many times, and keeps what it gets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -32,8 +32,9 @@ def test_too_few_descriptors_for_an_engine_are_one_clear_line(limit: int) -> Non
     done = run(limit, limit, "-m", "pipeline.launch", "--config", "configs/tiny.toml")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: a process may open {limit} files (ulimit -n) and ")
-    assert line.endswith("this engine needs 168 more: raise the limit")
+    assert line.startswith("error: this engine needs 168 more descriptors, and this process can open ")
+    assert f"ulimit -n is {limit}: " in line
+    assert line.endswith("or raise the limit")
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
