@@ -103,9 +103,11 @@ class EngineProcess:
     def wait(self, timeout_s: float | None) -> int:
         """Wait for the engine to end by itself. Raises TimeoutError."""
         try:
-            return self.process.wait(timeout_s)
+            status = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"the engine still runs after {timeout_s:g} s") from None
+        _remove(self._folder)
+        return status
 
     def end(self, drain_s: float | None = None) -> int:
         """End the engine and return its exit status.
@@ -144,16 +146,24 @@ def _end(process: subprocess.Popen[bytes], timeout_s: float, folder: Path | None
     except subprocess.TimeoutExpired:
         process.kill()
         status = process.wait()
+    _remove(folder)
+    return status
+
+
+def _remove(folder: Path | None) -> None:
+    """An orderly launcher has removed it; one that was killed has not."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    return status
 
 
 def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: Path | None, owner_pid: int) -> None:
     """A finalizer: must not wait, because it runs in any thread at any time."""
-    if os.getpid() != owner_pid or process.returncode is not None:
+    if os.getpid() != owner_pid:
         return
     lifeline.close()
+    if process.poll() is not None:
+        _remove(folder)
+        return
     if sys.is_finalizing():  # the new thread would never run
         return
     with contextlib.suppress(RuntimeError):  # no thread can start: the engine ends all the same
@@ -163,5 +173,5 @@ def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: 
 @atexit.register
 def _end_all() -> None:
     for engine in list(_live):
-        if engine.owner_pid == os.getpid() and engine.poll() is None:
+        if engine.owner_pid == os.getpid():
             engine.end()
