@@ -21,8 +21,8 @@ from typing import Literal
 
 import msgspec
 
-from ipc.sampling import SamplingParams
-from ipc.scheduling import DEFAULT_SCHEDULING, SchedulingParams
+from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 
 PROTOCOL_VERSION = 2
 MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
@@ -100,7 +100,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_logprobs: bytes  # float32 [n, num_top]
 
 
-class Final(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The end of a sample. With `num_open` 0 it is the final answer, and ends whatever is open of the request."""
 
     finish_reason: FinishReason
@@ -120,7 +120,7 @@ class Outputs(Message, frozen=True):
     texts: list[str]  # n; new text of each
     num_token_ids: bytes  # int32 [n]
     token_ids: bytes  # int32 [sum of num_token_ids]
-    finals: list[tuple[int, Final]] = []  # (index into request_ids, its end)
+    finals: list[tuple[int, FinalOutput]] = []  # (index into request_ids, its end)
     logprobs: list[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of its new tokens)
     samples: bytes = b""  # int32 [n], index of each among its request's; empty: all are sample 0
 

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from ipc.layout import Layout
-from ipc.sampling import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from ipc.record_layout import Layout
+from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
 # Ids that end a row: the model's, the tokenizer's eos token and the request's.

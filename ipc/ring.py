@@ -20,8 +20,8 @@ import msgspec
 
 from ipc.atomics import Words
 from ipc.errors import LayoutMismatch, RingError, RingFull
-from ipc.layout import Layout
-from ipc.memory import PAGE_BYTES, create_segment, map_segment
+from ipc.record_layout import Layout
+from ipc.shared_memory import PAGE_BYTES, create_segment, map_segment
 
 MAGIC: Final = 0x52494E47_46454544 >> 1  # "RINGFEED"
 _HEADER_BYTES: Final = PAGE_BYTES

@@ -22,7 +22,7 @@ import numpy as np
 
 from ipc.atomics import Words
 from ipc.errors import LayoutMismatch
-from ipc.memory import PAGE_BYTES, create_segment, map_segment
+from ipc.shared_memory import PAGE_BYTES, create_segment, map_segment
 
 NUM_RECORDS: Final = 32_768  # of one ring: 2 MiB, several seconds of the busiest thread
 _WORDS_PER_RECORD: Final = 8

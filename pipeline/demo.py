@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import Pipeline, SamplingParams
-from pipeline.command import run_command
-from pipeline.measure import Window
-from pipeline.small_model import CONFIG
+from pipeline.engine.small_model import CONFIG
+from pipeline.metrics.figures import Window
+from pipeline.terminal.reporting import run_command
 
 FIRST_QUESTION = "What is the while statement?"
 QUESTIONS = [

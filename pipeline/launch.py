@@ -19,15 +19,15 @@ from typing import Final
 import msgspec
 
 from ipc.errors import ConfigError, RingfeedError
-from pipeline.announce import Announcer
-from pipeline.command import print_error, status_of
-from pipeline.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
-from pipeline.descriptors import check_room, raise_descriptor_limit
-from pipeline.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
-from pipeline.model_files import ModelFacts, ModelNotHere, check_device, find_model
-from pipeline.supervisor import Supervisor, signal_pipe
+from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
+from pipeline.engine.announcer import Announcer
+from pipeline.engine.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
+from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
+from pipeline.engine.supervisor import Supervisor, signal_pipe
+from pipeline.engine.wiring import Wiring
+from pipeline.environment.descriptors import check_room, raise_descriptor_limit
+from pipeline.terminal.reporting import print_error, status_of
 from pipeline.timeline.recorder import Recorder
-from pipeline.wiring import Wiring
 from workers.process import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
@@ -107,14 +107,14 @@ def launch(
         return supervisor.run()
 
 
-def _details(config: Config, model: ModelFacts) -> str:
+def _details(config: Config, model: ServedModel) -> str:
     return (
         f"{config.cache.block_size} tokens each, {config.scheduler.max_num_seqs} sequences of up to "
         f"{model.max_model_len} tokens, ring depth {config.ring.depth}"
     )
 
 
-def _label(config: Config, model: ModelFacts) -> str:
+def _label(config: Config, model: ServedModel) -> str:
     """What a timeline says of its engine."""
     is_null, depth = config.model.load_format == "null", config.ring.depth
     name = f"no model, steps of {config.model.null_step_ms:g} ms" if is_null else model.name

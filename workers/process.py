@@ -26,7 +26,7 @@ from ipc.codec import decode
 from ipc.doorbell import Doorbell
 from ipc.errors import RingfeedError
 from ipc.messages import Failed, LauncherToWorker, Progress, Ready, Stop
-from ipc.stats import StatsHandle, StatsPage
+from ipc.stats_page import StatsHandle, StatsPage
 from ipc.trace import Span, TraceHandle
 from ipc.tracer import tracer
 

@@ -7,7 +7,7 @@ import sys
 
 from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench import host, idle, overload, prefix, scheduler, throughput
-from pipeline.command import print_error, run_command
+from pipeline.terminal.reporting import print_error, run_command
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from pipeline.bench.workload import (
     run_all,
     run_mixed,
 )
-from pipeline.client import AsyncClient
-from pipeline.harness import Pipeline
+from pipeline.client.async_client import AsyncClient
+from pipeline.engine.harness import Pipeline
 
 STARTUP_TIMEOUT_S: Final = 500.0
 
@@ -60,7 +60,7 @@ class Engine:
         )
 
     def profile(self, work: Work) -> dict[str, Any]:
-        """What a profiler in the GPU process says of some steps in the middle of the work: `workers/gpu/profiler.py`.
+        """What the profiler in the GPU process (`workers/gpu/profiling/step_profiler.py`) reports about some steps.
 
         Raises RuntimeError for work that has fewer steps than the profiler's window.
         """

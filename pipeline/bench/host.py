@@ -20,8 +20,8 @@ from rich.table import Table
 
 from pipeline import AsyncClient, Pipeline, SamplingParams
 from pipeline.bench.arguments import comma_separated, made_folder, positive
-from pipeline.measure import Figures, Window
-from pipeline.small_model import CONFIG
+from pipeline.engine.small_model import CONFIG
+from pipeline.metrics.figures import Figures, Window
 
 WARM_UP_S = 1.0  # after every sequence has begun
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pipeline import Pipeline, SamplingParams
 from pipeline.bench.arguments import positive
-from pipeline.small_model import CONFIG
+from pipeline.engine.small_model import CONFIG
 
 SETTLE_S: Final = 3.0  # after the last request
 _TICK_S: Final = 1.0 / os.sysconf("SC_CLK_TCK")

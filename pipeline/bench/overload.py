@@ -25,7 +25,7 @@ from rich.table import Table
 from ipc.errors import QueueFull
 from pipeline import AsyncClient, Pipeline, SamplingParams
 from pipeline.bench.arguments import positive
-from pipeline.small_model import CONFIG
+from pipeline.engine.small_model import CONFIG
 
 NUM_SEQS: Final = 32
 STEP_MS: Final = 20.0

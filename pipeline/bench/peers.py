@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from pipeline.bench.workload import STEADY, Work, percentiles
-from pipeline.python_module import module_command, module_environment
+from pipeline.environment.module_search import module_command, module_environment
 from workers.gpu.config import ModelConfig
 
 PEERS: Final = {

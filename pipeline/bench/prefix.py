@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ipc.errors import ConfigError
 from pipeline import AsyncClient, Pipeline, SamplingParams
-from pipeline.small_model import CONFIG
+from pipeline.engine.small_model import CONFIG
 
 TAIL_TOKENS: Final = 32
 VOCAB: Final = range(5, 1_000)  # ids that any model has

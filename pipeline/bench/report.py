@@ -7,7 +7,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.bench.rows import Row
+from pipeline.bench.figures import Row
 
 _LINES: Final = {
     "num_requests": "requests",

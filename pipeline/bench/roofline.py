@@ -1,6 +1,6 @@
 """What a step must cost at least: the bytes that it reads and the products that it computes, over measured rates.
 
-Arithmetic only; the rates come from `workers/gpu/rates.py`. Two bounds, neither of which a step can go below:
+Arithmetic only; the rates come from `workers/gpu/profiling/device_rates.py`. A step can go below neither of two bounds:
 
 - the floor: all weights that the step uses and the KV of its sequences, read once each;
 - the roofline: the same operation by operation (projections, attention, head), each of them the longer of its bytes

@@ -23,14 +23,14 @@ from rich.table import Table
 
 from ipc.block_hash import HASH_BYTES, chain_hashes
 from ipc.errors import ConfigError
-from ipc.layout import Layout
 from ipc.messages import Route, Tokenized
+from ipc.record_layout import Layout
 from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
-from ipc.sampling import SamplingParams
+from ipc.sampling_params import SamplingParams
 from pipeline.bench.arguments import comma_separated
+from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.prompts import PromptRings
 from workers.scheduler.scheduler import Scheduler
 
 NUM_PROMPT_TOKENS: Final = 1_000

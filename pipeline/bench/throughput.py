@@ -25,15 +25,15 @@ from rich.console import Console
 from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench.arguments import comma_separated, made_folder, positive
 from pipeline.bench.engine import Engine
+from pipeline.bench.figures import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
 from pipeline.bench.peers import PEERS, PeerSpec, run_peer
 from pipeline.bench.report import print_table
 from pipeline.bench.roofline import ModelShape, Rates
-from pipeline.bench.rows import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
 from pipeline.bench.workload import GREEDY, Sampling, Work
-from pipeline.command import print_error
-from pipeline.config import Config, load_config
-from pipeline.model_files import ModelFacts, find_model
-from pipeline.python_module import module_command, module_environment
+from pipeline.engine.config import Config, load_config
+from pipeline.engine.model_files import ServedModel, find_model
+from pipeline.environment.module_search import module_command, module_environment
+from pipeline.terminal.reporting import print_error
 from pipeline.timeline import __main__ as timeline
 from workers.gpu.config import ModelConfig
 
@@ -182,7 +182,7 @@ class _Benchmark:
                 overrides.append("model.load_format=dummy")
         return [*overrides, *arguments.overrides]
 
-    def _check_lengths(self, config: Config, facts: ModelFacts) -> None:
+    def _check_lengths(self, config: Config, facts: ServedModel) -> None:
         longest = self._work.prompt_len + self._work.output_len
         if longest > facts.max_model_len:
             raise ConfigError(
@@ -218,7 +218,7 @@ class _Benchmark:
         model = self._config.model
         threads = [] if model.num_threads is None else ["--threads", str(model.num_threads)]
         done = subprocess.run(
-            module_command("workers.gpu.rates", "--device", model.device, *threads),
+            module_command("workers.gpu.profiling.device_rates", "--device", model.device, *threads),
             env=module_environment(), stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         rates: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

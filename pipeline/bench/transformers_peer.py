@@ -30,7 +30,7 @@ def measure(spec: PeerSpec) -> PeerResult:
 
     from workers.gpu.device.choose import make_device
     from workers.gpu.model.loader import load_config, load_weights
-    from workers.gpu.profiler import StepProfiler
+    from workers.gpu.profiling.step_profiler import StepProfiler
 
     transformers.utils.logging.set_verbosity_error()
     device = make_device(spec.model.device).torch_device

@@ -15,10 +15,10 @@ from typing import Final
 
 import numpy as np
 
-from ipc.sampling import SamplingParams
-from pipeline.client import AsyncClient
-from pipeline.measure import Figures, Roles, Window
-from pipeline.streams import OutputStream
+from ipc.sampling_params import SamplingParams
+from pipeline.client.async_client import AsyncClient
+from pipeline.client.streams import OutputStream
+from pipeline.metrics.figures import Figures, Roles, Window
 
 POLL_S: Final = 0.02  # between two looks at the engine's counters
 STEADY: Final = (0.25, 0.75)  # the window of steady decode, as shares of all output tokens

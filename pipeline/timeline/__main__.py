@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from ipc.errors import ConfigError
-from pipeline.command import print_error, run_command
+from pipeline.terminal.reporting import print_error, run_command
 from pipeline.timeline.reader import load_timeline
 
 

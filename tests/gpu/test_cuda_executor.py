@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from ipc.memory import create_segment, map_segment
 from ipc.records import StepShape
+from ipc.shared_memory import create_segment, map_segment
 from tests.reference.executor_engine import executor_engine
 from tests.reference.tiny_models import VOCAB_SIZE, make_tiny_model, reference_generate
 from tests.simulation.scripted import ScriptedRequest
-from workers.gpu.buckets import Buckets
 from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.execution.buckets import Buckets
 from workers.gpu.model.loader import LoadedModel, load_model
 
 pytestmark = pytest.mark.gpu

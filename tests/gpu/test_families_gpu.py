@@ -13,8 +13,8 @@ from ipc.records import StepShape
 from tests.reference.executor_engine import executor_engine
 from tests.reference.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model, reference_generate
 from tests.simulation.scripted import ScriptedRequest
-from workers.gpu.buckets import Buckets
 from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.execution.buckets import Buckets
 from workers.gpu.model.loader import load_model
 
 pytestmark = pytest.mark.gpu

@@ -12,16 +12,16 @@ import torch
 from transformers import AutoConfig
 
 from ipc.records import StepShape
-from pipeline.python_module import module_environment
+from pipeline.environment.module_search import module_environment
 from tests.reference.executor_engine import executor_engine
 from tests.reference.tiny_models import make_tiny_model
-from tests.unit.test_weights import HOLD_NOTHING_BACK, MEASURE, MIB
-from workers.gpu.buckets import Buckets
+from tests.unit.workers.gpu.model.test_weights import HOLD_NOTHING_BACK, MEASURE, MIB
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.memory import bytes_taken, reserved_bytes
+from workers.gpu.execution.buckets import Buckets
+from workers.gpu.memory.account import bytes_taken, reserved_bytes
 from workers.gpu.model.loader import load_model
+from workers.gpu.model.weight_files import weight_files
 from workers.gpu.model.weights import make_blank, read_weights
-from workers.gpu.model_folder import weight_files
 
 pytestmark = pytest.mark.gpu
 

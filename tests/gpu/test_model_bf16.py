@@ -16,9 +16,9 @@ from ipc.records import StepShape
 from tests.reference.executor_engine import Steady, executor_engine
 from tests.reference.packed_steps import run_packed
 from tests.simulation.scripted import ScriptedRequest
-from workers.gpu.batch import StepBatch
-from workers.gpu.buckets import Buckets
 from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.loader import LoadedModel, load_config, load_model, load_weights
 
 pytestmark = pytest.mark.gpu

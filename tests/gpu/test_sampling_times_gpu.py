@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.gpu.sampling import times
+from workers.gpu.profiling import sampling_times as times
 
 pytestmark = pytest.mark.gpu
 

@@ -126,7 +126,7 @@ def test_a_captured_sampler_draws_anew_at_every_replay(
 
 
 def test_the_kernels_take_little_memory_and_logprobs_no_more_than_is_reserved_for_them(device: Any) -> None:
-    from workers.gpu.memory import SAMPLER_BYTES
+    from workers.gpu.memory.account import SAMPLER_BYTES
 
     bench, logits = random_bench(256, device), random_logits(256, VOCAB, 0, torch.bfloat16)
     for want_logprobs, bytes_per_logit in ((False, 0.1), (True, SAMPLER_BYTES)):

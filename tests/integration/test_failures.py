@@ -18,7 +18,7 @@ import pytest
 
 from ipc.errors import EngineUnavailable
 from pipeline import Client, Output, Pipeline, SamplingParams
-from pipeline.endpoint import default_endpoint
+from pipeline.client.endpoint import default_endpoint
 from tests.integration.conftest import TINY_CONFIG
 
 ENDLESS = SamplingParams(ignore_eos=True)

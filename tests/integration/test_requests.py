@@ -15,7 +15,7 @@ import pytest
 
 from ipc.errors import InvalidRequest
 from pipeline import AsyncClient, Client, Output, Pipeline, SamplingParams
-from pipeline.config import load_config
+from pipeline.engine.config import load_config
 from tests.integration.conftest import TINY_CONFIG
 
 GREEDY = SamplingParams(max_tokens=24)

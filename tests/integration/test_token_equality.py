@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import Pipeline, SamplingParams
 from tests.reference.tiny_models import FAMILIES, make_tiny_model, reference_generate
-from tests.unit.text_tools import byte_level_tokenizer
+from tests.unit.workers.text.tools import byte_level_tokenizer
 
 MAX_NEW_TOKENS = 20
 # Small enough that prompts take several chunks, requests queue for a row, and sequences are preempted for blocks.

@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from ipc.errors import ConfigError
-from pipeline import Client, Pipeline, SamplingParams, engine_process
-from pipeline.python_module import module_environment
+from pipeline import Client, Pipeline, SamplingParams
+from pipeline.engine import launcher_process as engine_process
+from pipeline.environment.module_search import module_environment
 from tests.integration.conftest import TINY_CONFIG
-from tests.unit.client_scripts import in_child, wait_until
+from tests.unit.pipeline.client.client_scripts import in_child, wait_until
 
 NULL = {"model.load_format": "null", "model.null_step_ms": 1.0}
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)

@@ -13,10 +13,10 @@ import torch
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
-from workers.gpu.buckets import Buckets
 from workers.gpu.device.base import Device
-from workers.gpu.executor import Executor, GpuRings
-from workers.gpu.runner import ModelRunner
+from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.model_runner import ModelRunner
 
 
 class Steady(Random):

@@ -11,7 +11,7 @@ from typing import Any
 from ipc.doorbell import Doorbell
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
-from ipc.stats import StatsPage
+from ipc.stats_page import StatsPage
 from ipc.tracer import tracer
 from workers.gpu.config import CacheConfig, GpuBootstrap, ModelConfig
 from workers.process import StopWorker, WorkerBootstrap

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ipc.errors import LogitsNotFinite
 from pipeline import Client, SamplingParams
 from tests.reference.tiny_models import make_tiny_model
-from tests.unit.text_tools import byte_level_tokenizer
+from tests.unit.workers.text.tools import byte_level_tokenizer
 
 OVERFLOWING: Final = 99
 _PARAMS: Final = SamplingParams(max_tokens=8)

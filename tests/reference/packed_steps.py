@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from workers.gpu.batch import StepBatch
+from workers.gpu.execution.step_batch import StepBatch
 
 
 class Runner(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from workers.gpu.attention.backend import AttentionBackend
-from workers.gpu.batch import StepBatch
+from workers.gpu.execution.step_batch import StepBatch
 
 
 @dataclass(frozen=True)

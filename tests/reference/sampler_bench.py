@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant, StepShape, result_layout
-from workers.gpu.batch import StepBatch
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
-from workers.gpu.prepare import Prepare
-from workers.gpu.records import views
+from workers.gpu.execution.batch_builder import BatchBuilder
+from workers.gpu.execution.row_tables import RowTables
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.tensor_views import views
 from workers.gpu.sampling.sampler import race, sample
-from workers.gpu.tables import RowTables
 
 SHAPE = StepShape(max_num_seqs=256, max_num_batched_tokens=32, max_model_len=64, block_size=4)
 VOCAB = 50
@@ -30,7 +30,7 @@ class Bench:
         self.tables.top_p.fill_(1.0)
         self.tables.max_len.fill_(SHAPE.max_model_len)
         self.tables.end_ids.fill_(-1)
-        self.batch: StepBatch = Prepare(device, self.tables, None).batch(num_seqs, num_seqs)
+        self.batch: StepBatch = BatchBuilder(device, self.tables, None).batch(num_seqs, num_seqs)
         self.batch.seq_row.copy_(torch.arange(num_seqs))
         self.batch.seq_lens.fill_(length)
         self.flags = torch.ones(num_seqs, dtype=torch.int32, device=device.torch_device)

@@ -1,4 +1,4 @@
-"""Random step records, what Prepare must make of them in plain Python, and the tables and buffers it works on."""
+"""Random step records, what BatchBuilder must make of them in plain Python, and the tables and buffers it works on."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from ipc.records import MAX_END_IDS, StepShape, step_layout
-from workers.gpu.batch import StepBatch
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
-from workers.gpu.prepare import ADMITTED_COLUMNS, Prepare
-from workers.gpu.records import views
-from workers.gpu.tables import RowTables
+from workers.gpu.execution.batch_builder import ADMITTED_COLUMNS, BatchBuilder
+from workers.gpu.execution.row_tables import RowTables
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.tensor_views import views
 
 Sequences = list[tuple[int, int]]  # (row, tokens in the step)
 
 
 class Prepared:
-    """A record on a device, row tables with random ids, and Prepare for both: the same again for the same seed."""
+    """A record on a device, row tables with random ids, and BatchBuilder for both: the same again for the same seed."""
 
     def __init__(self, shape: StepShape, num_blocks: int, *, device: Device[Any, Any] | None = None, seed: int = 0):
         device = CpuDevice() if device is None else device
@@ -31,7 +31,7 @@ class Prepared:
         self.tables.token_ids.copy_(torch.tensor(ids))
         self.record = device.zeros("record", (layout.num_bytes,), torch.uint8)
         self.step = views(layout, self.record)
-        self.prepare = Prepare(device, self.tables, self.step)
+        self.prepare = BatchBuilder(device, self.tables, self.step)
 
     def settle_trash_row(self) -> None:
         """All that an admission leaves behind goes to the trash row, and on CUDA any of it may be the last."""

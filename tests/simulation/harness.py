@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ipc.layout import Layout
+from ipc.record_layout import Layout
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
-from workers.gpu.batch import StepBatch
-from workers.gpu.buckets import Buckets
-from workers.gpu.device.simulated import SimulatedDevice
-from workers.gpu.executor import Executor, GpuRings
-from workers.gpu.runner import ModelRunner
+from tests.simulation.simulated_device import SimulatedDevice
+from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.step_batch import StepBatch
 
 MAX_IDLE_TURNS = 2_000
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
-from ipc.layout import Layout
 from ipc.messages import Route, Tokenized
+from ipc.record_layout import Layout
 from ipc.records import StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
-from ipc.sampling import SamplingParams
-from ipc.scheduling import SchedulingParams
+from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import SchedulingParams
 from tests.simulation.fake_gpu import FakeGpu
+from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.prompts import PromptRings
 from workers.scheduler.scheduler import Scheduler
 
 RECORD_TOKENS = 8  # of a prompt record here: prompts of several records stay short

@@ -18,14 +18,14 @@ import torch
 from ipc.messages import Route, Tokenized
 from ipc.records import FinishCode, StepShape
 from ipc.ring import Ring
-from ipc.sampling import SamplingParams
+from ipc.sampling_params import SamplingParams
 from tests.simulation.harness import Simulation, ToyModel
+from tests.simulation.simulated_device import SimulatedDevice, UnorderedAccess
 from tests.simulation.test_step_protocol import forget_wait
-from workers.gpu.device.simulated import SimulatedDevice, UnorderedAccess
+from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.prompts import PromptRings
-from workers.scheduler.rows import Rows
 from workers.scheduler.scheduler import Scheduler
+from workers.scheduler.sequence_table import SequenceTable
 
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=10, max_model_len=24, block_size=4)
 NUM_BLOCKS = 9  # three sequences want up to eighteen: some are preempted
@@ -157,7 +157,9 @@ def reports(faulty: Callable[[int], Run], seeds: int = 30) -> list[str]:
     return messages
 
 
-def retire_at_once(rows: Rows, row: int, retire: Callable[[Rows, int], None] = Rows.retire) -> None:
+def retire_at_once(
+    rows: SequenceTable, row: int, retire: Callable[[SequenceTable, int], None] = SequenceTable.retire
+) -> None:
     rows.last_ticket[row] = 0  # as if no step in flight named it
     retire(rows, row)
 
@@ -174,7 +176,7 @@ def retire_at_once(rows: Rows, row: int, retire: Callable[[Rows, int], None] = R
 def test_a_planted_fault_is_found(fault: str, words: str, make: Callable[[int], Run]) -> None:
     mutant: AbstractContextManager[object] = nullcontext()
     if "recycled" in fault:
-        mutant = patch.object(Rows, "retire", retire_at_once)
+        mutant = patch.object(SequenceTable, "retire", retire_at_once)
     with mutant:
         messages = reports(make)
     assert any(words in message for message in messages if message), messages

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ipc.errors import LogitsNotFinite
-from ipc.sampling import SamplingParams
+from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens
 from tests.simulation.scheduled_engine import ScheduledEngine
 

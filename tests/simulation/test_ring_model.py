@@ -18,7 +18,7 @@ import ipc.doorbell
 import ipc.ring
 from ipc.doorbell import Doorbell
 from ipc.errors import RingFull
-from ipc.layout import Layout
+from ipc.record_layout import Layout
 from ipc.ring import Ring, RingHandle
 from tests.simulation.total_store_order import DONE, Explorer, Process, Program, Violation
 

@@ -17,17 +17,17 @@ import pytest
 from ipc.block_hash import HASH_BYTES, chain_hashes
 from ipc.messages import Route, Tokenized
 from ipc.records import NO_TOKEN, FinishCode, StepShape, result_layout, step_layout
-from ipc.sampling import SamplingParams
-from ipc.scheduling import SchedulingParams
+from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import SchedulingParams
 from tests.reference.scheduler_model import SchedulerModel, Sequence
-from workers.scheduler.backlog import Backlog
+from workers.scheduler.admission.backlog import Backlog
+from workers.scheduler.admission.prompt_rings import PromptLease
 from workers.scheduler.blocks import BlockPool
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.planner import Planner
 from workers.scheduler.prefix_cache import PrefixCache
-from workers.scheduler.prompts import PromptLease
-from workers.scheduler.rows import Rows
 from workers.scheduler.scheduler import Scheduler
+from workers.scheduler.sequence_table import SequenceTable
 
 NUM_TRACES = 2_000
 VOCABULARY = 3
@@ -336,13 +336,13 @@ def lose_abort_in_the_last_step(scheduler: Scheduler, keys: Any, reason: Any, en
     return end(scheduler, alive, reason)
 
 
-def free_row_at_once(rows: Rows, row: int, retire: Any = Rows.retire) -> None:
+def free_row_at_once(rows: SequenceTable, row: int, retire: Any = SequenceTable.retire) -> None:
     """A row goes to its next owner while steps in flight name it."""
     with patch.object(rows, "_applied", 2**62):
         retire(rows, row)
 
 
-def trust_late_results(rows: Rows, row: int, retire: Any = Rows.retire) -> None:
+def trust_late_results(rows: SequenceTable, row: int, retire: Any = SequenceTable.retire) -> None:
     """What steps in flight say of a row still counts after its owner's end, for the next one."""
     free_row_at_once(rows, row, retire)
     rows.generation[row] -= 1
@@ -409,8 +409,8 @@ def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end
     ("owner", "method", "mutant"),
     [
         (Scheduler, "_end_early", lose_abort_in_the_last_step),
-        (Rows, "retire", free_row_at_once),
-        (Rows, "retire", trust_late_results),
+        (SequenceTable, "retire", free_row_at_once),
+        (SequenceTable, "retire", trust_late_results),
         (Planner, "_preempt", drop_results_of_preempted),
         (Planner, "_admit", protect_nobody),
         (Planner, "_waits_for_leader", wait_for_nobody),

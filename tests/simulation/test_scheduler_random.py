@@ -11,10 +11,10 @@ import pytest
 
 from ipc.block_hash import read_hashes
 from ipc.errors import RingError
-from ipc.sampling import SamplingParams
+from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens, extend_hash
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.scheduler import request
+from workers.scheduler.admission import request
 from workers.scheduler.blocks import BlockPool
 from workers.scheduler.prefix_cache import PrefixCache
 

@@ -12,8 +12,8 @@ import torch
 from ipc.records import StepShape
 from tests.simulation.harness import Simulation, ToyModel
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
+from tests.simulation.simulated_device import SimulatedDevice, SimulatedEvent, SimulatedStream, UnorderedAccess
 from workers.gpu.device.base import Accesses
-from workers.gpu.device.simulated import SimulatedDevice, SimulatedEvent, SimulatedStream, UnorderedAccess
 
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=12, max_model_len=24, block_size=4)
 NUM_BLOCKS = 12

@@ -31,7 +31,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         if isinstance(item, pytest.Function) and item.path.name == "test_triton_kernels.py":
             kernels = item.callspec.params["kernels"]
-            processes[kernels] = start_under_interpreter(item.path.with_name(f"triton_{kernels}_interpreted.py"))
+            processes[kernels] = start_under_interpreter(item.path.parent / f"{kernels}_interpreted.py")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

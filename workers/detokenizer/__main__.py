@@ -1,7 +1,7 @@
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.worker import run
+from workers.model_tokenizer.loading import hide_torch
 from workers.process import run_worker
-from workers.tokenizer_files import hide_torch
 
 hide_torch()
 run_worker(DetokenizerBootstrap, run)

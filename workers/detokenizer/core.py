@@ -21,20 +21,18 @@ from ipc.messages import (
     ClientGone,
     Delivery,
     Ended,
+    FinalOutput,
     Opened,
     Outputs,
     StepLogprobs,
     StepOutputs,
     TokenLogprobs,
 )
-from ipc.messages import (
-    Final as FinalAnswer,
-)
 from ipc.records import FinishCode
-from workers.detokenizer.decoding import NewDecoder
-from workers.detokenizer.state import NO_DECODER, Client, Request, Sequence
+from workers.detokenizer.request_state import NO_DECODER, Client, Request, Sequence
 from workers.detokenizer.stop_strings import SpecialTokens
-from workers.tokenizer_files import is_foreign_failure
+from workers.detokenizer.text_decoding import NewDecoder
+from workers.model_tokenizer.loading import is_foreign_failure
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +231,7 @@ class Detokenizer:
         texts: list[str] = []
         counts: list[int] = []
         token_ids: list[int] = []
-        finals: list[tuple[int, FinalAnswer]] = []
+        finals: list[tuple[int, FinalOutput]] = []
         logprobs: list[tuple[int, TokenLogprobs]] = []
         keys: list[int] = []
         ready = client.ready

@@ -8,10 +8,10 @@ from ipc.messages import ToDetokenizer, cancel_requests
 from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
-from workers.detokenizer.decoding import decoder_factory
 from workers.detokenizer.stop_strings import SpecialTokens
+from workers.detokenizer.text_decoding import decoder_factory
+from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
-from workers.tokenizer_files import load_tokenizer
 
 
 def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:

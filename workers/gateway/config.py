@@ -6,9 +6,9 @@ from typing import Final
 
 import msgspec
 
-from ipc.stats import StatsHandle
-from workers.policies import PolicyConfig
+from ipc.stats_page import StatsHandle
 from workers.process import WorkerBootstrap
+from workers.queueing.policies import PolicyConfig
 
 UNCREDITED_ANSWERS: Final = 1_024  # of queries, probes and refusals that a client may leave unread
 

@@ -34,6 +34,7 @@ from ipc.messages import (
     Delivered,
     Delivery,
     Drained,
+    FinalOutput,
     Generate,
     Health,
     Outputs,
@@ -42,15 +43,12 @@ from ipc.messages import (
     Stats,
     cancel_requests,
 )
-from ipc.messages import (
-    Final as FinalAnswer,
-)
-from ipc.sampling import MAX_SEED
-from workers.gateway.clearing import CacheClears
+from ipc.sampling_params import MAX_SEED
+from workers.gateway.cache_clears import CacheClears
+from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
 from workers.gateway.config import GatewayBootstrap
-from workers.gateway.frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
 from workers.gateway.intake import Ends, Intake
-from workers.gateway.table import Client, Request, RequestState, RequestTable
+from workers.gateway.request_table import Client, Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
 
@@ -295,12 +293,12 @@ class Gateway:
 
     def _end(self, ends: Ends, now: float) -> None:
         """Answer requests that the detokenizer does not know, and close them."""
-        answers: defaultdict[Client, list[tuple[str, FinalAnswer]]] = defaultdict(list)
+        answers: defaultdict[Client, list[tuple[str, FinalOutput]]] = defaultdict(list)
         for request, reason in ends:
             if reason in ("deadline", "queue_timeout"):
                 self.num_out_of_time[reason] += 1
             if request.client is not None:
-                answers[request.client].append((request.request_id, FinalAnswer(reason, request.num_prompt_tokens, 0)))
+                answers[request.client].append((request.request_id, FinalOutput(reason, request.num_prompt_tokens, 0)))
         for client, finals in answers.items():
             self._answer(client, finals, now)
         for request, _ in ends:
@@ -308,10 +306,10 @@ class Gateway:
 
     def _answer_open_requests(self, client: Client, error: RingfeedError) -> None:
         """Errors for all of a client's open requests; the caller takes them out of the table."""
-        final = FinalAnswer("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
+        final = FinalOutput("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
         self._answer(client, [(request_id, final) for request_id in client.keys], client.last_progress)
 
-    def _answer(self, client: Client, finals: list[tuple[str, FinalAnswer]], now: float) -> None:
+    def _answer(self, client: Client, finals: list[tuple[str, FinalOutput]], now: float) -> None:
         """Send final answers to some requests in the detokenizer's place."""
         for start in range(0, len(finals), MAX_ANSWERED):
             part = finals[start : start + MAX_ANSWERED]

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ipc.messages import FinishReason, Generate, Route, Tokenize, Withdraw
-from ipc.sampling import SamplingParams
-from ipc.scheduling import SchedulingParams
+from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import SchedulingParams
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.prompt_queue import PromptQueue
-from workers.gateway.table import Request, RequestState, RequestTable
-from workers.gateway.tokenizers import Tokenizers
-from workers.timers import Timers
+from workers.gateway.request_table import Request, RequestState, RequestTable
+from workers.gateway.tokenizer_pool import TokenizerPool
+from workers.queueing.timers import Timers
 
 Ends = list[tuple[Request, FinishReason]]
 
@@ -27,7 +27,7 @@ class Intake:
         self.queue = PromptQueue(bootstrap.frontend.max_queued_bytes, bootstrap.policy)  # of the QUEUED requests
         self._queue_timeout_s = bootstrap.policy.queue_timeout_s
         self._table = table
-        self._tokenizers = Tokenizers(bootstrap.tokenizer_window, bootstrap.tokenizer_window_bytes)
+        self._tokenizers = TokenizerPool(bootstrap.tokenizer_window, bootstrap.tokenizer_window_bytes)
         self._timers = Timers(self._is_ours)
         self._withdraws: list[int] = []  # at most as many as are under way to tokenizers
 

@@ -12,8 +12,8 @@ from typing import Final
 
 from ipc.errors import QueueFull
 from ipc.messages import Generate, Tokenize
-from workers.drain_rate import DrainRate
-from workers.policies import NO_ROW, Policy, PolicyConfig, make_policy
+from workers.queueing.drain_rate import DrainRate
+from workers.queueing.policies import NO_ROW, Policy, PolicyConfig, make_policy
 
 BYTES_PER_TOKEN: Final = 4  # of a message; estimated
 

@@ -29,10 +29,10 @@ from ipc.channels import (
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import ConfigError, EngineUnavailable
 from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone, Withdrawn
-from ipc.stats import StatsPage
+from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, send_mark
-from workers.gateway.connections import Doorkeeper
+from workers.gateway.connection_limit import Doorkeeper
 from workers.gateway.core import Gateway, Peer
 from workers.process import StopWorker, WorkerProcess
 

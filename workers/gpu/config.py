@@ -31,7 +31,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         num_threads: threads of CPU computation; None = one per core.
         null_step_ms: device time of a step with load_format "null".
         profile_path: a JSON file to write about some early steps: how busy the device was, with which kernels
-            (`workers/gpu/profiler.py`). For measurements: it slows the engine down and halts it for seconds once.
+            (`profiling/step_profiler.py`). For measurements: it slows the engine down and halts it for seconds once.
     """
 
     path: str

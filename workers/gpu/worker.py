@@ -21,19 +21,19 @@ from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
 from ipc.trace import Span
 from ipc.tracer import tracer
-from workers.gpu.buckets import Buckets
-from workers.gpu.completion import Completion
 from workers.gpu.config import GpuBootstrap
 from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
-from workers.gpu.executor import Executor, GpuRings
-from workers.gpu.memory import MemoryUse, bytes_taken, free_text
-from workers.gpu.null_model import NullModel
-from workers.gpu.out_of_memory import is_out_of_memory, out_of_memory_text
-from workers.gpu.profiler import StepProfiler
-from workers.gpu.runner import ModelRunner
-from workers.gpu.stages import Stages
+from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.null_model import NullModel
+from workers.gpu.execution.result_publisher import ResultPublisher
+from workers.gpu.memory.account import MemoryUse, bytes_taken, free_text
+from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
+from workers.gpu.profiling.step_profiler import StepProfiler
+from workers.gpu.startup_stages import Stages
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
                 memory, loaded.num_blocks, free_text(loaded.device.torch_device),
             )  # fmt: skip
             scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
-            completion = Completion(
+            completion = ResultPublisher(
                 loaded.device, executor, scheduler.ring, failed=process.doorbell.ring,
                 trace=process.trace, thread_trace=tracer(bootstrap.completion_trace),
             )  # fmt: skip
@@ -97,7 +97,7 @@ def capture_graphs(progress: Report, device: Device[Any, Any], executor: Executo
 
 
 def run_steps(
-    process: WorkerProcess, executor: Executor, completion: Completion, profiler: StepProfiler | None = None
+    process: WorkerProcess, executor: Executor, completion: ResultPublisher, profiler: StepProfiler | None = None
 ) -> None:
     """The loop. Returns by StopWorker or an error only."""
     stats, trace = process.stats, process.trace

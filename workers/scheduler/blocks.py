@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from workers.scheduler.arrays import Int32Array, IntArray, NameArray
-from workers.scheduler.names import NameTable
+from workers.scheduler.array_types import Int32Array, IntArray, NameArray
+from workers.scheduler.block_index import BlockIndex
 
 
 class BlockPool:
@@ -27,7 +27,7 @@ class BlockPool:
         self._num_stacked = num_blocks
         self._num_users = np.zeros(num_blocks, np.int32)  # [num_blocks], sequences that hold each
         self._last_given = np.zeros(num_blocks, np.int64)  # [num_blocks], scratch of `_leave`
-        self._names = NameTable(num_blocks)
+        self._names = BlockIndex(num_blocks)
         self._idle = IdleBlocks(num_blocks)
 
     @property

@@ -6,8 +6,8 @@ import msgspec
 
 from ipc.records import StepShape
 from ipc.ring import RingHandle
-from workers.policies import PolicyConfig
 from workers.process import WorkerBootstrap
+from workers.queueing.policies import PolicyConfig
 
 
 class SchedulerConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

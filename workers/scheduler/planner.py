@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from ipc.records import StepShape
-from workers.scheduler.arrays import BoolArray, IntArray
-from workers.scheduler.backlog import Backlog
+from workers.scheduler.admission.backlog import Backlog
+from workers.scheduler.admission.prompt_rings import PromptLease, PromptRings
+from workers.scheduler.admission.request import Request
+from workers.scheduler.array_types import BoolArray, IntArray
 from workers.scheduler.blocks import BlockPool, BlockTables
-from workers.scheduler.outputs import OutputBuffer
+from workers.scheduler.chunk_limit import ChunkLimit
+from workers.scheduler.output_buffer import OutputBuffer
 from workers.scheduler.prefix_cache import PrefixCache
-from workers.scheduler.prompts import PromptLease, PromptRings
-from workers.scheduler.request import Request
-from workers.scheduler.rows import Rows
-from workers.scheduler.running import NO_ROWS, RunningRows, share_tokens
-from workers.scheduler.step_time import ChunkLimit
+from workers.scheduler.running_rows import NO_ROWS, RunningRows, share_tokens
+from workers.scheduler.sequence_table import SequenceTable
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Batch:
     want_logprobs: int
 
     @classmethod
-    def of(cls, rows: IntArray, columns: Rows) -> Batch:
+    def of(cls, rows: IntArray, columns: SequenceTable) -> Batch:
         want_logprobs = int(columns.want_logprobs[rows].max(initial=0))
         return cls(rows, columns.generation[rows], int(columns.variant[rows].max(initial=0)), want_logprobs)
 
@@ -61,7 +61,7 @@ class Planner:
         self,
         shape: StepShape,
         num_blocks: int,
-        rows: Rows,
+        rows: SequenceTable,
         backlog: Backlog,
         prompts: PromptRings,
         chunk: ChunkLimit,

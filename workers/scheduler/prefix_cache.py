@@ -13,10 +13,10 @@ from typing import Final
 import numpy as np
 
 from ipc.block_hash import next_hashes
-from workers.scheduler.arrays import Int32Array, IntArray, NameArray
+from workers.scheduler.admission.request import Request
+from workers.scheduler.array_types import Int32Array, IntArray, NameArray
 from workers.scheduler.blocks import BlockPool, BlockTables, spans
-from workers.scheduler.request import Request
-from workers.scheduler.rows import Rows
+from workers.scheduler.sequence_table import SequenceTable
 
 NEVER: Final = 2**62
 _NONE: Final[Int32Array] = np.empty(0, np.int32)
@@ -25,7 +25,7 @@ _NONE: Final[Int32Array] = np.empty(0, np.int32)
 class PrefixCache:
     """Names of blocks by row, over the pool that keeps them."""
 
-    def __init__(self, pool: BlockPool, tables: BlockTables, rows: Rows) -> None:
+    def __init__(self, pool: BlockPool, tables: BlockTables, rows: SequenceTable) -> None:
         num_rows, max_blocks = tables.table.shape
         self._pool = pool
         self._tables = tables

@@ -22,19 +22,19 @@ from typing import Any, Final
 from ipc.errors import ConfigError, LogitsNotFinite
 from ipc.messages import Ended, FinishReason, StepOutputs, Tokenized
 from ipc.records import FinishCode, StepShape
-from workers.policies import make_policy
-from workers.scheduler.arrays import IntArray
-from workers.scheduler.backlog import Backlog
+from workers.queueing.policies import make_policy
+from workers.queueing.timers import Timers
+from workers.scheduler.admission.backlog import Backlog
+from workers.scheduler.admission.limits import AdmissionLimits
+from workers.scheduler.admission.prompt_rings import PromptRings
+from workers.scheduler.admission.request import Request, opened, requests_of
+from workers.scheduler.array_types import IntArray
+from workers.scheduler.chunk_limit import ChunkLimit
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.device_time import DeviceTime
-from workers.scheduler.limits import Limits
-from workers.scheduler.outputs import LogprobArrays, OutputBuffer
+from workers.scheduler.output_buffer import LogprobArrays, OutputBuffer
 from workers.scheduler.planner import PlannedStep, Planner
-from workers.scheduler.prompts import PromptRings
-from workers.scheduler.request import Request, opened, requests_of
-from workers.scheduler.rows import Rows
-from workers.scheduler.step_time import ChunkLimit
-from workers.timers import Timers
+from workers.scheduler.sequence_table import SequenceTable
 
 _LENGTH: Final = int(FinishCode.LENGTH)
 _NOT_FINITE: Final = int(FinishCode.NOT_FINITE)
@@ -66,13 +66,13 @@ class Scheduler:
              "num_finished", "num_cancelled", "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout",
              "num_not_finite", "num_preemptions", "num_cached_tokens"), 0,
         )  # fmt: skip
-        self._limits = Limits(
+        self._limits = AdmissionLimits(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
         )  # fmt: skip
         self._queue_timeout_s = config.queue_timeout_s
         self._eos_token_ids = eos_token_ids
         self._clock = clock
-        self._rows = Rows(shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
+        self._rows = SequenceTable(shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
         self._requests: dict[int, Request] = {}  # every open one by key
         self._withdrawn: set[int] = set()  # withdrawn before they arrived: dropped when they arrive
         self._timers = Timers(self._requests.__contains__)
@@ -106,7 +106,7 @@ class Scheduler:
         return bool(self._planner.running or self._backlog)
 
     def gauges(self) -> dict[str, int]:
-        """The scheduler's statistics by their names in `ipc/stats.py`, durations of the host and records of rings
+        """The scheduler's statistics by their names in `ipc/stats_page.py`, durations of the host and records of rings
         excepted."""
         backlog, blocks, device_time = self._backlog, self._planner.blocks, self.device_time
         return {

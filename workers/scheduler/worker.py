@@ -36,8 +36,8 @@ from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.ring import Ring
 from ipc.trace import Span
 from workers.process import WorkerProcess
+from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerBootstrap
-from workers.scheduler.prompts import PromptRings
 from workers.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

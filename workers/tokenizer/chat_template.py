@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ipc.errors import InvalidRequest
 from ipc.messages import ChatMessage
-from workers.tokenizer_declarations import read_object
+from workers.model_tokenizer.declarations import read_object
 
 _NO_TEMPLATE: Final = (
     "the model has no chat template (neither chat_template.jinja nor chat_template in tokenizer_config.json): "

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
 from ipc.messages import Tokenize
+from workers.model_tokenizer.loading import is_foreign_failure
 from workers.tokenizer.chat_template import ChatTemplate
-from workers.tokenizer_files import is_foreign_failure
 
 logger = logging.getLogger(__name__)
 

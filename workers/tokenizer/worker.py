@@ -15,11 +15,11 @@ from ipc.messages import EOS_TOKEN_ID, Tokenize, Tokenized, TokenizeDone
 from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
 from ipc.ring import Ring
 from ipc.trace import Span
+from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
 from workers.tokenizer.chat_template import ChatTemplate
 from workers.tokenizer.config import TokenizerBootstrap
 from workers.tokenizer.core import Encoded, PromptEncoder
-from workers.tokenizer_files import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Final, Protocol
 import torch
 
 from ipc.errors import ConfigError
-from workers.gpu.batch import StepBatch
-from workers.gpu.model.facts import ModelFacts
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.model.probed_model import ProbedModel
 
 _BACKENDS: Final = {  # name -> "module:class", imported when chosen: a backend may need packages that others do not
     "torch": "workers.gpu.attention.torch_backend:TorchBackend",
@@ -56,7 +56,7 @@ class AttentionBackend(Protocol):
 
     needs_host_lengths: bool  # reads lengths of the batch on the host: no step of it may be captured in a graph
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, facts: ProbedModel) -> None:
         """Raise ConfigError for a model whose attention this backend cannot compute."""
 
     def begin_step(self, batch: StepBatch) -> StepAttention:

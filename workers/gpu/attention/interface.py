@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from workers.gpu.attention.backend import StepAttention
-from workers.gpu.batch import StepBatch
-from workers.gpu.kv_cache import KVCache
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.memory.kv_cache import KVCache
 
 ATTENTION_NAME: Final = "ringfeed_paged"
 MASKED_NAME: Final = "ringfeed_masked"  # the same with masks, which the gate checks: workers/gpu/model/masks.py

@@ -17,8 +17,8 @@ from typing import Final
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from workers.gpu.batch import StepBatch
-from workers.gpu.model.facts import ModelFacts
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.model.probed_model import ProbedModel
 
 _MAX_GATHERED: Final = 2048  # KV positions that decodes gather together, so that they stay in a core's cache
 
@@ -32,7 +32,7 @@ class TorchBackend:
         self._keys = _Gatherer()
         self._values = _Gatherer()
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, facts: ProbedModel) -> None:
         """All that a model can ask for is here."""
 
     def begin_step(self, batch: StepBatch) -> _TorchStep:

@@ -16,8 +16,8 @@ import triton
 from workers.gpu.attention.triton_decode import combine, decode
 from workers.gpu.attention.triton_plan import plan_decodes, plan_tiles
 from workers.gpu.attention.triton_prefill import prefill
-from workers.gpu.batch import StepBatch
-from workers.gpu.model.facts import ModelFacts
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.model.probed_model import ProbedModel
 
 _LOG2_E: Final = math.log2(math.e)
 _SMALLEST_PRODUCT: Final = 16  # rows, of the matrix units
@@ -44,7 +44,7 @@ class TritonBackend:
         self._decode_tuning = decode_tuning
         self._prefill_tuning = prefill_tuning
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, facts: ProbedModel) -> None:
         """All that a model can ask for is here."""
 
     def begin_step(self, batch: StepBatch) -> TritonStep:

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.gpu.batch import StepBatch
+from workers.gpu.execution.step_batch import StepBatch
 
 # Columns of the tables. Rows of 8 integers, so that a row is one sector of memory.
 ENTRY_TOKEN = tl.constexpr(0)  # in the packed batch

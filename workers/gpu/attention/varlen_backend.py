@@ -21,8 +21,8 @@ from typing import Final
 import torch
 
 from ipc.errors import ConfigError
-from workers.gpu.batch import StepBatch
-from workers.gpu.model.facts import ModelFacts
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.model.probed_model import ProbedModel
 
 _FIRST_TORCH: Final = (2, 13)  # whose FlashAttention takes both a block table and a number of splits
 _FIRST_CAPABILITY: Final = (8, 0)
@@ -49,7 +49,7 @@ class VarlenBackend:
 
         self._attend = varlen_attn_out
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, facts: ProbedModel) -> None:
         """See `AttentionBackend`."""
         if facts.cache_dtype not in (torch.bfloat16, torch.float16):
             raise _refusal(

@@ -19,10 +19,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
-from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.masks import building_masks
+from workers.gpu.model.max_length import num_positions
 from workers.gpu.model.probe import Call, MaskProbe, Probe, unsupported
-from workers.gpu.positions import num_positions
+from workers.gpu.model.probed_model import ProbedModel
 
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
 _WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers that treat each token by itself
@@ -110,7 +110,7 @@ def _freeze_rope(config: Any, module: Any, max_model_len: int) -> None:
 
 
 @torch.inference_mode()
-def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> ModelFacts:
+def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> ProbedModel:
     """Run a prepared model on a few tokens. Raises ModelUnsupported if its tokens meet anywhere but in attention."""
     config: Any = model.config
     text = config.get_text_config()
@@ -142,7 +142,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> M
             "its tokens affect each other outside of attention, or it counts positions by itself "
             f"(the same tokens in another order change the logits by {_difference(turned, logits):.0%})",
         )
-    return ModelFacts(
+    return ProbedModel(
         layers=[call.shape for call in probe.calls],
         cache_dtype=first.dtype,
         vocab_size=logits.shape[-1],

@@ -25,24 +25,24 @@ from ipc.errors import ConfigError, ModelUnsupported, RingfeedError
 from ipc.records import StepShape
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.kv_cache import KVCache, choose_num_blocks
-from workers.gpu.memory import MemoryUse, model_bytes, reserved_bytes
+from workers.gpu.memory.account import MemoryUse, model_bytes, reserved_bytes
+from workers.gpu.memory.kv_cache import KVCache, choose_num_blocks
+from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.compile import compile_layers
-from workers.gpu.model.facts import ModelFacts
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
+from workers.gpu.model.paged_runner import PagedModelRunner
+from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.quantization import (
     check_quantization,
     check_tensors,
     drop_empty_declarations,
     loading_quantized,
 )
-from workers.gpu.model.runner import PagedModelRunner
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
+from workers.gpu.model.weight_files import weight_files
 from workers.gpu.model.weights import Progress, make_blank, read_weights
-from workers.gpu.model_folder import weight_files
-from workers.gpu.out_of_memory import is_out_of_memory
-from workers.gpu.stages import LOADING
+from workers.gpu.startup_stages import LOADING
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def load_model(
     return LoadedModel(PagedModelRunner(model, kv_cache, backend, facts), num_blocks, memory, captures)
 
 
-def fuse(model: nn.Module, facts: ModelFacts, max_model_len: int, device: torch.device) -> None:
+def fuse(model: nn.Module, facts: ProbedModel, max_model_len: int, device: torch.device) -> None:
     """Fuse a checked model's projections, if that leaves its logits as they are."""
     expected: list[torch.Tensor] = []
     groups = find_projections(model, lambda: expected.append(probe_logits(model, max_model_len, device)))

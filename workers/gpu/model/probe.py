@@ -10,7 +10,7 @@ from torch import nn
 from transformers.masking_utils import causal_mask_function
 
 from ipc.errors import ConfigError, ModelUnsupported
-from workers.gpu.kv_cache import LayerShape
+from workers.gpu.memory.kv_cache import LayerShape
 from workers.gpu.model.masks import MaskFunction, agreeing_length, function_of
 
 _HARMLESS_TENSORS: Final = (  # some families pass these to attention, which does not use them

@@ -21,8 +21,8 @@ from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
 from ipc.errors import ModelUnsupported
+from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.weights import LoadReport
-from workers.gpu.out_of_memory import is_out_of_memory
 
 _DECLARATIONS: Final = ("quantization_config", "compression_config")  # in config.json; transformers reads the first
 _SWITCHES: Final = ("load_in_8bit", "load_in_4bit")  # of bitsandbytes; with both off, weights are as they were

@@ -10,16 +10,16 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
-from workers.gpu.batch import StepBatch
-from workers.gpu.kv_cache import KVCache
-from workers.gpu.memory import sampler_bytes
-from workers.gpu.model.facts import ModelFacts
-from workers.gpu.model.runner import PagedModelRunner
-from workers.gpu.out_of_memory import is_out_of_memory
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.memory.account import sampler_bytes
+from workers.gpu.memory.kv_cache import KVCache
+from workers.gpu.memory.out_of_memory import is_out_of_memory
+from workers.gpu.model.paged_runner import PagedModelRunner
+from workers.gpu.model.probed_model import ProbedModel
 
 
 def largest_step(
-    model: nn.Module, facts: ModelFacts, shape: StepShape, device: torch.device, backend: AttentionBackend
+    model: nn.Module, facts: ProbedModel, shape: StepShape, device: torch.device, backend: AttentionBackend
 ) -> Callable[[], torch.Tensor]:
     """Something that runs the model on a step as large as `shape` allows, with a cache of one block: its logits."""
     num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from workers.gpu.stages import LOADING
+from workers.gpu.startup_stages import LOADING
 
 
 class Progress(Protocol):

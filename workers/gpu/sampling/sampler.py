@@ -16,10 +16,10 @@ from typing import Any, Final
 import torch
 
 from ipc.records import NO_TOKEN, FinishCode, SamplerVariant
-from ipc.sampling import MAX_LOGPROBS
-from workers.gpu.batch import StepBatch
+from ipc.sampling_params import MAX_LOGPROBS
+from workers.gpu.execution.row_tables import RowTables
+from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.sampling.random_bits import exponential
-from workers.gpu.tables import RowTables
 
 _KEY_BITS: Final = 32  # of a float32, and the passes that a bisection over its order takes
 _INT32_MAX: Final = 2**31 - 1

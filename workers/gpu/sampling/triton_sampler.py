@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
-from workers.gpu.batch import StepBatch
+from workers.gpu.execution.row_tables import RowTables
+from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.sampling.triton_filters import load_logits, scale, settle
 from workers.gpu.sampling.triton_random import exponential, random_key
-from workers.gpu.tables import RowTables
 
 _PART: Final = 1024  # elements of a row that have a maximum of their own
 _BLOCK_PARTS: Final = 4  # that a program of the first kernels reads, and a program of the last at a time

@@ -1,0 +1,234 @@
+"""A client's open requests and the async iterator over one of them. Knows no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Self
+
+from ipc.errors import InvalidRequest, RingfeedError, error_from_code
+from ipc.messages import FinalOutput, TokenLogprobs
+from pipeline.client.outputs import Completion, Output, Usage, token_logprobs
+from pipeline.environment import forks
+
+
+class Sample:
+    """One sample of a request: what has arrived of it that nobody has read."""
+
+    __slots__ = ("final", "index", "is_unread", "logprobs", "texts", "token_ids")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.final: FinalOutput | None = None
+        self.is_unread = False
+
+    def take(self, request_id: str) -> Output:
+        """All that is unread."""
+        output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
+        if self.logprobs:
+            output.logprobs = token_logprobs(self.token_ids, self.logprobs)
+        if self.final is not None:
+            output.finish_reason = self.final.finish_reason
+        self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
+        return output
+
+
+class OpenRequest:
+    """A request and its samples. Belongs to the client's loop.
+
+    It has `ended` when all its samples have, or with an error.
+    """
+
+    __slots__ = ("_unread", "_waiter", "abandoned", "ended", "error", "request_id", "samples")
+
+    def __init__(self, request_id: str, num_samples: int) -> None:
+        self.request_id = request_id
+        self.samples = [Sample(index) for index in range(num_samples)]
+        self.ended = False
+        self.error: RingfeedError | None = None
+        self.abandoned = False  # its reader has left: what still arrives is dropped
+        self._unread: deque[Sample] = deque()  # those that have news, in order of its arrival
+        self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
+
+    @property
+    def has_unread(self) -> bool:
+        return bool(self._unread)
+
+    def wake(self) -> None:
+        """Tell the reader, if it sleeps, that there is news."""
+        if self._waiter is not None:
+            if not self._waiter.done() and not self._waiter.get_loop().is_closed():
+                self._waiter.set_result(None)
+            self._waiter = None
+
+    def add(self, index: int, text: str, token_ids: list[int]) -> None:
+        """New text and tokens of a sample; there are none in an item that only ends it."""
+        if text or token_ids:
+            sample = self.samples[index]
+            if text:
+                sample.texts.append(text)
+            sample.token_ids += token_ids
+            self._has_news(sample)
+
+    def end_sample(self, index: int, final: FinalOutput) -> None:
+        """The end of a sample; with the final answer it is that of all that have not ended."""
+        if final.finish_reason == "error":
+            self.fail(error_from_code(final.error_code, final.error_message, final.retry_after_s))
+            return
+        for sample in self.samples if final.num_open == 0 else [self.samples[index]]:
+            if sample.final is None:
+                sample.final = final
+                self._has_news(sample)
+        self.ended = final.num_open == 0
+
+    def fail(self, error: RingfeedError) -> None:
+        self.error = error
+        self.ended = True
+        self.wake()
+
+    def take_error(self) -> RingfeedError:
+        """The error, to be raised and not kept: it will hold the frames that it passes, and those hold the request.
+
+        Kept, it would make a reference cycle of every refusal, and an overload would stop the client for collections.
+        """
+        assert self.error is not None, f"request {self.request_id} has not failed"
+        error, self.error = self.error, None
+        return error
+
+    async def news(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Sleep until `wake()`. Raises InvalidRequest if another reader sleeps already, or on another loop."""
+        if self._waiter is not None and not self._waiter.done():
+            raise InvalidRequest(
+                f"the stream of request {self.request_id} is being read by another task or thread: one reads at a time"
+            )
+        self._waiter = loop.create_future()
+        try:
+            await self._waiter
+        except RuntimeError:  # asyncio's, for a future of another loop; asking for the running loop costs a system call
+            self._waiter = None
+            raise InvalidRequest(
+                f"the stream of request {self.request_id} belongs to another event loop: read it there"
+            ) from None
+
+    def take(self) -> Output:
+        """All that is unread of one sample; the last one if the request has ended without error."""
+        output = self._unread.popleft().take(self.request_id)
+        if self.ended and self.error is None and not self._unread:
+            output.finished, output.usage = True, self._usage()
+        return output
+
+    def take_whole(self) -> Output:
+        """Everything, of a request that has ended without error and of which nothing was read."""
+        outputs = [sample.take(self.request_id) for sample in self.samples]
+        whole = outputs[0]
+        whole.finished, whole.usage = True, self._usage()
+        for output in outputs:
+            assert output.finish_reason is not None, f"sample {output.index} of {self.request_id} has not ended"
+            whole.completions.append(
+                Completion(
+                    index=output.index,
+                    text=output.text,
+                    token_ids=output.token_ids,
+                    finish_reason=output.finish_reason,
+                    logprobs=output.logprobs,
+                )
+            )
+        return whole
+
+    def _has_news(self, sample: Sample) -> None:
+        if not sample.is_unread:
+            sample.is_unread = True
+            self._unread.append(sample)
+        self.wake()
+
+    def _usage(self) -> Usage:
+        finals = [sample.final for sample in self.samples if sample.final is not None]
+        first = finals[0]
+        num_completion_tokens = sum(final.num_completion_tokens for final in finals)
+        return Usage(first.num_prompt_tokens, num_completion_tokens, first.num_cached_tokens)
+
+
+class OutputStream:
+    """The Outputs of one request, as they come.
+
+    Dropping it, `aclose()`, or leaving its `async with` block cancels the request if it has not ended. A request that
+    fails raises its error, after what had arrived before. It belongs to the event loop and the process that opened it:
+    elsewhere, and to a second reader, InvalidRequest is raised.
+    """
+
+    def __init__(
+        self, request: OpenRequest, abandon: Callable[[OpenRequest], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._request = request
+        self._abandon = abandon
+        self._loop = loop
+        self._generation = forks.generation
+        self._pid = os.getpid()
+        self._exhausted = False
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        output = await self.next()
+        if output is None:
+            raise StopAsyncIteration
+        return output
+
+    async def next(self) -> Output | None:
+        """The next Output; None after the last, or after `aclose()`."""
+        request = self._request
+        if self._generation != forks.generation:
+            raise InvalidRequest(
+                f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
+                "open one in this process"
+            )
+        while not self._exhausted and not request.has_unread and not request.ended:
+            await request.news(self._loop)
+        if self._exhausted:
+            return None
+        if request.error is not None and not request.has_unread:
+            self._exhausted = True
+            raise request.take_error()
+        output = request.take()
+        self._exhausted = output.finished
+        return output
+
+    async def aclose(self) -> None:
+        if self._generation == forks.generation and self._loop is asyncio.get_running_loop():
+            self._close()
+        else:
+            self.close_soon()
+
+    def close_soon(self) -> None:
+        """Like `aclose()`, from any thread and without waiting. In a forked child it does nothing."""
+        if self._generation == forks.generation:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
+                self._loop.call_soon_threadsafe(self._close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # Whoever drops it may be another thread (the synchronous client's), or the collector in any.
+        if not self._request.ended and self._generation == forks.generation:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
+                self._loop.call_soon_threadsafe(self._abandon, self._request)
+
+    def _close(self) -> None:
+        self._exhausted = True
+        self._abandon(self._request)
+        self._request.wake()

@@ -1,0 +1,111 @@
+"""Tells people and programs how the engine comes up: log lines, a progress bar on a terminal, JSON on a pipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any, Final
+
+from ipc.messages import Progress
+from pipeline.terminal.progress_bar import forgiving
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY: Final = 0.25  # of a stage, where there is no terminal
+
+
+class Announcer:
+    """What the supervisor has to say before the engine serves.
+
+    `status_fd`, if given, gets one JSON object a line: {"event": "spawned", "pids": {role: pid}} and
+    {"event": "ready", "endpoint": ...}. It is closed by `close()`.
+    """
+
+    def __init__(self, endpoint: str, model_name: str, details: str, status_fd: int | None = None) -> None:
+        self._endpoint = endpoint
+        self._model_name = model_name
+        self._details = details
+        self._status_fd = status_fd
+        self._said: dict[str, tuple[str, float]] = {}
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self.is_ready = False
+
+    def spawned(self, pids: dict[str, int]) -> None:
+        logger.info("started %s", ", ".join(f"{role} ({pid})" for role, pid in pids.items()))
+        self._tell_program(event="spawned", endpoint=self._endpoint, pids=pids)
+
+    def progress(self, message: Progress) -> None:
+        """A worker's start-up has come so far."""
+        if sys.stderr.isatty():
+            self._show(message)
+            return
+        stage, fraction = self._said.get(message.role, ("", 0.0))
+        if message.stage != stage or message.fraction >= min(1.0, fraction + _LOG_EVERY):
+            self._said[message.role] = (message.stage, message.fraction)
+            logger.info("%s: %s (%s)", message.role, message.stage, _how_far(message))
+
+    def worker_ready(self, role: str) -> None:
+        logger.debug("%s is ready", role)
+
+    def ready(self, info: dict[str, int]) -> None:
+        """The engine serves."""
+        self._close_bar()
+        self.is_ready = True
+        logger.info(
+            "ready: %s (model %s, %d KV blocks, %s)",
+            self._endpoint,
+            self._model_name,
+            info["num_blocks"],
+            self._details,
+        )
+        self._tell_program(event="ready", endpoint=self._endpoint, info=info)
+
+    def close(self) -> None:
+        """Take down what is shown and close the pipe."""
+        self._close_bar()
+        if self._status_fd is not None:
+            os.close(self._status_fd)
+            self._status_fd = None
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, message: Progress) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as ProgressBar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[far]}"))
+            console = Console(file=forgiving(sys.stderr))
+            self._bar = ProgressBar(*columns, TimeElapsedColumn(), console=console, transient=True)
+            self._bar.start()
+        if message.role not in self._tasks:
+            self._tasks[message.role] = self._bar.add_task(message.stage, total=1.0, far="")
+        self._bar.update(
+            self._tasks[message.role],
+            description=f"{message.role}: {message.stage}",
+            completed=message.fraction,
+            far=_how_far(message),
+        )
+
+    def _tell_program(self, **event: Any) -> None:
+        if self._status_fd is not None:
+            try:
+                os.write(self._status_fd, (json.dumps(event) + "\n").encode())
+            except BrokenPipeError:  # whoever asked does not listen any more
+                self.close()
+
+
+def _how_far(message: Progress) -> str:
+    """ "40 %", or "40 %, 6.4 of 16.1 GB" of what is counted in bytes."""
+    percent = f"{100 * message.fraction:.0f} %"
+    if not message.total_bytes:
+        return percent
+    unit, name = (1e9, "GB") if message.total_bytes >= 1e9 else (1e6, "MB")
+    return f"{percent}, {message.fraction * message.total_bytes / unit:.1f} of {message.total_bytes / unit:.1f} {name}"

@@ -1,0 +1,311 @@
+"""The configuration: TOML in, checked structs out, and one clear error for whatever cannot work.
+
+Owns sections, ranges and combinations. What each key means stands beside its owner (`workers/*/config.py`); whether the
+model and the machine can do it is found out in `pipeline/engine/model_files.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+import pipeline.environment.own_workers  # noqa: F401
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.errors import ConfigError
+from ipc.scheduling_params import MAX_WAIT_S
+from pipeline.client.endpoint import check_endpoint
+from workers.gateway.config import FrontendConfig
+from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
+from workers.scheduler.config import RingConfig, SchedulerConfig
+from workers.tokenizer.config import TokenizerConfig
+
+STANDARD_INPUT: Final = "-"
+BAD_CONFIG_STATUS: Final = 2  # of the launcher, for a configuration that cannot work
+_BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError; so is that of an integer too long
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine. Built by `load_config` or `config_from_dict`, which check it; immutable afterwards."""
+
+    model: ModelConfig
+    scheduler: SchedulerConfig = SchedulerConfig()
+    cache: CacheConfig = CacheConfig()
+    ring: RingConfig = RingConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    frontend: FrontendConfig = FrontendConfig()
+
+
+_SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
+
+
+def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value <= high, f"must lie in [{low}, {high}]"
+
+
+MAX_MODEL_LEN: Final = 16_777_216
+_DURATION: Final = (lambda value: 0 < value <= MAX_WAIT_S, f"must be a number of seconds in (0, {MAX_WAIT_S:g}]")
+
+_RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "model.num_threads": _within(1, 1024),
+    "model.null_step_ms": _within(0, 60_000),
+    "scheduler.max_num_seqs": _within(1, 65_536),
+    "scheduler.max_num_batched_tokens": _within(1, 1_048_576),
+    "scheduler.max_model_len": _within(2, MAX_MODEL_LEN),
+    "scheduler.max_num_waiting": _within(1, 16_777_216),
+    "scheduler.max_num_waiting_tokens": _within(1, 2**40),
+    "scheduler.queue_timeout_s": _DURATION,
+    "scheduler.priority_aging_s": _within(0.001, 86_400),
+    "scheduler.fair_quantum": _within(1, 16_777_216),
+    "scheduler.max_itl_ms": _within(0.1, 60_000),
+    "cache.block_size": _within(1, 1024),
+    "cache.num_blocks": _within(1, 2**31 - 2),
+    "cache.memory_share": (lambda value: 0 < value <= 1, "must lie in (0, 1]"),
+    "ring.depth": _within(1, 8),
+    "tokenizer.num_workers": _within(1, 64),
+    "frontend.max_connections": _within(1, 1_048_576),
+    "frontend.max_open_requests": _within(1, 16_777_216),
+    "frontend.max_queued_bytes": _within(MAX_CLIENT_FRAME_BYTES, 1 << 40),
+    "frontend.slow_client_timeout_s": _DURATION,
+    "frontend.drain_timeout_s": _DURATION,
+}
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file ("-" = standard input), then apply `overrides`: "section.key=value", a TOML value or a string.
+
+    A relative `model.path` is looked for beside the file, or in the current folder if an override gives it.
+    Raises ConfigError, naming where the value came from, the key, the value and the cure.
+    """
+    is_piped = os.fspath(path) == STANDARD_INPUT
+    source = name_source(path)
+    try:
+        with open(0 if is_piped else path, "rb", closefd=not is_piped) as file:
+            text = file.read().decode("utf-8-sig")  # some editors put a byte order mark first
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: is not UTF-8 text (byte {error.start}), so it is not TOML") from None
+    return config_from_toml(text, source, Path.cwd() if is_piped else Path(path).resolve().parent, overrides)
+
+
+def name_source(path: str | os.PathLike[str]) -> str:
+    """What errors call a configuration's file."""
+    return "standard input" if os.fspath(path) == STANDARD_INPUT else str(Path(path))
+
+
+def find_origin(message: str, path: str | os.PathLike[str], overrides: Iterable[str]) -> str:
+    """Where the value came from that a ConfigError's message begins with: the last override of it, or the file."""
+    given = [override for override in overrides if message.startswith(f"{override.partition('=')[0].strip()} ")]
+    return f"--set {given[-1]}" if given else name_source(path)
+
+
+def config_from_toml(text: str, source: str, folder: Path, overrides: Iterable[str] = ()) -> Config:
+    """The same for TOML text. `source` names it in errors; `folder` is where a relative `model.path` starts."""
+    try:
+        plain = tomllib.loads(text)
+    except _BAD_TOML as error:
+        raise ConfigError(f"{source}: is not TOML: {error}") from None
+    return config_from_dict(plain, source, folder, overrides)
+
+
+def config_from_dict(
+    plain: Mapping[str, Any], source: str = "config", folder: Path | None = None, overrides: Iterable[str] = ()
+) -> Config:
+    """The same for nested plain values: {"model": {"path": ...}, ...}."""
+    builder = _Builder(source)
+    for section, values in plain.items():
+        if not isinstance(values, Mapping):
+            builder.check_section(section, source)
+            raise ConfigError(f"{source}: {section} ({values!r}) must be a section: [{section}] and keys below it")
+        builder.check_section(section, source)
+        for key, value in values.items():
+            builder.set(section, key, value, source)
+    builder.find_model(folder or Path.cwd())
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        builder.set(section, key, value, f"--set {override}")
+        if (section, key) == ("model", "path"):
+            builder.find_model(Path.cwd())
+    return builder.build()
+
+
+def overrides_from_dict(values: Mapping[str, Any]) -> list[str]:
+    """{"scheduler.max_num_seqs": 4} as the strings that `load_config` takes."""
+    return [f"{key}={_toml_value(value)}" for key, value in values.items()]
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration, defaults included, as TOML that `load_config` reads back; unset keys are comments."""
+    lines: list[str] = []
+    for section in _SECTIONS:
+        lines += ["", f"[{section}]"]
+        for key, value in msgspec.structs.asdict(getattr(config, section)).items():
+            lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+class _Builder:
+    """Collects values, remembers where each came from, and checks them one by one and then together."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+        self._origins: dict[str, str] = {}
+
+    def check_section(self, section: str, origin: str) -> None:
+        if section not in _SECTIONS:
+            raise ConfigError(f"{origin}: there is no section [{section}]{_suggest(section, _SECTIONS)}")
+
+    def set(self, section: str, key: str, value: Any, origin: str) -> None:
+        self.check_section(section, origin)
+        types_by_key = {field.name: field.type for field in msgspec.structs.fields(_SECTIONS[section])}
+        if key not in types_by_key:
+            raise ConfigError(f"{origin}: there is no key {section}.{key}{_suggest(key, types_by_key)}")
+        name = f"{section}.{key}"
+        try:
+            value = msgspec.convert(value, types_by_key[key])
+        except msgspec.ValidationError:
+            raise ConfigError(f"{origin}: {name} ({value!r}) must be {_describe(types_by_key[key])}") from None
+        if name in _RULES and value is not None:
+            holds, rule = _RULES[name]
+            if not holds(value):
+                raise ConfigError(f"{origin}: {name} ({value!r}) {rule}")
+        if name == "frontend.endpoint" and value is not None:
+            try:
+                check_endpoint(value)
+            except ConfigError as error:
+                raise ConfigError(f"{origin}: {name} ({value!r}) {error}") from None
+        self._values[section][key] = value
+        self._origins[name] = origin
+
+    def find_model(self, folder: Path) -> None:
+        """Make `model.path` absolute if it is a folder, seen from `folder`, or can be nothing else."""
+        path = self._values["model"].get("path")
+        if path == "":
+            raise ConfigError(f"{self._origins['model.path']}: model.path ('') must be a folder or a hub id")
+        if path is not None:
+            try:
+                local = (folder / Path(path).expanduser()).resolve()
+                is_folder = local.is_dir()
+            except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a NUL byte
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(
+                    f"{self._origins['model.path']}: model.path ({path!r}) cannot be a folder: {reason}"
+                ) from None
+            if is_folder or path.startswith((".", "/", "~")):
+                self._values["model"]["path"] = str(local)
+
+    def build(self) -> Config:
+        if "path" not in self._values["model"]:
+            raise ConfigError(
+                f"{self._source}: model.path is missing: a folder with config.json, weights and tokenizer, or a hub id"
+            )
+        for name, origin in self._origins.items():
+            section, _, key = name.partition(".")
+            value = self._values[section][key]
+            if not _is_utf8(str(value)):
+                raise ConfigError(f"{origin}: {name} ({value!r}) is not UTF-8 text")
+        sections: dict[str, Any] = {section: make(**self._values[section]) for section, make in _SECTIONS.items()}
+        config = Config(**sections)
+        origins = {self._origins.get(name, self._source) for name in _COMBINED}
+        # One value of a pair that came from the command line is the one to name.
+        origin = next((o for o in sorted(origins) if o != self._source), self._source)
+        try:
+            check_combinations(config)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+        return config
+
+
+_COMBINED: Final = (
+    "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens", "scheduler.max_model_len", "cache.num_blocks",
+    "cache.block_size", "model.load_format", "model.null_step_ms", "model.attention",
+)  # fmt: skip
+
+
+def check_combinations(config: Config) -> None:
+    """Raise ConfigError for values that are right one by one and cannot work together."""
+    scheduler, cache, model = config.scheduler, config.cache, config.model
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+        raise ConfigError(
+            f"scheduler.max_num_batched_tokens ({scheduler.max_num_batched_tokens}) is smaller than "
+            f"scheduler.max_num_seqs ({scheduler.max_num_seqs}): a full decode step would not fit; "
+            "raise the first or lower the second"
+        )
+    if scheduler.max_model_len is not None and cache.num_blocks is not None:
+        check_cache_holds_one_sequence(cache.num_blocks, cache.block_size, scheduler.max_model_len)
+    if model.null_step_ms and model.load_format != "null":
+        raise ConfigError(
+            f"model.null_step_ms ({model.null_step_ms}) has no effect with model.load_format "
+            f'("{model.load_format}"): leave it out, or set load_format = "null"'
+        )
+    if model.attention == "varlen" and cache.block_size % VARLEN_BLOCK_TOKENS:
+        raise ConfigError(
+            f'model.attention ("varlen") reads KV blocks of {VARLEN_BLOCK_TOKENS} tokens or a multiple of that, not of '
+            f"cache.block_size ({cache.block_size}): set cache.block_size to {VARLEN_BLOCK_TOKENS}, or model.attention "
+            'to "auto"'
+        )
+
+
+def check_cache_holds_one_sequence(num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Raise ConfigError if the longest sequence could never be computed to its end."""
+    if num_blocks * block_size < max_model_len:
+        raise ConfigError(
+            f"the KV cache (cache.num_blocks {num_blocks} x cache.block_size {block_size} = "
+            f"{num_blocks * block_size} tokens) cannot hold one sequence of scheduler.max_model_len "
+            f"({max_model_len}) tokens: lower max_model_len or give the cache more blocks"
+        )
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"--set {override}: must have the form section.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except _BAD_TOML:
+        return section, key, text  # a bare string
+    return section, key, parsed["value"] if len(parsed) == 1 else text
+
+
+def _is_utf8(text: str) -> bool:
+    """False for a path of undecodable bytes: TOML and the workers' messages cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _suggest(name: str, valid: Iterable[str]) -> str:
+    valid = list(valid)
+    nearest = difflib.get_close_matches(name, valid, n=1)
+    return f": did you mean {nearest[0]}?" if nearest else f": it must be one of {', '.join(valid)}"
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    arguments = [argument for argument in typing.get_args(kind) if argument is not types.NoneType]
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(f'"{argument}"' for argument in arguments)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)

@@ -1,0 +1,1 @@
+"""What a running engine does: its counters turned into figures, and shown live."""

@@ -1,0 +1,114 @@
+"""Turns two readings of the engine's counters into figures per step and per second.
+
+The counters are those of `ipc/stats_page.py`, as `client.stats()` returns them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+Roles = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """What the device did in a window, in ns: computed, or was idle, and for which reason."""
+
+    busy_ns: float
+    no_work_ns: float  # no request had anything left to compute
+    scheduler_ns: float  # there was work, and the GPU process had no step record yet
+    copies_ns: float  # it had one: copies and launches were under way
+
+    @property
+    def is_known(self) -> bool:
+        """False for a window in which no step ended."""
+        return self.busy_ns > 0
+
+    @property
+    def wait_share(self) -> float:
+        """Of the time in which there was work: the device computed none of it yet."""
+        wait_ns = self.scheduler_ns + self.copies_ns
+        return wait_ns / max(self.busy_ns + wait_ns, 1.0)
+
+    def shares(self) -> dict[str, float]:
+        """Busy and the causes of idleness by name, of their sum."""
+        parts = {
+            "busy": self.busy_ns, "no work": self.no_work_ns, "scheduler": self.scheduler_ns, "copies": self.copies_ns,
+        }  # fmt: skip
+        total = max(sum(parts.values()), 1.0)
+        return {name: part / total for name, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What happened between two readings, `seconds` apart."""
+
+    seconds: float
+    num_steps: int
+    num_prefill_steps: int  # of these, the ones that compute prompts
+    num_sampled_tokens: int
+    host_us_per_step: dict[str, float]  # CPU time of each process
+    plan_us_per_step: float
+    apply_us_per_step: float
+    device: DeviceTime
+
+    @property
+    def device_us_per_step(self) -> float:
+        return self.device.busy_ns / max(self.num_steps, 1) / 1e3
+
+    @property
+    def device_wait_share(self) -> float:
+        """See DeviceTime.wait_share."""
+        return self.device.wait_share
+
+    @property
+    def device_idle_share(self) -> float:
+        """Of the device's time from step to step: it ran none, whatever the reason."""
+        return 1 - self.device.shares()["busy"]
+
+    @property
+    def steps_per_s(self) -> float:
+        return self.num_steps / self.seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_sampled_tokens / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.num_sampled_tokens / max(self.num_steps, 1)
+
+
+class Window:
+    """A measurement that is under way: opened with one reading, closed with another."""
+
+    def __init__(self, before: Roles) -> None:
+        self._before = before
+        self._start = time.perf_counter()
+
+    def close(self, after: Roles) -> Figures:
+        """Figures between the two readings. A window without a step gives zeros."""
+        seconds = time.perf_counter() - self._start
+
+        def change(role: str, name: str) -> float:
+            return float(after[role][name] - self._before[role][name])
+
+        num_steps = int(change("scheduler", "num_steps"))
+        per_step = max(num_steps, 1)
+        busy_ns, scheduler_ns, copies_ns = (
+            change("scheduler", f"device_{name}_ns") for name in ("busy", "scheduler", "copies")
+        )
+        # A pause is counted when the step after it ends, and all of it at once; the window has room for so much of it.
+        room_ns = max(0.0, seconds * 1e9 - busy_ns - scheduler_ns - copies_ns)
+        no_work_ns = min(change("scheduler", "device_no_work_ns"), room_ns)
+        return Figures(
+            seconds=seconds,
+            num_steps=num_steps,
+            num_prefill_steps=int(change("scheduler", "num_prefill_steps")),
+            num_sampled_tokens=int(change("scheduler", "num_sampled_tokens")),
+            host_us_per_step={role: change(role, "cpu_ns") / per_step / 1e3 for role in after},
+            plan_us_per_step=change("scheduler", "plan_ns") / per_step / 1e3,
+            apply_us_per_step=change("scheduler", "apply_ns") / per_step / 1e3,
+            device=DeviceTime(busy_ns, no_work_ns, scheduler_ns, copies_ns),
+        )

@@ -1,8 +1,0 @@
-"""Makes `import workers` find our package. Modules that need `workers` import this module before it.
-
-A client does not need our `workers`, so a script with its own `workers` can use `from pipeline import Client`.
-"""
-
-from pipeline.python_module import own_package
-
-own_package("workers")

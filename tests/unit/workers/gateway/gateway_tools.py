@@ -1,0 +1,158 @@
+"""A gateway core between scripted neighbours, and a client that checks what reaches it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ipc.codec import decode, encode
+from ipc.messages import (
+    ClientMessage,
+    Delivery,
+    FinalOutput,
+    GatewayToClient,
+    Generate,
+    Outputs,
+    Refused,
+    Tokenize,
+)
+from ipc.sampling_params import SamplingParams
+from ipc.stats_page import StatsHandle
+from workers.gateway.config import FrontendConfig, GatewayBootstrap
+from workers.gateway.core import Gateway, Peer
+from workers.process import WorkerBootstrap
+from workers.queueing.policies import PolicyConfig
+
+TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
+
+
+def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
+    frontend = FrontendConfig(
+        max_open_requests=changes.pop("max_open_requests", 100),
+        max_queued_bytes=changes.pop("max_queued_bytes", 256 << 20),
+        slow_client_timeout_s=30.0,
+        drain_timeout_s=20.0,
+    )
+    fields: dict[str, Any] = {
+        "worker": WorkerBootstrap(
+            role="gateway",
+            control_endpoint=f"ipc://{folder}/control",
+            doorbell_fd=-1,
+            stats=StatsHandle("gateway", -1),
+            launcher_pid=1,
+        ),
+        "frontend": frontend,
+        "endpoint": f"ipc://{folder}/front/client.sock",
+        "endpoint_folder": None,
+        "run_dir": folder,
+        "model_name": "tiny",
+        "max_model_len": 128,
+        "policy": PolicyConfig(**changes.pop("policy", {})),
+        "tokenizer_window": 2,
+        "tokenizer_window_bytes": 1 << 20,
+        "client_window": 3,
+        "tokenize_endpoint": f"ipc://{folder}/tokenize",
+        "deliver_endpoint": f"ipc://{folder}/deliver",
+        "schedule_endpoint": f"ipc://{folder}/schedule",
+        "detokenize_endpoint": f"ipc://{folder}/detokenize",
+        "identity": b"gateway",
+        "stats": [],
+        **changes,
+    }
+    return GatewayBootstrap(**fields)
+
+
+def generate(request_id: str, **changes: Any) -> Generate:
+    fields: dict[str, Any] = {"params": SamplingParams(max_tokens=4), **changes}
+    if not {"prompt", "chat", "token_ids"} & set(changes):
+        fields["prompt"] = "hello"
+    return Generate(request_id=request_id, **fields)
+
+
+class Harness:
+    """The core, and what it sent to whom. Sends to `unreachable` clients find nobody, to `full` ones no room."""
+
+    def __init__(self, *, started: bool = True, **changes: Any) -> None:
+        self.core = Gateway(bootstrap(**changes), lambda: {"gateway": {"num_open": 0.0}})
+        self.now = 100.0
+        self.sent: dict[Peer, list[tuple[bytes, Any]]] = {peer: [] for peer in Peer}
+        self.unreachable: set[bytes] = set()
+        self.full: set[bytes] = set()
+        self.finals: dict[tuple[bytes, str], list[FinalOutput]] = {}
+        if started:
+            self.core.start()
+            for tokenizer in TOKENIZERS:
+                self.core.tokenizer_done(tokenizer, 0, self.now)
+
+    def flush(self) -> None:
+        while outbox := self.core.take_outbox():
+            for peer, identity, message in outbox:
+                if peer is Peer.CLIENT and identity in self.unreachable:
+                    self.core.client_gone(identity)
+                    continue
+                if peer is Peer.CLIENT and identity in self.full:
+                    self.core.client_full(identity, message)
+                    continue
+                self.sent[peer].append((identity, message))
+                if peer is Peer.CLIENT:
+                    self._note(identity, message)
+
+    def _note(self, identity: bytes, message: Any) -> None:
+        if isinstance(message, bytes):
+            message = decode(message, GatewayToClient)
+        if isinstance(message, Outputs):
+            for index, final in message.finals:
+                self.finals.setdefault((identity, message.request_ids[index]), []).append(final)
+
+    def client(self, message: ClientMessage | bytes, identity: bytes = b"c") -> None:
+        frame = message if isinstance(message, bytes) else encode(message)
+        self.core.client_frames(identity, [frame], self.now)
+        self.flush()
+
+    def answers(self, kind: type, identity: bytes = b"c") -> list[Any]:
+        return [message for to, message in self.sent[Peer.CLIENT] if to == identity and isinstance(message, kind)]
+
+    def refusal(self) -> Refused:
+        """The last thing that happened was a refusal."""
+        _, message = self.sent[Peer.CLIENT][-1]
+        assert isinstance(message, Refused), message
+        return message
+
+    def messages(self, peer: Peer, kind: type) -> list[Any]:
+        return [message for _, message in self.sent[peer] if isinstance(message, kind)]
+
+    def tokenized(self) -> list[tuple[bytes, Tokenize]]:
+        return self.sent[Peer.TOKENIZER]
+
+    def pass_on(self) -> list[Tokenize]:
+        """The tokenizers hand on all they have, and the scheduler accepts it."""
+        taken = []
+        while self.sent[Peer.TOKENIZER]:
+            tokenizer, message = self.sent[Peer.TOKENIZER].pop(0)
+            self.core.tokenizer_done(tokenizer, message.key, self.now)
+            self.core.accepted([message.key])
+            self.flush()
+            taken.append(message)
+        return taken
+
+    def withdrawn(self, *keys: int) -> None:
+        """The scheduler says that it does not have these."""
+        self.core.withdrawn(keys, self.now)
+        self.flush()
+
+    def deliver(self, *requests: Tokenize, reason: Any = "length") -> None:
+        """The detokenizer's final answers to some requests of one client."""
+        outputs = Outputs(
+            request_ids=[request.route.request_id for request in requests],
+            texts=["x"] * len(requests),
+            num_token_ids=bytes(4 * len(requests)),
+            token_ids=b"",
+            finals=[(index, FinalOutput(reason, 1, 1)) for index in range(len(requests))],
+        )
+        head = Delivery(clients=[requests[0].route.client], finished=[[request.key for request in requests]])
+        self.core.delivery(head, [encode(outputs)], self.now)
+        self.flush()
+
+    def tick(self, seconds: float = 0.0) -> None:
+        self.now += seconds
+        self.core.tick(self.now)
+        self.flush()

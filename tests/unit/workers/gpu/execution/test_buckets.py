@@ -1,0 +1,43 @@
+"""The sizes that steps are padded to."""
+
+from __future__ import annotations
+
+import pytest
+
+from ipc.records import StepShape
+from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 16, 33, 64, 512])
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 7, 64, 100, 512, 1000, 8192])
+def test_every_step_fits_its_bucket_and_every_bucket_the_buffers(
+    max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    shape = StepShape(max_num_seqs, max_num_batched_tokens, max_model_len=64, block_size=16)
+    buckets = Buckets(shape)
+    captured = set(buckets.captured)
+    for num_seqs in {1, 2, 5, 15, 16, 17, 33, 63, 64, 500, 512}:
+        if num_seqs > min(max_num_seqs, max_num_batched_tokens):
+            continue
+        for num_tokens in {num_seqs, num_seqs + 1, 63, 64, 65, 512, 513, 999, 8192}:
+            if not num_seqs <= num_tokens <= max_num_batched_tokens:
+                continue
+            bucket = buckets.choose(num_seqs, num_tokens)
+            assert num_seqs <= bucket[0] <= max_num_seqs
+            assert num_tokens <= bucket[1] <= max_num_batched_tokens
+            assert bucket[0] <= bucket[1]
+            assert (bucket in captured) == (num_tokens <= MAX_CAPTURED_TOKENS or num_tokens == num_seqs)
+
+
+def test_decodes_are_padded_by_at_most_a_half() -> None:
+    shape = StepShape(max_num_seqs=512, max_num_batched_tokens=8192, max_model_len=64, block_size=16)
+    buckets = Buckets(shape)
+    assert len(buckets.captured) < 40
+    for num_seqs in range(17, 513):
+        assert buckets.choose(num_seqs, num_seqs)[0] * 2 <= num_seqs * 3
+
+
+def test_steps_too_large_to_be_captured_are_padded_by_less_than_a_tile() -> None:
+    buckets = Buckets(StepShape(max_num_seqs=64, max_num_batched_tokens=8192, max_model_len=64, block_size=16))
+    for num_tokens in range(MAX_CAPTURED_TOKENS + 1, 8193, 7):
+        assert buckets.choose(33, num_tokens)[1] - num_tokens < 64

@@ -1,0 +1,109 @@
+"""The detokenizer's state of a client, of a request, and of each of its samples."""
+
+from __future__ import annotations
+
+from ipc.messages import Ended, FinalOutput, FinishReason, Opened
+from workers.detokenizer.logprob_columns import LogprobColumns
+from workers.detokenizer.stop_strings import StopMatcher
+from workers.detokenizer.text_decoding import TextDecoder
+
+
+class Client:
+    """One client's credit and what waits for it."""
+
+    __slots__ = ("credit", "name", "num_open", "ready")
+
+    def __init__(self, name: bytes, window: int) -> None:
+        self.name = name
+        self.credit = window
+        self.num_open = 0
+        self.ready: list[Sequence] = []  # that have something to send
+
+
+class Request:
+    """The state that the samples of one request share."""
+
+    __slots__ = (
+        "client", "key", "num_cached_tokens", "num_open", "num_prompt_tokens", "num_samples", "request_id", "stream",
+    )  # fmt: skip
+
+    def __init__(self, opened: Opened, client: Client) -> None:
+        self.key = opened.key
+        self.client = client
+        self.request_id = opened.route.request_id
+        self.stream = opened.route.stream
+        self.num_prompt_tokens = opened.num_prompt_tokens
+        self.num_cached_tokens = 0
+        self.num_samples = opened.num_samples
+        self.num_open = opened.num_samples  # samples whose end is not delivered
+
+
+class Sequence:
+    """One sample of a request, between `Opened` and the delivery of its end."""
+
+    __slots__ = (
+        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "num_sent",
+        "request", "sample", "text", "token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: Request, sample: int, opened: Opened, decoder: TextDecoder, matcher: StopMatcher | None
+    ) -> None:
+        self.key = request.key + sample
+        self.request = request
+        self.sample = sample
+        self.client = request.client
+        self.decoder = decoder
+        self.matcher = matcher
+        self.logprobs = None if opened.num_logprobs is None else LogprobColumns(opened.num_logprobs)
+        self.is_plain = self.matcher is None and self.logprobs is None
+        self.token_ids: list[int] = []  # not sent yet
+        self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
+        self.num_sent = 0  # tokens
+        self.idle = request.stream  # not in client.ready; the next token adds it
+        self.end: Ended | None = None
+        self.hides_last = False  # the last token ended the sequence: it has no text
+
+    def take_text(self, new: list[int], is_last: bool) -> str:
+        """The text of an item; `new` are its tokens."""
+        if self.matcher is not None:
+            text, self.text = self.text, ""
+            return text
+        visible = new[:-1] if is_last and self.hides_last else new
+        text = self.decoder.push(visible) if visible else ""
+        return text + self.decoder.flush() if is_last else text
+
+    def finish_text(self) -> None:
+        """Decode the end of a text that is decoded eagerly; a stop string may be complete only here."""
+        if self.matcher is not None:
+            self.text += self.matcher.feed(self.decoder.flush()) + self.matcher.finish()
+
+    def take_final(self) -> FinalOutput:
+        """Also counts the sequence as ended in its request, so call this once, on delivery."""
+        request, end = self.request, self.end
+        assert end is not None, f"sequence {self.key} has not ended"
+        request.num_open -= 1
+        reason: FinishReason = end.finish_reason
+        return FinalOutput(
+            reason,
+            request.num_prompt_tokens,
+            self.num_sent,
+            end.error_code,
+            end.error_message,
+            request.num_cached_tokens,
+            request.num_open,
+            end.retry_after_s,
+        )
+
+
+class _NoDecoder:
+    """The decoder of a sequence that cannot be decoded: its tokens have no text."""
+
+    def push(self, token_ids: list[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+NO_DECODER = _NoDecoder()

@@ -1,0 +1,127 @@
+"""The table of open requests and of the clients that they belong to."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import ValuesView
+
+from ipc.messages import FinishReason
+from workers.queueing.drain_rate import DrainRate
+
+
+class RequestState(enum.Enum):
+    """How far a request is; what a cancellation has to do depends on it."""
+
+    QUEUED = "queued"  # here
+    TOKENIZING = "tokenizing"  # on its way to the scheduler, which may not have it yet: a Withdraw stops it there
+    ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
+
+
+class Request:
+    """An open request. `client` None: its client has gone, and it is to be cancelled as soon as that can be."""
+
+    __slots__ = ("client", "is_cancelled", "key", "keys", "num_prompt_tokens", "request_id", "state", "withdrawn_as")
+
+    def __init__(self, key: int, num_samples: int, client: Client, request_id: str, num_prompt_tokens: int) -> None:
+        self.key = key
+        self.keys = range(key, key + num_samples)  # of its samples
+        self.client: Client | None = client
+        self.request_id = request_id
+        self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens are not counted before it is tokenized
+        self.state = RequestState.QUEUED
+        self.is_cancelled = False
+        self.withdrawn_as: FinishReason | None = None  # why, if a Withdraw was sent
+
+
+class Client:
+    """One stay of a client: from its first request until it has none open and has taken in everything, or is gone.
+
+    `name` is never used twice. So what is still under way to a client that was dropped reaches nobody, even if the
+    client is back under the same socket identity.
+    """
+
+    __slots__ = (
+        "departures", "identity", "keys", "last_progress", "name", "num_outputs", "num_own_outputs", "num_samples",
+        "was_sent_to",
+    )  # fmt: skip
+
+    def __init__(self, identity: bytes, name: bytes) -> None:
+        self.identity = identity  # on the frontend socket
+        self.name = name  # in routes
+        self.keys: dict[str, int] = {}  # of its open requests, by request_id
+        self.num_samples = 0  # of all of these
+        self.departures = DrainRate()  # of samples
+        self.num_outputs = 0  # sent, and not taken in yet
+        self.num_own_outputs = 0  # of these, those that the detokenizer knows nothing of
+        self.last_progress = 0.0  # when it last took something in, or began to owe that
+        self.was_sent_to = False  # since the last probe
+
+
+class RequestTable:
+    """Open requests by key, and their clients by socket identity and by name. Keys and names are drawn here, once."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, Request] = {}
+        self._by_identity: dict[bytes, Client] = {}
+        self._by_name: dict[bytes, Client] = {}
+        self._last_key = 0
+        self._last_name = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def clients(self) -> ValuesView[Client]:
+        return self._by_identity.values()
+
+    def client(self, identity: bytes) -> Client | None:
+        return self._by_identity.get(identity)
+
+    def client_named(self, name: bytes) -> Client | None:
+        return self._by_name.get(name)
+
+    def request(self, key: int) -> Request | None:
+        return self._requests.get(key)
+
+    def open(
+        self, identity: bytes, request_id: str, num_samples: int, now_ns: int, num_prompt_tokens: int = 0
+    ) -> Request:
+        """Enter a new request, and its client if it has none open."""
+        client = self._by_identity.get(identity)
+        if client is None:
+            self._last_name += 1
+            client = Client(identity, self._last_name.to_bytes(8, "big"))
+            self._by_identity[identity] = self._by_name[client.name] = client
+        if not client.num_samples:
+            client.departures.begin(now_ns)
+        request = Request(self._last_key + 1, num_samples, client, request_id, num_prompt_tokens)
+        self._last_key += num_samples
+        self._requests[request.key] = request
+        client.keys[request_id] = request.key
+        client.num_samples += num_samples
+        return request
+
+    def close(self, request: Request) -> None:
+        del self._requests[request.key]
+        if request.client is not None:
+            del request.client.keys[request.request_id]
+            request.client.num_samples -= len(request.keys)
+            self.forget_if_idle(request.client)
+
+    def forget_if_idle(self, client: Client) -> None:
+        if not client.keys and not client.num_outputs:
+            self.forget(client)
+
+    def forget(self, client: Client) -> list[Request]:
+        """Take a client out. Its open requests, which this returns, belong to nobody from now on."""
+        self._by_identity.pop(client.identity, None)
+        self._by_name.pop(client.name, None)
+        orphans = [self._requests[key] for key in client.keys.values()]
+        for request in orphans:
+            request.client = None
+        return orphans
+
+    def clear(self) -> None:
+        self._requests.clear()
+        self._by_identity.clear()
+        self._by_name.clear()

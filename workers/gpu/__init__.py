@@ -1,0 +1,1 @@
+"""The GPU role: takes step records, runs the model on the device, and returns sampled tokens."""

@@ -1,0 +1,318 @@
+"""Enqueues steps on the device, and says when their results may be read.
+
+Owns the order of copies, launches and events, and the buffers between them. It never waits for the device:
+`submit_next` only enqueues. Which thread then waits for a result, and who is told, is the worker's.
+
+    copy-in   |record k+1, prompt ids|  |record k+2 ...|
+                          inputs_ready[k+1] v
+    compute   |======== step k ========|======== step k+1 ========|
+                                       v step_done[k]
+    copy-out                           |outputs k|
+                                                 v outputs_done[k]: result k may be published, record k released
+
+    a step on compute:
+        clock | record <- staging[k % D] | admit | append | prepare + model | sampler | clock | outputs[k % D] <- output
+
+What keeps the buffers whole, with D = depth: step k+D is not published before result k is applied, thus after
+outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when submit_next meets k+D; record
+and output, which graphs know by address, are touched on compute alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Final
+
+import torch
+
+from ipc.errors import RingFull
+from ipc.records import PROMPT_RECORD_TOKENS, SamplerVariant, StepShape, result_layout, step_layout
+from ipc.ring import Ring
+from workers.gpu.device.base import Accesses, Device
+from workers.gpu.execution.batch_builder import BatchBuilder
+from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.row_tables import RowTables
+from workers.gpu.execution.tensor_views import prefix_bytes, views
+from workers.gpu.sampling.sampler import sample
+
+Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: what every step needs of it, and all of it
+
+_MAX_PLAIN_WORK: Final = 1024  # pieces of each kind that are kept: without buckets steps have any size
+
+
+@dataclass(frozen=True)
+class GpuRings:
+    """The GPU process's view of its rings. `prompts[0]` is the scheduler's upload ring, the others the tokenizers'."""
+
+    step: Ring
+    result: Ring
+    prompts: Sequence[Ring]
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What one of D steps under way has for itself."""
+
+    staging: Copied  # a step record
+    outputs: Copied  # a result record
+    inputs_ready: Any
+    step_done: Any
+    outputs_done: Any
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A step under way. `outputs_done` fires when its result record is complete but for what `publish` adds."""
+
+    ticket: int
+    received_at_ns: int
+    num_seqs: int
+    outputs_done: Any
+    bucket: tuple[int, int]  # sequences and tokens that it runs as
+
+
+class Executor:
+    """One model on one device. Methods are for one thread, except that `publish` may run on another, one at a time."""
+
+    def __init__(
+        self,
+        device: Device[Any, Any],
+        runner: ModelRunner,
+        shape: StepShape,
+        depth: int,
+        num_blocks: int,
+        rings: GpuRings,
+        *,
+        buckets: Buckets | None = None,
+    ) -> None:
+        """`buckets`: sizes to pad batches to, and which of them to capture where the device has graphs. None = each
+        step runs at its own size, and nothing is captured."""
+        self._device = device
+        self._runner = runner
+        self._shape = shape
+        self._rings = rings
+        self._buckets = buckets
+        self._captured = frozenset(() if buckets is None else buckets.captured)
+        self._captured_seqs = {num_seqs for num_seqs, _ in self._captured}
+        self.tables = RowTables(device, shape, num_blocks)
+
+        steps, results = step_layout(shape), result_layout(shape)
+        step_bytes = prefix_bytes(steps, "admit_row")  # of a record without admissions
+        result_bytes = prefix_bytes(results, "logprob")  # of a result without log-probabilities
+        self._step_ring = [(r[:step_bytes], r) for r in _device_records(device, rings.step)]
+        self._result_ring = [(r[:result_bytes], r) for r in _device_records(device, rings.result)]
+        self._prompt_rings = [[r.view(torch.int32) for r in _device_records(device, ring)] for ring in rings.prompts]
+
+        def record(name: str, num_bytes: int, short: int) -> Copied:
+            whole = device.zeros(name, (num_bytes,), torch.uint8)
+            return whole[:short], whole
+
+        self._copy_in = device.stream("copy_in")
+        self._compute = device.stream("compute")
+        self._copy_out = device.stream("copy_out")
+        self._step_buffers = [
+            StepBuffers(
+                record(f"staging.{i}", steps.num_bytes, step_bytes),
+                record(f"outputs.{i}", results.num_bytes, result_bytes),
+                *(device.event(f"{name}.{i}") for name in ("inputs_ready", "step_done", "outputs_done")),
+            )
+            for i in range(depth)
+        ]
+        self._record = record("record", steps.num_bytes, step_bytes)
+        self._output = record("output", results.num_bytes, result_bytes)
+        self._step = views(steps, self._record[1])
+        self._result = views(results, self._output[1])
+        self._prepare = BatchBuilder(device, self.tables, self._step)
+        # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
+        self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
+        self._admit = device.capture(self._prepare.admit)
+        self._append = device.capture(self._prepare.append)
+        self._model_work = KeptWork(
+            self._make_model_work, device.capture, lambda num_seqs, num_tokens: (num_seqs, num_tokens) in self._captured
+        )
+        self._sampler_work = KeptWork(
+            self._make_sampler_work, device.capture, lambda num_seqs, *_: num_seqs in self._captured_seqs
+        )
+        self.under_way: deque[Submitted] = deque()  # oldest first
+        device.settle()
+
+    def bucket(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
+        """The sizes (S, T) of the batch that such a step runs as."""
+        return (num_seqs, num_tokens) if self._buckets is None else self._buckets.choose(num_seqs, num_tokens)
+
+    def warm_up(self, progress: Callable[[float], None]) -> None:
+        """Launch everything that is captured once, before the first step, so that no step waits for a capture.
+
+        The record is all zero until then, which is a step without sequences: what runs touches only the trash row and
+        the trash block.
+        """
+        work: list[Callable[[], None]] = [
+            self._admit,
+            self._append,
+            *(self._model_work(*bucket) for bucket in sorted(self._captured, reverse=True)),  # the largest allocates
+            *(
+                self._sampler_work(num_seqs, variant, want_logprobs)
+                for num_seqs in sorted(self._captured_seqs, reverse=True)
+                for variant in SamplerVariant
+                for want_logprobs in (False, True)
+            ),
+        ]
+        for i, piece in enumerate(work, start=1):
+            self._device.launch(self._compute, piece, self._warm_up_accesses)
+            progress(i / len(work))
+        self._device.settle()
+
+    def submit_next(self, now_ns: int) -> Submitted | None:
+        """Take the next step record, if there is one, and enqueue everything that it asks for. Waits for nothing.
+
+        Raises RingError if the record or a prompt record it names is not what it should be, RingFull if its result
+        record is not free: either is the scheduler's fault, and ends this process.
+        """
+        device, ring = self._device, self._rings.step
+        record = ring.take()
+        if record is None:
+            return None
+        ticket = ring.next_ticket - 1
+        buffers = self._step_buffers[ticket % len(self._step_buffers)]
+        num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
+        num_admissions, want_logprobs = int(record.num_admissions[0]), bool(record.want_logprobs[0])
+        admits = num_admissions > 0
+
+        device.copy(self._copy_in, buffers.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
+        for i in range(num_admissions):
+            self._upload_prompt(record, i)
+        device.record(buffers.inputs_ready, self._copy_in)
+
+        # The step reads its staged record, and ids that were uploaded with it or before it.
+        device.wait(self._compute, buffers.inputs_ready)
+        device.read_clock(self._compute, self._result.device_start_ns)
+        device.copy(self._compute, self._record[admits], buffers.staging[admits])
+        if admits:
+            device.launch(self._compute, self._admit, self._change_accesses)
+        if record.num_appends[0]:
+            device.launch(self._compute, self._append, self._change_accesses)
+        bucket = self.bucket(num_seqs, num_tokens)
+        rows = record.seq_row[:num_seqs]
+        device.launch(self._compute, self._model_work(*bucket), lambda: self._model_accesses(rows))
+        sampler = self._sampler_work(bucket[0], SamplerVariant(int(record.variant[0])), want_logprobs)
+        device.launch(self._compute, sampler, lambda: self._sampler_accesses(rows))
+        device.read_clock(self._compute, self._result.device_end_ns)
+        device.copy(self._compute, buffers.outputs[want_logprobs], self._output[want_logprobs])
+        device.record(buffers.step_done, self._compute)
+
+        device.wait(self._copy_out, buffers.step_done)
+        device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], buffers.outputs[want_logprobs])
+        device.record(buffers.outputs_done, self._copy_out)
+        submitted = Submitted(ticket, now_ns, num_seqs, buffers.outputs_done, bucket)
+        self.under_way.append(submitted)
+        return submitted
+
+    def publish(self) -> None:
+        """Publish the oldest step's result and release its record. Its `outputs_done` must have fired, just now.
+
+        Ring the scheduler's doorbell afterwards.
+        """
+        seen_at_ns = time.monotonic_ns()
+        step, ring = self.under_way[0], self._rings.result
+        assert step.ticket == ring.next_ticket, f"result {ring.next_ticket} is due, not {step.ticket}"
+        record = ring.records[step.ticket % ring.num_slots]
+        start_ns, end_ns = int(record.device_start_ns[0]), int(record.device_end_ns[0])
+        record.device_start_ns[0], record.device_end_ns[0] = self._device.clock.to_monotonic(
+            start_ns, end_ns, step.received_at_ns, seen_at_ns
+        )
+        record.received_at_ns[0] = step.received_at_ns
+        self._rings.step.release_through(step.ticket)
+        ring.publish()
+        self.under_way.popleft()  # last: until then no other thread takes the next step for the oldest
+
+    def _upload_prompt(self, record: Any, admission: int) -> None:
+        """Enqueue copies of an admission's ids from the prompt ring to its row, on copy-in.
+
+        No step under way reads or writes this row: the scheduler gives it away only after its former owner's last step.
+        """
+        row, length = int(record.admit_row[admission]), int(record.admit_length[admission])
+        ring_index, ticket = int(record.admit_ring[admission]), int(record.admit_ticket[admission])
+        for start in range(0, length, PROMPT_RECORD_TOKENS):
+            ring = self._rings.prompts[ring_index]
+            ring.record(ticket)  # refuses a record that is not there
+            end = min(start + PROMPT_RECORD_TOKENS, length)
+            source = self._prompt_rings[ring_index][ticket % ring.num_slots]
+            self._device.copy(self._copy_in, self.tables.token_ids[row, start:end], source[: end - start])
+            ticket += 1
+
+    def _result_record(self, ticket: int) -> Copied:
+        """The result record that a step's outputs go to; it is claimed by the step's ticket, ahead of publishing."""
+        ring = self._rings.result
+        if ticket - ring.read_cursor >= ring.num_slots:
+            raise RingFull(f"ring {ring.name}: step {ticket} came before result {ring.read_cursor} was read")
+        return self._result_ring[ticket % ring.num_slots]
+
+    def _make_model_work(self, num_seqs: int, num_tokens: int) -> Callable[[], None]:
+        """A bucket's first half: the step's record becomes a batch, and the batch logits."""
+        batch = self._prepare.batch(num_seqs, num_tokens)
+        fill = self._prepare.filler(batch)
+
+        def model() -> None:
+            fill()
+            self._runner.logits(batch, out=self._logits[:num_seqs])
+
+        return model
+
+    def _make_sampler_work(self, num_seqs: int, variant: SamplerVariant, want_logprobs: bool) -> Callable[[], None]:
+        """The second half, for every bucket of so many sequences: all that it reads of the batch is by sequence."""
+        batch = self._prepare.batch(num_seqs, 1)
+        flags = self._step.seq_sample[:num_seqs]
+
+        def sampler() -> None:
+            sample(variant, want_logprobs, self._logits[:num_seqs], batch, flags, self.tables, self._result)
+
+        return sampler
+
+    # What launches touch: rows of token_ids one by one, because other rows take uploads at the same time.
+
+    def _change_accesses(self) -> Accesses:
+        return [self._record[1]], [self.tables.columns]
+
+    def _model_accesses(self, rows: Any) -> Accesses:
+        read = [self._record[0], self.tables.columns, *self._ids(rows)]
+        return read, [self._prepare.buffers, self._logits]
+
+    def _sampler_accesses(self, rows: Any) -> Accesses:
+        read = [self._record[0], self._prepare.buffers, self._logits]
+        return read, [self.tables.columns, self._output[1], *self._ids(rows)]
+
+    def _warm_up_accesses(self) -> Accesses:
+        written = [self.tables.columns, self.tables.token_ids, self._prepare.buffers, self._logits, self._output[1]]
+        return [self._record[1]], written
+
+    def _ids(self, rows: Any) -> list[torch.Tensor]:
+        return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]
+
+
+class KeptWork:
+    """Pieces of a step by their arguments, made when first asked for. What is captured is kept for good: to capture it
+    again would stop the device in the middle of its steps."""
+
+    def __init__(
+        self,
+        make: Callable[..., Callable[[], None]],
+        capture: Callable[[Callable[[], None]], Callable[[], None]],
+        is_captured: Callable[..., bool],
+    ) -> None:
+        self._captured = cache(lambda *key: capture(make(*key)))
+        self._plain = lru_cache(maxsize=_MAX_PLAIN_WORK)(make)
+        self._is_captured = is_captured
+
+    def __call__(self, *key: Any) -> Callable[[], None]:
+        return (self._captured if self._is_captured(*key) else self._plain)(*key)
+
+
+def _device_records(device: Device[Any, Any], ring: Ring) -> list[torch.Tensor]:
+    """Each ring slot's record as [layout.num_bytes] uint8, for the device's copies. Page-locks the ring."""
+    segment = device.register_host(ring.name, ring.buffer)
+    return [segment[offset : offset + ring.layout.num_bytes] for offset in ring.record_offsets]

@@ -1,0 +1,24 @@
+"""What the executor asks of a model: logits for a batch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from workers.gpu.execution.step_batch import StepBatch
+
+
+class ModelRunner(Protocol):
+    """Owns weights and KV cache. Called within `torch.inference_mode()`, on the current stream."""
+
+    vocab_size: int
+    logits_dtype: torch.dtype
+
+    def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[S, vocab_size] logits_dtype: row i follows the last token of sequence i; padding is arbitrary but finite.
+        If `out`, of that shape and dtype, is given, they are written there, and it is returned.
+
+        Enqueues work and looks at no value on the host, so that it can be captured in a graph.
+        """
+        ...

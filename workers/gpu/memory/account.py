@@ -1,0 +1,94 @@
+"""The account of a device's memory: what takes it, and what has yet to come.
+
+    weights | KV blocks | the executor's tables | graphs and what they compute in | what eager steps compute in | free
+
+Weights and cache are allocated first, by need and by what is left. What the cache must leave is measured where it can
+be (the largest step), else reserved by an estimate, and told as it turned out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import nn
+
+from ipc.records import StepShape
+from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+from workers.gpu.memory.kv_cache import free_memory_bytes
+
+GIB: Final = 1 << 30
+_GRAPH_BYTES_PER_LAYER: Final = 256 << 10  # of the driver's, for the launches of a decoder layer: a generous guess
+_LOGIT_BYTES: Final = 4
+SAMPLER_BYTES: Final = 10  # per logit: for log-probabilities two float32, and a little for what finds the largest
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """In bytes; 0 = not known yet, or nothing."""
+
+    weights: int = 0
+    largest_step: int = 0  # beside weights and cache
+    graphs: int = 0
+    kv_blocks: int = 0
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "largest step": self.largest_step, "graphs": self.graphs}
+        parts["KV blocks"] = self.kv_blocks
+        return ", ".join(f"{name} {num_bytes / GIB:.2f} GiB" for name, num_bytes in parts.items())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers; what several of them share counts once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
+    """What the most demanding sampler computes in."""
+    return SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+
+
+def reserved_bytes(
+    shape: StepShape, num_layers: int, vocab_size: int, step_bytes: int, device: torch.device, *, captures: bool
+) -> int:
+    """What is allocated after the cache: the executor's tables, graphs, and what the largest step computes in.
+
+    `step_bytes`: of the largest step, sampler included. All graphs compute in one pool, as large as the largest of them
+    needs: of the model an eager step's share by its tokens, and all of the sampler. 0 on the CPU: it has it to spare.
+    """
+    if device.type == "cpu":
+        return 0
+    rows = shape.max_num_seqs + 1
+    tables = 4 * rows * (shape.max_model_len + shape.max_blocks_per_seq) + _LOGIT_BYTES * rows * vocab_size
+    graphs = 0
+    if captures:
+        sampler = sampler_bytes(shape, vocab_size)
+        num_tokens = shape.max_num_batched_tokens
+        pool = sampler + (step_bytes - sampler) * min(MAX_CAPTURED_TOKENS, num_tokens) // num_tokens
+        graphs = pool + len(Buckets(shape).captured) * num_layers * _GRAPH_BYTES_PER_LAYER
+    return step_bytes + tables + graphs
+
+
+def bytes_taken(device: torch.device, work: Callable[[], None]) -> int:
+    """Do the work; returns how much less of the device is free after it. What torch keeps for reuse counts as free."""
+    if device.type != "cuda":
+        work()
+        return 0
+    torch.cuda.empty_cache()
+    before = free_memory_bytes(device)
+    work()
+    torch.cuda.empty_cache()
+    return before - free_memory_bytes(device)
+
+
+def free_text(device: torch.device) -> str:
+    """ "61.20 of 79.11 GiB are free"."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = free_memory_bytes(device), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{free / GIB:.2f} of {total / GIB:.2f} GiB are free"

@@ -1,0 +1,61 @@
+"""Calls the model for one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from workers.gpu.attention.backend import AttentionBackend
+from workers.gpu.attention.interface import PagedAttention, handling_attention
+from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.memory.kv_cache import KVCache
+from workers.gpu.model.head import replace_head
+from workers.gpu.model.probed_model import ProbedModel
+
+
+class PagedModelRunner:
+    """A prepared model with its cache. The model sees a step as one sequence of T tokens; attention knows better."""
+
+    def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, facts: ProbedModel) -> None:
+        self.vocab_size = facts.vocab_size
+        self.logits_dtype = facts.logits_dtype
+        self._model = model
+        self._head = replace_head(model)
+        self._cache = cache
+        self._backend = backend
+
+    @torch.inference_mode()
+    def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[S, vocab_size] logits_dtype: row i follows sequence i's last token; finite for padding sequences.
+
+        They are in `out`, if that is given. Writes the step's K and V into the cache. Queues work on the current
+        stream.
+        """
+        attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
+        with handling_attention(attention), self._head_writes_to(out):
+            output = self._model(
+                input_ids=batch.input_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=batch.logits_index,
+            )
+        logits: torch.Tensor = output.logits[0]
+        if out is None:
+            return logits
+        if logits.data_ptr() != out.data_ptr():  # the model made something of what its head gave
+            out.copy_(logits)
+        return out
+
+    @contextmanager
+    def _head_writes_to(self, out: torch.Tensor | None) -> Iterator[None]:
+        if self._head is None:
+            yield
+            return
+        self._head.out = out
+        try:
+            yield
+        finally:
+            self._head.out = None

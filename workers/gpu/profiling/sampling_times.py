@@ -1,0 +1,107 @@
+"""What sampling a step's tokens costs this device, by number of sequences and by parameters.
+
+    python -m workers.gpu.profiling.sampling_times --device cuda --num-seqs 1,32,512
+
+Prints a JSON line for each: `us` is the median time of a step's sampler, captured where the device has graphs, over
+some draws, because a draw that the filters drop takes longer. Logits are made up, in two ways: "flat" ones are normally
+distributed, as those of random weights are; "peaked" ones follow a power law, as those of a language model do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, Final
+
+import torch
+
+from ipc.records import SamplerVariant, StepShape, result_layout
+from workers.gpu.device.base import Device
+from workers.gpu.device.choose import make_device
+from workers.gpu.execution.batch_builder import BatchBuilder
+from workers.gpu.execution.row_tables import RowTables
+from workers.gpu.execution.tensor_views import views
+from workers.gpu.profiling.device_rates import time_cpu, time_cuda
+from workers.gpu.sampling.sampler import sample
+
+PARAMETERS: Final[list[tuple[SamplerVariant, dict[str, float]]]] = [
+    (SamplerVariant.GREEDY, {}),
+    (SamplerVariant.PLAIN, {"temperature": 0.8}),
+    (SamplerVariant.FILTERED, {"temperature": 0.8, "top_p": 0.9}),
+    (SamplerVariant.FILTERED, {"temperature": 0.8, "top_k": 50}),
+    (SamplerVariant.FILTERED, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}),
+]
+_POWER: Final = 1.9  # of the rank, in the peaked distribution: the first 50 tokens hold most of it
+_POSITION: Final = 10
+_NUM_DRAWS: Final = 11
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the sampler.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--num-seqs", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 512])
+    parser.add_argument("--vocab-size", type=int, default=128_256)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the logits")
+    arguments = parser.parse_args()
+    device, dtype = make_device(arguments.device), getattr(torch, arguments.dtype)
+    with torch.inference_mode(), on_a_stream(device):
+        for num_seqs in arguments.num_seqs:
+            for row in measure(device, num_seqs, arguments.vocab_size, dtype):
+                print(json.dumps(row), flush=True)
+
+
+@contextmanager
+def on_a_stream(device: Device[Any, Any]) -> Iterator[None]:
+    """Within, CUDA works on a stream of its own: only there can anything be captured."""
+    with torch.cuda.stream(device.stream("sampler") if device.torch_device.type == "cuda" else None):
+        yield
+
+
+def measure(
+    device: Device[Any, Any], num_seqs: int, vocab_size: int, dtype: torch.dtype
+) -> Iterator[dict[str, float | str]]:
+    """A row for each of PARAMETERS and each kind of logits. Within `on_a_stream`."""
+    shape = StepShape(max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs, max_model_len=64, block_size=16)
+    tables = RowTables(device, shape, num_blocks=1)
+    tables.max_len.fill_(shape.max_model_len)
+    tables.end_ids.fill_(-1)
+    tables.seed.copy_(torch.arange(num_seqs + 1))
+    layout = result_layout(shape)
+    outputs: Any = views(layout, device.zeros("result", (layout.num_bytes,), torch.uint8))
+    flags = torch.ones(num_seqs, dtype=torch.int32, device=device.torch_device)
+    batch = BatchBuilder(device, tables, None).batch(num_seqs, num_seqs)
+    batch.seq_row.copy_(torch.arange(num_seqs))
+    batch.seq_lens.fill_(_POSITION)
+    for kind, logits in _logits(num_seqs, vocab_size, dtype, device.torch_device):
+        for variant, parameters in PARAMETERS:
+            values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | parameters
+            for name, value in values.items():
+                getattr(tables, name).fill_(value)
+
+            def work(variant: SamplerVariant = variant, logits: torch.Tensor = logits) -> None:
+                sample(variant, False, logits, batch, flags, tables, outputs)
+
+            captured = device.capture(work)
+            captured()
+            times_s = []
+            for _ in range(_NUM_DRAWS):
+                tables.seed.add_(num_seqs)
+                times_s.append((time_cuda if device.torch_device.type == "cuda" else time_cpu)(captured))
+            yield {"num_seqs": num_seqs, "logits": kind, **values, "us": round(1e6 * median(times_s), 1)}
+
+
+def _logits(
+    num_seqs: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator(device).manual_seed(0)
+    normal = torch.randn(num_seqs, vocab_size, generator=generator, device=device)
+    yield "flat", normal.to(dtype)
+    ranks = torch.rand(num_seqs, vocab_size, generator=generator, device=device).argsort(-1)
+    yield "peaked", (normal * 0.3 - _POWER * torch.log1p(ranks)).to(dtype)
+
+
+if __name__ == "__main__":
+    main()

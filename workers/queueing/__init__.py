@@ -1,0 +1,1 @@
+"""What orders and times waiting requests. The gateway and the scheduler share it."""

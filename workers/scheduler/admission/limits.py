@@ -1,0 +1,60 @@
+"""What the engine can serve at all: the length of a sequence, and why a request is refused at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipc.errors import InvalidRequest
+from ipc.messages import Ended, Tokenized
+
+
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """Fixed for the scheduler's life."""
+
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_waiting: int
+    max_num_seqs: int
+
+    @property
+    def num_cache_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    def max_len(self, message: Tokenized) -> int:
+        """The length, prompt and output, at which a request ends."""
+        max_tokens = message.params.max_tokens
+        if max_tokens is None:
+            return min(self.max_model_len, self.num_cache_tokens)
+        return min(self.max_model_len, message.num_prompt_tokens + max_tokens)
+
+    def refusal(self, message: Tokenized) -> Ended | None:
+        """Why a request can never be served; None if it can."""
+
+        def error(code: str, text: str) -> Ended:
+            return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
+
+        num_prompt, max_len = message.num_prompt_tokens, self.max_len(message)
+        if message.error_code:
+            return error(message.error_code, message.error_message)
+        if not 1 <= num_prompt < self.max_model_len:
+            return error(
+                InvalidRequest.code,
+                f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for one more within "
+                f"scheduler.max_model_len ({self.max_model_len})",
+            )
+        if max_len > self.num_cache_tokens or max_len <= num_prompt:
+            return error(
+                InvalidRequest.code,
+                f"the prompt has {num_prompt} tokens; with max_tokens ({message.params.max_tokens}) it does not fit "
+                f"into the KV cache of {self.num_cache_tokens} tokens: lower max_tokens or raise cache.num_blocks "
+                f"({self.num_blocks})",
+            )
+        if message.params.n > self.max_num_waiting + self.max_num_seqs:
+            return error(
+                InvalidRequest.code,
+                f"n ({message.params.n}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
+                f"scheduler.max_num_waiting ({self.max_num_waiting}) can ever hold",
+            )
+        return None

@@ -1,0 +1,94 @@
+"""Gathers what the detokenizer has to hear, between two messages.
+
+Owns the order within a message (opened, tokens, ended) and its bounds. Knows nothing of rows: tokens arrive by key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ipc.codec import MAX_ITEMS
+from ipc.messages import Ended, Opened, StepLogprobs, StepOutputs
+from workers.scheduler.array_types import Int32Array, IntArray
+
+
+@dataclass(frozen=True)
+class LogprobArrays:
+    """Of n tokens: copies, because the result record is reused."""
+
+    logprob: np.ndarray[Any, np.dtype[np.float32]]  # [n]
+    top_ids: Int32Array  # [n, num_top]
+    top_logprobs: np.ndarray[Any, np.dtype[np.float32]]  # [n, num_top]
+
+
+class OutputBuffer:
+    """What has happened since the last `take()`."""
+
+    def __init__(self) -> None:
+        self.opened: list[Opened] = []
+        self.ended: list[Ended] = []
+        self.cached: list[tuple[int, int]] = []  # (key, tokens)
+        self._keys: list[bytes] = []  # of each applied step: int64
+        self._token_ids: list[bytes] = []  # int32
+        self._finish: list[bytes] = []  # uint8
+        self._logprobs: list[tuple[int, LogprobArrays | None]] = []  # tokens of each applied step, and theirs
+        self._any_logprobs = False
+
+    def add_tokens(
+        self, keys: IntArray, token_ids: Int32Array, finish: Int32Array, logprobs: LogprobArrays | None
+    ) -> None:
+        """The tokens of one applied step, [n] each."""
+        self._keys.append(keys.tobytes())
+        self._token_ids.append(token_ids.tobytes())
+        self._finish.append(finish.astype(np.uint8).tobytes())
+        self._logprobs.append((len(keys), logprobs))
+        self._any_logprobs = self._any_logprobs or logprobs is not None
+
+    def take(self) -> StepOutputs | None:
+        """The next message, or None if there is nothing to say. Call again where more than one may be needed."""
+        opened, self.opened = self.opened[:MAX_ITEMS], self.opened[MAX_ITEMS:]
+        if self.opened:  # tokens may be of requests that are still to be opened
+            return StepOutputs(opened=opened)
+        if not (opened or self._keys or self.ended):
+            return None
+        ended, self.ended = self.ended[:MAX_ITEMS], self.ended[MAX_ITEMS:]
+        outputs = StepOutputs(
+            opened=opened,
+            cached=self.cached,
+            keys=b"".join(self._keys),
+            token_ids=b"".join(self._token_ids),
+            finish=b"".join(self._finish),
+            logprobs=_join(self._logprobs) if self._any_logprobs else None,
+            ended=ended,
+        )
+        self.cached = []
+        for part in (self._keys, self._token_ids, self._finish, self._logprobs):
+            part.clear()
+        self._any_logprobs = False
+        return outputs
+
+
+def _join(steps: list[tuple[int, LogprobArrays | None]]) -> StepLogprobs:
+    """One table for the tokens of several steps, as wide as the widest; zero where a step had none."""
+    num_tokens = sum(n for n, _ in steps)
+    num_top = max(arrays.top_ids.shape[1] for _, arrays in steps if arrays is not None)
+    logprobs = np.zeros(num_tokens, np.float32)
+    top_ids = np.zeros((num_tokens, num_top), np.int32)
+    top_logprobs = np.zeros((num_tokens, num_top), np.float32)
+    start = 0
+    for n, arrays in steps:
+        if arrays is not None:
+            width = arrays.top_ids.shape[1]
+            logprobs[start : start + n] = arrays.logprob
+            top_ids[start : start + n, :width] = arrays.top_ids
+            top_logprobs[start : start + n, :width] = arrays.top_logprobs
+        start += n
+    return StepLogprobs(
+        num_top=num_top,
+        logprobs=logprobs.tobytes(),
+        top_ids=top_ids.tobytes(),
+        top_logprobs=top_logprobs.tobytes(),
+    )
