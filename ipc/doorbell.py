@@ -17,10 +17,8 @@ class Doorbell:
 
     @classmethod
     def create(cls) -> Doorbell:
-        """A new doorbell whose descriptor child processes can inherit. Closed with `close()`."""
-        fd = os.eventfd(0, os.EFD_NONBLOCK)
-        os.set_inheritable(fd, True)
-        return cls(fd)
+        """A new doorbell. Closed with `close()`."""
+        return cls(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
 
     def ring(self) -> None:
         """Wake the owner, now or as soon as it next waits."""

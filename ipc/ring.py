@@ -32,12 +32,13 @@ _SLOT_HEADER_BYTES: Final = 64
 
 
 class RingHandle(msgspec.Struct, frozen=True):
-    """What another process needs to attach: an inherited descriptor and what it must find behind it."""
+    """What another process needs to attach: a descriptor that it holds, and what it must find behind it."""
 
     name: str
     fd: int
     num_slots: int
     epoch: int
+    index: int = 0  # the ring's place among several of one kind: prompt ring 0, 1, ...
 
 
 class Ring:

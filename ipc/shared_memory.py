@@ -1,7 +1,7 @@
 """Anonymous shared memory: a memfd that has no name, cannot shrink, and is gone with its last holder.
 
-All pages are taken at once, so a lack of memory is an error here and no SIGBUS later; the seals stop any holder from
-resizing it under another. /dev/shm is not involved, whatever its size.
+The kernel takes all pages at once, so a lack of memory is an error here and no SIGBUS later. The seals stop every
+holder from resizing the segment. The size of /dev/shm does not matter: a memfd is not in it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ PAGE_BYTES = mmap.PAGESIZE
 
 
 def create_segment(name: str, num_bytes: int) -> int:
-    """Make a sealed segment of `num_bytes` (rounded up to pages), zeroed. Returns its file descriptor, inheritable.
+    """Make a sealed segment of `num_bytes` (rounded up to pages), zeroed. Returns its file descriptor.
 
-    Raises RingError, with the size, if the memory cannot be had.
+    No child process inherits the descriptor: see `ipc/descriptor_passing.py`. Raises RingError, with the size, if there
+    is not enough memory.
     """
     num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
     fd = -1
     try:
         available = _available_bytes()
-        if num_bytes > available:  # the kernel would sooner kill some process than refuse
+        if num_bytes > available:  # the kernel would rather kill a process than refuse
             raise OSError(errno.ENOMEM, f"{available} bytes are available")
-        fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         os.posix_fallocate(fd, 0, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        os.set_inheritable(fd, True)
     except OSError as error:
         if fd >= 0:
             os.close(fd)

@@ -88,7 +88,7 @@ KINDS: Final[dict[int, Kind]] = {
 
 
 class TraceHandle(msgspec.Struct, frozen=True):
-    """One thread's ring; what another process needs to attach. The descriptor is inherited."""
+    """One thread's ring; what another process needs to attach."""
 
     track: str  # "scheduler", "tokenizer.0", ...
     fd: int

@@ -11,6 +11,7 @@ import errno
 import io
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -18,12 +19,17 @@ from typing import Final
 
 import msgspec
 
+from ipc.block_hash import SEED_BYTES
 from ipc.errors import ConfigError, RingfeedError
-from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
+from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint, runtime_folder
 from pipeline.engine.announcer import Announcer
 from pipeline.engine.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
 from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
-from pipeline.engine.supervisor import Supervisor, signal_pipe
+from pipeline.engine.role_settings import EngineFacts
+from pipeline.engine.shared_resources import SharedResources
+from pipeline.engine.signals import signal_pipe
+from pipeline.engine.supervisor import Supervisor
+from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, Table
 from pipeline.engine.wiring import Wiring
 from pipeline.environment.descriptors import check_room, raise_descriptor_limit
 from pipeline.terminal.reporting import print_error, status_of
@@ -63,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error)
         return 1
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS):
             raise
         print_error(f"{error.strerror}: raise the limit (ulimit -n)")
         return 1
@@ -78,11 +84,11 @@ def launch(
     status_fd: int | None = None,
     lifeline_fd: int | None = None,
     timeline: str | os.PathLike[str] | None = None,
-    package: str = "workers",
+    table: Table = ENGINE,
 ) -> int:
     """Run an engine until it is told to end, and return the exit status. Call it in the main thread.
 
-    `timeline`: a file for a trace of all that the processes do. `package` holds the workers' modules, one per role.
+    `timeline`: a file for a trace of all that the processes do. `table` declares the processes.
     Raises ConfigError before anything is spawned.
     """
     check_room(_NUM_DESCRIPTORS + _NUM_PER_TOKENIZER * config.tokenizer.num_workers, "this engine")
@@ -91,18 +97,28 @@ def launch(
     endpoint = config.frontend.endpoint or default_endpoint()
     with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
-        wiring = Wiring(config, model, endpoint, claim.fd, log_level, traced=recorder is not None)
-        stack.callback(wiring.remove_run_folder)  # the supervisor's to do, once there is one
-        stack.callback(wiring.close)
+        facts = EngineFacts(
+            config=config,
+            model=model,
+            endpoint=endpoint,
+            run_folder=runtime_folder() / f"ringfeed-run-{secrets.token_hex(4)}",
+            launcher_pid=os.getpid(),
+            log_level=log_level,
+            traced=recorder is not None,
+            cache_seed=secrets.token_bytes(SEED_BYTES) if config.cache.prefix_caching else None,
+            lent={} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd},
+        )
+        wiring = Wiring(table, facts)
+        resources = stack.enter_context(closing(SharedResources(wiring)))  # the supervisor closes it first
         if recorder is not None:
-            recorder.start(wiring.traces, _label(config, model))
+            recorder.start(resources.traces, _label(config, model))
         supervisor = Supervisor(
             wiring,
+            resources,
             Announcer(endpoint, model.name, _details(config, model), status_fd),
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,
             lifeline_fd=lifeline_fd,
-            package=package,
         )
         return supervisor.run()
 

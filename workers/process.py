@@ -1,7 +1,7 @@
-"""What every worker process does alike: start from inherited descriptors, announce itself, wait, and exit.
+"""The life that all worker processes share: receive the bootstrap, announce readiness, wait, and exit.
 
 Owns signals, the launcher's control channel, the process's doorbell, its statistics page, its trace and its exit
-status. Knows nothing of what any role does.
+status. Knows nothing of the work of any role.
 """
 
 from __future__ import annotations
@@ -13,44 +13,32 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-import msgspec
 import zmq
 
-from ipc.channels import connect_dealer, receive, send
-from ipc.codec import decode
+from ipc.channels import bind_router, connect_dealer, receive, send
 from ipc.doorbell import Doorbell
 from ipc.errors import RingfeedError
 from ipc.messages import Failed, LauncherToWorker, Progress, Ready, Stop
-from ipc.stats_page import StatsHandle, StatsPage
-from ipc.trace import Span, TraceHandle
-from ipc.tracer import tracer
+from ipc.stats_page import StatsPage
+from ipc.trace import Span
+from ipc.tracer import Tracer, tracer
+from workers.bootstrap import MAIN, WorkerBootstrap, receive_bootstrap
 
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
-IDLE_MS: Final = 200  # without an event: then collect garbage, ...
-MIN_UNCOLLECTED: Final = 1_000  # ... if there are this many new containers
+IDLE_MS: Final = 200  # without an event: then collect garbage, if there are at least MIN_UNCOLLECTED new containers
+MIN_UNCOLLECTED: Final = 1_000
 MAX_UNCOLLECTED: Final = 250_000  # collect even if busy, for about 10 ms at most; rare, as requests leave no cycles
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s {role}: %(message)s"
 
 B = TypeVar("B")
-
-
-class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """What any worker is given at birth. Descriptors are inherited."""
-
-    role: str  # "gateway", "tokenizer.0", ...
-    control_endpoint: str
-    doorbell_fd: int
-    stats: StatsHandle
-    launcher_pid: int
-    log_level: str = "INFO"
-    trace: TraceHandle | None = None  # None: nothing is traced
 
 
 class StopWorker(Exception):
@@ -58,26 +46,39 @@ class StopWorker(Exception):
 
 
 class WorkerProcess:
-    """The worker's side of its life. One poll covers the control channel, the doorbell and the role's own sockets."""
+    """One worker's own process. One poll covers the control channel, the doorbell and the role's own sockets."""
 
     def __init__(self, bootstrap: WorkerBootstrap) -> None:
         self.role = bootstrap.role
+        self._bootstrap = bootstrap
         self.context: zmq.Context[Any] = zmq.Context()
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.stats_page = StatsPage(bootstrap.stats)
         self.stats = self.stats_page.values
         self.stats.pid[0] = os.getpid()
-        self.trace = tracer(bootstrap.trace)  # of the main thread
+        self.trace = self.tracer_of(MAIN)
         self._awake_since_ns = time.monotonic_ns()
-        self._control = connect_dealer(self.context, bootstrap.control_endpoint, identity=self.role.encode())
+        self._control = self.connect("control")
         self._poller = zmq.Poller()
         self._poller.register(self._control, zmq.POLLIN)
         self._poller.register(self.doorbell.fd, zmq.POLLIN)
         self._on_control: Callable[[Any], None] | None = None
 
-    def watch(self, socket: zmq.Socket[Any] | int) -> None:
+    def bind(self, name: str) -> zmq.Socket[Any]:
+        """A ROUTER, bound to the engine's socket of this name. Raises EngineUnavailable if it cannot be bound."""
+        return bind_router(self.context, self._bootstrap.endpoints[name])
+
+    def connect(self, name: str) -> zmq.Socket[Any]:
+        """A DEALER, connected to the engine's socket of this name under our role."""
+        return connect_dealer(self.context, self._bootstrap.endpoints[name], identity=self.role.encode())
+
+    def tracer_of(self, thread: str) -> Tracer:
+        """The tracer of a thread that the table names. It belongs to that thread alone."""
+        return tracer(self._bootstrap.traces.get(thread))
+
+    def watch(self, source: zmq.Socket[Any] | int) -> None:
         """Wake from `wait()` when this socket or descriptor is readable."""
-        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(source, zmq.POLLIN)
 
     def on_control(self, handler: Callable[[Any], None]) -> None:
         """Call `handler` for the launcher's messages other than Stop, from within `wait()`."""
@@ -104,8 +105,8 @@ class WorkerProcess:
     def wait(self, timeout_ms: int | None = None) -> set[Any]:
         """Sleep until something is readable, for at most `timeout_ms` (None = for ever, 0 = only look).
 
-        Returns the readable sockets and descriptors that were given to `watch`. The doorbell is drained here, before
-        the caller looks at its rings. Raises StopWorker when the launcher says so.
+        Returns the readable ones of the sockets and descriptors that `watch` registered. Drains the doorbell before the
+        caller looks at its rings. Raises StopWorker when the launcher says Stop.
         """
         self._trace_awake()
         ready = {source for source, _ in self._poll(timeout_ms)}
@@ -122,7 +123,7 @@ class WorkerProcess:
         return ready
 
     def _poll(self, timeout_ms: int | None) -> list[tuple[Any, int]]:
-        num_new = gc.get_count()[0]  # containers made and not freed since the last collection
+        num_new = gc.get_count()[0]  # containers that were made since the last collection and not freed
         if num_new > MAX_UNCOLLECTED:
             self._collect(0)
         elif num_new > MIN_UNCOLLECTED and (timeout_ms is None or timeout_ms > IDLE_MS):
@@ -137,7 +138,7 @@ class WorkerProcess:
         self.stats.num_collections[0] += 1
 
     def close(self) -> None:
-        """Flush what is queued on every socket (bounded by their linger) and close them."""
+        """Flush the queues of all sockets, bounded by their linger, and close them."""
         self.context.destroy()
         self._trace_awake()
 
@@ -145,20 +146,25 @@ class WorkerProcess:
         self.trace.record(Span.AWAKE, self._awake_since_ns, time.monotonic_ns() - self._awake_since_ns)
 
 
-def run_worker(
-    bootstrap_type: type[B], run: Callable[[WorkerProcess, B], None], *, outlives_launcher: bool = False
-) -> None:
-    """Entry point of every worker module: `python -m workers.ROLE --bootstrap-fd N`.
+def run_worker(bootstrap_type: type[B], run: Callable[[WorkerProcess, B], None]) -> None:
+    """Entry point of every worker module: `python -m MODULE --bootstrap-fd N`.
 
-    `bootstrap_type` is the role's struct; its field `worker` is the WorkerBootstrap. Exits 0 after Stop, 1 after an
-    error, which the launcher has then been told. A role that `outlives_launcher` must watch for the launcher's death
-    itself; the kernel kills the others with it.
+    Descriptor N is our end of a socket to the launcher (`ipc/descriptor_passing.py`). It stays open as long as this
+    process lives. `bootstrap_type` is the role's struct; its field `worker` is the WorkerBootstrap. Exits 0 after Stop;
+    after an error tells the launcher and exits 1. The kernel kills the worker with its launcher, except a worker that
+    `outlives_launcher`: it must watch for the launcher's death itself.
     """
     parser = argparse.ArgumentParser(description="A ringfeed worker; started by pipeline.launch, not by hand.")
     parser.add_argument("--bootstrap-fd", type=int, required=True)
-    bootstrap = read_bootstrap(parser.parse_args().bootstrap_fd, bootstrap_type)
+    channel = socket.socket(fileno=parser.parse_args().bootstrap_fd)
+    channel.set_inheritable(False)
+    try:
+        bootstrap = receive_bootstrap(channel, bootstrap_type)
+    except RingfeedError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        os._exit(1)
     worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
-    if not outlives_launcher:
+    if not worker.outlives_launcher:
         _die_with(worker.launcher_pid)
     # A terminal or a service manager sends these to all processes of a group; only the launcher acts on them.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -178,16 +184,9 @@ def run_worker(
         logger.error("ends: %s", message, exc_info=not expected)
         process.say(Failed(role=worker.role, error_code=code, error_message=message))
     process.close()
-    with contextlib.suppress(OSError):  # its reader may have left
+    with contextlib.suppress(OSError):  # the reader of our stderr may have ended
         sys.stderr.flush()
-    os._exit(status)  # no interpreter teardown: nothing of ours is left to run, and device libraries may hang in theirs
-
-
-def read_bootstrap(fd: int, bootstrap_type: type[B]) -> B:
-    """Read and close the descriptor that the launcher filled."""
-    with os.fdopen(fd, "rb") as file:
-        file.seek(0)
-        return decode(file.read(), bootstrap_type)
+    os._exit(status)  # no interpreter teardown: we have nothing left to run, and device libraries may hang in theirs
 
 
 def _die_with(launcher_pid: int) -> None:
@@ -196,5 +195,5 @@ def _die_with(launcher_pid: int) -> None:
     The kernel's rule is "when the thread that spawned it ends": the launcher spawns from its main thread.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher_pid:  # it died before the line above
+    if os.getppid() != launcher_pid:  # the launcher died before the line above
         os._exit(1)

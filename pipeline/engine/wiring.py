@@ -1,268 +1,248 @@
-"""Who is given what: makes the shared memory, doorbells and internal endpoints, and every worker's bootstrap.
+"""What follows from a table of roles, rings and sockets: every process, and what each of them is given. Has no effects.
 
-Starts nothing (`pipeline/engine/supervisor.py` does) and knows nothing of what the workers do with their parts.
+A descriptor is known here by a key, such as "ring.step" or "doorbell.gpu". `shared_resources.py` opens a descriptor for
+each key. A worker's bootstrap names a descriptor by its place in the worker's list of keys.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
-import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
-import msgspec
+from ipc.ring import RingHandle
+from ipc.stats_page import StatsHandle
+from ipc.trace import TraceHandle
+from pipeline.engine.role_settings import EngineFacts
+from pipeline.engine.topology import Restart, RingRow, Role, SocketRow, Table
+from workers.bootstrap import MAIN, RingEnd, WorkerBootstrap
 
-from ipc.block_hash import SEED_BYTES
-from ipc.doorbell import Doorbell
-from ipc.errors import EngineUnavailable
-from ipc.record_layout import Layout
-from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_layout, step_layout
-from ipc.ring import Ring, RingHandle
-from ipc.stats_page import StatsHandle, StatsPage
-from ipc.trace import TraceHandle, TraceRing
-from pipeline.client.endpoint import own_folder, runtime_folder
-from pipeline.engine.config import Config
-from pipeline.engine.model_files import ServedModel
-from workers.detokenizer.config import DetokenizerBootstrap
-from workers.gateway.config import GatewayBootstrap
-from workers.gpu.config import GpuBootstrap
-from workers.process import WorkerBootstrap
-from workers.queueing.policies import PolicyConfig
-from workers.scheduler.config import SchedulerBootstrap
-from workers.tokenizer.config import TokenizerBootstrap
-
-# Prompts under way to one tokenizer: enough to keep it busy, and at most about 40 ms of work, because the policy cannot
-# reorder them any more. A longer prompt goes alone.
-TOKENIZER_WINDOW: Final = 8
-TOKENIZER_WINDOW_BYTES: Final = 64 << 10
-CLIENT_WINDOW: Final = 64  # at 4 ms a step, a quarter of a second of a client's absence before its deltas coalesce
-MIN_PROMPT_RECORDS: Final = 64
-GATEWAY, DETOKENIZER, SCHEDULER, GPU = "gateway", "detokenizer", "scheduler", "gpu"
-COMPLETION: Final = "gpu.completion"  # the GPU process's second thread
-_SOCKETS: Final = ("control", "tokenize", "schedule", "detokenize", "deliver")
+_FIRST_EPOCHS: Final[Mapping[str, int]] = MappingProxyType({})
 
 
-class WorkerPlan(msgspec.Struct, frozen=True):
-    """One process to start: `python -m workers.MODULE`, with its bootstrap and the descriptors that this names."""
+@dataclass(frozen=True)
+class Process:
+    """One process of a role. Its name is its identity on every socket."""
 
-    role: str
+    name: str  # "gateway", "tokenizer.0", ...
+    role: Role
+    index: int
+
+
+@dataclass(frozen=True)
+class RingInstance:
+    """One ring in memory, and the processes that have a part in it."""
+
+    name: str  # "step", "prompt.0", ...
+    index: int  # among the rings of one name in the table
+    row: RingRow
+    writer: str
+    owner: str  # of the read cursor
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One process to start: `python -m MODULE`, with its bootstrap and the descriptors that the bootstrap names."""
+
+    name: str
     module: str
     bootstrap: Any
-    fds: tuple[int, ...]
+    descriptors: tuple[str, ...]  # keys
+
+
+class _Places:
+    """The places of descriptors in one worker's list."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    def __call__(self, key: str) -> int:
+        if key not in self.keys:
+            self.keys.append(key)
+        return self.keys.index(key)
 
 
 class Wiring:
-    """Everything that the workers of one incarnation share.
+    """A table applied to one engine.
 
-    The launcher's own descriptors and mappings are given up by `close()`, once all workers are spawned: the memory then
-    lives as long as its last worker. The run folder, with the internal sockets, is removed by `remove_run_folder()`.
-    With `traced`, `traces` has the reader's side of every thread's trace ring, which stays valid until its last holder.
+    `epochs`: of processes and rings that have been replaced, by name; the others are in their first. Raises ValueError
+    for a table that names a role that it does not have.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: ServedModel,
-        endpoint: str,
-        claim_fd: int | None,
-        log_level: str,
-        epoch: int = 1,
-        *,
-        traced: bool = False,
-    ) -> None:
-        self._closers = contextlib.ExitStack()
-        self._log_level = log_level
-        self.shape = StepShape(
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=model.max_model_len,
-            block_size=config.cache.block_size,
+    def __init__(self, table: Table, facts: EngineFacts, epochs: Mapping[str, int] = _FIRST_EPOCHS) -> None:
+        self.table = table
+        self.facts = facts
+        self._epochs = epochs
+        self._by_role = {role.name: _processes(role, facts) for role in table.roles}
+        self.processes = tuple(process for role in table.roles for process in self._by_role[role.name])
+        self.rings = tuple(
+            ring for name in dict.fromkeys(row.name for row in table.rings) for ring in self._rings(name)
         )
-        self.traces: list[TraceRing] = []
-        self.tokenizer_roles = [f"tokenizer.{i}" for i in range(config.tokenizer.num_workers)]
-        self.run_folder = _make_run_folder(runtime_folder())
-        self._endpoints = {name: f"ipc://{self.run_folder / name}.sock" for name in _SOCKETS}
-        try:
-            self.plans = self._plan(config, model, endpoint, claim_fd, epoch, traced)
-        except BaseException:
-            self.close()
-            self.remove_run_folder()
-            raise
+        self.sockets = {row.name: row for row in table.sockets}
+
+    def names(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """The names of all processes of these roles."""
+        return tuple(process.name for role in roles for process in self._of_role(role))
 
     @property
-    def control_endpoint(self) -> str:
-        return self._endpoints["control"]
+    def start_sequence(self) -> tuple[Process, ...]:
+        """All processes in the order in which they are spawned."""
+        return tuple(sorted(self.processes, key=lambda process: process.role.start_order))
 
-    def close(self) -> None:
-        """Give up the launcher's share of rings, doorbells and pages."""
-        self._closers.close()
+    @property
+    def fronts(self) -> tuple[str, ...]:
+        """The processes that answer clients, in the order in which they are told to start."""
+        return tuple(process.name for process in self.start_sequence if process.role.is_front)
 
-    def remove_run_folder(self) -> None:
-        """Remove the internal sockets from the file system; connections that stand are not affected."""
-        shutil.rmtree(self.run_folder, ignore_errors=True)
+    @property
+    def tracks(self) -> tuple[str, ...]:
+        """The traced threads in the order of the timeline: "gpu" is a main thread, "gpu.completion" a further one."""
+        return tuple(track for process in self.processes for track in _tracks(process).values())
+
+    def epoch(self, name: str) -> int:
+        """How often this process was started, or this ring was made."""
+        return self._epochs.get(name, 1)
+
+    def endpoint(self, socket: str) -> str:
+        return f"ipc://{self._socket_path(self.sockets[socket])}"
 
     def num_connections(self) -> dict[Path, int]:
-        """How many connections each internal socket has once everybody has found everybody."""
-        num_tokenizers = len(self.tokenizer_roles)
-        counts = {
-            "control": num_tokenizers + 4,
-            "tokenize": num_tokenizers,
-            "schedule": num_tokenizers + 2,  # and gateway, detokenizer
-            "detokenize": 2,  # scheduler, gateway
-            "deliver": 1,  # detokenizer
-        }
-        return {self.run_folder / f"{name}.sock": count for name, count in counts.items()}
+        """How many connections each internal socket has once every process has connected."""
+        return {self._socket_path(row): len(self.names(self._connecting(row))) for row in self.table.sockets}
 
-    def _plan(
-        self, config: Config, model: ServedModel, endpoint: str, claim_fd: int | None, epoch: int, traced: bool
-    ) -> list[WorkerPlan]:
-        # The scheduler before the GPU process: a timeline that has read of a step's end finds its launch.
-        roles = [SCHEDULER, GPU, DETOKENIZER, *self.tokenizer_roles, GATEWAY]
-        bells = {role: self._doorbell() for role in roles}
-        pages = {role: self._stats_page(role) for role in roles}
-        traces = {track: self._trace(track) for track in (*roles, COMPLETION)} if traced else {}
-        workers = {
-            role: WorkerBootstrap(
-                role=role,
-                control_endpoint=self.control_endpoint,
-                doorbell_fd=bells[role],
-                stats=pages[role],
-                launcher_pid=os.getpid(),
-                log_level=self._log_level,
-                trace=traces.get(role),
-            )
-            for role in roles
-        }
-        depth = config.ring.depth
-        step_ring = self._ring("step", step_layout(self.shape), 2 * depth, epoch)
-        result_ring = self._ring("result", result_layout(self.shape), 2 * depth, epoch)
-        longest_prompt = -(-model.max_model_len // PROMPT_RECORD_TOKENS)
-        prompt_rings = [
-            self._ring(f"prompt.{i}", prompt_layout(), max(MIN_PROMPT_RECORDS, 2 * longest_prompt), epoch)
-            for i in range(len(self.tokenizer_roles) + 1)
-        ]
-        shared_fds = tuple(ring.fd for ring in (step_ring, result_ring, *prompt_rings))
-        tokenizer_bells = [bells[role] for role in self.tokenizer_roles]
-        own_fds = {role: [bells[role], pages[role].fd] for role in roles}
-        for track, trace in traces.items():
-            own_fds[GPU if track == COMPLETION else track].append(trace.fd)
+    def restart_group(self, name: str) -> tuple[str, ...]:
+        """The processes that a restart must cover if this one has died."""
+        role = self._process(name).role
+        match role.restart:
+            case Restart.ALONE:
+                return (name,)
+            case Restart.ROLE:
+                return self.names((role.name,))
+            case Restart.ENGINE:
+                return tuple(process.name for process in self.processes)
 
-        def endpoints(*names: str) -> dict[str, str]:
-            return {f"{name}_endpoint": self._endpoints[name] for name in names}
+    def replaced_rings(self, name: str) -> tuple[str, ...]:
+        """The rings that a restart must make anew if this process has died: those that live with its restart group."""
+        group = set(self.restart_group(name))
+        return tuple(ring.name for ring in self.rings if group.issuperset(self.names((ring.row.lives_with,))))
 
-        gpu = GpuBootstrap(
-            worker=workers[GPU],
-            model=msgspec.structs.replace(config.model, path=model.folder),
-            cache=config.cache,
-            shape=self.shape,
-            depth=depth,
-            step_ring=step_ring,
-            result_ring=result_ring,
-            prompt_rings=prompt_rings,
-            scheduler_doorbell_fd=bells[SCHEDULER],
-            completion_trace=traces.get(COMPLETION),
+    def plan(self, process: Process) -> WorkerPlan:
+        """What this process is given at birth."""
+        place = _Places()
+        worker = self._worker(process, place)
+        bootstrap = process.role.bootstrap(self.facts, worker)
+        return WorkerPlan(process.name, process.role.module, bootstrap, tuple(place.keys))
+
+    def _worker(self, process: Process, place: _Places) -> WorkerBootstrap:
+        role, facts = process.role, self.facts
+        bound = [row for row in self.table.sockets if row.bound_by == role.name]
+        connected = [row for row in self.table.sockets if role.name in self._connecting(row)]
+        rings: dict[str, list[RingEnd]] = {}
+        for ring in self.rings:
+            if process.name in (ring.writer, ring.owner, *ring.readers):
+                rings.setdefault(ring.row.name, []).append(self._ring_end(process, ring, place))
+        traces = _tracks(process) if facts.traced else {}
+        pages = self.processes if role.reads_statistics else ()
+        return WorkerBootstrap(
+            role=process.name,
+            index=process.index,
+            epoch=self.epoch(process.name),
+            launcher_pid=facts.launcher_pid,
+            outlives_launcher=role.outlives_launcher,
+            log_level=facts.log_level,
+            doorbell_fd=place(doorbell_key(process.name)),
+            stats=_stats(process, place),
+            all_stats=[_stats(each, place) for each in pages],
+            traces={thread: TraceHandle(track, place(trace_key(track))) for thread, track in traces.items()},
+            rings=rings,
+            endpoints={row.name: self.endpoint(row.name) for row in (*bound, *connected)},
+            peers={
+                peer: [name.encode() for name in self.names((peer,))] for row in bound for peer in self._connecting(row)
+            },
+            kept={name: place(name) for name in role.keeps if name in facts.lent},
         )
-        scheduler = SchedulerBootstrap(
-            worker=workers[SCHEDULER],
-            scheduler=msgspec.structs.replace(config.scheduler, max_model_len=model.max_model_len),
-            shape=self.shape,
-            depth=depth,
-            eos_token_ids=model.eos_token_ids,
-            step_ring=step_ring,
-            result_ring=result_ring,
-            prompt_rings=prompt_rings,
-            gateway_identity=GATEWAY.encode(),
-            gpu_doorbell_fd=bells[GPU],
-            tokenizer_doorbell_fds=tokenizer_bells,
-            **endpoints("schedule", "detokenize"),
+
+    def _ring_end(self, process: Process, ring: RingInstance, place: _Places) -> RingEnd:
+        row = ring.row
+        woken: tuple[str, ...] = ()
+        if process.name == ring.writer:
+            woken = ring.readers if row.publish_wakes_readers else ()
+        elif process.name == ring.owner and row.release_wakes_writer:
+            woken = (ring.writer,)
+        handle = RingHandle(
+            ring.name, place(ring_key(ring.name)), row.num_records(self.facts), self.epoch(ring.name), ring.index
         )
-        detokenizer = DetokenizerBootstrap(
-            worker=workers[DETOKENIZER],
-            model_path=model.folder,
-            client_window=CLIENT_WINDOW,
-            **endpoints("detokenize", "schedule", "deliver"),
+        return RingEnd(
+            handle=handle,
+            writes=process.name == ring.writer,
+            doorbells=[place(doorbell_key(name)) for name in woken],
         )
-        cache_seed = secrets.token_bytes(SEED_BYTES) if config.cache.prefix_caching else None
-        tokenizers = [
-            TokenizerBootstrap(
-                worker=workers[role],
-                model_path=model.folder,
-                vocab_size=model.vocab_size,
-                max_model_len=model.max_model_len,
-                prompt_ring=prompt_rings[i],
-                ring_index=i,
-                block_size=config.cache.block_size,
-                cache_seed=cache_seed,
-                **endpoints("tokenize", "schedule"),
-            )
-            for i, role in enumerate(self.tokenizer_roles, start=1)
-        ]
-        endpoint_folder = own_folder(endpoint)
-        gateway = GatewayBootstrap(
-            worker=workers[GATEWAY],
-            frontend=config.frontend,
-            endpoint=endpoint,
-            endpoint_folder=None if endpoint_folder is None else str(endpoint_folder),
-            run_dir=str(self.run_folder),
-            model_name=model.name,
-            max_model_len=model.max_model_len,
-            policy=PolicyConfig(**{name: getattr(config.scheduler, name) for name in PolicyConfig.__struct_fields__}),
-            tokenizer_window=TOKENIZER_WINDOW,
-            tokenizer_window_bytes=TOKENIZER_WINDOW_BYTES,
-            client_window=CLIENT_WINDOW,
-            identity=GATEWAY.encode(),
-            stats=list(pages.values()),
-            **endpoints("tokenize", "deliver", "schedule", "detokenize"),
-        )
-        # The gateway holds the endpoint's claim as well: it outlives a killed launcher by a moment.
-        other_pages = (page.fd for role, page in pages.items() if role != GATEWAY)
-        gateway_fds = (*other_pages, *(() if claim_fd is None else (claim_fd,)))
+
+    def _rings(self, name: str) -> list[RingInstance]:
+        """All rings of one name in the table; numbered if there are several."""
+        ends = []
+        for row in self.table.rings:
+            if row.name == name:
+                writers = self.names((row.written_by,))
+                ends += [(row, writer) for writer in (writers if row.one_per_writer else writers[:1])]
         return [
-            # First: should the launcher be killed while it spawns, somebody is there to remove the run folder.
-            WorkerPlan(GATEWAY, "gateway", gateway, (*own_fds[GATEWAY], *gateway_fds)),
-            WorkerPlan(GPU, "gpu", gpu, (*own_fds[GPU], *shared_fds, bells[SCHEDULER])),
-            WorkerPlan(
-                SCHEDULER, "scheduler", scheduler, (*own_fds[SCHEDULER], *shared_fds, bells[GPU], *tokenizer_bells)
-            ),
-            WorkerPlan(DETOKENIZER, "detokenizer", detokenizer, (*own_fds[DETOKENIZER],)),
-            *(
-                WorkerPlan(role, "tokenizer", bootstrap, (*own_fds[role], bootstrap.prompt_ring.fd))
-                for role, bootstrap in zip(self.tokenizer_roles, tokenizers, strict=True)
-            ),
+            RingInstance(
+                name=name if len(ends) == 1 else f"{name}.{index}",
+                index=index,
+                row=row,
+                writer=writer,
+                owner=self.names((row.released_by,))[0],
+                readers=self.names(row.read_by),
+            )
+            for index, (row, writer) in enumerate(ends)
         ]
 
-    def _doorbell(self) -> int:
-        bell = Doorbell.create()
-        self._closers.callback(bell.close)
-        return bell.fd
+    def _connecting(self, row: SocketRow) -> tuple[str, ...]:
+        return tuple(self._by_role) if row.connected_by is None else row.connected_by
 
-    def _stats_page(self, role: str) -> StatsHandle:
-        handle = StatsPage.create(role)
-        self._closers.callback(os.close, handle.fd)
-        return handle
+    def _socket_path(self, row: SocketRow) -> Path:
+        return self.facts.run_folder / f"{row.name}.sock"
 
-    def _trace(self, track: str) -> TraceHandle:
-        handle = TraceRing.create(track)
-        self._closers.callback(os.close, handle.fd)
-        self.traces.append(TraceRing(handle))
-        return handle
+    def _of_role(self, role: str) -> tuple[Process, ...]:
+        if role not in self._by_role:
+            raise ValueError(f"the table has no role {role!r}; it has {', '.join(self._by_role)}")
+        return self._by_role[role]
 
-    def _ring(self, name: str, layout: Layout, num_slots: int, epoch: int) -> RingHandle:
-        ring = Ring.create(name, layout, num_slots, epoch)
-        ring.close()  # the launcher reads and writes none
-        self._closers.callback(os.close, ring.handle.fd)
-        return ring.handle
+    def _process(self, name: str) -> Process:
+        return next(process for process in self.processes if process.name == name)
 
 
-def _make_run_folder(parent: Path) -> Path:
-    """A new folder, private to this user."""
-    try:
-        return Path(tempfile.mkdtemp(prefix="ringfeed-run-", dir=parent))
-    except OSError as error:
-        raise EngineUnavailable(
-            f"no folder for the engine's internal sockets can be made in {parent}: {error.strerror}: set "
-            "XDG_RUNTIME_DIR to a folder that can be written to"
-        ) from None
+def ring_key(ring: str) -> str:
+    return f"ring.{ring}"
+
+
+def doorbell_key(process: str) -> str:
+    return f"doorbell.{process}"
+
+
+def stats_key(process: str) -> str:
+    return f"stats.{process}"
+
+
+def trace_key(track: str) -> str:
+    return f"trace.{track}"
+
+
+def _processes(role: Role, facts: EngineFacts) -> tuple[Process, ...]:
+    count = 1 if role.count is None else role.count(facts.config)
+    return tuple(
+        Process(f"{role.name}.{index}" if index or role.is_numbered else role.name, role, index)
+        for index in range(count)
+    )
+
+
+def _tracks(process: Process) -> dict[str, str]:
+    """A process's traced threads, and the track of each."""
+    return {MAIN: process.name} | {thread: f"{process.name}.{thread}" for thread in process.role.threads}
+
+
+def _stats(process: Process, place: Callable[[str], int]) -> StatsHandle:
+    return StatsHandle(process.name, place(stats_key(process.name)), process.role.counters)

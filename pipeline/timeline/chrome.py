@@ -16,22 +16,22 @@ import numpy as np
 from ipc.trace import KINDS, Form, Span
 
 DEVICE, COMPUTE = "device", "compute stream"
-_ORDER: Final = ("gateway", "tokenizer", "scheduler", "gpu", DEVICE, "detokenizer")  # from top to bottom
 _ARROW: Final[dict[int, str]] = {Span.PLAN: "s", Span.LAUNCH: "t", Span.STEP: "t", Span.APPLY: "f"}  # flow phases
 
 Records = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class ChromeEvents:
-    """Turns drained records into events, a line of JSON each. Tracks are "ROLE" or, for a further thread, "ROLE.NAME".
+    """Turns drained records into events, a line of JSON each.
 
-    `origin_ns`: CLOCK_MONOTONIC of time 0.
+    Tracks are "PROCESS" or, for a further thread, "PROCESS.NAME", in their order from top to bottom; the device comes
+    last. `origin_ns`: CLOCK_MONOTONIC of time 0.
     """
 
     def __init__(self, tracks: Iterable[str], origin_ns: int) -> None:
         self._origin_ns = origin_ns
         self._places = {track: _place(track) for track in (*tracks, DEVICE)}  # process and thread of each
-        processes = sorted({process for process, _ in self._places.values()}, key=_rank)
+        processes = dict.fromkeys(process for process, _ in self._places.values())
         self._pids = {process: number for number, process in enumerate(processes, start=1)}
         threads = sorted({thread for _, thread in self._places.values()})
         self._tids = {thread: number for number, thread in enumerate(threads, start=1)}
@@ -125,14 +125,10 @@ def _place(track: str) -> tuple[str, str]:
     """The process and the thread that a track stands for."""
     if track == DEVICE:
         return DEVICE, COMPUTE
-    role, _, thread = track.partition(".")
-    if thread and not thread.isdigit():
-        return role, thread
+    process, _, thread = track.rpartition(".")
+    if process and not thread.isdigit():  # a number belongs to the process: "tokenizer.0"
+        return process, thread
     return track, "main"
-
-
-def _rank(process: str) -> tuple[int, str]:
-    return _ORDER.index(process.split(".")[0]), process
 
 
 def _args(names: tuple[str, ...], values: list[int]) -> str:

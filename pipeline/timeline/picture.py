@@ -31,7 +31,6 @@ _TITLE_HEIGHT: Final = 0.3
 _FOOT_HEIGHT: Final = 0.62  # for the scale and the legend
 _MAX_ARROWS: Final = 60  # more of them are a grey veil
 _CHARACTER: Final = 0.085  # the width of one, with some air
-_ROW_ORDER: Final = ("gateway", "tokenizer", "detokenizer", "scheduler", "gpu", DEVICE)  # the last one lowest
 _TITLES: Final = {"gpu": "GPU process", DEVICE: "device"}
 _INK, _FAINT, _IDLE = "#22223b", "#d8dbe2", "#e63946"
 _STEPS: Final = ("#2a7f9e", "#69b3c8")
@@ -75,7 +74,10 @@ def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.Pa
             raise ConfigError(f"{timeline.label or 'a timeline'}: no step ran on the device: nothing to draw")
     length_s = (window or middle_window(timelines[0])).length_s
     panels = [_Panel(timeline, Window((window or middle_window(timeline)).start_s, length_s)) for timeline in timelines]
-    rows = sorted({row for panel in panels for row, bars in panel.bars.items() if bars}, key=_rank)
+    rows = list(
+        dict.fromkeys(row for panel in panels for row, bars in panel.bars.items() if bars)
+    )  # from top to bottom
+    rows.sort(key=DEVICE.__eq__)  # the device stays lowest where a second timeline has further processes
     if DEVICE not in rows:
         longest_s = max(timeline.steps[-1].end_s - timeline.steps[0].start_s for timeline in timelines)
         raise ConfigError(
@@ -206,10 +208,6 @@ class _Panel:
                         linewidth=0.7, color=_INK, alpha=0.55, shrinkA=0, shrinkB=0,
                     )
                 )  # fmt: skip
-
-
-def _rank(process: str) -> tuple[int, str]:
-    return _ROW_ORDER.index(process.split(".")[0]), process
 
 
 def _legend() -> list[Patch]:

@@ -29,7 +29,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bars by process, all its threads together, each in order of their start. `label`: what engine it was."""
+    """Bars by process, all its threads together, in order of their start. `label` names the engine.
+
+    The processes come in the recorded order, from top to bottom.
+    """
 
     label: str
     bars: dict[str, list[Bar]] = field(repr=False)
@@ -45,7 +48,8 @@ def load_timeline(path: str | os.PathLike[str]) -> Timeline:
     events = load_events(path)
     bars: dict[str, list[Bar]] = defaultdict(list)
     try:
-        names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+        named = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+        names = dict(sorted(named.items()))  # process ids are in the order of the tracks
         label = "".join(event["args"]["labels"] for event in events if event["name"] == "process_labels")
         for event in events:
             if event["ph"] == "X":
@@ -56,7 +60,7 @@ def load_timeline(path: str | os.PathLike[str]) -> Timeline:
         raise ConfigError(f"{path}: {_NOT_OURS}") from None
     for of_process in bars.values():
         of_process.sort(key=lambda bar: bar.start_s)
-    return Timeline(label, bars)
+    return Timeline(label, {name: bars[name] for name in names.values() if name in bars})
 
 
 def load_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

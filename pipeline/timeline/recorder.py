@@ -52,9 +52,10 @@ class Recorder:
             self._file.truncate(0)
 
     def start(self, rings: Sequence[TraceRing], label: str) -> None:
-        """Record from now on. The scheduler's ring must come before the GPU process's: see ChromeEvents.events.
+        """Record from now on. `rings` are in the order of the timeline, from top to bottom.
 
-        Raises ConfigError if not even the beginning can be written.
+        The scheduler's ring must come before the GPU process's: see ChromeEvents.events. Raises ConfigError if not even
+        the beginning can be written.
         """
         self._rings = rings
         self._events = ChromeEvents([ring.track for ring in rings], self._origin_ns)

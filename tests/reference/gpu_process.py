@@ -12,9 +12,10 @@ from ipc.doorbell import Doorbell
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.stats_page import StatsPage
-from ipc.tracer import tracer
-from workers.gpu.config import CacheConfig, GpuBootstrap, ModelConfig
-from workers.process import StopWorker, WorkerBootstrap
+from ipc.tracer import Tracer, tracer
+from workers.bootstrap import RingEnd, WorkerBootstrap
+from workers.gpu.config import COUNTERS, CacheConfig, GpuBootstrap, ModelConfig
+from workers.process import StopWorker
 
 
 class FakeProcess:
@@ -25,6 +26,9 @@ class FakeProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.trace = tracer(None)
         self.is_ready = False
+
+    def tracer_of(self, thread: str) -> Tracer:
+        return tracer(None)
 
     def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
         pass
@@ -60,21 +64,25 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
             stack.callback(os.close, fd)
             return fd
 
-        stats = StatsPage.create("gpu")
+        steps, results = ring("step", step_layout(shape)), ring("result", result_layout(shape))
+        stats = StatsPage.create("gpu", COUNTERS)
         stack.callback(os.close, stats.fd)
         worker = WorkerBootstrap(
-            role="gpu", control_endpoint="", doorbell_fd=bell(), stats=stats, launcher_pid=os.getpid()
+            role="gpu",
+            doorbell_fd=bell(),
+            stats=stats,
+            launcher_pid=os.getpid(),
+            rings={
+                "step": [RingEnd(handle=steps.handle)],
+                "result": [RingEnd(handle=results.handle, writes=True, doorbells=[bell()])],
+                "prompt": [RingEnd(handle=ring("prompt", prompt_layout()).handle)],
+            },
         )
-        steps = ring("step", step_layout(shape))
         bootstrap = GpuBootstrap(
             worker=worker,
             model=model,
             cache=cache or CacheConfig(block_size=shape.block_size),
             shape=shape,
             depth=2,
-            step_ring=steps.handle,
-            result_ring=ring("result", result_layout(shape)).handle,
-            prompt_rings=[ring("prompt", prompt_layout()).handle],
-            scheduler_doorbell_fd=bell(),
         )
         yield GpuProcess(FakeProcess(worker), bootstrap, steps)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("ipc", "workers", "pipeline")
 MAY_IMPORT = {"ipc": {"ipc"}, "workers": {"ipc", "workers"}, "pipeline": {"ipc", "workers", "pipeline"}}
-SHARED_BY_WORKERS = {"process", "queueing", "model_tokenizer"}
+SHARED_BY_WORKERS = {"bootstrap", "process", "queueing", "model_tokenizer"}
 
 
 def modules(package: str) -> list[Path]:

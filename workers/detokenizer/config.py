@@ -1,16 +1,19 @@
-"""What the detokenizer is given at birth."""
+"""The detokenizer's counters and its bootstrap."""
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
-from workers.process import WorkerBootstrap
+from workers.bootstrap import WorkerBootstrap
+
+COUNTERS: Final = ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered")
 
 
 class DetokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """Sockets: binds `detokenize`; connects to `schedule` and `deliver`."""
+
     worker: WorkerBootstrap
     model_path: str  # a folder
-    detokenize_endpoint: str  # ROUTER, bound here: scheduler and gateway connect
-    schedule_endpoint: str
-    deliver_endpoint: str  # the gateway's ROUTER
     client_window: int  # Outputs messages under way to one client before its further tokens wait and coalesce

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.channels import bind_router, connect_dealer, receive_from, send
+from ipc.channels import receive_from, send
 from ipc.codec import encode
 from ipc.messages import ToDetokenizer, cancel_requests
 from ipc.trace import Span
@@ -19,9 +19,9 @@ def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     process.progress("loading tokenizer", 0.0)
     tokenizer = load_tokenizer(bootstrap.model_path).tokenizer
     core = Detokenizer(decoder_factory(tokenizer), SpecialTokens.of(tokenizer), bootstrap.client_window)
-    inbox = bind_router(process.context, bootstrap.detokenize_endpoint)
-    scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)
-    gateway = connect_dealer(process.context, bootstrap.deliver_endpoint)
+    inbox = process.bind("detokenize")
+    scheduler = process.connect("schedule")
+    gateway = process.connect("deliver")
     process.watch(inbox)
     process.ready()
     stats, trace = process.stats, process.trace

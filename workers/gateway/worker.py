@@ -19,7 +19,6 @@ import zmq
 from ipc.channels import (
     SendResult,
     bind_router,
-    connect_dealer,
     receive,
     receive_frames,
     receive_from,
@@ -74,16 +73,15 @@ class GatewayWorker:
         self.process = process
         self.bootstrap = bootstrap
         self.launcher_fd = launcher_fd
-        self._pages = [StatsPage(handle) for handle in bootstrap.stats]
+        self._pages = [StatsPage(handle) for handle in bootstrap.worker.all_stats]
         self.core = Gateway(bootstrap, lambda: {page.role: page.snapshot() for page in self._pages})
-        context = process.context
         if bootstrap.endpoint_folder is not None:
             _keep_folder(Path(bootstrap.endpoint_folder))
         self.clients = _bind_frontend(process, bootstrap)
-        self.tokenizers = bind_router(context, bootstrap.tokenize_endpoint)
-        self.deliveries = bind_router(context, bootstrap.deliver_endpoint)
-        self.scheduler = connect_dealer(context, bootstrap.schedule_endpoint, identity=bootstrap.identity)
-        self.detokenizer = connect_dealer(context, bootstrap.detokenize_endpoint)
+        self.tokenizers = process.bind("tokenize")
+        self.deliveries = process.bind("deliver")
+        self.scheduler = process.connect("schedule")
+        self.detokenizer = process.connect("detokenize")
         for source in (self.clients, self.tokenizers, self.deliveries, self.scheduler, launcher_fd):
             process.watch(source)
         process.on_control(self._on_control)

@@ -1,4 +1,4 @@
-"""Configuration of the GPU process: [model] and [cache], and what it is given at birth."""
+"""Configuration of the GPU process: [model] and [cache], its counters, and its bootstrap."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final, Literal
 import msgspec
 
 from ipc.records import StepShape
-from ipc.ring import RingHandle
-from ipc.trace import TraceHandle
-from workers.process import WorkerBootstrap
+from workers.bootstrap import WorkerBootstrap
 
-VARLEN_BLOCK_TOKENS: Final = 256  # FlashAttention reads blocks of so many tokens, or of a multiple of them
+VARLEN_BLOCK_TOKENS: Final = 256  # FlashAttention reads blocks of this size or a multiple of it
+COUNTERS: Final = ("num_steps", "launch_ns", "num_rows", "load_ns")
+COMPLETION: Final = "completion"  # the thread that waits for the device and publishes results
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,8 +22,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         dtype: of weights, activations and KV cache; "auto" = what config.json says.
         device: "auto" = CUDA where there is one, else the CPU.
         load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no
-            model at all: every step takes `null_step_ms` of device time and samples made-up tokens (to measure the
-            host).
+            model: every step takes `null_step_ms` of device time and samples made-up tokens (to measure the host).
         attention: what computes attention; "auto" = Triton kernels on CUDA, else plain torch. "varlen" = torch's own
             FlashAttention, on CUDA, with torch >= 2.13 and a `cache.block_size` that is a multiple of
             `VARLEN_BLOCK_TOKENS`.
@@ -63,15 +62,14 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """`prompt_rings[0]` is the scheduler's upload ring, the others the tokenizers', in order."""
+    """`worker.index` is the rank of this process.
+
+    Rings: reads `step` and every `prompt` ring by ticket. `prompt` ring 0 is the scheduler's upload ring, the others
+    are the tokenizers', in order. Rank 0 also releases `step` and writes `result`, which no other rank has.
+    """
 
     worker: WorkerBootstrap
     model: ModelConfig
     cache: CacheConfig
     shape: StepShape
     depth: int
-    step_ring: RingHandle
-    result_ring: RingHandle
-    prompt_rings: list[RingHandle]
-    scheduler_doorbell_fd: int
-    completion_trace: TraceHandle | None = None  # of the thread that waits for the device

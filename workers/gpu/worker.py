@@ -15,13 +15,10 @@ from typing import Any, Final
 
 import torch
 
-from ipc.doorbell import Doorbell
 from ipc.errors import ConfigError
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
-from ipc.ring import Ring
 from ipc.trace import Span
-from ipc.tracer import tracer
-from workers.gpu.config import GpuBootstrap
+from workers.gpu.config import COMPLETION, GpuBootstrap
 from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
@@ -61,10 +58,9 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
                 "loaded in %.1f s: %s; memory: %s (%d); %s", process.stats.load_ns[0] * 1e-9, stages.durations(),
                 memory, loaded.num_blocks, free_text(loaded.device.torch_device),
             )  # fmt: skip
-            scheduler = Doorbell(bootstrap.scheduler_doorbell_fd)
             completion = ResultPublisher(
-                loaded.device, executor, scheduler.ring, failed=process.doorbell.ring,
-                trace=process.trace, thread_trace=tracer(bootstrap.completion_trace),
+                loaded.device, executor, bootstrap.worker.ring("result").wake, failed=process.doorbell.ring,
+                trace=process.trace, thread_trace=process.tracer_of(COMPLETION),
             )  # fmt: skip
             path = bootstrap.model.profile_path
             profiler = (
@@ -159,9 +155,10 @@ def default_num_blocks(shape: StepShape) -> int:
 
 
 def attach_rings(bootstrap: GpuBootstrap) -> GpuRings:
-    """Raises LayoutMismatch if a ring is not what the launcher said."""
+    """Raises LayoutMismatch if a ring is not as the launcher said."""
+    worker = bootstrap.worker
     return GpuRings(
-        step=Ring.attach(bootstrap.step_ring, step_layout(bootstrap.shape)),
-        result=Ring.attach(bootstrap.result_ring, result_layout(bootstrap.shape)),
-        prompts=[Ring.attach(handle, prompt_layout()) for handle in bootstrap.prompt_rings],
+        step=worker.ring("step").attach(step_layout(bootstrap.shape)),
+        result=worker.ring("result").attach(result_layout(bootstrap.shape)),
+        prompts=[end.attach(prompt_layout()) for end in worker.rings["prompt"]],
     )

@@ -1,13 +1,30 @@
-"""Configuration of the scheduler: [scheduler] and [ring], and what it is given at birth."""
+"""Configuration of the scheduler: [scheduler] and [ring], its counters, and its bootstrap."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import msgspec
 
 from ipc.records import StepShape
-from ipc.ring import RingHandle
-from workers.process import WorkerBootstrap
+from workers.bootstrap import WorkerBootstrap
 from workers.queueing.policies import PolicyConfig
+
+COUNTERS: Final = (
+    "num_waiting", "num_waiting_tokens", "num_running", "num_preempted", "num_blocks", "num_free_blocks",
+    "num_free_rows",
+    # Records that the rings hold and that are not released, like "num_prompt_records" of a tokenizer. A record of the
+    # result ring counts from the moment its step is published, because it is reserved for that step.
+    "num_step_records", "num_result_records", "num_upload_records",
+    "num_steps",
+    "num_prefill_steps",  # steps that compute prompts, with or without sequences that decode beside them
+    "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
+    "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
+    "num_preemptions", "num_cached_tokens",
+    "num_cached_blocks", "plan_ns", "apply_ns",
+    # The device's time, from the result records: busy, or idle for one of three reasons (`device_time.py`).
+    "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_last_end_ns",
+)  # fmt: skip
 
 
 class SchedulerConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -17,11 +34,12 @@ class SchedulerConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_
         max_num_seqs: sequences that hold a row (running or preempted) at a time.
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: prompt + output tokens of one sequence; None = what the model can.
-        max_num_waiting: requests that may wait for a row, each of n samples counted; one more is refused at once.
-        max_num_waiting_tokens: of their prompts, together; None = no bound. A prompt that finds nobody waiting is taken
-            whatever its length.
-        max_itl_ms: time between two tokens of a stream that prompts computed beside it should not exceed: they are cut
-            into chunks that fit, by what steps have been found to take. None = chunks fill max_num_batched_tokens.
+        max_num_waiting: requests that may wait for a row; each of n samples counts. The scheduler refuses more.
+        max_num_waiting_tokens: tokens of their prompts together; None = no bound. If no request waits, the scheduler
+            accepts a prompt of any length.
+        max_itl_ms: bound on the time between two tokens of a stream while prompts are computed beside it. The scheduler
+            cuts prompts into chunks that fit, by the measured times of steps. None = chunks fill
+            max_num_batched_tokens.
     """
 
     max_num_seqs: int = 64
@@ -36,26 +54,22 @@ class RingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """[ring].
 
     Args:
-        depth: steps that are published before the first of them is applied: 1 = synchronous, 2 = the GPU computes
-            one while the host prepares the next.
+        depth: steps that may be published before the first of them is applied: 1 = synchronous, 2 = the GPU computes
+            a step while the host prepares the next.
     """
 
     depth: int = 2
 
 
 class SchedulerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """The number of KV blocks arrives later, with `Start` (`info["num_blocks"]`). Rings as in the GPU process's."""
+    """The number of KV blocks arrives later, with `Start` (`info["num_blocks"]`).
+
+    Rings: writes `step`, reads and releases `result` and every `prompt` ring, of which it writes the first. Sockets:
+    binds `schedule`, connects to `detokenize`.
+    """
 
     worker: WorkerBootstrap
     scheduler: SchedulerConfig
     shape: StepShape
     depth: int
     eos_token_ids: list[int]
-    step_ring: RingHandle
-    result_ring: RingHandle
-    prompt_rings: list[RingHandle]  # [0] is the scheduler's own
-    schedule_endpoint: str  # ROUTER, bound here
-    detokenize_endpoint: str
-    gateway_identity: bytes  # under which the gateway connects to `schedule_endpoint`
-    gpu_doorbell_fd: int
-    tokenizer_doorbell_fds: list[int]

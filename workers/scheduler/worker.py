@@ -4,8 +4,8 @@
     gateway, detokenizer: CancelRequests -->   Scheduler   <--result ring--
     gateway: Accepted            <--schedule--             --detokenize--> detokenizer: StepOutputs
 
-Owns the read cursors of the result ring and of the prompt rings; step records are released by the GPU process. It
-sleeps until something announces itself on a socket or the doorbell, or a request runs out of time.
+Owns the read cursors of the result ring and of the prompt rings; the GPU process releases step records. The scheduler
+sleeps until a message arrives, its doorbell rings, or a request's time runs out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any, Final
 
 import zmq
 
-from ipc.channels import bind_router, connect_dealer, receive_from, send, send_to
-from ipc.doorbell import Doorbell
+from ipc.channels import receive_from, send, send_to
 from ipc.errors import EngineUnavailable
 from ipc.messages import (
     EOS_TOKEN_ID,
@@ -33,7 +32,6 @@ from ipc.messages import (
     Withdrawn,
 )
 from ipc.records import prompt_layout, result_layout, step_layout
-from ipc.ring import Ring
 from ipc.trace import Span
 from workers.process import WorkerProcess
 from workers.scheduler.admission.prompt_rings import PromptRings
@@ -49,10 +47,11 @@ MAX_SLEEP_MS: Final = 3_600_000  # a poll takes no time-outs of months
 
 def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     """Schedule until the launcher says Stop."""
-    schedule = bind_router(process.context, bootstrap.schedule_endpoint)
-    detokenizer = connect_dealer(process.context, bootstrap.detokenize_endpoint, identity=process.role.encode())
+    schedule = process.bind("schedule")
+    detokenizer = process.connect("detokenize")
+    gateway_identity = bootstrap.worker.peer("gateway")
     process.watch(schedule)
-    rings = [Ring.attach(handle, prompt_layout()) for handle in bootstrap.prompt_rings]
+    prompts = bootstrap.worker.rings["prompt"]
     info = _await_start(process).info
     scheduler = Scheduler(
         bootstrap.scheduler,
@@ -60,10 +59,9 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         bootstrap.depth,
         info["num_blocks"],
         eos_token_ids(bootstrap.eos_token_ids, info),
-        PromptRings(rings),
+        PromptRings([end.attach(prompt_layout()) for end in prompts]),
     )
     steps = StepChannel(scheduler, process, bootstrap)
-    tokenizers = [Doorbell(fd) for fd in bootstrap.tokenizer_doorbell_fds]
     answers: deque[SchedulerToGateway] = deque()
     trace, counters = process.trace, vars(process.stats)
     process.ready()
@@ -75,10 +73,10 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         with trace[Span.SEND]:
             while (outputs := scheduler.take_outputs()) is not None:
                 send(detokenizer, outputs)
-        while answers and send_to(schedule, bootstrap.gateway_identity, answers[0]):
+        while answers and send_to(schedule, gateway_identity, answers[0]):
             answers.popleft()
         for ring in scheduler.prompts.take_moved():
-            tokenizers[ring - 1].ring()  # ring 0 is our own
+            prompts[ring].wake()
         gauges = scheduler.gauges()
         for name, value in gauges.items():
             counters[name][0] = value
@@ -117,15 +115,16 @@ def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[Sched
 
 
 class StepChannel:
-    """The two rings between the scheduler and the GPU process."""
+    """The step ring, which every GPU process reads, and the result ring."""
 
     def __init__(self, scheduler: Scheduler, process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         self._scheduler = scheduler
         self._stats = process.stats
         self._trace = process.trace
-        self._steps = Ring.attach(bootstrap.step_ring, step_layout(bootstrap.shape))
-        self._results = Ring.attach(bootstrap.result_ring, result_layout(bootstrap.shape))
-        self._gpu = Doorbell(bootstrap.gpu_doorbell_fd)
+        steps, results = bootstrap.worker.ring("step"), bootstrap.worker.ring("result")
+        self._steps = steps.attach(step_layout(bootstrap.shape))
+        self._results = results.attach(result_layout(bootstrap.shape))
+        self._wake_readers = steps.wake
 
     def advance(self) -> None:
         """Apply every result that is there, then publish steps as far as credit and work go."""
@@ -149,7 +148,7 @@ class StepChannel:
                 if not scheduler.plan(record):
                     break
                 span.set(self._steps.publish(), record.num_seqs[0], record.num_tokens[0])
-            self._gpu.ring()
+            self._wake_readers()
         trace.gauge(Span.STEP_RING, scheduler.num_in_flight)
         stats.num_step_records[0] = self._steps.num_unreleased
         stats.num_result_records[0] = self._steps.next_ticket - self._results.read_cursor

@@ -1,11 +1,14 @@
-"""Configuration of the tokenizers: [tokenizer], and what each is given at birth."""
+"""Configuration of the tokenizers: [tokenizer], their counters, and the bootstrap of each."""
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
-from ipc.ring import RingHandle
-from workers.process import WorkerBootstrap
+from workers.bootstrap import WorkerBootstrap
+
+COUNTERS: Final = ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records")
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -19,13 +22,11 @@ class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class TokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """Rings: writes one `prompt` ring. Sockets: connects to `tokenize` and `schedule`."""
+
     worker: WorkerBootstrap
     model_path: str  # a folder
     vocab_size: int  # ids given by clients must be below it
     max_model_len: int
-    prompt_ring: RingHandle
     block_size: int
     cache_seed: bytes | None  # the run's, for names of KV blocks; None = prompts are not cached
-    ring_index: int  # of `prompt_ring` in admissions; 0 is the scheduler's
-    tokenize_endpoint: str  # the gateway's ROUTER; connected here under this worker's role
-    schedule_endpoint: str

@@ -9,11 +9,10 @@ from collections import deque
 from typing import Final
 
 from ipc.block_hash import chain_hashes, root_hash
-from ipc.channels import connect_dealer, receive, send
+from ipc.channels import receive, send
 from ipc.errors import RequestFailed
 from ipc.messages import EOS_TOKEN_ID, Tokenize, Tokenized, TokenizeDone
 from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
-from ipc.ring import Ring
 from ipc.trace import Span
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
@@ -32,7 +31,7 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     loaded = load_tokenizer(bootstrap.model_path)
     template = ChatTemplate.load(bootstrap.model_path, loaded.special_tokens)
     encoder = PromptEncoder(loaded.tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
-    if bootstrap.ring_index == 1:  # all tokenizers would log the same
+    if bootstrap.worker.index == 0:  # all tokenizers would log the same
         for note in loaded.notes:
             logger.info("%s", note)
         for warning in (*loaded.warnings, *encoder.split_control_tokens()):
@@ -49,13 +48,13 @@ class TokenizerWorker:
     def __init__(self, process: WorkerProcess, bootstrap: TokenizerBootstrap, encoder: PromptEncoder) -> None:
         self.process = process
         self.encoder = encoder
-        self.ring = Ring.attach(bootstrap.prompt_ring, prompt_layout())
-        self.ring_index = bootstrap.ring_index
+        end = bootstrap.worker.ring("prompt")
+        self.ring = end.attach(prompt_layout())
+        self.ring_index = end.handle.index
         self.block_size = bootstrap.block_size
         self.cache_seed = bootstrap.cache_seed
-        identity = bootstrap.worker.role.encode()
-        self.gateway = connect_dealer(process.context, bootstrap.tokenize_endpoint, identity=identity)
-        self.scheduler = connect_dealer(process.context, bootstrap.schedule_endpoint)
+        self.gateway = process.connect("tokenize")
+        self.scheduler = process.connect("schedule")
         process.watch(self.gateway)
 
     def serve(self) -> None:

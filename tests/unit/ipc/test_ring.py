@@ -213,7 +213,7 @@ def test_a_doorbell_stays_rung_until_it_is_drained():
     assert bell.drain()
     assert not bell.drain()
     assert select.select([bell], [], [], 0)[0] == []
-    assert os.get_inheritable(bell.fileno())
+    assert not os.get_inheritable(bell.fileno())
     os.eventfd_write(bell.fd, 2**64 - 2)
     bell.ring()  # the counter is at its limit
     assert bell.drain()

@@ -19,7 +19,7 @@ def test_a_segment_is_zeroed_shared_and_of_whole_pages():
     assert one[:] == bytes(2 * PAGE_BYTES)
     one[PAGE_BYTES] = 7
     assert two[PAGE_BYTES] == 7
-    assert os.get_inheritable(fd)
+    assert not os.get_inheritable(fd)
     os.close(fd)
     assert one[PAGE_BYTES] == 7  # the mapping outlives the descriptor
 

@@ -13,7 +13,8 @@ import pytest
 from ipc.doorbell import Doorbell
 from ipc.stats_page import StatsPage
 from workers import process as worker_process
-from workers.process import WorkerBootstrap, WorkerProcess
+from workers.bootstrap import WorkerBootstrap
+from workers.process import WorkerProcess
 
 
 class Cycle:
@@ -23,10 +24,10 @@ class Cycle:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[WorkerProcess]:
-    bell, page = Doorbell.create(), StatsPage.create("gpu")
+    bell, page = Doorbell.create(), StatsPage.create("gpu", ())
     process = WorkerProcess(
         WorkerBootstrap(
-            role="gpu", control_endpoint=f"ipc://{tmp_path}/control", doorbell_fd=bell.fd, stats=page,
+            role="gpu", endpoints={"control": f"ipc://{tmp_path}/control"}, doorbell_fd=bell.fd, stats=page,
             launcher_pid=os.getpid(),
         )
     )  # fmt: skip

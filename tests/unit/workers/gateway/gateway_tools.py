@@ -17,12 +17,17 @@ from ipc.messages import (
 )
 from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsHandle
-from workers.gateway.config import FrontendConfig, GatewayBootstrap
+from workers.bootstrap import WorkerBootstrap
+from workers.gateway.config import COUNTERS, FrontendConfig, GatewayBootstrap
 from workers.gateway.core import Gateway, Peer
-from workers.process import WorkerBootstrap
 from workers.queueing.policies import PolicyConfig
 
 TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
+
+
+def endpoints(folder: str) -> dict[str, str]:
+    names = ("control", "tokenize", "schedule", "detokenize", "deliver")
+    return {name: f"ipc://{folder}/{name}" for name in names}
 
 
 def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
@@ -35,9 +40,9 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
     fields: dict[str, Any] = {
         "worker": WorkerBootstrap(
             role="gateway",
-            control_endpoint=f"ipc://{folder}/control",
+            endpoints=endpoints(folder),
             doorbell_fd=-1,
-            stats=StatsHandle("gateway", -1),
+            stats=StatsHandle("gateway", -1, COUNTERS),
             launcher_pid=1,
         ),
         "frontend": frontend,
@@ -50,12 +55,6 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
         "tokenizer_window": 2,
         "tokenizer_window_bytes": 1 << 20,
         "client_window": 3,
-        "tokenize_endpoint": f"ipc://{folder}/tokenize",
-        "deliver_endpoint": f"ipc://{folder}/deliver",
-        "schedule_endpoint": f"ipc://{folder}/schedule",
-        "detokenize_endpoint": f"ipc://{folder}/detokenize",
-        "identity": b"gateway",
-        "stats": [],
         **changes,
     }
     return GatewayBootstrap(**fields)

@@ -38,9 +38,10 @@ from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsPage
 from tests.simulation.fake_gpu import FakeGpu, expected_tokens
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.process import StopWorker, WorkerBootstrap, WorkerProcess
+from workers.bootstrap import RingEnd, WorkerBootstrap
+from workers.process import StopWorker, WorkerProcess
 from workers.scheduler import worker
-from workers.scheduler.config import SchedulerBootstrap, SchedulerConfig
+from workers.scheduler.config import COUNTERS, SchedulerBootstrap, SchedulerConfig
 from workers.scheduler.worker import eos_token_ids, run
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
@@ -62,11 +63,20 @@ class Surroundings:
         self.results = Ring.create("result", result_layout(SHAPE), 2 * DEPTH, 1)
         self.prompts = [Ring.create(f"prompt.{i}", prompt_layout(), 8, 1) for i in range(2)]
         self.gpu = FakeGpu(SHAPE, NUM_BLOCKS, self.prompts)
-        stats = StatsPage.create("scheduler")
+        stats = StatsPage.create("scheduler", COUNTERS)
         self.stats = StatsPage(stats)
         common = WorkerBootstrap(
             role="scheduler",
-            control_endpoint=endpoint["control"],
+            endpoints=endpoint,
+            peers={"gateway": [b"gateway"]},
+            rings={
+                "step": [RingEnd(handle=self.steps.handle, writes=True, doorbells=[self.bells["gpu"].fd])],
+                "result": [RingEnd(handle=self.results.handle)],
+                "prompt": [
+                    RingEnd(handle=self.prompts[0].handle, writes=True),
+                    RingEnd(handle=self.prompts[1].handle, doorbells=[self.bells["tokenizer"].fd]),
+                ],
+            },
             doorbell_fd=self.bells["scheduler"].fd,
             stats=stats,
             launcher_pid=os.getpid(),
@@ -78,14 +88,6 @@ class Surroundings:
             shape=SHAPE,
             depth=DEPTH,
             eos_token_ids=[],
-            step_ring=self.steps.handle,
-            result_ring=self.results.handle,
-            prompt_rings=[ring.handle for ring in self.prompts],
-            schedule_endpoint=endpoint["schedule"],
-            detokenize_endpoint=endpoint["detokenize"],
-            gateway_identity=b"gateway",
-            gpu_doorbell_fd=self.bells["gpu"].fd,
-            tokenizer_doorbell_fds=[self.bells["tokenizer"].fd],
         )
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(bootstrap,))

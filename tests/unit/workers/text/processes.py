@@ -17,6 +17,7 @@ import zmq
 
 from ipc.channels import bind_router, connect_dealer, receive_frames, receive_from, send, send_to
 from ipc.codec import decode, encode
+from ipc.descriptor_passing import descriptor_channel, send_with_descriptors
 from ipc.doorbell import Doorbell
 from ipc.messages import (
     Accepted,
@@ -43,12 +44,17 @@ from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, prompt_layout
 from ipc.ring import Ring
 from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import bootstrap as gateway_bootstrap
+from tests.unit.workers.gateway.gateway_tools import endpoints
+from workers.bootstrap import RingEnd, WorkerBootstrap
+from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.detokenizer.config import DetokenizerBootstrap
-from workers.process import WorkerBootstrap
+from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
+from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
 from workers.tokenizer.config import TokenizerBootstrap
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 30.0
+COUNTERS = {"gateway": GATEWAY_COUNTERS, "tokenizer.0": TOKENIZER_COUNTERS, "detokenizer": DETOKENIZER_COUNTERS}
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> None:
@@ -60,15 +66,19 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
         pause.wait(0.01)
 
 
-def spawn(role: str, bootstrap: msgspec.Struct, fds: list[int]) -> subprocess.Popen[bytes]:
-    fd = os.memfd_create("bootstrap")
-    os.write(fd, encode(bootstrap))
-    package = role.split(".")[0]
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"workers.{package}", "--bootstrap-fd", str(fd)], pass_fds=[fd, *fds], cwd=ROOT
-    )
-    os.close(fd)
-    return process
+def spawn(role: str, bootstrap: Any) -> subprocess.Popen[bytes]:
+    fds: list[int] = []
+
+    def position(fd: int) -> int:
+        fds.append(fd)
+        return len(fds) - 1
+
+    bootstrap = msgspec.structs.replace(bootstrap, worker=bootstrap.worker.renumbered(position))
+    ours, theirs = descriptor_channel()
+    with ours, theirs:
+        send_with_descriptors(ours, encode(bootstrap), fds)
+        command = [sys.executable, "-m", f"workers.{role.split('.')[0]}", "--bootstrap-fd", str(theirs.fileno())]
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
 
 
 class EchoScheduler(threading.Thread):
@@ -193,9 +203,10 @@ class TextEngine:
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = bind_router(self.context, f"ipc://{folder}/control")
         self.said: list[Any] = []
-        self.doorbells = {role: Doorbell.create() for role in ("gateway", "tokenizer.0", "detokenizer")}
-        self.stats = {role: StatsPage.create(role) for role in self.doorbells}
+        self.stats = {role: StatsPage.create(role, counters) for role, counters in COUNTERS.items()}
+        self.doorbells = {role: Doorbell.create() for role in self.stats}
         self.ring = Ring.create("prompts", prompt_layout(), 3, 1)
+        prompts = RingEnd(handle=msgspec.structs.replace(self.ring.handle, index=1), writes=True)
         self.scheduler = EchoScheduler(self.context, folder, self.ring, self.doorbells["tokenizer.0"])
         self.scheduler.start()
         (folder / "front").mkdir(mode=0o700)
@@ -203,50 +214,38 @@ class TextEngine:
         tokenizer = TokenizerBootstrap(
             block_size=4,
             cache_seed=None,
-            worker=self._worker("tokenizer.0"),
+            worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
             model_path=str(model),
             vocab_size=vocab_size,
             max_model_len=max_model_len,
-            prompt_ring=self.ring.handle,
-            ring_index=1,
-            tokenize_endpoint=f"ipc://{folder}/tokenize",
-            schedule_endpoint=f"ipc://{folder}/schedule",
         )
         detokenizer = DetokenizerBootstrap(
             worker=self._worker("detokenizer"),
             model_path=str(model),
-            detokenize_endpoint=f"ipc://{folder}/detokenize",
-            schedule_endpoint=f"ipc://{folder}/schedule",
-            deliver_endpoint=f"ipc://{folder}/deliver",
             client_window=8,
         )
         gateway = gateway_bootstrap(
             str(folder),
-            worker=self._worker("gateway"),
-            stats=list(self.stats.values()),
+            worker=self._worker("gateway", all_stats=list(self.stats.values()), outlives_launcher=True),
             client_window=8,
             max_model_len=max_model_len,
             max_open_requests=max_open_requests,
         )
         self.workers = {
-            "gateway": spawn("gateway", gateway, self._fds("gateway")),
-            "tokenizer.0": spawn("tokenizer.0", tokenizer, [*self._fds("tokenizer.0"), self.ring.handle.fd]),
-            "detokenizer": spawn("detokenizer", detokenizer, self._fds("detokenizer")),
+            "gateway": spawn("gateway", gateway),
+            "tokenizer.0": spawn("tokenizer.0", tokenizer),
+            "detokenizer": spawn("detokenizer", detokenizer),
         }
 
-    def _worker(self, role: str) -> WorkerBootstrap:
+    def _worker(self, role: str, **changes: Any) -> WorkerBootstrap:
         return WorkerBootstrap(
             role=role,
-            control_endpoint=f"ipc://{self.folder}/control",
+            endpoints=endpoints(str(self.folder)),
             doorbell_fd=self.doorbells[role].fd,
             stats=self.stats[role],
             launcher_pid=os.getpid(),
+            **changes,
         )
-
-    def _fds(self, role: str) -> list[int]:
-        # The gateway reads everybody's statistics.
-        pages = self.stats.values() if role == "gateway" else [self.stats[role]]
-        return [self.doorbells[role].fd, *(page.fd for page in pages)]
 
     def hear(self) -> list[Any]:
         self.said += [message for _, message in receive_from(self.control, WorkerToLauncher)]

@@ -8,5 +8,4 @@ if __name__ == "__main__":
     run_worker(
         GatewayBootstrap,
         partial(live, bind=["tokenize", "deliver"], connect=["schedule", "detokenize"]),
-        outlives_launcher=True,
     )

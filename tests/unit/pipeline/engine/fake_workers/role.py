@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ipc.channels import bind_router, connect_dealer
+from ipc.channels import bind_router
 from ipc.errors import ModelUnsupported
 from ipc.messages import Abort, Drain, Drained, Ready, Start
 from workers.process import WorkerProcess
@@ -32,8 +32,7 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
         os.kill(os.getpid(), signal.SIGKILL)
     if misbehaviour == "late":
         process.say(Ready(role="gone", info={}))
-    sockets = [bind_router(process.context, getattr(bootstrap, f"{name}_endpoint")) for name in bind]
-    sockets += [connect_dealer(process.context, getattr(bootstrap, f"{name}_endpoint")) for name in connect]
+    sockets = [process.bind(name) for name in bind] + [process.connect(name) for name in connect]
     if hasattr(bootstrap, "endpoint"):
         sockets.append(bind_router(process.context, bootstrap.endpoint))
 

@@ -1,0 +1,59 @@
+"""One worker as a child process of the launcher: spawned, told what it needs, watched, and buried."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+
+from ipc.codec import encode
+from ipc.descriptor_passing import descriptor_channel, send_with_descriptors
+from pipeline.engine.wiring import WorkerPlan
+from pipeline.environment.module_search import module_command, module_environment
+
+
+class ChildProcess:
+    """A worker that runs `python -m MODULE --bootstrap-fd N`.
+
+    The worker inherits the standard streams and N, its end of a channel for its bootstrap and descriptors. The
+    launcher's end stays open until `bury()`. Must be made in the main thread: the kernel kills a worker when the thread
+    that spawned it ends.
+    """
+
+    def __init__(self, plan: WorkerPlan, descriptors: Sequence[int]) -> None:
+        self.name = plan.name
+        self.is_ready = False
+        self._channel, theirs = descriptor_channel()
+        try:
+            with theirs:
+                # Before the spawn: the worker then has its bootstrap even if the launcher is killed meanwhile.
+                send_with_descriptors(self._channel, encode(plan.bootstrap), descriptors)
+                self.process = subprocess.Popen(
+                    module_command(plan.module, "--bootstrap-fd", str(theirs.fileno())),
+                    stdin=subprocess.DEVNULL,
+                    env=module_environment(),
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # detached from the terminal: no Ctrl-C, and no stop by `stty tostop`
+                )
+        except BaseException:
+            self._channel.close()
+            raise
+        self.pid = self.process.pid
+        self.pidfd = os.pidfd_open(self.pid)  # readable once the process has ended
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def describe_exit(self) -> str:
+        """How the process has ended, in words."""
+        status = self.process.wait()
+        if status >= 0:
+            return f"exited with status {status}"
+        return f"was killed by signal {-status} ({signal.strsignal(-status)})"
+
+    def bury(self) -> None:
+        """Wait for the process's end and close the descriptors that stand for it."""
+        self.process.wait()
+        os.close(self.pidfd)
+        self._channel.close()

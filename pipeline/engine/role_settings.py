@@ -1,0 +1,127 @@
+"""What each role of the engine is told by the configuration, as its bootstrap.
+
+`pipeline/engine/topology.py` names these functions in its table and gives them the worker's part in rings and sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ipc.records import PROMPT_RECORD_TOKENS, StepShape
+from pipeline.client.endpoint import own_folder
+from pipeline.engine.config import Config
+from pipeline.engine.model_files import ServedModel
+from workers.bootstrap import WorkerBootstrap
+from workers.detokenizer.config import DetokenizerBootstrap
+from workers.gateway.config import GatewayBootstrap
+from workers.gpu.config import GpuBootstrap
+from workers.queueing.policies import PolicyConfig
+from workers.scheduler.config import SchedulerBootstrap
+from workers.tokenizer.config import TokenizerBootstrap
+
+# Prompts under way to one tokenizer: enough to keep it busy, and at most about 40 ms of work, because the policy cannot
+# reorder them any more. A longer prompt goes alone.
+TOKENIZER_WINDOW: Final = 8
+TOKENIZER_WINDOW_BYTES: Final = 64 << 10
+CLIENT_WINDOW: Final = 64  # at 4 ms a step, a client may read nothing for 0.25 s before its deltas coalesce
+MIN_PROMPT_RECORDS: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What is settled about one engine before any of its processes runs.
+
+    Args:
+        run_folder: the folder for its internal sockets.
+        cache_seed: the root of the names of its KV blocks; None = prompts are not cached.
+        lent: descriptors of the launcher that a role may keep open (`Role.keeps`), by name.
+    """
+
+    config: Config
+    model: ServedModel
+    endpoint: str
+    run_folder: Path
+    launcher_pid: int
+    log_level: str = "INFO"
+    traced: bool = False
+    cache_seed: bytes | None = None
+    lent: Mapping[str, int]
+
+    @cached_property
+    def shape(self) -> StepShape:
+        scheduler = self.config.scheduler
+        return StepShape(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=self.model.max_model_len,
+            block_size=self.config.cache.block_size,
+        )
+
+    @property
+    def num_step_records(self) -> int:
+        """Of the step ring and of the result ring: a record is never overwritten before it is read."""
+        return 2 * self.config.ring.depth
+
+    @property
+    def num_prompt_records(self) -> int:
+        """Of one prompt ring: room for two of the longest prompts."""
+        longest = -(-self.model.max_model_len // PROMPT_RECORD_TOKENS)
+        return max(MIN_PROMPT_RECORDS, 2 * longest)
+
+
+def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
+    scheduler, folder = facts.config.scheduler, own_folder(facts.endpoint)
+    return GatewayBootstrap(
+        worker=worker,
+        frontend=facts.config.frontend,
+        endpoint=facts.endpoint,
+        endpoint_folder=None if folder is None else str(folder),
+        run_dir=str(facts.run_folder),
+        model_name=facts.model.name,
+        max_model_len=facts.model.max_model_len,
+        policy=PolicyConfig(**{name: getattr(scheduler, name) for name in PolicyConfig.__struct_fields__}),
+        tokenizer_window=TOKENIZER_WINDOW,
+        tokenizer_window_bytes=TOKENIZER_WINDOW_BYTES,
+        client_window=CLIENT_WINDOW,
+    )
+
+
+def tokenizer(facts: EngineFacts, worker: WorkerBootstrap) -> TokenizerBootstrap:
+    return TokenizerBootstrap(
+        worker=worker,
+        model_path=facts.model.folder,
+        vocab_size=facts.model.vocab_size,
+        max_model_len=facts.model.max_model_len,
+        block_size=facts.config.cache.block_size,
+        cache_seed=facts.cache_seed,
+    )
+
+
+def detokenizer(facts: EngineFacts, worker: WorkerBootstrap) -> DetokenizerBootstrap:
+    return DetokenizerBootstrap(worker=worker, model_path=facts.model.folder, client_window=CLIENT_WINDOW)
+
+
+def scheduler(facts: EngineFacts, worker: WorkerBootstrap) -> SchedulerBootstrap:
+    return SchedulerBootstrap(
+        worker=worker,
+        scheduler=msgspec.structs.replace(facts.config.scheduler, max_model_len=facts.model.max_model_len),
+        shape=facts.shape,
+        depth=facts.config.ring.depth,
+        eos_token_ids=facts.model.eos_token_ids,
+    )
+
+
+def gpu(facts: EngineFacts, worker: WorkerBootstrap) -> GpuBootstrap:
+    return GpuBootstrap(
+        worker=worker,
+        model=msgspec.structs.replace(facts.config.model, path=facts.model.folder),
+        cache=facts.config.cache,
+        shape=facts.shape,
+        depth=facts.config.ring.depth,
+    )

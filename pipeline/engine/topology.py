@@ -1,0 +1,172 @@
+"""The table of the engine's processes, rings and sockets. Pure data: nothing here has effects.
+
+One row declares a role, a ring or a socket. `wiring.py` derives from the rows every worker's bootstrap, descriptors and
+doorbells, the connection counts, the order of starting, and which processes restart together. The rows of the roles
+stand in the order of the timeline, from top to bottom.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ipc.record_layout import Layout
+from ipc.records import prompt_layout, result_layout, step_layout
+from pipeline.engine import role_settings
+from pipeline.engine.config import Config
+from pipeline.engine.role_settings import EngineFacts
+from workers.bootstrap import WorkerBootstrap
+from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
+from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
+from workers.gpu.config import COMPLETION
+from workers.gpu.config import COUNTERS as GPU_COUNTERS
+from workers.scheduler.config import COUNTERS as SCHEDULER_COUNTERS
+from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
+
+LAUNCHER: Final = "launcher"  # binds a socket, but is no row: it starts the others
+CONTROL: Final = "control"
+ENDPOINT_CLAIM: Final = "endpoint claim"
+
+
+class Restart(enum.Enum):
+    """Which processes a restart covers when a process of the role has died."""
+
+    ALONE = "alone"
+    ROLE = "all processes of its role"
+    ENGINE = "the whole engine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """A kind of process: `python -m MODULE`, once or several times.
+
+    Args:
+        bootstrap: makes the role's bootstrap from the engine's facts and the worker's part in rings and sockets.
+        counters: of its statistics page.
+        start_order: lower numbers are spawned first.
+        count: how many; None = one, without a number in its name.
+        is_numbered: the first process has a number too: "tokenizer.0". Otherwise "gpu", "gpu.1", ...
+        starts_after: roles whose `Ready.info` must be known before this role is told to start. A role without any is
+            ready by itself.
+        is_front: answers clients. It is told Start last, says Ready once more when it serves, and is told Drain and
+            Abort.
+        threads: further threads that are traced, besides the main one.
+        keeps: descriptors that the launcher lends (`EngineFacts.lent`), as long as the process lives.
+    """
+
+    name: str
+    module: str
+    bootstrap: Callable[[EngineFacts, WorkerBootstrap], Any]
+    counters: tuple[str, ...]
+    start_order: int
+    count: Callable[[Config], int] | None = None
+    is_numbered: bool = False
+    restart: Restart = Restart.ENGINE
+    starts_after: tuple[str, ...] = ()
+    is_front: bool = False
+    outlives_launcher: bool = False
+    reads_statistics: bool = False
+    threads: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingRow:
+    """A ring, or with `one_per_writer` a ring for each process of the writer's role.
+
+    Args:
+        written_by: a role; without `one_per_writer` its first process writes.
+        read_by: roles; all their processes read.
+        released_by: a role; its first process owns the read cursor.
+        lives_with: a role; a restart of all its processes gets a new ring.
+        publish_wakes_readers: the writer rings the readers' doorbells. False: a message or another ring tells them.
+        release_wakes_writer: the owner of the cursor rings the writer's doorbell.
+    """
+
+    name: str
+    layout: Callable[[EngineFacts], Layout]
+    num_records: Callable[[EngineFacts], int]
+    written_by: str
+    read_by: tuple[str, ...]
+    released_by: str
+    lives_with: str
+    one_per_writer: bool = False
+    publish_wakes_readers: bool = False
+    release_wakes_writer: bool = False
+
+
+@dataclass(frozen=True)
+class SocketRow:
+    """A ROUTER. The roles that connect to it do so under the names of their processes; None = every role does."""
+
+    name: str
+    bound_by: str
+    connected_by: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Table:
+    roles: tuple[Role, ...]
+    rings: tuple[RingRow, ...]
+    sockets: tuple[SocketRow, ...]
+
+
+GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER, GPU = "gateway", "tokenizer", "detokenizer", "scheduler", "gpu"
+
+ENGINE: Final = Table(
+    roles=(
+        # Spawned first: if the launcher is killed while it spawns, the gateway removes the run folder. The gateway
+        # keeps the endpoint's claim, because it outlives a killed launcher by a moment.
+        Role(
+            name=GATEWAY, module="workers.gateway", bootstrap=role_settings.gateway, counters=GATEWAY_COUNTERS,
+            start_order=0, is_front=True, outlives_launcher=True, reads_statistics=True, keeps=(ENDPOINT_CLAIM,),
+        ),
+        Role(
+            name=TOKENIZER, module="workers.tokenizer", bootstrap=role_settings.tokenizer, counters=TOKENIZER_COUNTERS,
+            start_order=4, count=lambda config: config.tokenizer.num_workers, is_numbered=True, restart=Restart.ALONE,
+        ),
+        Role(
+            name=DETOKENIZER, module="workers.detokenizer", bootstrap=role_settings.detokenizer,
+            counters=DETOKENIZER_COUNTERS, start_order=3,
+        ),
+        # Above the GPU process: a timeline that has read of a step's end finds its launch.
+        Role(
+            name=SCHEDULER, module="workers.scheduler", bootstrap=role_settings.scheduler, counters=SCHEDULER_COUNTERS,
+            start_order=2, starts_after=(GPU, TOKENIZER),
+        ),
+        Role(
+            name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
+            restart=Restart.ROLE, threads=(COMPLETION,),
+        ),
+    ),
+    rings=(
+        RingRow(
+            name="step", layout=lambda facts: step_layout(facts.shape), num_records=lambda f: f.num_step_records,
+            written_by=SCHEDULER, read_by=(GPU,), released_by=GPU, lives_with=GPU, publish_wakes_readers=True,
+        ),
+        RingRow(
+            name="result", layout=lambda facts: result_layout(facts.shape), num_records=lambda f: f.num_step_records,
+            written_by=GPU, read_by=(SCHEDULER,), released_by=SCHEDULER, lives_with=GPU, publish_wakes_readers=True,
+        ),
+        # The scheduler's upload ring is prompt ring 0. A step record names the prompt records that it needs.
+        RingRow(
+            name="prompt", layout=lambda _: prompt_layout(), num_records=lambda facts: facts.num_prompt_records,
+            written_by=SCHEDULER, read_by=(GPU,), released_by=SCHEDULER, lives_with=SCHEDULER,
+        ),
+        # The message `Tokenized` wakes the scheduler.
+        RingRow(
+            name="prompt", layout=lambda _: prompt_layout(), num_records=lambda facts: facts.num_prompt_records,
+            written_by=TOKENIZER, one_per_writer=True, read_by=(GPU,), released_by=SCHEDULER, lives_with=SCHEDULER,
+            release_wakes_writer=True,
+        ),
+    ),
+    sockets=(
+        SocketRow(CONTROL, LAUNCHER, None),
+        SocketRow("tokenize", GATEWAY, (TOKENIZER,)),
+        SocketRow("schedule", SCHEDULER, (GATEWAY, TOKENIZER, DETOKENIZER)),
+        SocketRow("detokenize", DETOKENIZER, (GATEWAY, SCHEDULER)),
+        SocketRow("deliver", GATEWAY, (DETOKENIZER,)),
+    ),
+)  # fmt: skip
