@@ -232,7 +232,7 @@ class ScheduledEngine:
         gauges = self.scheduler.gauges()
         assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
         assert gauges["num_free_rows"] == self.shape.max_num_seqs, "a row leaked"
-        assert not self.scheduler._rows._retired
+        assert not self.scheduler._table._retired
         for ring in self.tokenizer_rings[1:]:
             assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"
         assert self.prompt_rings[0].num_free() == self.prompt_rings[0].num_slots, "a record of the upload ring leaked"

@@ -29,7 +29,7 @@ def waiting(key: int, *, priority: int = 0, tenant: str = "", num_prompt: int = 
 
 def admit_next(policy: Any) -> int:
     request = policy.next()
-    policy.admit(request)
+    policy.dequeue(request)
     return request.key
 
 
@@ -223,7 +223,7 @@ def test_the_lowest_priority_gives_way_when_blocks_run_out_although_it_came_firs
     engine.send(2, [5, 6, 7], SamplingParams(max_tokens=9), priority=1)
     while not engine.scheduler.counts["num_preemptions"]:
         engine.step()
-    assert engine.scheduler._rows.requests[int(engine.scheduler._planner.running.rows()[0])].key == 2
+    assert engine.scheduler._table.sequences[int(engine.scheduler._planner.running.rows()[0])].key == 2
     engine.drain()
     assert engine.ends == {1: "length", 2: "length"}
     engine.check_empty()

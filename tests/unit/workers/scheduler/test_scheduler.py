@@ -16,7 +16,7 @@ from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import RECORD_TOKENS, ScheduledEngine
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.running_rows import share_tokens
+from workers.scheduler.planning.token_budget import share_tokens
 from workers.scheduler.scheduler import Scheduler
 
 
@@ -419,10 +419,10 @@ def test_records_are_released_when_the_admitting_step_is_applied_and_not_before(
     engine.send(1, [1] * (RECORD_TOKENS + 1))
     engine.plan()
     assert engine.prompt_rings[1].read_cursor == 1
-    assert engine.prompts.take_moved() == []
+    assert engine.prompts.take_freed_rings() == []
     engine.apply()
     assert engine.prompt_rings[1].read_cursor == 3
-    assert engine.prompts.take_moved() == [1]
+    assert engine.prompts.take_freed_rings() == [1]
 
 
 def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring() -> None:
@@ -446,7 +446,7 @@ def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring
     engine.check_empty()
 
 
-def test_a_ring_is_relieved_also_when_nothing_can_be_planned() -> None:
+def test_waiting_prompts_are_released_also_when_nothing_can_be_planned() -> None:
     engine = ScheduledEngine(max_num_seqs=1, prompt_records=8, depth=3)
     engine.send(99, [1], tokens(1))
     engine.plan()
