@@ -36,7 +36,7 @@ ROUTE = Route(client=b"c", request_id="r", stream=True)
 
 
 class Prompts:
-    """Prompt rings with room for everything: only who holds which prompt counts here."""
+    """Prompt rings with room for everything. They only check which prompts are still leased."""
 
     max_upload_tokens = MAX_LEN
 
@@ -284,7 +284,7 @@ class Trace:
                 self.ends[key] = reason
 
     def _check_blocks(self) -> None:
-        """Each block is held by whom its count says, or is free once; whoever share one have the same tokens there."""
+        """Each block has as many users as its count says, or is free once. Users of one block have the same tokens in it."""
         planner = self.scheduler._planner
         tables, pool, rows = planner._tables, planner._pool, planner.running.rows().tolist()
         holders = Counter(block for row in rows for block in tables.table[row, : tables.num_blocks[row]].tolist())
@@ -379,7 +379,7 @@ def share_uncounted(pool: BlockPool, blocks: Any) -> None:
 
 
 def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
-    """A block is offered when its tokens are planned, whoever computes them and whatever they will be."""
+    """A block is offered when its tokens are planned, before they are computed or known."""
     columns = cache._table
     planned = columns.num_planned_tokens
     with patch.object(columns, "num_computed_tokens", planned), patch.object(columns, "num_tokens", planned):
@@ -422,7 +422,7 @@ def forget_waiting_tokens(queue: WaitingQueue, sequence: Any, end: Any = Waiting
     ],
     ids=[
         "abort in the last step lost", "row reused at once", "results of a former owner", "late result dropped",
-        "preempted without progress", "prompt computed twice", "waiting for who has ended", "blocks freed early",
+        "preempted without progress", "prompt computed twice", "waiting for an ended leader", "blocks freed early",
         "prefix offered early", "failed blocks kept", "failed blocks kept where given up", "queue counted wrong",
     ],
 )  # fmt: skip
@@ -454,7 +454,7 @@ class Backlogged:
         self.num_sent = 0
         self.served: Counter[str] = Counter()  # tokens by tenant
         self.tenants: dict[int, str] = {}
-        self.came_in: list[int] = []
+        self.admitted: list[int] = []
 
     def send(self, tenant: str = "", priority: int = 0) -> int:
         self.num_sent += 1
@@ -476,8 +476,8 @@ class Backlogged:
         rows = self.scheduler._table
         for row in self.step.admit_row[: int(self.step.num_admissions[0])].tolist():
             key = int(rows.key[row])
-            if key not in self.came_in:
-                self.came_in.append(key)
+            if key not in self.admitted:
+                self.admitted.append(key)
                 self.served[self.tenants[key]] += len(self.prompts.ids[key])
         n = int(self.step.num_seqs[0])
         self.result.finish[:] = 0
@@ -501,7 +501,7 @@ def unfairness(policy: Any, seed: int) -> int:
         if step % 2:
             engine.send("modest")
         engine.run_step()
-        waiting = Counter(engine.tenants[key] for key in engine.tenants if key not in engine.came_in)
+        waiting = Counter(engine.tenants[key] for key in engine.tenants if key not in engine.admitted)
         if waiting["modest"] and waiting["greedy"]:
             most = max(most, engine.served["greedy"] - engine.served["modest"])
     return most
@@ -530,8 +530,8 @@ def test_nobody_starves_however_many_favoured_ones_arrive(policy: Any, favoured:
     for _ in range(200):
         engine.send(**favoured)
         engine.run_step()
-        if key in engine.came_in:
+        if key in engine.admitted:
             break
     else:
-        pytest.fail("it never came in")
-    assert len(engine.came_in) < 45, "it came in last"
+        pytest.fail("it was never admitted")
+    assert len(engine.admitted) < 45, "it was admitted last"

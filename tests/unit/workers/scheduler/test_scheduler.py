@@ -15,6 +15,7 @@ from ipc.records import MAX_ADMISSIONS, MAX_END_IDS, SamplerVariant
 from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import RECORD_TOKENS, ScheduledEngine
+from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.planning.token_budget import share_tokens
 from workers.scheduler.scheduler import Scheduler
@@ -127,7 +128,7 @@ def test_a_step_admits_no_more_than_its_record_holds() -> None:
     engine.check_empty()
 
 
-# SequenceTable
+# Rows
 
 
 def test_a_row_has_no_new_owner_while_a_published_step_names_it() -> None:
@@ -231,7 +232,7 @@ def preempting_engine() -> ScheduledEngine:
         if engine.scheduler.gauges()["num_preempted"]:
             return engine
         engine.step()
-    raise AssertionError("nobody was preempted")
+    raise AssertionError("no request was preempted")
 
 
 def test_a_preempted_request_comes_back_before_new_ones() -> None:
@@ -340,6 +341,17 @@ def test_a_tokenizers_error_opens_and_ends_the_request() -> None:
     assert [opened.key for opened in outputs.opened] == [7]
     assert engine.errors == {7: ("invalid_request", "token id 99 is out of range")}
     assert engine.scheduler.num_open == 0
+
+
+def test_an_arriving_request_is_queued_refused_or_dropped_as_withdrawn() -> None:
+    engine = ScheduledEngine(max_model_len=16)
+    engine.scheduler.withdraw([3])
+    assert engine.send(1, [1]) is Arrival.QUEUED
+    assert engine.send(2, [1] * 16) is Arrival.REFUSED
+    assert engine.send(3, [1]) is Arrival.WITHDRAWN
+    engine.drain()
+    assert engine.ends == {1: "length", 2: "error"}, "a refused request is answered, and a withdrawn one is not"
+    engine.check_empty()
 
 
 def test_the_detokenizer_hears_how_the_prompt_ends() -> None:

@@ -78,7 +78,7 @@ def test_a_block_is_found_while_the_step_that_fills_it_is_in_flight_and_not_befo
     engine.send(1, PROMPT)
     engine.plan()  # its first 12 tokens
     engine.send(2, PROMPT)
-    engine.plan()  # the other 9; request 2 comes in with what the step before fills
+    engine.plan()  # the other 9; request 2 is admitted with the blocks that the step before fills
     engine.drain()
     assert engine.cached == {2: 12}
     assert engine.tokens[1] == engine.tokens[2]
