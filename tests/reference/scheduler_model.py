@@ -1,8 +1,8 @@
 """The scheduler as it would be written if nothing had to be fast: lists, and a loop for everything.
 
-It is told the same events as the real one and must decide the same: who runs in each step and with how many tokens, who
-comes in, with what from the cache, who gives way, and how each request ends. A block is an object; its name, if it has
-one, is the tuple of all tokens up to its end.
+It hears of the same events as the real one and must decide the same: which sequences run in each step and with how many
+tokens, which are admitted with which cached blocks, which are preempted, and how each request ends. A block is an
+object; its name, if it has one, is the tuple of all tokens up to its end.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class SchedulerModel:
         return work, left
 
     def _num_wanted(self, work: list[tuple[Sequence, int]]) -> int:
-        """Blocks that the step needs, and that those without progress since they came in need to make some."""
+        """Blocks that the step needs, and blocks reserved for sequences that have not produced a token yet."""
         counts = dict(work)
         wanted = 0
         for sequence in self.running:
@@ -299,7 +299,7 @@ class SchedulerModel:
             sequence.blocks.append(block)
 
     def _offer(self, sequence: Sequence, end: int) -> None:
-        """Blocks that this step fills, to whoever comes in behind it into the same step."""
+        """Offer blocks that this step fills to sequences that join the same step later."""
         names = self.names()
         for i in range(sequence.num_offered, end):
             name = tuple(sequence.known[: (i + 1) * self.size])
@@ -373,7 +373,7 @@ class SchedulerModel:
                 turns.begun = ""
 
     def _give_up(self, sequences: list[Sequence]) -> None:
-        """Ends before beginnings; of a block that several give up, the last one counts."""
+        """Free blocks, the last one of a sequence first. A block that several free counts at its last place."""
         given = [block for sequence in sequences for block in reversed(sequence.blocks)]
         for block in given:
             block.users -= 1

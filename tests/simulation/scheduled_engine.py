@@ -18,6 +18,7 @@ from ipc.ring import Ring, close_handle
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.simulation.fake_gpu import FakeGpu
+from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerConfig
 from workers.scheduler.scheduler import Scheduler
@@ -103,7 +104,7 @@ class ScheduledEngine:
         first = writer.next_ticket
         for start in range(0, len(prompt), RECORD_TOKENS):
             part = prompt[start : start + RECORD_TOKENS]
-            writer.claim().token_ids[:] = -99  # whoever reads beyond the prompt reads nonsense
+            writer.claim().token_ids[:] = -99  # a read beyond the prompt gives an invalid id
             writer.records[writer.next_ticket % writer.num_slots].token_ids[: len(part)] = part
             writer.publish()
         return first
@@ -119,9 +120,9 @@ class ScheduledEngine:
         arrived_ns: int | None = None,
         deadline_ns: int = 0,
         **scheduling: Any,
-    ) -> None:
+    ) -> Arrival:
         """Tokenize and hand to the scheduler."""
-        self.scheduler.add(
+        return self.scheduler.add(
             Tokenized(
                 key=key,
                 route=ROUTE,
@@ -232,7 +233,7 @@ class ScheduledEngine:
         gauges = self.scheduler.gauges()
         assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
         assert gauges["num_free_rows"] == self.shape.max_num_seqs, "a row leaked"
-        assert not self.scheduler._rows._retired
+        assert not self.scheduler._table._retired
         for ring in self.tokenizer_rings[1:]:
             assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"
         assert self.prompt_rings[0].num_free() == self.prompt_rings[0].num_slots, "a record of the upload ring leaked"

@@ -20,12 +20,12 @@ from ipc.records import NO_TOKEN, FinishCode, StepShape, result_layout, step_lay
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.reference.scheduler_model import SchedulerModel, Sequence
-from workers.scheduler.admission.backlog import Backlog
-from workers.scheduler.admission.prompt_rings import PromptLease
-from workers.scheduler.blocks import BlockPool
+from workers.scheduler.admission.waiting_queue import WaitingQueue
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.planner import Planner
-from workers.scheduler.prefix_cache import PrefixCache
+from workers.scheduler.kv_cache.block_pool import BlockPool
+from workers.scheduler.kv_cache.prefix_cache import PrefixCache
+from workers.scheduler.planning.planner import Planner
+from workers.scheduler.prompt_lease import PromptLease
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.sequence_table import SequenceTable
 
@@ -36,7 +36,7 @@ ROUTE = Route(client=b"c", request_id="r", stream=True)
 
 
 class Prompts:
-    """Prompt rings with room for everything: only who holds which prompt counts here."""
+    """Prompt rings with room for everything. They only check which prompts are still leased."""
 
     max_upload_tokens = MAX_LEN
 
@@ -51,7 +51,7 @@ class Prompts:
     def decline(self, ring: int, ticket: int, num_tokens: int) -> None:
         pass
 
-    def admit(self, lease: PromptLease, ids: Any) -> PromptLease:
+    def lease_for_step(self, lease: PromptLease, ids: Any) -> PromptLease:
         if lease.is_released:
             return PromptLease(0, 0, 1, is_waiting=False)
         assert lease.ticket in self.held, "a prompt was admitted after it was released"
@@ -61,7 +61,7 @@ class Prompts:
         if not lease.is_released:
             self.held.discard(lease.ticket)
 
-    def relieve(self) -> None:
+    def release_waiting(self) -> None:
         pass
 
 
@@ -112,7 +112,7 @@ class Trace:
         )  # fmt: skip
         self.chunks: Any = rng.choice([[budget], [1, 1, 1, budget]])
         self.chunk: Any = Chunk(budget)
-        self.scheduler._planner._chunk = self.chunk
+        self.scheduler._planner._chunk_limit = self.chunk
         self.step = _views(step_layout(self.shape))
         self.result = _views(result_layout(self.shape))
         self.in_flight: list[list[tuple[int, int, bool]]] = []
@@ -223,7 +223,7 @@ class Trace:
         if not planned:
             return
         n = int(self.step.num_seqs[0])
-        keys = self.scheduler._rows.key[self.step.seq_row[:n]].tolist()
+        keys = self.scheduler._table.key[self.step.seq_row[:n]].tolist()
         counts = self.step.seq_num_tokens[:n].tolist()
         samples = [bool(value) for value in self.step.seq_sample[:n].tolist()]
         assert list(zip(keys, counts, samples, strict=True)) == expected
@@ -263,7 +263,7 @@ class Trace:
         assert gauges["num_waiting_tokens"] == sum(len(sequence.known) for sequence in model.waiting)
         assert gauges["num_preempted"] == len(model.preempted)
         assert gauges["num_preemptions"] == model.num_preemptions
-        assert scheduler._rows.num_free == model.num_free_rows()
+        assert scheduler._table.num_free == model.num_free_rows()
         self._check_blocks()
 
     def _hear(self) -> None:
@@ -284,17 +284,17 @@ class Trace:
                 self.ends[key] = reason
 
     def _check_blocks(self) -> None:
-        """Each block is held by whom its count says, or is free once; whoever share one have the same tokens there."""
+        """Each block has as many users as its count says, or is free once. All users have the same tokens in it."""
         planner = self.scheduler._planner
-        tables, pool, rows = planner._tables, planner.blocks, planner.running.rows().tolist()
+        tables, pool, rows = planner._tables, planner._pool, planner.running.rows().tolist()
         holders = Counter(block for row in rows for block in tables.table[row, : tables.num_blocks[row]].tolist())
         assert [holders[block] for block in range(self.num_blocks)] == pool._num_users.tolist()
-        idle = pool._idle._log[pool._idle._counting(pool._idle._start, pool._idle._end)].tolist()
+        idle = pool._idle._log[pool._idle._valid(pool._idle._start, pool._idle._end)].tolist()
         free = pool._stack[: pool._num_stacked].tolist()
         assert sorted([*idle, *free, *holders]) == list(range(self.num_blocks)), "a block is lost, or is there twice"
         prefixes: dict[int, list[int]] = {}
         for row in rows:
-            known = self.sequences[int(self.scheduler._rows.key[row])].known
+            known = self.sequences[int(self.scheduler._table.key[row])].known
             for i, block in enumerate(tables.table[row, : tables.num_blocks[row]].tolist()):
                 if holders[block] > 1:
                     prefix = known[: (i + 1) * self.size]
@@ -305,7 +305,7 @@ class Trace:
         assert self.cached == self.model.cached
         gauges = self.scheduler.gauges()
         assert gauges["num_free_blocks"] == self.num_blocks
-        assert self.scheduler._rows.num_free == self.shape.max_num_seqs
+        assert self.scheduler._table.num_free == self.shape.max_num_seqs
         assert not self.prompts.held, "a prompt's records were never released"
 
 
@@ -326,13 +326,12 @@ def test_every_decision_is_the_models_and_every_request_ends_once(part: int) -> 
 # Faults that must be found
 
 
-def lose_abort_in_the_last_step(scheduler: Scheduler, keys: Any, reason: Any, end: Any = Scheduler._end_early) -> Any:
-    """A request whose tokens are all planned cannot be aborted any more."""
-    columns, requests = scheduler._rows, scheduler._requests
-    rows = {key: requests[key].row for key in keys if key in requests}
-    alive = [
-        key for key in keys if key not in rows or columns.num_planned_tokens[rows[key]] < columns.max_len[rows[key]]
-    ]
+def lose_abort_in_the_last_step(
+    scheduler: Scheduler, sequences: Any, reason: Any, end: Any = Scheduler._end_early
+) -> Any:
+    """A sequence whose tokens are all planned cannot be aborted any more."""
+    table = scheduler._table
+    alive = [sequence for sequence in sequences if table.num_planned_tokens[sequence.row] < table.max_len[sequence.row]]
     return end(scheduler, alive, reason)
 
 
@@ -353,24 +352,24 @@ def drop_results_of_preempted(planner: Planner, preempt: Any = Planner._preempt)
     before = set(planner.running.rows().tolist())
     preempt(planner)
     [row] = before - set(planner.running.rows().tolist())
-    planner._rows.generation[row] += 1
+    planner._table.generation[row] += 1
 
 
-def protect_nobody(planner: Planner, *args: Any, admit: Any = Planner._admit) -> Any:
-    """Whoever has come in may be preempted before it has got a token from that."""
-    admitted = admit(planner, *args)
-    planner._rows.progress_len[:] = 0
+def reserve_nothing(planner: Planner, *args: Any, schedule: Any = Planner._schedule_admissions) -> Any:
+    """A newly admitted or resumed sequence may be preempted before it has produced a token."""
+    admitted = schedule(planner, *args)
+    planner._table.preemptible_len[:] = 0
     return admitted
 
 
-def wait_for_nobody(planner: Planner, request: Any) -> bool:
+def wait_for_no_leader(planner: Planner, sequence: Any) -> bool:
     """Samples compute the prompt that the first of them is computing."""
     return False
 
 
-def wait_for_the_ended(planner: Planner, request: Any, waits: Any = Planner._waits_for_leader) -> bool:
-    """A sample also waits for a first one that ended before it came in."""
-    return waits(planner, request) or (request.leader is not None and not request.leader.has_row)
+def wait_for_ended_leader(planner: Planner, sequence: Any, waits: Any = Planner._must_wait_for_leader) -> bool:
+    """A sample also waits for a sample 0 that ended before it was admitted."""
+    return waits(planner, sequence) or (sequence.leader is not None and not sequence.leader.has_row)
 
 
 def share_uncounted(pool: BlockPool, blocks: Any) -> None:
@@ -380,29 +379,29 @@ def share_uncounted(pool: BlockPool, blocks: Any) -> None:
 
 
 def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
-    """A block is offered when its tokens are planned, whoever computes them and whatever they will be."""
-    columns = cache._rows
+    """A block is offered when its tokens are planned, before they are computed or known."""
+    columns = cache._table
     planned = columns.num_planned_tokens
-    with patch.object(columns, "num_computed", planned), patch.object(columns, "num_tokens", planned):
+    with patch.object(columns, "num_computed_tokens", planned), patch.object(columns, "num_tokens", planned):
         offer(cache, rows)
 
 
-def leave_failed_blocks(cache: PrefixCache, request: Any) -> None:
+def leave_failed_blocks(cache: PrefixCache, sequence: Any) -> None:
     """The blocks of a request whose logits are not finite stay in the cache."""
 
 
-def withdraw_held_blocks(cache: PrefixCache, request: Any) -> None:
+def withdraw_held_blocks(cache: PrefixCache, sequence: Any) -> None:
     """Of such a request only the blocks are withdrawn that it still holds."""
-    row, tables = request.row, cache._tables
+    row, tables = sequence.row, cache._tables
     blocks = tables.table[row, : tables.num_blocks[row]]
-    cache._pool._names.forget(blocks[cache._pool._names.are_named(blocks)])
+    cache._pool._index.remove(blocks[cache._pool._index.contains(blocks)])
 
 
-def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end) -> None:
-    """Who ends while it waits is still counted in the queue."""
-    num_tokens = backlog.num_waiting_tokens
-    end(backlog, request)
-    backlog.num_waiting_tokens = num_tokens
+def forget_waiting_tokens(queue: WaitingQueue, sequence: Any, end: Any = WaitingQueue.end) -> None:
+    """A sequence that ends while it waits is still counted in the queue."""
+    num_tokens = queue.num_waiting_tokens
+    end(queue, sequence)
+    queue.num_waiting_tokens = num_tokens
 
 
 @pytest.mark.parametrize(
@@ -412,18 +411,18 @@ def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end
         (SequenceTable, "retire", free_row_at_once),
         (SequenceTable, "retire", trust_late_results),
         (Planner, "_preempt", drop_results_of_preempted),
-        (Planner, "_admit", protect_nobody),
-        (Planner, "_waits_for_leader", wait_for_nobody),
-        (Planner, "_waits_for_leader", wait_for_the_ended),
+        (Planner, "_schedule_admissions", reserve_nothing),
+        (Planner, "_must_wait_for_leader", wait_for_no_leader),
+        (Planner, "_must_wait_for_leader", wait_for_ended_leader),
         (BlockPool, "share", share_uncounted),
         (PrefixCache, "offer_full", offer_planned),
         (PrefixCache, "withdraw", leave_failed_blocks),
         (PrefixCache, "withdraw", withdraw_held_blocks),
-        (Backlog, "end", forget_waiting_tokens),
+        (WaitingQueue, "end", forget_waiting_tokens),
     ],
     ids=[
         "abort in the last step lost", "row reused at once", "results of a former owner", "late result dropped",
-        "preempted without progress", "prompt computed twice", "waiting for who has ended", "blocks freed early",
+        "preempted without progress", "prompt computed twice", "waiting for an ended leader", "blocks freed early",
         "prefix offered early", "failed blocks kept", "failed blocks kept where given up", "queue counted wrong",
     ],
 )  # fmt: skip
@@ -455,7 +454,7 @@ class Backlogged:
         self.num_sent = 0
         self.served: Counter[str] = Counter()  # tokens by tenant
         self.tenants: dict[int, str] = {}
-        self.came_in: list[int] = []
+        self.admitted: list[int] = []
 
     def send(self, tenant: str = "", priority: int = 0) -> int:
         self.num_sent += 1
@@ -474,11 +473,11 @@ class Backlogged:
     def run_step(self) -> None:
         self.now_ns += 1_000_000_000
         assert self.scheduler.plan(self.step)
-        rows = self.scheduler._rows
+        rows = self.scheduler._table
         for row in self.step.admit_row[: int(self.step.num_admissions[0])].tolist():
             key = int(rows.key[row])
-            if key not in self.came_in:
-                self.came_in.append(key)
+            if key not in self.admitted:
+                self.admitted.append(key)
                 self.served[self.tenants[key]] += len(self.prompts.ids[key])
         n = int(self.step.num_seqs[0])
         self.result.finish[:] = 0
@@ -502,7 +501,7 @@ def unfairness(policy: Any, seed: int) -> int:
         if step % 2:
             engine.send("modest")
         engine.run_step()
-        waiting = Counter(engine.tenants[key] for key in engine.tenants if key not in engine.came_in)
+        waiting = Counter(engine.tenants[key] for key in engine.tenants if key not in engine.admitted)
         if waiting["modest"] and waiting["greedy"]:
             most = max(most, engine.served["greedy"] - engine.served["modest"])
     return most
@@ -531,8 +530,8 @@ def test_nobody_starves_however_many_favoured_ones_arrive(policy: Any, favoured:
     for _ in range(200):
         engine.send(**favoured)
         engine.run_step()
-        if key in engine.came_in:
+        if key in engine.admitted:
             break
     else:
-        pytest.fail("it never came in")
-    assert len(engine.came_in) < 45, "it came in last"
+        pytest.fail("it was never admitted")
+    assert len(engine.admitted) < 45, "it was admitted last"

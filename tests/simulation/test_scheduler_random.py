@@ -14,9 +14,9 @@ from ipc.errors import RingError
 from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens, extend_hash
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.scheduler.admission import request
-from workers.scheduler.blocks import BlockPool
-from workers.scheduler.prefix_cache import PrefixCache
+from workers.scheduler import sequence
+from workers.scheduler.kv_cache.block_pool import BlockPool
+from workers.scheduler.kv_cache.prefix_cache import PrefixCache
 
 NUM_SEEDS = 96
 MAX_N = 4  # samples of a prompt
@@ -165,7 +165,7 @@ def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
 
 
 def cached_blocks(engine: ScheduledEngine) -> list[tuple[tuple[int, ...], int]]:
-    table = engine.scheduler._planner.blocks._names
+    table = engine.scheduler._kv_cache.pool._index
     blocks = (table._place >= 0).nonzero()[0]
     places = table._place[blocks]
     assert len(blocks) == len(table)
@@ -175,26 +175,26 @@ def cached_blocks(engine: ScheduledEngine) -> list[tuple[tuple[int, ...], int]]:
 
 
 def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
-    """As if a block were full as soon as its tokens are planned, whoever computes them."""
-    columns = cache._rows
-    with patch.object(columns, "num_computed", columns.num_planned_tokens):
+    """As if a block were full as soon as its tokens are planned."""
+    columns = cache._table
+    with patch.object(columns, "num_computed_tokens", columns.num_planned_tokens):
         offer(cache, rows)
 
 
 def offer_unknown(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
     """As if tokens were known before their step is applied."""
-    columns = cache._rows
+    columns = cache._table
     with patch.object(columns, "num_tokens", columns.num_planned_tokens):
         offer(cache, rows)
 
 
-def find_all(cache: PrefixCache, request: Any, num_known: int, find: Any = PrefixCache.find) -> Any:
+def find_all(cache: PrefixCache, sequence: Any, num_known: int, find: Any = PrefixCache.find) -> Any:
     """As if a prompt might be cached to its last token."""
-    return find(cache, request, num_known + 1)
+    return find(cache, sequence, num_known + 1)
 
 
 def free_unshared(pool: BlockPool, blocks: Any, free: Any = BlockPool.free) -> None:
-    """As if a block that one user gives up had no other."""
+    """As if a block that one user frees had no other."""
     pool._num_users[blocks] = 1
     free(pool, np.unique(blocks))
 
@@ -211,7 +211,7 @@ def share_lease(lease: Any, **_: bool) -> Any:
         (PrefixCache, "offer_full", offer_unknown),
         (PrefixCache, "find", find_all),
         (BlockPool, "free", free_unshared),
-        (request, "replace", share_lease),
+        (sequence, "replace", share_lease),
     ],
     ids=["offered early", "tokens past the end", "nothing left to compute", "freed while shared", "records shared"],
 )

@@ -98,7 +98,7 @@ class PromptQueue:
         prompt = self._policy.next()
         assert prompt is not None, "no prompt waits"
         assert prompt.message is not None, f"request {prompt.key} waits and a tokenizer has it"
-        self._policy.admit(prompt)
+        self._policy.dequeue(prompt)
         message, prompt.message = prompt.message, None
         self.num_bytes -= prompt.held_bytes
         self._departures.leave(now_ns, prompt.held_bytes)

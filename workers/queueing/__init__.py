@@ -1,1 +1,1 @@
-"""What orders and times waiting requests. The gateway and the scheduler share it."""
+"""The order and the time limits of waiting requests. The gateway and the scheduler share this package."""

@@ -1,4 +1,4 @@
-"""Estimates when to retry at a full queue, from how fast the queue has been draining."""
+"""Estimates when a client refused by a full queue should try again, from the rate at which the queue drains."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 MIN_RETRY_S: Final = 0.1
 MAX_RETRY_S: Final = 60.0
 UNKNOWN_RETRY_S: Final = 1.0  # before anything has left the queue
-NUM_RECENT: Final = 64  # departures from which the rate is taken
+NUM_RECENT: Final = 64  # number of departures that the rate is measured over
 
 
 class DrainRate:
-    """The rate of the last departures, in requests or another unit. Times are nanoseconds.
+    """The rate of the last departures, in requests or another unit. Times are in nanoseconds.
 
-    Only time in which something waits counts, because an empty queue says nothing about the rate.
+    Time in which the queue is empty does not count, because it says nothing about the rate.
     """
 
     def __init__(self) -> None:
-        self._departures: deque[tuple[int, int]] = deque(maxlen=NUM_RECENT)  # when, how much
+        self._departures: deque[tuple[int, int]] = deque(maxlen=NUM_RECENT)  # (when, amount)
         self._idle_ns = 0  # time that does not count
 
     def begin(self, now_ns: int) -> None:
@@ -27,7 +27,7 @@ class DrainRate:
             self._idle_ns = now_ns - self._departures[-1][0]
 
     def leave(self, now_ns: int, amount: int = 1) -> None:
-        """`amount` has left the queue and been served."""
+        """`amount` has left the queue to be served."""
         self._departures.append((now_ns - self._idle_ns, amount))
 
     def retry_after_s(self, amount: int, now_ns: int) -> float:

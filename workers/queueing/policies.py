@@ -1,8 +1,10 @@
 """Orders waiting requests: one small class for each policy that `scheduler.policy` names.
 
 Requests wait twice under the same policy: in the gateway for a tokenizer, and in the scheduler for a row. A policy
-orders requests and gives each a rank; it does not decide whether there is room. All policies are starvation-free: a
+orders requests and gives each a rank; it does not decide whether there is room. All policies are free of starvation: a
 waiting request becomes the next one at some time, whatever arrives later, and stays next until there is room for it.
+
+A "request" here is what waits: a whole request in the gateway, a sequence (one sample) in the scheduler.
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ import numpy as np
 
 NO_ROW: Final = -1
 LAST_RANK: Final = 2**62
-FIRST_TENANTS: Final = 64  # room for so many tenants with open requests; it doubles when they are more
+FIRST_TENANTS: Final = 64  # initial room for tenants with open requests; it doubles when it is full
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How requests wait: the part of [scheduler] that the gateway needs as well.
+    """How requests wait: the part of [scheduler] that the gateway needs too.
 
     Args:
-        queue_timeout_s: how long a request may wait for a tokenizer and a row together, before it ends unserved; None =
-            for ever.
-        policy: which request is next: "fifo" = in order of arrival; "priority" = the highest priority, which grows with
-            waiting; "fair" = tenants take turns, each worth the same number of tokens.
-        priority_aging_s: with "priority": a wait of this many seconds raises the priority by one.
-        fair_quantum: with "fair": tokens of a turn.
+        queue_timeout_s: longest wait of a request for a tokenizer and a row together; then it ends without output. None
+            = no limit.
+        policy: which request is next. "fifo" = the first to arrive; "priority" = the one with the highest priority,
+            which grows with waiting; "fair" = tenants take turns that are worth the same number of tokens.
+        priority_aging_s: for "priority": a wait of this many seconds raises the priority by one.
+        fair_quantum: for "fair": number of tokens of a turn.
     """
 
     queue_timeout_s: float | None = None
@@ -55,9 +57,9 @@ class Waiting(Protocol):
     @property
     def arrived_ns(self) -> int: ...  # at the gateway; CLOCK_MONOTONIC
     @property
-    def num_prompt(self) -> int: ...  # tokens of its prompt; before it is tokenized, an estimate
+    def num_prompt(self) -> int: ...  # tokens of its prompt; an estimate before it is tokenized
     @property
-    def row(self) -> int: ...  # once it is admitted; NO_ROW in the gateway, which has no rows
+    def row(self) -> int: ...  # NO_ROW before it is admitted, and always in the gateway
 
 
 W = TypeVar("W", bound=Waiting)
@@ -67,30 +69,30 @@ class Policy(Protocol[W]):
     """The order of waiting requests. Nothing here takes time in proportion to their number."""
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Number of waiting requests."""
 
     def add(self, request: W) -> None:
         """A request begins to wait."""
 
     def next(self) -> W | None:
-        """The request to admit when there is room. Asking changes nothing."""
+        """The request that leaves the queue when there is room for it. Asking does not change which one."""
 
-    def admit(self, request: W) -> None:
-        """The next request is admitted; in the scheduler it has its row by now.
+    def dequeue(self, request: W) -> None:
+        """Take the next request out of the queue: for a tokenizer in the gateway, and in the scheduler for its row.
 
-        Now its `rank` is fixed: when blocks run out, the request with the highest rank is preempted first. Among
-        preempted requests the lowest rank resumes first, and before waiting ones unless their rank is lower still.
+        From now on its `rank` is fixed. When blocks run out, the scheduler preempts the highest rank first. It resumes
+        preempted requests with the lowest rank first, and before waiting ones unless these have a lower rank.
         """
 
     def sampled(self, rows: Rows) -> None:
-        """A step computes one new token for each of these rows."""
+        """A step samples one token for each of these rows."""
 
     def end(self, request: W) -> None:
-        """A request has ended, whether it was waiting or admitted."""
+        """A request has ended, whether it was still waiting or not."""
 
 
 def make_policy(config: PolicyConfig, num_rows: int = 0) -> Policy[Any]:
-    """The policy that `config.policy` names, for requests that get one of `num_rows` rows when they are admitted."""
+    """The policy that `config.policy` names. Admitted requests have rows below `num_rows`."""
     if config.policy == "priority":
         aging_ns = round(config.priority_aging_s * 1e9)
         return Ranked(lambda request: request.arrived_ns - request.priority * aging_ns)
@@ -130,7 +132,7 @@ class RankedRequests(Generic[W]):
         return None
 
     def remove(self, request: W) -> None:
-        """Take a request out, if it is in."""
+        """Take a request out if it is there."""
         if self._requests.pop(request.key, None) is None:
             return
         if self._heap[0][1] == request.key:
@@ -141,7 +143,7 @@ class RankedRequests(Generic[W]):
 
 
 class Ranked(Generic[W]):
-    """Lowest rank first: in order of arrival, or by priority.
+    """Lowest rank first: by arrival or by priority.
 
     Waiting raises a priority. All requests age alike, so their order never changes, and the rank can be fixed: the time
     of arrival minus the priority in units of time. No request starves: only requests that arrive within the difference
@@ -162,7 +164,7 @@ class Ranked(Generic[W]):
     def next(self) -> W | None:
         return self._waiting.first()
 
-    def admit(self, request: W) -> None:
+    def dequeue(self, request: W) -> None:
         self._waiting.remove(request)
 
     def sampled(self, rows: Rows) -> None:
@@ -173,7 +175,7 @@ class Ranked(Generic[W]):
 
 
 class Tenant(Generic[W]):
-    """A tenant with open requests, some of them waiting in order of arrival. `index` is the place of its credit."""
+    """A tenant with open requests. `index` is the place of its credit in `FairShare._credit`."""
 
     __slots__ = ("index", "name", "num_open", "waiting")
 
@@ -181,26 +183,28 @@ class Tenant(Generic[W]):
         self.name = name
         self.index = index
         self.num_open = 0
-        self.waiting: RankedRequests[W] = RankedRequests()  # of equal rank, so in order of arrival
+        self.waiting: RankedRequests[W] = RankedRequests()  # all of one rank, so in order of arrival
 
 
 class FairShare(Generic[W]):
     """Deficit round robin: tenants that have requests waiting take turns, each worth `quantum` tokens.
 
-    A prompt costs its length when it is admitted, cached or not. Output costs one token at a time, so a tenant pays for
-    the tokens that it gets, not for `max_tokens`. A tenant in debt is skipped. A tenant with nothing waiting saves no
-    credit, and its debt is cancelled once none of its requests is open. While two tenants both have requests waiting,
-    the tokens that they get differ by at most a quantum, a prompt, and the outputs of their running requests.
+    A prompt costs its length when it leaves the queue, cached or not. Output costs one token at a time, so a tenant
+    pays for the tokens that it gets and not for `max_tokens`. A tenant in debt is skipped. A tenant without waiting
+    requests loses its credit, and a tenant without open requests its debt. While two tenants both have requests
+    waiting, the tokens that they get differ by at most a quantum, a prompt, and the outputs of their running requests.
     """
 
     def __init__(self, num_rows: int, quantum: int) -> None:
         self._quantum = quantum
         self._tenants: dict[str, Tenant[W]] = {}
-        self._turns: OrderedDict[str, Tenant[W]] = OrderedDict()  # tenants with requests waiting, in turn
-        self._in_turn: Tenant[W] | None = None  # the tenant that has got its quantum for this turn
-        self._next: W | None = None  # stays next until it is admitted or ends, even if its tenant gets into debt
+        self._turns: OrderedDict[str, Tenant[W]] = (
+            OrderedDict()
+        )  # tenants with waiting requests, in order of their turns
+        self._in_turn: Tenant[W] | None = None  # the tenant that has received its quantum for this turn
+        self._next: W | None = None  # stays next until it leaves the queue or ends, even if its tenant gets into debt
         self._num_waiting = 0
-        self._admissions = itertools.count()
+        self._ranks = itertools.count()  # in order of leaving the queue
         self._credit = np.zeros(FIRST_TENANTS, np.int64)  # by index
         self._free_indices = list(range(FIRST_TENANTS))
         self._tenant_of = np.zeros(num_rows, np.int64)  # [num_rows], index of the tenant of each row's owner
@@ -222,13 +226,13 @@ class FairShare(Generic[W]):
             self._next = tenant.waiting.first()
         return self._next
 
-    def admit(self, request: W) -> None:
+    def dequeue(self, request: W) -> None:
         tenant = self._tenants[request.tenant]
         if request.row != NO_ROW:
             self._tenant_of[request.row] = tenant.index
         self._credit[tenant.index] -= request.num_prompt
         self._stop_waiting(tenant, request)
-        request.rank = next(self._admissions)
+        request.rank = next(self._ranks)
 
     def sampled(self, rows: Rows) -> None:
         self._credit -= np.bincount(self._tenant_of[rows], minlength=len(self._credit))
@@ -262,9 +266,10 @@ class FairShare(Generic[W]):
             self._credit[tenant.index] = min(0, self._credit[tenant.index])
 
     def _whose_turn(self) -> Tenant[W]:
-        """The first tenant in turn that has credit. Each gets a quantum when its turn begins, until one has credit.
+        """The next tenant with credit, in order of turns. A tenant gets a quantum when its turn begins.
 
-        A turn of a tenant in debt pays off a quantum. Whole rounds in which all stay in debt are added in one step.
+        A tenant still in debt then is skipped. If a whole round leaves every tenant in debt, the quanta of all further
+        such rounds are added at once.
         """
         while True:
             for _ in range(len(self._turns)):

@@ -1,6 +1,6 @@
-"""Keeps the deadlines and queue time-outs of requests. Reads no clock and ends no request.
+"""The deadlines and queue time-outs of requests. Reads no clock and ends no request.
 
-The gateway and the scheduler each have one. Both set a request's timers, which count from its arrival at the gateway.
+The gateway and the scheduler each keep timers for the same request. Both count from its arrival at the gateway.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FEW: Final = 64
 
 
 class Timers:
-    """Timers by key. Timers of ended requests stay until they are due, or until they may be half of all.
+    """Timers by key. A timer of an ended request stays until it is due, or until a clean-up removes all such timers.
 
     Args:
         is_open: whether the request of a key has not ended.
@@ -35,17 +35,18 @@ class Timers:
         return self._heap[0][0] if self._heap else None
 
     def add(self, at_ns: int, key: int, reason: TimeoutReason) -> None:
+        """Set a timer for a time in nanoseconds, on the clock that `take_due` is given."""
         if len(self._heap) >= self._max_kept:
             self._heap = [entry for entry in self._heap if self._is_open(entry[1])]
             heapq.heapify(self._heap)
-            self._max_kept = max(_FEW, 2 * len(self._heap))  # so that the clean-up costs each timer constant time
+            self._max_kept = max(_FEW, 2 * len(self._heap))  # so a clean-up costs constant time per added timer
         heapq.heappush(self._heap, (at_ns, key, reason))
 
     def clear(self) -> None:
         self._heap.clear()
 
     def take_due(self, now_ns: int) -> list[tuple[int, TimeoutReason]]:
-        """Keys and reasons of due timers, in order. A key may occur twice, and its request may have ended."""
+        """Remove the due timers: keys and reasons, in order. A key may occur twice, and its request may have ended."""
         due = []
         while self._heap and self._heap[0][0] <= now_ns:
             _, key, reason = heapq.heappop(self._heap)

@@ -7,6 +7,6 @@ from typing import Any
 import numpy as np
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-Int32Array = np.ndarray[Any, np.dtype[np.int32]]  # block and token ids
-IntArray = np.ndarray[Any, np.dtype[np.int64]]  # rows, lengths, tickets: what indexes others
-NameArray = np.ndarray[Any, np.dtype[np.uint64]]  # [n, 2], names of 16 bytes (`ipc/block_hash.py`)
+Int32Array = np.ndarray[Any, np.dtype[np.int32]]  # block ids and token ids
+IntArray = np.ndarray[Any, np.dtype[np.int64]]  # rows, lengths, tickets: used as indices without a conversion
+HashArray = np.ndarray[Any, np.dtype[np.uint64]]  # [n, 2], block hashes of 16 bytes (`ipc/block_hash.py`)

@@ -22,24 +22,24 @@ COUNTERS: Final = (
     "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
     "num_preemptions", "num_cached_tokens",
     "num_cached_blocks", "plan_ns", "apply_ns",
-    # The device's time, from the result records: busy, or idle for one of three reasons (`device_time.py`).
+    # The device's time, from the result records: busy, or idle for one of three reasons (`results/device_time.py`).
     "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_last_end_ns",
 )  # fmt: skip
 
 
 class SchedulerConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[scheduler]: bounds on what runs and what waits; `PolicyConfig` has the rest of the section.
+    """[scheduler]: bounds on running and waiting requests. `PolicyConfig` has the rest of the section.
 
     Args:
-        max_num_seqs: sequences that hold a row (running or preempted) at a time.
-        max_num_batched_tokens: tokens computed in one step.
-        max_model_len: prompt + output tokens of one sequence; None = what the model can.
-        max_num_waiting: requests that may wait for a row; each of n samples counts. The scheduler refuses more.
-        max_num_waiting_tokens: tokens of their prompts together; None = no bound. If no request waits, the scheduler
-            accepts a prompt of any length.
-        max_itl_ms: bound on the time between two tokens of a stream while prompts are computed beside it. The scheduler
-            cuts prompts into chunks that fit, by the measured times of steps. None = chunks fill
-            max_num_batched_tokens.
+        max_num_seqs: largest number of sequences that have a row, running or preempted.
+        max_num_batched_tokens: largest number of tokens that one step computes.
+        max_model_len: largest number of tokens, prompt and output, of one sequence; None = the model's own limit.
+        max_num_waiting: largest number of requests that wait for a row, where a request counts once for each of its n
+            samples. Further requests are refused at once.
+        max_num_waiting_tokens: largest number of prompt tokens of waiting requests; None = no limit. While no request
+            waits, a prompt of any length is accepted.
+        max_itl_ms: target for the time between two tokens of a stream while other prompts are computed. Prompts are cut
+            into chunks that keep it, by the measured times of earlier steps. None = chunks fill max_num_batched_tokens.
     """
 
     max_num_seqs: int = 64
@@ -54,8 +54,8 @@ class RingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """[ring].
 
     Args:
-        depth: steps that may be published before the first of them is applied: 1 = synchronous, 2 = the GPU computes
-            a step while the host prepares the next.
+        depth: largest number of steps in flight, that is, published and not applied. 1 = synchronous; 2 = the host
+            prepares a step while the GPU computes the one before it.
     """
 
     depth: int = 2

@@ -1,6 +1,7 @@
-"""Gathers what the detokenizer has to hear, between two messages.
+"""Collects the scheduler's next message to the detokenizer.
 
-Owns the order within a message (opened, tokens, ended) and its bounds. Knows nothing of rows: tokens arrive by key.
+Owns the order within a message (opened, tokens, ended) and its size limits. Knows nothing of rows: tokens arrive by
+key.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from workers.scheduler.array_types import Int32Array, IntArray
 
 @dataclass(frozen=True)
 class LogprobArrays:
-    """Of n tokens: copies, because the result record is reused."""
+    """Log-probabilities of n tokens, copied because the result record is reused."""
 
     logprob: np.ndarray[Any, np.dtype[np.float32]]  # [n]
     top_ids: Int32Array  # [n, num_top]
@@ -25,22 +26,24 @@ class LogprobArrays:
 
 
 class OutputBuffer:
-    """What has happened since the last `take()`."""
+    """Everything that the detokenizer must know since the last `take()`."""
 
     def __init__(self) -> None:
         self.opened: list[Opened] = []
         self.ended: list[Ended] = []
-        self.cached: list[tuple[int, int]] = []  # (key, tokens)
-        self._keys: list[bytes] = []  # of each applied step: int64
-        self._token_ids: list[bytes] = []  # int32
-        self._finish: list[bytes] = []  # uint8
-        self._logprobs: list[tuple[int, LogprobArrays | None]] = []  # tokens of each applied step, and theirs
+        self.cached: list[tuple[int, int]] = []  # (key, number of cached tokens) of admitted sequences
+        self._keys: list[bytes] = []  # of each applied step, int64
+        self._token_ids: list[bytes] = []  # of each applied step, int32
+        self._finish: list[bytes] = []  # of each applied step, uint8
+        self._logprobs: list[
+            tuple[int, LogprobArrays | None]
+        ] = []  # of each applied step: number of tokens, and their arrays
         self._any_logprobs = False
 
     def add_tokens(
         self, keys: IntArray, token_ids: Int32Array, finish: Int32Array, logprobs: LogprobArrays | None
     ) -> None:
-        """The tokens of one applied step, [n] each."""
+        """Add the tokens of one applied step, [n] each."""
         self._keys.append(keys.tobytes())
         self._token_ids.append(token_ids.tobytes())
         self._finish.append(finish.astype(np.uint8).tobytes())
@@ -48,9 +51,9 @@ class OutputBuffer:
         self._any_logprobs = self._any_logprobs or logprobs is not None
 
     def take(self) -> StepOutputs | None:
-        """The next message, or None if there is nothing to say. Call again where more than one may be needed."""
+        """The next message; None: there is nothing to send. Call until None: a large burst takes several messages."""
         opened, self.opened = self.opened[:MAX_ITEMS], self.opened[MAX_ITEMS:]
-        if self.opened:  # tokens may be of requests that are still to be opened
+        if self.opened:  # a token may belong to a request that is still to be opened
             return StepOutputs(opened=opened)
         if not (opened or self._keys or self.ended):
             return None
@@ -72,7 +75,7 @@ class OutputBuffer:
 
 
 def _join(steps: list[tuple[int, LogprobArrays | None]]) -> StepLogprobs:
-    """One table for the tokens of several steps, as wide as the widest; zero where a step had none."""
+    """Join the tables of several steps. The result is as wide as the widest of them; missing entries are zero."""
     num_tokens = sum(n for n, _ in steps)
     num_top = max(arrays.top_ids.shape[1] for _, arrays in steps if arrays is not None)
     logprobs = np.zeros(num_tokens, np.float32)

@@ -1,64 +1,91 @@
-"""The state of every sequence that holds a row, as numpy columns, and which rows are free.
+"""The state of every sequence that has a row, as numpy columns, and which rows are free.
 
-A row belongs to a sequence from its admission to its end, also while it is preempted. After that it stays retired until
-every published step that names it has been applied: the next owner's prompt is uploaded by a copy stream, which does
-not wait for the steps that still read the row.
+A sequence keeps its row from its admission to its end, also while it is preempted. After the end the row is *retired*:
+it becomes free once every published step that names it has been applied. The reason: the next owner's prompt is
+uploaded by a copy stream, which does not wait for steps that still read the row.
+
+The scheduler plans steps ahead of their results, so it knows two states of a row. *Planned* columns hold the state
+after all published steps have run, and change when a step is planned. *Applied* columns hold what results have
+confirmed, and change when a result is applied. Without steps in flight both agree.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from workers.scheduler.admission.request import Request
-from workers.scheduler.array_types import IntArray
+from workers.scheduler.array_types import Int32Array, IntArray
+from workers.scheduler.sequence import Sequence
 
 
 class SequenceTable:
-    """Columns are int64 [num_rows], ids apart, so that one can index another without a conversion."""
+    """Columns are int64 [num_rows], except for the token ids: a column can index another without a conversion.
+
+    Written once, when the sequence is admitted:
+        key: the sequence's key.
+        max_len: tokens, prompt and output, at which the sequence ends.
+        variant: SamplerVariant that its parameters need.
+        want_logprobs: top log-probabilities + 1, as in the step record; 0 = none.
+
+    Planned (written by the planner):
+        num_computed_tokens: tokens whose KV is in the cache after all published steps. 0 while it is preempted.
+        num_planned_tokens: `num_tokens` and one for each sampled token of the steps in flight.
+        last_ticket: ticket of the last published step that names the row.
+        preemptible_len: the sequence can be preempted once `num_computed_tokens` reaches this length. The planner sets
+            it to the number of known tokens when it admits or resumes the sequence.
+        rank: the policy's rank; the planner preempts the highest one. Written at each admission and resumption.
+
+    Applied (written from results):
+        num_tokens: known tokens: the prompt and the sampled tokens that have been applied.
+        token_ids: [num_rows, max tokens of a row] int32; the first `num_tokens` of each row are known.
+        token_blocks: the same memory, [num_rows, max_blocks_per_seq, block_size].
+
+    Written when the sequence ends:
+        generation: number of owners that the row has had. What a step planned for an earlier owner says is void.
+    """
 
     def __init__(self, num_rows: int, max_blocks_per_seq: int, block_size: int) -> None:
         def column() -> IntArray:
             return np.zeros(num_rows, np.int64)
 
         self.key = column()
-        self.generation = column()  # +1 at each end of an owner: what an earlier step says of the row is void then
-        self.last_ticket = column()  # of the last step that names the row
-        self.token_blocks = np.zeros((num_rows, max_blocks_per_seq, block_size), np.int32)
-        self.token_ids = self.token_blocks.reshape(num_rows, -1)  # the known ones: `num_tokens` of each row
-        self.num_tokens = column()  # known: prompt and applied tokens
-        self.num_planned_tokens = column()  # the same and those that steps in flight sample
-        self.num_computed = column()  # tokens with KV, once every planned step has run
-        self.progress_len = column()  # length at which a row has made progress since it came in or came back
         self.max_len = column()
-        self.rank = column()  # Request.rank
-        self.variant = column()  # SamplerVariant
-        self.want_logprobs = column()  # as in the step record: top log-probabilities + 1, 0 = none
-        self.requests: list[Request | None] = [None] * num_rows
+        self.variant = column()
+        self.want_logprobs = column()
+        self.num_computed_tokens = column()
+        self.num_planned_tokens = column()
+        self.last_ticket = column()
+        self.preemptible_len = column()
+        self.rank = column()
+        self.num_tokens = column()
+        self.token_blocks: Int32Array = np.zeros((num_rows, max_blocks_per_seq, block_size), np.int32)
+        self.token_ids: Int32Array = self.token_blocks.reshape(num_rows, -1)
+        self.generation = column()
+        self.sequences: list[Sequence | None] = [None] * num_rows  # the owner of each row; None: free or retired
         self._free = list(range(num_rows - 1, -1, -1))
-        self._retired: dict[int, list[int]] = {}  # rows by the ticket that they wait for
-        self._applied = 0  # ticket
+        self._retired: dict[int, list[int]] = {}  # rows by the ticket of the last step that names them
+        self._applied = 0  # ticket of the last applied step
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, request: Request) -> int:
-        """Give a free row to a request; nothing of it is computed yet."""
+    def take_row(self, sequence: Sequence) -> int:
+        """Give a sequence a free row, with its prompt as known tokens. None of them is computed yet."""
         row = self._free.pop()
-        self.requests[row] = request
-        self.key[row] = request.key
-        self.token_ids[row, : request.num_prompt] = request.token_ids
-        self.num_tokens[row] = request.num_prompt
-        self.num_planned_tokens[row] = request.num_prompt
-        self.num_computed[row] = 0
-        self.max_len[row] = request.max_len
-        self.variant[row] = request.variant
-        self.want_logprobs[row] = request.want_logprobs
+        self.sequences[row] = sequence
+        self.key[row] = sequence.key
+        self.token_ids[row, : sequence.num_prompt] = sequence.token_ids
+        self.num_tokens[row] = sequence.num_prompt
+        self.num_planned_tokens[row] = sequence.num_prompt
+        self.num_computed_tokens[row] = 0
+        self.max_len[row] = sequence.max_len
+        self.variant[row] = sequence.variant
+        self.want_logprobs[row] = sequence.want_logprobs
         return row
 
     def retire(self, row: int) -> None:
-        """Its owner has ended. What steps in flight still say of it is void; it is free when they are applied."""
-        self.requests[row] = None
+        """The row's sequence has ended. The row is free once all steps in flight that name it have been applied."""
+        self.sequences[row] = None
         self.generation[row] += 1
         last_ticket = int(self.last_ticket[row])
         if last_ticket <= self._applied:
@@ -67,5 +94,6 @@ class SequenceTable:
             self._retired.setdefault(last_ticket, []).append(row)
 
     def step_applied(self, ticket: int) -> None:
+        """Free the retired rows that no later step names."""
         self._applied = ticket
         self._free.extend(self._retired.pop(ticket, ()))

@@ -1,11 +1,25 @@
-"""The scheduler's process: carries messages and records between the sockets, the rings and the `Scheduler`.
+"""The scheduler's process: carries messages and records between sockets, rings and the `Scheduler`.
 
-    tokenizers: Tokenized     --schedule-->                --step ring-->    GPU process
-    gateway, detokenizer: CancelRequests -->   Scheduler   <--result ring--
-    gateway: Accepted            <--schedule--             --detokenize--> detokenizer: StepOutputs
+                     ROUTER `schedule`, bound here
+    tokenizers: Tokenized                      ------>
+    gateway: Withdraw, CancelRequests,         ------>
+             ClearCache                                   Scheduler
+    detokenizer: CancelRequests (stop strings) ------>
+    gateway: Accepted, Withdrawn, CacheCleared <------
+                     DEALER to `detokenize`
+    detokenizer: StepOutputs                   <------
+                     rings
+    tokenizers: prompt rings 1 to N            ------>    (the scheduler releases their records)
+    GPU process: result ring                   ------>    (the scheduler releases its records)
+    GPU process: step ring                     <------    (the GPU process releases its records)
+    GPU process: prompt ring 0, uploads        <------    (the scheduler releases its records)
+                     control socket (`workers/process.py`)
+    launcher: Start, Stop                      ------>
+    launcher: Ready                            <------
 
-Owns the read cursors of the result ring and of the prompt rings; the GPU process releases step records. The scheduler
-sleeps until a message arrives, its doorbell rings, or a request's time runs out.
+The GPU process rings the scheduler's doorbell after it publishes a result. The scheduler rings the GPU process's after
+it publishes a step, and a tokenizer's after it releases prompt records. It sleeps until a message arrives, its doorbell
+rings, or a sequence runs out of time.
 """
 
 from __future__ import annotations
@@ -34,15 +48,16 @@ from ipc.messages import (
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.trace import Span
 from workers.process import WorkerProcess
+from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerBootstrap
 from workers.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGES: Final = 32  # taken in between two looks at the result ring: 1-2 ms, so that a burst stalls no step
+MAX_MESSAGES: Final = 32  # received between two looks at the result ring: 1-2 ms, so a burst delays no step for long
 ANSWER_RETRY_MS: Final = 50
-MAX_SLEEP_MS: Final = 3_600_000  # a poll takes no time-outs of months
+MAX_SLEEP_MS: Final = 3_600_000  # zmq_poll refuses time-outs of months
 
 
 def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
@@ -75,19 +90,19 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
                 send(detokenizer, outputs)
         while answers and send_to(schedule, gateway_identity, answers[0]):
             answers.popleft()
-        for ring in scheduler.prompts.take_moved():
+        for ring in scheduler.prompts.take_freed_rings():
             prompts[ring].wake()
         gauges = scheduler.gauges()
         for name, value in gauges.items():
             counters[name][0] = value
         process.stats.num_upload_records[0] = scheduler.prompts.num_upload_records
         trace.gauge(Span.SEQUENCES, gauges["num_running"], gauges["num_waiting"])
-        retry_ms = ANSWER_RETRY_MS if answers else None  # only while the gateway is still connecting
+        retry_ms = ANSWER_RETRY_MS if answers else None  # answers wait only while the gateway is still connecting
         process.wait(timeout_ms(scheduler, retry_ms))
 
 
 def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
-    """How long to sleep, so that the scheduler's next timer is not missed; None = for ever."""
+    """How long to sleep until the scheduler's next timer, or at most; None = until something arrives."""
     if scheduler.next_timer_ns is None:
         return at_most_ms
     due_ms = max(0, -(-(scheduler.next_timer_ns - monotonic_ns()) // 1_000_000))
@@ -95,13 +110,16 @@ def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
 
 
 def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[SchedulerToGateway]:
-    """Hand up to MAX_MESSAGES messages to the scheduler. Returns the answers for the gateway, in order: a request's
-    `Accepted` comes before a `Withdrawn` of the same request."""
+    """Hand up to MAX_MESSAGES messages to the scheduler. Returns the answers for the gateway, in order.
+
+    `Accepted` says that a request has arrived, so that the detokenizer will answer it; this holds for a refused request
+    too. The gateway gets the `Accepted` of a request before a `Withdrawn` of the same request.
+    """
     accepted: list[int] = []
     answers: list[SchedulerToGateway] = []
     for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
         if isinstance(message, Tokenized):
-            if scheduler.add(message):
+            if scheduler.add(message) is not Arrival.WITHDRAWN:
                 accepted.append(message.key)
         elif isinstance(message, ClearCache):
             scheduler.clear_cache()
@@ -127,7 +145,7 @@ class StepChannel:
         self._wake_readers = steps.wake
 
     def advance(self) -> None:
-        """Apply every result that is there, then publish steps as far as credit and work go."""
+        """Apply all results that have arrived, then publish steps until credit or work runs out."""
         scheduler, stats, trace = self._scheduler, self._stats, self._trace
         started = perf_counter_ns()
         while (result := self._results.take()) is not None:
@@ -156,7 +174,7 @@ class StepChannel:
 
 
 def _await_start(process: WorkerProcess) -> Start:
-    """Sleep until the launcher's Start, which has the facts about the GPU process and the tokenizers."""
+    """Sleep until the launcher's Start arrives, with facts that the GPU process and the tokenizers have reported."""
     starts: list[Start] = []
 
     def on_control(message: Any) -> None:
@@ -168,15 +186,17 @@ def _await_start(process: WorkerProcess) -> Start:
         process.wait()
     num_blocks = starts[0].info.get("num_blocks", 0)
     if num_blocks < 1:
-        raise EngineUnavailable(f"the GPU process has {num_blocks} KV blocks: the scheduler needs at least one")
-    logger.info("schedules over %d KV blocks", num_blocks)
+        raise EngineUnavailable(f"the GPU process reported {num_blocks} KV blocks; the scheduler needs at least 1")
+    logger.info("scheduling with %d KV blocks", num_blocks)
     return starts[0]
 
 
 def eos_token_ids(of_model: list[int], info: dict[str, int]) -> list[int]:
-    """The ids that end a sequence: the model's and the tokenizer's eos token. Some fine-tunes only set the latter."""
+    """The ids that end a sequence: the model's eos ids and the tokenizer's, the only ones that some fine-tunes set."""
     of_tokenizer = info.get(EOS_TOKEN_ID)
     if of_tokenizer is None or of_tokenizer in of_model:
         return of_model
-    logger.info("the tokenizer's eos_token (%d) ends sequences, as do the model's eos ids %s", of_tokenizer, of_model)
+    logger.info(
+        "the tokenizer's eos_token (%d) also ends sequences, beside the model's eos ids %s", of_tokenizer, of_model
+    )
     return [*of_model, of_tokenizer]

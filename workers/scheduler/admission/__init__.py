@@ -1,1 +1,1 @@
-"""A request's way to a row: its bounds, its prompt's records, and the queue of waiting requests."""
+"""Admission: how a tokenized request is checked, waits, and leaves as sequences with rows."""

@@ -1,16 +1,14 @@
-"""Who still needs which record of the prompt rings, and the upload ring.
+"""The prompt rings: which of their records are still needed, and sending a prompt again from the upload ring.
 
-Owns the read cursor of every prompt ring. A request's prompt lies in consecutive records of its tokenizer's ring; the
-lease on them ends when the step that admits the request has been applied, or earlier if the request has to wait while
-its ring fills: it is then sent from ring 0, the scheduler's own, at admission. Cursors move in ticket order, so records
-released out of order are held until those in front of them are.
+Owns the read cursor of every prompt ring. A prompt lies in consecutive records of its tokenizer's ring. The lease on
+these records ends when the step that admits the sequence has been applied. It ends earlier if the ring fills while the
+sequence waits; the scheduler then sends the prompt from ring 0, its own upload ring, at admission. Cursors move in
+ticket order, so a record that is released out of order is held until the records in front of it are released.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -18,31 +16,23 @@ import numpy as np
 from ipc.errors import RingError
 from ipc.ring import Ring
 from workers.scheduler.array_types import Int32Array
+from workers.scheduler.prompt_lease import PromptLease
 
 UPLOAD_RING: Final = 0
 
 
-@dataclass(eq=False)
-class PromptLease:
-    """A claim on `num_records` consecutive records of a ring, from `ticket` on."""
-
-    ring: int
-    ticket: int
-    num_records: int
-    is_waiting: bool  # its request is not admitted yet
-    is_released: bool = False
-
-
 class PromptRings:
-    """Bookkeeping over the rings, by their index; `rings[0]` is written here, the others by tokenizers."""
+    """The scheduler writes `rings[0]`, the upload ring; each tokenizer writes one of the others."""
 
-    def __init__(self, rings: Sequence[Ring]) -> None:
+    def __init__(self, rings: list[Ring]) -> None:
         self._rings = list(rings)
         self._record_tokens = int(rings[UPLOAD_RING].layout.fields["token_ids"].shape[0])
-        self._released: list[dict[int, int]] = [{} for _ in rings]  # first ticket -> records, behind one still in use
-        self._waiting: list[deque[PromptLease]] = [deque() for _ in rings]  # leases by age; ended ones go when in front
-        self._ends = [ring.read_cursor for ring in rings]  # the first ticket that no lease has named
-        self._moved: set[int] = set()
+        # By ring: first ticket -> number of records, for leases that are released behind one still in use.
+        self._released: list[dict[int, int]] = [{} for _ in rings]
+        # By ring: leases of waiting sequences, oldest first. An ended lease stays until it is in front.
+        self._waiting: list[deque[PromptLease]] = [deque() for _ in rings]
+        self._ends = [ring.read_cursor for ring in rings]  # by ring: the first ticket that no lease has named
+        self._freed: set[int] = set()  # rings whose cursor has moved since `take_freed_rings`
 
     @property
     def max_upload_tokens(self) -> int:
@@ -51,13 +41,13 @@ class PromptRings:
 
     @property
     def num_upload_records(self) -> int:
-        """Records of the upload ring that are not released."""
+        """Number of records of the upload ring that are not released."""
         return self._rings[UPLOAD_RING].num_unreleased
 
     def receive(self, ring: int, ticket: int, num_tokens: int) -> tuple[Int32Array, PromptLease]:
-        """Copy a prompt, [num_tokens] int32, out of its records and take a lease on them.
+        """Copy a prompt, [num_tokens] int32, out of its records and lease them.
 
-        Raises RingError if they are not there.
+        Raises RingError if a record is not there.
         """
         lease = self._lease(ring, ticket, num_tokens)
         ids = np.empty(num_tokens, np.int32)
@@ -68,13 +58,14 @@ class PromptRings:
         return ids, lease
 
     def decline(self, ring: int, ticket: int, num_tokens: int) -> None:
-        """Release the records of a prompt that is not wanted."""
+        """Release the records of a prompt without reading them."""
         self.release(self._lease(ring, ticket, num_tokens))
 
-    def admit(self, lease: PromptLease, ids: Int32Array) -> PromptLease | None:
-        """The lease on the records from which a step may copy the prompt now: its own, or new ones of the upload ring.
+    def lease_for_step(self, lease: PromptLease, ids: Int32Array) -> PromptLease | None:
+        """A lease on records from which a step can copy the prompt now: `lease`, or a new one on the upload ring.
 
-        To be released when that step has been applied. None: the upload ring has no room before another step is.
+        The caller releases it when that step has been applied. None: the upload ring has no room until another step has
+        been applied.
         """
         if lease.is_released:
             return self._upload(ids)
@@ -85,7 +76,7 @@ class PromptRings:
         return lease
 
     def release(self, lease: PromptLease) -> None:
-        """Nobody needs these records any more, a device copy included. Releasing again changes nothing."""
+        """No process and no device copy reads these records any more. Releasing a lease again changes nothing."""
         if lease.is_released:
             return
         lease.is_released, lease.is_waiting = True, False
@@ -97,13 +88,13 @@ class PromptRings:
             cursor += released.pop(cursor)
         if cursor > first:
             ring.release_through(cursor - 1)
-            self._moved.add(lease.ring)
+            self._freed.add(lease.ring)
 
-    def relieve(self) -> None:
-        """Release what waiting requests hold, oldest first, until half of each ring is or will be free.
+    def release_waiting(self) -> None:
+        """Release leases of waiting sequences, oldest first, until half of each ring is free or will be.
 
-        The cursor will stop at the oldest prompt that waits: what lies before it is released, or will be when the steps
-        in flight have been applied.
+        Records in front of the oldest waiting prompt are released already, or will be when the steps in flight have
+        been applied.
         """
         for i, ring in enumerate(self._rings):
             waiting = self._waiting[i]
@@ -112,15 +103,15 @@ class PromptRings:
                 if lease.is_waiting:
                     self.release(lease)
 
-    def take_moved(self) -> list[int]:
-        """Tokenizers' rings that got room since the last call: their writers may wait to hear of it."""
-        moved = sorted(self._moved - {UPLOAD_RING})
-        self._moved.clear()
-        return moved
+    def take_freed_rings(self) -> list[int]:
+        """The tokenizers' rings with newly free records since the last call. Their writers may be waiting for room."""
+        freed = sorted(self._freed - {UPLOAD_RING})
+        self._freed.clear()
+        return freed
 
     def _lease(self, ring: int, ticket: int, num_tokens: int) -> PromptLease:
         if not UPLOAD_RING < ring < len(self._rings):
-            raise RingError(f"prompt ring {ring} is none of the tokenizers' (1 to {len(self._rings) - 1})")
+            raise RingError(f"prompt ring {ring} does not exist: the tokenizers' rings are 1 to {len(self._rings) - 1}")
         lease = PromptLease(ring, ticket, -(-num_tokens // self._record_tokens), is_waiting=True)
         self._ends[ring] = max(self._ends[ring], ticket + lease.num_records)
         return lease

@@ -1,4 +1,4 @@
-"""Who comes in next, under each policy, and who gives way when blocks run out."""
+"""Which request is admitted next under each policy, and which is preempted when blocks run out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def waiting(key: int, *, priority: int = 0, tenant: str = "", num_prompt: int = 
 
 def admit_next(policy: Any) -> int:
     request = policy.next()
-    policy.admit(request)
+    policy.dequeue(request)
     return request.key
 
 
@@ -81,7 +81,7 @@ def test_whatever_arrives_later_a_low_priority_has_its_turn() -> None:
     policy = make_policy(PolicyConfig(policy="priority", priority_aging_s=1), 10)
     policy.add(waiting(0, priority=-3))
     served = []
-    for second in range(20):  # one important request arrives in each second, and one comes in
+    for second in range(20):  # one important request arrives in each second, and one is admitted
         policy.add(waiting(100 + second, priority=5, arrived_s=second))
         served.append(admit_next(policy))
     assert served.index(0) == 8  # after those of the eight seconds that its priority is behind by
@@ -198,7 +198,7 @@ def test_tenants_come_and_go_without_a_trace() -> None:
 
 
 def prompts_of(engine: ScheduledEngine) -> list[int]:
-    """Keys of requests by the order in which they came in."""
+    """Keys of requests in order of admission."""
     engine.drain()
     return list(engine.cached)
 
@@ -223,7 +223,7 @@ def test_the_lowest_priority_gives_way_when_blocks_run_out_although_it_came_firs
     engine.send(2, [5, 6, 7], SamplingParams(max_tokens=9), priority=1)
     while not engine.scheduler.counts["num_preemptions"]:
         engine.step()
-    assert engine.scheduler._rows.requests[int(engine.scheduler._planner.running.rows()[0])].key == 2
+    assert engine.scheduler._table.sequences[int(engine.scheduler._planner.running.rows()[0])].key == 2
     engine.drain()
     assert engine.ends == {1: "length", 2: "length"}
     engine.check_empty()

@@ -15,8 +15,9 @@ from ipc.records import MAX_ADMISSIONS, MAX_END_IDS, SamplerVariant
 from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import RECORD_TOKENS, ScheduledEngine
+from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.running_rows import share_tokens
+from workers.scheduler.planning.token_budget import share_tokens
 from workers.scheduler.scheduler import Scheduler
 
 
@@ -127,7 +128,7 @@ def test_a_step_admits_no_more_than_its_record_holds() -> None:
     engine.check_empty()
 
 
-# SequenceTable
+# Rows
 
 
 def test_a_row_has_no_new_owner_while_a_published_step_names_it() -> None:
@@ -231,7 +232,7 @@ def preempting_engine() -> ScheduledEngine:
         if engine.scheduler.gauges()["num_preempted"]:
             return engine
         engine.step()
-    raise AssertionError("nobody was preempted")
+    raise AssertionError("no request was preempted")
 
 
 def test_a_preempted_request_comes_back_before_new_ones() -> None:
@@ -342,6 +343,17 @@ def test_a_tokenizers_error_opens_and_ends_the_request() -> None:
     assert engine.scheduler.num_open == 0
 
 
+def test_an_arriving_request_is_queued_refused_or_dropped_as_withdrawn() -> None:
+    engine = ScheduledEngine(max_model_len=16)
+    engine.scheduler.withdraw([3])
+    assert engine.send(1, [1]) is Arrival.QUEUED
+    assert engine.send(2, [1] * 16) is Arrival.REFUSED
+    assert engine.send(3, [1]) is Arrival.WITHDRAWN
+    engine.drain()
+    assert engine.ends == {1: "length", 2: "error"}, "a refused request is answered, and a withdrawn one is not"
+    engine.check_empty()
+
+
 def test_the_detokenizer_hears_how_the_prompt_ends() -> None:
     engine = ScheduledEngine()
     engine.send(7, list(range(1, 31)))
@@ -419,10 +431,10 @@ def test_records_are_released_when_the_admitting_step_is_applied_and_not_before(
     engine.send(1, [1] * (RECORD_TOKENS + 1))
     engine.plan()
     assert engine.prompt_rings[1].read_cursor == 1
-    assert engine.prompts.take_moved() == []
+    assert engine.prompts.take_freed_rings() == []
     engine.apply()
     assert engine.prompt_rings[1].read_cursor == 3
-    assert engine.prompts.take_moved() == [1]
+    assert engine.prompts.take_freed_rings() == [1]
 
 
 def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring() -> None:
@@ -446,7 +458,7 @@ def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring
     engine.check_empty()
 
 
-def test_a_ring_is_relieved_also_when_nothing_can_be_planned() -> None:
+def test_waiting_prompts_are_released_also_when_nothing_can_be_planned() -> None:
     engine = ScheduledEngine(max_num_seqs=1, prompt_records=8, depth=3)
     engine.send(99, [1], tokens(1))
     engine.plan()

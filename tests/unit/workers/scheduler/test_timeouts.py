@@ -76,7 +76,7 @@ def test_a_preempted_request_meets_its_deadline_too() -> None:
     engine.check_empty()
 
 
-def test_who_waits_too_long_ends_unserved_and_who_has_come_in_does_not() -> None:
+def test_a_request_that_waits_too_long_ends_unserved_and_an_admitted_one_does_not() -> None:
     engine = ScheduledEngine(max_num_seqs=1, queue_timeout_s=2)
     engine.send(1, [1], tokens(50))
     engine.send(2, [2])
@@ -231,7 +231,7 @@ def test_a_refusal_says_when_the_queue_will_have_moved() -> None:
     for key in range(7):
         engine.send(key, [1], tokens(1))
     assert refused(100) == 1.0, "nothing is known yet"
-    for key in range(7, 10):  # one comes in in every two seconds
+    for key in range(7, 10):  # one is admitted every two seconds
         engine.step()
         engine.clock.now_ns += 2 * SECOND
         engine.send(key, [1], tokens(1))

@@ -10,7 +10,7 @@ from rich.console import Console
 from pipeline.metrics import watch as metrics
 from pipeline.metrics.figures import DeviceTime as DeviceFigures
 from pipeline.metrics.figures import Roles, Window
-from workers.scheduler.device_time import DeviceTime
+from workers.scheduler.results.device_time import DeviceTime
 
 SCHEDULER = {
     "num_steps": 0.0, "num_prefill_steps": 0.0, "num_sampled_tokens": 0.0, "num_prompt_tokens": 0.0,

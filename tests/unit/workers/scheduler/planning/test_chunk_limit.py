@@ -8,7 +8,7 @@ import pytest
 
 from ipc.sampling_params import SamplingParams
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.scheduler.chunk_limit import MIN_CHUNK, ChunkLimit
+from workers.scheduler.planning.chunk_limit import MIN_CHUNK, ChunkLimit
 
 BASE_S, TOKEN_S = 0.004, 0.00002
 

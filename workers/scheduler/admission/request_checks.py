@@ -1,4 +1,7 @@
-"""What the engine can serve at all: the length of a sequence, and why a request is refused at once."""
+"""Whether the engine can ever serve a request, and how long its sequences may become.
+
+Whether the queue has room for the request now is the waiting queue's question.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from ipc.messages import Ended, Tokenized
 
 
 @dataclass(frozen=True)
-class AdmissionLimits:
-    """Fixed for the scheduler's life."""
+class RequestChecks:
+    """The engine's fixed sizes, and what they allow."""
 
     max_model_len: int
     block_size: int
@@ -23,14 +26,14 @@ class AdmissionLimits:
         return self.num_blocks * self.block_size
 
     def max_len(self, message: Tokenized) -> int:
-        """The length, prompt and output, at which a request ends."""
+        """Length in tokens, prompt and output, at which each sequence of the request ends."""
         max_tokens = message.params.max_tokens
         if max_tokens is None:
             return min(self.max_model_len, self.num_cache_tokens)
         return min(self.max_model_len, message.num_prompt_tokens + max_tokens)
 
     def refusal(self, message: Tokenized) -> Ended | None:
-        """Why a request can never be served; None if it can."""
+        """The error that ends a request which can never be served; None if it can be."""
 
         def error(code: str, text: str) -> Ended:
             return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
@@ -55,6 +58,6 @@ class AdmissionLimits:
             return error(
                 InvalidRequest.code,
                 f"n ({message.params.n}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
-                f"scheduler.max_num_waiting ({self.max_num_waiting}) can ever hold",
+                f"scheduler.max_num_waiting ({self.max_num_waiting}) together can hold: lower n",
             )
         return None

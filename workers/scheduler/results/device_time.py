@@ -1,11 +1,11 @@
-"""What the device did with its time, from the times in the result records.
+"""How the device spent its time, from the times in the result records.
 
     step k-1 ===|      no work      |   scheduler    |   copies    |=== step k
              its end        work arrives     record received     its start
 
-A gap before a step counts as "no work" up to the moment at which there was something to plan again, as waiting for the
-scheduler until the GPU process received the step's record, and as waiting for copies and launches from then on. The
-sums add up to `last_end_ns` less the first step's start: no moment is counted twice, and none is left out.
+A gap before a step has up to three parts. The device had no work until there was something to plan. From then on it
+waited for the scheduler, until the GPU process received the step's record. After that it waited for copies and
+launches. Every moment from the first step's start to `last_end_ns` counts in exactly one sum.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class DeviceTime:
         self.last_end_ns = 0
 
     def add_step(self, start_ns: int, end_ns: int, work_since_ns: int, received_at_ns: int) -> None:
-        """A step ran from start to end. When it was planned, there had been work since `work_since_ns`; its record was
-        taken at `received_at_ns`.
+        """Add a step that ran from `start_ns` to `end_ns`.
 
-        The device's clock is only close to the host's: what it puts out of order is clamped.
+        `work_since_ns`: since when there had been something to plan when the step was planned. `received_at_ns`: when
+        the GPU process took the step's record. The device's clock differs slightly from the host's, so times that are
+        out of order are clamped.
         """
         if self.last_end_ns:
             start_ns = max(start_ns, self.last_end_ns)

@@ -1,4 +1,4 @@
-"""Blocks and the tables of who holds them."""
+"""The pool of blocks, the tables of the blocks that rows hold, and the index of cached blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from workers.scheduler.block_index import BlockIndex
-from workers.scheduler.blocks import BlockPool, BlockTables, IdleBlocks
+from workers.scheduler.kv_cache.block_index import BlockIndex
+from workers.scheduler.kv_cache.block_pool import BlockPool, IdleBlocks
+from workers.scheduler.kv_cache.block_tables import BlockTables
 
 
 def tables(num_blocks: int = 10) -> BlockTables:
@@ -89,45 +90,45 @@ def test_idle_blocks_leave_in_order_of_arrival_wherever_others_left_from(seed: i
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_table_of_names_does_what_a_dictionary_does(seed: int) -> None:
+def test_an_index_of_hashes_does_what_a_dictionary_does(seed: int) -> None:
     rng = random.Random(seed)
     num_blocks, few_sets = 40, 7  # first words that choose few of the sets: several at once want the same place
     table, expected = BlockIndex(num_blocks), {}
     for _ in range(200):
-        unnamed = [block for block in range(num_blocks) if block not in expected.values()]
-        blocks = rng.sample(unnamed, min(len(unnamed), rng.randint(0, 6)))
-        names = [(rng.randrange(few_sets) + 64 * rng.randrange(1, 3), rng.randrange(2)) for _ in blocks]
-        table.enter(array(blocks), np.array(names, np.uint64).reshape(-1, 2))
-        named = table.are_named(array(blocks)).tolist()
-        entered = {name: block for block, name, is_named in zip(blocks, names, named, strict=True) if is_named}
-        assert len(entered) == sum(named), "two blocks have one name"
-        assert not entered.keys() & expected.keys(), "two blocks have one name"
+        uncached = [block for block in range(num_blocks) if block not in expected.values()]
+        blocks = rng.sample(uncached, min(len(uncached), rng.randint(0, 6)))
+        hashes = [(rng.randrange(few_sets) + 64 * rng.randrange(1, 3), rng.randrange(2)) for _ in blocks]
+        table.add(array(blocks), np.array(hashes, np.uint64).reshape(-1, 2))
+        cached = table.contains(array(blocks)).tolist()
+        entered = {hash: block for block, hash, is_cached in zip(blocks, hashes, cached, strict=True) if is_cached}
+        assert len(entered) == sum(cached), "two blocks have one hash"
+        assert not entered.keys() & expected.keys(), "two blocks have one hash"
         expected |= entered
-        assert {first for first, _ in names} <= {first for first, _ in expected}, "a name was lost"
+        assert {first for first, _ in hashes} <= {first for first, _ in expected}, "a hash was lost"
         gone = rng.sample(list(expected), rng.randint(0, len(expected)) if rng.random() < 0.3 else 0)
-        table.forget(array([expected.pop(name) for name in gone]))
+        table.remove(array([expected.pop(hash) for hash in gone]))
         assert len(table) == len(expected)
-        for name, block in expected.items():
-            assert table.find(np.array([name], np.uint64)).tolist() == [block]
-        for name in gone:
-            assert not table.find(np.array([name], np.uint64)).size
+        for hash, block in expected.items():
+            assert table.find(np.array([hash], np.uint64)).tolist() == [block]
+        for hash in gone:
+            assert not table.find(np.array([hash], np.uint64)).size
 
 
-def test_a_chain_is_found_up_to_the_first_name_that_nobody_has() -> None:
+def test_a_chain_is_found_up_to_the_first_hash_without_a_block() -> None:
     table = BlockIndex(8)
-    names = np.arange(1, 11, dtype=np.uint64).reshape(5, 2)
-    table.enter(array([7, 3, 5]), names[[0, 1, 3]])
-    assert table.find(names).tolist() == [7, 3]
-    assert table.find(names[2:]).tolist() == []
-    assert table.find(names[:0]).tolist() == []
+    hashes = np.arange(1, 11, dtype=np.uint64).reshape(5, 2)
+    table.add(array([7, 3, 5]), hashes[[0, 1, 3]])
+    assert table.find(hashes).tolist() == [7, 3]
+    assert table.find(hashes[2:]).tolist() == []
+    assert table.find(hashes[:0]).tolist() == []
     table.clear()
-    assert table.find(names).tolist() == []
+    assert table.find(hashes).tolist() == []
 
 
 def test_a_set_that_is_full_offers_no_more_and_loses_nothing() -> None:
     table = BlockIndex(16)
-    names = np.array([(1 + 16 * i, i) for i in range(10)], np.uint64)  # ten of one set
-    table.enter(array(list(range(10))), names)
+    hashes = np.array([(1 + 16 * i, i) for i in range(10)], np.uint64)  # ten of one set
+    table.add(array(list(range(10))), hashes)
     assert len(table) == 8
-    found = [i for i in range(10) if table.find(names[i : i + 1]).tolist() == [i]]
+    found = [i for i in range(10) if table.find(hashes[i : i + 1]).tolist() == [i]]
     assert len(found) == 8

@@ -1,6 +1,8 @@
-"""One request as the scheduler knows it: its prompt, its bounds, and what its admission entry says of sampling.
+"""A sequence: one sample of a request, from its arrival to its end.
 
-Here every sample is a request of its own; only the detokenizer and the gateway know which belong together.
+A request with `n` samples becomes `n` sequences with keys of their own. Only the gateway and the detokenizer know which
+sequences belong to one request; the scheduler treats all sequences alike, except that the samples of a prompt share its
+cached blocks (`Sequence.leader`).
 """
 
 from __future__ import annotations
@@ -12,24 +14,27 @@ from typing import Any, Self
 import msgspec
 
 from ipc.block_hash import read_hashes
-from ipc.messages import PROMPT_TAIL_TOKENS, Opened, Tokenized
+from ipc.messages import Tokenized
 from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
 from ipc.sampling_params import SamplingParams
 from workers.queueing.policies import NO_ROW
-from workers.scheduler.admission.prompt_rings import PromptLease
-from workers.scheduler.array_types import Int32Array, NameArray
+from workers.scheduler.array_types import HashArray, Int32Array
+from workers.scheduler.prompt_lease import PromptLease
 
 _GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
 
 
-class Request:
-    """Open from `Scheduler.add` to its one end.
-
-    `token_ids` [num_prompt] int32 is the scheduler's own copy: the records behind `lease` may be given up before it is
-    admitted.
+class Sequence:
+    """Open from its arrival until it ends. It waits, has a row while it is running or preempted, and ends once.
 
     Args:
-        leader: the request for sample 0 of the same prompt, if its full blocks are to be found by this one.
+        message: the request, with this sample's own key and seed.
+        max_len: length in tokens, prompt and output, at which the sequence ends.
+        token_ids: [num_prompt] int32, the scheduler's own copy of the prompt: the records behind `lease` may be
+            released before the sequence is admitted.
+        lease: claim on the prompt's records.
+        eos_token_ids: ids that end the sequence, unless the request ignores them.
+        leader: sample 0 of the same prompt; None for sample 0 itself.
     """
 
     def __init__(
@@ -48,14 +53,15 @@ class Request:
         self.arrived_ns = message.arrived_ns  # at the gateway; CLOCK_MONOTONIC
         self.rank = 0  # set by the policy
         hashes = message.block_hashes
-        self.names: NameArray | None = read_hashes(hashes) if hashes else None  # root and full blocks; None: not cached
+        # [1 + num_full_blocks, 2] uint64: the root, then one hash for each full block of the prompt. None: not cached.
+        self.block_hashes: HashArray | None = read_hashes(hashes) if hashes else None
         self.num_prompt = len(token_ids)
-        self.max_len = max_len  # tokens, prompt and output
+        self.max_len = max_len
         self.token_ids = token_ids
         self.lease = lease
         self.row = NO_ROW
-        # Other samples of this prompt come behind it and look for its full blocks; the first name is the root.
-        has_full_blocks = self.names is not None and len(self.names) > 1
+        # Sample 0 of a prompt with full blocks is the leader; the other samples follow it and share these blocks.
+        has_full_blocks = self.block_hashes is not None and len(self.block_hashes) > 1
         self.has_followers = has_full_blocks and params.n > 1
         self.leader = leader if has_full_blocks else None
         self.params = params
@@ -69,8 +75,11 @@ class Request:
         return self.row != NO_ROW
 
     def write_admission(self, record: Any, i: int, num_computed: int, lease: PromptLease | None) -> None:
-        """Fill entry i of a step record's admissions. `num_computed` tokens are cached; the ids come from the records
-        of `lease`, or (None) the row has them."""
+        """Fill entry `i` of a step record's admissions.
+
+        `num_computed` tokens are cached. The GPU process copies the prompt's ids from the records of `lease`; None: the
+        row holds the ids already.
+        """
         params = self.params
         record.admit_row[i] = self.row
         record.admit_ring[i] = lease.ring if lease else 0
@@ -82,41 +91,28 @@ class Request:
         record.admit_top_k[i] = params.top_k
         record.admit_top_p[i] = params.top_p
         record.admit_min_p[i] = params.min_p
-        record.admit_seed[i] = params.seed or 0  # the gateway has drawn one where the client gave none
+        record.admit_seed[i] = params.seed or 0  # the gateway draws one if the client gives none
         record.admit_end_ids[i] = self._end_ids
 
 
-def requests_of(
+def sequences_of(
     message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
-) -> Iterator[Request]:
-    """One request for each sample.
+) -> Iterator[Sequence]:
+    """Make one sequence for each sample of a request.
 
-    The first has the prompt's records. The others have given them up from the beginning: their ids are sent from the
-    upload ring, so nobody has to count who still copies from the tokenizer's.
+    Only sample 0 gets the lease on the tokenizer's records. The other samples get a released lease, so their ids are
+    sent from the upload ring. Therefore no record has to count how many sequences still copy from it.
     """
-    leader = Request(message, max_len, token_ids, lease, eos_token_ids)
+    leader = Sequence(message, max_len, token_ids, lease, eos_token_ids)
     yield leader
     for sample in range(1, message.params.n):
         own = msgspec.structs.replace(message, key=message.key + sample, params=message.params.of_sample(sample))
-        given_up = replace(lease, is_waiting=False, is_released=True)
-        yield Request(own, max_len, token_ids, given_up, eos_token_ids, leader)
-
-
-def opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = None) -> Opened:
-    """The detokenizer's first message about a request. `token_ids` is the prompt; None: the request is refused."""
-    return Opened(
-        key=message.key,
-        route=message.route,
-        stop=message.params.stop,
-        num_prompt_tokens=message.num_prompt_tokens,
-        num_logprobs=message.params.logprobs,
-        num_samples=num_samples,
-        prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
-    )
+        released = replace(lease, is_waiting=False, is_released=True)
+        yield Sequence(own, max_len, token_ids, released, eos_token_ids, leader)
 
 
 def sampler_variant(params: SamplingParams) -> SamplerVariant:
-    """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
+    """The simplest sampler that serves these parameters. Filters never change the likeliest token."""
     if params.temperature == 0:
         return _GREEDY
     if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:

@@ -1,4 +1,4 @@
-"""The prefix cache: names of blocks, who may find which, and what is forgotten first."""
+"""The prefix cache: hashes of blocks, which sequences find which blocks, and which blocks are evicted first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ipc.block_hash import SEED_BYTES, chain_hashes, next_hashes, read_hashes, r
 from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.scheduler.blocks import BlockPool
-from workers.scheduler.prefix_cache import PrefixCache
+from workers.scheduler.kv_cache.block_pool import BlockPool
+from workers.scheduler.kv_cache.prefix_cache import PrefixCache
 
 PROMPT = list(range(21))  # five full blocks of 4, and one token
 ONE = SamplingParams(max_tokens=1)
@@ -32,7 +32,7 @@ def chain(prompt: list[int], root: bytes) -> list[tuple[int, ...]]:
     return [tuple(name) for name in read_hashes(chain_hashes(root, ids(prompt), 4)).tolist()]
 
 
-def test_a_name_depends_on_all_tokens_before_it_and_on_salt_and_seed() -> None:
+def test_a_hash_depends_on_all_tokens_before_it_and_on_salt_and_seed() -> None:
     root = root_hash(bytes(SEED_BYTES), "")
     names = chain(PROMPT, root)
     assert len(set(names)) == 6
@@ -42,7 +42,7 @@ def test_a_name_depends_on_all_tokens_before_it_and_on_salt_and_seed() -> None:
     assert len(roots) == 3
 
 
-def test_names_of_many_sequences_are_what_their_prompts_would_be_named() -> None:
+def test_hashes_of_many_sequences_are_those_that_their_prompts_would_have() -> None:
     prompts = np.arange(24, dtype=np.int32).reshape(3, 8)
     chains = [read_hashes(chain_hashes(root_hash(bytes(SEED_BYTES), ""), ids(row.tolist()), 4)) for row in prompts]
     parents = np.array([names[1] for names in chains])
@@ -78,7 +78,7 @@ def test_a_block_is_found_while_the_step_that_fills_it_is_in_flight_and_not_befo
     engine.send(1, PROMPT)
     engine.plan()  # its first 12 tokens
     engine.send(2, PROMPT)
-    engine.plan()  # the other 9; request 2 comes in with what the step before fills
+    engine.plan()  # the other 9; request 2 is admitted with the blocks that the step before fills
     engine.drain()
     assert engine.cached == {2: 12}
     assert engine.tokens[1] == engine.tokens[2]

@@ -1,4 +1,4 @@
-"""Who holds which prompt record, and when a tokenizer may write it again."""
+"""Which leases hold which prompt records, and when a tokenizer may write them again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from ipc.errors import RingError
 from ipc.record_layout import Layout
 from ipc.ring import Ring, close_handle
-from workers.scheduler.admission.prompt_rings import PromptLease, PromptRings
+from workers.scheduler.admission.prompt_rings import PromptRings
+from workers.scheduler.prompt_lease import PromptLease
 
 LAYOUT = Layout("prompt", [("token_ids", "<i4", (4,))])
 
@@ -50,11 +51,11 @@ def test_records_released_out_of_order_are_held_until_those_in_front_are() -> No
     prompts.release(leases[2])
     prompts.release(leases[1])
     assert both[1].read_cursor == 1
-    assert prompts.take_moved() == []
+    assert prompts.take_freed_rings() == []
     prompts.release(leases[0])
     assert both[1].read_cursor == 5
-    assert prompts.take_moved() == [1]
-    assert prompts.take_moved() == []
+    assert prompts.take_freed_rings() == [1]
+    assert prompts.take_freed_rings() == []
 
 
 def test_a_lease_is_released_once() -> None:
@@ -70,10 +71,10 @@ def test_a_ring_more_than_half_full_loses_what_waits_oldest_first_and_only_down_
     both = rings(8, 8)
     prompts = PromptRings(both)
     leases = [receive(prompts, both[1], [i]) for i in range(4)]
-    prompts.relieve()
+    prompts.release_waiting()
     assert not any(lease.is_released for lease in leases), "half full is not more than half"
     leases += [receive(prompts, both[1], [i]) for i in range(2)]
-    prompts.relieve()
+    prompts.release_waiting()
     assert [lease.is_released for lease in leases] == [True, True, False, False, False, False]
 
 
@@ -84,7 +85,7 @@ def test_a_waiting_prompt_does_not_stop_a_ring_whose_other_records_are_free() ->
     for i in range(1, 5):  # refused, or cancelled
         prompts.release(receive(prompts, both[1], [i]))
     assert both[1].read_cursor == 1
-    prompts.relieve()
+    prompts.release_waiting()
     assert both[1].read_cursor == 6
 
 
@@ -92,8 +93,8 @@ def test_records_that_a_step_copies_from_are_not_taken_away_however_full_the_rin
     both = rings(8, 4)
     prompts = PromptRings(both)
     leases = [receive(prompts, both[1], [i]) for i in range(4)]
-    assert prompts.admit(leases[1], np.array([1], np.int32)) is leases[1]
-    prompts.relieve()
+    assert prompts.lease_for_step(leases[1], np.array([1], np.int32)) is leases[1]
+    prompts.release_waiting()
     assert [lease.is_released for lease in leases] == [True, False, False, False]
     assert both[1].read_cursor == 2
 
@@ -105,25 +106,25 @@ def test_a_prompt_whose_records_are_gone_is_sent_from_the_upload_ring_when_that_
     lost, other = receive(prompts, both[1], ids.tolist()), receive(prompts, both[1], [9])
     prompts.release(lost)
     prompts.release(other)
-    sent = prompts.admit(lost, ids)
+    sent = prompts.lease_for_step(lost, ids)
     assert sent is not None
     assert (sent.ring, sent.ticket, sent.num_records) == (0, 1, 2)
     assert prompts.num_upload_records == 2
     assert [*both[0].record(1).token_ids, both[0].record(2).token_ids[0]] == [0, 1, 2, 3, 4]
-    assert prompts.admit(other, np.array([9], np.int32)) is None, "both records are in use"
+    assert prompts.lease_for_step(other, np.array([9], np.int32)) is None, "both records are in use"
     prompts.release(sent)
-    again = prompts.admit(other, np.array([9], np.int32))
+    again = prompts.lease_for_step(other, np.array([9], np.int32))
     assert again is not None
     assert again.ticket == 3
     assert prompts.num_upload_records == 1
-    assert prompts.take_moved() == [1], "ring 0 is no tokenizer's"
+    assert prompts.take_freed_rings() == [1], "ring 0 is no tokenizer's"
 
 
 def test_a_prompt_that_is_not_in_a_tokenizers_ring_is_an_error() -> None:
     prompts = PromptRings(rings(4, 4))
-    with pytest.raises(RingError, match="none of the tokenizers'"):
+    with pytest.raises(RingError, match="the tokenizers' rings are 1 to 1"):
         prompts.receive(0, 1, 3)
-    with pytest.raises(RingError, match="none of the tokenizers'"):
+    with pytest.raises(RingError, match="the tokenizers' rings are 1 to 1"):
         prompts.receive(2, 1, 3)
     with pytest.raises(RingError, match="record 1 is not there"):
         prompts.receive(1, 1, 3)

@@ -1,32 +1,31 @@
-"""How long prompts may be at a time, so that the tokens of those that stream come in time.
+"""How many prompt tokens a step may compute beside decodes, so that `scheduler.max_itl_ms` is kept.
 
-A step's time on the device is taken as a part that it has anyway and one for each token of a prompt; both are learnt
-from the steps that have run, the last hundred or so counting most.
+A running regression learns the device's step times. The last hundred steps or so count most:
 
-    time = base + slope * prompt tokens        the chunk that keeps `bound`: (bound - base) / slope
+    time = base + slope * prompt tokens        the largest chunk within `bound`: (bound - base) / slope
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-MIN_CHUNK: Final = 16  # prompt tokens that a step takes in whatever the bound is: no prompt may starve
+MIN_CHUNK: Final = 16  # prompt tokens of a step, however low the bound is: no prompt may starve
 _WEIGHT: Final = 0.03  # of the newest step
-_ENOUGH_SPREAD: Final = 4.0  # variance of prompt tokens below which steps are too much alike to learn a slope from
+_ENOUGH_SPREAD: Final = 4.0  # variance of prompt tokens below which steps are too similar to learn a slope from
 
 
 class ChunkLimit:
-    """A running regression of step times; a bound of None limits nothing."""
+    """`bound_s` is the longest step allowed while sequences decode; None = no limit."""
 
     def __init__(self, bound_s: float | None) -> None:
         self._bound_s = bound_s
         self._num_steps = 0
         self._mean_tokens = self._mean_s = 0.0
         self._variance = self._covariance = 0.0
-        self._slope = 0.0  # seconds for each token; 0 = not known yet
+        self._slope = 0.0  # seconds for each prompt token; 0 = not known yet
 
     def add_step(self, num_prompt_tokens: int, duration_s: float) -> None:
-        """A step has run, with so many tokens more than one for each of its sequences."""
+        """Learn from a finished step. `num_prompt_tokens` counts its tokens beyond one for each sequence."""
         if self._bound_s is None:
             return
         self._num_steps += 1
@@ -40,7 +39,7 @@ class ChunkLimit:
             self._slope = self._covariance / self._variance
 
     def max_tokens(self, budget: int) -> int:
-        """Prompt tokens for a step in which others stream: at most `budget`, all of it until enough is known."""
+        """Prompt tokens allowed in a step with decodes: at most `budget`, and all of it until the slope is known."""
         if self._bound_s is None or not self._slope:
             return budget
         base_s = self._mean_s - self._slope * self._mean_tokens
