@@ -1,4 +1,4 @@
-"""Configuration of the gateway: [frontend], and what it is given at birth."""
+"""Configuration of the gateway: [frontend], and what the launcher hands to its process."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ipc.stats_page import StatsHandle
 from workers.process import WorkerBootstrap
 from workers.queueing.policies import PolicyConfig
 
-UNCREDITED_ANSWERS: Final = 1_024  # of queries, probes and refusals that a client may leave unread
+MAX_UNREAD_ANSWERS: Final = 1_024  # answers that need no credit: to queries, probes, refusals
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[frontend]: the socket that clients connect to.
 
     Args:
-        endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, which is
-            also where a client without an endpoint looks.
-        max_connections: of all clients together. Further connections are closed at once, and so are connections that
-            would leave the process too few descriptors (`ulimit -n`).
-        max_open_requests: of one client; more are refused at once. One of n samples counts n times.
-        max_queued_bytes: of memory for requests, of all clients together, that wait for a tokenizer: their frames and
-            1,408 bytes and more for each (`PromptQueue.held_bytes`); more are refused at once.
-        slow_client_timeout_s: a client that takes in nothing for so long, though there is news for it, has its requests
-            cancelled, and new ones refused until it does take something in.
+        endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, to which a
+            client without an endpoint connects.
+        max_connections: connections of all clients together. The gateway closes further connections at once, and also
+            connections that would leave the process too few descriptors (`ulimit -n`).
+        max_open_requests: open requests of one client; the gateway refuses more. A request of n samples counts n times.
+        max_queued_bytes: memory of the requests of all clients that wait for a tokenizer: their frames, and at least
+            1,408 bytes each (`PromptDispatcher.held_bytes`). The gateway refuses requests that would exceed it.
+        slow_client_timeout_s: if a client acknowledges no output for this long while output waits for it, the gateway
+            cancels its requests, and refuses new ones until the client acknowledges something.
         drain_timeout_s: how long a draining engine waits for open requests.
     """
 
@@ -41,13 +41,13 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     worker: WorkerBootstrap
     frontend: FrontendConfig
     endpoint: str  # where to listen, resolved
-    endpoint_folder: str | None  # of the endpoint, if it is to go with it once it is empty; None: it is the user's own
-    run_dir: str  # the engine's private folder; removed here if the launcher dies before it could
+    endpoint_folder: str | None  # the endpoint's folder, removed when empty; None: it belongs to the user
+    run_dir: str  # the engine's private folder; the gateway removes it if the launcher dies
     model_name: str
     max_model_len: int
     policy: PolicyConfig
     tokenizer_window: int  # Tokenize messages under way to one tokenizer
-    tokenizer_window_bytes: int  # bytes of these; the prompt that reaches the bound is the last one
+    tokenizer_window_bytes: int  # bytes of their frames; the prompt that reaches the bound is the last one
     client_window: int  # Outputs messages under way to one client
     tokenize_endpoint: str  # ROUTER, bound here: tokenizers connect under their role
     deliver_endpoint: str  # ROUTER, bound here: the detokenizer connects
@@ -57,11 +57,11 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     stats: list[StatsHandle]  # of every worker, for `stats()`
 
 
-def send_mark(bootstrap: GatewayBootstrap) -> int:
-    """How many messages may be queued to one client that is slow to read.
+def max_unread_messages(bootstrap: GatewayBootstrap) -> int:
+    """How many messages libzmq may queue to one client.
 
-    All that a client within its rights can be sent unread: one answer or refusal for every request that it may have
-    open, the outputs that it has credit for, and some that need no credit. So it bounds only what a client that never
-    reads costs; outputs, the only large messages, are bounded by credit besides.
+    A client that keeps to flow control never reaches this bound. It allows one answer or refusal for every request that
+    the client may have open, a full window of outputs, and some answers that need no credit. So it only limits the cost
+    of a client that never reads. Outputs are the only large messages, and flow control bounds them as well.
     """
-    return bootstrap.frontend.max_open_requests + bootstrap.client_window + UNCREDITED_ANSWERS
+    return bootstrap.frontend.max_open_requests + bootstrap.client_window + MAX_UNREAD_ANSWERS

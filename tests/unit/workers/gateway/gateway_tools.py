@@ -18,7 +18,8 @@ from ipc.messages import (
 from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsHandle
 from workers.gateway.config import FrontendConfig, GatewayBootstrap
-from workers.gateway.core import Gateway, Peer
+from workers.gateway.core import Gateway
+from workers.gateway.outbox import Peer
 from workers.process import WorkerBootstrap
 from workers.queueing.policies import PolicyConfig
 
