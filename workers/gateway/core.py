@@ -167,7 +167,7 @@ class Gateway:
     def client_full(self, identity: bytes, message: Any) -> None:
         """A client has left so many messages unread that its queue has no room for `message`. It is suspended."""
         client = self.table.client(identity)
-        if client is not None or isinstance(message, Outputs | bytes):  # an answer to a stranger is simply lost
+        if client is not None or isinstance(message, Outputs | bytes):  # else: an answer that needs no credit is lost
             self._flow.suspend(identity, message)
         if client is not None:
             logger.warning("a client does not read its messages; cancelling its %d requests", len(client.keys))
