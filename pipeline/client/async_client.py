@@ -22,7 +22,8 @@ from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from pipeline.client.batch import Batch
 from pipeline.client.endpoint import check_client_endpoint, default_endpoint
-from pipeline.client.outputs import Output, Prompt, SchedulingOptions, batch_of, checked_timeout
+from pipeline.client.inputs import Prompt, SchedulingOptions, batch_of, checked_timeout
+from pipeline.client.outputs import Output
 from pipeline.client.session import Session, new_id
 from pipeline.client.streams import OutputStream
 from pipeline.terminal.progress_bar import progress_bar

@@ -1,4 +1,4 @@
-"""Runs the requests of a batch, as many at a time as the engine accepts. Knows no sockets and no prompts."""
+"""Runs the requests of a batch, as many at a time as the engine accepts. Knows neither sockets nor prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch:
     """Runs `count` requests, at most `window` at a time, and fewer while the engine's queue is full.
 
     `ask(i)` runs request i and returns its Output. After QueueFull it is called again; any other error becomes the
-    result. `pause` sleeps, and raises EngineUnavailable once the client is closed. `advance` is called for each result.
+    result. `pause` sleeps, and raises EngineUnavailable when the client is closed. `advance` is called for each result.
 
     A worker task parks when a full queue refuses its request. The others go on, because each request that ends makes
     room for another. After the refusal's `retry_after_s`, the batch resumes one worker, then two, four and so on, until
@@ -46,7 +46,7 @@ class Batch:
         self._num_parked = 0
         self._was_refused = False  # since workers were last resumed
         self._pause_s = 0.0
-        self._next_at = 0.0  # by the loop's clock: when the next workers may be resumed
+        self._next_at = 0.0  # when the next workers may be resumed, by the loop's clock
         self._resumer: asyncio.Task[None] | None = None
 
     async def run(self) -> list[Output | RingfeedError]:
@@ -67,7 +67,7 @@ class Batch:
                 return
             except RingfeedError as error:
                 self._settle(index, error)
-                if isinstance(error, EngineUnavailable):  # all others would fail in the same way
+                if isinstance(error, EngineUnavailable):  # all other requests would fail in the same way
                     self._settle_rest(error)
             else:
                 if not self._was_refused:
@@ -88,7 +88,7 @@ class Batch:
         self._next_at = asyncio.get_running_loop().time() + self._pause_s * random.uniform(1.0, 1.0 + _JITTER)
 
     async def _resume_parked(self) -> None:
-        """Resume parked workers, more each time, until none is parked or nothing is left to ask for."""
+        """Resume parked workers, more each time, until no worker is parked or no request is left."""
         num = 1
         while self._num_parked and self._waiting:
             while (left_s := self._next_at - asyncio.get_running_loop().time()) > 0:

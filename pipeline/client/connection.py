@@ -1,8 +1,8 @@
-"""A client's socket on an asyncio loop: connects, tells when the engine comes and goes, sends and receives frames.
+"""A client's socket on an asyncio loop. Sends and receives frames, and reports when the engine comes and goes.
 
-Everything runs in the loop's thread. ZeroMQ's descriptor is edge-triggered: after every receive and send the socket is
-asked whether more has arrived. In a forked child a connection must not be used: ZeroMQ's threads do not run there, and
-the child shares its descriptors with the parent.
+Everything runs in the loop's thread. ZeroMQ's descriptor is edge-triggered, so after every receive and send the
+connection asks the socket whether more frames have arrived. A forked child must not use the connection: ZeroMQ's
+threads do not run there, and the child shares its descriptors with the parent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pipeline.environment.descriptors import check_room, hold_standard_descripto
 
 _EVENTS: Final = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _NUM_DESCRIPTORS: Final = 20  # about a dozen, with some to spare
-_BURST: Final = 256  # frames taken in before other tasks get their turn
+_BURST: Final = 256  # frames read before other tasks of the loop can run
 
 
 class Connection:
-    """A DEALER that is renewed when its engine goes, so that nothing meant for one engine reaches the next.
+    """A DEALER socket. If its engine goes, a new socket replaces it, so that no frame for one engine reaches the next.
 
-    `on_frames` gets the frames that have arrived, in order. `on_up` and `on_down` are called after the engine has come
-    and gone; all frames that it sent are handed over before `on_down`. ZeroMQ keeps trying to connect in between. The
-    loop refers to the connection until it is closed. Raises EngineUnavailable if there are too few descriptors.
+    `on_frames` gets the frames that have arrived, in order. `on_up` is called after the engine has come, and `on_down`
+    after it has gone and `on_frames` has got its last frames. In between, ZeroMQ keeps trying to connect. The loop
+    refers to the connection until it is closed. Raises EngineUnavailable if too few descriptors are free.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Connection:
         self._look_again_if_needed()
 
     def close(self, *, flush: bool = True) -> None:
-        """Close. What was sent to a living engine is flushed first (at most for the socket's linger)."""
+        """Close. With `flush`, frames for a living engine are sent first, for at most the socket's linger time."""
         if not self._closed:
             self._closed = True
             self._close_socket(linger_ms=None if self.is_up and flush else 0)
@@ -71,17 +71,17 @@ class Connection:
             self.is_up = False
 
     def drop(self) -> None:
-        """Close without flushing, from any thread: for a client that was dropped."""
+        """Close without flushing, from any thread. For the finalizer of a client."""
         if self._closed:
             return
         if self._loop.is_running():
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile, and drops the connection
+            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile, and drops the connection
                 self._loop.call_soon_threadsafe(self._close_dropped)
         else:
             self._close_dropped()
 
     def forget_parent(self) -> None:
-        """In a forked child: close the inherited descriptor, or the engine would not notice the death of the parent."""
+        """In a forked child: close the inherited descriptor, so that the engine notices when the parent dies."""
         self._closed, self.is_up = True, False
         if self._transport_fd is not None:
             _close_connection_to(self._endpoint, self._transport_fd)
@@ -90,7 +90,7 @@ class Connection:
         self._socket = connect_dealer(self._context, self._endpoint, prepare=self._attach_monitor)
         self._loop.add_reader(_option(self._socket, zmq.FD), self._take_frames)
         self._loop.add_reader(_option(self._monitor, zmq.FD), self._take_events)
-        self._loop.call_soon(self._take_events)  # what happened before the readers were there
+        self._loop.call_soon(self._take_events)  # events from before the readers were added
 
     def _attach_monitor(self, socket: zmq.Socket[Any]) -> None:
         self._monitor: zmq.Socket[Any] = socket.get_monitor_socket(_EVENTS)
@@ -142,7 +142,7 @@ class Connection:
                 continue
             self._transport_fd = None
             if self.is_up:
-                self._hand_over(None)  # its last words, which may be errors worth more than ours
+                self._hand_over(None)  # its last frames: their errors say more than ours
                 self.is_up = False
                 self._close_socket(linger_ms=0)
                 self._open()
@@ -157,7 +157,7 @@ def _option(socket: zmq.Socket[Any], option: int) -> int:
 
 
 def _close_connection_to(endpoint: str, fd: int) -> None:
-    """Close a descriptor if it is still a connection to the endpoint: its number may have been reused."""
+    """Close a descriptor if it is still a connection to the endpoint: the kernel may have reused its number."""
     with contextlib.suppress(OSError):
         transport = sockets.socket(fileno=fd)
         try:

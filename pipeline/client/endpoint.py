@@ -1,7 +1,7 @@
-"""Where engine and clients meet: the syntax of endpoints, the default one, and who may listen on one.
+"""Endpoints: their syntax, the default endpoint, and an engine's claim to listen on one.
 
-ZeroMQ removes a socket file that is in its way, also one that another engine listens on. So an engine first claims its
-endpoint: it holds a lock in the kernel's abstract socket namespace, which is gone with the processes that hold it.
+ZeroMQ removes a socket file at its endpoint, even if another engine listens on it. So an engine first claims its
+endpoint with a lock in the kernel's abstract socket namespace. The kernel frees the lock when all its holders end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final
 from ipc.channels import MAX_IPC_PATH_BYTES
 from ipc.errors import ConfigError
 
-PATIENCE_S: Final = 2.0  # for the gateway of a killed engine, which first answers what is open, to let go
+PATIENCE_S: Final = 2.0  # the gateway of a killed engine answers its open requests before it frees the endpoint
 _POLL_S: Final = 0.02
 _MAX_FOLDER_BYTES: Final = MAX_IPC_PATH_BYTES // 2  # leaves room for the names of folders and sockets in it
 _IPC: Final = "ipc://"
@@ -37,12 +37,12 @@ def runtime_folder() -> Path:
 
 
 def default_endpoint() -> str:
-    """Where this user's engine listens, and a client without an endpoint looks."""
+    """The endpoint of an engine, and of a client, for which the user gives none."""
     return f"{_IPC}{_default_folder() / 'default.sock'}"
 
 
 def own_folder(endpoint: str) -> Path | None:
-    """The folder of an endpoint if it is this user's folder for engines, which goes when nobody listens in it."""
+    """The folder of an endpoint if it is this user's folder for engines, to be removed when empty; else None."""
     folder = _default_folder()
     return folder if Path(endpoint.removeprefix(_IPC)).parent == folder else None
 
@@ -52,7 +52,7 @@ def _default_folder() -> Path:
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raise ConfigError, as the end of a sentence, if nobody could listen or connect there."""
+    """Raise ConfigError if no engine can listen there. Its text continues the sentence `endpoint (...) ...`."""
     if endpoint.startswith(_IPC):
         path = endpoint.removeprefix(_IPC)
         if not path.startswith("/") or path.endswith("/") or not path.isprintable():
@@ -60,7 +60,9 @@ def check_endpoint(endpoint: str) -> None:
                 'must name a file by its absolute path, in printable characters: "ipc:///folder/name.sock"'
             )
         if (num_bytes := len(os.fsencode(path))) > MAX_IPC_PATH_BYTES:
-            raise ConfigError(f"is a path of {num_bytes} bytes; a socket's may have {MAX_IPC_PATH_BYTES}: shorten it")
+            raise ConfigError(
+                f"is a path of {num_bytes} bytes, and a socket's path may have {MAX_IPC_PATH_BYTES}: shorten it"
+            )
         return
     match = _TCP.fullmatch(endpoint)
     if match is None:
@@ -88,7 +90,7 @@ def check_client_endpoint(endpoint: object) -> str:
 
 
 def where_else(endpoint: str) -> str:
-    """A hint for a client that finds no engine at its default endpoint: why it is the default, and which one to use."""
+    """A hint for a client that finds no engine at its default endpoint: why this is the default, and which to use."""
     given = os.environ.get("XDG_RUNTIME_DIR")
     reason = f"is {given!r}" if given else "is not set"
     if given and runtime_folder() != Path(given):
@@ -102,7 +104,7 @@ def where_else(endpoint: str) -> str:
 
 
 def connectable(endpoint: str) -> str:
-    """Where a client on this machine reaches who listens on `endpoint`: a wildcard is no address to connect to."""
+    """The endpoint by which a client on this machine reaches a listener: a wildcard cannot be connected to."""
     for wildcard, loopback in (("*", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]")):
         if endpoint.startswith(f"tcp://{wildcard}:"):
             return endpoint.replace(wildcard, loopback, 1)
@@ -110,11 +112,11 @@ def connectable(endpoint: str) -> str:
 
 
 class EndpointClaim:
-    """The right to listen on an endpoint, from construction until `close()`, or the end of all its holders.
+    """The right to listen on an endpoint, from construction until `close()`, or until all its holders have ended.
 
-    `fd` (None for tcp, where the kernel itself refuses a second listener) is for the process that listens: as long as
-    it holds it, no other engine takes the endpoint. Makes a missing folder, private to the user.
-    Raises ConfigError if another process still listens there after `patience_s`, or the folder will not do.
+    `fd` goes to the process that listens. As long as that process holds it, no other engine can claim the endpoint. It
+    is None for tcp, where the kernel itself refuses a second listener. Makes a missing folder, private to the user.
+    Raises ConfigError if another process still listens there after `patience_s`, or the folder is unsuitable.
     """
 
     def __init__(self, endpoint: str, patience_s: float = 0.0) -> None:
@@ -127,7 +129,9 @@ class EndpointClaim:
         self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._take_lock(path, endpoint, time.monotonic() + patience_s)
-            self._owned_folder = self._make_folder(path.parent, endpoint)  # locked: its last holder removes it no more
+            self._owned_folder = self._make_folder(
+                path.parent, endpoint
+            )  # the lock is held, so the last holder does not remove the folder any more
             self._refuse_foreign_file(path, endpoint)
         except BaseException:
             self._give_up()
@@ -136,7 +140,7 @@ class EndpointClaim:
         self.fd = self._lock.fileno()
 
     def close(self) -> None:
-        """Remove what is left of the endpoint in the file system and let others have it."""
+        """Remove the endpoint's file and free the endpoint for others."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
             self._path = self.fd = None
@@ -162,7 +166,7 @@ class EndpointClaim:
 
     @staticmethod
     def _make_folder(folder: Path, endpoint: str) -> Path | None:
-        """Returns the folder if it is to go with the claim."""
+        """Returns the folder if it must be removed with the claim."""
         where = f"frontend.endpoint ({endpoint})"
         try:
             folder.mkdir(mode=0o700)
@@ -175,14 +179,14 @@ class EndpointClaim:
                     raise ConfigError(f"{where}: {folder} must be a private folder (0700) of this user") from None
                 return folder
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise ConfigError(f"{where}: {folder} is no folder that this user may write to") from None
+                raise ConfigError(f"{where}: {folder} is not a folder that this user may write to") from None
         except OSError as error:
             raise ConfigError(f"{where}: folder {folder} cannot be made: {error.strerror}") from None
         return None
 
     @staticmethod
     def _refuse_foreign_file(path: Path, endpoint: str) -> None:
-        """ZeroMQ would delete whatever stands there: only a socket on which nobody listens may go."""
+        """Raise ConfigError if ZeroMQ would delete a file that is in use: it deletes anything at its endpoint."""
         try:
             status = path.lstat()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""An event loop in a background thread, for callers without one. Knows nothing of what runs on it."""
+"""An event loop in a background thread, for callers without one. Runs any coroutine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipeline.environment.descriptors import check_room, hold_standard_descripto
 T = TypeVar("T")
 
 CLOSED: Final = "this client was closed"
-_NUM_DESCRIPTORS: Final = 24  # a loop and a connection on it need fewer
+_NUM_DESCRIPTORS: Final = 24  # more than a loop and its connection need
 _TIDY_S: Final = 5.0  # for a cancelled coroutine to end
 
 
 class LoopThread:
-    """Runs coroutines for any number of threads. The thread starts with the first one, and again in a forked child.
+    """Runs coroutines for any number of threads. The first coroutine starts the thread, and again in a forked child.
 
-    `close()` runs `at_end` on the loop, which must make the running coroutines end. Neither the loop nor its thread
+    `close()` runs `at_end` on the loop; `at_end` must make the running coroutines end. Neither the loop nor its thread
     refers to this object.
     """
 
@@ -34,9 +34,9 @@ class LoopThread:
         forks.register(self)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run the coroutine on the loop and wait for it. An interrupt cancels it and waits until it has cleaned up.
+        """Run the coroutine on the loop and wait for it. An interrupt cancels it, and waits until it has cleaned up.
 
-        Raises EngineUnavailable if the loop is closed, before or meanwhile, or the interpreter is shutting down.
+        Raises EngineUnavailable if the loop is closed or gets closed, or if the interpreter is shutting down.
         """
         call = _Call(coroutine)
         try:
@@ -55,17 +55,17 @@ class LoopThread:
                 self._cancel(call)
             raise
         finally:
-            del call  # it holds the error, which holds this frame
+            del call  # the call holds the error, which holds this frame: a cycle
 
     def close(self) -> None:
-        """Refuse new coroutines, end the running ones, then the thread. Safe from any thread, and more than once."""
+        """Refuse new coroutines, end the running ones, then the thread. Any thread may call it, more than once."""
         self.close_soon()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread() and not sys.is_finalizing():
             thread.join()
 
     def close_soon(self) -> None:
-        """The same without waiting. For finalizers too, which run in any thread, the loop's own included."""
+        """Like `close`, without waiting. Finalizers call it too, in any thread, even the loop's own."""
         with self._lock:
             was_closed, self._closed = self._closed, True
             if not was_closed and self._loop is not None:
@@ -86,7 +86,7 @@ class LoopThread:
         with self._lock:
             if self._closed:
                 raise EngineUnavailable(CLOSED)
-            if sys.is_finalizing():  # other threads have stopped, and none can start
+            if sys.is_finalizing():  # other threads have stopped, and no thread can start
                 raise EngineUnavailable("a Client cannot be used while the interpreter shuts down (in a __del__?)")
             loop = self._loop or self._start()
             if self._thread is threading.current_thread():
@@ -96,7 +96,7 @@ class LoopThread:
                 )
             try:
                 loop.call_soon_threadsafe(call.start)
-            except RuntimeError:  # a finalizer has closed it just now
+            except RuntimeError:  # a finalizer has just closed the loop
                 raise EngineUnavailable(CLOSED) from None
 
     def _start(self) -> asyncio.AbstractEventLoop:
@@ -136,11 +136,11 @@ class LoopThread:
                 for task in late:
                     task.cancel()
             loop = asyncio.get_running_loop()
-            loop.call_soon(loop.stop)  # behind the callbacks of tasks that have just ended
+            loop.call_soon(loop.stop)  # after the callbacks of tasks that have just ended
 
 
 class _Call(Generic[T]):
-    """A coroutine on its way to the loop, and then a task there. Its methods are for the loop's thread."""
+    """A coroutine on its way to the loop, and then a task there. Only the loop's thread calls its methods."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
         self.task: asyncio.Task[T] | None = None
@@ -160,7 +160,7 @@ class _Call(Generic[T]):
 
     def _end(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # retrieved here: an interrupted caller does not ask, and asyncio would warn
+            task.exception()  # retrieve it: an interrupted caller does not, and asyncio would warn
         self.ended.set()
 
 
@@ -169,5 +169,5 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         while True:
             try:
                 return loop.run_forever()
-            except (SystemExit, KeyboardInterrupt):  # raised in one coroutine: its caller gets it, and the others go on
+            except (SystemExit, KeyboardInterrupt):  # a coroutine raised it: its caller gets it, and the others go on
                 pass

@@ -1,4 +1,4 @@
-"""A client's open requests and the async iterator over one of them. Knows no sockets."""
+"""Collects what arrives for an open request, and iterates over it: `OutputStream`. Knows no sockets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.environment import forks
 
 
 class Sample:
-    """One sample of a request: what has arrived of it that nobody has read."""
+    """One sample of a request, with the text and tokens that have arrived and nobody has read."""
 
     __slots__ = ("final", "index", "is_unread", "logprobs", "texts", "token_ids")
 
@@ -29,7 +29,7 @@ class Sample:
         self.is_unread = False
 
     def take(self, request_id: str) -> Output:
-        """All that is unread."""
+        """Take everything unread as one Output."""
         output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
         if self.logprobs:
             output.logprobs = token_logprobs(self.token_ids, self.logprobs)
@@ -42,7 +42,7 @@ class Sample:
 class OpenRequest:
     """A request and its samples. Belongs to the client's loop.
 
-    It has `ended` when all its samples have, or with an error.
+    It has `ended` when all its samples have ended, or when it has failed.
     """
 
     __slots__ = ("_unread", "_waiter", "abandoned", "ended", "error", "request_id", "samples")
@@ -52,8 +52,8 @@ class OpenRequest:
         self.samples = [Sample(index) for index in range(num_samples)]
         self.ended = False
         self.error: RingfeedError | None = None
-        self.abandoned = False  # its reader has left: what still arrives is dropped
-        self._unread: deque[Sample] = deque()  # those that have news, in order of its arrival
+        self.abandoned = False  # its reader has gone: everything that still arrives is discarded
+        self._unread: deque[Sample] = deque()  # samples with unread news, in order of its arrival
         self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
 
     @property
@@ -61,14 +61,14 @@ class OpenRequest:
         return bool(self._unread)
 
     def wake(self) -> None:
-        """Tell the reader, if it sleeps, that there is news."""
+        """Wake the reader, if it sleeps."""
         if self._waiter is not None:
             if not self._waiter.done() and not self._waiter.get_loop().is_closed():
                 self._waiter.set_result(None)
             self._waiter = None
 
     def add(self, index: int, text: str, token_ids: list[int]) -> None:
-        """New text and tokens of a sample; there are none in an item that only ends it."""
+        """New text and tokens of a sample have arrived; both are empty if the sample only ends."""
         if text or token_ids:
             sample = self.samples[index]
             if text:
@@ -77,7 +77,7 @@ class OpenRequest:
             self._has_news(sample)
 
     def end_sample(self, index: int, final: FinalOutput) -> None:
-        """The end of a sample; with the final answer it is that of all that have not ended."""
+        """A sample has ended. The final answer ends all samples that have not ended."""
         if final.finish_reason == "error":
             self.fail(error_from_code(final.error_code, final.error_message, final.retry_after_s))
             return
@@ -93,38 +93,41 @@ class OpenRequest:
         self.wake()
 
     def take_error(self) -> RingfeedError:
-        """The error, to be raised and not kept: it will hold the frames that it passes, and those hold the request.
+        """Take the error, to raise it. The request does not keep it.
 
-        Kept, it would make a reference cycle of every refusal, and an overload would stop the client for collections.
+        A raised error holds the frames that it passes, and these hold the request. If the request kept its error, each
+        refusal would be a reference cycle, and an overloaded client would stop for garbage collections.
         """
         assert self.error is not None, f"request {self.request_id} has not failed"
         error, self.error = self.error, None
         return error
 
     async def news(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Sleep until `wake()`. Raises InvalidRequest if another reader sleeps already, or on another loop."""
+        """Sleep until `wake()`. Raises InvalidRequest on another loop, or if another reader already sleeps."""
         if self._waiter is not None and not self._waiter.done():
             raise InvalidRequest(
-                f"the stream of request {self.request_id} is being read by another task or thread: one reads at a time"
+                f"the stream of request {self.request_id} is being read by another task or thread: use one reader"
             )
         self._waiter = loop.create_future()
         try:
             await self._waiter
-        except RuntimeError:  # asyncio's, for a future of another loop; asking for the running loop costs a system call
+        except (
+            RuntimeError
+        ):  # the future is of another loop; asking for the running loop first would cost a system call
             self._waiter = None
             raise InvalidRequest(
                 f"the stream of request {self.request_id} belongs to another event loop: read it there"
             ) from None
 
     def take(self) -> Output:
-        """All that is unread of one sample; the last one if the request has ended without error."""
+        """Take everything unread of one sample. The last Output of a request without error is `finished`."""
         output = self._unread.popleft().take(self.request_id)
         if self.ended and self.error is None and not self._unread:
             output.finished, output.usage = True, self._usage()
         return output
 
     def take_whole(self) -> Output:
-        """Everything, of a request that has ended without error and of which nothing was read."""
+        """Take everything as one Output. The request has ended without error, and nothing of it was read."""
         outputs = [sample.take(self.request_id) for sample in self.samples]
         whole = outputs[0]
         whole.finished, whole.usage = True, self._usage()
@@ -223,7 +226,7 @@ class OutputStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        # Whoever drops it may be another thread (the synchronous client's), or the collector in any.
+        # Another thread may drop the stream (that of a synchronous client), or the garbage collector in any thread.
         if not self._request.ended and self._generation == forks.generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
                 self._loop.call_soon_threadsafe(self._abandon, self._request)

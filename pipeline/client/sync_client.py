@@ -10,8 +10,9 @@ from typing import Literal, Self, Unpack, overload
 from ipc.messages import Health
 from ipc.sampling_params import SamplingParams
 from pipeline.client.async_client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
+from pipeline.client.inputs import Prompt, SchedulingOptions
 from pipeline.client.loop_thread import LoopThread
-from pipeline.client.outputs import Output, Prompt, SchedulingOptions
+from pipeline.client.outputs import Output
 from pipeline.client.streams import OutputStream
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from ipc.errors import ConfigError, EngineUnavailable, InvalidRequest
 from pipeline.client.endpoint import connectable, runtime_folder
-from pipeline.client.outputs import checked_timeout
+from pipeline.client.inputs import checked_timeout
 from pipeline.client.sync_client import Client
 from pipeline.engine.config import (
     BAD_CONFIG_STATUS,

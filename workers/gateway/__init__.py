@@ -1,1 +1,1 @@
-"""The gateway role: the one door for clients; owns the table of open requests."""
+"""The gateway role: the only process that clients connect to. It owns the table of open requests."""

@@ -1,4 +1,4 @@
-"""Remembers which clients asked to clear the prefix cache and have no answer yet."""
+"""Keeps the ClearCache queries that the scheduler has not answered, each with its client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_CLEARING: Final = 64  # ClearCache messages of one client that the scheduler
 
 
 class CacheClears:
-    """ClearCache queries on their way. The gateway renumbers them, because two clients may use the same query id."""
+    """Open ClearCache queries. The gateway renumbers them, because two clients may use the same query id."""
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
@@ -22,12 +22,12 @@ class CacheClears:
         self._departures = DrainRate()
 
     def add(self, identity: bytes, query_id: int, now_ns: int) -> int:
-        """Register a client's query. Returns the gateway's id; raises QueueFull if the client has too many open."""
+        """Register a client's query. Returns the gateway's id. Raises QueueFull if the client has too many open."""
         if self._num_asked[identity] >= MAX_CLEARING:
             retry_s = self._departures.retry_after_s(1, now_ns)
             raise QueueFull(
-                f"{MAX_CLEARING} ClearCache messages of this client are not answered yet: wait for one, or try again "
-                f"in {retry_s:g} s",
+                f"{MAX_CLEARING} ClearCache messages of this client are still unanswered: wait for an answer, or try "
+                f"again in {retry_s:g} s",
                 retry_s,
             )
         if not self._asked:

@@ -1,4 +1,4 @@
-"""Reads what clients send. A client is a stranger: nothing in a frame is believed before it is checked here."""
+"""Reads and checks the messages of clients. Clients are untrusted: a frame may hold anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_CACHE_SALT_CHARS: Final = 256
 
 
 class UnreadableFrame(Exception):
-    """A client's frames that are no acceptable message: the `request_id` they name ("" = none), and what is wrong."""
+    """The frames of a client are not an acceptable message. `request_id` is the id that they name; "" = none."""
 
     def __init__(self, request_id: str, error: RingfeedError) -> None:
         super().__init__(str(error))
@@ -25,9 +25,8 @@ class UnreadableFrame(Exception):
 def read_client_frames(frames: list[bytes]) -> ClientMessage:
     """Decode and check one message; a `Generate` is complete and consistent afterwards. Raises UnreadableFrame."""
     if len(frames) != 1:
-        raise UnreadableFrame(
-            "", ProtocolError(f"a message is one frame and not {len(frames)} (a DEALER's, not a REQ's)")
-        )
+        error = ProtocolError(f"a message must be one frame and not {len(frames)}: use a DEALER socket, not a REQ")
+        raise UnreadableFrame("", error)
     frame = frames[0]
     if len(frame) > MAX_CLIENT_FRAME_BYTES:
         raise UnreadableFrame(
@@ -55,11 +54,11 @@ def _check(message: Generate) -> None:
     if not inputs[given[0]]:
         raise InvalidRequest(f"{given[0]} is empty")
     if message.token_ids is not None and len(message.token_ids) % 4:
-        raise InvalidRequest(f"token_ids must be int32 values: {len(message.token_ids)} bytes are no multiple of 4")
+        raise InvalidRequest(f"token_ids must be int32 values: {len(message.token_ids)} bytes are not a multiple of 4")
 
 
 def _request_id(frame: bytes) -> str:
-    """The request id of a message that is wrong otherwise, if it has one that can be told back."""
+    """The request id of an unacceptable message, if the answer can name it; else ""."""
     try:
         request_id: object = decode(frame, dict).get("request_id", "")
     except ProtocolError:

@@ -1,8 +1,8 @@
-"""Bounds the connections of the clients' socket, so that peers cannot use up the process's descriptors.
+"""Limits the connections of the clients' socket, so that clients cannot use up the process's descriptors.
 
-libzmq accepts connections in its own thread, without a bound. If an ipc listener finds no free descriptor, libzmq
+libzmq accepts connections in its own thread, without a limit. If an ipc listener finds no free descriptor, libzmq
 aborts the process; a tcp listener spins. libzmq reports every connection to a monitor, and blocks once 1,001 of these
-events are unread. The reserve of descriptors covers that many, or is half of a small limit.
+events are unread. The gateway therefore keeps a reserve of descriptors: more than 1,001, or half of a small `ulimit`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ import zmq
 
 logger = logging.getLogger(__name__)
 
-HANDSHAKE_TIMEOUT_MS: Final = 2_000  # for ZeroMQ's handshake; then libzmq disconnects the peer
-MAX_RESERVE: Final = 2_048  # descriptors that clients may not take: more than the events that can be unread
+HANDSHAKE_TIMEOUT_MS: Final = 2_000  # libzmq disconnects a peer that has not finished ZeroMQ's handshake by then
+MAX_RESERVE: Final = 2_048  # descriptors that clients may not use: more than the events that can be unread
 _LOG_EVERY_S: Final = 10.0
 _MONITOR: Final = "inproc://clients.connections"
 _IPC: Final = "ipc://"
 
 
 class Doorkeeper:
-    """Counts the connections of one socket, and closes new ones beyond the bound.
+    """Counts the connections of one socket, and closes new ones beyond the limit.
 
-    `attach` gets the socket before it is bound. `stats` is the gateway's page: this class alone writes
-    `num_connections` and `num_connections_refused`. Its thread ends with the socket's context.
+    Call `attach` before the socket is bound. `stats` is the gateway's page: only this class writes `num_connections`
+    and `num_connections_refused`. Its thread ends with the socket's context.
     """
 
     def __init__(self, endpoint: str, max_connections: int, stats: Any) -> None:
         self._path = endpoint.removeprefix(_IPC) if endpoint.startswith(_IPC) else None
         self._max_connections = max_connections
         self._stats = stats
-        self._open: set[int] = set()  # descriptors; if a close goes unnoticed, the next connection gets that number
+        self._open: set[int] = set()  # descriptors; after a missed close, the next connection gets that number
         self._next_log = 0.0
 
     def attach(self, clients: zmq.Socket[Any]) -> None:
@@ -47,7 +47,7 @@ class Doorkeeper:
         threading.Thread(target=self._run, args=(clients.context,), name="doorkeeper", daemon=True).start()
 
     def _run(self, context: zmq.Context[Any]) -> None:
-        # A shadow context: destroying the process's own context, in another thread, must not close our socket.
+        # A shadow context: another thread may destroy the process's own context, which must not close this socket.
         events: zmq.Socket[Any] = zmq.Context.shadow(context).socket(zmq.PAIR)
         events.setsockopt(zmq.RCVHWM, 1)
         events.setsockopt(zmq.LINGER, 0)
@@ -64,16 +64,16 @@ class Doorkeeper:
     def _accepted(self, fd: int) -> None:
         self._open.add(fd)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        # The kernel gives the lowest free number, so a descriptor's number says how many are in use.
+        # The kernel assigns the lowest free number, so a descriptor's number shows how many are in use.
         if len(self._open) > self._max_connections or fd >= limit - min(limit // 2, MAX_RESERVE):
             self._refuse(fd, limit)
 
     def _refuse(self, fd: int, limit: int) -> None:
-        with contextlib.suppress(OSError):  # it is closed already
+        with contextlib.suppress(OSError):  # the connection is closed already
             connection = socket.socket(fileno=fd)
             try:
-                if self._path is None or connection.getsockname() == self._path:  # the number was not reused
-                    connection.shutdown(socket.SHUT_RDWR)  # libzmq sees its end, and closes it
+                if self._path is None or connection.getsockname() == self._path:  # the kernel has not reused the number
+                    connection.shutdown(socket.SHUT_RDWR)  # libzmq notices the shutdown, and closes it
             finally:
                 connection.detach()
         self._stats.num_connections_refused[0] += 1

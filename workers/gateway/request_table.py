@@ -1,4 +1,4 @@
-"""The table of open requests and of the clients that they belong to."""
+"""The table of open requests, and of the client sessions that they belong to."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from workers.queueing.drain_rate import DrainRate
 
 
 class RequestState(enum.Enum):
-    """How far a request is; what a cancellation has to do depends on it."""
+    """Where a request is, which decides how it is cancelled. `request_lifecycle.py` draws the transitions."""
 
-    QUEUED = "queued"  # here
+    QUEUED = "queued"  # in the gateway, waiting for a tokenizer
     TOKENIZING = "tokenizing"  # on its way to the scheduler, which may not have it yet: a Withdraw stops it there
     ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
 
 
 class Request:
-    """An open request. `client` None: its client has gone, and it is to be cancelled as soon as that can be."""
+    """An open request. `client` is None if its client was dropped; then it is cancelled as soon as possible."""
 
     __slots__ = ("client", "is_cancelled", "key", "keys", "num_prompt_tokens", "request_id", "state", "withdrawn_as")
 
-    def __init__(self, key: int, num_samples: int, client: Client, request_id: str, num_prompt_tokens: int) -> None:
+    def __init__(
+        self, key: int, num_samples: int, client: ClientSession, request_id: str, num_prompt_tokens: int
+    ) -> None:
         self.key = key
         self.keys = range(key, key + num_samples)  # of its samples
-        self.client: Client | None = client
+        self.client: ClientSession | None = client
         self.request_id = request_id
-        self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens are not counted before it is tokenized
+        self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens nobody has counted yet
         self.state = RequestState.QUEUED
         self.is_cancelled = False
-        self.withdrawn_as: FinishReason | None = None  # why, if a Withdraw was sent
+        self.withdrawn_as: FinishReason | None = None  # the reason, if a Withdraw was sent
 
 
-class Client:
-    """One stay of a client: from its first request until it has none open and has taken in everything, or is gone.
+class ClientSession:
+    """A client from its first request until it has no open request and has acknowledged everything, or is dropped.
 
-    `name` is never used twice. So what is still under way to a client that was dropped reaches nobody, even if the
-    client is back under the same socket identity.
+    No two sessions have the same `name`. After a client was dropped, messages under the old name reach nobody, even if
+    the client is back under the same socket identity.
     """
 
     __slots__ = (
@@ -46,24 +48,24 @@ class Client:
     )  # fmt: skip
 
     def __init__(self, identity: bytes, name: bytes) -> None:
-        self.identity = identity  # on the frontend socket
+        self.identity = identity  # on the clients' socket
         self.name = name  # in routes
         self.keys: dict[str, int] = {}  # of its open requests, by request_id
-        self.num_samples = 0  # of all of these
+        self.num_samples = 0  # of its open requests
         self.departures = DrainRate()  # of samples
-        self.num_outputs = 0  # sent, and not taken in yet
-        self.num_own_outputs = 0  # of these, those that the detokenizer knows nothing of
-        self.last_progress = 0.0  # when it last took something in, or began to owe that
+        self.num_outputs = 0  # sent, and not acknowledged
+        self.num_own_outputs = 0  # the part of num_outputs that the gateway made itself, unknown to the detokenizer
+        self.last_progress = 0.0  # when it last acknowledged something, or last began to owe that
         self.was_sent_to = False  # since the last probe
 
 
 class RequestTable:
-    """Open requests by key, and their clients by socket identity and by name. Keys and names are drawn here, once."""
+    """Open requests by key, and client sessions by identity and by name. Draws keys and names, each only once."""
 
     def __init__(self) -> None:
         self._requests: dict[int, Request] = {}
-        self._by_identity: dict[bytes, Client] = {}
-        self._by_name: dict[bytes, Client] = {}
+        self._by_identity: dict[bytes, ClientSession] = {}
+        self._by_name: dict[bytes, ClientSession] = {}
         self._last_key = 0
         self._last_name = 0
 
@@ -71,13 +73,13 @@ class RequestTable:
         return len(self._requests)
 
     @property
-    def clients(self) -> ValuesView[Client]:
+    def clients(self) -> ValuesView[ClientSession]:
         return self._by_identity.values()
 
-    def client(self, identity: bytes) -> Client | None:
+    def client(self, identity: bytes) -> ClientSession | None:
         return self._by_identity.get(identity)
 
-    def client_named(self, name: bytes) -> Client | None:
+    def client_named(self, name: bytes) -> ClientSession | None:
         return self._by_name.get(name)
 
     def request(self, key: int) -> Request | None:
@@ -86,11 +88,11 @@ class RequestTable:
     def open(
         self, identity: bytes, request_id: str, num_samples: int, now_ns: int, num_prompt_tokens: int = 0
     ) -> Request:
-        """Enter a new request, and its client if it has none open."""
+        """Add a new request, and a session if its client has none."""
         client = self._by_identity.get(identity)
         if client is None:
             self._last_name += 1
-            client = Client(identity, self._last_name.to_bytes(8, "big"))
+            client = ClientSession(identity, self._last_name.to_bytes(8, "big"))
             self._by_identity[identity] = self._by_name[client.name] = client
         if not client.num_samples:
             client.departures.begin(now_ns)
@@ -108,12 +110,12 @@ class RequestTable:
             request.client.num_samples -= len(request.keys)
             self.forget_if_idle(request.client)
 
-    def forget_if_idle(self, client: Client) -> None:
+    def forget_if_idle(self, client: ClientSession) -> None:
         if not client.keys and not client.num_outputs:
             self.forget(client)
 
-    def forget(self, client: Client) -> list[Request]:
-        """Take a client out. Its open requests, which this returns, belong to nobody from now on."""
+    def forget(self, client: ClientSession) -> list[Request]:
+        """Remove a client's session. Returns its open requests, whose `client` is None from now on."""
         self._by_identity.pop(client.identity, None)
         self._by_name.pop(client.name, None)
         orphans = [self._requests[key] for key in client.keys.values()]

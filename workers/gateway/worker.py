@@ -1,6 +1,6 @@
-"""The gateway process: its sockets and its loop. What it says is decided in core.py.
+"""The gateway process: its sockets and its loop. `core.py` decides what it says.
 
-It outlives its launcher by a moment: somebody has to tell the clients.
+If the launcher dies, the gateway lives a moment longer, to answer the clients and to remove the engine's folder.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from ipc.errors import ConfigError, EngineUnavailable
 from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone, Withdrawn
 from ipc.stats_page import StatsPage
 from ipc.trace import Span
-from workers.gateway.config import GatewayBootstrap, send_mark
+from workers.gateway.config import GatewayBootstrap, max_unread_messages
 from workers.gateway.connection_limit import Doorkeeper
-from workers.gateway.core import Gateway, Peer
+from workers.gateway.core import Gateway
+from workers.gateway.outbox import Peer
 from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-CLIENT_TURN_S: Final = 0.002  # of clients' messages between two looks at the engine's: a flood delays no output by more
-RECEIVE_MARK: Final = 16  # messages of one client that are read ahead; each may have a large prompt
-MAX_SLEEP_MS: Final = 3_600_000  # a poll takes no time-outs of months
+CLIENT_TURN_S: Final = 0.002  # for clients' messages, before the engine's are read: a flood delays outputs by this much
+MAX_READ_AHEAD: Final = 16  # messages of one client that libzmq reads ahead; each may have a large prompt
+MAX_SLEEP_MS: Final = 3_600_000  # `poll` cannot take time-outs of months
 _IPC: Final = "ipc://"
 _LAUNCHER_DIED = "the engine's launcher died"
 
 
 def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
-    """Serve until Stop, or until the launcher dies: then the engine's folder is left to this process to remove."""
+    """Serve until Stop, or until the launcher dies; then this process removes the engine's folder."""
     try:
         GatewayWorker(process, bootstrap, _watch_launcher(bootstrap)).serve()
     except LauncherDied:
@@ -60,7 +61,7 @@ def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
 
 
 class LauncherDied(EngineUnavailable):
-    """The launcher has ended without a word to its workers."""
+    """The launcher has ended without telling its workers."""
 
     def __init__(self) -> None:
         super().__init__(_LAUNCHER_DIED)
@@ -87,7 +88,7 @@ class GatewayWorker:
         process.on_control(self._on_control)
 
     def serve(self) -> None:
-        """Ends with an exception, and then with no request unanswered."""
+        """Run until an exception ends the loop. Every open request is answered first."""
         try:
             self._loop()
         except StopWorker:
@@ -106,24 +107,8 @@ class GatewayWorker:
             timeout_s = core.timeout_s(time.monotonic())
             ready = self.process.wait(None if timeout_s is None else min(MAX_SLEEP_MS, math.ceil(timeout_s * 1_000)))
             now = time.monotonic()
-            for frames in receive_frames(self.deliveries):
-                with trace[Span.DELIVER]:
-                    core.delivery(decode(frames[1], Delivery), frames[2:], now)
-            for message in receive(self.scheduler, SchedulerToGateway):
-                if isinstance(message, Accepted):
-                    core.accepted(message.keys)
-                elif isinstance(message, Withdrawn):
-                    core.withdrawn(message.keys, now)
-                else:
-                    core.cache_cleared(message.query_id, now)
-            for identity, done in receive_from(self.tokenizers, TokenizeDone):
-                core.tokenizer_done(identity, done.key, now)
-            turn_ends = time.monotonic() + CLIENT_TURN_S
-            for frames in receive_frames(self.clients):  # a message of each client in turn
-                with trace[Span.REQUEST]:
-                    core.client_frames(frames[0], frames[1:], now)
-                if time.monotonic() >= turn_ends:
-                    break
+            self._read_workers(now)
+            self._read_clients(now)
             core.tick(now)
             if self.launcher_fd in ready:
                 self._end_without_launcher()
@@ -131,10 +116,34 @@ class GatewayWorker:
                 self._flush()
             self._count()
 
+    def _read_workers(self, now: float) -> None:
+        core, trace = self.core, self.process.trace
+        for frames in receive_frames(self.deliveries):
+            with trace[Span.DELIVER]:
+                core.delivery(decode(frames[1], Delivery), frames[2:], now)
+        for message in receive(self.scheduler, SchedulerToGateway):
+            if isinstance(message, Accepted):
+                core.accepted(message.keys)
+            elif isinstance(message, Withdrawn):
+                core.withdrawn(message.keys, now)
+            else:
+                core.cache_cleared(message.query_id, now)
+        for identity, done in receive_from(self.tokenizers, TokenizeDone):
+            core.tokenizer_done(identity, done.key, now)
+
+    def _read_clients(self, now: float) -> None:
+        core, trace = self.core, self.process.trace
+        turn_ends = time.monotonic() + CLIENT_TURN_S
+        for frames in receive_frames(self.clients):  # one message of each client in turn
+            with trace[Span.REQUEST]:
+                core.client_frames(frames[0], frames[1:], now)
+            if time.monotonic() >= turn_ends:
+                break
+
     def _on_control(self, message: Start | Drain | Abort) -> None:
         if isinstance(message, Start):
             self.core.start()
-            self.process.ready()  # once more: from here on requests are taken
+            self.process.ready()  # a second time: from now on the gateway takes requests
         elif isinstance(message, Drain):
             self.core.drain(time.monotonic())
         else:
@@ -147,29 +156,29 @@ class GatewayWorker:
                 if peer is Peer.CLIENT:
                     result = try_send_to(self.clients, identity, frame)
                     if result is SendResult.GONE:
-                        self.core.client_gone(identity)  # which may have more to say
+                        self.core.client_gone(identity)  # adds messages to the outbox
                     elif result is SendResult.FULL:
-                        self.core.client_full(identity, message)  # the same
+                        self.core.client_full(identity, message)  # adds messages too
                 elif peer is Peer.TOKENIZER:
                     if not send_frames_to(self.tokenizers, identity, frame):
-                        logger.error("%s has died", identity.decode())  # the launcher sees that too and says Abort
+                        logger.error("%s has died", identity.decode())  # the launcher notices it too, and sends Abort
                 elif peer is Peer.LAUNCHER:
                     self.process.say(message)
                 else:
                     (self.scheduler if peer is Peer.SCHEDULER else self.detokenizer).send(frame)
 
     def _count(self) -> None:
-        core, stats = self.core, self.process.stats
+        core, requests, stats = self.core, self.core.requests, self.process.stats
         stats.num_open[0] = len(core.table)
         stats.num_clients[0] = len(core.table.clients)
         stats.num_received[0] = core.num_received
         stats.num_refused[0] = core.num_refused
-        stats.num_finished[0] = core.num_finished
-        stats.num_cancelled[0] = core.num_cancelled
-        stats.num_waiting[0] = core.num_waiting
+        stats.num_finished[0] = requests.num_finished
+        stats.num_cancelled[0] = requests.num_cancelled
+        stats.num_waiting[0] = requests.prompts.num_waiting
         stats.num_queue_full[0] = core.num_queue_full
-        stats.num_deadline[0] = core.num_out_of_time["deadline"]
-        stats.num_queue_timeout[0] = core.num_out_of_time["queue_timeout"]
+        stats.num_deadline[0] = requests.num_out_of_time["deadline"]
+        stats.num_queue_timeout[0] = requests.num_out_of_time["queue_timeout"]
 
     def _end_without_launcher(self) -> None:
         self.core.abort(_LAUNCHER_DIED)
@@ -177,17 +186,17 @@ class GatewayWorker:
 
 
 def _keep_folder(folder: Path) -> None:
-    """Another engine of this user that ended just now may have taken it for empty, and removed it."""
+    """Make the folder again: another engine of this user that has just ended may have removed it as empty."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.lstat().st_uid != os.getuid():
         raise ConfigError(f"{folder} belongs to another user")
 
 
 def _bind_frontend(process: WorkerProcess, bootstrap: GatewayBootstrap) -> zmq.Socket[Any]:
-    """The clients' socket. A file that only this user may connect to.
+    """The clients' socket. If it is a file, only this user may connect to it.
 
-    libzmq disconnects who sends more than its own bound, without a word; so that bound lies above the one that the core
-    answers with a text.
+    libzmq disconnects a client without an answer if a message exceeds MAX_FRAME_BYTES. The core refuses a message of
+    more than MAX_CLIENT_FRAME_BYTES, which is less, with a text.
     """
     doorkeeper = Doorkeeper(bootstrap.endpoint, bootstrap.frontend.max_connections, process.stats)
     before = os.umask(0o177)
@@ -197,8 +206,8 @@ def _bind_frontend(process: WorkerProcess, bootstrap: GatewayBootstrap) -> zmq.S
             bootstrap.endpoint,
             max_frame_bytes=MAX_FRAME_BYTES,
             handover=False,
-            send_mark=send_mark(bootstrap),
-            receive_mark=RECEIVE_MARK,
+            send_mark=max_unread_messages(bootstrap),
+            receive_mark=MAX_READ_AHEAD,
             prepare=doorkeeper.attach,
         )
     finally:
@@ -211,6 +220,6 @@ def _watch_launcher(bootstrap: GatewayBootstrap) -> int:
         fd = os.pidfd_open(bootstrap.worker.launcher_pid)
     except ProcessLookupError:
         raise LauncherDied from None
-    if os.getppid() != bootstrap.worker.launcher_pid:  # the number is somebody else's by now
+    if os.getppid() != bootstrap.worker.launcher_pid:  # another process has this number by now
         raise LauncherDied
     return fd

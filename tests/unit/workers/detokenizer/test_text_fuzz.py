@@ -13,7 +13,7 @@ from ipc.messages import Refused
 from tests.unit.workers.gateway.gateway_tools import Harness, generate
 from tests.unit.workers.text.frames import GOOD, bad_frame
 from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.core import Peer
+from workers.gateway.outbox import Peer
 
 NUM_BLOCKS = 10
 NUM_FRAMES = 10_000

@@ -19,7 +19,8 @@ from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsHandle
 from workers.bootstrap import WorkerBootstrap
 from workers.gateway.config import COUNTERS, FrontendConfig, GatewayBootstrap
-from workers.gateway.core import Gateway, Peer
+from workers.gateway.core import Gateway
+from workers.gateway.outbox import Peer
 from workers.queueing.policies import PolicyConfig
 
 TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")

@@ -29,9 +29,9 @@ from ipc.messages import (
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, Harness, generate
-from workers.gateway.core import Peer
-from workers.gateway.intake import Intake
-from workers.gateway.prompt_queue import Prompt, PromptQueue
+from workers.gateway.outbox import Outbox, Peer
+from workers.gateway.prompt_dispatch import Prompt, PromptDispatcher
+from workers.gateway.request_lifecycle import RequestLifecycle
 from workers.gateway.request_table import RequestState
 from workers.queueing.drain_rate import DrainRate
 from workers.queueing.policies import FairShare, RankedRequests, Tenant
@@ -103,8 +103,8 @@ class Trace:
         self.gone.add(client)
         self.core.client_gone(client)
         self.gateway.flush()
-        held = [key for key, prompt in self.core._intake.queue._prompts.items() if prompt.message is not None]
-        assert all(self.sent[self.keys[key]][0] != client for key in held), "a vanished client's prompts are kept"
+        held = [self.sent[self.keys[key]][0] for key in self.core.requests.prompts._waiting]
+        assert client not in held, "a vanished client's prompts are kept"
 
     # Time
 
@@ -182,12 +182,12 @@ class Trace:
     # After each event
 
     def look(self) -> None:
-        table, queue = self.core.table, self.core._intake.queue
+        table, prompts = self.core.table, self.core.requests.prompts
         sent = self.gateway.sent
         for name, message in sent[Peer.TOKENIZER]:
             self.check_turn(message)
             self.to_tokenizer[name].append(message)
-            sizes = list(self.core._intake._tokenizers._tokenizers[name].prompts.values())
+            sizes = [prompt.num_bytes for prompt in prompts._loads[name].prompts.values()]
             assert len(sizes) <= self.max_ahead
             assert sum(sizes[:-1]) < self.max_ahead_bytes, "more is under way to a tokenizer than policy can do without"
         sent[Peer.TOKENIZER].clear()
@@ -206,11 +206,13 @@ class Trace:
             key: waits for key, waits in self.waiting.items()
             if (request := table.request(key)) is not None and request.state is RequestState.QUEUED
         }  # fmt: skip
-        assert len(queue) == len(self.waiting) == self.core.num_waiting, "a request is lost, or waits and has ended"
-        held = sum(queue._prompts[key].held_bytes for key in self.waiting)
-        assert queue.num_bytes == held, "memory is counted that is not held"
-        messages = [prompt.message for prompt in queue._prompts.values() if prompt.message is not None]
-        assert len(messages) == len(self.waiting), "a message is kept that is not needed"
+        assert len(prompts._policy) == len(self.waiting) == prompts.num_waiting, (
+            "a request is lost, or waits at its end"
+        )
+        held = sum(prompts._waiting[key].held_bytes for key in self.waiting)
+        assert prompts.num_bytes == held, "memory is counted that is not held"
+        under_way = [prompt for load in prompts._loads.values() for prompt in load.prompts.values()]
+        assert not any(prompt.message for prompt in under_way), "a message is kept that is not needed"
 
     def check_turn(self, message: Tokenize) -> None:
         """The request that goes to a tokenizer is the policy's next, and has time left."""
@@ -264,11 +266,11 @@ class Trace:
             raise AssertionError("requests are lost on their way")
         assert len(self.core.table) == 0
         assert not self.declined, "the scheduler waits for what will not come"
-        queue = self.core._intake.queue
-        assert (len(queue), queue.num_bytes, queue._prompts) == (0, 0, {})
-        if isinstance(queue._policy, FairShare):
-            assert not queue._policy._tenants, "a tenant is remembered"
-        assert not any(tokenizer.num_bytes for tokenizer in self.core._intake._tokenizers._tokenizers.values())
+        prompts = self.core.requests.prompts
+        assert (prompts.num_waiting, prompts.num_bytes) == (0, 0)
+        if isinstance(prompts._policy, FairShare):
+            assert not prompts._policy._tenants, "a tenant is remembered"
+        assert not any(load.prompts or load.num_bytes for load in prompts._loads.values())
         answered = {request_id for _, request_id in self.gateway.finals}
         assert {name for name, (client, _, _) in self.sent.items() if client not in self.gone} <= answered
         for (_, request_id), [final] in self.gateway.finals.items():
@@ -290,34 +292,39 @@ def test_the_policy_decides_every_request_has_one_answer_in_time_and_nothing_is_
 # Faults that must be found
 
 
-def answer_at_once(intake: Intake, ends: Any, stop: Any = Intake.stop) -> Any:
+def answer_at_once(requests: RequestLifecycle, ends: Any, stop: Any = RequestLifecycle._stop) -> Any:
     """The gateway answers a request that a tokenizer has, although the request may be running by now."""
-    stop(intake, ends)
+    stop(requests, ends)
     return ends
 
 
-def forget_timers(intake: Intake, now_ns: int) -> Any:
+def forget_timers(requests: RequestLifecycle, now_ns: int) -> Any:
     """The gateway never checks the clock."""
     return []
 
 
-def forget_withdrawals(intake: Intake) -> None:
+def forget_withdrawals(outbox: Outbox, key: int) -> None:
     """The scheduler never hears that a request has ended."""
-    intake._withdraws.clear()
 
 
-def keep_messages(queue: PromptQueue, key: int) -> None:
+def keep_messages(prompts: PromptDispatcher, key: int) -> None:
     """A request that ends while it waits stays in memory."""
-    prompt = queue._prompts.get(key)
-    if prompt is not None:
-        queue._policy.end(prompt)
+    prompts._policy.end(prompts._waiting[key])
 
 
-def forget_bytes(queue: PromptQueue, key: int, end: Any = PromptQueue.end) -> None:
+def forget_bytes(prompts: PromptDispatcher, key: int, remove: Any = PromptDispatcher.remove) -> None:
     """Its memory is counted for ever."""
-    num_bytes = queue.num_bytes
-    end(queue, key)
-    queue.num_bytes = num_bytes
+    num_bytes = prompts.num_bytes
+    remove(prompts, key)
+    prompts.num_bytes = num_bytes
+
+
+def count_twice(prompts: PromptDispatcher, load: Any, now_ns: int, send_next: Any = PromptDispatcher._send_next) -> Any:
+    """A tokenizer's window never empties again."""
+    before = load.num_bytes
+    message = send_next(prompts, load, now_ns)
+    load.num_bytes += load.num_bytes - before
+    return message
 
 
 def newest_first(ranked: RankedRequests[Any]) -> Any:
@@ -328,11 +335,12 @@ def newest_first(ranked: RankedRequests[Any]) -> Any:
 @pytest.mark.parametrize(
     ("owner", "method", "mutant"),
     [
-        (Intake, "stop", answer_at_once),
-        (Intake, "take_due", forget_timers),
-        (Intake, "take_withdraws", forget_withdrawals),
-        (PromptQueue, "end", keep_messages),
-        (PromptQueue, "end", forget_bytes),
+        (RequestLifecycle, "_stop", answer_at_once),
+        (RequestLifecycle, "_take_due", forget_timers),
+        (Outbox, "withdraw", forget_withdrawals),
+        (PromptDispatcher, "remove", keep_messages),
+        (PromptDispatcher, "remove", forget_bytes),
+        (PromptDispatcher, "_send_next", count_twice),
         (RankedRequests, "first", newest_first),
     ],
 )
@@ -497,7 +505,7 @@ def test_a_request_whose_deadline_passes_in_the_queue_ends_then_with_all_its_sam
     gateway.tick(0.5)
     assert gateway.finals == {(b"c", "late"): [FinalOutput("deadline", 7, 0)]}  # it came as seven ids
     assert tokenize_all(gateway) == ["r0", "r1", "r2", "r3"]
-    assert gateway.core.num_out_of_time == {"deadline": 1}
+    assert gateway.core.requests.num_out_of_time == {"deadline": 1}
 
 
 def test_a_queue_time_out_of_the_configuration_counts_from_the_arrival_here_unless_the_request_has_its_own() -> None:
@@ -587,7 +595,7 @@ def test_a_full_queue_says_how_long_what_waits_takes_to_be_tokenized() -> None:
         gateway.flush()
         number += 1
         gateway.client(generate(f"r{number}", prompt="x" * 6_000))
-    assert gateway.core.num_waiting == 6
+    assert gateway.core.requests.prompts.num_waiting == 6
     refusal = refused(gateway, generate("full", prompt="x" * 6_000))
     assert 0.4 <= refusal.retry_after_s <= 0.8
     assert f"try again in {refusal.retry_after_s:g} s" in refusal.error_message

@@ -36,7 +36,8 @@ from tests.unit.workers.text.tools import byte_level_tokenizer
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.stop_strings import SpecialTokens
 from workers.detokenizer.text_decoding import decoder_factory
-from workers.gateway.core import Gateway, Peer
+from workers.gateway.core import Gateway
+from workers.gateway.outbox import Peer
 
 NEW_DECODER = decoder_factory(byte_level_tokenizer())
 NUM_CLIENTS = 3

@@ -1,0 +1,158 @@
+"""Inputs: prompts and options of a client's caller. Checks them and encodes the request. Knows no sockets."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, Final, TypeAlias, TypedDict, cast
+
+import msgspec
+
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.codec import MAX_ITEMS, encode
+from ipc.errors import InvalidRequest, ProtocolError
+from ipc.messages import MAX_REQUEST_ID_CHARS, ChatMessage, Generate
+from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
+
+# A text; a chat, as messages or {"role": ..., "content": ...}; or token ids, as a list or a 1-d integer array.
+Prompt: TypeAlias = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]] | Sequence[int]
+
+assert array("i").itemsize == 4, "token ids travel as 32-bit integers"
+
+
+class SchedulingOptions(TypedDict, total=False):
+    """Keyword arguments of a request that the scheduler reads; see `ipc.scheduling_params.SchedulingParams`."""
+
+    priority: int
+    tenant: str
+    deadline_s: float | None
+    queue_timeout_s: float | None
+
+
+def generate_frame(
+    request_id: str,
+    prompt: Prompt,
+    params: SamplingParams,
+    stream: bool,
+    cache_salt: str = "",
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING,
+) -> bytes:
+    """The encoded request. Raises InvalidRequest if no engine would accept it."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params ({params!r}) must be SamplingParams")
+    if not isinstance(request_id, str) or not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(
+            f"request_id ({reprlib.repr(request_id)}) must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters"
+        )
+    if not isinstance(cache_salt, str):
+        raise InvalidRequest(f"cache_salt ({cache_salt!r}) must be a string")
+    message = Generate(
+        request_id=request_id,
+        params=params,
+        stream=stream,
+        cache_salt=cache_salt,
+        scheduling=scheduling,
+        **_prompt_fields(prompt),
+    )
+    try:
+        return encode(message, max_bytes=MAX_CLIENT_FRAME_BYTES)
+    except ProtocolError as error:
+        raise InvalidRequest(f"prompt is too large: {error}") from None
+
+
+def batch_of(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompts of a batch and the parameters of each. Raises InvalidRequest if `prompts` is not a list of prompts.
+
+    A single prompt is refused too, because each of its letters, token ids or messages would become a prompt.
+    """
+    refusal = f"prompts ({reprlib.repr(prompts)}) must be a list of prompts"
+    if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"{refusal}; use generate for one prompt")
+    prompts = list(prompts)
+    if prompts and all(isinstance(prompt, Integral | ChatMessage | Mapping) for prompt in prompts):
+        raise InvalidRequest(f"{refusal}; this is one prompt: use generate for it")
+    if isinstance(params, SamplingParams):
+        return prompts, [params] * len(prompts)
+    if not isinstance(params, Iterable):
+        raise InvalidRequest(f"params ({reprlib.repr(params)}) must be SamplingParams, or a list of them")
+    params = list(params)
+    if len(params) != len(prompts):
+        raise InvalidRequest(f"{len(params)} params for {len(prompts)} prompts: give one, or one for each")
+    return prompts, params
+
+
+def checked_timeout(timeout_s: object, name: str = "timeout_s") -> float | None:
+    """A time-out in seconds; None = none. Raises InvalidRequest."""
+    if timeout_s is None:
+        return None
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not timeout_s >= 0:
+        raise InvalidRequest(
+            f"{name} ({reprlib.repr(timeout_s)}) must be a number of seconds that is not negative, or None for no limit"
+        )
+    return None if timeout_s == math.inf else float(timeout_s)
+
+
+_PROMPT_KINDS: Final = "a string, a list of chat messages or a list of token ids"
+
+
+class _PromptFields(TypedDict, total=False):
+    """The field of Generate that holds the prompt."""
+
+    prompt: str
+    chat: list[ChatMessage]
+    token_ids: bytes
+
+
+def _prompt_fields(prompt: Prompt) -> _PromptFields:
+    fields: _PromptFields
+    if isinstance(prompt, str):
+        fields = {"prompt": prompt}
+    elif _is_array(prompt):
+        fields = {"token_ids": _token_id_bytes(cast(Any, prompt).tolist())}
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}, not {type(prompt).__name__}")
+    elif prompt and isinstance(prompt[0], ChatMessage | Mapping):
+        if len(prompt) > MAX_ITEMS:
+            raise InvalidRequest(f"prompt is a chat of {len(prompt)} messages; at most {MAX_ITEMS} are allowed")
+        fields = {"chat": [_chat_message(message) for message in prompt]}
+    else:
+        fields = {"token_ids": _token_id_bytes(cast(Sequence[int], prompt))}
+    if len(cast(Any, prompt)) == 0:
+        raise InvalidRequest("prompt is empty")
+    return fields
+
+
+def _is_array(prompt: object) -> bool:
+    """A numpy array or something like it, without importing numpy."""
+    if not hasattr(prompt, "dtype") or not hasattr(prompt, "tolist"):
+        return False
+    if getattr(prompt, "ndim", None) != 1 or getattr(prompt.dtype, "kind", "") not in ("i", "u"):
+        raise InvalidRequest("prompt is an array: it must be 1-dimensional and hold integers")
+    return True
+
+
+def _token_id_bytes(token_ids: Sequence[int]) -> bytes:
+    try:
+        if bool in map(type, token_ids):  # Python takes them for 0 and 1
+            raise TypeError
+        packed = array("i", token_ids)
+    except TypeError:
+        raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}; this list holds something else") from None
+    except OverflowError:
+        raise InvalidRequest("prompt: token ids must lie in [0, 2**31)") from None
+    if packed and min(packed) < 0:
+        raise InvalidRequest(f"prompt: token id {min(packed)} is negative")
+    return packed.tobytes()
+
+
+def _chat_message(message: object) -> ChatMessage:
+    try:
+        return msgspec.convert(msgspec.to_builtins(message), ChatMessage)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise InvalidRequest(f'chat message must be {{"role": text, "content": text}}: {error}') from None

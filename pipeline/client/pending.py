@@ -1,0 +1,105 @@
+"""The requests and queries of a client that have no final answer yet, and what the engine's messages do to them.
+
+Reads the gateway's messages (`ipc/messages.py`: gateway -> client). Knows no sockets: `session.py` sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ipc.codec import decode
+from ipc.errors import ProtocolError, RingfeedError, error_from_code
+from ipc.messages import Alive, FinalOutput, GatewayToClient, Outputs, Refused
+from pipeline.client.streams import OpenRequest
+
+logger = logging.getLogger(__name__)
+
+
+class PendingAnswers:
+    """Open requests by request id, and open queries by query id."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.requests: dict[str, OpenRequest] = {}
+        self.queries: dict[int, asyncio.Future[Any]] = {}
+        self.unsent: dict[str | int, bytes] = {}  # the frames of those that wait for an engine
+        self._endpoint = endpoint
+
+    @property
+    def are_awaited(self) -> bool:
+        """Whether a caller still waits for any of them."""
+        return bool(self.queries) or any(not request.abandoned for request in self.requests.values())
+
+    def take_frames(self, frames: list[bytes]) -> int:
+        """Give messages of the engine to the requests and queries that wait for them.
+
+        Returns the number of Outputs messages among them, which the caller acknowledges.
+        """
+        num_outputs = 0
+        for frame in frames:
+            try:
+                message: GatewayToClient = decode(frame, GatewayToClient)
+            except ProtocolError as error:
+                self.fail_all(ProtocolError(f"the engine at {self._endpoint} sent an unreadable message: {error}"))
+                continue
+            match message:
+                case Outputs():
+                    num_outputs += 1
+                    self._take_outputs(message)
+                case Refused():
+                    self._take_refusal(message)
+                case Alive():
+                    pass  # the gateway only tests whether it can reach this client
+                case _:
+                    query = self.queries.pop(message.query_id, None)
+                    if query is not None and not query.done():
+                        query.set_result(message)
+        return num_outputs
+
+    def _take_outputs(self, outputs: Outputs) -> None:
+        num_token_ids = memoryview(outputs.num_token_ids).cast("i").tolist()
+        token_ids = memoryview(outputs.token_ids).cast("i").tolist()
+        samples = memoryview(outputs.samples or bytes(len(outputs.num_token_ids))).cast("i").tolist()
+        find = self.requests.get
+        start = 0
+        for request_id, sample, text, num in zip(
+            outputs.request_ids, samples, outputs.texts, num_token_ids, strict=True
+        ):
+            request = find(request_id)
+            if request is not None and not request.abandoned:
+                request.add(sample, text, token_ids[start : start + num])
+            start += num
+        for index, logprobs in outputs.logprobs:
+            request = find(outputs.request_ids[index])
+            if request is not None and not request.abandoned:
+                request.samples[samples[index]].logprobs.append(logprobs)
+        for index, final in outputs.finals:
+            request = find(outputs.request_ids[index])
+            if request is not None:
+                self.end_sample(request, samples[index], final)
+
+    def _take_refusal(self, refused: Refused) -> None:
+        request = self.requests.pop(refused.request_id, None)
+        if request is None:
+            logger.warning("the engine refused a message: %s", refused.error_message)
+        else:
+            request.fail(error_from_code(refused.error_code, refused.error_message, refused.retry_after_s))
+
+    def end_sample(self, request: OpenRequest, sample: int, final: FinalOutput) -> None:
+        """A sample has ended. If no other sample is open, the request has ended too."""
+        if final.num_open == 0:
+            del self.requests[request.request_id]
+        request.end_sample(sample, final)
+
+    def fail_all(self, error: RingfeedError) -> None:
+        """End all requests and queries with an error."""
+        requests, queries = list(self.requests.values()), list(self.queries.values())
+        self.requests.clear()
+        self.queries.clear()
+        self.unsent.clear()
+        for request in requests:
+            request.fail(type(error)(*error.args))  # a copy for each, because threads raise them at the same time
+        for query in queries:
+            if not query.done() and not query.get_loop().is_closed():
+                query.set_exception(type(error)(*error.args))

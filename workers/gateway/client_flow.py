@@ -1,0 +1,130 @@
+"""Flow control towards clients: sends their outputs, counts what they acknowledge, finds those that stopped reading.
+
+Every `Outputs` message costs a client one credit until the client acknowledges it with `Delivered`. The detokenizer
+keeps within `client_window`. An untrusted client may ignore flow control: it never acknowledges, or it never reads.
+Such a client is suspended. Its requests are cancelled, and it may send no new ones until it acknowledges something;
+otherwise each new request could leave another window of outputs unread. Knows requests only by their ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ipc.errors import InvalidRequest, QueueFull, RingfeedError
+from ipc.messages import Alive, ClientCredit, FinalOutput, Outputs
+from workers.gateway.client_frames import MAX_ERROR_CHARS
+from workers.gateway.config import GatewayBootstrap
+from workers.gateway.outbox import Outbox, Peer
+from workers.gateway.request_table import ClientSession, RequestTable
+
+PROBE_INTERVAL_S: Final = 1.0
+MAX_ANSWERED: Final = 8_192  # requests in one Outputs message of the gateway's own
+
+
+class ClientFlow:
+    """Sends outputs and probes to clients. Times are seconds."""
+
+    def __init__(self, bootstrap: GatewayBootstrap, table: RequestTable, outbox: Outbox) -> None:
+        self._window = bootstrap.client_window
+        self._timeout_s = bootstrap.frontend.slow_client_timeout_s
+        self._table = table
+        self._outbox = outbox
+        # Suspended clients by identity, each with the outputs for which its queue had no room.
+        self._suspended: dict[bytes, list[Outputs | bytes]] = {}
+
+    @property
+    def needs_probes(self) -> bool:
+        return bool(self._table.clients or self._suspended)
+
+    # Outputs
+
+    def send_outputs(self, client: ClientSession, outputs: Outputs | bytes, now: float) -> None:
+        """Send one Outputs message, encoded or not. The client owes an acknowledgement for it."""
+        if client.num_outputs == 0:
+            client.last_progress = now
+        client.num_outputs += 1
+        client.was_sent_to = True
+        self._outbox.add(Peer.CLIENT, outputs, client.identity)
+
+    def send_finals(self, client: ClientSession, finals: list[tuple[str, FinalOutput]], now: float) -> None:
+        """Send final answers by request id, for requests that the detokenizer does not know."""
+        for start in range(0, len(finals), MAX_ANSWERED):
+            part = finals[start : start + MAX_ANSWERED]
+            outputs = Outputs(
+                request_ids=[request_id for request_id, _ in part],
+                texts=[""] * len(part),
+                num_token_ids=bytes(4 * len(part)),
+                token_ids=b"",
+                finals=[(index, final) for index, (_, final) in enumerate(part)],
+            )
+            client.num_own_outputs += 1
+            self.send_outputs(client, outputs, now)
+
+    def send_errors(self, client: ClientSession, error: RingfeedError) -> None:
+        """Answer all open requests of a client with an error. The caller then takes them out of the table."""
+        final = FinalOutput("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
+        self.send_finals(client, [(request_id, final) for request_id in client.keys], client.last_progress)
+
+    # Acknowledgements
+
+    def acknowledge(self, identity: bytes, count: int, now: float) -> None:
+        """A client has taken in `count` Outputs messages. It gets no credit for more than were sent."""
+        if count < 1:
+            raise InvalidRequest(f"count ({count}) must be at least 1")
+        for outputs in self._suspended.pop(identity, []):
+            self._outbox.add(Peer.CLIENT, outputs, identity)
+        client = self._table.client(identity)
+        count = 0 if client is None else min(count, client.num_outputs)
+        if client is None or count == 0:
+            return
+        client.num_outputs -= count
+        client.last_progress = now
+        # Which messages it took in does not matter: in the end the detokenizer gets back the credit that it spent.
+        own = min(count, client.num_own_outputs)
+        client.num_own_outputs -= own
+        if count > own:
+            self._outbox.add(Peer.DETOKENIZER, ClientCredit(client=client.name, count=count - own))
+        self._table.forget_if_idle(client)
+
+    def check_not_suspended(self, identity: bytes) -> None:
+        """Raise QueueFull for a suspended client."""
+        if identity in self._suspended:
+            raise QueueFull(
+                "this client was suspended because it stopped reading: read the pending output and acknowledge it "
+                "with `Delivered`",
+                PROBE_INTERVAL_S,  # by then the gateway sends again what the client has not read
+            )
+
+    # Clients that do not read
+
+    def suspend(self, identity: bytes, unsent: Any = None) -> None:
+        """Suspend a client. Keeps `unsent` if it is an Outputs message, to send it again; other answers are lost.
+
+        So every request gets its final answer if the client reads on. The client's window bounds what is kept.
+        """
+        kept = self._suspended.setdefault(identity, [])
+        if isinstance(unsent, Outputs | bytes):
+            kept.append(unsent)
+
+    def forget(self, identity: bytes) -> None:
+        """A client has gone: it need not be suspended any more."""
+        self._suspended.pop(identity, None)
+
+    def slow_clients(self, now: float) -> list[ClientSession]:
+        """Clients with a full window of outputs that have acknowledged nothing for `slow_client_timeout_s`."""
+        return [
+            client
+            for client in self._table.clients
+            if client.num_outputs >= self._window and now - client.last_progress > self._timeout_s
+        ]
+
+    def probe(self) -> None:
+        """Send something to every client, so that the worker notices those that have gone."""
+        for client in self._table.clients:
+            if not client.was_sent_to:
+                self._outbox.add(Peer.CLIENT, Alive(), client.identity)
+            client.was_sent_to = False
+        for identity, kept in self._suspended.items():
+            for message in kept or (Alive(),):
+                self._outbox.add(Peer.CLIENT, message, identity)
+            kept.clear()

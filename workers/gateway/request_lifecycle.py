@@ -1,0 +1,267 @@
+"""Moves every request through its states, and ends each with exactly one final answer.
+
+             dispatch                Accepted              Delivery with the final answer
+    QUEUED ───────────> TOKENIZING ────────────> ACCEPTED ────────────────────────────────> closed
+      │                     │                       │
+      │ cancel, time-out    │ cancel, time-out:     │ cancel: send CancelRequests.
+      │                     │ send Withdraw         │ It stays ACCEPTED until its Delivery
+      v                     v
+    closed,             Withdrawn: closed, answered here
+    answered here       Accepted:  ACCEPTED; a cancel is now sent as CancelRequests
+
+If a client is dropped, all its requests are cancelled, and no Delivery for them is awaited.
+
+Final answers come from the detokenizer, in frames that the gateway passes on without reading them. The gateway itself
+answers requests that the detokenizer does not know: those that end while QUEUED, and those that are Withdrawn. It also
+answers if it drops a client or the engine fails; then it discards the detokenizer's frames.
+
+Only the scheduler knows whether a TOKENIZING request has reached it. From `Accepted` on, the scheduler enforces the
+request's time-outs.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
+from ipc.messages import ClientGone, FinalOutput, FinishReason, Generate, Route, Tokenize
+from ipc.sampling_params import MAX_SEED
+from ipc.scheduling_params import SchedulingParams
+from workers.gateway.client_flow import ClientFlow
+from workers.gateway.config import GatewayBootstrap
+from workers.gateway.outbox import Outbox, Peer
+from workers.gateway.prompt_dispatch import PromptDispatcher
+from workers.gateway.request_table import ClientSession, Request, RequestState, RequestTable
+from workers.queueing.timers import Timers
+
+Ends = list[tuple[Request, FinishReason]]
+
+
+class RequestLifecycle:
+    """All transitions of requests. Times are seconds of CLOCK_MONOTONIC."""
+
+    def __init__(self, bootstrap: GatewayBootstrap, table: RequestTable, flow: ClientFlow, outbox: Outbox) -> None:
+        self.prompts = PromptDispatcher(bootstrap)  # of requests that are QUEUED or TOKENIZING
+        self.num_finished = 0
+        self.num_cancelled = 0
+        self.num_out_of_time: Counter[str] = Counter()  # before they reached the scheduler, by finish reason
+        self._max_open_requests = bootstrap.frontend.max_open_requests
+        self._queue_timeout_s = bootstrap.policy.queue_timeout_s
+        self._table = table
+        self._flow = flow
+        self._outbox = outbox
+        self._timers = Timers(self._is_timed_here)
+
+    # A request begins
+
+    def open(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
+        """A client's valid request arrives. Raises InvalidRequest or QueueFull if the gateway cannot take it."""
+        now_ns = to_ns(now)
+        self._check_open_requests(identity, message, now_ns)
+        held_bytes = self.prompts.held_bytes(message, frame_bytes)
+        self.prompts.check_room(held_bytes, now_ns)
+        num_prompt_tokens = len(message.token_ids or b"") // 4
+        request = self._table.open(identity, message.request_id, message.params.n, now_ns, num_prompt_tokens)
+        self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, held_bytes)
+        self.dispatch(now)
+
+    def _check_open_requests(self, identity: bytes, message: Generate, now_ns: int) -> None:
+        num_samples, limit = message.params.n, self._max_open_requests
+        if num_samples > limit:
+            raise InvalidRequest(f"n ({num_samples}) is more than frontend.max_open_requests ({limit})")
+        client = self._table.client(identity)
+        if client is None:
+            return
+        if message.request_id in client.keys:
+            raise InvalidRequest(
+                f"request_id ({message.request_id!r}) belongs to a request that is still open: choose another one"
+            )
+        num_excess = client.num_samples + num_samples - limit
+        if num_excess > 0:
+            retry_s = client.departures.retry_after_s(num_excess, now_ns)
+            raise QueueFull(
+                f"this client has {client.num_samples} requests open, each sample counted, and "
+                f"frontend.max_open_requests is {limit}: wait for one to end, or try again in {retry_s:g} s",
+                retry_s,
+            )
+
+    def _tokenize(self, request: Request, message: Generate, now_ns: int) -> Tokenize:
+        """The message for the tokenizer. Sets the request's timers, and draws a seed if it has none."""
+        assert request.client is not None, "a new request has its client"
+        params = message.params
+        if params.seed is None:
+            params = params.with_seed(secrets.randbelow(MAX_SEED + 1))
+        return Tokenize(
+            key=request.key,
+            route=Route(request.client.name, message.request_id, message.stream),
+            params=params,
+            prompt=message.prompt,
+            chat=message.chat,
+            token_ids=message.token_ids,
+            cache_salt=message.cache_salt,
+            scheduling=message.scheduling,
+            arrived_ns=now_ns,
+            deadline_ns=self._set_timers(request.key, message.scheduling, now_ns),
+        )
+
+    def _set_timers(self, key: int, scheduling: SchedulingParams, now_ns: int) -> int:
+        """Set the timers that the scheduler will set too. Returns the time of the deadline; 0 = none."""
+        wait_s = scheduling.queue_timeout_s or self._queue_timeout_s
+        if wait_s is not None:
+            self._timers.add(now_ns + to_ns(wait_s), key, "queue_timeout")
+        if scheduling.deadline_s is None:
+            return 0
+        deadline_ns = now_ns + to_ns(scheduling.deadline_s)
+        self._timers.add(deadline_ns, key, "deadline")
+        return deadline_ns
+
+    # QUEUED -> TOKENIZING -> ACCEPTED -> closed
+
+    def dispatch(self, now: float) -> None:
+        """Give the tokenizers as many prompts as they have room for. Requests that are out of time end first."""
+        self.expire(now)
+        for identity, message in self.prompts.dispatch(to_ns(now)):
+            request = self._table.request(message.key)
+            assert request is not None, f"request {message.key} is queued and not in the table"
+            request.state = RequestState.TOKENIZING
+            self._outbox.add(Peer.TOKENIZER, message, identity)
+
+    def accepted(self, keys: Iterable[int]) -> None:
+        """The scheduler has these requests, and enforces their time-outs. Passes on cancellations that came earlier."""
+        for key in keys:
+            request = self._table.request(key)
+            if request is None:  # ended already
+                continue
+            request.state = RequestState.ACCEPTED
+            if request.is_cancelled:
+                self._outbox.cancel(request.keys)
+                if request.client is None:
+                    self._close(request)
+
+    def finished(self, keys: Iterable[int], now: float) -> None:
+        """The detokenizer has sent the final answers of these requests."""
+        for key in keys:
+            request = self._table.request(key)
+            if request is not None:
+                self._close(request, now)
+
+    # Requests are stopped
+
+    def cancel(self, identity: bytes, request_id: str, now: float) -> None:
+        """A client cancels one of its requests. Unknown ids are ignored."""
+        client = self._table.client(identity)
+        key = None if client is None else client.keys.get(request_id)
+        request = None if key is None else self._table.request(key)
+        if request is not None:
+            self._end_here(self._cancel(request), now)
+
+    def expire(self, now: float) -> None:
+        """Stop the requests whose time runs out before they reach the scheduler."""
+        if due := self._take_due(to_ns(now)):
+            self._end_here(self._stop(due), now)
+
+    def drop_client(self, client: ClientSession) -> None:
+        """Cancel all requests of a client. None is answered: the client has gone, or has got errors already."""
+        self._outbox.add(Peer.DETOKENIZER, ClientGone(client=client.name))
+        for request in self._table.forget(client):
+            for ended, _ in self._cancel(request):
+                self._close(ended)
+            if request.state is RequestState.ACCEPTED:
+                self._close(request)  # a TOKENIZING one stays in the table until the scheduler has answered
+
+    def withdrawn(self, keys: Iterable[int], now: float) -> None:
+        """The scheduler does not have these requests, and will drop them when they arrive."""
+        ended: Ends = []
+        for key in keys:
+            request = self._table.request(key)
+            if request is None or request.state is RequestState.ACCEPTED:
+                self._outbox.cancel([key])  # it had arrived and has ended: the scheduler must not wait for it
+            else:
+                assert request.withdrawn_as is not None, f"request {key} was never withdrawn"
+                ended.append((request, request.withdrawn_as))
+        self._end_here(ended, now)
+
+    def fail_all(self, error_message: str) -> None:
+        """Answer all open requests with EngineUnavailable. The detokenizer's later frames find no client."""
+        for client in list(self._table.clients):
+            self._flow.send_errors(client, EngineUnavailable(error_message))
+        self.num_finished += len(self._table)
+        self._table.clear()
+        self.prompts.clear()
+        self._timers.clear()
+
+    def _cancel(self, request: Request) -> Ends:
+        """Cancel a request, once. Returns it if it has ended now."""
+        if request.is_cancelled:
+            return []
+        request.is_cancelled = True
+        self.num_cancelled += 1
+        if request.state is RequestState.ACCEPTED:
+            self._outbox.cancel(request.keys)
+            return []
+        return self._stop([(request, "cancelled")])
+
+    def _stop(self, ends: Ends) -> Ends:
+        """Stop QUEUED and TOKENIZING requests. Returns those that have ended now.
+
+        For the others, the scheduler's answer to Withdraw decides.
+        """
+        ended: Ends = []
+        for request, reason in ends:
+            if request.state is RequestState.QUEUED:
+                self.prompts.remove(request.key)
+                ended.append((request, reason))
+            elif request.withdrawn_as is None:  # the first reason stands
+                request.withdrawn_as = reason
+                self._outbox.withdraw(request.key)
+        return ended
+
+    def _end_here(self, ends: Ends, now: float) -> None:
+        """Answer requests that the detokenizer does not know, and close them. Each client gets one message."""
+        answers: defaultdict[ClientSession, list[tuple[str, FinalOutput]]] = defaultdict(list)
+        for request, reason in ends:
+            if reason in ("deadline", "queue_timeout"):
+                self.num_out_of_time[reason] += 1
+            if request.client is not None:
+                answers[request.client].append((request.request_id, FinalOutput(reason, request.num_prompt_tokens, 0)))
+        for client, finals in answers.items():
+            self._flow.send_finals(client, finals, now)
+        for request, _ in ends:
+            self._close(request, now)
+
+    def _close(self, request: Request, now: float | None = None) -> None:
+        """Take a request out of the table. `now` may be None if its client was dropped."""
+        self.num_finished += 1
+        if request.client is not None and now is not None:
+            request.client.departures.leave(to_ns(now), len(request.keys))
+        self._table.close(request)
+
+    # Timers
+
+    @property
+    def first_timer_ns(self) -> int | None:
+        """When `expire` may have something to do; None: not before the next request."""
+        return self._timers.first_ns
+
+    def _take_due(self, now_ns: int) -> Ends:
+        """The requests whose time has run out here, each with the reason that came first."""
+        if self._timers.first_ns is None or self._timers.first_ns > now_ns:
+            return []
+        due: dict[Request, FinishReason] = {}
+        for key, reason in self._timers.take_due(now_ns):
+            request = self._table.request(key)
+            if request is not None and request.state is not RequestState.ACCEPTED:
+                due.setdefault(request, reason)
+        return list(due.items())
+
+    def _is_timed_here(self, key: int) -> bool:
+        """Whether a request is open and, as far as the gateway knows, has not reached the scheduler."""
+        request = self._table.request(key)
+        return request is not None and request.state is not RequestState.ACCEPTED
+
+
+def to_ns(seconds: float) -> int:
+    """Seconds as the nanoseconds of messages and timers."""
+    return round(seconds * 1e9)
