@@ -28,6 +28,7 @@ from ipc.messages import (
     Alive,
     CacheCleared,
     Cancel,
+    CancelRequests,
     ClearCache,
     ClientCredit,
     ClientGone,
@@ -41,7 +42,8 @@ from ipc.messages import (
     Query,
     Refused,
     Stats,
-    cancel_requests,
+    Withdraw,
+    split_keys,
 )
 from ipc.sampling_params import MAX_SEED
 from workers.gateway.cache_clears import CacheClears
@@ -106,10 +108,10 @@ class Gateway:
 
     def take_outbox(self) -> list[Send]:
         """What has to be sent, in order."""
-        for cancels in cancel_requests(self._cancels):
+        for cancels in split_keys(CancelRequests, self._cancels):
             self._send(Peer.SCHEDULER, cancels)
         self._cancels = []
-        if (withdraw := self._intake.take_withdraws()) is not None:
+        for withdraw in split_keys(Withdraw, self._intake.take_withdraws()):
             self._send(Peer.SCHEDULER, withdraw)
         outbox, self._outbox = self._outbox, []
         return outbox

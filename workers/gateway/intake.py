@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ipc.messages import FinishReason, Generate, Route, Tokenize, Withdraw
+from ipc.messages import FinishReason, Generate, Route, Tokenize
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from workers.gateway.config import GatewayBootstrap
@@ -102,12 +102,10 @@ class Intake:
                 self._withdraws.append(request.key)
         return ended
 
-    def take_withdraws(self) -> Withdraw | None:
-        """The message for the scheduler about requests withdrawn since the last call."""
-        if not self._withdraws:
-            return None
+    def take_withdraws(self) -> list[int]:
+        """Keys of the requests that were withdrawn since the last call; the scheduler must hear of them."""
         keys, self._withdraws = self._withdraws, []
-        return Withdraw(keys=keys)
+        return keys
 
     def withdrawn(self, keys: Iterable[int]) -> tuple[Ends, list[int]]:
         """The scheduler does not have these requests, and will drop them when they arrive.

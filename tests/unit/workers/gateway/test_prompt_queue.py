@@ -301,9 +301,10 @@ def forget_timers(intake: Intake, now_ns: int) -> Any:
     return []
 
 
-def forget_withdrawals(intake: Intake) -> None:
+def forget_withdrawals(intake: Intake) -> list[int]:
     """The scheduler never hears that a request has ended."""
     intake._withdraws.clear()
+    return []
 
 
 def keep_messages(queue: PromptQueue, key: int) -> None:
