@@ -1,36 +1,59 @@
-"""Every message of ringfeed, by the sockets it travels on.
+"""Every message of ringfeed. One file, so that the protocol can be read from top to bottom.
 
-    client  --DEALER-->  gateway   (ROUTER `frontend`)
-    gateway <--ROUTER-- tokenizer  (DEALER to `tokenize`)
-    tokenizer, gateway, detokenizer  --DEALER-->  scheduler  (ROUTER `schedule`)
-    scheduler, gateway  --DEALER-->  detokenizer  (ROUTER `detokenize`)
-    detokenizer  --DEALER-->  gateway  (ROUTER `deliver`)
-    every worker  --DEALER-->  launcher  (ROUTER `control`)
+A request crosses the processes in this order:
 
-A request is known to a client by its own `request_id` and inside the engine by `key`, an integer that the gateway draws
-once and never again, in order of arrival. Each of its n samples is a sequence with its own key: sample i has `key + i`,
-and no other request uses these keys. A request's messages follow one path (gateway, tokenizer, scheduler, detokenizer,
-gateway), so no process receives messages about a key from two others in an unknown order. Arrays travel as raw
-little-endian bytes, named with their dtype.
+    client --Generate--> gateway --Tokenize--> tokenizer --Tokenized--> scheduler <=== rings ===> GPU process
+                                                                            |
+    client <--Outputs--- gateway <--Delivery-- detokenizer <--StepOutputs---+
+
+Each socket pair is one ROUTER and the DEALERs that connect to it. Messages travel in both directions:
+
+    ROUTER      bound by     connected by                      to the ROUTER                    from the ROUTER
+    frontend    gateway      clients                           ClientMessage                    GatewayToClient
+    tokenize    gateway      tokenizers                        TokenizeDone                     Tokenize
+    schedule    scheduler    tokenizers, gateway, detokenizer  ToScheduler                      SchedulerToGateway
+    detokenize  detokenizer  scheduler, gateway                ToDetokenizer                    -
+    deliver     gateway      detokenizer                       Delivery, then Outputs frames    -
+    control     launcher     every worker                      WorkerToLauncher                 LauncherToWorker
+
+Names. The client draws `request_id`. The gateway draws `key`, an integer, in order of arrival and never twice. A
+request with n samples owns the keys `key` to `key + n - 1`: sample i is the sequence `key + i`.
+
+Order. Messages from one process to another arrive in the order in which they were sent. Messages about one key that
+come from different processes can arrive in any order:
+
+- At the scheduler, the gateway's `Withdraw` can arrive before or after the tokenizer's `Tokenized`. `Withdrawn` or
+  `Accepted` tells the gateway which one was first.
+- At the scheduler, a `CancelRequests` can arrive after the request has ended. The scheduler ignores unknown keys.
+- At the gateway, a `Delivery` that ends a request can arrive before its `Accepted`. The gateway ignores the latter.
+- At the detokenizer, `ClientGone` can arrive before a request of that client is opened. The gateway receives the
+  `Delivery` for the unknown client and sends `ClientGone` again.
+
+Arrays travel as raw little-endian bytes; comments give their dtype and shape. A list or map has at most
+`codec.MAX_ITEMS` items, and the receiver refuses a message with more. The frame bounds bytes and text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from ipc.codec import MAX_ITEMS, BoundedList
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 
 PROTOCOL_VERSION = 2
-MAX_REQUEST_ID_CHARS = 256  # a longer one is not told back: its refusal would name no request
-EOS_TOKEN_ID = "eos_token_id"  # in Ready.info
-PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens that a text decoder needs to continue its text
-MAX_CANCELLED_KEYS = 8_192  # in one CancelRequests; a receiver refuses lists of more than `codec.MAX_ITEMS`
+MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
+EOS_TOKEN_ID = "eos_token_id"  # a key of Ready.info
+PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens, which a text decoder needs to continue the text
+MAX_NAMES = 1_024  # in one map: roles of an engine, statistics of a role, facts of a worker
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
+
+V = TypeVar("V")
+NameMap = Annotated[dict[str, V], msgspec.Meta(max_length=MAX_NAMES)]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -48,41 +71,54 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Generate(Message, frozen=True):
-    """Ask for a completion of exactly one of `prompt`, `chat` and `token_ids` (int32 bytes)."""
+    """client -> gateway, for each request: generate from exactly one of `prompt`, `chat` and `token_ids`.
 
-    request_id: str
+    The gateway queues the request and later answers with `Outputs`, or answers `Refused` at once.
+    """
+
+    request_id: str  # of the client's choice; no other open request of this client may have it
     params: SamplingParams
     prompt: str | None = None
-    chat: list[ChatMessage] | None = None
-    token_ids: bytes | None = None
-    stream: bool = False  # False: nothing is sent before the end
-    cache_salt: str = ""  # only requests of the same salt share cached prompt blocks
+    chat: BoundedList[ChatMessage] | None = None
+    token_ids: bytes | None = None  # int32 [num_prompt_tokens]
+    stream: bool = False  # False: the client receives nothing before the request ends
+    cache_salt: str = ""  # only requests with the same salt share cached prompt blocks
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
 
 
 class Cancel(Message, frozen=True):
-    """End one of the client's own requests; it is answered with finish reason `cancelled`. Unknown ids are ignored."""
+    """client -> gateway, when the caller abandons a request: end it.
+
+    The gateway ends the request with finish reason `cancelled`. It ignores ids that this client has not open.
+    """
 
     request_id: str
 
 
 class Delivered(Message, frozen=True):
-    """Credit: the client has taken in this many `Outputs` messages. One that never says so is dropped in the end."""
+    """client -> gateway, after the client has read `count` messages of type `Outputs`: credit for as many more.
+
+    The gateway passes the credit on to the detokenizer. It drops a client that gives no credit for
+    `frontend.slow_client_timeout_s` while outputs wait.
+    """
 
     count: int
 
 
 class Query(Message, frozen=True):
-    """Ask for `Health` or `Stats`; the answer carries the same `query_id`."""
+    """client -> gateway, at any time: ask for `Health` or `Stats`. The answer carries the same `query_id`."""
 
     query_id: int
     what: Literal["health", "stats"]
 
 
 class ClearCache(Message, frozen=True):
-    """client -> gateway -> scheduler: forget all cached blocks. Requests sent after its `CacheCleared` find none."""
+    """client -> gateway -> scheduler, at any time: forget all cached blocks.
 
-    query_id: int
+    The scheduler answers `CacheCleared`. A request that is sent after that answer finds no block from before.
+    """
+
+    query_id: int  # towards the scheduler, a number that the gateway draws
 
 
 ClientMessage = Generate | Cancel | Delivered | Query | ClearCache
@@ -92,7 +128,7 @@ ClientMessage = Generate | Cancel | Delivered | Query | ClearCache
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Log-probabilities of consecutive sampled tokens of one request, n of them, each with `num_top` alternatives."""
+    """Log-probabilities of n consecutive sampled tokens of one sample, each with `num_top` alternatives."""
 
     num_top: int
     logprobs: bytes  # float32 [n]
@@ -101,64 +137,76 @@ class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The end of a sample. With `num_open` 0 it is the final answer, and ends whatever is open of the request."""
+    """The end of a sample. With `num_open` 0 it is the request's final answer and ends samples that are still open."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int  # 0 for a text that was never tokenized
     num_completion_tokens: int  # of the sample
     error_code: str = ""
     error_message: str = ""
-    num_cached_tokens: int = 0  # of the prompt: found in the cache when sample 0 was admitted
+    num_cached_tokens: int = 0  # prompt tokens found in the cache when sample 0 was admitted
     num_open: int = 0  # samples of the request that have not ended
     retry_after_s: float = 0.0  # of a full queue: when to try again
 
 
 class Outputs(Message, frozen=True):
-    """News of several samples of one client's requests, in columns. Costs one credit."""
+    """gateway -> client, when samples have new tokens or end: columns with one item per sample. Costs one credit.
 
-    request_ids: list[str]  # n, of the samples' requests
-    texts: list[str]  # n; new text of each
-    num_token_ids: bytes  # int32 [n]
+    The detokenizer writes the frame, and the gateway passes it on unread; the gateway writes it itself for requests
+    that the detokenizer does not know. The client adds each item to its request and answers `Delivered`.
+    """
+
+    request_ids: BoundedList[str]  # [n], the requests that the samples belong to
+    texts: BoundedList[str]  # [n], new text of each sample
+    num_token_ids: bytes  # int32 [n], new tokens of each sample
     token_ids: bytes  # int32 [sum of num_token_ids]
-    finals: list[tuple[int, FinalOutput]] = []  # (index into request_ids, its end)
-    logprobs: list[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of its new tokens)
-    samples: bytes = b""  # int32 [n], index of each among its request's; empty: all are sample 0
+    finals: BoundedList[tuple[int, FinalOutput]] = []  # (index into request_ids, the end of that sample)
+    logprobs: BoundedList[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of the new tokens there)
+    samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
 
 
 class Refused(Message, frozen=True):
-    """A message of the client's that was not taken. `request_id` is empty where none could be read."""
+    """gateway -> client, at once: the gateway did not accept a message. The client's request ends with this error."""
 
-    request_id: str
+    request_id: str  # empty if the message names none
     error_code: str
     error_message: str
     retry_after_s: float = 0.0  # of a full queue: when to try again
 
 
 class Health(Message, frozen=True):
+    """gateway -> client, answers a `Query`: the state of the engine and the limits that a client needs."""
+
     query_id: int
     state: Literal["starting", "ready", "draining", "failed"]
-    detail: str  # what a starting engine is at, or why a failed one failed
+    detail: str  # the stage of a starting engine, or why a failed engine failed
     protocol_version: int
     model: str
     max_model_len: int
-    max_open_requests: int  # of one client: more are refused at once
+    max_open_requests: int  # of one client; the gateway refuses more at once
 
 
 class Stats(Message, frozen=True):
-    """Counters and gauges of every process by role: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}}."""
+    """gateway -> client, answers a `Query`: counters and gauges of every process by role.
+
+    For example {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}}.
+    """
 
     query_id: int
-    roles: dict[str, dict[str, float]]
+    roles: NameMap[NameMap[float]]
 
 
 class CacheCleared(Message, frozen=True):
-    """scheduler -> gateway -> client: answers `ClearCache`."""
+    """scheduler -> gateway -> client, answers `ClearCache`: the cache has no block from before."""
 
     query_id: int
 
 
 class Alive(Message, frozen=True):
-    """Asks for no answer: a client that cannot be reached with it has gone, and its requests are cancelled."""
+    """gateway -> client, every few seconds to a known client that received nothing else. The client ignores it.
+
+    The gateway's socket refuses the message if the client is gone. Then the gateway cancels the client's requests.
+    """
 
 
 GatewayToClient = Outputs | Refused | Health | Stats | CacheCleared | Alive
@@ -168,22 +216,26 @@ GatewayToClient = Outputs | Refused | Health | Stats | CacheCleared | Alive
 
 
 class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a request's text goes: carried along its whole path, read by the detokenizer and the gateway."""
+    """Where a request's text goes. Every message along the path carries it; detokenizer and gateway read it."""
 
-    client: bytes  # the gateway's own name for one stay of a client; opaque to all others
+    client: bytes  # drawn by the gateway for each connection of a client; opaque to the other processes
     request_id: str
     stream: bool
 
 
 class Tokenize(Message, frozen=True):
-    """gateway -> tokenizer. The seed in `params` is set."""
+    """gateway -> tokenizer, when the policy picks the request and the tokenizer has credit.
+
+    The tokenizer encodes the prompt, writes the ids into its prompt ring, sends `Tokenized` to the scheduler and then
+    `TokenizeDone` to the gateway.
+    """
 
     key: int
     route: Route
-    params: SamplingParams
-    arrived_ns: int  # at the gateway, CLOCK_MONOTONIC: queue time-outs and aging count from then
+    params: SamplingParams  # with a seed: the gateway draws one if the client gave none
+    arrived_ns: int  # at the gateway, CLOCK_MONOTONIC; queue time-outs and aging count from here
     prompt: str | None = None
-    chat: list[ChatMessage] | None = None
+    chat: BoundedList[ChatMessage] | None = None
     token_ids: bytes | None = None
     cache_salt: str = ""
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
@@ -191,19 +243,20 @@ class Tokenize(Message, frozen=True):
 
 
 class Tokenized(Message, frozen=True):
-    """tokenizer -> scheduler: the ids, of all samples, lie in consecutive records of the prompt ring.
+    """tokenizer -> scheduler, for each `Tokenize`: the prompt's ids lie in consecutive records of the prompt ring.
 
-    `error_code` set: they do not.
+    The scheduler queues the request and sends the gateway `Accepted`. If `error_code` is set, the ring has no ids, and
+    the scheduler ends the request with that error. If the gateway has withdrawn the request, the scheduler drops it.
     """
 
     key: int
     route: Route
     params: SamplingParams
     arrived_ns: int
-    ring: int = 0
+    ring: int = 0  # index of the prompt ring; ring 0 is the scheduler's own
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
-    block_hashes: bytes = b""  # `ipc.block_hash.chain_hashes` of the prompt; empty: it is not cached
+    block_hashes: bytes = b""  # of the prompt, by `ipc.block_hash.chain_hashes`; empty: do not cache it
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     deadline_ns: int = 0
     error_code: str = ""
@@ -211,49 +264,60 @@ class Tokenized(Message, frozen=True):
 
 
 class TokenizeDone(Message, frozen=True):
-    """tokenizer -> gateway: credit for one `Tokenize`; its `Tokenized` has been sent. Key 0: I am connected."""
+    """tokenizer -> gateway, after the request's `Tokenized`: credit for one more `Tokenize`.
+
+    Key 0, once after the tokenizer has connected: the gateway may send it prompts.
+    """
 
     key: int
 
 
 class Accepted(Message, frozen=True):
-    """scheduler -> gateway: these requests have arrived, and from now on a `CancelRequests` finds them."""
+    """scheduler -> gateway, after `Tokenized` of these requests: the scheduler has them.
 
-    keys: list[int]
+    That includes a request that it refuses (a full queue, for example): its end follows by way of the detokenizer. From
+    now on the scheduler enforces the time-outs, and the gateway cancels with `CancelRequests`.
+    """
+
+    keys: BoundedList[int]
 
 
 class CancelRequests(Message, frozen=True):
-    """gateway -> scheduler (the client gave up) or detokenizer -> scheduler (a stop string was found).
+    """gateway -> scheduler, when a client cancels or is gone; detokenizer -> scheduler, at a stop string.
 
-    Keys that are unknown have ended already and are ignored. Made by `cancel_requests`, which bounds it.
+    The scheduler ends these sequences now. It ignores unknown keys: those sequences have ended already.
     """
 
-    keys: list[int]
+    keys: BoundedList[int]  # of sequences: one for each sample
 
 
 class Withdraw(Message, frozen=True):
-    """gateway -> scheduler: drop these requests when they arrive, and tell the detokenizer nothing.
+    """gateway -> scheduler, when a request ends at the gateway before its `Accepted` has arrived.
 
-    The scheduler answers with `Withdrawn`. It ignores keys of requests that have arrived and are open.
+    The scheduler ignores keys of requests that it has and that are open. It answers `Withdrawn` for the others, drops
+    their `Tokenized` when it arrives, and tells the detokenizer nothing.
     """
 
-    keys: list[int]
+    keys: BoundedList[int]
 
 
 class Withdrawn(Message, frozen=True):
-    """scheduler -> gateway: these requests are not open and never will be. No `Accepted` for them follows.
+    """scheduler -> gateway, answers `Withdraw`: these requests are not open and will not be. No `Accepted` follows.
 
-    If `Accepted` for a key came earlier, that request has already ended. The gateway then sends `CancelRequests`, and
-    the scheduler stops expecting the request.
+    The gateway answers the client. If `Accepted` for a key came earlier, that request has already ended; the gateway
+    then sends `CancelRequests`, and the scheduler stops expecting the request.
     """
 
-    keys: list[int]
+    keys: BoundedList[int]
 
 
-def cancel_requests(keys: Sequence[int]) -> Iterator[CancelRequests]:
-    """As many messages as it takes to cancel `keys`, in their order; none for none."""
-    for start in range(0, len(keys), MAX_CANCELLED_KEYS):
-        yield CancelRequests(keys=list(keys[start : start + MAX_CANCELLED_KEYS]))
+K = TypeVar("K", CancelRequests, Withdraw)
+
+
+def split_keys(kind: type[K], keys: Sequence[int]) -> Iterator[K]:
+    """Messages of `kind` that together name `keys` in order, at most MAX_ITEMS each; none for no keys."""
+    for start in range(0, len(keys), MAX_ITEMS):
+        yield kind(keys=list(keys[start : start + MAX_ITEMS]))
 
 
 class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -261,15 +325,15 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     key: int
     route: Route
-    stop: list[str]
+    stop: BoundedList[str]
     num_prompt_tokens: int
     num_logprobs: int | None  # SamplingParams.logprobs
-    num_samples: int = 1  # a request that is refused has one, which is ended
+    num_samples: int = 1  # a request that the scheduler refuses has one, which ends at once
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The end of a request that no token of this step brought about: cancelled, out of time, refused, or failed."""
+    """The end of a sequence that no token of this step caused: it was cancelled, timed out, was refused, or failed."""
 
     key: int
     finish_reason: FinishReason
@@ -279,7 +343,7 @@ class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """For the tokens of one StepOutputs, in its order; rows of tokens that want none are undefined."""
+    """For the tokens of one StepOutputs, in its order. Rows of sequences that asked for none are undefined."""
 
     num_top: int
     logprobs: bytes  # float32 [n]
@@ -288,33 +352,43 @@ class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepOutputs(Message, frozen=True):
-    """scheduler -> detokenizer: one message per step. `opened` comes before `tokens` comes before `ended`."""
+    """scheduler -> detokenizer, one message per step: requests that open, n sampled tokens, sequences that end.
 
-    opened: list[Opened] = []
-    cached: list[tuple[int, int]] = []  # (key, prompt tokens found in the cache), of requests admitted with some
+    The detokenizer handles the fields in their order. It turns the tokens into text and sends `Delivery`.
+    """
+
+    opened: BoundedList[Opened] = []
+    cached: BoundedList[tuple[int, int]] = []  # (key, prompt tokens found in the cache), only if there are any
     keys: bytes = b""  # int64 [n]
     token_ids: bytes = b""  # int32 [n]
     finish: bytes = b""  # uint8 [n], FinishCode
     logprobs: StepLogprobs | None = None
-    ended: list[Ended] = []
+    ended: BoundedList[Ended] = []
 
 
 class Delivery(Message, frozen=True):
-    """detokenizer -> gateway: head of a multipart message; frame i + 1 is an encoded `Outputs` for `clients[i]`."""
+    """detokenizer -> gateway, when clients with credit have new text: head of a multipart message.
 
-    clients: list[bytes]
-    finished: list[list[int]]  # per client: keys whose final answer is in its frame
+    Frame i + 1 is an encoded `Outputs`. The gateway passes it on to `clients[i]` and closes the requests in
+    `finished[i]`.
+    """
+
+    clients: BoundedList[bytes]  # Route.client of each frame
+    finished: BoundedList[BoundedList[int]]  # keys of the requests whose final answer is in that frame
 
 
 class ClientCredit(Message, frozen=True):
-    """gateway -> detokenizer: this client has taken in `count` more `Outputs`."""
+    """gateway -> detokenizer, after `Delivered`: the detokenizer may send this client `count` more `Outputs`."""
 
     client: bytes
     count: int
 
 
 class ClientGone(Message, frozen=True):
-    """gateway -> detokenizer: forget what is undelivered to this client; its requests are being cancelled."""
+    """gateway -> detokenizer, when a client is gone or dropped: forget the client and its undelivered text.
+
+    The gateway cancels the client's requests at the same time.
+    """
 
     client: bytes
 
@@ -324,30 +398,30 @@ SchedulerToGateway = Accepted | Withdrawn | CacheCleared
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
 
-# ---- lifecycle: worker -> launcher, launcher -> worker
+# ---- life of a process: worker -> launcher, launcher -> worker
 
 
 class Progress(Message, frozen=True):
-    """How far a worker's start-up is; `fraction` in [0, 1], of `total_bytes` where the stage counts bytes (else 0)."""
+    """worker -> launcher, during start-up: how far the worker is. The launcher shows it."""
 
     role: str
     stage: str
-    fraction: float
-    total_bytes: int = 0
+    fraction: float  # of the stage, in [0, 1]
+    total_bytes: int = 0  # of a stage that counts bytes; 0 otherwise
 
 
 class Ready(Message, frozen=True):
-    """A worker can take work; the gateway says so again once it takes requests, after `Start`.
+    """worker -> launcher, once start-up is complete. The launcher collects `info` and starts the next workers.
 
-    `info` holds what others need of it (the GPU process: num_blocks; a tokenizer: EOS_TOKEN_ID, if it has one).
+    The gateway says it twice: once when it answers queries, and after `Start` when it accepts requests.
     """
 
     role: str
-    info: dict[str, int] = {}
+    info: NameMap[int] = {}  # facts for other workers: `num_blocks` of the GPU process, EOS_TOKEN_ID of a tokenizer
 
 
 class Failed(Message, frozen=True):
-    """A worker cannot go on; it exits after this."""
+    """worker -> launcher, before the worker exits with an error. The launcher stops the engine and names this cause."""
 
     role: str
     error_code: str
@@ -355,27 +429,33 @@ class Failed(Message, frozen=True):
 
 
 class Drained(Message, frozen=True):
-    """The gateway has no open request left and has told its clients everything."""
+    """gateway -> launcher, after `Drain` or `Abort`: no request is open, and every client has its answers.
+
+    The launcher then stops all workers.
+    """
 
 
 class Start(Message, frozen=True):
-    """Everything upstream is ready. `info` of all workers, merged."""
+    """launcher -> worker, when everything that the worker needs is ready: begin to work."""
 
-    info: dict[str, int] = {}
+    info: NameMap[int] = {}  # Ready.info of all workers, merged
 
 
 class Drain(Message, frozen=True):
-    """Take no new requests, finish the open ones, say `Drained`."""
+    """launcher -> gateway, at the first signal to end: refuse new requests, finish the open ones, say `Drained`."""
 
 
 class Abort(Message, frozen=True):
-    """Answer every open request with an error now, say `Drained`."""
+    """launcher -> gateway, when a worker is lost or draining takes too long: answer every open request with this error.
+
+    A second signal has the same effect. The gateway then says `Drained`.
+    """
 
     error_message: str
 
 
 class Stop(Message, frozen=True):
-    """Exit now, with status 0."""
+    """launcher -> worker, at the end: exit now, with status 0."""
 
 
 WorkerToLauncher = Progress | Ready | Failed | Drained

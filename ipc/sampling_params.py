@@ -13,6 +13,7 @@ from typing import Final, Self
 
 import msgspec
 
+from ipc.codec import BoundedList
 from ipc.errors import InvalidRequest
 
 MAX_STOP_TOKEN_IDS: Final = 16  # per request, besides the model's own end-of-sequence ids
@@ -50,8 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
+    stop: BoundedList[str] = []
+    stop_token_ids: BoundedList[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1

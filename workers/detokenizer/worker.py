@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipc.channels import receive_from, send
 from ipc.codec import encode
-from ipc.messages import ToDetokenizer, cancel_requests
+from ipc.messages import CancelRequests, ToDetokenizer, split_keys
 from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
@@ -31,7 +31,7 @@ def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
         for _, message in receive_from(inbox, ToDetokenizer):
             with trace[Span.DETOKENIZE]:
                 core.handle(message)
-        for cancels in cancel_requests(core.take_cancels()):
+        for cancels in split_keys(CancelRequests, core.take_cancels()):
             send(scheduler, cancels)
         with trace[Span.DELIVER]:
             for head, frames in core.deliveries():

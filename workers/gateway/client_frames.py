@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
-from ipc.codec import decode
+from ipc.codec import decode_untrusted
 from ipc.errors import InvalidRequest, ProtocolError, RingfeedError
 from ipc.messages import MAX_REQUEST_ID_CHARS, ClientMessage, Generate
 
@@ -33,7 +33,7 @@ def read_client_frames(frames: list[bytes]) -> ClientMessage:
             "", ProtocolError(f"a message of {len(frame)} bytes is larger than {MAX_CLIENT_FRAME_BYTES} bytes")
         )
     try:
-        message: ClientMessage = decode(frame, ClientMessage)
+        message: ClientMessage = decode_untrusted(frame, ClientMessage)
         if isinstance(message, Generate):
             _check(message)
     except (ProtocolError, InvalidRequest) as error:
@@ -60,7 +60,7 @@ def _check(message: Generate) -> None:
 def _request_id(frame: bytes) -> str:
     """The request id of an unacceptable message, if the answer can name it; else ""."""
     try:
-        request_id: object = decode(frame, dict).get("request_id", "")
+        request_id: object = decode_untrusted(frame, dict).get("request_id", "")
     except ProtocolError:
         return ""
     return request_id if isinstance(request_id, str) and len(request_id) <= MAX_REQUEST_ID_CHARS else ""

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ipc.messages import Withdraw, cancel_requests
+from ipc.messages import CancelRequests, Withdraw, split_keys
 
 
 class Peer(enum.Enum):
@@ -48,12 +48,10 @@ class Outbox:
 
     def take(self) -> list[Send]:
         """Empty the outbox."""
-        if self._cancelled:
-            for cancels in cancel_requests(self._cancelled):
-                self.add(Peer.SCHEDULER, cancels)
-            self._cancelled = []
-        if self._withdrawn:
-            self.add(Peer.SCHEDULER, Withdraw(keys=self._withdrawn))
-            self._withdrawn = []
+        for cancels in split_keys(CancelRequests, self._cancelled):
+            self.add(Peer.SCHEDULER, cancels)
+        for withdraws in split_keys(Withdraw, self._withdrawn):
+            self.add(Peer.SCHEDULER, withdraws)
+        self._cancelled, self._withdrawn = [], []
         sends, self._sends = self._sends, []
         return sends

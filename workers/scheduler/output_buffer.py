@@ -57,17 +57,19 @@ class OutputBuffer:
             return StepOutputs(opened=opened)
         if not (opened or self._keys or self.ended):
             return None
+        cached, self.cached = self.cached[:MAX_ITEMS], self.cached[MAX_ITEMS:]
+        if self.cached:
+            return StepOutputs(opened=opened, cached=cached)
         ended, self.ended = self.ended[:MAX_ITEMS], self.ended[MAX_ITEMS:]
         outputs = StepOutputs(
             opened=opened,
-            cached=self.cached,
+            cached=cached,
             keys=b"".join(self._keys),
             token_ids=b"".join(self._token_ids),
             finish=b"".join(self._finish),
             logprobs=_join(self._logprobs) if self._any_logprobs else None,
             ended=ended,
         )
-        self.cached = []
         for part in (self._keys, self._token_ids, self._finish, self._logprobs):
             part.clear()
         self._any_logprobs = False

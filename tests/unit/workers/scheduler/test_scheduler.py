@@ -536,6 +536,12 @@ def test_no_message_carries_a_longer_list_than_the_codec_takes() -> None:
     while (outputs := engine.hear()) is not None:
         sizes.append((len(outputs.opened), len(outputs.ended)))
     assert sizes == [(MAX_ITEMS, 0), (10, MAX_ITEMS), (0, 10)]
+    engine.scheduler._outputs.cached += [(key, 1) for key in range(MAX_ITEMS + 1)]
+    engine.send_error(MAX_ITEMS + 11, "invalid_request", "no")
+    counts = []
+    while (outputs := engine.hear()) is not None:
+        counts.append(len(outputs.cached))
+    assert counts == [MAX_ITEMS, 1]
 
 
 # Where the device's time went

@@ -1,0 +1,73 @@
+"""Hypothesis strategies for every message, derived from its declared types, so that a new field is covered."""
+
+from __future__ import annotations
+
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from hypothesis import strategies as st
+
+from ipc.messages import Message
+from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import SchedulingParams
+
+MAX_INT = 2**63 - 1
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.none() | st.integers(1, 99),
+    temperature=st.just(0.0) | st.floats(0.001, 100),
+    seed=st.none() | st.integers(0, MAX_INT),
+    stop=st.lists(st.sampled_from(["END", "é"]), max_size=3),
+    stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3),
+    ignore_eos=st.booleans(),
+    n=st.integers(1, 64),
+)
+SCHEDULING = st.builds(
+    SchedulingParams,
+    priority=st.integers(-1_000, 1_000),
+    tenant=st.sampled_from(["", "é"]),
+    deadline_s=st.none() | st.floats(0.001, 1e6),
+)
+
+
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a message field's declared type."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    arguments = get_args(kind)
+    origin = get_origin(kind)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin in (Union, types.UnionType):
+        return st.one_of(*map(values_of, arguments))
+    if origin is list:
+        return st.lists(values_of(arguments[0]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*map(values_of, arguments))
+    if origin is dict:
+        return st.dictionaries(*map(values_of, arguments), max_size=3)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return structs_of(kind)
+    return {
+        type(None): st.none(),
+        bool: st.booleans(),
+        int: st.integers(0, MAX_INT),
+        float: st.floats(allow_nan=False),
+        str: st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+        bytes: st.binary(max_size=24),
+    }[kind]
+
+
+def structs_of(kind: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
+    if kind is SamplingParams:
+        return PARAMS
+    if kind is SchedulingParams:
+        return SCHEDULING
+    hints = get_type_hints(kind, include_extras=True)
+    return st.builds(kind, **{name: values_of(hints[name]) for name in kind.__struct_fields__})
+
+
+ALL_MESSAGES: list[type[Message]] = Message.__subclasses__()
+ANY_MESSAGE = Union[tuple(ALL_MESSAGES)]  # noqa: UP007
+MESSAGES = st.sampled_from(ALL_MESSAGES).flatmap(structs_of)
