@@ -65,7 +65,8 @@ _LAZY = {"Config": "pipeline.engine.config", "Pipeline": "pipeline.engine.harnes
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
