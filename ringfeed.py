@@ -1,4 +1,4 @@
-"""The `ringfeed` command. It finds our packages by itself: a user's `pipeline.py` may come first on `sys.path`."""
+"""The `ringfeed` program. It finds our packages by itself: a user's `pipeline.py` may come first on `sys.path`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run `pipeline.launch`. Returns the exit status."""
+    """Run `pipeline.cli`. Returns the exit status."""
     folder = Path(__file__).resolve().parent / "pipeline"
     spec = importlib.util.spec_from_file_location(
         "pipeline", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None, "the package lies beside this file"
-    assert spec.loader is not None, "the same"
+    assert spec.loader is not None, "the package is a folder of Python files"
     sys.modules["pipeline"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from pipeline.launch import main
+    from pipeline.cli import main
 
     return main()
 

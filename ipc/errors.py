@@ -1,38 +1,56 @@
-"""The errors of ringfeed, as one tree, and their codes on the wire.
+"""The errors of ringfeed as one tree, and their codes in messages.
 
-`ValueError` subclasses are for what a user can mend; the rest report the state of an engine.
+    RingfeedError
+        ConfigError            (a ValueError)  a configuration that cannot work
+        ModelUnsupported       (a ValueError)  a model that the engine refuses to load
+        InvalidRequest         (a ValueError)  a request that is never valid, or a misuse of a client
+        ProtocolError          (a ValueError)  client and engine do not understand each other
+        QueueFull              the engine's queue is full: try again later
+        EngineUnavailable      the engine starts, drains or is gone
+        RequestFailed          the engine accepted the request and could not finish it
+            LogitsNotFinite    the model computed NaN or infinity
+        RingError              inside the engine only: shared memory was misused
+
+The caller can correct a ValueError. The other errors report the state of an engine.
 """
 
 from __future__ import annotations
 
 
 class RingfeedError(Exception):
-    """Root of every error that ringfeed raises on purpose. `code` is its name in messages."""
+    """Root of every error that ringfeed raises on purpose.
+
+    `code` names the error in messages. `retry_after_s` is the number of seconds after which the engine is likely to
+    accept the same request; 0 = unknown.
+    """
 
     code = "internal"
-    retry_after_s = 0.0  # when the same request is likely to be taken; 0 = nothing is known of that
+    retry_after_s = 0.0
 
 
 class ConfigError(RingfeedError, ValueError):
-    """A configuration that cannot work. The text names file, key, value and cure."""
+    """A configuration that cannot work. The text names the file, the key, the value and the cure."""
 
     code = "config"
 
 
 class ModelUnsupported(RingfeedError, ValueError):
-    """A model that would run wrongly on paged attention, refused at load."""
+    """A model that would run wrongly on paged attention. The GPU process refuses to load it.
+
+    The engine then fails at start. `Pipeline` reports that as EngineUnavailable with this error's text.
+    """
 
     code = "model_unsupported"
 
 
 class InvalidRequest(RingfeedError, ValueError):
-    """A request that is never valid (bad type, out of range, too long, empty), or a misuse of a client."""
+    """A request that is never valid (wrong type, out of range, too long, empty), or misuse of a client or Pipeline."""
 
     code = "invalid_request"
 
 
 class QueueFull(RingfeedError):
-    """The bounded queue is full; the request was not taken. Try again later: see `retry_after_s`."""
+    """The engine's queue is full, and the request was refused. Send it again after `retry_after_s` seconds."""
 
     code = "queue_full"
 
@@ -42,13 +60,13 @@ class QueueFull(RingfeedError):
 
 
 class EngineUnavailable(RingfeedError):
-    """The engine is starting, draining, or gone; an open request was answered with this."""
+    """The engine is starting, draining, unreachable or gone, or the client was closed."""
 
     code = "unavailable"
 
 
 class RequestFailed(RingfeedError):
-    """The engine took the request and could not finish it."""
+    """The engine accepted the request and could not finish it."""
 
     code = "request_failed"
 
@@ -60,19 +78,19 @@ class LogitsNotFinite(RequestFailed):
 
 
 class ProtocolError(RingfeedError, ValueError):
-    """Bytes that are not a message of this protocol."""
+    """Bytes that are not a message of this protocol, or an engine that speaks another version of it."""
 
     code = "protocol"
 
 
 class RingError(RingfeedError):
-    """A shared-memory ring was used against its rules or does not match its reader."""
+    """A shared-memory ring was used against its rules, or does not match its reader. Never leaves the engine."""
 
     code = "ring"
 
 
 class RingFull(RingError):
-    """The reader has not freed a record in time."""
+    """The reader did not free a record in time."""
 
 
 class LayoutMismatch(RingError):
@@ -89,7 +107,7 @@ _BY_CODE: dict[str, type[RingfeedError]] = {
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> RingfeedError:
-    """Rebuild the error that a message names; an unknown code gives the root class."""
+    """The error that a message names. An unknown code gives the root class."""
     error = _BY_CODE.get(code, RingfeedError)(message)
     error.retry_after_s = retry_after_s
     return error

@@ -29,20 +29,24 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     """How one request is sampled and when it ends. Every field is per request and applies in a mixed batch.
 
     Args:
-        max_tokens: most tokens to generate, 1 to 2**31 - 1; None = up to the model's length.
+        max_tokens: most tokens to generate, 1 to 2**31 - 1; None (default) = up to the model's length.
         temperature: 0 = greedy (the default); otherwise, from 0.001 to 100, logits are divided by it.
         top_k: keep the k most likely tokens; 0 = off.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 = off.
         min_p: drop tokens less likely than `min_p` times the likeliest, in [0, 1]; 0 = off.
-        seed: same seed, same prompt, same parameters = same tokens, whatever else runs. None: the gateway draws one.
-        stop: strings that end the text; the text stops before the first of them. They may name special tokens.
-        stop_token_ids: token ids that end the sequence, besides the model's end-of-sequence ids.
+        seed: 0 to 2**63 - 1. The same seed, prompt and parameters give the same tokens, whatever other requests run.
+            None (default) = the gateway draws one.
+        stop: at most 16 strings of 1 to 256 characters; the text ends before the first of them. They may name special
+            tokens.
+        stop_token_ids: at most 16 token ids that end the sequence, besides the model's end-of-sequence ids.
         ignore_eos: do not end at the end-of-sequence ids of model and tokenizer (`stop_token_ids` still apply).
-        logprobs: None = none; n >= 0: log-probability of each sampled token and of the n likeliest ones.
-        n: samples of the prompt, 1 to 64. Sample 0 is what n = 1 gives; the others have their own seeds (`of_sample`).
+        logprobs: None (default) = no log-probabilities; n, from 0 to 20 = those of each sampled token and of the n
+            likeliest tokens at its position.
+        n: samples of the prompt, 1 to 64. Sample 0 equals the result of n = 1; the other samples have their own seeds
+            (`of_sample`).
 
-    Filters apply in the order temperature, top_k, top_p, min_p; log-probabilities are the model's own (before any
-    of them). Raises InvalidRequest, naming field and value, for anything out of range.
+    Filters apply in the order temperature, top_k, top_p, min_p. Log-probabilities are the model's own, before any of
+    these. Raises InvalidRequest, naming field and value, for anything out of range.
     """
 
     max_tokens: int | None = None
@@ -90,16 +94,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         check(is_int(self.n) and 1 <= self.n <= MAX_SAMPLES, "n", f"must be an integer in [1, {MAX_SAMPLES}]")
 
     def with_seed(self, seed: int) -> Self:
-        """A copy with this seed, from 0 to MAX_SEED. Nothing is checked again: a gateway makes one for each request."""
+        """A copy with this seed, from 0 to 2**63 - 1. It is not checked again: the gateway copies each request's."""
         copied = copy.copy(self)
         msgspec.structs.force_setattr(copied, "seed", seed)
         return copied
 
     def of_sample(self, index: int) -> Self:
-        """The parameters, with n = 1, of a request that gives what sample `index` of this one gives.
+        """Parameters with n = 1 whose request generates the same tokens as sample `index` of this request.
 
-        Sample 0 keeps the seed; the others have a hash of it and of their index, so that neither they nor the samples
-        of neighbouring seeds share random numbers. Without a seed there is nothing to derive from: InvalidRequest.
+        Sample 0 keeps the seed. Each other sample's seed is a hash of the seed and its index, so that samples of
+        neighbouring seeds share no random numbers. Raises InvalidRequest without a seed, or for an index out of range.
         """
         if not isinstance(index, int) or not 0 <= index < self.n:
             raise InvalidRequest(f"index ({index!r}) must lie in [0, {self.n}): the request has no other samples")

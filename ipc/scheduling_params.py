@@ -1,6 +1,7 @@
-"""What a request asks of the scheduler: one immutable struct, checked where it is made and again at the gateway.
+"""Scheduling parameters: one immutable struct per request, checked where it is made and again at the gateway.
 
-Apart from the sampling parameters because none of it changes which tokens come, only when, and whether at all.
+They are separate from the sampling parameters because they do not change the generated tokens. They decide when the
+request is scheduled and how long it may take.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ MAX_WAIT_S: Final = 1e6
 
 
 class SchedulingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """When one request has its turn, and how long it may take.
+    """When the engine schedules one request, and how long the request may take.
 
     Args:
-        priority: higher goes first, from -1,000 to 1,000; other than 0 only with scheduler.policy = "priority".
-        tenant: whose share its tokens count to with scheduler.policy = "fair"; "" is a tenant like any other.
-        deadline_s: ends it so long after it reached the engine, with what it has got; finish reason "deadline".
-        queue_timeout_s: ends it if it still waits for its turn after so long; finish reason "queue_timeout". None: as
-            scheduler.queue_timeout_s says.
+        priority: higher is scheduled first, from -1,000 to 1,000; values other than 0 need
+            scheduler.policy = "priority".
+        tenant: with scheduler.policy = "fair", tenants get equal shares of tokens; "" is a tenant like any other. At
+            most 256 characters.
+        deadline_s: seconds after which the request ends with what it has generated; finish reason "deadline".
+            None = no deadline.
+        queue_timeout_s: seconds that the request may wait before it is scheduled; then it ends with finish reason
+            "queue_timeout". None = as scheduler.queue_timeout_s says.
 
-    Raises InvalidRequest, naming field and value, for anything out of range.
+    Times count from the request's arrival at the engine and must lie in (0, 1,000,000]. Raises InvalidRequest, naming
+    field and value, for anything out of range.
     """
 
     priority: int = 0

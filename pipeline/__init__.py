@@ -1,29 +1,74 @@
-"""ringfeed's front door: launch an engine, talk to one.
+"""ringfeed's public API: launch an engine, and send requests to one.
 
     from pipeline import Client, SamplingParams
+
     with Client() as client:
         print(client.generate("Hello", SamplingParams(max_tokens=16)).text)
 
-Importing it loads neither torch nor transformers.
+Names outside this list are internal and may change. Importing this package loads neither torch nor transformers.
+`Pipeline` and `Config` load the engine's configuration at first use, so a client does not pay for it.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import pipeline.environment.own_ipc  # noqa: F401
+from ipc.errors import (
+    ConfigError,
+    EngineUnavailable,
+    InvalidRequest,
+    LogitsNotFinite,
+    ModelUnsupported,
+    ProtocolError,
+    QueueFull,
+    RequestFailed,
+    RingfeedError,
+)
 from ipc.sampling_params import SamplingParams
+from ipc.scheduling_params import SchedulingParams
 from pipeline.client.async_client import AsyncClient
-from pipeline.client.outputs import Completion, Output
-from pipeline.client.sync_client import Client
+from pipeline.client.outputs import Completion, Health, Output, TokenLogprob, Usage
+from pipeline.client.streams import OutputStream
+from pipeline.client.sync_client import Client, Stream
 
 if TYPE_CHECKING:
+    from pipeline.engine.config import Config
     from pipeline.engine.harness import Pipeline
 
-__all__ = ["AsyncClient", "Client", "Completion", "Output", "Pipeline", "SamplingParams"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Completion",
+    "Config",
+    "ConfigError",
+    "EngineUnavailable",
+    "Health",
+    "InvalidRequest",
+    "LogitsNotFinite",
+    "ModelUnsupported",
+    "Output",
+    "OutputStream",
+    "Pipeline",
+    "ProtocolError",
+    "QueueFull",
+    "RequestFailed",
+    "RingfeedError",
+    "SamplingParams",
+    "SchedulingParams",
+    "Stream",
+    "TokenLogprob",
+    "Usage",
+]
+
+_LAZY = {"Config": "pipeline.engine.config", "Pipeline": "pipeline.engine.harness"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pipeline":  # brings the launcher's configuration along, which a client does not need
-        from pipeline.engine.harness import Pipeline
-
-        return Pipeline
+    if name in _LAZY:
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

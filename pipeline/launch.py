@@ -1,6 +1,6 @@
-"""`python -m pipeline.launch --config FILE`: check all that can be checked, then run one engine until told to end.
+"""`ringfeed serve` and `python -m pipeline.launch`: check the configuration, then run one engine until told to end.
 
-Exit status: 0 after an orderly end, 1 after a failure, 2 for a configuration that cannot work, 128 + signal if
+Exit status: 0 after an orderly end, 1 after a failure, 2 for a configuration that cannot work, 128 + signal if it was
 stopped at once.
 """
 
@@ -20,10 +20,11 @@ from typing import Final
 import msgspec
 
 from ipc.block_hash import SEED_BYTES
-from ipc.errors import ConfigError, RingfeedError
+from ipc.errors import ConfigError, EngineUnavailable
+from pipeline.cli import run_module
 from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint, runtime_folder
 from pipeline.engine.announcer import Announcer
-from pipeline.engine.config import BAD_CONFIG_STATUS, Config, find_origin, load_config, to_toml
+from pipeline.engine.config import Config, config_from_dict, find_origin, load_config, to_toml
 from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
 from pipeline.engine.role_settings import EngineFacts
 from pipeline.engine.shared_resources import SharedResources
@@ -32,7 +33,7 @@ from pipeline.engine.supervisor import Supervisor
 from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, Table
 from pipeline.engine.wiring import Wiring
 from pipeline.environment.descriptors import check_room, raise_descriptor_limit
-from pipeline.terminal.reporting import print_error, status_of
+from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
 from workers.process import LOG_FORMAT
 
@@ -41,40 +42,71 @@ logger = logging.getLogger(__name__)
 # Descriptors of the engine's process that needs most, with room for a few clients; and those that a tokenizer adds.
 _NUM_DESCRIPTORS: Final = 160
 _NUM_PER_TOKENIZER: Final = 8
+_NOISY_LOGGERS: Final = ("httpx", "httpcore", "huggingface_hub")
+_EXAMPLES: Final = """\
+examples:
+  ringfeed serve --model FOLDER_OR_HUB_ID
+  ringfeed serve --model FOLDER_OR_HUB_ID --set frontend.endpoint=tcp://127.0.0.1:5757
+  ringfeed serve --config engine.toml --set scheduler.max_num_seqs=64
+  ringfeed serve --model FOLDER_OR_HUB_ID --check > engine.toml    every key with its value, to edit
+
+SIGTERM or Ctrl-C lets open requests finish; a second one stops the engine at once.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status."""
-    _open_closed_streams()
+    """`python -m pipeline.launch`. Returns the exit status."""
+    return run_module("serve", "python -m pipeline.launch", arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ringfeed serve`."""
+    parser.epilog = _EXAMPLES
+    parser.set_defaults(run=run)
+    add_engine_options(parser)
+    parser.add_argument("--check", action="store_true", help="check and print the resolved configuration, run nothing")
+    parser.add_argument(
+        "--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"), help="of standard error"
+    )
+    parser.add_argument(
+        "--timeline", metavar="FILE",
+        help="write a trace of all processes and the device for ui.perfetto.dev (compressed if FILE ends in .gz)",
+    )  # fmt: skip
+    programs = parser.add_argument_group("for programs that start an engine")
+    programs.add_argument(
+        "--status-fd", type=_descriptor, metavar="FD", help="write start-up events to this descriptor, one JSON a line"
+    )
+    programs.add_argument(
+        "--lifeline-fd", type=_descriptor, metavar="FD", help="end soon after this descriptor's other end is closed"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, print or run the engine of these options, and return the exit status. Raises RingfeedError."""
     raise_descriptor_limit()
-    options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level, format=LOG_FORMAT.format(role="launcher"), stream=sys.stderr)
-    for noisy in ("httpx", "httpcore", "huggingface_hub"):
+    for noisy in _NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    check_engine_options(options, required=True)
+    if options.model is None:
+        source, config = options.config, load_config(options.config, options.set)
+    else:
+        source = f"--model {options.model}"
+        config = config_from_dict({"model": {"path": options.model}}, source, overrides=options.set)
     try:
-        config = load_config(options.config, options.set)
-        try:
-            if options.check:
-                return _print_resolved(config)
-            return launch(
-                config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd,
-                timeline=options.timeline,
-            )  # fmt: skip
-        except ConfigError as error:
-            raise ConfigError(f"{find_origin(str(error), options.config, options.set)}: {error}") from None
+        if options.check:
+            _print_resolved(config)
+            return 0
+        return launch(
+            config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd,
+            timeline=options.timeline,
+        )  # fmt: skip
     except ConfigError as error:
-        print_error(error)
-        return BAD_CONFIG_STATUS
-    except RingfeedError as error:
-        print_error(error)
-        return 1
+        raise ConfigError(f"{find_origin(str(error), source, options.set)}: {error}") from None
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS):
             raise
-        print_error(f"{error.strerror}: raise the limit (ulimit -n)")
-        return 1
-    except KeyboardInterrupt:  # before the supervisor took the signals over: nothing runs yet
-        return 130
+        raise EngineUnavailable(f"{error.strerror}: raise the limit (ulimit -n)") from None
 
 
 def launch(
@@ -88,8 +120,15 @@ def launch(
 ) -> int:
     """Run an engine until it is told to end, and return the exit status. Call it in the main thread.
 
-    `timeline`: a file for a trace of all that the processes do. `table` declares the processes.
-    Raises ConfigError before anything is spawned.
+    Args:
+        config: the checked configuration.
+        log_level: of the launcher and the workers, on standard error.
+        status_fd: a descriptor for start-up events, one JSON object a line (`engine/announcer.py`).
+        lifeline_fd: a descriptor; the engine ends soon after its other end is closed.
+        timeline: a file for a trace of all processes and the device.
+        table: declares the processes, rings and sockets.
+
+    Raises ConfigError before any process is started.
     """
     check_room(_NUM_DESCRIPTORS + _NUM_PER_TOKENIZER * config.tokenizer.num_workers, "this engine")
     check_device(config.model.device)
@@ -115,7 +154,7 @@ def launch(
         supervisor = Supervisor(
             wiring,
             resources,
-            Announcer(endpoint, model.name, _details(config, model), status_fd),
+            Announcer(endpoint, model.name, _describe(config, model), status_fd),
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,
             lifeline_fd=lifeline_fd,
@@ -123,7 +162,7 @@ def launch(
         return supervisor.run()
 
 
-def _details(config: Config, model: ServedModel) -> str:
+def _describe(config: Config, model: ServedModel) -> str:
     return (
         f"{config.cache.block_size} tokens each, {config.scheduler.max_num_seqs} sequences of up to "
         f"{model.max_model_len} tokens, ring depth {config.ring.depth}"
@@ -131,17 +170,17 @@ def _details(config: Config, model: ServedModel) -> str:
 
 
 def _label(config: Config, model: ServedModel) -> str:
-    """What a timeline says of its engine."""
+    """The name of an engine in its timeline."""
     is_null, depth = config.model.load_format == "null", config.ring.depth
     name = f"no model, steps of {config.model.null_step_ms:g} ms" if is_null else model.name
     return f"{name}, ring.depth {depth}{' (synchronous)' if depth == 1 else ''}"
 
 
-def _print_resolved(config: Config) -> int:
-    """Print the configuration as it would run, and return the exit status.
+def _print_resolved(config: Config) -> None:
+    """Print the configuration as it would run.
 
-    What this machine lacks is noted: a configuration may be checked where it is written. A model that is not here yet
-    leaves its own values open.
+    A missing device or model is a note and not an error: the configuration may be meant for another machine. A model
+    that is not here leaves the values open that come from its files.
     """
     try:
         check_device(config.model.device)
@@ -158,37 +197,12 @@ def _print_resolved(config: Config) -> int:
     endpoint = config.frontend.endpoint or default_endpoint()
     config = msgspec.structs.replace(config, frontend=msgspec.structs.replace(config.frontend, endpoint=endpoint))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # TOML is, whatever the terminal's encoding
-    return status_of(lambda: print(to_toml(config)))
-
-
-def _open_closed_streams() -> None:
-    """A standard stream that we were started without would be None, and its descriptor the next file's to take."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            fd = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(fd, True)  # the workers' as well
-            setattr(sys, name, os.fdopen(fd, mode))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ringfeed", description="Run a ringfeed engine.")
-    parser.add_argument("--config", required=True, metavar="FILE", help='TOML file; "-" = standard input')
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
-    parser.add_argument("--check", action="store_true", help="check and print the resolved configuration, run nothing")
-    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    parser.add_argument(
-        "--timeline",
-        metavar="FILE",
-        help="write a trace for ui.perfetto.dev of all processes and the device (.gz: packed)",
-    )
-    parser.add_argument("--status-fd", type=_descriptor, help="write life events to this descriptor, one JSON a line")
-    parser.add_argument("--lifeline-fd", type=_descriptor, help="end soon after this descriptor's other end is closed")
-    return parser
+        sys.stdout.reconfigure(encoding="utf-8")  # TOML is always UTF-8
+    print(to_toml(config))
 
 
 def _descriptor(text: str) -> int:
-    """An inherited descriptor that our own children shall not have."""
+    """An inherited descriptor. Our child processes do not inherit it."""
     fd = int(text)
     os.set_inheritable(fd, False)
     return fd

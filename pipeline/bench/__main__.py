@@ -1,32 +1,41 @@
-"""Command line of the benchmarks: one subcommand per module."""
+"""Command line of the benchmarks: one subcommand for each module."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import Final
 
-from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench import host, idle, overload, prefix, scheduler, throughput
-from pipeline.terminal.reporting import print_error, run_command
+from pipeline.cli import run_module
+
+_EXAMPLES: Final = """\
+examples:
+  ringfeed bench host                          what the host spends on a step, with a simulated device
+  ringfeed bench throughput --config FILE      an engine beside the rates of its device
+  ringfeed bench throughput --config FILE --peers transformers-async,vllm
+
+`ringfeed bench NAME --help` describes a benchmark.
+"""
 
 
-def main() -> None:
-    """Run one. Exit status 2 for what the user can mend, or as the benchmark says."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Measure ringfeed.")
-    commands = parser.add_subparsers(required=True, metavar="NAME")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m pipeline.bench`. Returns the exit status: 2 for arguments that cannot work."""
+    return run_module("bench", "python -m pipeline.bench", arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a subcommand for each benchmark."""
+    parser.epilog = _EXAMPLES
+    commands = parser.add_subparsers(required=True, metavar="NAME", title="benchmarks")
     for module in (host, idle, overload, prefix, scheduler, throughput):
         name = module.__name__.rpartition(".")[2]
-        summary = (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=summary)
+        text = module.__doc__ or ""
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    arguments = parser.parse_args()
-    try:
-        arguments.run(arguments)
-    except (ConfigError, InvalidRequest) as error:
-        print_error(error)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

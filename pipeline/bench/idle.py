@@ -24,8 +24,8 @@ _TICK_S: Final = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--seconds", type=positive, default=20.0)
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the engine")
+    parser.add_argument("--seconds", type=positive, default=20.0, help="length of the measurement")
     parser.add_argument("--json", action="store_true", help="print a JSON line instead of a table")
 
 

@@ -29,10 +29,10 @@ VOCAB: Final = range(5, 1_000)  # ids that any model has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--num-requests", type=int, default=64)
-    parser.add_argument("--num-prefixes", type=int, default=4)
-    parser.add_argument("--prefix-tokens", type=int, default=512)
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the engine")
+    parser.add_argument("--num-requests", type=int, default=64, help="sent at once")
+    parser.add_argument("--num-prefixes", type=int, default=4, help="different beginnings")
+    parser.add_argument("--prefix-tokens", type=int, default=512, help="length of a beginning")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens that each request generates")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
 

@@ -43,9 +43,12 @@ SPARE_ROWS: Final = 32  # for arrivals beside background streams
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the engine")
     parser.add_argument("--model", type=Path, help="a folder instead of the configuration's; config.json is enough")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
+        help="change one key of the configuration; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--num-requests", type=int, default=32, help="that arrive at once")
     parser.add_argument("--prompt-len", type=int, default=128, help="tokens; longer ones with --output-len 1 = prefill")
     parser.add_argument("--output-len", type=int, default=1024, help="tokens")
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream", action=argparse.BooleanOptionalAction,
         help=f"stream the tokens, which times them; default: with up to {STREAM_UP_TO} requests",
     )  # fmt: skip
-    parser.add_argument("--arrivals", choices=("at-once", "poisson"), default="at-once")
+    parser.add_argument("--arrivals", choices=("at-once", "poisson"), default="at-once", help="of requests")
     parser.add_argument("--rate", type=positive, default=4.0, help="poisson: arrivals per second")
     parser.add_argument("--background", type=int, default=32, help="poisson: streams that run all the time")
     parser.add_argument("--seconds", type=positive, default=30.0, help="poisson: length of the measurement")

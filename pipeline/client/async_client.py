@@ -13,17 +13,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Literal, Self, Unpack, overload
 
 from ipc.errors import EngineUnavailable, ProtocolError
-from ipc.messages import (
-    PROTOCOL_VERSION,
-    Health,
-    Stats,
-)
+from ipc.messages import PROTOCOL_VERSION, Stats
+from ipc.messages import Health as HealthMessage
 from ipc.sampling_params import SamplingParams
-from ipc.scheduling_params import SchedulingParams
 from pipeline.client.batch import Batch
 from pipeline.client.endpoint import check_client_endpoint, default_endpoint
-from pipeline.client.inputs import Prompt, SchedulingOptions, batch_of, checked_timeout
-from pipeline.client.outputs import Output
+from pipeline.client.inputs import Prompt, SchedulingOptions, batch_of, checked_timeout, scheduling_params
+from pipeline.client.outputs import Health, Output
 from pipeline.client.session import Session, new_id
 from pipeline.client.streams import OutputStream
 from pipeline.terminal.progress_bar import progress_bar
@@ -34,17 +30,19 @@ _POLL_HEALTH_S: Final = 0.05
 
 
 class AsyncClient:
-    """A client of one engine, for one event loop. Connects at first use, and again when an engine comes back.
+    """A client of one engine, for one event loop. It connects at first use, and again when an engine comes back.
 
     Args:
-        endpoint: the engine's; None = this user's default one.
-        timeout_s: how long a request waits for an engine, and a query for its answer, before EngineUnavailable;
-            None = for ever.
+        endpoint: where the engine listens: "ipc:///folder/name.sock" or "tcp://host:port"; None (default) = this
+            user's default endpoint.
+        timeout_s: seconds that a request waits until an engine is reachable, and that a query waits for its answer
+            (default 10); then EngineUnavailable is raised. None = no limit.
 
-    Errors of a request: InvalidRequest (mend it), QueueFull (try later), EngineUnavailable (starting, draining, gone),
-    RequestFailed. `close()`, leaving its `async with` block, or dropping the last reference cancels open requests. A
-    client can be used on another event loop once its first one has stopped. In a forked child it opens a connection of
-    its own.
+    Raises ConfigError for an endpoint of another form. Requests raise InvalidRequest (change the request), QueueFull
+    (try again later), EngineUnavailable (the engine starts, drains or is gone) or RequestFailed. All of them are
+    RingfeedErrors. `close()`, leaving the `async with` block, or dropping the last reference cancels open requests.
+    The client can be used on another event loop once its first loop has stopped. In a forked child it opens its own
+    connection.
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
@@ -88,15 +86,25 @@ class AsyncClient:
     ) -> Coroutine[Any, Any, Output] | OutputStream:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
-        `await` it for one Output with everything. With `stream=True` the request is sent at once and the result is an
-        async iterator of Outputs, each with what is new (of one sample, if `params.n` asks for several); breaking out
-        of it cancels the request. `request_id`, for `cancel()`, must not be that of an open request; None = a new one.
-        Only requests of the same `cache_salt` share cached prompts: give each tenant its own, and none can tell from
-        the time taken what another has asked. `priority`, `tenant`, `deadline_s` and `queue_timeout_s` say when it has
-        its turn and how long it may take (see `SchedulingParams`): one that runs out of time ends with finish reason
-        "deadline" or "queue_timeout".
+        `await` it for one Output with everything. With `stream=True` the request is sent at once, and the result is an
+        OutputStream: `async for` gives Outputs with what is new. Breaking out of the loop cancels the request.
+
+        Args:
+            prompt: a string; a chat as a list of {"role": ..., "content": ...}; or token ids, as a list or a
+                1-dimensional integer array.
+            params: how tokens are sampled and when the text ends; default: greedy, up to the model's length.
+            stream: whether to return a stream instead of one Output.
+            request_id: a name for `cancel()`, of 1 to 256 characters; no open request may have it. None = a new one.
+            cache_salt: only requests with the same salt share cached prompts. With a salt for each tenant, no tenant
+                can tell from response times what another tenant has asked.
+            scheduling: a SchedulingParams as `scheduling=...`, or its fields `priority`, `tenant`, `deadline_s` and
+                `queue_timeout_s` one by one.
+
+        Raises InvalidRequest, QueueFull, EngineUnavailable or RequestFailed (LogitsNotFinite if the model computed
+        NaN). A stream raises them while it is read. A request that runs out of time does not raise: it ends with
+        finish reason "deadline" or "queue_timeout".
         """
-        options = SchedulingParams(**scheduling)
+        options = scheduling_params(scheduling)
         if stream:
             request = self._session.start(prompt, params, True, request_id, cache_salt, options)
             return OutputStream(request, self._session.abandon, self._session.bind())
@@ -110,14 +118,22 @@ class AsyncClient:
         progress: bool = False,
         **scheduling: Unpack[SchedulingOptions],
     ) -> list[Output]:
-        """Complete many prompts, with one SamplingParams or one for each. Returns their Outputs in input order.
+        """Complete many prompts and return their Outputs in input order.
 
-        At most as many are open at a time as the engine accepts. While its queue is full, the rest waits in the client,
-        for as long as the engine says. A request that fails has finish reason "error" and the text of its error; the
-        others are not affected. `progress` shows a bar on the terminal. Raises EngineUnavailable if no engine is
-        reachable at the start. Scheduling arguments, as of `generate`, apply to each prompt.
+        The client keeps at most as many requests open as the engine accepts. While the engine's queue is full, it
+        waits as long as the engine says and tries again. A failed request has finish reason "error" and the text of
+        its error; the other requests are not affected.
+
+        Args:
+            prompts: prompts as `generate` takes them.
+            params: one SamplingParams for all prompts, or a list with one for each.
+            progress: whether to show a progress bar on the terminal.
+            scheduling: as of `generate`; applies to each prompt.
+
+        Raises InvalidRequest if `prompts` is a single prompt, and EngineUnavailable if no engine is reachable at the
+        start.
         """
-        options = SchedulingParams(**scheduling)
+        options = scheduling_params(scheduling)
         prompts, params_of = batch_of(prompts, params)
         if not prompts:
             return []
@@ -135,12 +151,16 @@ class AsyncClient:
         ]
 
     async def cancel(self, request_id: str) -> None:
-        """End an open request of this client: it gets finish reason "cancelled". Other ids are ignored."""
+        """End an open request of this client with finish reason "cancelled". Unknown ids are ignored."""
         self._session.cancel(request_id)
 
     async def health(self) -> Health:
-        """The engine's state: "starting", "ready", "draining" or "failed", and its limits."""
-        health: Health = await self._session.ask("health", self._timeout_s)
+        """The engine's state and its limits.
+
+        Raises EngineUnavailable if no engine answers within `timeout_s`, and ProtocolError if the engine speaks
+        another version of the protocol.
+        """
+        health = await self._ask_health(self._timeout_s)
         if health.protocol_version != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"the engine at {self.endpoint} speaks protocol {health.protocol_version}, this client "
@@ -149,21 +169,28 @@ class AsyncClient:
         return health
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        """Counters and gauges by worker: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}, ...}."""
+        """Counters and gauges of each process: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}, ...}.
+
+        Counters grow from the engine's start; names that end in `_ns` are nanoseconds. Raises EngineUnavailable if no
+        engine answers within `timeout_s`.
+        """
         stats: Stats = await self._session.ask("stats", self._timeout_s)
         return stats.roles
 
     async def clear_cache(self) -> None:
-        """Forget all cached prompts. Requests that are sent after this has returned find nothing from before."""
+        """Empty the prefix cache. Requests sent after this returns reuse no earlier prompt."""
         await self._session.ask("clear_cache", self._timeout_s)
 
     async def wait_ready(self, timeout_s: float | None = 60.0) -> Health:
-        """Wait until the engine takes requests. Raises EngineUnavailable if it does not in time, or never will."""
+        """Wait until the engine accepts requests.
+
+        Raises EngineUnavailable if it is not ready after `timeout_s` seconds (None = no limit), or has failed.
+        """
         timeout_s = checked_timeout(timeout_s)
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, deadline - time.monotonic())
-            health = await self._session.ask("health", None if left_s == math.inf else left_s)
+            health = await self._ask_health(None if left_s == math.inf else left_s)
             if health.state == "ready":
                 return await self.health()
             if health.state == "failed" or time.monotonic() + _POLL_HEALTH_S >= deadline:
@@ -171,8 +198,12 @@ class AsyncClient:
             await self._session.pause(_POLL_HEALTH_S)
 
     async def close(self) -> None:
-        """Cancel open requests, whose callers get EngineUnavailable, and disconnect. A second call does nothing."""
+        """Cancel open requests and disconnect. Their callers get EngineUnavailable. A second call does nothing."""
         self._session.close()
+
+    async def _ask_health(self, timeout_s: float | None) -> Health:
+        answer: HealthMessage = await self._session.ask("health", timeout_s)
+        return Health(**{name: getattr(answer, name) for name in Health.__struct_fields__})
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in whichever process, is a new client of the same engine."""

@@ -25,12 +25,13 @@ assert array("i").itemsize == 4, "token ids travel as 32-bit integers"
 
 
 class SchedulingOptions(TypedDict, total=False):
-    """Keyword arguments of a request that the scheduler reads; see `ipc.scheduling_params.SchedulingParams`."""
+    """Keyword arguments of a request that the scheduler reads: fields of SchedulingParams, or all of them at once."""
 
     priority: int
     tenant: str
     deadline_s: float | None
     queue_timeout_s: float | None
+    scheduling: SchedulingParams
 
 
 def generate_frame(
@@ -62,6 +63,18 @@ def generate_frame(
         return encode(message, max_bytes=MAX_CLIENT_FRAME_BYTES)
     except ProtocolError as error:
         raise InvalidRequest(f"prompt is too large: {error}") from None
+
+
+def scheduling_params(options: SchedulingOptions) -> SchedulingParams:
+    """The scheduling parameters of a request's keyword arguments. Raises InvalidRequest."""
+    if "scheduling" not in options:
+        return SchedulingParams(**cast(Any, options))
+    scheduling = options["scheduling"]
+    if not isinstance(scheduling, SchedulingParams):
+        raise InvalidRequest(f"scheduling ({reprlib.repr(scheduling)}) must be SchedulingParams")
+    if others := sorted(options.keys() - {"scheduling"}):
+        raise InvalidRequest(f"scheduling and {', '.join(others)} are both given: put {others[0]} into the first")
+    return scheduling
 
 
 def batch_of(

@@ -3,26 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
 from ipc.messages import FinishReason, TokenLogprobs
 
 
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of an engine and its limits.
+
+    Args:
+        state: "starting", "ready", "draining" (it finishes open requests and then ends) or "failed".
+        detail: the stage of a starting engine, or the reason why an engine failed; "" otherwise.
+        protocol_version: version of the messages between client and engine; both sides must have the same.
+        model: name of the model: the folder's name, or the hub id.
+        max_model_len: most tokens, prompt and output together, of one sequence.
+        max_open_requests: most requests that one client may have open, each of `n` samples counted.
+    """
+
+    state: Literal["starting", "ready", "draining", "failed"]
+    detail: str
+    protocol_version: int
+    model: str
+    max_model_len: int
+    max_open_requests: int
+
+
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one request."""
+    """Number of tokens of one request.
+
+    Args:
+        prompt_tokens: tokens of the prompt, counted once for all samples.
+        completion_tokens: generated tokens of all samples together.
+        num_cached_tokens: tokens of the prompt that the engine found in its prefix cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_cached_tokens: int = 0
 
     @property
     def total(self) -> int:
+        """Prompt and completion tokens together."""
         return self.prompt_tokens + self.completion_tokens
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Log-probability of one sampled token, and of the likeliest ones at its place, likeliest first."""
+    """Log-probability (natural logarithm) of one generated token and of the likeliest tokens at its position.
+
+    Args:
+        token_id: the generated token.
+        logprob: its log-probability before temperature and filters.
+        top: token id to log-probability, likeliest first; `SamplingParams.logprobs` says how many.
+    """
 
     token_id: int
     logprob: float
@@ -30,7 +64,15 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """One sample of a request, whole. Its fields are those of Output."""
+    """One whole sample of a request.
+
+    Args:
+        index: position of the sample among the request's `n`, from 0.
+        text: the generated text, without the stop string that ended it.
+        token_ids: the generated tokens; they may end with the tokens of a stop string.
+        finish_reason: "stop", "length", "cancelled", "deadline" or "queue_timeout".
+        logprobs: one entry per token if the request asked for them; otherwise None.
+    """
 
     index: int
     text: str
@@ -40,15 +82,24 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class Output(msgspec.Struct, kw_only=True):
-    """News of a request.
+    """The result of a request, or the newest part of a stream.
 
-    Of a stream, each Output has the text and tokens of sample `index` that are new since that sample's one before
-    (several steps' worth if the consumer is slower than the engine). A sample's last one has a `finish_reason`; the
-    request's last one is also `finished` and has the `usage`. Without streaming one Output has everything: its
-    `completions` are the n samples in order, and its other fields those of the first.
+    Without streaming, one Output has everything: `completions` are the n samples in order, and the other fields are
+    those of sample 0. Each Output of a stream has the text and tokens of one sample since that sample's previous
+    Output: several steps' worth if the caller is slower than the engine.
 
-    A stop string is never in `text`; `token_ids` may end with the tokens that completed it. `logprobs` has one entry
-    per token id if the request asked for them.
+    Args:
+        request_id: the id that the caller gave, or a generated one.
+        text: generated text, without the stop string that ended it.
+        token_ids: generated tokens; they may end with the tokens of a stop string.
+        index: the sample that `text` and `token_ids` belong to, from 0.
+        finished: True in the last Output of the request.
+        finish_reason: None while the sample goes on; then "stop", "length", "cancelled", "deadline",
+            "queue_timeout", or "error" (only from `generate_batch`).
+        usage: tokens of the whole request, in its last Output; otherwise None.
+        completions: all samples of a request without streaming; empty in a stream.
+        error: the text of the error with finish reason "error"; otherwise None.
+        logprobs: one entry per token id if the request asked for them; otherwise None.
     """
 
     request_id: str
@@ -57,9 +108,9 @@ class Output(msgspec.Struct, kw_only=True):
     index: int = 0
     finished: bool = False
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None  # of a finished request; its prompt counts once
+    usage: Usage | None = None
     completions: list[Completion] = []
-    error: str | None = None  # with finish reason "error"
+    error: str | None = None
     logprobs: list[TokenLogprob] | None = None
 
     @classmethod

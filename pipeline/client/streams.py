@@ -158,11 +158,11 @@ class OpenRequest:
 
 
 class OutputStream:
-    """The Outputs of one request, as they come.
+    """An async iterator over the Outputs of one request, from `AsyncClient.generate(..., stream=True)`.
 
-    Dropping it, `aclose()`, or leaving its `async with` block cancels the request if it has not ended. A request that
-    fails raises its error, after what had arrived before. It belongs to the event loop and the process that opened it:
-    elsewhere, and to a second reader, InvalidRequest is raised.
+    Dropping it, `aclose()`, or leaving its `async with` block cancels the request if it has not ended. A failed request
+    raises its error after the Outputs that arrived before. The stream belongs to the event loop and the process that
+    opened it. A reader elsewhere, or a second reader at the same time, gets InvalidRequest.
     """
 
     def __init__(
@@ -177,6 +177,7 @@ class OutputStream:
 
     @property
     def request_id(self) -> str:
+        """The id of the request, for `cancel()`."""
         return self._request.request_id
 
     def __aiter__(self) -> Self:
@@ -208,6 +209,7 @@ class OutputStream:
         return output
 
     async def aclose(self) -> None:
+        """Cancel the request if it has not ended. A second call does nothing."""
         if self._generation == forks.generation and self._loop is asyncio.get_running_loop():
             self._close()
         else:

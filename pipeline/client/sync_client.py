@@ -7,20 +7,26 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal, Self, Unpack, overload
 
-from ipc.messages import Health
 from ipc.sampling_params import SamplingParams
 from pipeline.client.async_client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
 from pipeline.client.inputs import Prompt, SchedulingOptions
 from pipeline.client.loop_thread import LoopThread
-from pipeline.client.outputs import Output
+from pipeline.client.outputs import Health, Output
 from pipeline.client.streams import OutputStream
 
 
 class Client:
-    """A client of one engine, for any number of threads. Arguments, methods and errors as of AsyncClient.
+    """A client of one engine, for any number of threads.
+
+    Args:
+        endpoint: where the engine listens: "ipc:///folder/name.sock" or "tcp://host:port"; None (default) = this
+            user's default endpoint.
+        timeout_s: seconds that a request waits until an engine is reachable, and that a query waits for its answer
+            (default 10); then EngineUnavailable is raised. None = no limit.
 
     The first call starts a thread and connects. `close()` ends both, and so does dropping the last reference to the
-    client and its streams. In a forked child the client starts a thread and a connection of its own.
+    client and its streams. In a forked child the client starts its own thread and connection. Errors are those of
+    AsyncClient.
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
@@ -31,6 +37,7 @@ class Client:
 
     @property
     def endpoint(self) -> str:
+        """Where the engine listens."""
         return self._client.endpoint
 
     @overload
@@ -69,8 +76,9 @@ class Client:
     ) -> Output | Stream:
         """Complete a text, a chat (list of messages) or a list of token ids.
 
-        Returns one Output with everything, or with `stream=True` an iterator of Outputs, each with what is new;
-        breaking out of it cancels the request. See AsyncClient.generate for the other arguments.
+        Returns one Output with everything. With `stream=True` it returns a Stream: an iterator of Outputs with what
+        is new. Breaking out of the loop cancels the request. Arguments and errors are those of
+        AsyncClient.generate.
         """
         if stream:
             opening = self._open_stream(prompt, params, request_id, cache_salt, scheduling)
@@ -87,31 +95,49 @@ class Client:
         progress: bool = False,
         **scheduling: Unpack[SchedulingOptions],
     ) -> list[Output]:
-        """Complete many prompts; Outputs come in input order. See AsyncClient.generate_batch."""
+        """Complete many prompts and return their Outputs in input order.
+
+        Arguments and errors are those of AsyncClient.generate_batch.
+        """
         return self._thread.run(self._client.generate_batch(prompts, params, progress=progress, **scheduling))
 
     def cancel(self, request_id: str) -> None:
+        """End an open request of this client with finish reason "cancelled". Unknown ids are ignored."""
         self._thread.run(self._client.cancel(request_id))
 
     def health(self) -> Health:
+        """The engine's state and its limits.
+
+        Raises EngineUnavailable if no engine answers within `timeout_s`, and ProtocolError if the engine speaks
+        another version of the protocol.
+        """
         return self._thread.run(self._client.health())
 
     def stats(self) -> dict[str, dict[str, float]]:
+        """Counters and gauges of each process: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}, ...}.
+
+        Counters grow from the engine's start; names that end in `_ns` are nanoseconds. Raises EngineUnavailable if no
+        engine answers within `timeout_s`.
+        """
         return self._thread.run(self._client.stats())
 
     def clear_cache(self) -> None:
-        """Forget all cached prompts; see AsyncClient.clear_cache."""
+        """Empty the prefix cache. Requests sent after this returns reuse no earlier prompt."""
         self._thread.run(self._client.clear_cache())
 
     def wait_ready(self, timeout_s: float | None = 60.0) -> Health:
+        """Wait until the engine accepts requests.
+
+        Raises EngineUnavailable if it is not ready after `timeout_s` seconds (None = no limit), or has failed.
+        """
         return self._thread.run(self._client.wait_ready(timeout_s))
 
     def keep_alive(self, owner: object) -> None:
-        """Hold a reference to what this client depends on, as long as the client lives."""
+        """Keep a reference to `owner`, an object that this client depends on, until the client is dropped."""
         self._kept_alive = owner
 
     def close(self) -> None:
-        """Cancel open requests and disconnect. Threads that wait get EngineUnavailable. A second call does nothing."""
+        """Cancel open requests and disconnect. Waiting threads get EngineUnavailable. A second call does nothing."""
         self._thread.close()
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
@@ -138,9 +164,10 @@ class Client:
 
 
 class Stream:
-    """An iterator over the Outputs of one request. Dropping it, `close()` or leaving its `with` block cancels it.
+    """An iterator over the Outputs of one request, from `Client.generate(..., stream=True)`.
 
-    One thread reads at a time, in the process that opened it: another one gets InvalidRequest.
+    Dropping it, `close()`, or leaving its `with` block cancels the request. One thread at a time may read it, in the
+    process that opened it; any other reader gets InvalidRequest.
     """
 
     def __init__(self, client: Client, thread: LoopThread, stream: OutputStream) -> None:
@@ -150,6 +177,7 @@ class Stream:
 
     @property
     def request_id(self) -> str:
+        """The id of the request, for `cancel()`."""
         return self._stream.request_id
 
     def __iter__(self) -> Self:
@@ -162,6 +190,7 @@ class Stream:
         return output
 
     def close(self) -> None:
+        """Cancel the request if it has not ended. A second call does nothing."""
         self._stream.close_soon()
 
     def __enter__(self) -> Self:

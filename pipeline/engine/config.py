@@ -34,7 +34,12 @@ _BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine. Built by `load_config` or `config_from_dict`, which check it; immutable afterwards."""
+    """The configuration of one engine, immutable. Only `model.path` has no default.
+
+    Each attribute is a section of the TOML file: `model`, `scheduler`, `cache`, `ring`, `tokenizer` and `frontend`.
+    `python -m pipeline.launch --model PATH --check` prints every key with its value. Make one with `Config.load` or
+    `Config.from_dict`, which check it.
+    """
 
     model: ModelConfig
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -42,6 +47,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ring: RingConfig = RingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     frontend: FrontendConfig = FrontendConfig()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+        """Read and check a TOML file.
+
+        Args:
+            path: the file. A relative `model.path` in it starts at the file's folder.
+            overrides: "section.key=value" strings, or {"section.key": value}. A relative `model.path` among them
+                starts at the current folder.
+
+        Raises ConfigError, naming the source of the value, the key, the value and the cure.
+        """
+        return load_config(path, override_strings(overrides))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+        """Check nested plain values, {"model": {"path": "..."}, ...}. Arguments and errors are those of `load`.
+
+        A relative `model.path` starts at the current folder.
+        """
+        return config_from_dict(values, overrides=override_strings(overrides))
 
 
 _SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
@@ -138,9 +164,19 @@ def config_from_dict(
     return builder.build()
 
 
-def overrides_from_dict(values: Mapping[str, Any]) -> list[str]:
-    """{"scheduler.max_num_seqs": 4} as the strings that `load_config` takes."""
-    return [f"{key}={_toml_value(value)}" for key, value in values.items()]
+def override_strings(overrides: Iterable[str] | Mapping[str, Any]) -> list[str]:
+    """Overrides in any form that users may give, as the strings that `load_config` takes. Raises ConfigError."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={_toml_value(value)}" for key, value in overrides.items()]
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Iterable):
+        raise ConfigError(f'overrides ({overrides!r}) must be "section.key=value", a list of them, or a mapping')
+    overrides = list(overrides)
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ConfigError(f'override ({override!r}) must be "section.key=value"')
+    return overrides
 
 
 def to_toml(config: Config) -> str:

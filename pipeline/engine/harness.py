@@ -1,8 +1,12 @@
-"""A whole engine for a script or a test: `with Pipeline(config) as p: p.client.generate(...)`."""
+"""Launches a whole engine for a script or a test, and ends it: `with Pipeline(config) as pipeline: ...`.
+
+Owns the user's view of one engine: its configuration, its client and its log. `launcher_process.py` owns the process.
+"""
 
 from __future__ import annotations
 
 import os
+import reprlib
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
@@ -23,7 +27,7 @@ from pipeline.engine.config import (
     find_origin,
     load_config,
     name_source,
-    overrides_from_dict,
+    override_strings,
     to_toml,
 )
 from pipeline.engine.launcher_process import EngineProcess
@@ -34,53 +38,42 @@ _NOT_STARTED: Final = "this Pipeline was not started: call start(), or use it in
 
 
 class Pipeline:
-    """Launches `python -m pipeline.launch` and takes it down again.
+    """An engine for a script or a test: launches `ringfeed serve` as a child process and ends it again.
+
+        with Pipeline(model="Qwen/Qwen3-0.6B") as pipeline:
+            print(pipeline.client.generate("Hello").text)
 
     Args:
-        config: a TOML file, a Config, or nested plain values.
-        overrides: "section.key=value", several of them, or {"section.key": value}.
-        log: a file to write the engine's log to; None = only `log_text()` has it.
-        startup_timeout_s: how long the engine may take to be ready; None = for ever.
-        timeline: a file for a trace of all that the engine does (`python -m pipeline.launch --timeline`).
+        config: a TOML file's path, a Config, or nested plain values such as {"model": {"path": "..."}}.
+        overrides: "section.key=value", several of them, or {"section.key": value}; they win over `config`.
+        model: instead of `config`: a model's folder or Hugging Face hub id. Every other key has its default.
+        log: a file for the engine's log; None (default) = only `log_text()` has it.
+        startup_timeout_s: seconds that the engine may take to be ready (default 120); None = no limit.
+        timeline: a file for a trace of all processes and the device (`ringfeed serve --timeline`).
 
-    Without `frontend.endpoint` the engine gets a private one of its own. Raises ConfigError for a configuration that
-    cannot work, EngineUnavailable, with the last lines of its log, for an engine that does not come up. Leaves nothing:
-    the engine also ends if this process is killed, or when the last reference to the Pipeline and its client is
-    dropped. A forked child can use the client; leaving the `with` block there does not end the engine.
+    A relative model path starts at the current folder; in a TOML file it starts at the file's folder. Without
+    `frontend.endpoint` the engine gets a private endpoint.
+
+    Raises ConfigError for a configuration that cannot work, and EngineUnavailable, with the last lines of the engine's
+    log, if the engine does not start. The engine also ends if this process is killed, or when the last reference to the
+    Pipeline and its client is dropped; it leaves no process, socket or memory. A forked child can use the client.
+    Leaving the `with` block in the child does not end the engine.
     """
 
     def __init__(
         self,
-        config: str | os.PathLike[str] | Config | Mapping[str, Any],
+        config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None,
         overrides: Iterable[str] | Mapping[str, Any] = (),
         *,
+        model: str | os.PathLike[str] | None = None,
         log: str | os.PathLike[str] | None = None,
         startup_timeout_s: float | None = 120.0,
         timeline: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(overrides, Iterable):
-            raise ConfigError(f'overrides ({overrides!r}) must be "section.key=value", a list of them, or a mapping')
-        if isinstance(overrides, Mapping):
-            overrides = overrides_from_dict(overrides)
-        self._overrides = [overrides] if isinstance(overrides, str) else list(overrides)
-        for override in self._overrides:
-            if not isinstance(override, str):
-                raise ConfigError(f'override ({override!r}) must be "section.key=value"')
+        self._overrides = override_strings(overrides)
         if timeline is not None and not isinstance(timeline, str | os.PathLike):
             raise ConfigError(f"timeline ({timeline!r}) must be the path of a file")
-        if isinstance(config, Config):
-            config = {
-                section: {key: value for key, value in values.items() if value is not None}
-                for section, values in msgspec.to_builtins(config).items()
-            }
-        if isinstance(config, Mapping):
-            self._source = "config"
-            self.config = config_from_dict(config, self._source, overrides=self._overrides)
-        elif not isinstance(config, str | os.PathLike):
-            raise ConfigError(f"config ({config!r}) must be the path of a TOML file, a Config, or a mapping")
-        else:
-            self._source = os.fspath(config)
-            self.config = load_config(config, self._overrides)
+        self._source, self.config = _resolve(config, model, self._overrides)
         self._log_path = log
         self._startup_timeout_s = checked_timeout(startup_timeout_s, "startup_timeout_s")
         self._timeline = timeline
@@ -92,7 +85,10 @@ class Pipeline:
 
     @property
     def client(self) -> Client:
-        """A client of this engine, closed with it. The engine does not end before the client is dropped."""
+        """A Client of this engine. `stop()`, `kill()` and leaving the `with` block close it.
+
+        It keeps the engine alive: dropping only the Pipeline does not end the engine.
+        """
         if self._client is None:
             engine = self._started()
             self._client = Client(self.endpoint)
@@ -100,7 +96,10 @@ class Pipeline:
         return self._client
 
     def start(self) -> Self:
-        """Launch the engine and wait until it is ready."""
+        """Launch the engine and wait until it is ready. The `with` statement does this too.
+
+        Raises ConfigError, or EngineUnavailable if the engine is not ready in time; InvalidRequest at a second call.
+        """
         if self._process is not None:
             raise InvalidRequest("this Pipeline was started already: make another one for another engine")
         config, folder = self.config, None
@@ -125,19 +124,26 @@ class Pipeline:
         return self
 
     def wait(self, timeout_s: float | None) -> int:
-        """Wait for the engine to end by itself and return its exit status. Raises TimeoutError if it does not."""
+        """Wait until the engine ends by itself, and return its exit status.
+
+        Raises TimeoutError after `timeout_s` seconds (None = no limit).
+        """
         return self._owned().wait(checked_timeout(timeout_s))
 
     def stop(self) -> int:
-        """End the engine in order, finishing what is open, and return its exit status. A second call does nothing."""
+        """Finish open requests of other clients, end the engine, and return its exit status.
+
+        Draining takes at most `frontend.drain_timeout_s` seconds. The own `client` is closed at once. A second call
+        does nothing.
+        """
         return self._finish(self.config.frontend.drain_timeout_s)
 
     def kill(self) -> int:
-        """End the engine in haste: open requests get an error. Returns its exit status."""
+        """End the engine at once, and return its exit status. Open requests get an error."""
         return self._finish(None)
 
     def log_text(self) -> str:
-        """What the engine has logged so far."""
+        """The engine's log so far."""
         if self._log is None:
             raise InvalidRequest(_NOT_STARTED)
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
@@ -185,7 +191,7 @@ class Pipeline:
         return EngineUnavailable(f"the engine {what}; its log ends:\n" + "\n".join(lines))
 
     def _config_error(self) -> ConfigError:
-        """The launcher's, which got the configuration by its standard input, put down to where we have it from."""
+        """The launcher's error. It names standard input as the source; this one names the user's source."""
         message = self.log_text().rpartition(f"error: {name_source(STANDARD_INPUT)}: ")[2].strip()
         return ConfigError(f"{find_origin(message, self._source, self._overrides)}: {message}")
 
@@ -196,8 +202,41 @@ class Pipeline:
         return engine.end(drain_s)
 
 
+def _resolve(
+    config: str | os.PathLike[str] | Config | Mapping[str, Any] | None,
+    model: str | os.PathLike[str] | None,
+    overrides: list[str],
+) -> tuple[str, Config]:
+    """The name of the configuration's source in errors, and the checked configuration. Raises ConfigError."""
+    if model is not None:
+        if config is not None:
+            raise ConfigError(
+                f"config ({reprlib.repr(config)}) and model ({reprlib.repr(model)}) are both given: give one; to run "
+                'another model with a configuration, give overrides={"model.path": ...}'
+            )
+        if not isinstance(model, str | os.PathLike):
+            raise ConfigError(f"model ({model!r}) must be a folder or a hub id")
+        source = f"model={os.fspath(model)!r}"
+        return source, config_from_dict({"model": {"path": os.fspath(model)}}, source, overrides=overrides)
+    if config is None:
+        raise ConfigError(
+            'config (None) and model (None) are both missing: give a TOML file, Pipeline("engine.toml"), or a model, '
+            'Pipeline(model="FOLDER_OR_HUB_ID")'
+        )
+    if isinstance(config, Config):
+        config = {
+            section: {key: value for key, value in values.items() if value is not None}
+            for section, values in msgspec.to_builtins(config).items()
+        }
+    if isinstance(config, Mapping):
+        return "config", config_from_dict(config, "config", overrides=overrides)
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"config ({config!r}) must be the path of a TOML file, a Config, or a mapping")
+    return os.fspath(config), load_config(config, overrides)
+
+
 def _open_log(path: str | os.PathLike[str] | None) -> IO[bytes]:
-    """A file to write and read back: the caller's, or one without a name."""
+    """A file to write and read back: the caller's file, or a temporary one without a name."""
     try:
         return tempfile.TemporaryFile() if path is None else Path(path).open("w+b")
     except (OSError, TypeError, ValueError) as error:

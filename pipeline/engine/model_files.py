@@ -80,8 +80,8 @@ def _find_model(config: Config, download: bool) -> ServedModel:
         raise ConfigError(f"model.path ({path!r}) is a file: give the folder of a model with weights as safetensors")
     if not folder.is_dir():
         raise ConfigError(
-            f"model.path ({path!r}): there is no such folder; relative ones start at the config file's, with --set at "
-            "the current one"
+            f"model.path ({path!r}): there is no such folder; relative ones start at the config file's, with --set "
+            "or --model at the current one"
         )
     if not (folder / "config.json").exists() and (cure := other_contents(folder)) is not None:
         raise ConfigError(f"model.path ({path!r}): {folder} has no config.json: {cure}")
@@ -161,7 +161,8 @@ def _hub_folder(hub_id: str, load_format: str, download: bool) -> Path:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelNotHere(
             f"{missing}, and cannot be downloaded ({first_line}): "
-            "give the path of a folder, or log in with a token that may read it (hf auth login)"
+            "give the path of a folder (a relative one starts at the config file's folder, with --set or --model at "
+            "the current one), or log in with a token that may read it (hf auth login)"
         ) from None
 
 

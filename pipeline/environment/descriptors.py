@@ -1,4 +1,4 @@
-"""Descriptors of this process: how many it may have open (`ulimit -n`), and that ours are no standard streams."""
+"""Descriptors of this process: how many may be open (`ulimit -n`), and which numbers the standard streams keep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import resource
+import sys
 from typing import Final
 
 from ipc.errors import EngineUnavailable
@@ -22,6 +23,18 @@ def hold_standard_descriptors() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD:
         pass
     os.close(fd)
+
+
+def open_closed_streams() -> None:
+    """Open /dev/null for each standard stream that this process was started without.
+
+    Python's `sys.stdout` would be None, and the next file that is opened would get the stream's descriptor.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)  # our child processes get it too
+            setattr(sys, name, os.fdopen(fd, mode))
 
 
 def raise_descriptor_limit() -> None:

@@ -1,1 +1,1 @@
-"""What a running engine does: its counters turned into figures, and shown live."""
+"""Turns a running engine's counters into figures, and shows them live."""

@@ -1,7 +1,8 @@
 """`python -m pipeline.metrics`: see `watch.py`."""
 
+import sys
+
 from pipeline.metrics.watch import main
-from pipeline.terminal.reporting import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

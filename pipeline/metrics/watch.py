@@ -1,6 +1,6 @@
-"""`python -m pipeline.metrics`: a running engine's gauges, live, one row a process and the device's time by cause.
+"""`ringfeed metrics`: a running engine's gauges, live: one row for each process, and the device's time by cause.
 
-Reads `client.stats()` alone: the engine does not know that anybody looks.
+It only calls `client.stats()`: the engine does nothing else for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from rich.console import Group
@@ -17,15 +17,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ipc.errors import RingfeedError
+from pipeline.cli import run_module
 from pipeline.client.sync_client import Client
 from pipeline.metrics.figures import DeviceTime, Figures, Roles, Window
-from pipeline.terminal.reporting import print_error
 
 _BAR_CELLS: Final = 50
 _STYLES: Final = {"busy": "green", "no work": "bright_black", "scheduler": "red", "copies": "yellow"}
 
-# What a role's row says: its gauges now, and its counters per second.
+_EXAMPLES: Final = """\
+examples:
+  ringfeed metrics
+  ringfeed metrics --endpoint tcp://127.0.0.1:5757 --interval 5
+  ringfeed metrics --count 1 | cat                 one reading, as plain text
+"""
+
+# The columns of a role's row: its gauges now, and its counters per second.
 _GAUGES: Final[dict[str, tuple[str, ...]]] = {
     "gateway": ("num_open", "num_waiting", "num_clients", "num_connections"),
     "tokenizer": ("num_prompt_records",),
@@ -44,28 +50,37 @@ _RATES: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-def main() -> int:
-    """The command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.metrics", description="Show a running engine's gauges, until Ctrl-C."
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m pipeline.metrics`. Returns the exit status."""
+    return run_module("metrics", "python -m pipeline.metrics", arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ringfeed metrics`."""
+    parser.description = (
+        "Show a running engine's gauges until Ctrl-C: one row for each process, and the device's time by cause."
     )
-    parser.add_argument("--endpoint", help="the engine's; without it, this user's default one")
+    parser.epilog = _EXAMPLES
+    parser.set_defaults(run=run)
+    parser.add_argument("--endpoint", help="where the engine listens (default: this user's default endpoint)")
     parser.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between two readings")
-    parser.add_argument("--count", type=_count, metavar="N", help="end after so many readings")
-    arguments = parser.parse_args()
+    parser.add_argument("--count", type=_count, metavar="N", help="end after N readings (default: no end)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Show the engine's gauges. Raises RingfeedError."""
     try:
-        with Client(arguments.endpoint) as client, Live(auto_refresh=False) as live:
-            watch(client.stats, lambda view: live.update(view, refresh=True), arguments.interval, arguments.count)
+        with Client(options.endpoint) as client, Live(auto_refresh=False) as live:
+            watch(client.stats, lambda view: live.update(view, refresh=True), options.interval, options.count)
     except KeyboardInterrupt:
-        return 0
-    except RingfeedError as error:
-        print_error(error)
-        return 1
-    return 0
+        return  # the usual end: exit status 0
 
 
 def watch(read: Callable[[], Roles], show: Callable[[Group], None], interval_s: float, count: int | None) -> None:
-    """Show a view of every interval between two readings of one engine, `count` times (None = without end)."""
+    """Show a view of each interval between two readings, `count` times (None = no end).
+
+    An interval in which the engine was restarted is not shown.
+    """
     before, num_shown = read(), 0
     while count is None or num_shown < count:
         window = Window(before)
@@ -78,14 +93,14 @@ def watch(read: Callable[[], Roles], show: Callable[[Group], None], interval_s: 
 
 
 def _is_restarted(before: Roles, now: Roles) -> bool:
-    """Whether another engine has answered: one with other processes, or whose counters are behind."""
+    """Whether the second reading is of another engine: its processes differ, or a counter is lower."""
     return before.keys() != now.keys() or any(
         now[role][name] < before[role][name] for role in now for name in ("cpu_ns", *_RATES.get(role.split(".")[0], ()))
     )
 
 
 def view(before: Roles, now: Roles, figures: Figures) -> Group:
-    """The table and, below it, where the device's time went."""
+    """The table of processes and, below it, the bar of the device's time."""
     table = Table("process", "CPU", "now", "per second", title=f"{figures.tokens_per_s:,.0f} tokens/s")
     for role, counters in now.items():
         kind = role.split(".")[0]
@@ -101,7 +116,7 @@ def view(before: Roles, now: Roles, figures: Figures) -> Group:
 
 
 def device_line(device: DeviceTime, has_work: bool) -> Text:
-    """A bar of the device's time with the share of every part, or why there is none."""
+    """A bar of the device's time with the share of every part, or the reason why no bar can be drawn."""
     if not device.is_known:
         return Text("device: no step ended" if has_work else "device: idle, no work", "bright_black")
     line, legend = Text("device "), Text("       ")

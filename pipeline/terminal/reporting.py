@@ -1,4 +1,4 @@
-"""Reports the errors of our commands, and ends a command whose output cannot be written. Knows no command."""
+"""The exit status of our commands, and how they report errors. Knows no command."""
 
 from __future__ import annotations
 
@@ -7,35 +7,45 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+
+from ipc.errors import ConfigError, InvalidRequest, RingfeedError
+from pipeline.environment.descriptors import open_closed_streams
+
+BAD_USE_STATUS = 2
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with `status_of(main)`. A character that the terminal's encoding lacks is shown as "?"."""
+def status_of(command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status. Reports a RingfeedError in one line instead of a traceback.
+
+    The status is 2 after ConfigError or InvalidRequest, 1 after another RingfeedError, and 130 after Ctrl-C. It is 1
+    if standard output is full, which is reported, or if its reader has left, which is not. A character that the
+    terminal's encoding lacks is printed as "?".
+    """
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    sys.exit(status_of(main))
-
-
-def status_of(write: Callable[[], int | None]) -> int:
-    """What `write` returns, or 1 once standard output is full (said in one line) or its reader has left."""
     try:
         try:
-            return write() or 0
+            return command() or 0
         finally:
             print(end="", flush=True)
+    except RingfeedError as error:
+        print_error(error)
+        return BAD_USE_STATUS if isinstance(error, ConfigError | InvalidRequest) else 1
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for text that is still buffered
         if error.errno == errno.ENOSPC:
             print_error(f"the output cannot be written: {error.strerror}")
         return 1
 
 
 def print_error(error: object) -> None:
-    """Say in one line why a command ends. A standard error that cannot be written does not change the exit status."""
+    """Print why a command ends. If standard error cannot be written, the exit status stays the same."""
     try:
         print(f"error: {error}", file=sys.stderr, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for text that is still buffered

@@ -1,38 +1,54 @@
-"""`python -m pipeline.timeline FILE [FILE ...] -o PICTURE`: draw a window of recorded timelines."""
+"""`ringfeed timeline FILE [FILE ...] -o PICTURE`: draw a window of recorded timelines."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import math
+import sys
 from collections.abc import Sequence
+from typing import Final
 
 from ipc.errors import ConfigError
-from pipeline.terminal.reporting import print_error, run_command
+from pipeline.cli import run_module
 from pipeline.timeline.reader import load_timeline
+
+_EXAMPLES: Final = """\
+examples:
+  ringfeed serve --config FILE --timeline run.json.gz      record a timeline
+  ringfeed timeline run.json.gz -o run.svg                 draw some steps from its middle
+  ringfeed timeline a.json.gz b.json.gz --window 2,0.05 -o compare.png
+
+Drawing needs matplotlib: pip install 'ringfeed[plot]'. ui.perfetto.dev shows a whole timeline.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.timeline", description="Draw recorded timelines.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="of `pipeline.launch --timeline`; the first on top")
+    """`python -m pipeline.timeline`. Returns the exit status."""
+    return run_module("timeline", "python -m pipeline.timeline", arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ringfeed timeline`."""
+    parser.description = "Draw a window of recorded timelines, one above the other."
+    parser.epilog = _EXAMPLES
+    parser.set_defaults(run=run)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="from `ringfeed serve --timeline`; the first on top")
     parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help="ends in .svg, .png or .pdf")
     parser.add_argument(
         "--window", type=_window, metavar="START_S,LENGTH_S",
-        help="seconds from the first step on the device, and how many; without it, some steps from the middle",
+        help="seconds after the first step on the device, and length in seconds (default: some steps from the middle)",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("drawing needs matplotlib: pip install 'ringfeed[plot]'")
-        from pipeline.timeline.picture import Window, draw
 
-        window = None if options.window is None else Window(*options.window)
-        draw([load_timeline(path) for path in options.files], window, options.output)
-    except ConfigError as error:
-        print_error(error)
-        return 2
-    return 0
+
+def run(options: argparse.Namespace) -> None:
+    """Draw the picture. Raises ConfigError for files or options that cannot work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("drawing needs matplotlib: pip install 'ringfeed[plot]'")
+    from pipeline.timeline.picture import Window, draw
+
+    window = None if options.window is None else Window(*options.window)
+    draw([load_timeline(path) for path in options.files], window, options.output)
 
 
 def _window(text: str) -> tuple[float, float]:
@@ -47,4 +63,4 @@ def _window(text: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

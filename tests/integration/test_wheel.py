@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -83,6 +84,36 @@ def test_the_installed_command_works_among_files_with_our_names(site: Path, tmp_
     done = run(str(site / "bin" / "ringfeed"), "--config", config, "--check", cwd=tmp_path, path=path)
     assert done.returncode == 0, done.stderr
     assert f'path = "{site}/pipeline/configs/tiny-model"' in done.stdout
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new virtual environment: the wheel is installed there, and our dependencies can be seen."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(folder, symlinks=True, with_pip=False)
+    python = str(folder / "bin" / "python")
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*command, str(wheel)], check=True, timeout=120)
+    (site,) = folder.glob("lib/*/site-packages")
+    dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "dependencies.pth").write_text("\n".join(dependencies))
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_pip_install_and_ringfeed_demo_work_without_a_checkout(clean: Path, tmp_path: Path) -> None:
+    command = str(clean / "ringfeed")
+    where = run(str(clean / "python"), "-c", "import pipeline; print(pipeline.__file__)", cwd=tmp_path, path="")
+    assert where.stdout.startswith(str(clean.parent)), where.stderr
+    assert run(command, "--version", cwd=tmp_path, path="").stdout.startswith("ringfeed 0.")
+    done = run(command, "demo", "--num-requests", "4", "--max-tokens", "4", cwd=tmp_path, path="")
+    assert done.returncode == 0, done.stderr
+    assert "What the engine did" in done.stdout
+    model = clean.parent.glob("lib/*/site-packages/pipeline/configs/tiny-model")
+    answered = run(command, "chat", "--model", str(next(model)), "What is a list?", cwd=tmp_path, path="")
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     """The last line of what the command says before it ends with exit status 2."""
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     with pytest.raises(SystemExit) as ended:
-        bench.main()
+        sys.exit(bench.main())
     assert ended.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 

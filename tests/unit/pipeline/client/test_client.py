@@ -317,8 +317,14 @@ def test_scheduling_arguments_go_with_the_request_and_with_each_of_a_batch(
     assert gateway.expect(Generate).scheduling == SchedulingParams(queue_timeout_s=0.5)
     client.generate_batch(["a", "b"], tenant="t")
     assert [gateway.expect(Generate).scheduling.tenant for _ in range(2)] == ["t", "t"]
+    client.generate("hi", scheduling=SchedulingParams(priority=2))
+    assert gateway.expect(Generate).scheduling == SchedulingParams(priority=2)
     with pytest.raises(InvalidRequest, match="deadline_s"):
         client.generate("hi", deadline_s=-1)
+    with pytest.raises(InvalidRequest, match="scheduling and priority are both given"):
+        client.generate("hi", scheduling=SchedulingParams(), priority=1)
+    with pytest.raises(InvalidRequest, match=r"scheduling \(3\) must be SchedulingParams"):
+        client.generate("hi", scheduling=3)  # type: ignore[arg-type]
 
 
 def test_a_failed_stream_delivers_what_it_had_and_raises(gateway: FakeGateway, client: Client) -> None:

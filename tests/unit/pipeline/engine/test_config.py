@@ -24,7 +24,7 @@ from pipeline.client.endpoint import (
     runtime_folder,
 )
 from pipeline.engine import model_files
-from pipeline.engine.config import Config, config_from_dict, config_from_toml, load_config, overrides_from_dict, to_toml
+from pipeline.engine.config import Config, config_from_dict, config_from_toml, load_config, override_strings, to_toml
 from pipeline.engine.model_files import ModelNotHere, find_model
 from pipeline.environment.module_search import module_environment
 from pipeline.launch import main
@@ -170,7 +170,7 @@ def test_a_relative_model_path_starts_where_it_is_written(tmp_path: Path, monkey
 
 def test_the_resolved_text_reads_back_as_the_same_configuration() -> None:
     overrides = {"frontend.endpoint": 'ipc:///a "quoted" \\ path', "ring.depth": 3, "cache.memory_share": 0.5}
-    config = configure("/nowhere", *overrides_from_dict(overrides))
+    config = configure("/nowhere", *override_strings(overrides))
     assert config.ring.depth == 3
     assert config_from_toml(to_toml(config), "text", Path("/")) == config
 

@@ -13,12 +13,13 @@ import pytest
 
 from pipeline.environment.module_search import module_environment
 
-PRINTS = "from pipeline.terminal.reporting import run_command; run_command(lambda: print('x' * 100_000))"
+PRINTS = "from pipeline.terminal.reporting import status_of; raise SystemExit(status_of(lambda: print('x' * 100_000)))"
+COMMANDS = ("bench", "chat", "demo", "metrics", "timeline")
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("-c", PRINTS), *(("-m", f"pipeline.{name}", "--help") for name in ("bench", "demo", "metrics", "timeline"))],
+    [("-c", PRINTS), *(("-m", f"pipeline.{name}", "--help") for name in COMMANDS)],
     ids=lambda arguments: arguments[1].partition(";")[0],
 )
 def test_output_that_cannot_be_written_ends_a_command_without_a_traceback(arguments: tuple[str, ...]) -> None:
@@ -48,7 +49,7 @@ SHOWS = """
 import sys
 from rich.console import Console
 from rich.live import Live
-from pipeline.terminal.reporting import run_command
+from pipeline.terminal.reporting import status_of
 from pipeline.metrics.figures import DeviceTime, Figures
 from pipeline.metrics.watch import view
 from pipeline.terminal.progress_bar import progress_bar
@@ -61,7 +62,7 @@ def show():
     Console().print("a text of a model: \\u00e9 \\U0001f600", markup=False)
     with Live(auto_refresh=False) as live:
         live.update(view(roles, roles, figures), refresh=True)
-run_command(show)
+sys.exit(status_of(show))
 """
 BAR = """
 from pipeline.terminal.progress_bar import progress_bar
