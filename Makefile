@@ -39,7 +39,7 @@ test-slow: $(INSTALLED)
 
 explore: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=default --hypothesis-show-statistics \
-		$$(grep -l "^from hypothesis" tests/*/*.py)
+		$$(grep -rl --include="*.py" "^from hypothesis" tests)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

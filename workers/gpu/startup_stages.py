@@ -1,4 +1,4 @@
-"""What the process is doing, and how long it did what before, known from the progress that is reported anyway."""
+"""Tracks the stages of start-up and their durations, from the progress reports that the loading code makes anyway."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _GIB: Final = 1 << 30
 
 
 class Stages:
-    """Start-up, and then service. `progress` is passed on to `report`. `clock` in ns."""
+    """The current stage: one of start-up, then SERVING. Passes each `progress` on to `report`. `clock` returns ns."""
 
     def __init__(self, report: Callable[[str, float, int], None], clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._report = report
@@ -28,16 +28,16 @@ class Stages:
         self._report(stage, fraction, total_bytes)
 
     def serve(self) -> None:
-        """Start-up is over."""
+        """Enter the stage SERVING: start-up is over."""
         self._enter(SERVING)
         self._far = ""
 
     def __str__(self) -> str:
-        """The stage and how far it is: "loading weights, 40% of 14.96 GiB done"."""
+        """The stage and its progress: "loading weights, 40% of 14.96 GiB done"."""
         return self.name + self._far
 
     def durations(self) -> str:
-        """Of the stages that are over and took as long as shows: "loading weights 2.1 s, checking the model 0.3 s"."""
+        """The finished stages that took at least 0.1 s: "loading weights 2.1 s, checking the model 0.3 s"."""
         seconds = {name: round(duration * 1e-9, 1) for name, duration in self._durations.items()}
         return ", ".join(f"{name} {duration} s" for name, duration in seconds.items() if duration)
 

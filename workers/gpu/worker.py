@@ -1,7 +1,7 @@
 """The GPU process: takes step records, enqueues steps, and does nothing else that takes time.
 
-Owns the choice of device and model and the process's one loop. Any error on the step path ends the process: what a
-device is left with after one cannot be trusted.
+Owns the choice of device and model, and the process's loop. Any error on the step path ends the process, because the
+device's state after an error cannot be trusted.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[..., None]  # WorkerProcess.progress, or what passes on to it
-CLOCK_KERNEL: Final = "_write_time"  # of the CUDA device's `read_clock`, at both ends of a step
-_LOOK_FOR_STOP_NS: Final = 50_000_000  # how long steps may follow on each other before the control channel is looked at
+Report = Callable[..., None]  # WorkerProcess.progress, or a function that calls it
+CLOCK_KERNEL: Final = "_write_time"  # the kernel of the CUDA device's `read_clock`, which runs at both ends of a step
+_LOOK_FOR_STOP_NS: Final = 50_000_000  # longest time of steps without a pause before the loop reads the control channel
 
 
 def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
-    """Load, announce the number of KV blocks, and run steps until the launcher says Stop."""
+    """Load the model, announce the number of KV blocks, and run steps until the launcher sends StopWorker."""
     with torch.inference_mode():
         stages = Stages(process.progress)
         memory = MemoryUse()
@@ -83,7 +83,7 @@ def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> 
 
 
 def capture_graphs(progress: Report, device: Device[Any, Any], executor: Executor) -> int:
-    """Returns the bytes that the graphs take."""
+    """Capture a graph for each bucket. Returns the bytes that the graphs take."""
 
     def report(share: float) -> None:
         progress("capturing graphs", share)
@@ -95,7 +95,7 @@ def capture_graphs(progress: Report, device: Device[Any, Any], executor: Executo
 def run_steps(
     process: WorkerProcess, executor: Executor, completion: ResultPublisher, profiler: StepProfiler | None = None
 ) -> None:
-    """The loop. Returns by StopWorker or an error only."""
+    """Submit steps as their records arrive. Ends only by StopWorker or an error."""
     stats, trace = process.stats, process.trace
     looked_at_ns = 0
     while True:
@@ -119,17 +119,17 @@ def run_steps(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A device with a model on it. `buckets`: see Executor."""
+    """A device with a loaded model. `buckets`: see Executor."""
 
     device: Device[Any, Any]
     runner: ModelRunner
-    num_blocks: int  # that the scheduler may give away
+    num_blocks: int  # KV blocks for the scheduler to allocate
     memory: MemoryUse
     buckets: Buckets | None = None
 
 
 def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
-    """Raises ConfigError or ModelUnsupported for what cannot run here."""
+    """Load the model that the bootstrap names. Raises ConfigError or ModelUnsupported if it cannot run here."""
     model, shape = bootstrap.model, bootstrap.shape
     if model.load_format == "null":
         torch.set_num_threads(1)
@@ -138,7 +138,7 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
         runner = NullModel(shape, timed.torch_device, spend=lambda: timed.spend(step_ns))
         return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
-    progress("importing transformers", 0.0)  # takes seconds, and the null model needs none of it
+    progress("importing transformers", 0.0)  # takes seconds, and the null model does not need it
     from workers.gpu.model.loader import load_model
 
     progress("starting the device", 0.0)
@@ -150,12 +150,12 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
 
 
 def default_num_blocks(shape: StepShape) -> int:
-    """Enough for every row at full length."""
+    """Return the number of KV blocks that suffices for every row at full length."""
     return shape.max_num_seqs * shape.max_blocks_per_seq
 
 
 def attach_rings(bootstrap: GpuBootstrap) -> GpuRings:
-    """Raises LayoutMismatch if a ring is not as the launcher said."""
+    """Map the rings. Raises LayoutMismatch if a ring's layout differs from the launcher's."""
     worker = bootstrap.worker
     return GpuRings(
         step=worker.ring("step").attach(step_layout(bootstrap.shape)),

@@ -1,6 +1,6 @@
-"""What computes attention over the paged cache: the protocol, and the registry.
+"""The protocol of an attention backend, which computes attention over the paged cache, and the registry of backends.
 
-To add a backend: one file with a class of this protocol, one entry in `_BACKENDS`, and its name in
+To add a backend, write one file with a class of this protocol, and add one entry to `_BACKENDS` and its name to
 `ModelConfig.attention`.
 """
 
@@ -15,7 +15,7 @@ from ipc.errors import ConfigError
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.probed_model import ProbedModel
 
-_BACKENDS: Final = {  # name -> "module:class", imported when chosen: a backend may need packages that others do not
+_BACKENDS: Final = {  # name -> "module:class", imported only when chosen: it may need further packages
     "torch": "workers.gpu.attention.torch_backend:TorchBackend",
     "triton": "workers.gpu.attention.triton_backend:TritonBackend",
     "varlen": "workers.gpu.attention.varlen_backend:VarlenBackend",
@@ -24,7 +24,7 @@ _ON_ANY_DEVICE: Final = "torch"  # the others need CUDA
 
 
 class StepAttention(Protocol):
-    """Attention of one step, called once per layer."""
+    """Computes the attention of one step. It is called once per layer."""
 
     def __call__(
         self,
@@ -41,37 +41,38 @@ class StepAttention(Protocol):
 
         Args:
             query: [T, num_heads, head_dim_k], of any strides.
-            key_cache: [num_blocks + 1, block_size, num_kv_heads, head_dim_k], this layer's; value_cache alike.
-            scaling: of the scores.
-            sliding_window: how many positions a token sees, itself included; None = all.
+            key_cache: [num_blocks + 1, block_size, num_kv_heads, head_dim_k], this layer's part of the cache.
+            value_cache: [num_blocks + 1, block_size, num_kv_heads, head_dim_v].
+            scaling: the factor of the scores, usually head_dim_k ** -0.5.
+            sliding_window: the number of positions that a token sees, itself included; None = all.
             softcap: scores become softcap * tanh(scores / softcap), before masking.
-            sinks: [num_heads], one more logit per head in the softmax's sum, that carries no value.
+            sinks: [num_heads], an additional logit per head; it adds to the softmax's sum and has no value vector.
 
         Returns: [T, num_heads, head_dim_v] in the query's dtype, finite for padding tokens too.
         """
 
 
 class AttentionBackend(Protocol):
-    """Makes the attention of each step."""
+    """Makes a `StepAttention` for each step. It lives as long as the model."""
 
-    needs_host_lengths: bool  # reads lengths of the batch on the host: no step of it may be captured in a graph
+    needs_host_lengths: bool  # True if a step reads lengths on the host; such a step cannot be captured in a graph
 
     def check(self, facts: ProbedModel) -> None:
         """Raise ConfigError for a model whose attention this backend cannot compute."""
 
     def begin_step(self, batch: StepBatch) -> StepAttention:
-        """Compute, once, what all layers of a step share. The result is good until the batch's buffers change."""
+        """Compute once what all layers of a step share. The result is valid until the batch's buffers change."""
 
 
 def make_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend of a name, or, for "auto", the best that is sure to run on `device`.
+    """Return the backend called `name`; for "auto", Triton on CUDA and plain torch elsewhere.
 
-    Raises ConfigError for a name that is not registered, and for a backend that this device or torch does not have.
+    Raises ConfigError if the name is not registered, or if the backend does not run on this device or with this torch.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else _ON_ANY_DEVICE
     if name not in _BACKENDS:
-        raise ConfigError(f"there is no attention backend {name!r}; there are: {', '.join(_BACKENDS)}")
+        raise ConfigError(f"model.attention ({name!r}) is unknown: use auto, {', '.join(_BACKENDS)}")
     if name != _ON_ANY_DEVICE and device.type != "cuda":
         raise ConfigError(
             f'model.attention ("{name}") needs CUDA, and the model runs on {device}: set it to "auto" or '

@@ -1,11 +1,12 @@
-"""Where transformers' models call us for attention.
+"""The attention function that transformers' models call.
 
-One name, `ATTENTION_NAME`, is registered with transformers' AttentionInterface. It is not registered with the mask
-interface: for a name unknown there no mask is built at all, while a registered builder costs a host sync first.
+The name `ATTENTION_NAME` is registered with transformers' AttentionInterface, but not with its mask interface. For a
+name that the mask interface does not know, transformers builds no mask; a registered builder would first wait for the
+device.
 
-What a layer needs to know of the step does not travel through the models' keyword arguments (some families drop them
-on the way) but through the handler that is installed around the model's forward: `PagedAttention` in a step, a probe
-when the gate looks at a new model.
+A layer gets the step's data from the handler that is installed around the model's forward, not from the model's keyword
+arguments, because some families drop those. The handler is `PagedAttention` in a step, and a probe when the gate
+examines a new model.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.memory.kv_cache import KVCache
 
 ATTENTION_NAME: Final = "ringfeed_paged"
-MASKED_NAME: Final = "ringfeed_masked"  # the same with masks, which the gate checks: workers/gpu/model/masks.py
+MASKED_NAME: Final = "ringfeed_masked"  # the same function with masks, which the gate checks (model/masks.py)
 
 
 class AttentionHandler(Protocol):
-    """Takes the attention calls of one forward, of a packed batch of T tokens."""
+    """Receives the attention calls of one forward over a packed batch of T tokens."""
 
     def attend(
         self,
@@ -46,7 +47,7 @@ class AttentionHandler(Protocol):
 
 
 class PagedAttention:
-    """The handler of one step: writes the step's K and V into the cache, then lets the backend attend to it."""
+    """The handler of one step. It writes the step's K and V into the cache, then calls the backend's attention."""
 
     def __init__(self, cache: KVCache, batch: StepBatch, step_attention: StepAttention) -> None:
         self._cache = cache
@@ -81,7 +82,7 @@ class PagedAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One layer's attention, from tensors and scalars alone: what `torch.library.custom_op` can wrap."""
+        """Compute one layer's attention, from tensors and scalars only, so that `custom_op` can wrap it."""
         cache = self._cache
         cache.write(layer_idx, self._slot_mapping, key, value)
         return self._step_attention(
@@ -95,7 +96,7 @@ class PagedAttention:
         )
 
 
-_handler: AttentionHandler | None = None  # of the forward that runs now; this process runs one at a time
+_handler: AttentionHandler | None = None  # the current forward's handler; this process runs one forward at a time
 
 
 @contextmanager
@@ -120,10 +121,11 @@ def _paged_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """A layer's attention as one operator of a compiled graph. Only the cache, which no graph sees, is written."""
+    """One layer's attention as one operator of a compiled graph. It writes only the cache, which is not in the
+    graph."""
     assert isinstance(_handler, PagedAttention), "a compiled model was called outside of a step"
     output = _handler.run_layer(int(layer_index), query, key, value, scaling, sliding_window, softcap, sinks)
-    return output.contiguous()  # as the graph was told below
+    return output.contiguous()  # contiguous, as the fake implementation below promises
 
 
 @_paged_attention.register_fake
@@ -144,7 +146,7 @@ def _attention_forward(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls. Returns ([1, T, num_heads, head_dim_v], None)."""
+    """The function that transformers calls for each layer. Returns ([1, T, num_heads, head_dim_v], None)."""
     if torch.compiler.is_compiling():
         output = _paged_attention(
             query[0].transpose(0, 1),
@@ -174,14 +176,15 @@ def _attention_forward(
 
 
 def set_layer_indices(model: nn.Module) -> None:
-    """Number the layers by tensors, which are inputs of a compiled graph; an integer would be part of it."""
+    """Give each attention layer its number as a tensor. A tensor is an input of a compiled graph; an integer would be
+    compiled into it."""
     for module in model.modules():
         if (index := layer_index(module)) is not None:
             module.layer_index = torch.tensor(index)
 
 
 def layer_index(module: nn.Module) -> int | None:
-    """Which layer this is, or is the attention of, as transformers numbers those that may have a KV cache."""
+    """Return transformers' number of this attention module's layer; None if the module has no KV cache."""
     index = getattr(module, "layer_idx", None)
     return index if isinstance(index, int) else None
 

@@ -1,9 +1,8 @@
-"""Attention over the paged cache in plain torch: the oracle that other backends are held to, and the CPU's backend.
+"""Attention over the paged cache in plain torch: the CPU's backend, and the oracle in the tests of the other backends.
 
-A step's sequences are sorted into groups that are computed together: sequences with one token (decodes) share a group
-with others of a similar length, a prefill chunk is a group of its own. A group gathers its blocks of the cache into
-one padded tensor. Which blocks, and the masks, are the same in every layer with the same window: they are computed
-once per step and window.
+The backend sorts a step's sequences into groups and computes each group at once. Decodes (one token) of similar length
+share a group; each prefill chunk is one group. A group gathers its blocks of the cache into one padded tensor. Block
+numbers and masks are equal in all layers with the same window, so they are computed once per step and window.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.probed_model import ProbedModel
 
-_MAX_GATHERED: Final = 2048  # KV positions that decodes gather together, so that they stay in a core's cache
+_MAX_GATHERED: Final = 2048  # most KV positions that a group of decodes gathers: they fit a core's cache
 
 
 class TorchBackend:
@@ -33,23 +32,23 @@ class TorchBackend:
         self._values = _Gatherer()
 
     def check(self, facts: ProbedModel) -> None:
-        """All that a model can ask for is here."""
+        """Accept every model: this backend supports all features."""
 
     def begin_step(self, batch: StepBatch) -> _TorchStep:
         return _TorchStep(batch, self._keys, self._values)
 
 
 class _Gatherer:
-    """Gathers blocks into memory that it keeps: fresh memory of this size would cost more page faults than copying.
+    """Gathers blocks into memory that it keeps. Page faults of fresh memory of this size would cost more than the copy.
 
-    What it gave is overwritten by its next call.
+    Each call overwrites the result of the call before.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def __call__(self, cache: torch.Tensor, group: _Group) -> torch.Tensor:
-        """The group's KV, a view of [G, num_kv_heads, L, head_dim]."""
+        """Return the group's K or V, a view of shape [G, num_kv_heads, L, head_dim]."""
         sizes = (group.blocks.shape[0], *cache.shape[1:])
         if self._memory.numel() < math.prod(sizes) or self._memory.dtype != cache.dtype:
             self._memory = cache.new_empty(math.prod(sizes))
@@ -60,19 +59,19 @@ class _Gatherer:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One sequence of a step, as host integers: its tokens are start..start + num_tokens of the packed batch."""
+    """One sequence of a step, in host integers. Its tokens are start..start + num_tokens of the packed batch."""
 
     index: int  # in the batch
     start: int
     num_tokens: int
-    seq_len: int  # of its KV, this step's tokens included
+    seq_len: int  # length of its KV, this step's tokens included
 
 
 @dataclass(frozen=True)
 class _Group:
-    """G sequences with n tokens each, whose KV is gathered into L positions."""
+    """G sequences with n tokens each. Their KV is gathered into L positions."""
 
-    tokens: torch.Tensor | slice  # of the packed batch, G * n of them
+    tokens: torch.Tensor | slice  # indices in the packed batch, G * n of them
     num_seqs: int
     num_tokens: int  # n
     num_keys: int  # L
@@ -160,7 +159,7 @@ class _TorchStep:
         first_block = torch.tensor(first_blocks, device=device).unsqueeze(1)  # [G, 1]
         row = self._batch.seq_row[torch.tensor([sequence.index for sequence in members], device=device)]
         column = first_block + torch.arange(num_blocks, device=device)  # [G, blocks each]
-        column = column.clamp(max=block_table.shape[1] - 1)  # beyond the table is beyond the sequence: masked
+        column = column.clamp(max=block_table.shape[1] - 1)  # beyond the table, so masked
         blocks = block_table[row.unsqueeze(1), column].flatten()
 
         mask: torch.Tensor | None = None
@@ -177,12 +176,13 @@ class _TorchStep:
 
 
 def _first_position(sequence: _Sequence, window: int | None) -> int:
-    """The first KV position that any of the step's tokens of a sequence sees."""
+    """Return the first KV position that any of the sequence's tokens in this step sees."""
     return 0 if window is None else max(0, sequence.seq_len - sequence.num_tokens + 1 - window)
 
 
 def _by_length(decodes: list[_Sequence], window: int | None) -> Iterator[list[_Sequence]]:
-    """Sequences to compute together: of similar lengths, so that there is little padding, and few enough."""
+    """Group decodes of similar length, to pad little. A group gathers at most _MAX_GATHERED positions (or one
+    sequence)."""
 
     def length(sequence: _Sequence) -> int:
         return sequence.seq_len - _first_position(sequence, window)
@@ -202,11 +202,11 @@ def _attend_fused(
 ) -> torch.Tensor:
     """[G, n, num_heads, head_dim] queries -> [G * n, num_heads, head_dim_v], by torch's fused kernels.
 
-    These kernels give a masked position the weight 0. NaN or infinity in its K or V still makes the output NaN.
+    These kernels give a masked position the weight 0, so NaN or infinity in its K or V still makes the output NaN.
     """
     num_seqs, num_tokens, num_heads, _ = queries.shape
     num_kv_heads = keys.shape[1]
-    if num_tokens == 1:  # the heads that share a KV head become its query positions: K and V need no repetition
+    if num_tokens == 1:  # query heads that share a KV head become its query positions: K and V are not repeated
         queries = queries.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, -1)
         output = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
         return output.reshape(num_seqs, num_heads, -1)
@@ -231,10 +231,9 @@ def _attend_in_steps(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same in plain torch operations, with soft cap and sinks. The softmax is in float32.
+    """Compute the same in plain torch operations, with soft cap and sinks. The softmax is in float32.
 
-    Masked positions contribute exactly nothing, whatever their K and V hold. A query that sees a non-finite V gets
-    NaN.
+    Masked positions contribute exactly nothing, even if their K or V is NaN. A query that sees a non-finite V gets NaN.
     """
     num_seqs, num_tokens, num_heads, _ = queries.shape
     num_kv_heads, num_keys = keys.shape[1:3]
@@ -265,5 +264,6 @@ def _attend_in_steps(
 
 
 def _is_finite(output: torch.Tensor) -> bool:
-    """Whether every element is finite, in one pass. May say no if the sum overflows; the slower path is also right."""
+    """Return whether every element is finite, in one pass. A sum that overflows also gives False; the slower path is
+    then used, which is also right."""
     return math.isfinite(output.sum(dtype=torch.float32).item())

@@ -1,7 +1,7 @@
-"""Attention over the paged cache by Triton kernels: the backend for CUDA, and, interpreted, for tests on a CPU.
+"""Attention over the paged cache by Triton kernels: the backend for CUDA. Tests run it interpreted on a CPU.
 
-No length is read on the host and every grid depends on the bucket's sizes alone, so that a step can be captured in a
-graph, `begin_step` included, and replayed for any batch of its bucket.
+The host reads no lengths, and every grid depends only on the bucket's sizes. So a graph can capture a step,
+`begin_step` included, and replay it for any batch of its bucket.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from workers.gpu.model.probed_model import ProbedModel
 
 _LOG2_E: Final = math.log2(math.e)
 _SMALLEST_PRODUCT: Final = 16  # rows, of the matrix units
-_NO_DEVICE_PARTS: Final = 5  # under the interpreter: few, so that parts cut sequences and sequences share parts
+_NO_DEVICE_PARTS: Final = 5  # under the interpreter: few parts, so that parts cut sequences and sequences share parts
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one kernel is cut for the device. `positions` of KV are read at a time, `stages` such reads are under way."""
+    """A kernel's tile sizes and pipelining on this device. It reads `positions` of KV at a time, with `stages` such
+    reads under way."""
 
     positions: int
     warps: int
@@ -36,7 +37,8 @@ class Tuning:
 
 
 class TritonBackend:
-    """See `AttentionBackend`. `decode_tuning` and `prefill_tuning` replace the choice by head size and device."""
+    """See `AttentionBackend`. `decode_tuning` and `prefill_tuning` override the choice that is made by head size and
+    device."""
 
     needs_host_lengths = False
 
@@ -45,14 +47,14 @@ class TritonBackend:
         self._prefill_tuning = prefill_tuning
 
     def check(self, facts: ProbedModel) -> None:
-        """All that a model can ask for is here."""
+        """Accept every model: this backend supports all features."""
 
     def begin_step(self, batch: StepBatch) -> TritonStep:
         return TritonStep(batch, self._decode_tuning, self._prefill_tuning)
 
 
 class TritonStep:
-    """See `StepAttention`. Plans are made by the first layer that needs them and kept for the others."""
+    """See `StepAttention`. The first layer that needs a plan makes it; the other layers use it again."""
 
     def __init__(self, batch: StepBatch, decode_tuning: Tuning | None, prefill_tuning: Tuning | None) -> None:
         self._batch = batch
@@ -83,7 +85,7 @@ class TritonStep:
             query,
             key_cache,
             value_cache,
-            # A dummy that is never read stands in for absent sinks.
+            # Without sinks the kernel still needs a pointer; it never reads this one.
             query if sinks is None else sinks,
             window=sliding_window or 0,
             scales=(scaling, _LOG2_E * scaling) if softcap is None else (scaling / softcap, _LOG2_E * softcap),
@@ -97,7 +99,7 @@ class TritonStep:
                 "BLOCK_DIM_V": max(triton.next_power_of_2(dim_v), _SMALLEST_PRODUCT),
                 "SOFTCAP": softcap is not None,
                 "SINKS": sinks is not None,
-                # float32 stays float32: the matrix units would round it.
+                # float32 products stay in float32: tf32 on the matrix units would round them.
                 "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
             },
         )
@@ -192,7 +194,7 @@ class TritonStep:
 
 @dataclass(frozen=True)
 class _Call:
-    """One layer's tensors, and what both kernels are compiled for."""
+    """One layer's tensors, and the compile-time constants of both kernels."""
 
     result: torch.Tensor
     query: torch.Tensor
@@ -200,12 +202,12 @@ class _Call:
     value_cache: torch.Tensor
     sinks: torch.Tensor
     window: int  # 0 = none
-    scales: tuple[float, float]  # of the scores before and after the soft cap
+    scales: tuple[float, float]  # scale of the scores before and after the soft cap
     meta: dict[str, int | bool | str]
 
     @property
     def key_bytes(self) -> int:
-        """Of one KV head's K or V of one position, the larger of them, padded to what the kernels hold of it."""
+        """Bytes of one KV head's K or V at one position, the larger of the two, padded as the kernels hold it."""
         return max(int(self.meta["BLOCK_DIM_K"]), int(self.meta["BLOCK_DIM_V"])) * self.key_cache.element_size()
 
     def strides(self, block_table: torch.Tensor) -> tuple[int, ...]:
@@ -218,7 +220,7 @@ class _Call:
 
 
 def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) -> int:
-    """At least 2, so that there is a grid for combining."""
+    """The number of parts of a step's decodes. At least 2, so that the grid of the combining kernel is not empty."""
     if device.type != "cuda":
         return _NO_DEVICE_PARTS
     num_programs = torch.cuda.get_device_properties(device).multi_processor_count * tuning.programs
@@ -226,12 +228,16 @@ def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) ->
 
 
 def is_dependent_launch_possible(device: torch.device) -> bool:
-    """Whether a kernel may be put in place before the one it waits for has ended: from compute capability 9 on."""
+    """Whether the device supports programmatic dependent launch (compute capability 9 and later): a kernel may start
+    before the kernel that it depends on has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
-    """`key_bytes`: of one KV head's K of one position. The best of some forty on an H200, for 128 and 256 bytes."""
+    """Choose tile sizes for `key_bytes`, the bytes of one KV head's K at one position.
+
+    The values are the fastest of about forty that were measured on an H200, for 128 and 256 bytes.
+    """
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1)
     if key_bytes <= 128:
@@ -244,7 +250,7 @@ def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
 def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dtype) -> Tuning:
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1, rows=16)
-    if dtype == torch.float32:  # not on the matrix units: small products, in registers
+    if dtype == torch.float32:  # small products in registers, not on the matrix units
         return Tuning(positions=32, warps=8, stages=1, rows=32)
     rows, positions = 128, 64 if key_bytes <= 256 else 32
     stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=rows * key_bytes)
@@ -252,6 +258,6 @@ def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dty
 
 
 def _stages(device: torch.device, stage_bytes: int, *, at_most: int, besides: int = 0) -> int:
-    """How many reads of `stage_bytes` may be under way at once in a multiprocessor's shared memory."""
-    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one
+    """Return how many reads of `stage_bytes` fit a multiprocessor's shared memory at once."""
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks this attribute
     return max(1, min(at_most, (int(properties.shared_memory_per_block_optin) - besides) // stage_bytes))

@@ -1,9 +1,10 @@
-"""Decode: one query token against all the KV it sees. Bound by the reading of that KV, once.
+"""Decode: one query token against all the KV it sees. The kernel reads each KV once, and this reading limits its speed.
 
-The query heads that share a KV head are the rows of one product. A program takes its part of the line of work (see
-triton_plan) for one KV head. If an entry lies within the part, its result is written to the output; otherwise what the
-part computed of it is a share, left without normalization for a second kernel to combine. A program leaves at most two
-shares: of the entry in which its part begins, and of that in which it ends.
+The query heads that share a KV head are the rows of one product. A program computes one part of the line of work (see
+triton_plan) for one KV head. It writes the result of each entry that lies within the part. If an entry lies only partly
+within it, the program leaves a share: the running softmax, not normalized. A second kernel, `combine`, merges the
+shares, as in Flash-Decoding (Dao et al., 2023). A program leaves at most two shares: one of the entry in which its part
+begins, and one of the entry in which it ends.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -32,10 +33,10 @@ from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normali
 
 @triton.jit
 def decode(
-    result: tl.tensor,  # [T, num_heads, DIM_V]; tokens that are padding are zeroed here
-    shares: tl.tensor,  # [parts, NUM_KV_HEADS, 2, GROUP, DIM_V] float32: of where a part begins, of where it ends
+    result: tl.tensor,  # [T, num_heads, DIM_V]; this kernel zeroes padding tokens
+    shares: tl.tensor,  # [parts, NUM_KV_HEADS, 2, GROUP, DIM_V] float32; 2 = the part's beginning, its end
     share_maximum: tl.tensor,  # [parts, NUM_KV_HEADS, 2, GROUP] float32
-    share_total: tl.tensor,  # the same
+    share_total: tl.tensor,  # [parts, NUM_KV_HEADS, 2, GROUP] float32
     query: tl.tensor,
     key_cache: tl.tensor,
     value_cache: tl.tensor,
@@ -71,9 +72,9 @@ def decode(
     PRECISION: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (parts * NUM_KV_HEADS)."""
+    """Grid (parts * NUM_KV_HEADS). Attention of the decodes; see the module."""
     if DEPENDENT_LAUNCH:
-        gdc_launch_dependents()  # the combining kernel may take its place, to wait there
+        gdc_launch_dependents()  # the combining kernel may start now; it waits in gdc_wait
     program = tl.program_id(0)
     kv_head = program % NUM_KV_HEADS
     group = tl.arange(0, BLOCK_GROUP)
@@ -129,7 +130,7 @@ def decode(
             BLOCK_DIM_K=BLOCK_DIM_K,
             BLOCK_DIM_V=BLOCK_DIM_V,
             CAUSAL=True,
-            WINDOW=0,  # `begin` is the window's
+            WINDOW=0,  # `begin` already accounts for the window
             SOFTCAP=SOFTCAP,
             PRECISION=PRECISION,
         )
@@ -157,7 +158,7 @@ def combine(
     sinks: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    NUM_SHARES: tl.constexpr,  # that are read at once
+    NUM_SHARES: tl.constexpr,  # shares that one iteration reads
     DIM_V: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
     SINKS: tl.constexpr,
@@ -167,7 +168,7 @@ def combine(
     first_part = tl.program_id(0)
     part = parts + first_part * COLUMNS
     if DEPENDENT_LAUNCH:
-        gdc_wait()  # for the shares, and for the plan if it was made just before
+        gdc_wait()  # waits for the shares, and for the plan if it was made just before
     query_token = tl.load(part + CUT_TOKEN).to(tl.int64)
     last_part = tl.load(part + CUT_PART)
     is_whole = tl.load(part + CUT_IS_WHOLE)

@@ -18,8 +18,8 @@ def write_kv(
 ) -> None:
     """Store `key` and `value`, [T, num_kv_heads, head_dim] of any strides, at the kv_slots `slot_mapping`, [T] int64.
 
-    The caches are one layer's, [num_blocks + 1, block_size, num_kv_heads, head_dim] and contiguous. Padding tokens
-    share kv_slots of the trash block; which of them stays there does not matter.
+    The caches are one layer's, contiguous, [num_blocks + 1, block_size, num_kv_heads, head_dim]. Padding tokens write
+    to the same kv_slots of the trash block, in no fixed order, which does no harm.
     """
     num_tokens, num_heads, dim_k = key.shape
     dim_v = value.shape[-1]

@@ -1,14 +1,21 @@
-"""Who computes what in a step, worked out on the device: lengths are read there, so that a captured graph fits any.
+"""Plans a step's attention on the device: divides its decodes into parts and its prefills into tiles.
+
+The kernels read the lengths on the device, so that one captured graph serves batches of any lengths.
 
 Decodes. An entry is one query token and the KV it sees, cut into units of UNIT positions. The units of all entries form
-one line, which is shared out in equal contiguous parts, whatever the lengths are: a long sequence is split among many
-parts, many short ones share one. (Osama et al. 2023 cut matrix products so, "Stream-K".) For each part there is one
-program per KV head: those of a part read the heads of the same tokens, neighbours in memory, at about the same time.
+one line, and the plan cuts the line into contiguous parts of equal length:
+
+    entries   |--------- 0 ---------|- 1 -|- 2 -|------- 3 -------|
+    parts     |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|...
+
+So a long sequence spans many parts, and many short sequences share one. Stream-K divides matrix products in the same
+way (Osama et al., 2023). Each part has one program per KV head. The programs of a part read the heads of the same
+tokens, which are neighbours in memory, at about the same time.
 
 Prefills. A tile is up to BLOCK_Q consecutive tokens of one sequence.
 
-In a bucket with as many tokens as sequences every token is an entry. In others an entry is a sequence that has one
-token in the step; tiles are cut from the rest.
+In a bucket with as many tokens as sequences, every token is an entry. In other buckets each sequence with one token in
+the step is an entry, and the other sequences are cut into tiles.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -23,30 +30,30 @@ import triton.language as tl
 
 from workers.gpu.execution.step_batch import StepBatch
 
-# Columns of the tables. Rows of 8 integers, so that a row is one sector of memory.
+# Columns of the tables. A row has 8 integers, which is one sector of memory (32 bytes).
 ENTRY_TOKEN = tl.constexpr(0)  # in the packed batch
 ENTRY_ROW = tl.constexpr(1)  # of the block table
 ENTRY_BEGIN = tl.constexpr(2)  # first KV position it sees
-ENTRY_END = tl.constexpr(3)  # behind the last, which is its own
+ENTRY_END = tl.constexpr(3)  # end of that range; the token's own position is the last in it
 ENTRY_UNIT = tl.constexpr(4)  # its first, on the line
 PART_UNIT = tl.constexpr(0)  # its first, on the line; the part ends where the next begins
 PART_ENTRY = tl.constexpr(1)  # of that unit
-CUT_TOKEN = tl.constexpr(2)  # of the entry that begins in this part and ends in a later one; -1 = there is none
-CUT_PART = tl.constexpr(3)  # in which that entry ends
+CUT_TOKEN = tl.constexpr(2)  # the entry that begins in this part and ends in a later one; -1 = no such entry
+CUT_PART = tl.constexpr(3)  # the part in which that entry ends
 CUT_IS_WHOLE = tl.constexpr(4)  # 1 = that entry begins where this part begins
 TILE_TOKEN = tl.constexpr(0)  # its first, in the packed batch
-TILE_STOP = tl.constexpr(1)  # behind the sequence's last token; 0 = there is no such tile
+TILE_STOP = tl.constexpr(1)  # end of the sequence's tokens; 0 = the tile does not exist
 TILE_ROW = tl.constexpr(2)
 TILE_POSITION = tl.constexpr(3)  # of its first token
 COLUMNS = tl.constexpr(8)
 
-_PER_PROGRAM: Final = 16  # parts of the line, or tiles, that one program of the planning kernels looks up
+_PER_PROGRAM: Final = 16  # parts or tiles that one program of the planning kernels looks up
 
 
 def plan_decodes(batch: StepBatch, *, window: int, unit: int, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share out the decodes of a step in at most `num_parts` parts. `window` 0 = none.
+    """Divide the decodes of a step into at most `num_parts` parts. `window`: the sliding window; 0 = none.
 
-    Returns: entries [S, 8] int32, those that exist first; and parts [num_parts + 1, 8] int32, empty ones last.
+    Returns: entries [S, 8] int32, unused rows last; and parts [num_parts + 1, 8] int32, empty parts last.
     """
     num_seqs = batch.num_seqs
     entries = torch.empty(num_seqs, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
@@ -69,7 +76,10 @@ def plan_decodes(batch: StepBatch, *, window: int, unit: int, num_parts: int) ->
 
 
 def plan_tiles(batch: StepBatch, block_q: int) -> torch.Tensor:
-    """Cut the sequences with more than one token into tiles. Returns: [most tiles that T tokens can make, 8] int32."""
+    """Cut the sequences with more than one token into tiles of `block_q` tokens.
+
+    Returns: [the most tiles that T tokens can make, 8] int32.
+    """
     num_seqs = batch.num_seqs
     num_tiles = batch.num_tokens // block_q + min(num_seqs, batch.num_tokens // 2)
     tiles = torch.empty(num_tiles, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
@@ -114,7 +124,7 @@ def _plan_decodes(
         token = index
         exists = token < num_tokens
         sequence = index
-        if tl.max(tl.where(exists & (start != token), 1, 0), 0) > 0:  # not a token of each: some have more
+        if tl.max(tl.where(exists & (start != token), 1, 0), 0) > 0:  # not every sequence has one token
             sequence = tl.zeros_like(index)
             for other in range(num_seqs):
                 sequence += (tl.load(cu_seqlens + other + 1) <= token).to(tl.int32)
@@ -146,7 +156,7 @@ def _plan_decodes(
     number = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     first = _first_unit(number, num_units, num_parts)
     is_before = exists[None, :] & (unit_end[None, :] <= first[:, None])
-    after = _first_unit(number + 1, num_units, num_parts)  # where the next part begins, within which entry?
+    after = _first_unit(number + 1, num_units, num_parts)  # find the entry in which the next part begins
     is_cut = (unit[None, :] < after[:, None]) & (after[:, None] < unit_end[None, :]) & (first[:, None] <= unit[None, :])
     cut_unit = tl.max(tl.where(is_cut, unit[None, :], -1), 1)
     cut_end = tl.max(tl.where(is_cut, unit_end[None, :], 0), 1)
@@ -159,7 +169,7 @@ def _plan_decodes(
     tl.store(part + CUT_IS_WHOLE, (cut_unit == first).to(tl.int32), mask=is_mine)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])  # it differs from step to step: none is to wait for a compilation
+@triton.jit(do_not_specialize=["num_tiles"])  # varies: else a step would compile
 def _plan_tiles(
     tiles: tl.tensor,
     cu_seqlens: tl.tensor,

@@ -1,7 +1,7 @@
 """Prefill: sequences with several query tokens in the step, cut into tiles (see triton_plan).
 
-A tile's rows are its tokens times the query heads that share a KV head, so that a short chunk after a long context
-reads that context once for all of them.
+A tile's rows are its tokens times the query heads that share a KV head. A short chunk after a long context therefore
+reads that context once for all these heads.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -49,7 +49,7 @@ def prefill(
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Grid (number of tiles * NUM_KV_HEADS): the last tiles, with the most KV to see, come first."""
+    """Grid (number of tiles * NUM_KV_HEADS). The last tiles come first, because they read the most KV."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = tiles + ((tl.num_programs(0) - 1 - tl.program_id(0)) // NUM_KV_HEADS) * COLUMNS
@@ -73,7 +73,7 @@ def prefill(
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32)
-    edge = 0  # from here on, the rows see different parts of the KV
+    edge = 0  # from this position on, different rows see different KV
     if WINDOW > 0:
         edge = tl.maximum(first_position - WINDOW + 1, 0)
     else:
@@ -135,7 +135,7 @@ def prefill(
         PRECISION=PRECISION,
     )
     bad = tl.sum(tl.sum((output - output != 0).to(tl.int32), 1), 0)
-    if bad > 0:  # NaN or infinity: perhaps from a position that only other rows of the tile see
+    if bad > 0:  # NaN or infinity, perhaps from a position that only other rows of the tile see
         start = 0
         if WINDOW > 0:
             start = edge

@@ -1,8 +1,9 @@
-"""What the attention kernels share: a running softmax over a range of one sequence's KV, read through its block table.
+"""The running softmax that both attention kernels use, over a range of one sequence's KV read through its block table.
 
-The state of the softmax is per query row: the largest score so far (in powers of two, so that exp2 serves), the sum of
-weights relative to it, and the weighted sum of values. It starts finite, so that no difference of scores is NaN before
-a row has seen a position.
+This is the online softmax (Milakov and Gimelshein, 2018) as in FlashAttention (Dao et al., 2022). Its state per query
+row has three parts: the largest score so far (as a power of two, for exp2), the sum of weights relative to it, and the
+weighted sum of values. The largest score starts as a finite number, so that no difference is NaN before a row has seen
+a position.
 
 A position that a row does not see has the weight 0. If its V is NaN or infinite, that is not enough: 0 x NaN is NaN.
 Such a V is rare. The prefill kernel looks for NaN in its output, and computes a tile again with EXACT if it finds any.
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-NO_SCORE = tl.constexpr(-1.0e30)  # below every score; not -inf, whose difference to itself is NaN
+NO_SCORE = tl.constexpr(-1.0e30)  # below every score, but finite: -inf minus -inf would be NaN
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def attend_range(
     query: tl.tensor,  # [M, BLOCK_DIM_K]
     query_position: tl.tensor,  # [M] int32: a row sees KV up to and including its position
     begin: tl.tensor,
-    end: tl.tensor,  # of the range of KV positions; without CAUSAL its length is a multiple of BLOCK_N
+    end: tl.tensor,  # end of the range of KV positions; without CAUSAL the range is a multiple of BLOCK_N
     blocks: tl.tensor,  # the sequence's row of the block table
     key_head: tl.tensor,  # this KV head in kv_slot 0 of each cache
     value_head: tl.tensor,
@@ -36,8 +37,8 @@ def attend_range(
     key_token_stride: tl.tensor,
     value_block_stride: tl.tensor,
     value_token_stride: tl.tensor,
-    inner_scale: tl.tensor,  # of the scores before the soft cap
-    outer_scale: tl.tensor,  # of the scores after it, log2(e) included
+    inner_scale: tl.tensor,  # factor of the scores before the soft cap
+    outer_scale: tl.tensor,  # factor of the scores after it, log2(e) included
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM_K: tl.constexpr,
@@ -50,20 +51,20 @@ def attend_range(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr = False,
 ) -> tl.tensor:
-    """Take KV positions begin..end into the softmax. Returns (maximum, total, output).
+    """Add KV positions begin..end to the softmax. Returns (maximum, total, output).
 
-    EXACT: a non-finite V makes the total NaN in rows that see it, and contributes nothing to other rows.
+    EXACT: a non-finite V makes the total NaN in rows that see it, and does not affect other rows.
     """
     dim_k = tl.arange(0, BLOCK_DIM_K)
     dim_v = tl.arange(0, BLOCK_DIM_V)
-    last = tl.maximum(end - 1, 0)  # what lies beyond may be another sequence's, or NaN
+    last = tl.maximum(end - 1, 0)  # positions beyond `end` may belong to another sequence, or be NaN
     next_block = tl.load(blocks + tl.minimum(begin + tl.arange(0, BLOCK_N), last) // BLOCK_SIZE)
     for tile_begin in range(begin, end, BLOCK_N):
         position = tile_begin + tl.arange(0, BLOCK_N)
         stored = position
         if CAUSAL:
             stored = tl.minimum(position, last)
-        # One tile ahead: the copies of K and V can be queued without waiting for a load of where they are.
+        # Block numbers are loaded one tile ahead, so that the copies of K and V do not wait for them.
         block = next_block.to(tl.int64)
         next_block = tl.load(blocks + tl.minimum(position + BLOCK_N, last) // BLOCK_SIZE)
         token = stored % BLOCK_SIZE
@@ -112,9 +113,9 @@ def normalize(
     mask: tl.tensor,
     SINKS: tl.constexpr,
 ) -> tl.tensor:
-    """The softmax's result, [M, BLOCK_DIM_V]. `sinks`, by `head` [M], are logits that take weight but have no value.
+    """Return the softmax's result, [M, BLOCK_DIM_V]. `sinks`, indexed by `head` [M], add weight but no value.
 
-    A total that is NaN makes the row NaN, and so does one of 0: every score of that row was -inf.
+    A total of NaN makes the row NaN. So does a total of 0, which means that every score of the row was -inf.
     """
     if SINKS:
         sink = tl.load(sinks + head, mask=mask, other=0.0).to(tl.float32) * LOG2_E

@@ -1,16 +1,15 @@
 """Attention over the paged cache by torch's own FlashAttention, `torch.nn.attention.varlen`: opt-in, on CUDA.
 
-It is there to be compared with, and for devices on which the Triton kernels do badly; `model.attention = "varlen"`
-asks for it. What it needs of torch, the device and the model is checked at load, what it needs of `cache.block_size`
-with the configuration; soft caps, sinks, float32 and value heads of another size than key heads it does not have.
+It serves for comparison, and for devices on which the Triton kernels are slow; `model.attention = "varlen"` selects it.
+Its requirements on torch, device and model are checked at load, those on `cache.block_size` with the configuration. It
+supports no soft caps, no sinks, no float32, and no value heads of another size than key heads.
 
 That kernel gives a masked position the weight 0, and 0 x NaN is NaN. So if a token's V is NaN or infinite, earlier
 tokens of the same chunk become NaN too where the kernel computes both in one tile. Other backends have no such limit.
 The kernel never reads beyond a sequence's end.
 
-No length is read on the host, so that a step can be captured in a graph, `begin_step` included: the sizes that the
-kernel's grid is made from are the largest that the bucket may hold. A sequence's blocks beyond its own tokens end at
-once, but they are launched.
+The host reads no lengths, so that a graph can capture a step, `begin_step` included. The kernel's grid is made for the
+largest lengths that the bucket may hold. Thread blocks beyond a sequence's tokens are launched too, and end at once.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ipc.errors import ConfigError
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.probed_model import ProbedModel
 
-_FIRST_TORCH: Final = (2, 13)  # whose FlashAttention takes both a block table and a number of splits
+_FIRST_TORCH: Final = (2, 13)  # the first with a FlashAttention that takes both a block table and a number of splits
 _FIRST_CAPABILITY: Final = (8, 0)
 _LARGEST_HEAD: Final = 256
 _HEAD_MULTIPLE: Final = 8
@@ -32,13 +31,13 @@ _CURE: Final = 'set model.attention to "triton" or "auto"'
 
 
 class VarlenBackend:
-    """See `AttentionBackend`. Raises ConfigError where this torch or the current CUDA device cannot do it."""
+    """See `AttentionBackend`. Raises ConfigError if this torch or the current CUDA device does not support it."""
 
     needs_host_lengths = False
 
     def __init__(self) -> None:
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _FIRST_TORCH:
-            raise _refusal(f"torch {torch.__version__} has no block tables there, 2.13 and later do", "install that")
+            raise _refusal(f"torch {torch.__version__} has no block tables in it, 2.13 and later have", "install that")
         if not torch.backends.cuda.is_flash_attention_available():
             raise _refusal(f"torch {torch.__version__} was built without FlashAttention", "install another build")
         capability = torch.cuda.get_device_capability()
@@ -81,7 +80,7 @@ class VarlenStep:
         self._batch = batch
         self._attend = attend
         self._block_table = batch.block_table.index_select(0, batch.seq_row)  # [S, max_blocks_per_seq] int32
-        self._cu_seqlens_k = torch.zeros_like(batch.cu_seqlens)  # of the KV, as cu_seqlens are of the queries
+        self._cu_seqlens_k = torch.zeros_like(batch.cu_seqlens)  # of the KV; cu_seqlens are of the queries
         torch.cumsum(batch.seq_lens, 0, dtype=torch.int32, out=self._cu_seqlens_k[1:])
         self._max_k = self._block_table.shape[1] * batch.block_size
 
@@ -96,11 +95,11 @@ class VarlenStep:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        assert softcap is None, "a model with a soft cap was let through at load"
-        assert sinks is None, "a model with sinks was let through at load"
+        assert softcap is None, "`check` refuses a model with a soft cap at load"
+        assert sinks is None, "`check` refuses a model with sinks at load"
         if query.stride(-1) != 1:
             query = query.contiguous()
-        result = query.new_zeros(query.shape)  # the kernel leaves padding tokens as it finds them
+        result = query.new_zeros(query.shape)  # zeros, because the kernel does not write padding tokens
         self._attend(
             result,
             query,
@@ -108,7 +107,7 @@ class VarlenStep:
             value_cache,
             self._batch.cu_seqlens,
             self._cu_seqlens_k,
-            self._batch.num_tokens,  # of one sequence, at most: the others may have none
+            self._batch.num_tokens,  # one sequence may have all of the step's tokens
             self._max_k,
             scale=scaling,
             # Positions before and after a token's own.

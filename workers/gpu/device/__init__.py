@@ -1,1 +1,2 @@
-"""The machine that steps run on: streams, events and copies, and three things that provide them."""
+"""The device that steps run on: a protocol of streams, events and copies, and its implementations on CUDA, CPU and a
+made-up timeline."""

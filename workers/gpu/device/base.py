@@ -1,8 +1,8 @@
-"""What the executor asks of a device: ordered queues of work, events between them, and asynchronous copies.
+"""The protocol between executor and device: ordered queues of work, events between them, and asynchronous copies.
 
-Owns the protocol only. `cpu.py` runs work at once, `timed.py` as well but lets it take made-up time, `simulated.py`
-runs it late and checks that events order every access. The shape is CUDA's: calls enqueue and return, and nothing but
-`synchronize` and `settle` blocks the host.
+Owns the protocol only. `cuda.py` implements it on a GPU. `cpu.py` runs work at once. `timed.py` does the same, but work
+takes made-up time. The tests' `simulated_device.py` runs work late and checks that events order every access. The
+protocol follows CUDA: calls enqueue and return, and only `synchronize` and `settle` block the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ E = TypeVar("E")
 
 
 class Device(Protocol[S, E]):
-    """Streams `S` run their work in the order in which it was enqueued; between streams only events `E` order it.
+    """A stream `S` runs its work in the order in which it was enqueued. Only events `E` order the work of different
+    streams.
 
     As in CUDA, waiting for an event means its latest `record` before that wait, and an event that was never recorded is
     complete.
@@ -32,7 +33,7 @@ class Device(Protocol[S, E]):
 
     @property
     def clock(self) -> Clock:
-        """What makes CLOCK_MONOTONIC of the times that `read_clock` writes."""
+        """Converts the times that `read_clock` writes to CLOCK_MONOTONIC."""
         ...
 
     def stream(self, name: str) -> S: ...
@@ -40,7 +41,7 @@ class Device(Protocol[S, E]):
     def event(self, name: str) -> E: ...
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor that lives as long as the device: graphs and copies keep its address."""
+        """A tensor that lives as long as the device, because graphs and copies use its address."""
         ...
 
     def register_host(self, name: str, buffer: memoryview) -> torch.Tensor:
@@ -55,21 +56,23 @@ class Device(Protocol[S, E]):
         ...
 
     def launch(self, stream: S, work: Callable[[], None], accesses: Callable[[], Accesses]) -> None:
-        """Enqueue what `work` enqueues. `accesses` tells which registered memory it reads and writes: contiguous
-        tensors, written ones need not be named as read. A device that does not check never calls it."""
+        """Enqueue the work that `work` enqueues.
+
+        `accesses` returns the registered memory that the work reads and writes, as contiguous tensors. A written tensor
+        counts as read too. A device calls `accesses` only if it checks them.
+        """
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Something for `launch` that does what `work` does, from a graph where the device has them.
+        """Return a callable for `launch` that does the same as `work`, by a graph if the device has graphs.
 
-        `work` reads and writes fixed addresses only and looks at no value on the host. Memory that it allocates is
-        good until other captured work runs. Its first launch may take long.
+        `work` may read and write only fixed addresses, and may not read values on the host. Memory that it allocates is
+        valid until other captured work runs. The first launch may take long.
         """
         ...
 
     def read_clock(self, stream: S, target: torch.Tensor) -> None:
-        """Enqueue writing the time at which the stream gets there, in ns of the device's `clock`, to `target` [1]
-        int64."""
+        """Enqueue a write of the stream's current time, in ns of the device's `clock`, to `target` [1] int64."""
         ...
 
     def record(self, event: E, stream: S) -> None:
@@ -77,15 +80,15 @@ class Device(Protocol[S, E]):
         ...
 
     def wait(self, stream: S, event: E) -> None:
-        """Whatever is enqueued on the stream from now on runs after the event. Does not block the host."""
+        """Work that is enqueued on the stream after this call runs after the event. Does not block the host."""
         ...
 
     def query(self, event: E) -> bool: ...
 
     def synchronize(self, event: E) -> None:
-        """Block this thread, without the interpreter lock, until the event has fired."""
+        """Block this thread until the event has fired. Releases the interpreter lock meanwhile."""
         ...
 
     def settle(self) -> None:
-        """Block until everything enqueued so far, on whatever stream, is done: the end of setting up."""
+        """Block until all work enqueued so far, on any stream, is done. Used at the end of start-up."""
         ...

@@ -12,7 +12,8 @@ from workers.gpu.device.cpu import CpuDevice
 
 
 def make_device(name: str) -> Device[Any, Any]:
-    """`name` as in `model.device`. Raises ConfigError for CUDA that is not there."""
+    """Return the device for `name`, a value of `model.device`. Raises ConfigError for "cuda" without a usable CUDA
+    GPU."""
     has_cuda = name != "cpu" and torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ConfigError(

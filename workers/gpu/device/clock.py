@@ -1,30 +1,35 @@
-"""Turns the times that a device writes into CLOCK_MONOTONIC, also while the two clocks drift apart.
+"""Converts the times that a device writes to CLOCK_MONOTONIC, although the two clocks drift apart.
 
-Two crystals differ by some 20 millionths: 1.2 ms a minute. Each step says again how far they are apart, at no cost:
+Two crystals differ by about 20 millionths, which is 1.2 ms a minute. Each step shows at no cost how far they are apart:
 
     host     received|-- launch --|                             |-- copy-out, wake-up --|seen
     device                        |start ====== step ====== end|
 
-Its start was not before the host received it, and its end not after the host saw the result. So the offset lies between
-`received - start` and `seen - end`. Behind other steps the first says little, but the second is as near as the quickest
-wake-up; after a pause both are near. What is kept is the last offset, moved into these bounds: a minimum filter of
-one-way delays, as NTP's and PTP's clock filters have it. The device's clock being slower shows in the first bound
-alone, so while steps follow on each other the offset creeps upwards until a quick wake-up holds it down.
+The step started after the host received its record, and ended before the host saw its result. So the offset lies
+between the bounds `received - start` and `seen - end`. When steps queue behind each other, the first bound is loose,
+but the second is as tight as the quickest wake-up. After a pause both bounds are tight. The clock keeps the last offset
+and moves it into these bounds. This is a minimum filter of one-way delays, as in the clock filters of NTP and PTP. Only
+the first bound shows that the device's clock is slower. So while steps queue, the offset creeps upwards until a quick
+wake-up limits it.
 """
 
 from __future__ import annotations
 
 from typing import Final, Protocol
 
-MAX_SLEW_PPM: Final = 500  # by how much the times of a step may be stretched, and a wrong offset mended
-CREEP_PPM: Final = 100  # more than two clocks drift apart
+MAX_SLEW_PPM: Final = 500  # the most by which a step's times are stretched to correct a wrong offset
+CREEP_PPM: Final = 100  # more than the drift between two clocks
 
 
 class Clock(Protocol):
-    """Of one device. `to_monotonic` is told of every step, in order; the host's times are CLOCK_MONOTONIC, in ns."""
+    """The clock of one device. Call `to_monotonic` for every step, in order."""
 
     def to_monotonic(self, start_ns: int, end_ns: int, received_at_ns: int, seen_at_ns: int) -> tuple[int, int]:
-        """The start and end of a step that was received by the host at one time and seen to be complete at another."""
+        """Convert a step's start and end, in ns of the device, to CLOCK_MONOTONIC in ns.
+
+        received_at_ns: CLOCK_MONOTONIC when the host received the step's record.
+        seen_at_ns: CLOCK_MONOTONIC when the host saw that the step was complete.
+        """
         ...
 
 
@@ -36,15 +41,15 @@ class HostClock:
 
 
 class DriftingClock:
-    """A clock of its own, at about the host's rate, which showed `device_ns` at `host_ns` of CLOCK_MONOTONIC.
+    """A device's own clock, which runs at about the host's rate and showed `device_ns` at `host_ns` of CLOCK_MONOTONIC.
 
-    The times it gives are a continuous function of the device's: they never run backwards, and a second of the device
-    is one second +- MAX_SLEW_PPM. They are late by as much as the quickest of recent wake-ups took.
+    The converted times are a continuous function of the device's times. They never run backwards, and a second of the
+    device is one second +- MAX_SLEW_PPM. They are late by the duration of the quickest recent wake-up.
     """
 
     def __init__(self, device_ns: int, host_ns: int) -> None:
         self._offset_ns = host_ns - device_ns
-        # Up to where times have been given.
+        # The last time that was converted, on both clocks.
         self._device_ns = device_ns
         self._host_ns = host_ns
 

@@ -1,4 +1,4 @@
-"""The plain CPU as a device: work runs when it is enqueued, on the calling thread, so every order holds by itself."""
+"""The CPU as a device: work runs when it is enqueued, on the calling thread, so it is always in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.gpu.device.clock import HostClock
 
 
 class CpuDevice:
-    """Streams and events are only names here."""
+    """See Device. Streams and events are only names here."""
 
     torch_device = torch.device("cpu")
     clock = HostClock()

@@ -1,7 +1,7 @@
-"""A CUDA GPU as a device: streams, events and copies are torch's, captured work is CUDA graphs.
+"""A CUDA GPU as a device: streams, events and copies are torch's, and captured work becomes CUDA graphs.
 
-Nothing here blocks the host but `synchronize`, `settle` and the first launch of captured work. Only kernels' own order
-on a stream and events order anything: tensors keep their addresses for as long as the device lives.
+Only `synchronize`, `settle` and the first launch of captured work block the host. Only events, and the order
+of kernels on a stream, order memory accesses: tensors keep their addresses for as long as the device lives.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -25,8 +25,8 @@ from workers.gpu.device.clock import DriftingClock
 
 logger = logging.getLogger(__name__)
 
-_CLOCK_READINGS: Final = 50  # of both clocks at once; the closest pair counts
-# Kept mapped for as long as the process lives: the driver would go on copying to where they were.
+_CLOCK_READINGS: Final = 50  # readings of both clocks; the pair read closest together counts
+# Kept mapped as long as the process lives, because the driver would go on copying to these addresses.
 _page_locked: Final[list[torch.Tensor]] = []
 
 
@@ -42,14 +42,15 @@ class CudaDevice:
         return torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
 
     def event(self, name: str) -> torch.cuda.Event:
-        """`blocking`: a thread that waits for it sleeps instead of spinning."""
+        """Return a `blocking` event: a thread that waits for it sleeps instead of spinning."""
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def register_host(self, name: str, buffer: memoryview) -> torch.Tensor:
-        """Memory that cannot be page-locked works too: the driver stages its copies, and the host waits meanwhile."""
+        """See Device. Memory that cannot be page-locked works too: the driver stages its copies, and the host waits for
+        them."""
         memory = torch.frombuffer(buffer, dtype=torch.uint8)
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         status = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
@@ -58,7 +59,8 @@ class CudaDevice:
                 "%s: %d bytes cannot be page-locked (%s): steps will wait for its copies; see ulimit -l",
                 name, memory.numel(), runtime.cudaGetErrorString(status),
             )  # fmt: skip
-            with contextlib.suppress(RuntimeError):  # the runtime would report the same error once more, with a launch
+            # Clears the error, which the runtime would otherwise report again at the next launch.
+            with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self.torch_device)
         else:
             _page_locked.append(memory)
@@ -73,8 +75,8 @@ class CudaDevice:
             work()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The first launch runs the work as it is, which compiles its kernels, and then captures it: each takes effect
-        once. That blocks the host: let it happen before anyone waits."""
+        """See Device. The first launch runs the work directly, which compiles its kernels, and then captures it without
+        running it again. It blocks the host, so make it during start-up."""
         return _Graph(work, self._graph_memory)
 
     def read_clock(self, stream: torch.cuda.Stream, target: torch.Tensor) -> None:
@@ -97,7 +99,7 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
     def _read_both_clocks(self) -> DriftingClock:
-        """Where the clocks are now; what they drift apart later, the steps tell."""
+        """Read both clocks now. The times of later steps show the drift."""
         now = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
         _write_time[(1,)](now, num_warps=1)  # compiles it
         readings = []
@@ -114,14 +116,14 @@ class CudaDevice:
 
 @dataclass
 class _GraphMemory:
-    """Memory of all graphs of a device: they run one after the other."""
+    """The memory pool of all graphs of a device, which they share because they run one after the other."""
 
     pool: Any
-    first: torch.cuda.CUDAGraph | None = None  # kept: torch gives a pool up, for good, when no graph is left in it
+    first: torch.cuda.CUDAGraph | None = None  # kept alive, because torch discards a pool that has no graph left
 
 
 class _Graph:
-    """Work that is replayed from its second call on. Called on the stream that it is to run on."""
+    """Work that is replayed from its second call on. The caller makes the stream current that the work runs on."""
 
     def __init__(self, work: Callable[[], None], memory: _GraphMemory) -> None:
         self._work = work
@@ -135,12 +137,12 @@ class _Graph:
         self._work()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Thread-locally: other threads may go on waiting for events.
+        # "thread_local", so that other threads may wait for events during the capture.
         graph.capture_begin(pool=self._memory.pool, capture_error_mode="thread_local")
         try:
             self._work()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # of a capture that broke off; what broke it says more
+            with contextlib.suppress(RuntimeError):  # the cause, raised below, says more than this error
                 graph.capture_end()
             raise
         graph.capture_end()

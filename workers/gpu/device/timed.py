@@ -1,4 +1,4 @@
-"""A device whose work takes made-up time and no CPU: the host's side of overlap without a GPU.
+"""A device whose work takes made-up time and no CPU. It measures the host's side of overlap without a GPU.
 
 Work runs when it is enqueued, as on the CPU, but each stream keeps a timeline on which it *counts* as running:
 
@@ -6,8 +6,8 @@ Work runs when it is enqueued, as on the CPU, but each stream keeps a timeline o
     stream  |======== step k ========|==== step k+1 ====|  idle    |==== step k+2 ====|
                                      ^ step_done[k]     ^ step_done[k+1]
 
-Work begins when it is enqueued or when what is in front of it ends, whichever is later, and an event fires when the
-wall clock reaches the end of what was enqueued before it.
+Work begins when it has been enqueued and the work in front of it has ended. An event fires when the wall clock reaches
+the end of the work that was enqueued before it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from workers.gpu.device.cpu import CpuDevice
 
 
 class Timeline:
-    """A stream: until when it is busy, CLOCK_MONOTONIC in ns."""
+    """A stream, and the time until which it is busy, CLOCK_MONOTONIC in ns."""
 
     def __init__(self) -> None:
         self.busy_until_ns = 0
 
 
 class Moment:
-    """An event: when it fires, CLOCK_MONOTONIC in ns."""
+    """An event, and the time at which it fires, CLOCK_MONOTONIC in ns."""
 
     def __init__(self) -> None:
         self.fires_at_ns = 0
 
 
 class TimedDevice(CpuDevice):
-    """Streams are timelines, events are moments on them. Only `spend` makes time pass."""
+    """See Device. Streams are timelines, and events are moments on them. Only `spend` makes time pass."""
 
     def __init__(self) -> None:
         self._running_on = Timeline()
@@ -49,7 +49,7 @@ class TimedDevice(CpuDevice):
         return Moment()
 
     def spend(self, duration_ns: int) -> None:
-        """Called from within launched work: it keeps its stream busy for so long."""
+        """Keep the current stream busy for `duration_ns`. Call it from within launched work."""
         self._running_on.busy_until_ns += duration_ns
 
     def launch(self, stream: Timeline, work: Callable[[], None], accesses: Callable[[], Accesses]) -> None:

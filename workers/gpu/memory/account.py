@@ -1,9 +1,9 @@
-"""The account of a device's memory: what takes it, and what has yet to come.
+"""Accounts for a device's memory: the parts that are allocated, and the reserve for parts that are allocated later.
 
     weights | KV blocks | the executor's tables | graphs and what they compute in | what eager steps compute in | free
 
-Weights and cache are allocated first, by need and by what is left. What the cache must leave is measured where it can
-be (the largest step), else reserved by an estimate, and told as it turned out.
+Weights take what they need, and the cache a share of what is then free, less the reserve. The largest step is measured;
+the reserve for tables and graphs is estimated. A log line reports the actual sizes after start-up.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
 from workers.gpu.memory.kv_cache import free_memory_bytes
 
 GIB: Final = 1 << 30
-_GRAPH_BYTES_PER_LAYER: Final = 256 << 10  # of the driver's, for the launches of a decoder layer: a generous guess
+_GRAPH_BYTES_PER_LAYER: Final = 256 << 10  # the driver's memory for the launches of a decoder layer; a generous guess
 _LOGIT_BYTES: Final = 4
-SAMPLER_BYTES: Final = 10  # per logit: for log-probabilities two float32, and a little for what finds the largest
+SAMPLER_BYTES: Final = 10  # per logit: two float32 for log-probabilities, and a little for the search of the largest
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """In bytes; 0 = not known yet, or nothing."""
+    """The device's memory by use, in bytes; 0 = not known yet, or nothing."""
 
     weights: int = 0
-    largest_step: int = 0  # beside weights and cache
+    largest_step: int = 0  # its temporary tensors
     graphs: int = 0
     kv_blocks: int = 0
 
@@ -42,23 +42,25 @@ class MemoryUse:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers; what several of them share counts once."""
+    """Bytes of all parameters and buffers. Memory that several of them share counts once."""
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
-    """What the most demanding sampler computes in."""
+    """Bytes of the most demanding sampler's temporary tensors."""
     return SAMPLER_BYTES * shape.max_num_seqs * vocab_size
 
 
 def reserved_bytes(
     shape: StepShape, num_layers: int, vocab_size: int, step_bytes: int, device: torch.device, *, captures: bool
 ) -> int:
-    """What is allocated after the cache: the executor's tables, graphs, and what the largest step computes in.
+    """Bytes that are allocated after the cache: the executor's tables, graphs, and the largest step's temporary
+    tensors.
 
-    `step_bytes`: of the largest step, sampler included. All graphs compute in one pool, as large as the largest of them
-    needs: of the model an eager step's share by its tokens, and all of the sampler. 0 on the CPU: it has it to spare.
+    `step_bytes` are those of the largest step, sampler included. All graphs share one pool, sized for the largest
+    graph: the model's part is an eager step's, scaled to the graph's tokens, plus the whole sampler. Returns 0 on the
+    CPU, which needs no reserve.
     """
     if device.type == "cpu":
         return 0
@@ -74,7 +76,8 @@ def reserved_bytes(
 
 
 def bytes_taken(device: torch.device, work: Callable[[], None]) -> int:
-    """Do the work; returns how much less of the device is free after it. What torch keeps for reuse counts as free."""
+    """Run `work`, and return by how many bytes the device's free memory shrank. Memory that torch keeps for reuse is
+    free."""
     if device.type != "cuda":
         work()
         return 0
@@ -86,7 +89,7 @@ def bytes_taken(device: torch.device, work: Callable[[], None]) -> int:
 
 
 def free_text(device: torch.device) -> str:
-    """ "61.20 of 79.11 GiB are free"."""
+    """Return a text such as "61.20 of 79.11 GiB are free"."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:

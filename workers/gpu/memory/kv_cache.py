@@ -1,8 +1,8 @@
 """The paged KV cache: one K and one V tensor per layer, cut into blocks that sequences hold in any order.
 
-Owns the tensors and their size. Which block belongs to whom is the scheduler's; where a token goes comes with each
-step as its `slot_mapping`. One block more than the scheduler knows of, the last, is the trash block: padding is
-written there and read from there.
+Owns the tensors and their size. The scheduler decides which sequence holds which block. Each step's `slot_mapping` says
+where its tokens go. The last block, which the scheduler does not know, is the trash block: padding is written there and
+read from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIB: Final = 1 << 20
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One token's K and V in one layer. Value heads may be narrower than key heads."""
+    """The shape of one token's K and V in one layer. Value heads may be narrower than key heads."""
 
     num_kv_heads: int
     head_dim_k: int
@@ -34,7 +34,8 @@ class LayerShape:
 
 
 class KVCache:
-    """The tensors, allocated once and zeroed, so that what padding reads is finite. They live as long as this object.
+    """The cache's tensors. They are allocated once, zeroed so that padding reads finite values, and live as long as
+    this object.
 
     `key[i]` is [num_blocks + 1, block_size, num_kv_heads, head_dim_k] of layer i, `value[i]` the same with head_dim_v.
     """
@@ -61,10 +62,10 @@ class KVCache:
     def write(self, layer_idx: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store K and V of a step's tokens, [T, num_kv_heads, head_dim], at the kv_slots `slot_mapping`, [T] int64.
 
-        Padding tokens share kv_slots of the trash block; which of them stays there does not matter.
+        Padding tokens write to the same kv_slots of the trash block, in no fixed order, which does no harm.
         """
         if key.is_cuda:
-            from workers.gpu.attention.triton_kv_write import write_kv  # needs triton, which only CUDA needs
+            from workers.gpu.attention.triton_kv_write import write_kv  # without CUDA there may be no triton
 
             write_kv(key, value, self.key[layer_idx], self.value[layer_idx], slot_mapping)
             return
@@ -80,11 +81,11 @@ def choose_num_blocks(
     device: torch.device,
     left_bytes: int = 0,
 ) -> int:
-    """How many blocks the cache gets, the trash block not counted.
+    """Return the cache's number of blocks, without the trash block.
 
-    `left_bytes` of the memory that is free now are left to what is allocated later.
-    On the CPU never more than all rows at full length can hold: what is left is of use to others there.
-    Raises ConfigError if the blocks do not fit the device's memory, or do not hold one sequence of `max_model_len`.
+    The cache leaves `left_bytes` of the free memory for later allocations. On the CPU it gets at most enough blocks for
+    all rows at full length, because other programs can use the rest. Raises ConfigError if the blocks do not fit the
+    device's memory, or do not hold one sequence of `max_model_len`.
     """
     block_bytes = shape.block_size * sum(layer.num_elements for layer in layers) * dtype.itemsize
     free_bytes = max(0, free_memory_bytes(device) - left_bytes)
@@ -110,12 +111,12 @@ def choose_num_blocks(
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory of `device` that nobody uses, in bytes; the machine's available memory, on the CPU."""
+    """Bytes of `device`'s memory that no process uses; on the CPU, the machine's available memory."""
     if device.type == "cpu":
         with open("/proc/meminfo") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
-        raise ConfigError("this machine does not say how much memory is available: set cache.num_blocks")
+        raise ConfigError("/proc/meminfo has no MemAvailable, so the cache's size is not known: set cache.num_blocks")
     free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
     return int(free_bytes)

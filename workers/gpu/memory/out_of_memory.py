@@ -1,4 +1,4 @@
-"""Recognises that memory ran out, and says so: what was being done, the numbers, and the cure."""
+"""Recognises errors that mean "out of memory", and writes the message for them: the stage, the numbers and the cure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from workers.gpu.config import GpuBootstrap
 from workers.gpu.memory.account import MemoryUse, free_text
 from workers.gpu.startup_stages import LOADING, Stages
 
-_LONGEST: Final = 200  # of what another library says
-_SIGNS: Final = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # torch's, CUDA's, Triton's, cuBLAS's
+_LONGEST: Final = 200  # characters of another library's message
+_SIGNS: Final = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # of torch, CUDA, Triton, cuBLAS
 _ASKED: Final = re.compile(r"[Tt](ried to allocate [\d.]+ \w+)")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this error, or one that it came of, says that memory ran out."""
+    """Return whether this error, or one of its causes, says that memory ran out."""
     return any(
         isinstance(each, torch.OutOfMemoryError | MemoryError)
         or (isinstance(each, RuntimeError) and _SIGNS.search(str(each)) is not None)
@@ -27,7 +27,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory_text(error: Exception, stages: Stages, bootstrap: GpuBootstrap, use: MemoryUse) -> str:
-    """One line. `use`: as far as it is known."""
+    """Return the error message, in one line. `use`: the memory use as far as it is known."""
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
     asked = _ASKED.search(str(error))
     parts = [
@@ -40,7 +40,7 @@ def out_of_memory_text(error: Exception, stages: Stages, bootstrap: GpuBootstrap
 
 def _cure(stage: str, bootstrap: GpuBootstrap) -> str:
     if stage == LOADING:
-        return "Use a smaller model or model.dtype, or end what else uses this memory"
+        return "Use a smaller model or model.dtype, or end other programs that use this memory"
     cache, shape = bootstrap.cache, bootstrap.shape
     key = "memory_share" if cache.num_blocks is None else "num_blocks"
     return (

@@ -1,1 +1,2 @@
-"""Models of transformers, unchanged, on paged attention: loading, the gate that refuses some, the call of a step."""
+"""transformers' models, unchanged, on paged attention: loading, the gate that refuses some models, and the call of a
+step."""

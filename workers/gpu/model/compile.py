@@ -1,8 +1,9 @@
-"""Compiles a model's decoder layers with torch.compile, which fuses what lies between its products and its attention.
+"""Compiles a model's decoder layers with torch.compile, which fuses the operations between matrix products and
+attention.
 
-Layer by layer: all layers of a kind are one graph, for any number of tokens but 1, so that start-up does not grow with
-the model's depth. The small modules beside them, a last norm and rotary angles, are a graph each. What was compiled is
-kept on disk for the next start.
+Each layer is compiled alone. All layers of a kind share one graph for any number of tokens except 1, so that start-up
+does not take longer for deeper models. The small modules beside the layers, a last norm and rotary angles, get a graph
+each. The compiled code is kept on disk for the next start.
 """
 
 from __future__ import annotations
@@ -22,38 +23,37 @@ from workers.gpu.model.head import Head
 
 logger = logging.getLogger(__name__)
 
-_MAX_GRAPHS: Final = 16  # of one layer's code: kinds of layers, and batches of one token
+_MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer, and more for batches of one token
 
 
 def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any = "inductor") -> bool:
-    """Compile the layers in place by one of torch.compile's backends, and have `run`, a step, show that it works.
+    """Compile the layers in place with torch.compile's `backend`, and call `run`, which runs a step, to check that it
+    works.
 
-    A model that torch cannot compile is left as it was, which is said in the log. Returns whether it is compiled.
+    Returns whether the layers are compiled. If torch cannot compile the model, logs a warning and leaves it as it was.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     dynamo = torch._dynamo
-    torch.fx.experimental._config.use_duck_shape = False  # as many tokens as the model is wide is a coincidence
-    dynamo.config.specialize_float = (
-        True  # scales and epsilons are constants; tried as inputs, they cost a second trace
-    )
+    torch.fx.experimental._config.use_duck_shape = False  # equal sizes are a coincidence, not a constraint
+    dynamo.config.specialize_float = True  # scales and epsilons are constants; as inputs they would cost a second trace
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MAX_GRAPHS)
     layers = decoder_layers(model)
     if not layers:
-        logger.warning("the model's layers run without torch.compile: they are in no list that it could be told by")
+        logger.warning("the model runs without torch.compile: cannot find the list of decoder layers in this model")
         return False
     set_layer_indices(model)
     failure = _compile(layers, run, backend)
     if failure is not None:
-        logger.warning("the model's layers run without torch.compile, which fails: %s", failure)
+        logger.warning("the model runs without torch.compile, which fails on its layers: %s", failure)
         return False
     failure = _compile(neighbours(model, layers), run, backend)
     if failure is not None:
-        logger.info("what is beside the model's layers runs without torch.compile, which fails: %s", failure)
+        logger.info("the modules beside the model's layers run without torch.compile, which fails on them: %s", failure)
     return True
 
 
 def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str | None:
-    """Compile the modules if all of them can be; otherwise, say why not."""
+    """Compile the modules. If one of them fails, leave all uncompiled and return the reason."""
     for module in modules:
         module.compile(fullgraph=True, dynamic=True, backend=backend)
     try:
@@ -66,14 +66,15 @@ def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: A
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the longest list of modules with attention of ours in them; empty if there is no such list."""
+    """Return the modules of the longest list that contains our attention; empty if the model has no such list."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     with_attention = [each for each in lists if any(layer_index(module) is not None for module in each.modules())]
     return list(max(with_attention, key=len, default=()))
 
 
 def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules beside the list of layers, but for torch's own, which are an operator each, and embeddings."""
+    """Return the modules beside the list of layers, except embeddings and torch's own modules, which are one operator
+    each."""
     owner = next(
         module for module in model.modules() if any(layers[0] in part.children() for part in module.children())
     )
@@ -85,5 +86,5 @@ def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
+    """Return the folder for compiled code. TORCHINDUCTOR_CACHE_DIR overrides it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfeed" / "inductor"

@@ -1,7 +1,9 @@
-"""`python -m workers.gpu.model.describe FOLDER`: how transformers reads a model's config.json, as a line of JSON.
+"""`python -m workers.gpu.model.describe FOLDER`: prints how transformers reads a model's config.json, as a line of
+JSON.
 
-For the launcher, which does not import transformers, for models whose file alone does not say enough. Prints an object
-with the text model's configuration, its defaults filled in, as `text_config`, or with an `error`.
+The launcher does not import transformers. It runs this program for models whose config.json leaves values to
+transformers' defaults. The output is an object with `text_config`, the text model's configuration including defaults,
+or with `error`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fuses the projections of one input, such as query, key and value, or gate and up, into one product.
 
-Which linear layers belong together is watched, not known by name: those of one module that take the very same
-tensor, one right after the other, once in a forward. The first of them computes all their products at once and keeps
-the others' parts until each is asked for its own, so the model's code stays as it is. Their weights become views of one
+The layers that belong together are found by watching a forward, not by name. They are linear layers of one module that
+take the same tensor, directly one after the other, once per forward. The first layer computes all products at once and
+keeps the parts of the others until they are called, so the model's code stays as it is. The weights become views of one
 tensor.
 """
 
@@ -30,9 +30,9 @@ class Projections:
 
 
 def find_projections(model: nn.Module, forward: Callable[[], object]) -> list[Projections]:
-    """Watch one `forward` of the model for linear layers that can be computed together."""
+    """Run `forward`, one forward of the model, and return the linear layers that can be computed together."""
     parents = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
-    calls: list[tuple[nn.Linear, torch.Tensor | None]] = []  # None: it was passed by name
+    calls: list[tuple[nn.Linear, torch.Tensor | None]] = []  # None: the input was passed by name
     hooks = [
         module.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0] if inputs else None)))
         for module in parents
@@ -71,9 +71,10 @@ def _match(first: nn.Linear, second: nn.Linear) -> bool:
 
 
 def fuse_projections(groups: Sequence[Projections]) -> Callable[[], None]:
-    """Fuse each group. Returns what undoes it: the model then has its own layers again, on views of the fused weights.
+    """Fuse each group. Returns a function that undoes it: the model has its own layers again, on views of the fused
+    weights.
 
-    Takes memory for one group's weights beyond what the model has.
+    Temporarily allocates memory for one group's weights in addition to the model's.
     """
     originals = [group.layers for group in groups]
     for group, layers in zip(groups, originals, strict=True):
@@ -92,7 +93,8 @@ def fuse_projections(groups: Sequence[Projections]) -> Callable[[], None]:
 
 
 class FusedProjections(nn.Module):
-    """Stands in for the first layer of a group. Its other parts wait in `parts` for their FusedPart's call."""
+    """Replaces the first layer of a group. `parts` holds the results of the other layers until their FusedPart is
+    called."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class FusedProjections(nn.Module):
 
 
 class FusedPart(nn.Module):
-    """Stands in for another layer of a group: gives what the first one computed."""
+    """Replaces another layer of a group: returns the part that the first layer computed for it."""
 
     def __init__(self, fused: FusedProjections, index: int) -> None:
         super().__init__()
@@ -121,13 +123,14 @@ class FusedPart(nn.Module):
         self._parts = fused.parts
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., sizes[index]]. Taken away by the call: nothing is kept beyond a forward."""
+        """[..., in_features] -> [..., sizes[index]]. The call removes the part, so that nothing is kept after a
+        forward."""
         part: torch.Tensor = self._parts.pop(self._index)
         return part
 
 
 def _join(parameters: Sequence[torch.Tensor]) -> nn.Parameter:
-    """One parameter of all rows; each of `parameters` becomes a view of its own rows of it."""
+    """Join `parameters` by rows into one parameter; each of them becomes a view of its rows."""
     joined = torch.cat([parameter.data for parameter in parameters])
     for parameter, rows in zip(parameters, torch.split(joined, [len(each) for each in parameters]), strict=True):
         parameter.data = rows

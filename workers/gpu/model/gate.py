@@ -1,11 +1,11 @@
-"""Decides whether a model of transformers computes the same on paged attention; refuses it at load if not.
+"""Decides at load whether a model of transformers computes the same on paged attention, and refuses it if not.
 
-A packed step is right for a model whose tokens meet in the attention function alone, which knows who may see whom.
-Three checks decide. The configuration shows what a family declares. The modules of the built model show how it embeds
-positions. A probe runs the model's forward a few times, with an attention in which no token sees another. It records
-the attention calls of each layer, and compares their masks with their arguments. It also finds anything else that
-carries information from token to token (state-space layers, convolutions, linear attention) or counts positions by
-itself.
+A packed step is right for a model whose tokens affect each other only in the attention function, which knows the tokens
+that each token may see. Three checks decide. The configuration shows what a family declares. The modules of the built
+model show how it embeds positions. A probe runs the model's forward a few times, with an attention in which tokens do
+not see each other. It records the attention calls of each layer, and compares their masks with their arguments. It also
+finds other parts that carry information from token to token (state-space layers, convolutions, linear attention) or
+count positions themselves.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from workers.gpu.model.probe import Call, MaskProbe, Probe, unsupported
 from workers.gpu.model.probed_model import ProbedModel
 
 _LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention")
-_WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers that treat each token by itself
+_WITHOUT_TOKENS: Final = ("mlp", "moe")  # layers that treat each token separately
 _PROBE_TOKENS: Final = 8
-_PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
+# As a share of the largest logit.
+_PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def check_config(config: Any, max_model_len: int) -> None:
-    """Look at a transformers configuration, before any weight is read.
+    """Check a transformers configuration, before any weight is read.
 
     Raises ModelUnsupported for a declared trait that paged attention does not cover, ConfigError if sequences of
     `max_model_len` are longer than the model's positions.
@@ -71,9 +72,9 @@ def check_config(config: Any, max_model_len: int) -> None:
 
 
 def prepare_model(model: nn.Module, max_model_len: int) -> None:
-    """Set a loaded model to paged attention and freeze what would depend on a step's longest sequence.
+    """Set a loaded model to paged attention, and fix the parts that would depend on a step's longest sequence.
 
-    Raises ModelUnsupported where either is impossible, ConfigError where it is with this `max_model_len`.
+    Raises ModelUnsupported if either is impossible, ConfigError if it is impossible with this `max_model_len`.
     """
     config: Any = model.config
     text = config.get_text_config()
@@ -81,16 +82,16 @@ def prepare_model(model: nn.Module, max_model_len: int) -> None:
     if text._attn_implementation != ATTENTION_NAME:  # transformers keeps the old one without an error
         raise unsupported(config, "its attention does not go through transformers' attention interface")
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # it would look for padding in every input, which waits for the device
+        if isinstance(module, PreTrainedModel):  # it would search every input for padding, which waits for the device
             module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
         if getattr(module, "rope_type", None) is not None:
             _freeze_rope(config, module, max_model_len)
 
 
 def _freeze_rope(config: Any, module: Any, max_model_len: int) -> None:
-    """Replace RoPE that changes with the longest position of the whole batch by its form for short sequences.
+    """Replace RoPE that depends on the longest position of the batch by its form for short sequences.
 
-    Up to the original length that is exactly what the model does. Beyond, one sequence would change the others.
+    Up to the original length the model computes exactly this. Beyond it, one long sequence would change the others.
     """
     by_layer_type = isinstance(module.rope_type, dict)
     for layer_type, rope_type in list(module.rope_type.items()) if by_layer_type else [(None, module.rope_type)]:
@@ -111,7 +112,8 @@ def _freeze_rope(config: Any, module: Any, max_model_len: int) -> None:
 
 @torch.inference_mode()
 def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> ProbedModel:
-    """Run a prepared model on a few tokens. Raises ModelUnsupported if its tokens meet anywhere but in attention."""
+    """Run a prepared model on a few tokens. Raises ModelUnsupported if its tokens affect each other outside of
+    attention."""
     config: Any = model.config
     text = config.get_text_config()
     input_ids, positions, wanted = _probe_inputs(model, max_model_len, device)
@@ -122,8 +124,8 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> P
     with building_masks(model):
         _call(model, MaskProbe(config, max_model_len), input_ids, positions, wanted)
     if logits.ndim != 3 or logits.shape[:2] != (1, num_tokens):
-        raise unsupported(config, f"asked for the logits of {num_tokens} tokens it gave {list(logits.shape)}")
-    if not logits.amax(dim=-1).isfinite().all():  # -inf rules a token out; NaN, +inf or nothing else is a fault
+        raise unsupported(config, f"its logits for {num_tokens} tokens have the shape {list(logits.shape)}")
+    if not logits.amax(dim=-1).isfinite().all():  # -inf excludes a token; NaN, +inf, or only -inf is a fault
         raise ModelUnsupported(_why_not_finite(model))
     if num_tokens > 1 and (logits == logits[:, :1]).all():
         raise ModelUnsupported(
@@ -133,7 +135,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> P
     if torch.equal(logits, _call(model, Probe(config), input_ids, positions, wanted.flip(0))) and num_tokens > 1:
         raise unsupported(config, "its logits_to_keep does not select tokens by index")
 
-    # The same tokens at the same positions in the opposite order change nothing where tokens meet in attention alone.
+    # If tokens affect each other only in attention, their order in the input does not change the logits.
     turned = _call(model, Probe(config), input_ids.flip(0), positions.flip(0), wanted.flip(0))
     first = probe.calls[0]
     if not is_near(turned, logits, first.dtype):
@@ -153,7 +155,7 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> P
 
 
 def _why_not_finite(model: Any) -> str:
-    """Why a model's logits are NaN or infinite."""
+    """Return the reason why a model's logits are NaN or infinite, as an error message."""
     of_model = f"of this {model.config.model_type} model"
     dtype = str(model.dtype).removeprefix("torch.")
     for name, weight in model.named_parameters():
@@ -164,23 +166,25 @@ def _why_not_finite(model: Any) -> str:
             )
     return (
         f"the logits {of_model} are not finite in {dtype}, though its weights are: set model.dtype to bfloat16 or "
-        "float32, or see whether config.json is of the same model"
+        "float32, or check that config.json belongs to these weights"
     )
 
 
 @torch.inference_mode()
 def probe_logits(model: nn.Module, max_model_len: int, device: torch.device) -> torch.Tensor:
-    """One forward of a model that has passed, [num_tokens, vocab_size]: to watch it, or to see that it is the same."""
+    """Run a model that has passed on the probe's tokens. Returns its logits, [num_tokens, vocab_size]."""
     return _call(model, Probe(model.config), *_probe_inputs(model, max_model_len, device))[0]
 
 
 def is_near(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a probe's logits are the expected ones but for roundings of the `dtype` that the model computes in."""
+    """Return whether a probe's logits are the expected ones, up to roundings of the `dtype` that the model computes
+    in."""
     return _difference(logits, expected) <= _PROBE_TOLERANCE.get(dtype, 1e-3)
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """By the largest logit; the median token's, because a rounding may send one token to other experts."""
+    """Return the median token's largest error, divided by the largest logit. The median, because a rounding may route
+    one token to other experts."""
     error = torch.where(logits == expected, 0, (logits - expected).abs()).amax(dim=-1).flatten()  # -inf equals -inf
     error /= expected.abs().masked_fill(expected.isinf(), 0).max().clamp(min=1e-6)
     return float(error.median())
@@ -189,7 +193,7 @@ def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def _probe_inputs(
     model: nn.Module, max_model_len: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, positions, and the tokens whose logits are wanted: all, the last one first."""
+    """Return ids, positions, and the indices of the wanted logits: all tokens, the last one first."""
     config: Any = model.config
     num_tokens = min(_PROBE_TOKENS, max_model_len)
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +208,7 @@ def _call(
     parameters = inspect.signature(model.forward).parameters
     for name in ("position_ids", "logits_to_keep"):
         if name not in parameters:
-            raise unsupported(model.config, f"its forward takes no {name}")
+            raise unsupported(model.config, f"its forward has no parameter {name}")
     with handling_attention(probe):
         output = model(
             input_ids=input_ids.unsqueeze(0),

@@ -1,6 +1,6 @@
-"""Has a model's output head leave its logits where they are wanted, so that they need not be copied there.
+"""Makes a model's output head write its logits directly to the sampler's buffer, which saves a copy.
 
-Of 512 sequences and 128,256 tokens they are 125 MiB in bfloat16.
+The logits of 512 sequences and 128,256 tokens are 125 MiB in bfloat16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 
 class Head(nn.Module):
-    """Stands in for a model's last linear layer. A forward writes to `out` [S, out_features], where that is set."""
+    """Replaces a model's last linear layer. A forward writes to `out` [S, out_features], if that is set and fits."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -30,7 +30,8 @@ class Head(nn.Module):
 
 
 def replace_head(model: nn.Module) -> Head | None:
-    """The Head in the place of the model's own, put there if need be; None if that is something else than a product."""
+    """Replace the model's output head by a Head, if it is not one already. Returns None if the head is not a plain
+    product."""
     own = model.get_output_embeddings()  # type: ignore[operator]
     if isinstance(own, Head):
         return own

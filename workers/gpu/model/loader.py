@@ -55,18 +55,20 @@ class LoadedModel:
     """A model that is ready for its first step."""
 
     runner: PagedModelRunner
-    num_blocks: int  # that sequences can hold; the cache has one more, the last: the trash block
+    num_blocks: int  # blocks that sequences can hold; the cache has one more, the last: the trash block
     memory: MemoryUse
-    can_be_captured: bool  # in a graph: nothing in a step looks at the device's values on the host
+    can_be_captured: bool  # in a graph, because no step reads the device's values on the host
 
 
 def load_model(
     config: ModelConfig, cache: CacheConfig, shape: StepShape, device: torch.device, progress: Progress
 ) -> LoadedModel:
-    """Load what `config` names onto `device`, with load_format "safetensors" or "dummy".
+    """Load the model of `config` onto `device`, with load_format "safetensors" or "dummy".
 
-    Raises ConfigError for a folder, a length or a cache that cannot work, ModelUnsupported for a model that would run
-    wrongly. Silences transformers' own output for the rest of the process.
+    Raises ConfigError for a folder, length or cache that cannot work, and ModelUnsupported for a model that would
+    compute wrong results. Silences transformers' own output for the rest of the process.
+
+        configuration > weights > gate > fused projections > compiled layers > largest step measured > KV cache
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -113,24 +115,24 @@ def load_model(
 
 
 def fuse(model: nn.Module, facts: ProbedModel, max_model_len: int, device: torch.device) -> None:
-    """Fuse a checked model's projections, if that leaves its logits as they are."""
+    """Fuse a checked model's projections, unless that changes its logits."""
     expected: list[torch.Tensor] = []
     groups = find_projections(model, lambda: expected.append(probe_logits(model, max_model_len, device)))
     undo = fuse_projections(groups)
     try:
         is_same = is_near(probe_logits(model, max_model_len, device), expected[0], facts.cache_dtype)
-    except (AttributeError, KeyError, RuntimeError) as error:  # it looks into its layers, or calls them otherwise
+    except (AttributeError, KeyError, RuntimeError) as error:  # the model accesses its layers in another way
         if is_out_of_memory(error):
             raise
         logger.debug("fused projections fail: %r", error)
         is_same = False
     if not is_same:
         undo()
-        logger.warning("the model runs without fused projections: it does not compute the same with them")
+        logger.warning("the model runs without fused projections, because they change its results")
 
 
 def load_config(path: str) -> Any:
-    """The model's configuration as transformers reads it. Raises ConfigError or ModelUnsupported."""
+    """Return the model's configuration as transformers reads it. Raises ConfigError or ModelUnsupported."""
     with _blaming_config(path):
         try:
             plain, _ = PreTrainedConfig.get_config_dict(path, **_LOCAL_ONLY)
@@ -141,20 +143,21 @@ def load_config(path: str) -> Any:
             return config
         except OSError as error:
             raise ConfigError(
-                f"model.path ({path!r}) is no folder with a config.json, and no hub id in the local cache: "
+                f"model.path ({path!r}) is neither a folder with a config.json nor a hub id in the local cache: "
                 f"{_one_line(error)}"
             ) from None
 
 
 def _check_model_type(path: str, plain: dict[str, Any]) -> None:
-    """Replaces transformers' message, which is long and gives advice that does not help here."""
+    """Raise ModelUnsupported for an unknown model_type. transformers' own message is long, and its advice does not help
+    here."""
     model_type = plain.get("model_type")
     if model_type is None or model_type in CONFIG_MAPPING:
         return
     if "auto_map" in plain:
         raise ModelUnsupported(
             f"model.path ({path!r}): model_type {model_type!r} in config.json needs Python code from its own "
-            "repository, which ringfeed never runs: use a model that transformers has itself"
+            "repository, which ringfeed never runs: use a model that transformers itself implements"
         )
     raise ModelUnsupported(
         f"model.path ({path!r}): transformers {transformers.__version__} does not know model_type {model_type!r} in "
@@ -163,7 +166,7 @@ def _check_model_type(path: str, plain: dict[str, Any]) -> None:
 
 
 def _check_dtype(path: str, plain: dict[str, Any]) -> None:
-    """transformers looks the name up in torch without checking what it finds, and fails later."""
+    """Raise ModelUnsupported for an unusable dtype. transformers does not check the name, and fails later."""
     text = plain.get("text_config")
     for each in (plain, text if isinstance(text, dict) else {}):
         name = each.get("dtype") or each.get("torch_dtype")
@@ -172,13 +175,13 @@ def _check_dtype(path: str, plain: dict[str, Any]) -> None:
         dtype = getattr(torch, name, None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
             raise ModelUnsupported(
-                f"model.path ({path!r}): dtype ({name!r}) in config.json is none that a model can compute in: change "
+                f"model.path ({path!r}): dtype ({name!r}) in config.json is not one that models compute in: change "
                 "it to bfloat16, float16 or float32"
             )
 
 
 def load_weights(config: ModelConfig, model_config: Any, device: torch.device, progress: Progress) -> nn.Module:
-    """transformers' own model with the weights that `config` names, ready to run and with nothing of ours in it.
+    """Return transformers' own model with the weights of `config`, ready to run and not yet changed by us.
 
     Raises ConfigError or ModelUnsupported.
     """
@@ -186,7 +189,7 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
     files = weight_files(_folder(config.path)) if reads_files else []
     if reads_files:
         check_quantization(config.path, files[0].parent, model_config)
-    with _blaming_config(config.path, model_config):  # for what fails in this, and not for what fails with the weights
+    with _blaming_config(config.path, model_config):  # covers this line only, not errors of the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
     if reads_files:
@@ -246,9 +249,10 @@ def _random_weights(config: ModelConfig, model_config: Any, device: torch.device
 
 @contextmanager
 def _blaming_config(path: str, model_config: Any = None) -> Iterator[None]:
-    """Raise ModelUnsupported, in one line, for what transformers makes of a config.json whose values do not fit.
+    """Turn errors of transformers in this block, which come of bad values in config.json, into a ModelUnsupported of
+    one line.
 
-    It checks few of them, and fails on the others in any way, wherever it comes to use them.
+    transformers checks few of these values. The others fail where they are used, with any type of error.
     """
     try:
         yield
@@ -262,21 +266,21 @@ def _blaming_config(path: str, model_config: Any = None) -> Iterator[None]:
 
 
 def _is_of_the_device(error: Exception) -> bool:
-    """What libraries on it say is raised as any RuntimeError."""
+    """Return whether the device itself failed. Libraries report that as a plain RuntimeError."""
     if isinstance(error, torch.AcceleratorError):
         return True
     return isinstance(error, RuntimeError) and any(name in str(error) for name in ("CUDA error", "CUDNN_STATUS"))
 
 
 def _fault(error: Exception, model_config: Any) -> str:
-    if isinstance(error, ValueError | StrictDataclassError):  # written for whoever wrote the configuration
+    if isinstance(error, ValueError | StrictDataclassError):  # written for the author of the configuration
         return _one_line(error)
     if isinstance(error, KeyError) and model_config is not None and isinstance(error.args[0], str):
         value = error.args[0]
         names = list(_names_of(value, model_config.get_text_config().to_dict()))
         if names:
-            return f"{' or '.join(names)} ({value!r}) is nothing that transformers knows"
-    return f"transformers makes no working model of its values ({type(error).__name__}: {_one_line(error)})"
+            return f"{' or '.join(names)} ({value!r}) is not known to transformers"
+    return f"transformers cannot build a model from its values ({type(error).__name__}: {_one_line(error)})"
 
 
 def _names_of(value: object, fields: dict[str, Any]) -> Iterator[str]:

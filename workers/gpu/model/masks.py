@@ -1,9 +1,9 @@
 """Compares the masks that a model requests from transformers with the arguments of its attention calls.
 
-Paged attention gets no masks: it lets a token see itself and those before it, within the `sliding_window` of the call.
-A model may express more than that in its masks alone, such as a window, chunks, or sight of later tokens. So the gate
-runs the model once with an attention name for which transformers builds masks. Each mask stands for its mask function,
-which can be evaluated for any two positions, not only for the few positions of the run.
+Paged attention gets no masks: a token sees itself and the tokens before it, within the `sliding_window` of the call. A
+model may express more only in its masks, such as a window, chunks, or sight of later tokens. So the gate runs the model
+once with an attention name for which transformers builds masks. Each mask stands for its mask function, which can be
+evaluated for any two positions, not only for the few positions of the run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import AttentionMaskInterface
 from workers.gpu.attention.interface import ATTENTION_NAME, MASKED_NAME
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""transformers' mask function of (b, h, q, k): whether token q sees token k, in sequence b and head h."""
+"""transformers' mask function of (b, h, q, k): True if token q sees token k, in sequence b and head h."""
 
-_masks: dict[int, tuple[torch.Tensor, MaskFunction]] = {}  # by memory address, which slices of a mask share
+_masks: dict[int, tuple[torch.Tensor, MaskFunction]] = {}  # by the memory address of a mask, which its slices share
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def building_masks(model: nn.Module) -> Iterator[None]:
 
 
 def function_of(mask: Any) -> MaskFunction | None:
-    """The function of a mask that an attention call was given; None if transformers did not build the mask."""
+    """Return the mask function of an attention call's mask; None if transformers did not build the mask."""
     if not isinstance(mask, torch.Tensor):
         return None
     _, function = _masks.get(mask.untyped_storage().data_ptr(), (None, None))
@@ -45,9 +45,9 @@ def function_of(mask: Any) -> MaskFunction | None:
 
 
 def agreeing_length(function: MaskFunction, window: int | None, max_model_len: int, device: torch.device) -> int:
-    """The longest sequence for which a mask equals paged attention's own mask; at most `max_model_len`.
+    """Return the longest sequence for which a mask equals paged attention's own mask; at most `max_model_len`.
 
-    `window`: the attention call's argument. 0 if the masks differ from the first token on.
+    `window` is the attention call's argument. Returns 0 if the masks differ from the first token on.
     """
     keys = torch.arange(max_model_len, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
@@ -94,7 +94,8 @@ class _MoreOfTheSame(TorchFunctionMode):
 def _build_mask(
     batch_size: int, q_length: int, kv_length: int, *, mask_function: MaskFunction, device: torch.device, **_: Any
 ) -> torch.Tensor:
-    """transformers calls this for a mask, by keywords. Returns one of the right shape that stands for its function."""
+    """Build a mask. transformers calls this by keywords. The mask only has the right shape, and identifies its
+    function."""
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
     _masks[mask.untyped_storage().data_ptr()] = (mask, mask_function)
     return mask

@@ -1,4 +1,4 @@
-"""Reads from a model's configuration how long its sequences may be. Knows neither torch nor transformers."""
+"""Reads the maximum sequence length from a model's configuration. Uses neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any, Final
 _LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _ROPE_KEYS: Final = ("factor", "original_max_position_embeddings")
 _MAX_NUMBER: Final = 2**31 - 1
-# Other types vary with the length, or the declared length includes their factor.
+# RoPE types whose factor extends the length. Other types vary with the length, or the declared length includes the
+# factor.
 _STRETCHED: Final = ("linear", "yarn", "llama3")
 
 
 def num_positions(text_config: Mapping[str, Any]) -> int | None:
-    """The larger of the declared length and the length that a RoPE factor gives; None if no length is declared.
+    """Return the larger of the declared length and the length that a RoPE factor gives; None if no length is declared.
 
     A factor multiplies the length that the model was trained for: `original_max_position_embeddings`, or else the
-    declared one. In some models the declared length includes the factor, in others it does not. If layers have
+    declared length. In some models the declared length includes the factor, in others it does not. If layers have
     different RoPE settings, the smallest result counts.
     """
     known = (text_config.get(key) for key in _LENGTH_KEYS)
@@ -27,13 +28,14 @@ def num_positions(text_config: Mapping[str, Any]) -> int | None:
 
 
 def unfit_rope_value(text_config: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """A key of RoPE's scaling and its value, if no model can compute with it: 0, a string, infinity.
+    """Return a key of RoPE's scaling and its value if the value is unusable (0, a string, infinity); None if all are
+    usable.
 
     Some of these make transformers fail with an unclear error, and others make every logit NaN.
     """
     for rope in _ropes(text_config):
         if _type(rope) in (None, "default"):
-            continue  # reads neither
+            continue  # these types read neither key
         for key in _ROPE_KEYS:
             value = rope.get(key)
             if value is not None and _number(value) is None:
@@ -42,7 +44,7 @@ def unfit_rope_value(text_config: Mapping[str, Any]) -> tuple[str, Any] | None:
 
 
 def _ropes(text_config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    declared = text_config.get("rope_scaling") or text_config.get("rope_parameters")  # as transformers has it
+    declared = text_config.get("rope_scaling") or text_config.get("rope_parameters")  # in transformers' order
     if not isinstance(declared, Mapping):
         return
     by_layer_type = [each for each in declared.values() if isinstance(each, Mapping)]
@@ -61,6 +63,6 @@ def _stretched(rope: Mapping[str, Any], length: int) -> int:
 
 
 def _number(value: Any) -> int | float | None:
-    """The value, if it is a number that can be a factor or a length. JSON has integers of any size, and NaN."""
+    """Return the value if it is a number that can be a factor or a length. JSON has integers of any size, and NaN."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and 0 < value <= _MAX_NUMBER else None

@@ -1,4 +1,4 @@
-"""Calls the model for one step."""
+"""Calls the model for one step. Owns the prepared model and its KV cache; see ModelRunner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from workers.gpu.model.probed_model import ProbedModel
 
 
 class PagedModelRunner:
-    """A prepared model with its cache. The model sees a step as one sequence of T tokens; attention knows better."""
+    """A prepared model with its cache. The model sees a step as one sequence of T tokens; only attention separates
+    sequences."""
 
     def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, facts: ProbedModel) -> None:
         self.vocab_size = facts.vocab_size
@@ -29,10 +30,11 @@ class PagedModelRunner:
 
     @torch.inference_mode()
     def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[S, vocab_size] logits_dtype: row i follows sequence i's last token; finite for padding sequences.
+        """Return [S, vocab_size] logits_dtype. Row i follows sequence i's last token; rows of padding sequences are
+        finite.
 
-        They are in `out`, if that is given. Writes the step's K and V into the cache. Queues work on the current
-        stream.
+        The logits are in `out`, if that is given. Writes the step's K and V into the cache. Enqueues its work on the
+        current stream.
         """
         attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
         with handling_attention(attention), self._head_writes_to(out):
@@ -45,7 +47,7 @@ class PagedModelRunner:
         logits: torch.Tensor = output.logits[0]
         if out is None:
             return logits
-        if logits.data_ptr() != out.data_ptr():  # the model made something of what its head gave
+        if logits.data_ptr() != out.data_ptr():  # the model processes its head's output further
             out.copy_(logits)
         return out
 

@@ -1,4 +1,4 @@
-"""Replaces attention while the gate probes a model: records the calls, and compares them with their masks."""
+"""Replaces attention while the gate probes a model. Records the attention calls, and compares them with their masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.memory.kv_cache import LayerShape
 from workers.gpu.model.masks import MaskFunction, agreeing_length, function_of
 
-_HARMLESS_TENSORS: Final = (  # some families pass these to attention, which does not use them
+_HARMLESS_TENSORS: Final = (  # tensors that some families pass to attention, which does not use them
     "position_ids", "cache_position", "logits_to_keep",
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ class Call:
     sliding_window: int | None
     has_softcap: bool
     has_sinks: bool
-    key: torch.Tensor  # kept, so that a later key at the same address is the same key
+    key: torch.Tensor  # kept alive, so that a later key at the same address is the same key
 
 
 class Probe:
@@ -42,7 +42,7 @@ class Probe:
 
     def _check_mask(self, where: str, mask: Any, sliding_window: int | None, device: torch.device) -> None:
         if mask is not None:
-            raise unsupported(self._config, f"{where} makes an attention mask of its own")
+            raise unsupported(self._config, f"{where} builds its own attention mask")
 
     def attend(
         self,
@@ -67,7 +67,7 @@ class Probe:
             name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _HARMLESS_TENSORS
         )
         if extra:
-            raise unsupported(self._config, f"{where} takes further tensors: {', '.join(extra)}")
+            raise unsupported(self._config, f"{where} passes further tensors to attention: {', '.join(extra)}")
         if not query.dtype == key.dtype == value.dtype:
             raise unsupported(
                 self._config, f"{where} mixes dtypes: query {query.dtype}, key {key.dtype}, value {value.dtype}"
@@ -102,7 +102,7 @@ class MaskProbe(Probe):
     def _check_mask(self, where: str, mask: Any, sliding_window: int | None, device: torch.device) -> None:
         function = causal_mask_function if mask is None else function_of(mask)
         if function is None:
-            raise unsupported(self._config, f"{where} makes an attention mask of its own")
+            raise unsupported(self._config, f"{where} builds its own attention mask")
         length = self._lengths.get((function, sliding_window))
         if length is None:
             length = agreeing_length(function, sliding_window, self._max_model_len, device)

@@ -1,4 +1,5 @@
-"""What is known of a model that may run: found by the gate's probe, read by whoever makes room for it."""
+"""The facts about a model that passed the gate. The probe finds them; the backend, the cache and the sampler use
+them."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from workers.gpu.memory.kv_cache import LayerShape
 
 @dataclass(frozen=True)
 class ProbedModel:
-    """What the probe found out about a model that may run."""
+    """The facts that the probe found about a model that passed the gate."""
 
     layers: list[LayerShape]
     cache_dtype: torch.dtype
-    vocab_size: int  # of the logits
+    vocab_size: int  # width of the logits
     logits_dtype: torch.dtype
-    has_softcap: bool  # in some layer's attention
+    has_softcap: bool  # in at least one layer's attention
     has_sinks: bool

@@ -24,8 +24,10 @@ from ipc.errors import ModelUnsupported
 from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.weights import LoadReport
 
-_DECLARATIONS: Final = ("quantization_config", "compression_config")  # in config.json; transformers reads the first
-_SWITCHES: Final = ("load_in_8bit", "load_in_4bit")  # of bitsandbytes; with both off, weights are as they were
+# Keys of config.json. transformers reads only the first.
+_DECLARATIONS: Final = ("quantization_config", "compression_config")
+# Switches of bitsandbytes. With both off, the weights are not quantised.
+_SWITCHES: Final = ("load_in_8bit", "load_in_4bit")
 _EXPORT: Final = "hf_quant_config.json"  # NVIDIA ModelOpt's own file; transformers does not read it
 _CURE: Final = "use an unquantised checkpoint of the model"
 _PACKAGE: Final = re.compile(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w.-]*)")
@@ -33,10 +35,10 @@ _QUANTIZED: Final = re.compile(  # names of scales, zero points and packed weigh
     r"scale|zero_point|zeros|g_idx|qweight|weight_packed|weight_shape|absmax|quant_map|quant_state|SCB|weight_format"
     r"|codebook|_blocks$"
 )
-_CACHE_SCALES: Final = re.compile(  # of K and V in a quantised KV cache, which ours is not; no weights
+_CACHE_SCALES: Final = re.compile(  # scales of K and V for a quantised KV cache, which we do not use
     r"\.([kv]_scale|[kv]_proj\.output_scale)$"
 )
-_CONSTANTS: Final = re.compile(  # once stored with a model, now computed by it
+_CONSTANTS: Final = re.compile(  # constants that older versions stored and that the model now computes
     r"(^|\.)(rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|(attn|attention)\.bias|masked_bias"
     r"|position_ids|embed_positions\.weights|decoder\.version)$"
 )
@@ -134,7 +136,7 @@ def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) 
 
 
 def _declared(config: Any, key: str) -> Any:
-    """What a configuration, or its text configuration, declares about quantization under a key; None if nothing."""
+    """Return what a configuration, or its text configuration, declares under a quantization key; None if nothing."""
     declared = getattr(config, key, None) or getattr(config.get_text_config(), key, None)
     is_left_off = isinstance(declared, dict) and declared.keys() & _SWITCHES and not any(map(declared.get, _SWITCHES))
     return None if not declared or is_left_off else declared
@@ -149,7 +151,8 @@ def _method(declared: Any) -> Any:
 
 
 def _exported_algorithm(file: Path) -> str | None:
-    """The weights' quantization that ModelOpt's file declares; None if only the KV cache is quantised, or no file."""
+    """Return the weights' quantization in ModelOpt's file; None without the file, or if only the KV cache is
+    quantised."""
     try:
         plain = json.loads(file.read_bytes())["quantization"]
     except FileNotFoundError:
@@ -174,6 +177,6 @@ def _is_beside_the_model(name: str, config: Any, model: nn.Module, report: LoadR
 
 
 def _outer_parts(name: str) -> list[str]:
-    """The outermost module that a tensor is in and the next one: "model", "model.vision_tower"."""
+    """Return the names of a tensor's outermost module and of the next one: "model", "model.vision_tower"."""
     modules = name.split(".")[:-1]
     return [".".join(modules[: i + 1]) for i in range(min(2, len(modules)))]

@@ -1,5 +1,8 @@
-"""The largest step there can be: run on padding alone, before the cache is sized, to compile for it, and to see what
-memory it takes beside weights and KV cache and whether it waits for the device."""
+"""Runs the largest possible step on padding, before the size of the cache is chosen.
+
+The step shows how much memory it takes beside weights and KV cache, and whether it waits for the device. The model is
+also compiled on it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from workers.gpu.model.probed_model import ProbedModel
 def largest_step(
     model: nn.Module, facts: ProbedModel, shape: StepShape, device: torch.device, backend: AttentionBackend
 ) -> Callable[[], torch.Tensor]:
-    """Something that runs the model on a step as large as `shape` allows, with a cache of one block: its logits."""
+    """Return a function that runs the model on the largest step of `shape`, with a cache of one block, and returns
+    logits."""
     num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
 
     def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,15 +42,15 @@ def largest_step(
         block_table=zeros(shape.max_blocks_per_seq, torch.int32).unsqueeze(0),
         block_size=shape.block_size,
     )
-    cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # the trash block alone
+    cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # only the trash block
     runner = PagedModelRunner(model, cache, backend, facts)
     return lambda: runner.logits(batch)
 
 
 def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, shape: StepShape) -> int:
-    """Bytes that the largest step allocates while it runs; 0 on the CPU, which has them to spare.
+    """Return the bytes that the largest step allocates while it runs; 0 on the CPU, which needs no reserve.
 
-    Leaves none of it allocated, so that what the device then calls free is.
+    Frees these bytes again, so that the device reports them as free.
     """
     if device.type != "cuda":
         return 0
@@ -60,10 +64,11 @@ def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, s
 
 
 def find_wait(step: Callable[[], torch.Tensor], device: torch.device) -> str | None:
-    """What in a step waits for the device, as torch says it; None if nothing does. Such a step cannot be captured.
+    """Return torch's message about an operation of the step that waits for the device; None if no operation does.
 
-    An attempt to capture it would tell as well, but leave torch's allocators unusable. Run the step once before: what
-    it does for the first time may wait. What it computed in is given back, too.
+    A step that waits cannot be captured in a graph. An attempt to capture it would also show this, but would leave
+    torch's allocators unusable. Run the step once before, because a first run may wait for other reasons. Frees the
+    step's memory.
     """
     if device.type != "cuda":
         return None

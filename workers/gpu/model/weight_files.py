@@ -1,4 +1,4 @@
-"""Chooses the weight files of a model's folder and checks that they are there. Knows neither torch nor transformers.
+"""Chooses the weight files of a model's folder and checks that they exist. Uses neither torch nor transformers.
 
 The launcher calls this before it starts anything, and the GPU process when it loads, so both choose the same weights.
 """
@@ -15,13 +15,16 @@ from ipc.errors import ConfigError
 _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _POINTER: Final = b"version https://git-lfs.github.com/spec/"
-_MAX_POINTER_BYTES: Final = 1024  # as Git LFS has it
-_OTHER_CONTENTS: Final = (  # for folders without the files that we read: a pattern that identifies them, and the cure
+_MAX_POINTER_BYTES: Final = 1024  # Git LFS's limit
+_OTHER_CONTENTS: Final = (  # other kinds of model folders: a pattern that identifies the kind, and the cure
     ("adapter_config.json", "it holds an adapter: merge that into its base model, and give the merged model's folder"),
     ("snapshots/*/config.json", "it is a folder of the hub's cache: give the hub id, or the folder in its snapshots"),
     ("*.gguf", "it holds GGUF files, which are not read: use the model's safetensors"),
     ("*-of-*.safetensors", f"it holds parts of the weights without their index: download {_INDEX} too"),
-    ("*.safetensors", f"weights have the name {_WEIGHTS}, or those that {_INDEX} lists; others are not read"),
+    (
+        "*.safetensors",
+        f"only {_WEIGHTS}, or the files that {_INDEX} lists, are read: rename the file, or add the index",
+    ),
     ("*.bin", "it holds PyTorch's .bin files, which are not read: save the model as safetensors, with transformers"),
     ("*/config.json", "give the folder in it that holds the model"),
 )
@@ -46,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder / name for name in names)
     missing = [file for file in files if not file.is_file()]
     if missing:
-        if is_listed or missing[0].is_symlink():  # into a cache of the hub
+        if is_listed or missing[0].is_symlink():  # a link into the hub's cache
             cure = "download the model again"
         else:
             cure = other_contents(folder) or 'only safetensors are read; model.load_format = "dummy" gives random ones'
@@ -59,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def other_contents(folder: Path) -> str | None:
-    """What a folder holds instead of a model that we can read, and the cure; None if it holds nothing known."""
+    """Return what a folder holds instead of a model that we can read, and the cure; None if it holds nothing known."""
     return next((cure for pattern, cure in _OTHER_CONTENTS if next(folder.glob(pattern), None) is not None), None)
 
 

@@ -1,12 +1,12 @@
 """Reads a model's weights from safetensors straight to its device, one tensor at a time.
 
-Owns where tensors come from, where they go, and the count of what was read. What they are called in the model, and
-which of them are merged, split or tied, is transformers' own: it gets a state dict whose tensors are read when it asks
-for one. (Its `device_map` does the same, but insists on the accelerate package.)
+Owns where tensors come from, where they go, and the count of bytes read. transformers decides their names in the model,
+and which of them it merges, splits or ties. It gets a state dict whose tensors are read when it accesses them. (Its
+`device_map` does the same, but requires the accelerate package.)
 
     file --mapped--> one tensor per thread of transformers' loader --copied--> device      then unmapped
 
-So the host holds a few tensors at a time, whatever the size of the model, and nothing of a file stays mapped.
+So the host holds only a few tensors at a time, for a model of any size, and no part of a file stays mapped.
 """
 
 from __future__ import annotations
@@ -30,24 +30,27 @@ from workers.gpu.startup_stages import LOADING
 
 
 class Progress(Protocol):
-    """Is told what is being done and how much of it is done, 0 to 1; of how many bytes, where bytes are counted."""
+    """Reports a stage of loading: its name, the fraction that is done (0 to 1) and, if bytes are counted, their
+    total."""
 
     def __call__(self, stage: str, fraction: float, total_bytes: int = 0, /) -> None: ...
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was read, and where files and model differ. Uses the model's names for tensors that it has."""
+    """The tensors that were read, and the differences between files and model. Uses the model's names for its
+    tensors."""
 
     read: set[str]  # tensors, by their names in the files
     missing: list[str]  # weights that the files lack; the model has random ones
     unexpected: list[str]  # tensors of the files that the model has no place for, and that its class does not ignore
-    mismatched: list[tuple[str, list[int], list[int]]]  # of another shape; name, shape in the files, in the model
+    mismatched: list[tuple[str, list[int], list[int]]]  # name, shape in the files, shape in the model
     narrow: dict[str, torch.dtype]  # tensors stored as integers or in 8 bits, and loaded as a wider dtype
 
 
 def make_blank(model_config: Any) -> nn.Module:
-    """The model of a transformers configuration without memory for its weights. The configuration stays as it is."""
+    """Return the model of a transformers configuration, without memory for its weights. Does not change the
+    configuration."""
     with torch.device("meta"):
         blank: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=False)
     return blank
@@ -56,9 +59,9 @@ def make_blank(model_config: Any) -> nn.Module:
 def read_weights(
     files: Sequence[Path], blank: Any, dtype: str, device: torch.device, progress: Progress
 ) -> tuple[nn.Module, LoadReport]:
-    """Build the model that `blank` is one of on `device`; `dtype` "auto" = what its configuration says.
+    """Build the model that `blank` describes on `device`. `dtype` "auto" = the dtype of its configuration.
 
-    Raises RuntimeError for a file that is no whole safetensors file, and what transformers raises.
+    Raises RuntimeError for a file that is not a complete safetensors file, and the errors of transformers.
     """
     counter = _Counter(sum(file.stat().st_size for file in files), progress)
     state_dict: dict[str, Any] = {}
@@ -68,15 +71,15 @@ def read_weights(
                 names: list[str] = opened.keys()
         except SafetensorError as error:
             raise RuntimeError(
-                f"{file.name} is incomplete, or no safetensors file ({error}): download it again"
+                f"{file.name} is incomplete, or not a safetensors file ({error}): download it again"
             ) from None
         state_dict |= {name: _StoredTensor(file, name, device, counter) for name in names}
     with _reporting(counter):
         model, report = type(blank).from_pretrained(
             None, config=blank.config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # its own error names none of them
+            ignore_mismatched_sizes=True,  # transformers' own error does not name them
         )  # fmt: skip
-    on_device: nn.Module = model.to(device)  # what no file holds, such as RoPE's frequencies, is still on the CPU
+    on_device: nn.Module = model.to(device)  # moves tensors that are in no file, such as RoPE's frequencies
     return on_device, LoadReport(
         read=counter.names,
         missing=sorted(report["missing_keys"]),
@@ -87,7 +90,7 @@ def read_weights(
 
 
 class _Counter:
-    """Bytes read so far, counted by any thread and reported by one, in steps of a hundredth."""
+    """Counts the bytes read so far. Any thread may count; one thread reports, at most once per percent."""
 
     def __init__(self, total_bytes: int, progress: Progress) -> None:
         self._total_bytes = total_bytes
@@ -95,7 +98,7 @@ class _Counter:
         self._lock = threading.Lock()
         self._read_bytes = 0
         self._reported = 0
-        self.names: set[str] = set()  # of tensors that were read; any thread adds to it and to `narrow`
+        self.names: set[str] = set()  # tensors that were read; any thread adds to it and to `narrow`
         self.narrow: dict[str, torch.dtype] = {}  # tensors cast from a dtype that no model computes in
 
     def add(self, num_bytes: int) -> None:
@@ -110,9 +113,11 @@ class _Counter:
 
 
 class _StoredTensor:
-    """A tensor in a file, as transformers' loader takes one: asked for its data (`[...]`), then for a device and dtype.
+    """A tensor in a file, with the methods that transformers' loader calls: `[...]` for its data, then `to` a device
+    and dtype.
 
-    The loader, which knows of no device, says "cpu"; it goes to ours. Called by several threads, once for each tensor.
+    The loader passes "cpu", because it knows no device; the tensor goes to our device. Several threads call this, once
+    per tensor.
     """
 
     def __init__(self, file: Path, name: str, device: torch.device, counter: _Counter) -> None:
@@ -125,7 +130,8 @@ class _StoredTensor:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        with safe_open(self._file, framework="pt") as file:  # anew for each: its pages go when this mapping does
+        # A new mapping for each tensor, so that its pages are released afterwards.
+        with safe_open(self._file, framework="pt") as file:
             stored: torch.Tensor = file.get_tensor(self._name)
             self._counter.add(stored.nbytes)
             self._counter.names.add(self._name)
@@ -137,7 +143,7 @@ class _StoredTensor:
     @property
     def dtype(self) -> torch.dtype:
         with safe_open(self._file, framework="pt") as file:
-            dtype: torch.dtype = file.get_tensor(self._name).dtype  # maps it, and reads nothing
+            dtype: torch.dtype = file.get_tensor(self._name).dtype  # maps the tensor without reading it
             return dtype
 
     def is_floating_point(self) -> bool:
@@ -146,7 +152,7 @@ class _StoredTensor:
 
 @contextmanager
 def _reporting(counter: _Counter) -> Iterator[None]:
-    """Report while transformers loads, in its own thread, through the hook it has for progress bars of one's own."""
+    """Report progress while transformers loads, in its own thread, through its hook for custom progress bars."""
 
     def make_bar(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CountedItems:
         return _CountedItems(args[0] if args else kwargs.get("iterable", ()), counter)
@@ -159,7 +165,7 @@ def _reporting(counter: _Counter) -> Iterator[None]:
 
 
 class _CountedItems:
-    """Stands in for a tqdm bar: iterates, and has the counter report after each item."""
+    """Replaces a tqdm bar: iterates, and lets the counter report after each item."""
 
     def __init__(self, items: Iterable[Any], counter: _Counter) -> None:
         self._items = items

@@ -1,8 +1,8 @@
-"""What this device can do, measured: how fast it reads memory, how fast it multiplies matrices.
+"""Measures a device's rates: how fast it reads memory, and how fast it multiplies matrices.
 
     python -m workers.gpu.profiling.device_rates --device cuda
 
-A program of its own, so that it holds no memory of the device while an engine runs there. Prints one JSON object:
+A separate program, so that it holds no memory of the device while an engine runs there. Prints one JSON object:
 `device`, `read_bytes_per_s` (a sum over `read_bytes` of float32, far more than any cache holds), `matrix_flops_per_s`
 (a square product of `matrix_size` in `matrix_dtype`). Each is the median of its repetitions.
 """
@@ -30,7 +30,7 @@ _CPU_REPETITIONS: Final = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the device's read rate and matrix rate.")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: one per core")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; default: one per core")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -39,7 +39,8 @@ def main() -> None:
 
 
 def measure(device: str) -> dict[str, Any]:
-    """The rates of "cuda" or "cpu". bfloat16 where products of it are fast: on CUDA."""
+    """Return the rates of "cuda" or "cpu", as described above. Products are in bfloat16 on CUDA, in float32 on the
+    CPU."""
     on_cuda = device == "cuda"
     num_bytes = _CUDA_READ_BYTES if on_cuda else _CPU_READ_BYTES
     size, dtype = (_CUDA_MATRIX_SIZE, torch.bfloat16) if on_cuda else (_CPU_MATRIX_SIZE, torch.float32)
@@ -60,7 +61,7 @@ def measure(device: str) -> dict[str, Any]:
 
 
 def time_cuda(work: Callable[[], object]) -> float:
-    """Seconds on the device. All repetitions are enqueued at once: no launch is waited for."""
+    """Return the median seconds on the device. All repetitions are enqueued at once, so launches do not count."""
 
     def event() -> Any:
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -76,7 +77,7 @@ def time_cuda(work: Callable[[], object]) -> float:
 
 
 def time_cpu(work: Callable[[], object]) -> float:
-    """Seconds of the host."""
+    """Return the median seconds on the host."""
     work()
     times = []
     for _ in range(_CPU_REPETITIONS):

@@ -1,10 +1,11 @@
-"""What sampling a step's tokens costs this device, by number of sequences and by parameters.
+"""Measures how long this device takes to sample a step's tokens, by number of sequences and by parameters.
 
     python -m workers.gpu.profiling.sampling_times --device cuda --num-seqs 1,32,512
 
-Prints a JSON line for each: `us` is the median time of a step's sampler, captured where the device has graphs, over
-some draws, because a draw that the filters drop takes longer. Logits are made up, in two ways: "flat" ones are normally
-distributed, as those of random weights are; "peaked" ones follow a power law, as those of a language model do.
+Prints a JSON line for each: `us` is the median time of a step's sampler, captured if the device has graphs. The median
+is over several draws, because a draw that the filters drop takes longer. Logits are made up in two ways. "flat" logits
+are normally distributed, like those of random weights; "peaked" logits follow a power law, like those of a language
+model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PARAMETERS: Final[list[tuple[SamplerVariant, dict[str, float]]]] = [
     (SamplerVariant.FILTERED, {"temperature": 0.8, "top_k": 50}),
     (SamplerVariant.FILTERED, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}),
 ]
-_POWER: Final = 1.9  # of the rank, in the peaked distribution: the first 50 tokens hold most of it
+_POWER: Final = 1.9  # exponent of the rank in "peaked": the first 50 tokens hold most of the mass
 _POSITION: Final = 10
 _NUM_DRAWS: Final = 11
 
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-seqs", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 512])
     parser.add_argument("--vocab-size", type=int, default=128_256)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the logits")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of the logits"
+    )
     arguments = parser.parse_args()
     device, dtype = make_device(arguments.device), getattr(torch, arguments.dtype)
     with torch.inference_mode(), on_a_stream(device):
@@ -55,7 +58,7 @@ def main() -> None:
 
 @contextmanager
 def on_a_stream(device: Device[Any, Any]) -> Iterator[None]:
-    """Within, CUDA works on a stream of its own: only there can anything be captured."""
+    """Make a separate CUDA stream current inside the block, because the default stream cannot be captured."""
     with torch.cuda.stream(device.stream("sampler") if device.torch_device.type == "cuda" else None):
         yield
 
@@ -63,7 +66,7 @@ def on_a_stream(device: Device[Any, Any]) -> Iterator[None]:
 def measure(
     device: Device[Any, Any], num_seqs: int, vocab_size: int, dtype: torch.dtype
 ) -> Iterator[dict[str, float | str]]:
-    """A row for each of PARAMETERS and each kind of logits. Within `on_a_stream`."""
+    """Yield a row for each of PARAMETERS and each kind of logits. Call it inside `on_a_stream`."""
     shape = StepShape(max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs, max_model_len=64, block_size=16)
     tables = RowTables(device, shape, num_blocks=1)
     tables.max_len.fill_(shape.max_model_len)

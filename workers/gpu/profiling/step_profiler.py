@@ -1,8 +1,8 @@
-"""Shows what the device does during some steps, by torch's profiler: for how long it is busy, and with which kernels.
+"""Measures with torch's profiler how long the device is busy during some steps, and with which kernels.
 
-Owns the choice of the window and the arithmetic over what was recorded. Whoever computes steps says when one is under
-way; the benchmark's peers are measured by the same code. Profiling slows a process down and, at the window's end, stops
-it for as long as reading the records takes: profile in a run of its own.
+Owns the choice of the window and the arithmetic over what was recorded. The caller reports each submitted step. The
+benchmark measures its peers by the same code. Profiling slows a process down, and stops it at the window's end while
+the records are read. Measure times in another run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, Final
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-NUM_SKIPPED: Final = 64  # steps before the profiler starts: prompts, and whatever runs for the first time
-NUM_DISCARDED: Final = 16  # steps that it records and drops: its own start belongs to them
+NUM_SKIPPED: Final = 64  # steps before the profiler starts: prompts, and code that runs for the first time
+NUM_DISCARDED: Final = 16  # steps that it records and drops, because they include the profiler's start
 NUM_PROFILED: Final = 64
 
 
 @dataclass(frozen=True)
 class DeviceActivity:
-    """One kernel, copy or fill on the device. Times in us, of any origin."""
+    """One kernel, copy or fill on the device. Times in us, from any origin."""
 
     name: str
     start_us: float
@@ -52,7 +52,7 @@ class StepProfiler:
         self._marker = marker
         self._num_profiled = num_profiled
         activity = torch.profiler.ProfilerActivity
-        # A CPU's operators stand in for kernels, so that all this runs without a GPU.
+        # On the CPU, operators replace kernels, so that this code runs without a GPU.
         self._on_cuda = device.type == "cuda"
         self._profile = torch.profiler.profile(
             activities=[activity.CUDA if self._on_cuda else activity.CPU],
@@ -80,17 +80,17 @@ class StepProfiler:
             summary["between_steps_percent"] = 100 * sum(gaps_us) / summary["window_us"]
             summary["between_steps_p50_us"] = median(gaps_us) if gaps_us else 0.0
             summary["between_steps_max_us"] = max(gaps_us, default=0.0)
-        # Renamed into place: whoever waits for the file finds all of it.
+        # Renamed into place, so that a reader that waits for the file finds it complete.
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(summary))
         partial.rename(self._path)
 
 
 def summarize(activities: Iterable[DeviceActivity]) -> dict[str, Any]:
-    """How busy the device was from the first activity's start to the last one's end, and with what.
+    """Summarise the device's activities from the first one's start to the last one's end.
 
-    `busy_percent` is the union of all activities over that time: what runs side by side counts once. `kernels` has a
-    row of [name, count, total us] for each name, the longest first.
+    `busy_percent` is the union of all activities over that time; overlapping activities count once. `kernels` has a row
+    of [name, count, total us] for each name, the longest first.
     """
     activities = list(activities)
     if not activities:
@@ -112,15 +112,18 @@ def summarize(activities: Iterable[DeviceActivity]) -> dict[str, Any]:
 
 
 def between_steps_us(markers: Iterable[tuple[float, float]]) -> list[float]:
-    """Times between a step's end and the next one's start, from markers (start, end) that alternate between starts and
-    ends of steps. Which of them comes first is not known; steps take longer than what is between them."""
+    """Return the times between each step's end and the next step's start, in us.
+
+    `markers` are (start, end) of a kernel that runs at both ends of every step. It is unknown whether the first marker
+    starts or ends a step. But steps take longer than the gaps between them, which tells the two cases apart.
+    """
     ordered = sorted(markers)
     gaps = [start - end for (_, end), (start, _) in itertools.pairwise(ordered)]
     return min(gaps[::2], gaps[1::2], key=sum)
 
 
 def union_us(intervals: Iterable[tuple[float, float]]) -> float:
-    """For how long at least one of the intervals [start, end) lasts."""
+    """Return the total time that is covered by at least one of the intervals [start, end)."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

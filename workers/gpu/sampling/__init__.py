@@ -1,1 +1,1 @@
-"""Sampling: from logits to tokens, with every parameter per row, in torch and in Triton kernels."""
+"""Sampling: computes tokens from logits, with parameters per row, in plain torch and in Triton kernels."""

@@ -1,7 +1,8 @@
-"""Random numbers without a state: a hash of (seed, position, vocabulary index).
+"""Counter-based random numbers, without a state: each is a hash of (seed, position, vocabulary index).
 
-What a request draws therefore depends on nothing else: not on its batch, its row, the order of steps, how far the host
-is ahead, or a restart. All arithmetic wraps; tensors of any device give the same bits.
+So the draws of a request depend only on these three: not on its batch, its row, the order of steps, the depth of the
+ring, or a restart. Salmon et al. (2011, "Parallel random numbers: as easy as 1, 2, 3") describe such generators. All
+arithmetic wraps, and every device gives the same bits.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def mix64(x: torch.Tensor) -> torch.Tensor:
 def uniform(seed: torch.Tensor, position: torch.Tensor, num_draws: int) -> torch.Tensor:
     """[S, num_draws] float32 in the open interval (0, 1); `seed` and `position` are [S] int64.
 
-    Each (seed, position) is mixed into a 64-bit key; draw i hashes i under both halves of it. Values are multiples of
-    2**-31 around small numbers, so that the tail of `-log(1 - u)` near 0 stays fine.
+    Each (seed, position) is mixed into a 64-bit key, and draw i hashes i with both halves of the key. Small values are
+    2**-31 apart, so that `-log(1 - u)` has a fine resolution near 0.
     """
     key = mix64(mix64(seed + _GOLDEN_64) + position * _GOLDEN_64)
     low = key.to(torch.int32)  # wraps: the lower half
@@ -42,7 +43,8 @@ def uniform(seed: torch.Tensor, position: torch.Tensor, num_draws: int) -> torch
 
 
 def exponential(seed: torch.Tensor, position: torch.Tensor, num_draws: int) -> torch.Tensor:
-    """Like `uniform`, exponentially distributed with mean 1: finite, above 0, fine-grained near 0."""
+    """Like `uniform`, but exponentially distributed with mean 1. Values are finite, above 0, and fine-grained near
+    0."""
     return uniform(seed, position, num_draws).neg_().log1p_().neg_()
 
 

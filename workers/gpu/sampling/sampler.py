@@ -1,12 +1,14 @@
-"""Chooses each sequence's next token, on the device, with every parameter per row.
+"""Chooses each sequence's next token on the device, with parameters per row.
 
-Owns what follows the logits: filters, the draw, log-probabilities, whether the row ends, and the write of the token to
-where the next step reads it. Like `prepare`, it can be captured: no host value decides what is done.
+Owns everything after the logits: filters, the draw, log-probabilities, the check whether the sequence ends, and the
+write of the token to the table that the next step reads. A graph can capture it, because no value on the host decides
+what it does.
 
-What is here is what the CPU runs, and the oracle of the kernels that CUDA runs (`triton_sampler.py`): thresholds by
-bisection, a fixed number of passes, no sort of the vocabulary.
+The torch code here runs on the CPU, and is the oracle in tests of the kernels that run on CUDA (`triton_sampler.py`).
+It finds the thresholds of the filters by bisection, in a fixed number of passes, without sorting the vocabulary.
 
-To add a parameter: a column in `tables.py`, a function here, its like in the kernels, and a row in both tests.
+To add a parameter, add a column to `row_tables.py`, a function here, its counterpart in the kernels, and a case to both
+tests.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.sampling.random_bits import exponential
 
-_KEY_BITS: Final = 32  # of a float32, and the passes that a bisection over its order takes
+_KEY_BITS: Final = 32  # bits of a float32, which is also the number of passes of a bisection over its order
 _INT32_MAX: Final = 2**31 - 1
 
 
@@ -34,16 +36,17 @@ def sample(
     tables: RowTables,
     outputs: Any,
 ) -> None:
-    """Finish a step: sample where asked, write tokens and results, and move every sequence on.
+    """Finish a step: sample the flagged sequences, write tokens and results, and set every sequence's number of
+    computed tokens.
 
     Args:
         logits: [S, vocab_size], of any floating dtype (on CUDA bfloat16, float16 or float32).
-        sample_flags: [S] int32, the step's `seq_sample`.
+        sample_flags: [S] int32, the step's `seq_sample`; 0 = no token is sampled.
         outputs: views of a result record on the device; its first S entries are written, `logprob` and `top_*` only if
             `want_logprobs`.
     """
     if logits.is_cuda:
-        from workers.gpu.sampling import triton_sampler  # needs triton, which only CUDA needs
+        from workers.gpu.sampling import triton_sampler  # imported here: only CUDA needs triton
 
         tokens = triton_sampler.sample(variant, logits, batch, sample_flags, tables, outputs)
     else:
@@ -60,22 +63,23 @@ def _sample(
     tables: RowTables,
     outputs: Any,
 ) -> torch.Tensor:
-    """What `sample` does, but for log-probabilities. Returns every row's token, [S] int64."""
+    """Do the work of `sample`, except log-probabilities. Returns every sequence's token, [S] int64."""
     num_seqs = batch.num_seqs
     rows = batch.seq_row
-    position = batch.seq_lens  # of the new token: everything in front of it is computed now
-    maximum, tokens = logits.max(-1)  # of equals the first; of a row with NaN that
+    position = batch.seq_lens  # of the new token; all tokens before it are computed now
+    maximum, tokens = logits.max(-1)  # the first of equal logits; in a row with NaN, the NaN
     if variant != SamplerVariant.GREEDY:
         filtered = variant == SamplerVariant.FILTERED
         tokens = race(logits.float(), maximum.float(), rows, position, tables, filtered=filtered).argmax(-1)
 
-    sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; padding is not
+    sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; False for padding
     tokens32 = tokens.to(torch.int32)
     max_model_len = tables.token_ids.shape[1]
     rows64 = rows.to(torch.int64)
     places = torch.where(sampled, rows64 * max_model_len + position, tables.trash_row * max_model_len)
     tables.flat_token_ids.index_copy_(0, places, tokens32)
-    tables.num_computed_tokens.index_copy_(0, rows64, batch.seq_lens)  # sampled or not; the trash row stays at 0
+    # For all sequences, sampled or not; the trash row stays at 0.
+    tables.num_computed_tokens.index_copy_(0, rows64, batch.seq_lens)
 
     is_end = (tables.end_ids.index_select(0, rows) == tokens32[:, None]).any(-1)
     is_full = position + 1 >= tables.max_len.index_select(0, rows)
@@ -96,13 +100,15 @@ def race(
     *,
     filtered: bool,
 ) -> torch.Tensor:
-    """Scores [S, vocab_size] of the exponential race: p / e with e ~ Exp(1), which a token wins with its probability p.
+    """Return the scores of the exponential race, [S, vocab_size]: log(p / e) with e ~ Exp(1).
 
-    They are logarithms. Rows of temperature 0 take no noise and no filter: their winner is the argmax.
+    Token i has the largest p / e with probability p_i. For e_i / p_i is exponentially distributed with rate p_i, and of
+    several such variables each is the smallest in proportion to its rate. (The Gumbel-max trick is the same race.)
+    Rows of temperature 0 get neither noise nor filters: their winner is the argmax.
     """
     temperature = tables.temperature.index_select(0, rows)
     is_greedy = (temperature == 0)[:, None]
-    # The likeliest token's logit becomes 0 first, so that no temperature, however small, can overflow it.
+    # The likeliest token's logit becomes 0 first, so that even the smallest temperature cannot overflow it.
     scaled = logits - maximum[:, None]
     scaled /= torch.where(is_greedy, 1.0, temperature[:, None])
     noise = exponential(tables.seed.index_select(0, rows), position.to(torch.int64), logits.shape[1]).log_()
@@ -119,9 +125,10 @@ def race(
 
 
 def keep(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Which tokens top_k, top_p and min_p, applied in this order, leave: [S, vocab_size] bool. Equals stay together.
+    """Return the tokens that top_k, top_p and min_p keep, applied in this order: [S, vocab_size] bool.
 
-    `scaled` [S, vocab_size] are logits over temperature, at most 0; the parameters are [S]. The likeliest always stays.
+    `scaled` [S, vocab_size] are the logits divided by temperature, at most 0; the parameters are [S]. Tokens of equal
+    logits are all kept or all dropped. The likeliest token is always kept.
     """
     keys = ordered_keys(scaled)
     kept = keys >= top_k_threshold(keys, top_k)
@@ -132,29 +139,32 @@ def keep(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: 
 
 
 def ordered_keys(x: torch.Tensor) -> torch.Tensor:
-    """int32 in the order of the float32 values."""
+    """Map float32 values to int32 keys of the same order."""
     bits = (x + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     return bits ^ ((bits >> 31) & _INT32_MAX)
 
 
 def top_k_threshold(keys: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
-    """The k-th largest key of each row, [S, 1] int32; below every key where top_k is 0 or more than there are."""
+    """Return the k-th largest key of each row, [S, 1] int32; below every key if top_k is 0 or above the vocabulary's
+    size."""
     wanted = torch.where(top_k == 0, _INT32_MAX, top_k)[:, None]
     return _largest_threshold(keys.shape[0], keys.device, lambda t: (keys >= t).sum(-1, keepdim=True) >= wanted)
 
 
 def top_p_threshold(keys: torch.Tensor, probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The smallest key of the smallest set whose probability reaches top_p, [S, 1] int32; below every key at 1."""
-    wanted = torch.where(top_p >= 1, torch.inf, top_p)[:, None]  # at 1 nothing goes, whatever the sum rounds to
+    """Return the smallest key of the smallest set with a probability of at least top_p, [S, 1] int32; below every key
+    if top_p is 1."""
+    # At 1 every token is kept, even if the sum rounds below 1.
+    wanted = torch.where(top_p >= 1, torch.inf, top_p)[:, None]
     return _largest_threshold(
         keys.shape[0], keys.device, lambda t: (probabilities * (keys >= t)).sum(-1, keepdim=True) >= wanted
     )
 
 
 def _largest_threshold(num_rows: int, device: torch.device, reaches: Any) -> torch.Tensor:
-    """Bisect for the largest int32 whose set of keys at or above it `reaches` what is wanted; -2**31 if none does.
+    """Return the largest int32 for which `reaches` is true, [S, 1], by bisection; -2**31 if it is true for none.
 
-    `reaches` takes thresholds [S, 1] and is true up to some threshold, and false beyond.
+    `reaches` takes thresholds [S, 1]. It is true up to some threshold, and false beyond it.
     """
     low = torch.full((num_rows, 1), -(2**31), dtype=torch.int64, device=device)
     high = torch.full((num_rows, 1), _INT32_MAX, dtype=torch.int64, device=device)
@@ -167,9 +177,10 @@ def _largest_threshold(num_rows: int, device: torch.device, reaches: Any) -> tor
 
 
 def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: Any) -> None:
-    """The model's own log-probabilities: of each sequence's token, and of the likeliest MAX_LOGPROBS.
+    """Write the model's own log-probabilities, before temperature and filters: of each sequence's token, and of the
+    likeliest MAX_LOGPROBS tokens.
 
-    Where the vocabulary is smaller than that, the rest is NO_TOKEN and -inf.
+    If the vocabulary is smaller than that, the rest is NO_TOKEN and -inf.
     """
     num_seqs, vocab_size = logits.shape
     logprobs = logits.log_softmax(-1, torch.float32)

@@ -1,10 +1,15 @@
-"""top_k and top_p for the sampler's kernels: one program a row, which is given the winner among all its tokens.
+"""top_k and top_p for the sampler's kernels. One program per row starts from the winner of the race over all tokens.
 
-What the filters keep is closed upwards, so whether a token is kept is seen from how many are likelier and what their
-mass is. The winner of the whole race is kept more often than not. Where it is not, nothing as likely or less is, and
-the next candidate is the winner among the likelier ones: so the winner among the kept is met in the end. Whatever is
-counted lies above a candidate, in the few blocks of a row whose maxima do. Only for top_p within top_k is a threshold
-searched for: its share is of the mass of the top_k. min_p has applied in the race.
+If the filters keep a token, they keep every likelier token. So the number and the mass of the likelier tokens decide
+whether a token is kept. The filters usually keep the winner of the whole race:
+
+    candidate = winner of all  ->  kept?  -- yes -> done
+         ^                           | no: no token as likely or less is kept
+         '-- winner of the likelier tokens <-'
+
+The likeliest token is always kept, so this ends, and it ends with the winner among the kept tokens. Only blocks of a
+row with a maximum above the candidate are read. top_p together with top_k first needs the threshold of top_k, because
+top_p is a share of the mass of the top_k tokens. The race has already applied min_p.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -20,19 +25,19 @@ from workers.gpu.sampling.triton_random import exponential
 _INF = tl.constexpr(float("inf"))
 _FINITE = tl.constexpr(torch.finfo(torch.float32).max)
 _INT32_MAX = tl.constexpr(2**31 - 1)
-_LEAST_ORDER = tl.constexpr(-0x7F800000 - 1)  # of -inf
+_LEAST_ORDER = tl.constexpr(-0x7F800000 - 1)  # the order of -inf
 
 
 @triton.jit
 def settle(
-    token: tl.tensor,  # the winner of all
+    token: tl.tensor,  # the winner of the race over all tokens
     top_k: tl.tensor,
     top_p: tl.tensor,
-    total: tl.tensor,  # mass of all
+    total: tl.tensor,  # mass of all tokens, as p / (the likeliest token's p)
     maximum: tl.tensor,
     temperature: tl.tensor,
     key: tl.tensor,
-    part_maxima: tl.tensor,  # [MAX_PARTS], and where they are stored
+    part_maxima: tl.tensor,  # [MAX_PARTS], the values that `maxima` points to
     maxima: tl.tensor,
     logits: tl.tensor,
     vocab_size: tl.tensor,
@@ -42,17 +47,17 @@ def settle(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """The winner among what top_k and top_p keep.
+    """Return the winner of the race among the tokens that top_k and top_p keep.
 
-    Every round moves to a likelier token, and the likeliest, which nothing is above, is kept: this ends.
+    Each round moves to a likelier token. The loop ends, because the likeliest token is kept.
     """
     floor = tl.full([], _LEAST_ORDER >> LOW_BITS, tl.int32)  # no token of a lower order is kept
     if top_k > 0:
-        # As many parts have a token of at least their k-th largest maximum; of fewer parts that is -inf.
+        # At least k parts have a token at or above the k-th largest maximum. With fewer than k parts that is -inf.
         ordered = tl.sort(part_maxima, descending=True)
         place = tl.arange(0, MAX_PARTS)
         floor = _order(tl.max(tl.where(place == top_k - 1, ordered, -_INF), axis=0), LOW_BITS)
-    enough = tl.full([], _INF, tl.float32)  # the mass above a token from which on top_p drops it
+    enough = tl.full([], _INF, tl.float32)  # top_p drops a token with at least this mass above it
     if top_p < 1:
         if top_k > 0:
             floor, total = _top_k(
@@ -90,7 +95,7 @@ def _is_dropped(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """Whether a token of this order is below `floor`, or has `wanted` tokens or a mass of `enough` above it."""
+    """Return whether a token of this order is below `floor`, or has `wanted` tokens or a mass of `enough` above it."""
     is_dropped = order < floor
     if order >= floor:
         count, mass = _above(
@@ -115,14 +120,14 @@ def _top_k(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """The lowest order among the top_k likeliest tokens and their equals, which lies in low..high, and their mass."""
-    while low < high:  # fewer than top_k are above `high`, and it or less is the k-th
+    """Return the lowest order, within low..high, among the top_k likeliest tokens and their equals, and their mass."""
+    while low < high:  # fewer than top_k tokens are above `high`; the k-th lies in low..high
         middle = (low.to(tl.int64) + (high.to(tl.int64) - low) // 2).to(tl.int32)
         count, _ = _above(
             middle, maximum, temperature, maxima, logits, vocab_size, num_parts, LOW_BITS, PART, BLOCK_PARTS
         )
         low = tl.where(count >= top_k, middle + 1, low)
-        high = tl.where(count > top_k, high, middle)  # exactly k: these they are, and low is above high
+        high = tl.where(count > top_k, high, middle)  # exactly k are above: done, low > high
     _, mass = _above(low - 1, maximum, temperature, maxima, logits, vocab_size, num_parts, LOW_BITS, PART, BLOCK_PARTS)
     return low, mass
 
@@ -140,7 +145,7 @@ def _above(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """How many tokens are of an order above `bound`, and their mass."""
+    """Return the number of tokens of an order above `bound`, and their mass."""
     counts = tl.zeros([BLOCK_PARTS * PART], tl.int32)
     masses = tl.zeros([BLOCK_PARTS * PART], tl.float32)
     for first_part in range(0, num_parts, BLOCK_PARTS):
@@ -167,7 +172,7 @@ def _winner_above(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """The winner of the race among the tokens of an order above `bound`, of which there is one."""
+    """Return the winner of the race among the tokens of an order above `bound`. At least one must exist."""
     best = tl.full([], -_INF, tl.float32)
     winner = tl.full([], 0, tl.int32)
     for first_part in range(0, num_parts, BLOCK_PARTS):
@@ -191,7 +196,7 @@ def _reaches(
     LOW_BITS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """Whether one of the block's tokens is of an order above `bound`."""
+    """Return whether one of the block's tokens is of an order above `bound`."""
     part = first_part + tl.arange(0, BLOCK_PARTS)
     block_maxima = tl.load(maxima + part, mask=part < num_parts, other=-_INF)
     return _order(tl.max(block_maxima, axis=0), LOW_BITS) > bound
@@ -199,22 +204,23 @@ def _reaches(
 
 @triton.jit
 def load_logits(logits: tl.tensor, token: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """float32, -inf where masked or NaN."""
+    """Load logits as float32; -inf where masked or NaN."""
     x = tl.load(logits + token, mask=mask, other=-_INF).to(tl.float32)
     return tl.where(x == x, x, -_INF)
 
 
 @triton.jit
 def scale(x: tl.tensor, maximum: tl.tensor, temperature: tl.tensor) -> tl.tensor:
-    """Logits over temperature, the likeliest at 0, so that no temperature, however small, can overflow it.
+    """Return logits divided by temperature, with the likeliest at 0, so that even the smallest temperature cannot
+    overflow it.
 
-    Even if the largest logit is infinite nothing becomes NaN.
+    The result is not NaN even if the largest logit is infinite.
     """
     return (x - tl.maximum(tl.minimum(maximum, _FINITE), -_FINITE)) / temperature
 
 
 @triton.jit
 def _order(x: tl.tensor, LOW_BITS: tl.constexpr) -> tl.tensor:
-    """int32 in the order of the float32 values, of which LOW_BITS are never used."""
+    """Map float32 values to int32 of the same order. The values do not use their LOW_BITS lowest bits."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0.0 turns -0.0 into 0.0
     return (bits ^ ((bits >> 31) & _INT32_MAX)) >> LOW_BITS

@@ -1,4 +1,4 @@
-"""The random numbers of `random_bits` for Triton kernels, made where they are used: the same uniforms, bit for bit."""
+"""The random numbers of `random_bits`, computed inside Triton kernels. The uniforms are the same, bit for bit."""
 
 # mypy: disable-error-code="untyped-decorator"
 
@@ -20,13 +20,13 @@ _SERIES_END = tl.constexpr(0.125)
 
 @triton.jit
 def random_key(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """uint64: what every draw of this seed and position is hashed with."""
+    """Return the uint64 key with which every draw of this seed and position is hashed."""
     return _mix64(_mix64(seed.to(tl.uint64) + _GOLDEN_64) + position.to(tl.uint64) * _GOLDEN_64)
 
 
 @triton.jit
 def uniform(key: tl.tensor, index: tl.tensor) -> tl.tensor:
-    """float32 in the open interval (0, 1), of the shape of `index` (int32)."""
+    """Return float32 in the open interval (0, 1), of the shape of `index` (int32)."""
     bits = _fmix32(index.to(tl.uint32) * _GOLDEN_32 + key.to(tl.uint32))
     bits = _fmix32(bits + (key >> 32).to(tl.uint32))
     return tl.minimum(((bits & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * _STEP, _BELOW_ONE)
@@ -34,15 +34,16 @@ def uniform(key: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def exponential(key: tl.tensor, index: tl.tensor) -> tl.tensor:
-    """Like `uniform`, exponentially distributed with mean 1."""
+    """Like `uniform`, but exponentially distributed with mean 1."""
     return exponential_of(uniform(key, index))
 
 
 @triton.jit
 def exponential_of(u: tl.tensor) -> tl.tensor:
-    """-log1p(-u), within 5e-7 of itself however small u is.
+    """Return -log1p(-u), with a relative error of at most 5e-7 for every u.
 
-    Winners of a race have a small u, of which 1 - u keeps few bits: there the series u + u**2/2 + ... + u**7/7 serves.
+    Winners of a race have a small u, and 1 - u keeps few bits of it. So a small u uses the series u + u**2/2 + ... +
+    u**7/7.
     """
     series = u * (1 / 7) + 1 / 6
     series = u * series + 1 / 5

@@ -1,9 +1,10 @@
-"""The sampler's kernels on CUDA: `sampler.sample` in two or three launches, which read the logits once or twice.
+"""The sampler's kernels on CUDA. They do `sampler.sample` in two or three launches, which read the logits once or
+twice.
 
-    maxima of parts | race of parts (unless all is greedy) | one program a row: filters, and the row's end
+    maxima of parts | race of parts (unless all rows are greedy) | one program per row: filters, end of sequence
 
-Rows are cut into parts, so that few sequences keep the whole device busy. How top_k and top_p apply to what the parts
-found: `triton_filters.py`.
+Rows are cut into parts, so that even few sequences keep the whole device busy. `triton_filters.py` applies top_k and
+top_p to the winners of the parts.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -22,9 +23,10 @@ from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.sampling.triton_filters import load_logits, scale, settle
 from workers.gpu.sampling.triton_random import exponential, random_key
 
-_PART: Final = 1024  # elements of a row that have a maximum of their own
-_BLOCK_PARTS: Final = 4  # that a program of the first kernels reads, and a program of the last at a time
-_LOW_BITS: Final = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # of a float32, that no such value uses
+_PART: Final = 1024  # elements of a row that share one maximum
+_BLOCK_PARTS: Final = 4  # parts that a program of the first two kernels reads, and that the last kernel reads at a time
+# The low bits of a float32 that values of this dtype do not use.
+_LOW_BITS: Final = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 _INF = tl.constexpr(float("inf"))
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
@@ -41,13 +43,13 @@ def sample(
     tables: RowTables,
     outputs: Any,
 ) -> torch.Tensor:
-    """What `sampler.sample` does, but for log-probabilities. Returns every row's token, [S] int64.
+    """Do the work of `sampler.sample`, except log-probabilities. Returns every sequence's token, [S] int64.
 
-    `logits` are bfloat16, float16 or float32, those of a row side by side. Even if they are not finite, the returned
-    token lies in the vocabulary. Never synchronises with the host, so that it can be captured.
+    `logits` are bfloat16, float16 or float32, and contiguous within a row. Even if they are not finite, the returned
+    token lies in the vocabulary. It does not wait for the device, so a graph can capture it.
     """
     num_seqs, vocab_size = logits.shape
-    assert logits.stride(1) == 1, "the logits of a row lie side by side"
+    assert logits.stride(1) == 1, "the logits of a row must be contiguous"
     num_parts = triton.cdiv(vocab_size, _PART)
     parts_shape = {"PART": _PART, "BLOCK_PARTS": _BLOCK_PARTS}
     grid = (num_seqs, triton.cdiv(num_parts, _BLOCK_PARTS))
@@ -58,28 +60,14 @@ def sample(
     drawn, filtered = variant != SamplerVariant.GREEDY, variant == SamplerVariant.FILTERED
     maxima, likeliest = by_part(torch.float32), by_part(torch.int32)
     _maxima_of_parts[grid](maxima, likeliest, logits, logits.stride(0), vocab_size, num_parts, **parts_shape)
-    scores, winners, masses = maxima, likeliest, maxima  # of no use without a race
+    scores, winners, masses = maxima, likeliest, maxima  # placeholders, which are not read without a race
     if drawn:
         scores, winners, masses = by_part(torch.float32), by_part(torch.int32), by_part(torch.float32)
         _race_of_parts[grid](
-            scores,
-            winners,
-            masses,
-            maxima,
-            logits,
-            logits.stride(0),
-            vocab_size,
-            num_parts,
-            batch.seq_row,
-            batch.seq_lens,
-            tables.temperature,
-            tables.min_p,
-            tables.seed,
-            FILTERED=filtered,
-            MAX_PARTS=triton.next_power_of_2(num_parts),
-            **parts_shape,
-            num_warps=8,
-        )
+            scores, winners, masses, maxima, logits, logits.stride(0), vocab_size, num_parts,
+            batch.seq_row, batch.seq_lens, tables.temperature, tables.min_p, tables.seed,
+            FILTERED=filtered, MAX_PARTS=triton.next_power_of_2(num_parts), **parts_shape, num_warps=8,
+        )  # fmt: skip
     tokens = torch.empty(num_seqs, dtype=torch.int64, device=logits.device)
     _finish_rows[(num_seqs,)](
         tokens,
@@ -129,16 +117,17 @@ def _maxima_of_parts(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Grid (S, blocks of a row): each part's largest logit, [S, parts] float32, and the first token that has it.
+    """Grid (S, blocks of a row). Computes each part's largest logit, [S, parts] float32, and the first token that has
+    it.
 
-    A NaN counts as +inf here, so that the maximum tells whether a row's logits are finite.
+    A NaN counts as +inf here, so that the maximum shows whether a row's logits are finite.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
     token = part[:, None] * PART + tl.arange(0, PART)[None, :]
     x = tl.load(logits + row * row_stride + token, mask=token < vocab_size, other=-_INF).to(tl.float32)
     x = tl.where(x == x, x, _INF)
-    # What lies beyond the row is the last of equals, and never chosen.
+    # Places beyond the row hold -inf and come last among equals, so they are not chosen.
     maximum, index = tl.max(x, axis=1, return_indices=True, return_indices_tie_break_left=True)
     at = row * num_parts + part
     tl.store(maxima + at, maximum, mask=part < num_parts)
@@ -147,8 +136,8 @@ def _maxima_of_parts(
 
 @triton.jit
 def _race_of_parts(
-    scores: tl.tensor,  # [S, parts] float32: the best of each part
-    winners: tl.tensor,  # [S, parts] int32: whose it is
+    scores: tl.tensor,  # [S, parts] float32: the best score of each part
+    winners: tl.tensor,  # [S, parts] int32: the token with that score
     masses: tl.tensor,  # [S, parts] float32, with FILTERED: the sum of p / (the likeliest's p)
     maxima: tl.tensor,
     logits: tl.tensor,
@@ -165,7 +154,8 @@ def _race_of_parts(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Grid (S, blocks of a row): the race p / e, e ~ Exp(1), in logarithms. min_p applies here already."""
+    """Grid (S, blocks of a row). Runs the race p / e, e ~ Exp(1), in logarithms (see sampler.race). Applies min_p
+    already."""
     row = tl.program_id(0).to(tl.int64)
     table_row = tl.load(seq_row + row)
     temperature = tl.load(temperatures + table_row)
@@ -224,10 +214,10 @@ def _finish_rows(
     PART: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Grid (S): a row's token from its parts, and what follows from it."""
+    """Grid (S). Chooses a sequence's token from the parts' winners, and writes it, its finish code and the tables."""
     row = tl.program_id(0).to(tl.int64)
     table_row = tl.load(seq_row + row).to(tl.int64)
-    position = tl.load(seq_lens + row)  # of the new token; 0 = padding
+    position = tl.load(seq_lens + row)  # position of the new token; 0 = padding
     temperature = tl.load(temperatures + table_row)
     own_maxima, own_logits = maxima + row * num_parts, logits + row * row_stride
     part = tl.arange(0, MAX_PARTS)
@@ -267,7 +257,7 @@ def _finish_rows(
     tl.store(tokens + row, token.to(tl.int64))
     is_sampled = (tl.load(sample_flags + row) != 0) & (position > 0)
     tl.store(table_token_ids + table_row * max_model_len + position, token, mask=is_sampled)
-    tl.store(num_computed_tokens + table_row, position)  # sampled or not; the trash row stays at 0
+    tl.store(num_computed_tokens + table_row, position)  # for all sequences, sampled or not; the trash row stays at 0
     place = tl.arange(0, MAX_END_IDS)
     own_end_ids = tl.load(end_ids + table_row * NUM_END_IDS + place, mask=place < NUM_END_IDS, other=_NO_TOKEN)
     is_end = tl.max((own_end_ids == token).to(tl.int32), axis=0) > 0

@@ -179,5 +179,5 @@ def test_a_step_of_padding_alone_is_finite() -> None:
 
 
 def test_an_unknown_backend_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"no attention backend 'flesh'; there are: torch"):
+    with pytest.raises(ConfigError, match=r"model\.attention \('flesh'\) is unknown: use auto, torch"):
         make_backend("flesh", torch.device("cpu"))

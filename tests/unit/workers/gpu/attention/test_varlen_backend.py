@@ -130,7 +130,7 @@ def test_a_machine_that_cannot_do_it_is_told_why(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"built without FlashAttention; install another build, or set model"):
         make_backend("varlen", CUDA)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
-    with pytest.raises(ConfigError, match=r"torch 2\.12\.1 has no block tables there, 2\.13 and later do"):
+    with pytest.raises(ConfigError, match=r"torch 2\.12\.1 has no block tables in it, 2\.13 and later have"):
         make_backend("varlen", CUDA)
 
 

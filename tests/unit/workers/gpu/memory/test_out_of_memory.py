@@ -87,7 +87,7 @@ STAGES = [
     (
         fail_in_the_middle_of_the_weights,
         r"loading weights, \d\d% of 0\.00 GiB done",
-        r"Use a smaller model or model\.dtype, or end what else uses this memory$",
+        r"Use a smaller model or model\.dtype, or end other programs that use this memory$",
     ),
     (fail_at("workers.gpu.model.loader.probe_model"), "checking the model, 0% done", SHARE),
     (fail_at("workers.gpu.model.loader.measure_step_bytes"), "measuring the largest step, 0% done", SHARE),

@@ -98,7 +98,7 @@ def test_layers_stay_compiled_where_what_is_beside_them_cannot_be(
     norm.forward = forward
     with caplog.at_level(logging.INFO):
         assert compile_layers(model, step, backend="aot_eager")
-    assert "what is beside the model's layers runs without torch.compile" in caplog.text
+    assert "the modules beside the model's layers run without torch.compile" in caplog.text
     assert norm._compiled_call_impl is None
     assert decoder_layers(model)[0]._compiled_call_impl is not None
     assert torch.equal(step(), expected)
@@ -129,7 +129,7 @@ def test_decoder_layers_are_those_with_attention_however_long_other_lists_are() 
 def test_a_model_without_a_list_of_layers_is_not_called_compiled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert not compile_layers(Odd(0), lambda: None)
-    assert "run without torch.compile" in caplog.text
+    assert "runs without torch.compile" in caplog.text
 
 
 def test_a_model_that_cannot_be_compiled_runs_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -146,5 +146,5 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(tmp_path: Path, caplog: p
     layer.mlp.forward = forward
     with caplog.at_level(logging.WARNING):
         assert not compile_layers(model, step, backend="aot_eager")
-    assert "run without torch.compile" in caplog.text
+    assert "runs without torch.compile" in caplog.text
     assert torch.equal(step(), expected)
