@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from ipc.record_layout import Layout
+from ipc.record_layout import HostArray, Layout
 from ipc.shared_memory import create_segment, map_segment
 
 # The writer's pid; its wake-ups from poll; garbage collections since it was loaded; objects in cycles that they found.
@@ -55,6 +55,14 @@ class StatsHandle(msgspec.Struct, frozen=True):
     fd: int
 
 
+class Counters:
+    """The counters of a role, each an array [1] int64. The first use of an unknown name raises AttributeError."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> HostArray: ...
+
+
 class StatsPage:
     """A mapped page; `values.<field>[0]` reads or, in its one writer, writes a counter."""
 
@@ -62,7 +70,7 @@ class StatsPage:
         self.role = handle.role
         self.layout = stats_layout(handle.role)
         self._map = map_segment(handle.fd)
-        self.values: Any = self.layout.views(memoryview(self._map))
+        self.values = self.layout.views(memoryview(self._map))
         self._cpu_ns = 0
 
     @staticmethod
@@ -78,9 +86,10 @@ class StatsPage:
         return {"cpu_ns": float(self._cpu_ns), **values}
 
 
-def stats_layout(role: str) -> Layout:
+def stats_layout(role: str) -> Layout[Counters]:
     """The layout of a role's page; "tokenizer.1" has that of "tokenizer"."""
-    return Layout(f"stats.{role}", [(name, "<i8", (1,)) for name in (*_COMMON, *FIELDS[role.split(".")[0]])])
+    names = (*_COMMON, *FIELDS[role.split(".")[0]])
+    return Layout(f"stats.{role}", [(name, "<i8", (1,)) for name in names], Counters)
 
 
 def _cpu_clock(pid: int) -> int:

@@ -250,7 +250,7 @@ class Wiring:
         self.traces.append(TraceRing(handle))
         return handle
 
-    def _ring(self, name: str, layout: Layout, num_slots: int, epoch: int) -> RingHandle:
+    def _ring(self, name: str, layout: Layout[Any], num_slots: int, epoch: int) -> RingHandle:
         ring = Ring.create(name, layout, num_slots, epoch)
         ring.close()  # the launcher reads and writes none
         self._closers.callback(os.close, ring.handle.fd)

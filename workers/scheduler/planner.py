@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ipc.records import StepShape
+from ipc.records import StepRecord, StepShape
 from workers.scheduler.admission.backlog import Backlog
 from workers.scheduler.admission.prompt_rings import PromptLease, PromptRings
 from workers.scheduler.admission.request import Request
@@ -84,7 +84,7 @@ class Planner:
         self._next_ticket = 1
         self._batch = Batch.of(NO_ROWS, rows)  # the last step's; good for as long as `running` gives the same array
 
-    def plan(self, record: Any) -> PlannedStep | None:
+    def plan(self, record: StepRecord) -> PlannedStep | None:
         """Fill a step record with what runs next, to be published. None: nothing can run, and nothing is written."""
         rows, counts, num_tokens, num_appends = self._plan_running(record)
         new_rows, new_counts, leases, num_appends = self._admit(record, num_tokens, num_appends)
@@ -103,7 +103,7 @@ class Planner:
         self.running.stop(rows)
         self._tables.free_rows(rows)
 
-    def _plan_running(self, record: Any) -> tuple[IntArray, IntArray, int, int]:
+    def _plan_running(self, record: StepRecord) -> tuple[IntArray, IntArray, int, int]:
         """Tokens for the running rows, and their blocks: rows, tokens of each, tokens left for others, block-table
         entries written."""
         columns, budget = self._rows, self._shape.max_num_batched_tokens
@@ -128,7 +128,7 @@ class Planner:
         return self._tables.missing(running, np.maximum(lengths, self._rows.progress_len)[running])[2]
 
     def _admit(
-        self, record: Any, num_tokens: int, num_appends: int
+        self, record: StepRecord, num_tokens: int, num_appends: int
     ) -> tuple[IntArray, IntArray, list[PromptLease], int]:
         """Bring in preempted, then waiting requests with `num_tokens` tokens: rows, tokens of each, prompt records, and
         the end of the block-table entries, where their cached blocks are written behind the first `num_appends`.
@@ -168,7 +168,7 @@ class Planner:
             self._rows.num_computed[request.row] = num_cached
             self._rows.progress_len[request.row] = num_known
             self._rows.rank[request.row] = request.rank
-            request.write_admission(record, i, num_cached, lease)
+            request.write_admission(record.admit, i, num_cached, lease)
             rows.append(request.row)
             counts.append(min(num_tokens, num_known - num_cached))
             num_tokens -= counts[-1]
@@ -203,13 +203,13 @@ class Planner:
             self._counts["num_cached_tokens"] += num_cached
             self._outputs.cached.append((request.key, num_cached))
 
-    def _append_blocks(self, record: Any, start: int, rows: IntArray, counts: IntArray, total: int) -> int:
+    def _append_blocks(self, record: StepRecord, start: int, rows: IntArray, counts: IntArray, total: int) -> int:
         """Give rows the blocks they miss and write that from entry `start` on; returns the end."""
         if total == 0:
             return start
         return self._write_appends(record, start, *self._tables.extend(rows, counts, total))
 
-    def _write_appends(self, record: Any, start: int, row: Any, index: IntArray, block: Any) -> int:
+    def _write_appends(self, record: StepRecord, start: int, row: Any, index: IntArray, block: Any) -> int:
         end = start + len(index)
         assert end <= self._shape.max_appends, f"{end} block-table entries in one step, {self._shape.max_appends} fit"
         record.append_row[start:end] = row
@@ -217,7 +217,7 @@ class Planner:
         record.append_block[start:end] = block
         return end
 
-    def _commit(self, record: Any, rows: IntArray, counts: IntArray, leases: list[PromptLease]) -> PlannedStep:
+    def _commit(self, record: StepRecord, rows: IntArray, counts: IntArray, leases: list[PromptLease]) -> PlannedStep:
         """Write the sequences, and take the step as run."""
         columns, n = self._rows, len(rows)
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1

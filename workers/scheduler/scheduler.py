@@ -17,11 +17,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from ipc.errors import ConfigError, LogitsNotFinite
 from ipc.messages import Ended, FinishReason, StepOutputs, Tokenized
-from ipc.records import FinishCode, StepShape
+from ipc.records import FinishCode, ResultRecord, StepRecord, StepShape
 from workers.queueing.policies import make_policy
 from workers.queueing.timers import Timers
 from workers.scheduler.admission.backlog import Backlog
@@ -219,7 +219,7 @@ class Scheduler:
 
     # Steps
 
-    def plan(self, record: Any) -> bool:
+    def plan(self, record: StepRecord) -> bool:
         """Fill a step record with what runs next; the caller publishes it. False: nothing can run, nothing is written.
 
         Only with credit: at most `depth` steps are in flight.
@@ -232,7 +232,7 @@ class Scheduler:
         self._in_flight.append((step, self._work_since_ns))
         return True
 
-    def apply(self, result: Any) -> None:
+    def apply(self, result: ResultRecord) -> None:
         """Take in the result record of the oldest step in flight; nothing of it is kept by reference."""
         step, work_since_ns = self._in_flight.popleft()
         columns, batch = self._rows, step.batch
@@ -308,7 +308,7 @@ class Scheduler:
             planner.stop(running)
 
 
-def _copy_logprobs(result: Any, n: int, valid: IntArray, want_logprobs: int) -> LogprobArrays:
+def _copy_logprobs(result: ResultRecord, n: int, valid: IntArray, want_logprobs: int) -> LogprobArrays:
     num_top = want_logprobs - 1
     return LogprobArrays(
         result.logprob[:n][valid], result.top_ids[:n, :num_top][valid], result.top_logprobs[:n, :num_top][valid]

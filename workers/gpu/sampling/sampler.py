@@ -6,12 +6,14 @@ where the next step reads it. Like `prepare`, it can be captured: no host value 
 What is here is what the CPU runs, and the oracle of the kernels that CUDA runs (`triton_sampler.py`): thresholds by
 bisection, a fixed number of passes, no sort of the vocabulary.
 
-To add a parameter: a column in `tables.py`, a function here, its like in the kernels, and a row in both tests.
+To add a parameter: a column in `ipc/records.py` (AdmittedColumns), a field of the same name in SamplingParams, a
+function here, the same in the kernels, and a row in both tests.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -19,6 +21,7 @@ from ipc.records import NO_TOKEN, FinishCode, SamplerVariant
 from ipc.sampling_params import MAX_LOGPROBS
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.tensor_views import ResultTensors
 from workers.gpu.sampling.random_bits import exponential
 
 _KEY_BITS: Final = 32  # of a float32, and the passes that a bisection over its order takes
@@ -32,14 +35,14 @@ def sample(
     batch: StepBatch,
     sample_flags: torch.Tensor,
     tables: RowTables,
-    outputs: Any,
+    outputs: ResultTensors,
 ) -> None:
     """Finish a step: sample where asked, write tokens and results, and move every sequence on.
 
     Args:
         logits: [S, vocab_size], of any floating dtype (on CUDA bfloat16, float16 or float32).
         sample_flags: [S] int32, the step's `seq_sample`.
-        outputs: views of a result record on the device; its first S entries are written, `logprob` and `top_*` only if
+        outputs: a result record on the device; its first S entries are written, `logprob` and `top_*` only if
             `want_logprobs`.
     """
     if logits.is_cuda:
@@ -58,7 +61,7 @@ def _sample(
     batch: StepBatch,
     sample_flags: torch.Tensor,
     tables: RowTables,
-    outputs: Any,
+    outputs: ResultTensors,
 ) -> torch.Tensor:
     """What `sample` does, but for log-probabilities. Returns every row's token, [S] int64."""
     num_seqs = batch.num_seqs
@@ -151,7 +154,9 @@ def top_p_threshold(keys: torch.Tensor, probabilities: torch.Tensor, top_p: torc
     )
 
 
-def _largest_threshold(num_rows: int, device: torch.device, reaches: Any) -> torch.Tensor:
+def _largest_threshold(
+    num_rows: int, device: torch.device, reaches: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Bisect for the largest int32 whose set of keys at or above it `reaches` what is wanted; -2**31 if none does.
 
     `reaches` takes thresholds [S, 1] and is true up to some threshold, and false beyond.
@@ -166,7 +171,7 @@ def _largest_threshold(num_rows: int, device: torch.device, reaches: Any) -> tor
     return low.to(torch.int32)
 
 
-def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: Any) -> None:
+def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: ResultTensors) -> None:
     """The model's own log-probabilities: of each sequence's token, and of the likeliest MAX_LOGPROBS.
 
     Where the vocabulary is smaller than that, the rest is NO_TOKEN and -inf.

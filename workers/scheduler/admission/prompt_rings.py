@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from ipc.errors import RingError
+from ipc.records import PromptRecord
 from ipc.ring import Ring
 from workers.scheduler.array_types import Int32Array
 
@@ -36,7 +37,7 @@ class PromptLease:
 class PromptRings:
     """Bookkeeping over the rings, by their index; `rings[0]` is written here, the others by tokenizers."""
 
-    def __init__(self, rings: Sequence[Ring]) -> None:
+    def __init__(self, rings: Sequence[Ring[PromptRecord]]) -> None:
         self._rings = list(rings)
         self._record_tokens = int(rings[UPLOAD_RING].layout.fields["token_ids"].shape[0])
         self._released: list[dict[int, int]] = [{} for _ in rings]  # first ticket -> records, behind one still in use

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Final, Self
 
 import msgspec
 
 from ipc.block_hash import read_hashes
 from ipc.messages import PROMPT_TAIL_TOKENS, Opened, Tokenized
-from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
+from ipc.record_layout import HostArray, field_names
+from ipc.records import MAX_END_IDS, NO_TOKEN, Admissions, AdmittedColumns, SamplerVariant
 from ipc.sampling_params import SamplingParams
 from workers.queueing.policies import NO_ROW
 from workers.scheduler.admission.prompt_rings import PromptLease
 from workers.scheduler.array_types import Int32Array, NameArray
 
 _GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
+# The columns of an admission that are sampling parameters by the same name.
+_PARAMETER_COLUMNS: Final = tuple(
+    column for column in field_names(AdmittedColumns) if column in SamplingParams.__struct_fields__
+)
 
 
 class Request:
@@ -68,22 +73,22 @@ class Request:
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
-    def write_admission(self, record: Any, i: int, num_computed: int, lease: PromptLease | None) -> None:
-        """Fill entry i of a step record's admissions. `num_computed` tokens are cached; the ids come from the records
-        of `lease`, or (None) the row has them."""
-        params = self.params
-        record.admit_row[i] = self.row
-        record.admit_ring[i] = lease.ring if lease else 0
-        record.admit_ticket[i] = lease.ticket if lease else 0
-        record.admit_length[i] = self.num_prompt if lease else 0
-        record.admit_num_computed[i] = num_computed
-        record.admit_max_len[i] = self.max_len
-        record.admit_temperature[i] = params.temperature
-        record.admit_top_k[i] = params.top_k
-        record.admit_top_p[i] = params.top_p
-        record.admit_min_p[i] = params.min_p
-        record.admit_seed[i] = params.seed or 0  # the gateway has drawn one where the client gave none
-        record.admit_end_ids[i] = self._end_ids
+    def write_admission(
+        self, admit: Admissions[HostArray], i: int, num_computed: int, lease: PromptLease | None
+    ) -> None:
+        """Fill entry i of a step record's admissions. `num_computed` tokens are cached.
+
+        The ids come from the records of `lease`; None: the row has them already.
+        """
+        admit.row[i] = self.row
+        admit.ring[i] = lease.ring if lease else 0
+        admit.ticket[i] = lease.ticket if lease else 0
+        admit.length[i] = self.num_prompt if lease else 0
+        admit.num_computed_tokens[i] = num_computed
+        admit.max_len[i] = self.max_len
+        admit.end_ids[i] = self._end_ids
+        for name in _PARAMETER_COLUMNS:
+            getattr(admit, name)[i] = getattr(self.params, name) or 0  # None: the gateway has drawn no seed
 
 
 def requests_of(

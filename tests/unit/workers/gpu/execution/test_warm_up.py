@@ -28,11 +28,8 @@ def test_warming_up_changes_no_row_and_steps_are_right_after_it() -> None:
         columns, token_ids = tables.columns.clone(), tables.token_ids.clone()
         engine.executor.warm_up(shares.append)
         assert torch.equal(tables.token_ids[: tables.trash_row], token_ids[: tables.trash_row])
-        rows = slice(0, tables.trash_row)
-        for name in ("num_computed_tokens", "max_len", "temperature", "top_k", "seed", "end_ids"):
-            assert not getattr(tables, name)[rows].any(), f"{name} of a real row was written"
         assert (tables.block_table == tables.trash_block).all()
-        assert torch.equal(tables.columns, columns), "the trash row is not what it was"
+        assert torch.equal(tables.columns, columns), "a row is not what it was"
 
         requests = greedy_requests(Random(3))
         for request in requests:
