@@ -14,7 +14,7 @@ from typing import Annotated, Final, Generic
 import msgspec
 
 from ipc.record_layout import Array, Each, HostArray, Layout, float32, int32, int64
-from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
 # Ids that end a row: the model's, the tokenizer's eos token and the request's.
@@ -53,6 +53,15 @@ class SamplerVariant(enum.IntEnum):
     GREEDY = 0
     PLAIN = 1  # some sequence has temperature > 0
     FILTERED = 2  # some sequence uses top_k, top_p or min_p
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> SamplerVariant:
+        """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
+        if params.temperature == 0:
+            return cls.GREEDY
+        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+            return cls.FILTERED
+        return cls.PLAIN
 
 
 class FinishCode(enum.IntEnum):

@@ -1,7 +1,7 @@
 """Anonymous shared memory: a memfd that has no name, cannot shrink, and is gone with its last holder.
 
-All pages are taken at once, so a lack of memory is an error here and no SIGBUS later; the seals stop any holder from
-resizing it under another. /dev/shm is not involved, whatever its size.
+Creation takes all pages at once, so a lack of memory is an error here and not a SIGBUS later. The seals stop any holder
+from resizing the segment under another. The size of /dev/shm does not matter, because memfds do not use it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PAGE_BYTES = mmap.PAGESIZE
 def create_segment(name: str, num_bytes: int) -> int:
     """Make a sealed segment of `num_bytes` (rounded up to pages), zeroed. Returns its file descriptor, inheritable.
 
-    Raises RingError, with the size, if the memory cannot be had.
+    Raises RingError, with the size, if there is not enough memory.
     """
     num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
     fd = -1
     try:
         available = _available_bytes()
-        if num_bytes > available:  # the kernel would sooner kill some process than refuse
+        if num_bytes > available:  # the kernel would kill a process rather than refuse
             raise OSError(errno.ENOMEM, f"{available} bytes are available")
         fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
         os.posix_fallocate(fd, 0, num_bytes)
@@ -34,14 +34,16 @@ def create_segment(name: str, num_bytes: int) -> int:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        raise RingError(f"shared memory for {name} ({num_bytes} bytes) cannot be had: {error.strerror}") from error
+        raise RingError(
+            f"shared memory for {name} ({num_bytes} bytes) cannot be allocated: {error.strerror}"
+        ) from error
     return fd
 
 
 def map_segment(fd: int, *, writable: bool = True) -> mmap.mmap:
-    """Map a whole segment. The mapping outlives the descriptor; closing it needs its views gone.
+    """Map a whole segment. The mapping outlives the descriptor; it can be closed once no view of it is left.
 
-    Raises RingError if `fd` is no segment, or there is no room for the mapping.
+    Raises RingError if `fd` is not a segment, or if there is no room for the mapping.
     """
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
@@ -51,7 +53,7 @@ def map_segment(fd: int, *, writable: bool = True) -> mmap.mmap:
 
 
 def _available_bytes() -> int:
-    """What the kernel believes it could give without swapping."""
+    """The kernel's estimate of the memory that it can give without swapping."""
     with open("/proc/meminfo") as file:
         kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
     return kib["MemAvailable"] * 1024

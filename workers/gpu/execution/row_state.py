@@ -20,19 +20,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from workers.gpu.execution.tensor_views import StepTensors
+
 if TYPE_CHECKING:
     from workers.gpu.execution.row_tables import RowTables
 
-# (state [rows, ...], rows [n] int64, tables): enqueue work that sets the state of these rows from their token ids.
-# `rows` are the admitted rows, and any number of times the trash row. May be captured: looks at no value on the host.
-RebuildRows = Callable[[torch.Tensor, torch.Tensor, "RowTables"], None]
+# (state [rows, ...], rows [max_admissions] int64, tables, step): enqueue work that sets the state of the admitted rows.
+# `rows` are these rows in the order of `step.admit`; all entries beyond them are the trash row. The rows' token ids
+# are in `tables` already. An entry with `admit.length` 0 resumes: its row, ids and states are those that it had when it
+# was preempted. The work can be captured: it looks at no value on the host.
+AdmitRows = Callable[[torch.Tensor, torch.Tensor, "RowTables", StepTensors], None]
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Marks a field of RowTables that an admission computes anew from the row's ids, and does not reset."""
+    """Marks a field of RowTables for which an admission does `by`, and does not reset it to its Fill."""
 
-    by: RebuildRows
+    by: AdmitRows
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,19 @@ class RowState:
     shape: tuple[int, ...]  # of one row's part
     dtype: torch.dtype
     fill: float = 0
-    rebuild: RebuildRows | None = None
+    rebuild: AdmitRows | None = None
 
     def num_bytes(self, num_rows: int) -> int:
         return num_rows * math.prod(self.shape) * self.dtype.itemsize
 
-    def on_admission(self) -> RebuildRows:
+    def on_admission(self) -> AdmitRows:
         return self.rebuild or reset_to(self.fill)
 
 
-def reset_to(fill: float) -> RebuildRows:
+def reset_to(fill: float) -> AdmitRows:
     """The admission of a state that starts each sequence with the same value."""
 
-    def reset(state: torch.Tensor, rows: torch.Tensor, _: RowTables) -> None:
+    def reset(state: torch.Tensor, rows: torch.Tensor, _: RowTables, __: StepTensors) -> None:
         state.index_fill_(0, rows, fill)
 
     return reset

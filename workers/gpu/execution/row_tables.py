@@ -16,7 +16,7 @@ import torch
 from ipc.record_layout import DeclaredField, Layout, declared_fields, field_names, int32, set_fields
 from ipc.records import AdmittedColumns, Fill, StepShape
 from workers.gpu.device.base import Device
-from workers.gpu.execution.row_state import Rebuild, RebuildRows, RowState, reset_to
+from workers.gpu.execution.row_state import AdmitRows, Rebuild, RowState, reset_to
 from workers.gpu.execution.tensor_views import StepTensors, tensor_view
 
 _ADMITTED = field_names(AdmittedColumns)
@@ -72,7 +72,7 @@ class RowTables(AdmittedColumns[torch.Tensor]):
             state.name: device.zeros(f"row_state.{state.name}", (rows, *state.shape), state.dtype)
             for state in model_states
         }
-        self._on_admission: list[tuple[torch.Tensor, RebuildRows]] = []
+        self._on_admission: list[tuple[torch.Tensor, AdmitRows]] = []
         for column in declared_fields(type(self)):
             self._declare(column, bounds)
         for state in model_states:
@@ -93,7 +93,7 @@ class RowTables(AdmittedColumns[torch.Tensor]):
         name = column.path[0]
         tensor: torch.Tensor = getattr(self, name)
         fill: float = 0
-        rule: RebuildRows | None = None
+        rule: AdmitRows | None = None
         for mark in column.marks:
             if isinstance(mark, Fill):
                 fill = getattr(bounds, mark.value) if isinstance(mark.value, str) else mark.value
@@ -108,7 +108,7 @@ class RowTables(AdmittedColumns[torch.Tensor]):
         for name in _ADMITTED:
             getattr(self, name).index_copy_(0, rows, getattr(step.admit, name))
         for state, apply in self._on_admission:
-            apply(state, rows, self)
+            apply(state, rows, self, step)
 
 
 def table_bytes(shape: StepShape, vocab_size: int, model_states: Sequence[RowState] = ()) -> int:

@@ -20,7 +20,6 @@ from workers.queueing.policies import NO_ROW
 from workers.scheduler.admission.prompt_rings import PromptLease
 from workers.scheduler.array_types import Int32Array, NameArray
 
-_GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
 # The columns of an admission that are sampling parameters by the same name.
 _PARAMETER_COLUMNS: Final = tuple(
     column for column in field_names(AdmittedColumns) if column in SamplingParams.__struct_fields__
@@ -64,7 +63,7 @@ class Request:
         self.has_followers = has_full_blocks and params.n > 1
         self.leader = leader if has_full_blocks else None
         self.params = params
-        self.variant = sampler_variant(params)
+        self.variant = SamplerVariant.of(params)
         self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
@@ -118,12 +117,3 @@ def opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = 
         num_samples=num_samples,
         prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
     )
-
-
-def sampler_variant(params: SamplingParams) -> SamplerVariant:
-    """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
-    if params.temperature == 0:
-        return _GREEDY
-    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        return _FILTERED
-    return _PLAIN
