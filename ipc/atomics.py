@@ -1,10 +1,10 @@
 """64-bit words in shared memory with the ordering that publishing needs: release stores and acquire loads.
 
-On x86-64 an aligned 8-byte plain store is a release store and a plain load an acquire load (total store order), and
-CPython makes neither in pieces when it goes through an 8-byte `memoryview` item. Other processors need real ones,
-taken from libatomic: a release store there also waits for the payload reads before it, as freeing a record needs.
-Nothing here is sequentially consistent, and nothing in ringfeed needs that: a doorbell is rung
-after every publish (`ipc/doorbell.py`), so there is no "arm the flag, then look again".
+On x86-64 an aligned 8-byte plain store is a release store and a plain load an acquire load (total store order). CPython
+does not split either of them when it accesses an 8-byte `memoryview` item. Other processors need explicit atomics from
+libatomic; there a release store also waits for the payload reads before it, as freeing a record requires.
+Nothing here is sequentially consistent, and nothing in ringfeed needs that: every publish is followed by a ring of the
+doorbell (`ipc/doorbell.py`), so no reader arms a flag and then looks again.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Words:
         self.store = lambda i, value: store(cells[i], value, _RELEASE)
 
     def release(self) -> None:
-        """Let go of the buffer, so that its mapping can be closed. Loads and stores raise ValueError from then on."""
+        """Release the buffer, so that its mapping can be closed. Loads and stores raise ValueError from then on."""
         self._view.release()
         self.load, self.store = self._view.__getitem__, self._view.__setitem__  # libatomic's would hit unmapped memory
 
 
 @functools.cache
 def _libatomic() -> tuple[Callable[[ctypes.c_void_p, int], int], Callable[[ctypes.c_void_p, int, int], None]]:
-    """Its 8-byte load and store. Outside of the class, which would mangle their names."""
+    """libatomic's 8-byte load and store. Not in the class, because a class body would mangle their names."""
     path = ctypes.util.find_library("atomic")
     if path is None:
         raise RingError(f"rings on {platform.machine()} need libatomic (Debian: apt install libatomic1)")

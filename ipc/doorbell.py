@@ -1,7 +1,7 @@
 """Wakes another process: one eventfd per process, rung after every publish.
 
-Ringing always costs 0.6 us and leaves no lost wake-up to reason about: the counter stays readable until its owner
-drains it, and the owner drains it before it looks at its rings.
+A ring always costs 0.6 us. No wake-up can be lost: the counter stays readable until its owner drains it, and the owner
+drains it before it looks at its rings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Doorbell:
         try:
             os.eventfd_write(self.fd, 1)
         except BlockingIOError:
-            pass  # the counter is at its limit: the owner has 2**64 - 2 wake-ups outstanding and cannot miss this one
+            pass  # the counter is at its limit, 2**64 - 2: it is readable, so the owner wakes up anyway
 
     def drain(self) -> bool:
         """Forget the rings so far; True if there were any. Call before looking at the rings, never after."""

@@ -1,18 +1,20 @@
-"""The layouts of the three kinds of ring record: prompts, steps and results.
+"""The three kinds of ring record: prompts, steps and results. They are the interface of scheduler and GPU process.
 
-A step record says who runs and what changed; a result record what came of it, sequence by sequence in the step's own
-order. Sizes follow from one `StepShape`, which the launcher derives from the configuration and hands to everyone.
+A step record says which sequences run and what changes for their rows. A result record says what became of each
+sequence, in the step's own order. Sizes follow from one `StepShape`, which the launcher derives from the configuration
+and gives to every process. Each record class is generic in its arrays: numpy on the host, tensors on the device.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import Final
+from dataclasses import dataclass
+from typing import Annotated, Final, Generic
 
 import msgspec
 
-from ipc.record_layout import Layout
-from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from ipc.record_layout import Array, Each, HostArray, Layout, float32, int32, int64
+from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
 # Ids that end a row: the model's, the tokenizer's eos token and the request's.
@@ -52,6 +54,15 @@ class SamplerVariant(enum.IntEnum):
     PLAIN = 1  # some sequence has temperature > 0
     FILTERED = 2  # some sequence uses top_k, top_p or min_p
 
+    @classmethod
+    def of(cls, params: SamplingParams) -> SamplerVariant:
+        """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
+        if params.temperature == 0:
+            return cls.GREEDY
+        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+            return cls.FILTERED
+        return cls.PLAIN
+
 
 class FinishCode(enum.IntEnum):
     """What the sampler found out about a token that it wrote."""
@@ -62,63 +73,137 @@ class FinishCode(enum.IntEnum):
     NOT_FINITE = 3  # no token: the row's logits hold NaN or +inf, or nothing but -inf
 
 
-def prompt_layout() -> Layout:
-    """Token ids of one prompt; a long one takes consecutive records. Its length travels with its tickets."""
-    return Layout("prompt", [("token_ids", "<i4", (PROMPT_RECORD_TOKENS,))])
+@dataclass(frozen=True)
+class Fill:
+    """Marks the value of a row's column before the row's first admission: it filters nothing and ends nothing.
 
-
-def step_layout(shape: StepShape) -> Layout:
-    """Scheduler -> GPU process. Only the first `num_*` entries of each array mean anything.
-
-    Admissions set a row's columns before the step runs: `admit_length` ids are copied from consecutive records of
-    prompt ring `admit_ring`, from `admit_ticket`, to the row's start (0 = the row keeps its ids: a preempted sequence
-    comes back), and `num_computed_tokens` is set to `admit_num_computed`. `admit_max_len` is the length, prompt and
-    output, at which the row ends. Everything in front of `admit_row` is what a pure decode step needs.
+    A string names an attribute of the bounds. An unmarked column holds 0.
     """
-    seqs, appends, admits = shape.max_num_seqs, shape.max_appends, shape.max_admissions
-    return Layout("step", [
-        ("num_seqs", "<i4", (1,)),
-        ("num_tokens", "<i4", (1,)),
-        ("num_appends", "<i4", (1,)),
-        ("num_admissions", "<i4", (1,)),
-        ("variant", "<i4", (1,)),  # SamplerVariant
-        ("want_logprobs", "<i4", (1,)),  # most top log-probabilities that a sequence of this step wants, + 1; 0 = none
-        ("planned_at_ns", "<i8", (1,)),  # CLOCK_MONOTONIC
-        ("seq_row", "<i4", (seqs,)),
-        ("seq_num_tokens", "<i4", (seqs,)),  # tokens of this sequence to compute, >= 1
-        ("seq_sample", "<i4", (seqs,)),  # 1 = sample a token after them
-        ("append_row", "<i4", (appends,)),
-        ("append_index", "<i4", (appends,)),
-        ("append_block", "<i4", (appends,)),
-        ("admit_row", "<i4", (admits,)),
-        ("admit_ring", "<i4", (admits,)),
-        ("admit_ticket", "<i8", (admits,)),
-        ("admit_length", "<i4", (admits,)),
-        ("admit_num_computed", "<i4", (admits,)),
-        ("admit_max_len", "<i4", (admits,)),
-        ("admit_temperature", "<f4", (admits,)),
-        ("admit_top_k", "<i4", (admits,)),
-        ("admit_top_p", "<f4", (admits,)),
-        ("admit_min_p", "<f4", (admits,)),
-        ("admit_seed", "<i8", (admits,)),
-        ("admit_end_ids", "<i4", (admits, MAX_END_IDS)),
-    ])  # fmt: skip
+
+    value: float | str
 
 
-def result_layout(shape: StepShape) -> Layout:
-    """GPU process -> scheduler, in the order of the step's sequences. `token_ids` is NO_TOKEN where none was sampled,
-    which includes rows that finish as NOT_FINITE.
+class AdmittedColumns(Generic[Array]):
+    """What an admission sets for a row. The one declaration of these columns.
 
-    `top_*` and `logprob` are filled only where the step's `want_logprobs` asked. Times are CLOCK_MONOTONIC.
+    From it derive the fields of a step record's admissions, the device tables, what `BatchBuilder.admit` copies and the
+    bytes that the memory account reserves. A column named as a field of SamplingParams gets that field's value
+    (`Request.write_admission`).
     """
-    seqs = shape.max_num_seqs
-    return Layout("result", [
-        ("token_ids", "<i4", (seqs,)),
-        ("finish", "<i4", (seqs,)),  # FinishCode
-        ("device_start_ns", "<i8", (1,)),
-        ("device_end_ns", "<i8", (1,)),
-        ("received_at_ns", "<i8", (1,)),  # when the GPU process took the step record
-        ("logprob", "<f4", (seqs,)),
-        ("top_ids", "<i4", (seqs, MAX_LOGPROBS)),
-        ("top_logprobs", "<f4", (seqs, MAX_LOGPROBS)),
-    ])  # fmt: skip
+
+    num_computed_tokens: Annotated[Array, int32()]
+    """Tokens of the row whose keys and values are in its blocks. The sampler moves it on after each step."""
+    max_len: Annotated[Array, int32(), Fill("max_model_len")]
+    """Tokens, prompt and output, at which the row ends."""
+    temperature: Annotated[Array, float32()]
+    """The divisor of the logits; 0 = greedy."""
+    top_k: Annotated[Array, int32()]
+    """How many of the likeliest tokens are kept; 0 = all."""
+    top_p: Annotated[Array, float32(), Fill(1.0)]
+    """The probability that the kept tokens must reach; 1 = all tokens are kept."""
+    min_p: Annotated[Array, float32()]
+    """The least probability of a kept token, as a share of the likeliest token's; 0 = all tokens are kept."""
+    seed: Annotated[Array, int64()]
+    """The key of the row's random numbers, together with the position."""
+    end_ids: Annotated[Array, int32(MAX_END_IDS), Fill(NO_TOKEN)]
+    """Token ids that end the row; unused places hold NO_TOKEN."""
+
+
+class Admissions(AdmittedColumns[Array]):
+    """The rows that a step admits, and what it sets for them before it runs."""
+
+    row: Annotated[Array, int32()]
+    """The admitted row."""
+    ring: Annotated[Array, int32()]
+    """The prompt ring that holds its token ids; 0 = the scheduler's own."""
+    ticket: Annotated[Array, int64()]
+    """The first of the consecutive records of that ring that hold the ids."""
+    length: Annotated[Array, int32()]
+    """How many ids are copied to the row's start; 0 = the row keeps its ids, because a preempted sequence resumes."""
+
+
+class StepFields(Generic[Array]):
+    """Scheduler -> GPU process: one step. Only the first `num_*` entries of each array mean anything.
+
+    A step without admissions needs only what lies in front of `admit`.
+    """
+
+    num_seqs: Annotated[Array, int32(1)]
+    """Sequences in this step."""
+    num_tokens: Annotated[Array, int32(1)]
+    """Tokens that this step computes, of all sequences."""
+    num_appends: Annotated[Array, int32(1)]
+    """Entries that this step adds to block tables."""
+    num_admissions: Annotated[Array, int32(1)]
+    """Rows that this step admits."""
+    variant: Annotated[Array, int32(1)]
+    """A SamplerVariant."""
+    want_logprobs: Annotated[Array, int32(1)]
+    """The most top log-probabilities that a sequence of this step wants, + 1; 0 = none."""
+    planned_at_ns: Annotated[Array, int64(1)]
+    """When the scheduler planned the step, in ns of CLOCK_MONOTONIC."""
+    seq_row: Annotated[Array, int32("max_num_seqs")]
+    """Each sequence's row."""
+    seq_num_tokens: Annotated[Array, int32("max_num_seqs")]
+    """Tokens of each sequence to compute, at least 1."""
+    seq_sample: Annotated[Array, int32("max_num_seqs")]
+    """1 = sample a token after them."""
+    append_row: Annotated[Array, int32("max_appends")]
+    """The row whose block table gets an entry."""
+    append_index: Annotated[Array, int32("max_appends")]
+    """The place of the entry in that block table."""
+    append_block: Annotated[Array, int32("max_appends")]
+    """The KV block that is entered there."""
+    admit: Annotated[Admissions[Array], Each("max_admissions")]
+    """The admissions, entry by entry."""
+
+
+class ResultFields(Generic[Array]):
+    """GPU process -> scheduler: one step's results, in the order of its sequences.
+
+    `logprob` and what follows it are filled only if the step's `want_logprobs` asks for it.
+    """
+
+    token_ids: Annotated[Array, int32("max_num_seqs")]
+    """The sampled token; NO_TOKEN where none was sampled, and for rows that finish as NOT_FINITE."""
+    finish: Annotated[Array, int32("max_num_seqs")]
+    """A FinishCode for each sequence."""
+    device_start_ns: Annotated[Array, int64(1)]
+    """When the device began with the step, in ns of CLOCK_MONOTONIC."""
+    device_end_ns: Annotated[Array, int64(1)]
+    """When the device was done with it, in ns of CLOCK_MONOTONIC."""
+    received_at_ns: Annotated[Array, int64(1)]
+    """When the GPU process took the step record, in ns of CLOCK_MONOTONIC."""
+    logprob: Annotated[Array, float32("max_num_seqs")]
+    """The log-probability (natural) of the sampled token."""
+    top_ids: Annotated[Array, int32("max_num_seqs", MAX_LOGPROBS)]
+    """The likeliest tokens, likeliest first; NO_TOKEN beyond the vocabulary."""
+    top_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROBS)]
+    """Their log-probabilities; -inf beyond the vocabulary."""
+
+
+class PromptFields(Generic[Array]):
+    """Tokenizer or scheduler -> GPU process: token ids of one prompt.
+
+    A long prompt takes consecutive records. Its length travels with its tickets.
+    """
+
+    token_ids: Annotated[Array, int32(PROMPT_RECORD_TOKENS)]
+
+
+# Records as host processes see them. The device's views are in workers/gpu/execution/tensor_views.py.
+StepRecord = StepFields[HostArray]
+ResultRecord = ResultFields[HostArray]
+PromptRecord = PromptFields[HostArray]
+
+
+def prompt_layout() -> Layout[PromptRecord]:
+    return Layout.of(PromptRecord, "prompt", None)
+
+
+def step_layout(shape: StepShape) -> Layout[StepRecord]:
+    return Layout.of(StepRecord, "step", shape)
+
+
+def result_layout(shape: StepShape) -> Layout[ResultRecord]:
+    return Layout.of(ResultRecord, "result", shape)

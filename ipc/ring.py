@@ -5,22 +5,22 @@
     then, per ring slot:  ticket word | epoch word | record      each from a cache line on; the whole fills pages
 
 Ticket t (counting from 1) lies in ring slot t % num_slots. The writer fills the record and stores the ticket last,
-with release order; a reader that loads the expected ticket (acquire) sees the whole record. A record whose epoch is
-not the ring's is refused: each incarnation of a pair of processes has its own ring, and this is what proves it.
-The writer may reuse a ring slot once the read cursor has passed it. A third process may read records by ticket (the GPU
-process does, from prompt rings); who owns the cursor must not pass them meanwhile.
+with release order. A reader that loads the expected ticket (acquire) therefore sees the whole record. The ring refuses
+a record of another epoch: each incarnation of a pair of processes has its own ring and its own epoch.
+The writer may reuse a ring slot once the read cursor has passed it. A third process may read records by ticket, as the
+GPU process reads prompt rings; until it is done, the cursor's owner must not move the cursor past them.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import Final, Generic
 
 import msgspec
 
 from ipc.atomics import Words
 from ipc.errors import LayoutMismatch, RingError, RingFull
-from ipc.record_layout import Layout
+from ipc.record_layout import Layout, R
 from ipc.shared_memory import PAGE_BYTES, create_segment, map_segment
 
 MAGIC: Final = 0x52494E47_46454544 >> 1  # "RINGFEED"
@@ -41,23 +41,23 @@ class RingHandle(msgspec.Struct, frozen=True):
     index: int = 0  # the ring's place among several of one kind: prompt ring 0, 1, ...
 
 
-class Ring:
-    """One process's view of a ring: writer, cursor owner, or reader by ticket.
+class Ring(Generic[R]):
+    """One process's end of a ring of records of type `R`: writer, cursor owner, or reader by ticket.
 
-    `records[slot]` are the numpy views of each record (see Layout.views). Methods are for one thread.
+    `records[slot]` are the numpy views of each record (see Layout.views). Only one thread may call the methods.
     """
 
-    def __init__(self, handle: RingHandle, layout: Layout) -> None:
+    def __init__(self, handle: RingHandle, layout: Layout[R]) -> None:
         self.handle = handle
         self.layout = layout
         self.name = handle.name
         self.num_slots = handle.num_slots
         self.epoch = handle.epoch
         self._map = map_segment(handle.fd)
-        self.buffer = memoryview(self._map)  # the whole segment, page aligned: what CUDA page-locks
+        self.buffer = memoryview(self._map)  # the whole segment, page aligned; CUDA page-locks it
         slot_bytes = _slot_bytes(layout)
         if len(self.buffer) < _HEADER_BYTES + self.num_slots * slot_bytes:
-            raise LayoutMismatch(f"ring {self.name}: {len(self.buffer)} bytes hold no {self.num_slots} records")
+            raise LayoutMismatch(f"ring {self.name}: {len(self.buffer)} bytes cannot hold {self.num_slots} records")
         self._header = Words(self.buffer, 0, _HEADER_BYTES // 8)
         starts = [_HEADER_BYTES + i * slot_bytes for i in range(self.num_slots)]
         self.record_offsets = [start + _SLOT_HEADER_BYTES for start in starts]  # bytes from the start of `buffer`
@@ -66,9 +66,9 @@ class Ring:
         self.next_ticket = 1  # the writer's next to publish; the cursor owner's next to consume
 
     @classmethod
-    def create(cls, name: str, layout: Layout, num_slots: int, epoch: int) -> Ring:
-        """Make the segment and attach to it. The descriptor in `handle` is the caller's to close."""
-        assert num_slots >= 1, f"ring {name} needs a record"
+    def create(cls, name: str, layout: Layout[R], num_slots: int, epoch: int) -> Ring[R]:
+        """Make the segment and attach to it. The caller closes the descriptor in `handle`."""
+        assert num_slots >= 1, f"ring {name} needs at least one record, not {num_slots}"
         fd = create_segment(f"ringfeed-{name}", _HEADER_BYTES + num_slots * _slot_bytes(layout))
         ring = cls(RingHandle(name, fd, num_slots, epoch), layout)
         for word, value in ((_HASH, layout.hash()), (_NUM_SLOTS, num_slots), (_EPOCH, epoch)):
@@ -78,13 +78,13 @@ class Ring:
         return ring
 
     @classmethod
-    def attach(cls, handle: RingHandle, layout: Layout, *, writer: bool = False) -> Ring:
+    def attach(cls, handle: RingHandle, layout: Layout[R], *, writer: bool = False) -> Ring[R]:
         """Attach to a ring that another process made.
 
-        The cursor owner goes on at the first unreleased record, so it may get records again that a former owner took;
-        `writer=True` goes on after the last record that a former writer published. Where either had a forerunner, ring
-        both ends' doorbells now: it may have died between its last store and its ring.
-        Raises LayoutMismatch if the ring is not what the handle and the layout say.
+        The cursor owner continues at the first unreleased record, so it may get records again that a predecessor took.
+        `writer=True` continues after the last record that the writer's predecessor published. If there was a
+        predecessor, ring the doorbells of both ends now: it may have died between its last store and its ring.
+        Raises LayoutMismatch if the ring differs from the handle or the layout.
         """
         ring = cls(handle, layout)
         expected = {_MAGIC: MAGIC, _HASH: layout.hash(), _NUM_SLOTS: handle.num_slots, _EPOCH: handle.epoch}
@@ -93,23 +93,23 @@ class Ring:
                 what = {_MAGIC: "magic", _HASH: "layout", _NUM_SLOTS: "number of records", _EPOCH: "epoch"}[word]
                 raise LayoutMismatch(f"ring {handle.name}: {what} {ring._header.load(word)} found, {value} expected")
         ring.next_ticket = ring.read_cursor
-        while writer and ring.is_published(ring.next_ticket):  # ends: only the writer publishes, and that is us
+        while writer and ring.is_published(ring.next_ticket):  # ends: only the writer publishes, and we are the writer
             ring.next_ticket += 1
         return ring
 
     # Writer
 
     def num_free(self) -> int:
-        """How many records the writer could publish before it meets one that is not yet released."""
+        """How many records the writer can publish before it reaches an unreleased one."""
         return self.num_slots - self.num_unreleased
 
     @property
     def num_unreleased(self) -> int:
-        """Records that are published and not released."""
+        """Published records that the cursor owner has not released."""
         return self.next_ticket - self.read_cursor
 
-    def claim(self) -> Any:
-        """The next record to write, as numpy views. It is ours until `publish()`; no reader sees it before.
+    def claim(self) -> R:
+        """The next record to write, as numpy views. Readers cannot see it until `publish()`.
 
         Raises RingFull if the cursor owner has not released it yet.
         """
@@ -125,7 +125,7 @@ class Ring:
         ticket = self.next_ticket
         words = self._slot_words[ticket % self.num_slots]
         words.store(_SLOT_EPOCH, self.epoch)
-        words.store(_TICKET, ticket)  # last, with release order: who sees it sees the record
+        words.store(_TICKET, ticket)  # last, with release order: a reader that sees it sees the record
         self.next_ticket = ticket + 1
         return ticket
 
@@ -134,10 +134,10 @@ class Ring:
     def is_published(self, ticket: int) -> bool:
         return self._slot_words[ticket % self.num_slots].load(_TICKET) == ticket
 
-    def record(self, ticket: int) -> Any:
+    def record(self, ticket: int) -> R:
         """Numpy views of a published record, valid until the cursor owner releases it.
 
-        Raises RingError if that record is not there: not yet, no longer, or of another epoch.
+        Raises RingError if the record is not published yet, is already released, or belongs to another epoch.
         """
         if ticket < self.read_cursor:
             raise RingError(f"ring {self.name}: record {ticket} has been released (up to {self.read_cursor - 1})")
@@ -150,8 +150,8 @@ class Ring:
             raise RingError(f"ring {self.name}: record {ticket} is of epoch {epoch}, not {self.epoch}")
         return self.records[ticket % self.num_slots]
 
-    def take(self) -> Any | None:
-        """The next unread record and advance past it, or None. Releases nothing: see `release_through`."""
+    def take(self) -> R | None:
+        """Return the next unread record and advance past it; None if there is none. `release_through` frees it."""
         if not self.is_published(self.next_ticket):
             return None
         record = self.record(self.next_ticket)
@@ -160,13 +160,13 @@ class Ring:
 
     @property
     def read_cursor(self) -> int:
-        """The first ticket that is not released."""
+        """The first unreleased ticket."""
         return self._header.load(_READ_CURSOR)
 
     def release_through(self, ticket: int) -> None:
-        """Free every record up to and with `ticket` for reuse. Only the cursor's owner calls this.
+        """Free every record up to and including `ticket` for reuse. Only the cursor's owner calls this.
 
-        Everything that reads those records, DMA included, must have completed.
+        All reads of those records, DMA included, must have completed.
         """
         cursor = self.read_cursor
         assert ticket >= cursor - 1, f"ring {self.name}: the read cursor may not go back to {ticket}"
@@ -184,14 +184,14 @@ class Ring:
             self.buffer.release()
             self._map.close()
         except BufferError:
-            pass  # somebody still holds a view of a record: the mapping goes with it
+            pass  # a view of a record is still in use: the mapping goes when that view goes
 
 
-def _slot_bytes(layout: Layout) -> int:
+def _slot_bytes(layout: Layout[R]) -> int:
     """Bytes from one ring slot to the next."""
     return _SLOT_HEADER_BYTES + layout.num_bytes
 
 
 def close_handle(handle: RingHandle) -> None:
-    """Give up a ring's descriptor. Mappings stay valid; the memory goes with the last of both."""
+    """Close a ring's descriptor. Mappings stay valid; the memory is freed with the last mapping or descriptor."""
     os.close(handle.fd)

@@ -1,6 +1,7 @@
 """Sampling parameters: one immutable struct per request, checked where it is made and again at the gateway.
 
-To add a parameter: a field here, a column in `ipc/records.py` (`admit_*`), a function in the sampler, a test row.
+To add a parameter: a field here, a column of the same name in `ipc/records.py` (AdmittedColumns), a function in the
+sampler, a test row.
 """
 
 from __future__ import annotations

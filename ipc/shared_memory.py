@@ -34,14 +34,16 @@ def create_segment(name: str, num_bytes: int) -> int:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        raise RingError(f"shared memory for {name} ({num_bytes} bytes) cannot be had: {error.strerror}") from error
+        raise RingError(
+            f"shared memory for {name} ({num_bytes} bytes) cannot be allocated: {error.strerror}"
+        ) from error
     return fd
 
 
 def map_segment(fd: int, *, writable: bool = True) -> mmap.mmap:
-    """Map a whole segment. The mapping outlives the descriptor; closing it needs its views gone.
+    """Map a whole segment. The mapping outlives the descriptor; it can be closed once no view of it is left.
 
-    Raises RingError if `fd` is no segment, or there is no room for the mapping.
+    Raises RingError if `fd` is not a segment, or if there is no room for the mapping.
     """
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
@@ -51,7 +53,7 @@ def map_segment(fd: int, *, writable: bool = True) -> mmap.mmap:
 
 
 def _available_bytes() -> int:
-    """What the kernel believes it could give without swapping."""
+    """The kernel's estimate of the memory that it can give without swapping."""
     with open("/proc/meminfo") as file:
         kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
     return kib["MemAvailable"] * 1024

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from ipc.record_layout import Layout
+from ipc.record_layout import HostArray, Layout
 from ipc.shared_memory import create_segment, map_segment
 
 # The writer's pid; its wake-ups from poll; garbage collections since it was loaded; objects in cycles that they found.
@@ -29,6 +29,14 @@ class StatsHandle(msgspec.Struct, frozen=True):
     counters: tuple[str, ...]  # in addition to those that every page has
 
 
+class Counters:
+    """The counters of a role, each an array [1] int64. The first use of an unknown name raises AttributeError."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> HostArray: ...
+
+
 class StatsPage:
     """A mapped page; `values.<field>[0]` reads or, in its one writer, writes a counter."""
 
@@ -36,7 +44,7 @@ class StatsPage:
         self.role = handle.role
         self.layout = stats_layout(handle.role, handle.counters)
         self._map = map_segment(handle.fd)
-        self.values: Any = self.layout.views(memoryview(self._map))
+        self.values = self.layout.views(memoryview(self._map))
         self._cpu_ns = 0
 
     @staticmethod
@@ -54,8 +62,9 @@ class StatsPage:
         return {"cpu_ns": float(self._cpu_ns), **values}
 
 
-def stats_layout(role: str, counters: tuple[str, ...]) -> Layout:
-    return Layout(f"stats.{role}", [(name, "<i8", (1,)) for name in (*_COMMON, *counters)])
+def stats_layout(role: str, counters: tuple[str, ...]) -> Layout[Counters]:
+    """The layout of a role's page: the common counters and the role's own."""
+    return Layout(f"stats.{role}", [(name, "<i8", (1,)) for name in (*_COMMON, *counters)], Counters)
 
 
 def _cpu_clock(pid: int) -> int:

@@ -16,7 +16,7 @@ import msgspec
 from ipc.codec import decode
 from ipc.descriptor_passing import receive_with_descriptors
 from ipc.doorbell import Doorbell
-from ipc.record_layout import Layout
+from ipc.record_layout import Layout, R
 from ipc.ring import Ring, RingHandle
 from ipc.stats_page import StatsHandle
 from ipc.trace import TraceHandle
@@ -37,7 +37,7 @@ class RingEnd(msgspec.Struct, frozen=True, kw_only=True):
     writes: bool = False
     doorbells: list[int] = []
 
-    def attach(self, layout: Layout) -> Ring:
+    def attach(self, layout: Layout[R]) -> Ring[R]:
         """Raises LayoutMismatch if the ring is not as the launcher said."""
         return Ring.attach(self.handle, layout, writer=self.writes)
 

@@ -15,7 +15,7 @@ import gc
 import json
 import os
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from rich.console import Console
@@ -24,7 +24,7 @@ from rich.table import Table
 from ipc.block_hash import HASH_BYTES, chain_hashes
 from ipc.errors import ConfigError
 from ipc.messages import Route, Tokenized
-from ipc.record_layout import Layout
+from ipc.record_layout import Layout, R
 from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.sampling_params import SamplingParams
@@ -109,8 +109,8 @@ class _Engine:
         self._rng = np.random.default_rng(0)
         self._params = SamplingParams(ignore_eos=True, seed=1)
         self._num_added = 0
-        self._records = [_views(step_layout(shape)) for _ in range(2 * DEPTH)]
-        self._result = _views(result_layout(shape))
+        self._records = [_record(step_layout(shape)) for _ in range(2 * DEPTH)]
+        self._result = _record(result_layout(shape))
         self._num_planned = 0
 
     def fill(self) -> None:
@@ -178,5 +178,5 @@ class _Engine:
         return int(record.num_tokens[0]) != self.num_seqs
 
 
-def _views(layout: Layout) -> Any:
+def _record(layout: Layout[R]) -> R:
     return layout.views(memoryview(bytearray(layout.num_bytes)))

@@ -86,7 +86,7 @@ class RingRow:
     """
 
     name: str
-    layout: Callable[[EngineFacts], Layout]
+    layout: Callable[[EngineFacts], Layout[Any]]
     num_records: Callable[[EngineFacts], int]
     written_by: str
     read_by: tuple[str, ...]

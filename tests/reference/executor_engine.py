@@ -42,7 +42,7 @@ class ExecutorEngine:
         shape: StepShape,
         depth: int,
         num_blocks: int,
-        rings: Sequence[tuple[Ring, Ring]],
+        rings: Sequence[tuple[Ring[Any], Ring[Any]]],
         buckets: Buckets | None,
     ) -> None:
         self.device = device

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipc.doorbell import Doorbell
-from ipc.records import StepShape, prompt_layout, result_layout, step_layout
+from ipc.record_layout import Layout, R
+from ipc.records import StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.stats_page import StatsPage
 from ipc.tracer import Tracer, tracer
@@ -46,7 +47,7 @@ class GpuProcess:
 
     process: Any
     bootstrap: GpuBootstrap
-    steps: Ring
+    steps: Ring[StepRecord]
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
     """At depth 2, with one prompt ring, the scheduler's."""
     with ExitStack() as stack:
 
-        def ring(name: str, layout: Any) -> Ring:
+        def ring(name: str, layout: Layout[R]) -> Ring[R]:
             made = Ring.create(name, layout, 4, 1)
             stack.callback(close_handle, made.handle)
             return made

@@ -11,10 +11,9 @@ import torch
 from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant, StepShape, result_layout
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
-from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.step_batch import StepBatch
-from workers.gpu.execution.tensor_views import views
+from workers.gpu.execution.step_batch import BatchBuffers
+from workers.gpu.execution.tensor_views import ResultTensors, tensor_views
 from workers.gpu.sampling.sampler import race, sample
 
 SHAPE = StepShape(max_num_seqs=256, max_num_batched_tokens=32, max_model_len=64, block_size=4)
@@ -26,16 +25,16 @@ class Bench:
 
     def __init__(self, num_seqs: int, length: int = 10, device: Device[Any, Any] | None = None) -> None:
         device = device or CpuDevice()
-        self.tables = RowTables(device, SHAPE, num_blocks=8)
-        self.tables.top_p.fill_(1.0)
-        self.tables.max_len.fill_(SHAPE.max_model_len)
-        self.tables.end_ids.fill_(-1)
-        self.batch: StepBatch = BatchBuilder(device, self.tables, None).batch(num_seqs, num_seqs)
+        self.tables = RowTables(device, SHAPE, num_blocks=8, vocab_size=VOCAB)
+        batches = BatchBuffers(
+            SHAPE, lambda size: device.zeros("batch", (size,), torch.uint8), self.tables.block_table, {}
+        )
+        self.batch = batches.batch(num_seqs, num_seqs)
         self.batch.seq_row.copy_(torch.arange(num_seqs))
         self.batch.seq_lens.fill_(length)
         self.flags = torch.ones(num_seqs, dtype=torch.int32, device=device.torch_device)
         layout = result_layout(SHAPE)
-        self.outputs: Any = views(layout, device.zeros("result", (layout.num_bytes,), torch.uint8))
+        self.outputs = tensor_views(ResultTensors, layout, device.zeros("result", (layout.num_bytes,), torch.uint8))
 
     def sample(
         self, logits: torch.Tensor, variant: SamplerVariant = SamplerVariant.FILTERED, want_logprobs: bool = False

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipc.records import MAX_END_IDS, StepShape, step_layout
+from ipc.record_layout import field_names
+from ipc.records import MAX_END_IDS, AdmittedColumns, StepShape, step_layout
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
-from workers.gpu.execution.batch_builder import ADMITTED_COLUMNS, BatchBuilder
+from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import StepBatch
-from workers.gpu.execution.tensor_views import views
+from workers.gpu.execution.tensor_views import StepTensors, tensor_views
 
 Sequences = list[tuple[int, int]]  # (row, tokens in the step)
 
@@ -26,16 +27,16 @@ class Prepared:
     def __init__(self, shape: StepShape, num_blocks: int, *, device: Device[Any, Any] | None = None, seed: int = 0):
         device = CpuDevice() if device is None else device
         layout = step_layout(shape)
-        self.tables = RowTables(device, shape, num_blocks)
+        self.tables = RowTables(device, shape, num_blocks, vocab_size=64)
         ids = np.random.default_rng(seed).integers(1, 999, self.tables.token_ids.shape)
         self.tables.token_ids.copy_(torch.tensor(ids))
         self.record = device.zeros("record", (layout.num_bytes,), torch.uint8)
-        self.step = views(layout, self.record)
+        self.step = tensor_views(StepTensors, layout, self.record)
         self.prepare = BatchBuilder(device, self.tables, self.step)
 
     def settle_trash_row(self) -> None:
         """All that an admission leaves behind goes to the trash row, and on CUDA any of it may be the last."""
-        for column in ("num_computed_tokens", *ADMITTED_COLUMNS):
+        for column in field_names(AdmittedColumns):
             getattr(self.tables, column)[self.tables.trash_row] = 7
 
     def finish(self, sequences: Sequences) -> None:
@@ -89,7 +90,7 @@ def garbage(memory: torch.Tensor, random: Random) -> None:
 
 
 def fill_step(
-    step: Any,
+    step: StepTensors,
     random: Random,
     reference: Reference,
     admitted: list[int],
@@ -104,12 +105,12 @@ def fill_step(
     shape, num_blocks = reference.shape, reference.num_blocks
     step.num_admissions[0] = len(admitted)
     for i, row in enumerate(admitted):
-        step.admit_row[i] = row
-        step.admit_num_computed[i] = 0
+        step.admit.row[i] = row
+        step.admit.num_computed_tokens[i] = 0
         for name, value in (("max_len", 9 + row), ("temperature", row / 2), ("top_k", row), ("top_p", 1 / (row + 1)),
                             ("min_p", row / 8), ("seed", 2**60 + row)):  # fmt: skip
-            getattr(step, f"admit_{name}")[i] = value
-        step.admit_end_ids[i] = torch.arange(MAX_END_IDS) + row
+            getattr(step.admit, name)[i] = value
+        step.admit.end_ids[i] = torch.arange(MAX_END_IDS) + row
         reference.computed[row] = 0
         reference.blocks[row] = [num_blocks] * shape.max_blocks_per_seq
     if num_seqs is None:
@@ -162,6 +163,6 @@ def check_same(
     fill()
     assert torch.equal(other.tables.columns.cpu(), plain.tables.columns)
     for name, expected in vars(batch).items():
-        if name != "block_size":
+        if isinstance(expected, torch.Tensor):
             assert torch.equal(getattr(other.prepare.batch(*bucket), name).cpu(), expected), name
     assert torch.equal(other.prepare.buffers.cpu(), buffers), "something was written outside of the batch"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ipc.records import NO_TOKEN, FinishCode, StepShape, step_layout
+from ipc.records import NO_TOKEN, FinishCode, PromptRecord, ResultRecord, StepRecord, StepShape, step_layout
 from ipc.ring import Ring
 
 VOCAB_SIZE = 61
@@ -49,7 +49,7 @@ def expected_tokens(prompt: Sequence[int], seed: int, max_len: int, end_ids: Seq
 class FakeGpu:
     """`submit` takes a published step record, `run_next` executes the oldest one submitted into a result record."""
 
-    def __init__(self, shape: StepShape, num_blocks: int, prompt_rings: Sequence[Ring]) -> None:
+    def __init__(self, shape: StepShape, num_blocks: int, prompt_rings: Sequence[Ring[PromptRecord]]) -> None:
         rows, num_slots = shape.max_num_seqs, num_blocks * shape.block_size
         self.shape = shape
         self.num_blocks = num_blocks
@@ -73,24 +73,24 @@ class FakeGpu:
         self.shared: list[list[int]] = [[] for _ in range(rows)]  # by row: prefix hashes of what it found cached
         self._num_owners = 0
         self._layout = step_layout(shape)
-        self._submitted: deque[Any] = deque()
+        self._submitted: deque[StepRecord] = deque()
 
     @property
     def num_submitted(self) -> int:
         """Steps that have not run yet."""
         return len(self._submitted)
 
-    def submit(self, record: Any) -> None:
+    def submit(self, record: StepRecord) -> None:
         """Take a copy of the record, and of the prompts that it admits."""
         copy = self._layout.views(memoryview(bytearray(self._layout.num_bytes)))
-        for name in self._layout.fields:
-            getattr(copy, name)[:] = getattr(record, name)
+        for field in self._layout.fields.values():
+            field.of(copy)[:] = field.of(record)
         for i in range(int(copy.num_admissions[0])):
-            length, row = int(copy.admit_length[i]), int(copy.admit_row[i])
+            length, row = int(copy.admit.length[i]), int(copy.admit.row[i])
             self.token_ids[row, :length] = self._prompt(copy, i)
         self._submitted.append(copy)
 
-    def run_next(self, result: Any) -> None:
+    def run_next(self, result: ResultRecord) -> None:
         """Execute the oldest submitted step."""
         step = self._submitted.popleft()
         n, num_tokens, num_appends = int(step.num_seqs[0]), int(step.num_tokens[0]), int(step.num_appends[0])
@@ -100,7 +100,7 @@ class FakeGpu:
         assert min(counts) >= 1
         assert sum(counts) == num_tokens <= self.shape.max_num_batched_tokens, "a step over its budget"
         for i in range(int(step.num_admissions[0])):
-            assert int(step.admit_row[i]) in rows, "a row is admitted without running"
+            assert int(step.admit.row[i]) in rows, "a row is admitted without running"
             self._admit(step, i)
         for i in range(num_appends):
             self._append(int(step.append_row[i]), int(step.append_index[i]), int(step.append_block[i]))
@@ -117,22 +117,22 @@ class FakeGpu:
         self.clock_ns += self.step_ns
         result.device_end_ns[0] = self.clock_ns
 
-    def _prompt(self, step: Any, i: int) -> np.ndarray[Any, Any]:
-        length, ticket = int(step.admit_length[i]), int(step.admit_ticket[i])
-        ring = self.prompt_rings[int(step.admit_ring[i])]
+    def _prompt(self, step: StepRecord, i: int) -> np.ndarray[Any, Any]:
+        length, ticket = int(step.admit.length[i]), int(step.admit.ticket[i])
+        ring = self.prompt_rings[int(step.admit.ring[i])]
         num_records = -(-length // self.record_tokens)
         parts = [ring.record(ticket + k).token_ids for k in range(num_records)]
         return np.concatenate([np.empty(0, np.int32), *parts])[:length]
 
-    def _admit(self, step: Any, i: int) -> None:
-        row, length = int(step.admit_row[i]), int(step.admit_length[i])
+    def _admit(self, step: StepRecord, i: int) -> None:
+        row, length = int(step.admit.row[i]), int(step.admit.length[i])
         assert (self.token_ids[row, :length] == self._prompt(step, i)).all(), "prompt ids changed before the step ran"
         self._num_owners += 1
         self.owner[row] = self._num_owners
-        self.num_computed[row] = step.admit_num_computed[i]
-        self.max_len[row] = step.admit_max_len[i]
-        self.seed[row] = int(step.admit_seed[i])
-        self.end_ids[row] = set(step.admit_end_ids[i].tolist()) - {NO_TOKEN}
+        self.num_computed[row] = step.admit.num_computed_tokens[i]
+        self.max_len[row] = step.admit.max_len[i]
+        self.seed[row] = int(step.admit.seed[i])
+        self.end_ids[row] = set(step.admit.end_ids[i].tolist()) - {NO_TOKEN}
         self.block_table[row] = -1
         prefix, self.shared[row] = 1, []
         for token_id in self.token_ids[row, : self.num_computed[row]].tolist():

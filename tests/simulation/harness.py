@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ipc.record_layout import Layout
-from ipc.records import StepShape, prompt_layout, result_layout, step_layout
+from ipc.record_layout import Layout, R
+from ipc.records import PromptRecord, ResultRecord, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from tests.simulation.simulated_device import SimulatedDevice
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.executor import Executor, GpuRings
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.step_batch import StepBatch
 
 MAX_IDLE_TURNS = 2_000
@@ -28,17 +29,17 @@ MAX_IDLE_TURNS = 2_000
 class Planner(Protocol):
     """The scheduler's side: see workers/scheduler/scheduler.py."""
 
-    def plan(self, record: Any) -> bool: ...
+    def plan(self, record: StepRecord) -> bool: ...
 
-    def apply(self, result: Any) -> None: ...
+    def apply(self, result: ResultRecord) -> None: ...
 
 
-class WatchedRing(Ring):
+class WatchedRing(Ring[R]):
     """A ring that tells a simulated device who does what to its records, and what publishing and releasing order."""
 
     device: SimulatedDevice
 
-    def claim(self) -> Any:
+    def claim(self) -> R:
         record = super().claim()
         self._access(self.next_ticket, write=True)
         return record
@@ -48,7 +49,7 @@ class WatchedRing(Ring):
         self.device.release((self.name, self.next_ticket))
         return super().publish()
 
-    def record(self, ticket: int) -> Any:
+    def record(self, ticket: int) -> R:
         record = super().record(ticket)
         self.device.acquire((self.name, ticket))
         self._access(ticket, write=False)
@@ -93,7 +94,7 @@ class Simulation:
         self.random = Random(seed)
         self.device = device(self.random)
         self._credits = depth if credits is None else credits
-        self._rings: list[WatchedRing] = []
+        self._rings: list[WatchedRing[Any]] = []
         steps = self._ring("step", step_layout(shape), 2 * depth, 2)
         results = self._ring("result", result_layout(shape), 2 * depth, 2)
         prompts = [
@@ -101,8 +102,8 @@ class Simulation:
             for i in range(1 + num_tokenizers)
         ]
         self._steps, self._results = steps[0], results[0]
-        self.prompt_rings: Sequence[WatchedRing] = [ends[0] for ends in prompts]
-        self.tokenizer_rings: Sequence[WatchedRing] = [ends[2] for ends in prompts[1:]]
+        self.prompt_rings: Sequence[WatchedRing[PromptRecord]] = [ends[0] for ends in prompts]
+        self.tokenizer_rings: Sequence[WatchedRing[PromptRecord]] = [ends[2] for ends in prompts[1:]]
         rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts])
         self.device.act_as("gpu-host")
         self.executor = Executor(
@@ -141,7 +142,7 @@ class Simulation:
         for ring in self._rings:
             ring.close()
 
-    def _ring(self, name: str, layout: Layout, num_slots: int, num_ends: int) -> list[WatchedRing]:
+    def _ring(self, name: str, layout: Layout[R], num_slots: int, num_ends: int) -> list[WatchedRing[R]]:
         ring = Ring.create(name, layout, num_slots, epoch=1)
         ends = []
         for _ in range(num_ends):
@@ -198,6 +199,7 @@ class ToyModel:
 
     vocab_size = 16
     logits_dtype = torch.float32
+    row_states: Sequence[RowState] = ()
 
     def __init__(self, shape: StepShape, num_blocks: int) -> None:
         self._cache = torch.zeros((num_blocks + 1) * shape.block_size, dtype=torch.int64)

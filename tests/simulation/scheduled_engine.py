@@ -13,7 +13,7 @@ import numpy as np
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
 from ipc.messages import Route, Tokenized
 from ipc.record_layout import Layout
-from ipc.records import StepShape, result_layout, step_layout
+from ipc.records import PromptRecord, StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
@@ -61,7 +61,7 @@ class ScheduledEngine:
         self.depth = depth
         self.prefix_caching = prefix_caching
         self.num_blocks = num_blocks
-        prompt_layout = Layout("prompt", [("token_ids", "<i4", (RECORD_TOKENS,))])
+        prompt_layout: Layout[PromptRecord] = Layout("prompt", [("token_ids", "<i4", (RECORD_TOKENS,))])
         sizes = [max(prompt_records, -(-max_model_len // RECORD_TOKENS))] + [prompt_records] * num_tokenizers
         # The scheduler and the tokenizers attach apart, as they are apart in processes.
         created = [Ring.create(f"prompt.{i}", prompt_layout, size, 1) for i, size in enumerate(sizes)]
@@ -241,7 +241,7 @@ class ScheduledEngine:
         assert gauges["num_waiting"] == gauges["num_running"] == gauges["num_preempted"] == 0
 
 
-def _record(layout: Layout) -> Any:
+def _record(layout: Layout[Any]) -> Any:
     storage = np.zeros(layout.num_bytes, np.uint8)
     views = layout.views(memoryview(storage))
     views.storage = storage

@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
-from ipc.records import FinishCode, SamplerVariant, StepShape
+from ipc.records import NO_TOKEN, FinishCode, PromptRecord, ResultRecord, SamplerVariant, StepRecord, StepShape
 from ipc.ring import Ring
 
 
@@ -41,7 +40,13 @@ class ScriptedScheduler:
     """Plans what chance wants. With `recycle_early`, a row goes to the next request while steps in flight name it."""
 
     def __init__(
-        self, random: Random, shape: StepShape, num_blocks: int, rings: Sequence[Ring], *, recycle_early: bool = False
+        self,
+        random: Random,
+        shape: StepShape,
+        num_blocks: int,
+        rings: Sequence[Ring[PromptRecord]],
+        *,
+        recycle_early: bool = False,
     ) -> None:
         self._random = random
         self._shape = shape
@@ -60,7 +65,7 @@ class ScriptedScheduler:
     def is_idle(self) -> bool:
         return not (self.waiting or self.running or self._in_flight)
 
-    def plan(self, record: Any) -> bool:
+    def plan(self, record: StepRecord) -> bool:
         budget = self._shape.max_num_batched_tokens
         planned: list[tuple[ScriptedRequest, int]] = []
         admitted: list[ScriptedRequest] = []
@@ -115,7 +120,7 @@ class ScriptedScheduler:
         self._in_flight.append((sequences, uploads))
         return True
 
-    def apply(self, result: Any) -> None:
+    def apply(self, result: ResultRecord) -> None:
         self._applied += 1
         sequences, uploads = self._in_flight.popleft()
         for i, (request, samples) in enumerate(sequences):
@@ -156,19 +161,20 @@ class ScriptedScheduler:
         ring.claim().token_ids[: len(request.prompt)] = request.prompt
         return ring.publish()
 
-    def _admit(self, record: Any, i: int, request: ScriptedRequest, ring: int, ticket: int, length: int) -> None:
-        record.admit_row[i] = request.row
-        record.admit_ring[i], record.admit_ticket[i], record.admit_length[i] = ring, ticket, length
-        record.admit_num_computed[i] = 0
-        record.admit_max_len[i] = len(request.prompt) + request.max_tokens
-        record.admit_temperature[i], record.admit_seed[i] = request.temperature, request.seed
-        record.admit_top_k[i], record.admit_top_p[i], record.admit_min_p[i] = request.top_k, 1.0, 0.0
-        record.admit_end_ids[i] = -1
-        record.admit_end_ids[i, : len(request.end_ids)] = request.end_ids
+    def _admit(self, record: StepRecord, i: int, request: ScriptedRequest, ring: int, ticket: int, length: int) -> None:
+        admit = record.admit
+        admit.row[i] = request.row
+        admit.ring[i], admit.ticket[i], admit.length[i] = ring, ticket, length
+        admit.num_computed_tokens[i] = 0
+        admit.max_len[i] = len(request.prompt) + request.max_tokens
+        admit.temperature[i], admit.seed[i] = request.temperature, request.seed
+        admit.top_k[i], admit.top_p[i], admit.min_p[i] = request.top_k, 1.0, 0.0
+        admit.end_ids[i] = NO_TOKEN
+        admit.end_ids[i, : len(request.end_ids)] = request.end_ids
 
     def _write(
         self,
-        record: Any,
+        record: StepRecord,
         planned: list[tuple[ScriptedRequest, int]],
         appends: list[tuple[int, int, int]],
         num_admissions: int,

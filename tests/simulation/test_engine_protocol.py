@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ipc.messages import Route, Tokenized
-from ipc.records import FinishCode, StepShape
+from ipc.records import FinishCode, PromptRecord, ResultRecord, StepRecord, StepShape
 from ipc.ring import Ring
 from ipc.sampling_params import SamplingParams
 from tests.simulation.harness import Simulation, ToyModel
@@ -75,7 +75,7 @@ class Run:
     def _tokenize(self) -> bool:
         """Write the next prompt into one of the rings. The scheduler hears of it on a later turn of its own."""
         ring_index = 1 + self._num_arrived % 2
-        ring: Ring = self.simulation.tokenizer_rings[ring_index - 1]
+        ring: Ring[PromptRecord] = self.simulation.tokenizer_rings[ring_index - 1]
         if self._num_arrived == NUM_REQUESTS or ring.num_free() < 1:
             return False
         prompt = self.prompts[self._num_arrived]
@@ -90,7 +90,7 @@ class Run:
 
     # The planner of the simulation: the scheduler and what reaches it by messages
 
-    def plan(self, record: object) -> bool:
+    def plan(self, record: StepRecord) -> bool:
         while self._to_announce:
             self.scheduler.add(self._to_announce.pop(0))
         if self._cancels and self.random.random() < 0.1:
@@ -98,7 +98,7 @@ class Run:
         self._hear()
         return self.scheduler.plan(record)
 
-    def apply(self, result: object) -> None:
+    def apply(self, result: ResultRecord) -> None:
         self.scheduler.apply(result)
         self._hear()
 

@@ -57,7 +57,7 @@ class TracedWords:
         self.store = lambda i, value: memory.store(offset + 8 * i, value)
 
 
-class TracedLayout(Layout):
+class TracedLayout(Layout[Any]):
     """A record of two words."""
 
     def __init__(self, memory: TracedMemory) -> None:
@@ -75,7 +75,7 @@ class Rules:
     Without `check_full`, the writer does not look whether RingFull comes when it should.
     """
 
-    ring_class: type[Ring] = Ring
+    ring_class: type[Ring[Any]] = Ring
     ring_after_publish: bool = True
     ring_after_release: bool = True
     ring_on_attach: bool = True

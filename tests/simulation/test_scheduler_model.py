@@ -16,6 +16,7 @@ import pytest
 
 from ipc.block_hash import HASH_BYTES, chain_hashes
 from ipc.messages import Route, Tokenized
+from ipc.record_layout import Layout, R
 from ipc.records import NO_TOKEN, FinishCode, StepShape, result_layout, step_layout
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
@@ -309,7 +310,7 @@ class Trace:
         assert not self.prompts.held, "a prompt's records were never released"
 
 
-def _views(layout: Any) -> Any:
+def _views(layout: Layout[R]) -> R:
     return layout.views(memoryview(bytearray(layout.num_bytes)))
 
 
@@ -474,7 +475,7 @@ class Backlogged:
         self.now_ns += 1_000_000_000
         assert self.scheduler.plan(self.step)
         rows = self.scheduler._table
-        for row in self.step.admit_row[: int(self.step.num_admissions[0])].tolist():
+        for row in self.step.admit.row[: int(self.step.num_admissions[0])].tolist():
             key = int(rows.key[row])
             if key not in self.admitted:
                 self.admitted.append(key)

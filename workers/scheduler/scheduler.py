@@ -18,11 +18,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from ipc.errors import ConfigError
 from ipc.messages import Ended, FinishReason, StepOutputs, Tokenized
-from ipc.records import StepShape
+from ipc.records import ResultRecord, StepRecord, StepShape
 from workers.queueing.policies import make_policy
 from workers.scheduler.admission.admission import Admission, Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
@@ -145,7 +145,7 @@ class Scheduler:
 
     # Steps
 
-    def plan(self, record: Any) -> bool:
+    def plan(self, record: StepRecord) -> bool:
         """Fill a step record with what runs next; the caller publishes it. False: nothing can run, nothing is written.
 
         The caller keeps to the credit of `depth` steps in flight.
@@ -158,7 +158,7 @@ class Scheduler:
         self._in_flight.append((step, self._work_since_ns))
         return True
 
-    def apply(self, result: Any) -> None:
+    def apply(self, result: ResultRecord) -> None:
         """Apply the result record of the oldest step in flight. Keeps no reference to it."""
         step, work_since_ns = self._in_flight.popleft()
         ends = self._results.apply(step, result)

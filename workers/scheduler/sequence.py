@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Final, Self
 
 import msgspec
 
 from ipc.block_hash import read_hashes
 from ipc.messages import Tokenized
-from ipc.records import MAX_END_IDS, NO_TOKEN, SamplerVariant
+from ipc.record_layout import HostArray, field_names
+from ipc.records import MAX_END_IDS, NO_TOKEN, Admissions, AdmittedColumns, SamplerVariant
 from ipc.sampling_params import SamplingParams
 from workers.queueing.policies import NO_ROW
 from workers.scheduler.array_types import HashArray, Int32Array
 from workers.scheduler.prompt_lease import PromptLease
 
 _GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
+# The columns of an admission that are sampling parameters by the same name.
+_PARAMETER_COLUMNS: Final = tuple(
+    column for column in field_names(AdmittedColumns) if column in SamplingParams.__struct_fields__
+)
 
 
 class Sequence:
@@ -65,7 +70,7 @@ class Sequence:
         self.has_followers = has_full_blocks and params.n > 1
         self.leader = leader if has_full_blocks else None
         self.params = params
-        self.variant = sampler_variant(params)
+        self.variant = SamplerVariant.of(params)
         self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
@@ -74,25 +79,23 @@ class Sequence:
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
-    def write_admission(self, record: Any, i: int, num_computed: int, lease: PromptLease | None) -> None:
+    def write_admission(
+        self, admit: Admissions[HostArray], i: int, num_computed: int, lease: PromptLease | None
+    ) -> None:
         """Fill entry `i` of a step record's admissions.
 
         `num_computed` tokens are cached. The GPU process copies the prompt's ids from the records of `lease`; None: the
         row holds the ids already.
         """
-        params = self.params
-        record.admit_row[i] = self.row
-        record.admit_ring[i] = lease.ring if lease else 0
-        record.admit_ticket[i] = lease.ticket if lease else 0
-        record.admit_length[i] = self.num_prompt if lease else 0
-        record.admit_num_computed[i] = num_computed
-        record.admit_max_len[i] = self.max_len
-        record.admit_temperature[i] = params.temperature
-        record.admit_top_k[i] = params.top_k
-        record.admit_top_p[i] = params.top_p
-        record.admit_min_p[i] = params.min_p
-        record.admit_seed[i] = params.seed or 0  # the gateway draws one if the client gives none
-        record.admit_end_ids[i] = self._end_ids
+        admit.row[i] = self.row
+        admit.ring[i] = lease.ring if lease else 0
+        admit.ticket[i] = lease.ticket if lease else 0
+        admit.length[i] = self.num_prompt if lease else 0
+        admit.num_computed_tokens[i] = num_computed
+        admit.max_len[i] = self.max_len
+        admit.end_ids[i] = self._end_ids
+        for name in _PARAMETER_COLUMNS:
+            getattr(admit, name)[i] = getattr(self.params, name) or 0  # None: the gateway has drawn no seed
 
 
 def sequences_of(

@@ -1,14 +1,28 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import mmap
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Annotated, Generic
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipc.record_layout import FIELD_ALIGNMENT, Layout
-from ipc.records import StepShape, prompt_layout, result_layout, step_layout
+from ipc.record_layout import FIELD_ALIGNMENT, Array, Each, HostArray, Layout, float32, int32, int64
+from ipc.records import (
+    Admissions,
+    AdmittedColumns,
+    ResultFields,
+    StepFields,
+    StepShape,
+    prompt_layout,
+    result_layout,
+    step_layout,
+)
 
 DTYPES = st.sampled_from(["<i1", "<u1", "<i4", "<i8", "<f4", "<f8"])
 SHAPES = st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple)
@@ -78,3 +92,64 @@ def test_the_layouts_of_different_shapes_differ():
     small, large = StepShape(4, 64, 128, 16), StepShape(8, 64, 128, 16)
     layouts = [prompt_layout(), *(kind(shape) for kind in (step_layout, result_layout) for shape in (small, large))]
     assert len({layout.hash() for layout in layouts}) == 5
+
+
+class Inner(Generic[Array]):
+    weight: Annotated[Array, float32(3)]
+
+
+class InnerWithRow(Inner[Array]):
+    row: Annotated[Array, int32()]
+
+
+class Outer(Generic[Array]):
+    count: Annotated[Array, int64(1)]
+    rows: Annotated[Array, int32("max_rows")]
+    entry: Annotated[InnerWithRow[Array], Each("max_entries")]
+    note: str  # no array: no field
+
+
+BOUNDS = SimpleNamespace(max_rows=5, max_entries=2)
+
+
+def test_a_class_declares_names_types_shapes_and_order():
+    layout = Layout.of(Outer[HostArray], "outer", BOUNDS)
+    assert [(f.name, f.dtype.str, f.shape) for f in layout.fields.values()] == [
+        ("count", "<i8", (1,)), ("rows", "<i4", (5,)), ("entry_row", "<i4", (2,)), ("entry_weight", "<f4", (2, 3)),
+    ]  # fmt: skip
+    assert layout.hash() == Layout("outer", [(f.name, f.dtype.str, f.shape) for f in layout.fields.values()]).hash()
+
+
+def test_views_are_an_instance_of_the_class_and_have_its_fields_only():
+    layout = Layout.of(Outer[HostArray], "outer", BOUNDS)
+    buffer = memoryview(bytearray(layout.num_bytes))
+    record = layout.views(buffer)
+    assert isinstance(record, Outer)
+    record.entry.weight[1] = 0.5
+    assert layout.fields["entry_weight"].of(layout.views(buffer)).tolist() == [[0] * 3, [0.5] * 3]
+    with pytest.raises(AttributeError, match="num_row"):
+        record.num_row  # noqa: B018
+
+
+def test_every_field_of_a_ring_record_is_described():
+    for kind in (StepFields, ResultFields, Admissions, AdmittedColumns):
+        tree = ast.parse(inspect.getsource(kind)).body[0]
+        for field, following in pairwise([*tree.body[1:], None]):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), f"{kind.__name__}.{field.target.id} has no docstring"
+
+
+@pytest.mark.slow
+def test_the_type_checker_sees_a_misspelt_field(tmp_path):
+    import mypy.api  # takes a second
+
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(
+        "from ipc.records import StepShape, step_layout\n"
+        "step = step_layout(StepShape(1, 1, 1, 1)).views(memoryview(b''))\n"
+        "step.num_tokens, step.admit.temperature\n"
+        "step.num_token\n"
+        "step.admit.temprature\n"
+    )
+    said, _, _ = mypy.api.run(["--strict", f"--cache-dir={tmp_path}", str(snippet)])
+    assert [line.split(":")[1] for line in said.splitlines() if "attr-defined" in line] == ["4", "5"], said

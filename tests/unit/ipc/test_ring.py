@@ -101,7 +101,7 @@ def test_the_read_cursor_neither_goes_back_nor_passes_the_writer(ring):
     [
         ({"epoch": 6}, LAYOUT, "epoch 5 found, 6 expected"),
         ({"num_slots": 2}, LAYOUT, "number of records 3 found, 2 expected"),
-        ({"num_slots": 9}, LAYOUT, "hold no 9 records"),
+        ({"num_slots": 9}, LAYOUT, "cannot hold 9 records"),
         ({}, Layout("numbers", [("value", "<i8", (1,)), ("body", "<u8", (1000,))]), "layout"),
         ({}, Layout("number", [("value", "<i8", (1,)), ("body", "<i8", (1000,))]), "layout"),
     ],

@@ -44,7 +44,9 @@ def test_a_segment_cannot_be_resized_by_anybody():
 
 
 def test_more_memory_than_there_is_is_refused_at_once():
-    with pytest.raises(RingError, match=rf"memory for huge \({1 << 50} bytes\) cannot be had: \d+ bytes are available"):
+    with pytest.raises(
+        RingError, match=rf"memory for huge \({1 << 50} bytes\) cannot be allocated: \d+ bytes are available"
+    ):
         create_segment("huge", 1 << 50)
 
 
@@ -54,7 +56,7 @@ def test_an_allocation_that_the_kernel_refuses_is_a_ring_error_and_leaks_nothing
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(RingError, match=r"memory for big \(2097152 bytes\) cannot be had: File too large"):
+        with pytest.raises(RingError, match=r"memory for big \(2097152 bytes\) cannot be allocated: File too large"):
             create_segment("big", 2 << 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

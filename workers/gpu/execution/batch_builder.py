@@ -3,79 +3,58 @@
 Everything here can be captured in a graph: the record is read at one address, sizes come from the bucket, and counts
 are compared on the device, never looked at on the host. What lies beyond a count is sent to the trash row.
 
-The torch code here says what is done, and does it on the CPU. On CUDA, what every step needs is done by the kernels of
-`triton_prepare.py`; admissions are rare.
+The torch code here defines the result, and runs on the CPU. On CUDA the kernels of `triton_batch_builder.py` do what
+every step needs; admissions are rare and use torch there, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from ipc.record_layout import Layout
 from workers.gpu.device.base import Device
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.step_batch import StepBatch
-from workers.gpu.execution.tensor_views import views
-
-ADMITTED_COLUMNS = ("max_len", "temperature", "top_k", "top_p", "min_p", "seed", "end_ids")
+from workers.gpu.execution.step_batch import BatchBuffers, StepBatch
+from workers.gpu.execution.tensor_views import StepTensors
 
 
 class BatchBuilder:
-    """The fixed buffers of every batch and the work that fills them. `step` are the views of the device's record."""
+    """The fixed buffers of every batch and the work that fills them. `step` is the device's step record."""
 
-    def __init__(self, device: Device[Any, Any], tables: RowTables, step: Any) -> None:
+    def __init__(self, device: Device[Any, Any], tables: RowTables, step: StepTensors) -> None:
         shape = tables.shape
         num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
         self._tables = tables
         self._step = step
-        layout = Layout("batch", [
-            ("input_ids", "<i8", (num_tokens,)),
-            ("positions", "<i8", (num_tokens,)),
-            ("slot_mapping", "<i8", (num_tokens,)),
-            ("cu_seqlens", "<i4", (num_seqs + 1,)),
-            ("seq_lens", "<i4", (num_seqs,)),
-            ("seq_row", "<i4", (num_seqs,)),
-            ("logits_index", "<i8", (num_seqs,)),
-        ])  # fmt: skip
-        self.buffers = device.zeros("batch", (layout.num_bytes,), torch.uint8)
-        self._batch = views(layout, self.buffers)
+        self._batches = BatchBuffers(
+            shape,
+            lambda num_bytes: device.zeros("batch", (num_bytes,), torch.uint8),
+            tables.block_table,
+            tables.model_states,
+        )
+        self.buffers = self._batches.memory  # [num_bytes] uint8
         arange = torch.arange(max(num_seqs, num_tokens, shape.max_appends), device=device.torch_device)
         self._arange = arange
         self._arange32 = arange.to(torch.int32)
-        self._kernels: Any = None
+        self._kernels: ModuleType | None = None
         if self.buffers.is_cuda:
-            from workers.gpu.execution import triton_batch_builder as triton_prepare
+            from workers.gpu.execution import triton_batch_builder  # needs triton, which only CUDA needs
 
-            self._kernels = triton_prepare
+            self._kernels = triton_batch_builder
 
     def batch(self, num_seqs: int, num_tokens: int) -> StepBatch:
         """The batch of bucket (S, T): views of the fixed buffers, to be filled by a `filler`."""
-        buffers = self._batch
-        return StepBatch(
-            input_ids=buffers.input_ids[:num_tokens],
-            positions=buffers.positions[:num_tokens],
-            slot_mapping=buffers.slot_mapping[:num_tokens],
-            cu_seqlens=buffers.cu_seqlens[: num_seqs + 1],
-            seq_lens=buffers.seq_lens[:num_seqs],
-            seq_row=buffers.seq_row[:num_seqs],
-            logits_index=buffers.logits_index[:num_seqs],
-            block_table=self._tables.block_table,
-            block_size=self._tables.shape.block_size,
-        )
+        return self._batches.batch(num_seqs, num_tokens)
 
     def admit(self) -> None:
-        """Give the admitted rows their columns and an empty block table. Their ids are uploaded elsewhere."""
+        """Give the admitted rows their columns and an empty block table. Copies on copy-in bring their ids."""
         tables, step = self._tables, self._step
-        real = self._arange32[: step.admit_row.shape[0]] < step.num_admissions
-        rows = torch.where(real, step.admit_row, tables.trash_row_tensor).to(torch.int64)
-        tables.num_computed_tokens.index_copy_(0, rows, step.admit_num_computed)
-        for column in ADMITTED_COLUMNS:
-            getattr(tables, column).index_copy_(0, rows, getattr(step, f"admit_{column}"))
-        tables.block_table.index_fill_(0, rows, tables.trash_block)
+        real = self._arange32[: step.admit.row.shape[0]] < step.num_admissions
+        tables.admit(torch.where(real, step.admit.row, tables.trash_row_tensor).to(torch.int64), step)
 
     def append(self) -> None:
         """Add the step's entries to the block tables."""
@@ -91,9 +70,9 @@ class BatchBuilder:
         tables.flat_block_table.index_copy_(0, entries, blocks)
 
     def filler(self, batch: StepBatch) -> Callable[[], None]:
-        """The work that lays out a step's tokens: sequence after sequence, each from where its row stands.
+        """The work that lays out a step's tokens: sequence after sequence, each from its row's next token to compute.
 
-        The step's block-table entries have been added before.
+        Run `append` first.
         """
         tables, step, block_size = self._tables, self._step, batch.block_size
         if self._kernels is not None:

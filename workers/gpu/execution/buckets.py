@@ -1,8 +1,8 @@
 """The sizes that steps are padded to, so that few graphs serve every step.
 
 A step with one token per sequence (decode) runs as (S, S). A mixed step of up to `MAX_CAPTURED_TOKENS` tokens runs as
-(S, T) with few choices of each. Both kinds are captured. A larger one is launched piece by piece, at about its own
-size: the device then works for longer than the host takes to launch, and tokens cost more than launches.
+(S, T) with few choices of each. Both kinds are captured. A larger step is launched piece by piece, at about its own
+size: the device then works for longer than the host takes to launch, so that padding would cost more than launches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SMALLEST_MIXED: Final = 16  # sequences; from there on by factors of 4
 
 
 class Buckets:
-    """The sizes for one StepShape. `captured` are the buckets (S, T) that are worth a graph, if there may be any."""
+    """The sizes for one StepShape. `captured` are the buckets (S, T) that get a graph; none if not `captures`."""
 
     def __init__(self, shape: StepShape, *, captures: bool = True) -> None:
         self._max_seqs, self._max_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
@@ -33,7 +33,7 @@ class Buckets:
         self.captured = sorted({(s, s) for s in self.decode} | mixed) if captures else []
 
     def choose(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
-        """The smallest (S, T) for such a step."""
+        """The smallest bucket (S, T) that holds a step of these sizes."""
         if num_seqs == num_tokens:
             size = _round_up(num_seqs, self.decode)
             return size, size
@@ -48,8 +48,8 @@ class Buckets:
 
 
 def _decode_sizes(max_size: int) -> list[int]:
-    """2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ... (A compiled layer would take a
-    batch of one token for a kind of its own.)"""
+    """2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ... (There is no 1:
+    torch.compile would compile the layers once more for a batch of one token.)"""
     sizes = [2, 4, 8, 16]
     while sizes[-1] < max_size:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]

@@ -1,7 +1,7 @@
 """Enqueues steps on the device, and says when their results may be read.
 
 Owns the order of copies, launches and events, and the buffers between them. It never waits for the device:
-`submit_next` only enqueues. Which thread then waits for a result, and who is told, is the worker's.
+`submit_next` only enqueues. The worker decides which thread waits for a result and rings the scheduler's doorbell.
 
     copy-in   |record k+1, prompt ids|  |record k+2 ...|
                           inputs_ready[k+1] v
@@ -11,11 +11,11 @@ Owns the order of copies, launches and events, and the buffers between them. It 
                                                  v outputs_done[k]: result k may be published, record k released
 
     a step on compute:
-        clock | record <- staging[k % D] | admit | append | prepare + model | sampler | clock | outputs[k % D] <- output
+        clock | record <- staging[k % D] | admit | append | batch + model | sampler | clock | outputs[k % D] <- output
 
-What keeps the buffers whole, with D = depth: step k+D is not published before result k is applied, thus after
-outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when submit_next meets k+D; record
-and output, which graphs know by address, are touched on compute alone.
+No buffer is overwritten while a step still uses it (D = depth): the scheduler publishes step k+D only after it has
+applied result k, thus after outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when
+submit_next takes k+D. Graphs know record and output by address; only the compute stream reads and writes these two.
 """
 
 from __future__ import annotations
@@ -30,33 +30,43 @@ from typing import Any, Final
 import torch
 
 from ipc.errors import RingFull
-from ipc.records import PROMPT_RECORD_TOKENS, SamplerVariant, StepShape, result_layout, step_layout
+from ipc.record_layout import HostArray
+from ipc.records import (
+    PROMPT_RECORD_TOKENS,
+    PromptRecord,
+    ResultRecord,
+    SamplerVariant,
+    StepRecord,
+    StepShape,
+    result_layout,
+    step_layout,
+)
 from ipc.ring import Ring
 from workers.gpu.device.base import Accesses, Device
 from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.tensor_views import prefix_bytes, views
+from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, prefix_bytes, tensor_views
 from workers.gpu.sampling.sampler import sample
 
-Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: what every step needs of it, and all of it
+Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: the part that every step needs, and all of it
 
-_MAX_PLAIN_WORK: Final = 1024  # pieces of each kind that are kept: without buckets steps have any size
+_MAX_PLAIN_WORK: Final = 1024  # kept pieces of each kind: without buckets steps have any size
 
 
 @dataclass(frozen=True)
 class GpuRings:
     """The GPU process's view of its rings. `prompts[0]` is the scheduler's upload ring, the others the tokenizers'."""
 
-    step: Ring
-    result: Ring
-    prompts: Sequence[Ring]
+    step: Ring[StepRecord]
+    result: Ring[ResultRecord]
+    prompts: Sequence[Ring[PromptRecord]]
 
 
 @dataclass(frozen=True)
 class StepBuffers:
-    """What one of D steps under way has for itself."""
+    """The buffers and events that each of D steps under way has for itself."""
 
     staging: Copied  # a step record
     outputs: Copied  # a result record
@@ -67,7 +77,8 @@ class StepBuffers:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A step under way. `outputs_done` fires when its result record is complete but for what `publish` adds."""
+    """A step under way. When `outputs_done` fires, its result record is complete, except for the times that `publish`
+    writes."""
 
     ticket: int
     received_at_ns: int
@@ -77,7 +88,7 @@ class Submitted:
 
 
 class Executor:
-    """One model on one device. Methods are for one thread, except that `publish` may run on another, one at a time."""
+    """One model on one device. One thread calls the methods; `publish` alone may run on another, one call at a time."""
 
     def __init__(
         self,
@@ -99,7 +110,7 @@ class Executor:
         self._buckets = buckets
         self._captured = frozenset(() if buckets is None else buckets.captured)
         self._captured_seqs = {num_seqs for num_seqs, _ in self._captured}
-        self.tables = RowTables(device, shape, num_blocks)
+        self.tables = RowTables(device, shape, num_blocks, runner.vocab_size, runner.row_states)
 
         steps, results = step_layout(shape), result_layout(shape)
         step_bytes = prefix_bytes(steps, "admit_row")  # of a record without admissions
@@ -125,13 +136,13 @@ class Executor:
         ]
         self._record = record("record", steps.num_bytes, step_bytes)
         self._output = record("output", results.num_bytes, result_bytes)
-        self._step = views(steps, self._record[1])
-        self._result = views(results, self._output[1])
-        self._prepare = BatchBuilder(device, self.tables, self._step)
+        self._step = tensor_views(StepTensors, steps, self._record[1])
+        self._result = tensor_views(ResultTensors, results, self._output[1])
+        self._builder = BatchBuilder(device, self.tables, self._step)
         # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
         self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
-        self._admit = device.capture(self._prepare.admit)
-        self._append = device.capture(self._prepare.append)
+        self._admit = device.capture(self._builder.admit)
+        self._append = device.capture(self._builder.append)
         self._model_work = KeptWork(
             self._make_model_work, device.capture, lambda num_seqs, num_tokens: (num_seqs, num_tokens) in self._captured
         )
@@ -142,14 +153,14 @@ class Executor:
         device.settle()
 
     def bucket(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
-        """The sizes (S, T) of the batch that such a step runs as."""
+        """The sizes (S, T) of the batch as which such a step runs."""
         return (num_seqs, num_tokens) if self._buckets is None else self._buckets.choose(num_seqs, num_tokens)
 
     def warm_up(self, progress: Callable[[float], None]) -> None:
-        """Launch everything that is captured once, before the first step, so that no step waits for a capture.
+        """Launch every captured piece once, before the first step, so that no step waits for a capture.
 
-        The record is all zero until then, which is a step without sequences: what runs touches only the trash row and
-        the trash block.
+        The record is all zero until then, which is a step without sequences: only the trash row and the trash block
+        are written.
         """
         work: list[Callable[[], None]] = [
             self._admit,
@@ -168,10 +179,10 @@ class Executor:
         self._device.settle()
 
     def submit_next(self, now_ns: int) -> Submitted | None:
-        """Take the next step record, if there is one, and enqueue everything that it asks for. Waits for nothing.
+        """Take the next step record, if there is one, and enqueue all its work. Never waits.
 
-        Raises RingError if the record or a prompt record it names is not what it should be, RingFull if its result
-        record is not free: either is the scheduler's fault, and ends this process.
+        Raises RingError if the record, or a prompt record that it names, is not published; RingFull if its result
+        record is not free. Either is the scheduler's fault, and ends this process.
         """
         device, ring = self._device, self._rings.step
         record = ring.take()
@@ -193,9 +204,10 @@ class Executor:
         device.read_clock(self._compute, self._result.device_start_ns)
         device.copy(self._compute, self._record[admits], buffers.staging[admits])
         if admits:
-            device.launch(self._compute, self._admit, self._change_accesses)
+            admitted = record.admit.row[:num_admissions]
+            device.launch(self._compute, self._admit, lambda: self._admit_accesses(admitted))
         if record.num_appends[0]:
-            device.launch(self._compute, self._append, self._change_accesses)
+            device.launch(self._compute, self._append, self._append_accesses)
         bucket = self.bucket(num_seqs, num_tokens)
         rows = record.seq_row[:num_seqs]
         device.launch(self._compute, self._model_work(*bucket), lambda: self._model_accesses(rows))
@@ -213,7 +225,7 @@ class Executor:
         return submitted
 
     def publish(self) -> None:
-        """Publish the oldest step's result and release its record. Its `outputs_done` must have fired, just now.
+        """Publish the oldest step's result and release its record. Its `outputs_done` must just have fired.
 
         Ring the scheduler's doorbell afterwards.
         """
@@ -228,25 +240,26 @@ class Executor:
         record.received_at_ns[0] = step.received_at_ns
         self._rings.step.release_through(step.ticket)
         ring.publish()
-        self.under_way.popleft()  # last: until then no other thread takes the next step for the oldest
+        self.under_way.popleft()  # last: until then no other thread sees the next step as the oldest
 
-    def _upload_prompt(self, record: Any, admission: int) -> None:
+    def _upload_prompt(self, record: StepRecord, admission: int) -> None:
         """Enqueue copies of an admission's ids from the prompt ring to its row, on copy-in.
 
-        No step under way reads or writes this row: the scheduler gives it away only after its former owner's last step.
+        No step under way reads or writes this row: the scheduler reassigns a row only after its last owner's last step.
         """
-        row, length = int(record.admit_row[admission]), int(record.admit_length[admission])
-        ring_index, ticket = int(record.admit_ring[admission]), int(record.admit_ticket[admission])
+        admit = record.admit
+        row, length = int(admit.row[admission]), int(admit.length[admission])
+        ring_index, ticket = int(admit.ring[admission]), int(admit.ticket[admission])
         for start in range(0, length, PROMPT_RECORD_TOKENS):
             ring = self._rings.prompts[ring_index]
-            ring.record(ticket)  # refuses a record that is not there
+            ring.record(ticket)  # raises RingError if it is not published
             end = min(start + PROMPT_RECORD_TOKENS, length)
             source = self._prompt_rings[ring_index][ticket % ring.num_slots]
             self._device.copy(self._copy_in, self.tables.token_ids[row, start:end], source[: end - start])
             ticket += 1
 
     def _result_record(self, ticket: int) -> Copied:
-        """The result record that a step's outputs go to; it is claimed by the step's ticket, ahead of publishing."""
+        """The result record for a step's outputs; the step's ticket claims it, ahead of publishing."""
         ring = self._rings.result
         if ticket - ring.read_cursor >= ring.num_slots:
             raise RingFull(f"ring {ring.name}: step {ticket} came before result {ring.read_cursor} was read")
@@ -254,8 +267,8 @@ class Executor:
 
     def _make_model_work(self, num_seqs: int, num_tokens: int) -> Callable[[], None]:
         """A bucket's first half: the step's record becomes a batch, and the batch logits."""
-        batch = self._prepare.batch(num_seqs, num_tokens)
-        fill = self._prepare.filler(batch)
+        batch = self._builder.batch(num_seqs, num_tokens)
+        fill = self._builder.filler(batch)
 
         def model() -> None:
             fill()
@@ -264,8 +277,11 @@ class Executor:
         return model
 
     def _make_sampler_work(self, num_seqs: int, variant: SamplerVariant, want_logprobs: bool) -> Callable[[], None]:
-        """The second half, for every bucket of so many sequences: all that it reads of the batch is by sequence."""
-        batch = self._prepare.batch(num_seqs, 1)
+        """The second half, for every bucket of `num_seqs` sequences.
+
+        It reads only those parts of the batch that have an entry for each sequence.
+        """
+        batch = self._builder.batch(num_seqs, 1)
         flags = self._step.seq_sample[:num_seqs]
 
         def sampler() -> None:
@@ -273,30 +289,35 @@ class Executor:
 
         return sampler
 
-    # What launches touch: rows of token_ids one by one, because other rows take uploads at the same time.
+    # The memory that launches read and write. `token_ids` is named row by row: uploads write other rows meanwhile.
 
-    def _change_accesses(self) -> Accesses:
+    def _admit_accesses(self, rows: HostArray) -> Accesses:
+        ids = self._ids(rows) if self.tables.rebuilds else []
+        return [self._record[1], *ids], [self.tables.columns, *self.tables.model_states.values()]
+
+    def _append_accesses(self) -> Accesses:
         return [self._record[1]], [self.tables.columns]
 
-    def _model_accesses(self, rows: Any) -> Accesses:
+    def _model_accesses(self, rows: HostArray) -> Accesses:
         read = [self._record[0], self.tables.columns, *self._ids(rows)]
-        return read, [self._prepare.buffers, self._logits]
+        return read, [self._builder.buffers, self._logits, *self.tables.model_states.values()]
 
-    def _sampler_accesses(self, rows: Any) -> Accesses:
-        read = [self._record[0], self._prepare.buffers, self._logits]
+    def _sampler_accesses(self, rows: HostArray) -> Accesses:
+        read = [self._record[0], self._builder.buffers, self._logits]
         return read, [self.tables.columns, self._output[1], *self._ids(rows)]
 
     def _warm_up_accesses(self) -> Accesses:
-        written = [self.tables.columns, self.tables.token_ids, self._prepare.buffers, self._logits, self._output[1]]
-        return [self._record[1]], written
+        tables = self.tables
+        written = [tables.columns, tables.token_ids, *tables.model_states.values()]
+        return [self._record[1]], [*written, self._builder.buffers, self._logits, self._output[1]]
 
-    def _ids(self, rows: Any) -> list[torch.Tensor]:
+    def _ids(self, rows: HostArray) -> list[torch.Tensor]:
         return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]
 
 
 class KeptWork:
-    """Pieces of a step by their arguments, made when first asked for. What is captured is kept for good: to capture it
-    again would stop the device in the middle of its steps."""
+    """Pieces of a step by their arguments, made at first use. Captured pieces are kept for good: to capture one again
+    would stop the device in the middle of its steps."""
 
     def __init__(
         self,
@@ -312,7 +333,7 @@ class KeptWork:
         return (self._captured if self._is_captured(*key) else self._plain)(*key)
 
 
-def _device_records(device: Device[Any, Any], ring: Ring) -> list[torch.Tensor]:
+def _device_records(device: Device[Any, Any], ring: Ring[Any]) -> list[torch.Tensor]:
     """Each ring slot's record as [layout.num_bytes] uint8, for the device's copies. Page-locks the ring."""
     segment = device.register_host(ring.name, ring.buffer)
     return [segment[offset : offset + ring.layout.num_bytes] for offset in ring.record_offsets]

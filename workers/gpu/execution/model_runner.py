@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.step_batch import StepBatch
 
 
@@ -15,10 +17,16 @@ class ModelRunner(Protocol):
     vocab_size: int
     logits_dtype: torch.dtype
 
+    @property
+    def row_states(self) -> Sequence[RowState]:
+        """The states that the model keeps for each row. RowTables makes and resets them; the model reads and writes
+        them in `batch.row_states`."""
+        ...
+
     def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[S, vocab_size] logits_dtype: row i follows the last token of sequence i; padding is arbitrary but finite.
-        If `out`, of that shape and dtype, is given, they are written there, and it is returned.
 
-        Enqueues work and looks at no value on the host, so that it can be captured in a graph.
+        If `out`, of that shape and dtype, is given, the logits are written there, and it is returned. Enqueues work and
+        looks at no value on the host, so that it can be captured in a graph.
         """
         ...

@@ -1,16 +1,17 @@
-"""A model that costs nothing: made-up tokens, so that what is left to measure is the host.
+"""A model that costs nothing: made-up tokens, so that only the host's work is left to measure.
 
-Everything around it is the real thing: rings, copies, prepare, sampler, events.
+Everything around it is real: rings, copies, batch builder, sampler, events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 
 from ipc.records import StepShape
+from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.step_batch import StepBatch
 
 _VOCAB_SIZE: Final = 64
@@ -18,10 +19,11 @@ _MULTIPLIER: Final = 2_654_435_761  # 2**32 over the golden ratio: neighbours la
 
 
 class NullModel:
-    """Each sequence's next token is a hash of its last token and position. `spend` is told of every step."""
+    """Each sequence's next token is a hash of its last token and position. Each step calls `spend`."""
 
     vocab_size = _VOCAB_SIZE
     logits_dtype = torch.float32
+    row_states: Sequence[RowState] = ()
 
     def __init__(self, shape: StepShape, device: torch.device, spend: Callable[[], None]) -> None:
         self._spend = spend

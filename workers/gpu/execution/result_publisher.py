@@ -1,7 +1,7 @@
-"""Publishes results as their events fire, in step order, and tells the scheduler.
+"""Publishes results as their events fire, in step order, and rings the scheduler's doorbell.
 
-Owns the thread that waits for the device, so that launching never does. Where a step is complete as soon as it is
-submitted (on the CPU), there is nothing to wait for and the submitting thread publishes it.
+Owns the thread that waits for the device, so that the launching thread never waits. If a step is complete as soon as it
+is submitted (on the CPU), the submitting thread publishes it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class ResultPublisher:
-    """Takes steps in order, as they are submitted. `failed` is rung when the thread has died: see `check`.
+    """Takes steps in the order of their submission. Calls `failed` when its thread has died: see `check`.
 
-    `trace` belongs to the submitting thread, `thread_trace` to the one that waits.
+    `trace` belongs to the submitting thread, `thread_trace` to the waiting thread.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class ResultPublisher:
         threading.Thread(target=self._run, name="completion", daemon=True).start()
 
     def submitted(self, step: Submitted) -> None:
-        """Publish this step when its results are there. Called once a step, right after it was submitted."""
-        # If it is the oldest, the thread has published all before it and touches the executor no more.
+        """Publish this step when its results are complete. Call it once for each step, right after its submission."""
+        # If it is the oldest, the thread has published all steps before it and no longer uses the executor.
         if self._executor.under_way[0] is step and self._device.query(step.outputs_done):
             self._publish(step, self._trace)
         else:
             self._waiting.put(step)
 
     def check(self) -> None:
-        """Raise what ended the thread, if anything did. No result comes after that: the process must end."""
+        """Raise the error that ended the thread, if it has ended. No result follows then: the process must end."""
         if self._failure is not None:
             raise self._failure
 
@@ -67,7 +67,7 @@ class ResultPublisher:
     def _run(self) -> None:
         try:
             while True:
-                # The result record is whole, and the step record read, once this event has fired.
+                # Once this event has fired, the result record is complete and the step record has been read.
                 step = self._waiting.get()
                 self._device.synchronize(step.outputs_done)
                 self._publish(step, self._thread_trace)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
-from ipc.record_layout import Layout
+from ipc.record_layout import Field, Layout, make_record
+from ipc.records import ResultFields, StepFields
+
+StepTensors = StepFields[torch.Tensor]
+ResultTensors = ResultFields[torch.Tensor]
+
+T = TypeVar("T")
 
 _DTYPES: Final = {"<i4": torch.int32, "<i8": torch.int64, "<f4": torch.float32}
 
 
-def views(layout: Layout, record: torch.Tensor) -> Any:
-    """One tensor per field, each aliasing `record` [layout.num_bytes] uint8."""
-    return SimpleNamespace(**{
-        f.name: record[f.offset : f.offset + f.num_bytes].view(_DTYPES[f.dtype.str]).view(f.shape)
-        for f in layout.fields.values()
-    })  # fmt: skip
+def tensor_views(kind: type[T], layout: Layout[Any], memory: torch.Tensor) -> T:
+    """A record of class `kind`, the layout's record class with tensors as arrays.
+
+    Each field aliases `memory` [layout.num_bytes] uint8.
+    """
+    return make_record(layout, kind, lambda field: tensor_view(field, memory))
 
 
-def prefix_bytes(layout: Layout, field: str) -> int:
-    """Bytes of everything in front of a field."""
+def tensor_view(field: Field, memory: torch.Tensor) -> torch.Tensor:
+    """The field's part of `memory`, in its dtype and shape."""
+    return memory[field.offset : field.offset + field.num_bytes].view(_DTYPES[field.dtype.str]).view(field.shape)
+
+
+def prefix_bytes(layout: Layout[Any], field: str) -> int:
+    """Bytes in front of a field."""
     return layout.fields[field].offset

@@ -1,30 +1,31 @@
-"""What `prepare.py` does in torch for every step, as two Triton kernels for CUDA: a step has no time for dozens.
+"""What `BatchBuilder` does in torch for every step, as two Triton kernels for CUDA: a step has no time for dozens.
 
-They write exactly what the torch code writes. No program reads what another one writes, so each that lays out tokens
-adds up the sequences' lengths for itself.
+They write exactly what the torch code writes. No program reads the output of another program, so each program that lays
+out tokens adds up the sequences' lengths itself.
 """
 
 # mypy: disable-error-code="untyped-decorator"
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import triton
 import triton.language as tl
 
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.tensor_views import StepTensors
 
 _BLOCK_APPENDS: Final = 256
-_MIN_BLOCK_S: Final = 32  # fewer sequences would take as long, and be more kernels to compile
+_MIN_BLOCK_S: Final = 32  # a smaller block would take as long, and each size is one more kernel to compile
 _MAX_BLOCK_S: Final = 512
 _MAX_BLOCK_T: Final = 128
-_MAX_PAIRS: Final = 4096  # of a token and a sequence, which a program compares: 32 per thread
+_MAX_PAIRS: Final = 4096  # pairs of token and sequence that a program compares: 32 per thread
 
 
-def append(tables: RowTables, step: Any) -> None:
-    """Add the step's entries to the block tables. `step` are the views of the device's record."""
+def append(tables: RowTables, step: StepTensors) -> None:
+    """Add the step's entries to the block tables. `step` is the device's record."""
     max_appends = step.append_row.shape[0]
     _append[(triton.cdiv(max_appends, _BLOCK_APPENDS),)](
         tables.block_table,
@@ -38,10 +39,10 @@ def append(tables: RowTables, step: Any) -> None:
     )
 
 
-def fill(batch: StepBatch, tables: RowTables, step: Any) -> None:
-    """Lay out a step's tokens: fill every tensor of `batch` but the block table, to which `append` has added.
+def fill(batch: StepBatch, tables: RowTables, step: StepTensors) -> None:
+    """Lay out a step's tokens: fill the batch's own tensors. Run `append` first.
 
-    `step` are the views of the device's record. Its sequences and tokens must fit the batch.
+    `step` is the device's record. Its sequences and tokens must fit the batch.
     """
     num_seqs, num_tokens = batch.num_seqs, batch.num_tokens
     block_s = min(max(triton.next_power_of_2(num_seqs), _MIN_BLOCK_S), _MAX_BLOCK_S)
@@ -92,7 +93,7 @@ def _append(
     tl.store(block_table + row * max_blocks + index, block, mask=is_real)
 
 
-# Triton would compile a kernel for each kind of these numbers and gain nothing: they differ among buckets and machines.
+# These numbers differ among buckets and machines. Specialization would compile more kernels, none of them faster.
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "max_model_len", "max_blocks", "trash_row", "trash_block"])
 def _fill(
     input_ids: tl.tensor,

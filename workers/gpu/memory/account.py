@@ -9,7 +9,7 @@ the reserve for tables and graphs is estimated. A log line reports the actual si
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,8 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+from workers.gpu.execution.row_state import RowState
+from workers.gpu.execution.row_tables import table_bytes
 from workers.gpu.memory.kv_cache import free_memory_bytes
 
 GIB: Final = 1 << 30
@@ -53,26 +55,32 @@ def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
 
 
 def reserved_bytes(
-    shape: StepShape, num_layers: int, vocab_size: int, step_bytes: int, device: torch.device, *, captures: bool
+    shape: StepShape,
+    num_layers: int,
+    vocab_size: int,
+    step_bytes: int,
+    device: torch.device,
+    *,
+    captures: bool,
+    row_states: Sequence[RowState] = (),
 ) -> int:
     """Bytes that are allocated after the cache: the executor's tables, graphs, and the largest step's temporary
     tensors.
 
     `step_bytes` are those of the largest step, sampler included. All graphs share one pool, sized for the largest
-    graph: the model's part is an eager step's, scaled to the graph's tokens, plus the whole sampler. Returns 0 on the
-    CPU, which needs no reserve.
+    graph: the model's part is an eager step's, scaled to the graph's tokens, plus the whole sampler. `row_states` are
+    the model's. Returns 0 on the CPU, which needs no reserve.
     """
     if device.type == "cpu":
         return 0
-    rows = shape.max_num_seqs + 1
-    tables = 4 * rows * (shape.max_model_len + shape.max_blocks_per_seq) + _LOGIT_BYTES * rows * vocab_size
+    logits = _LOGIT_BYTES * shape.max_num_seqs * vocab_size
     graphs = 0
     if captures:
         sampler = sampler_bytes(shape, vocab_size)
         num_tokens = shape.max_num_batched_tokens
         pool = sampler + (step_bytes - sampler) * min(MAX_CAPTURED_TOKENS, num_tokens) // num_tokens
         graphs = pool + len(Buckets(shape).captured) * num_layers * _GRAPH_BYTES_PER_LAYER
-    return step_bytes + tables + graphs
+    return step_bytes + table_bytes(shape, vocab_size, row_states) + logits + graphs
 
 
 def bytes_taken(device: torch.device, work: Callable[[], None]) -> int:

@@ -102,7 +102,9 @@ def load_model(
         logger.warning("the model waits for the device in each step, which cannot be captured in a graph: %s", wait)
     captures = wait is None and not backend.needs_host_lengths
     progress("allocating the KV cache", 0.0)
-    left_bytes = reserved_bytes(shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=captures)
+    left_bytes = reserved_bytes(
+        shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=captures, row_states=facts.row_states
+    )
     num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
     kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
     progress("allocating the KV cache", 1.0)

@@ -23,6 +23,7 @@ class PagedModelRunner:
     def __init__(self, model: nn.Module, cache: KVCache, backend: AttentionBackend, facts: ProbedModel) -> None:
         self.vocab_size = facts.vocab_size
         self.logits_dtype = facts.logits_dtype
+        self.row_states = facts.row_states
         self._model = model
         self._head = replace_head(model)
         self._cache = cache

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.gpu.execution.row_state import RowState
 from workers.gpu.memory.kv_cache import LayerShape
 
 
@@ -20,3 +21,4 @@ class ProbedModel:
     logits_dtype: torch.dtype
     has_softcap: bool  # in at least one layer's attention
     has_sinks: bool
+    row_states: tuple[RowState, ...] = ()  # that its layers keep beside the KV cache

@@ -13,7 +13,7 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
-from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.step_batch import BatchBuffers
 from workers.gpu.memory.account import sampler_bytes
 from workers.gpu.memory.kv_cache import KVCache
 from workers.gpu.memory.out_of_memory import is_out_of_memory
@@ -28,20 +28,13 @@ def largest_step(
     logits."""
     num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
 
-    def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(count, dtype=dtype, device=device)
-
-    batch = StepBatch(
-        input_ids=zeros(num_tokens, torch.int64),
-        positions=zeros(num_tokens, torch.int64),
-        slot_mapping=zeros(num_tokens, torch.int64),
-        cu_seqlens=zeros(num_seqs + 1, torch.int32),
-        seq_lens=zeros(num_seqs, torch.int32),
-        seq_row=zeros(num_seqs, torch.int32),
-        logits_index=zeros(num_seqs, torch.int64),
-        block_table=zeros(shape.max_blocks_per_seq, torch.int32).unsqueeze(0),
-        block_size=shape.block_size,
+    batches = BatchBuffers(
+        shape,
+        lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8, device=device),
+        torch.zeros((1, shape.max_blocks_per_seq), dtype=torch.int32, device=device),
+        {state.name: torch.zeros((1, *state.shape), dtype=state.dtype, device=device) for state in facts.row_states},
     )
+    batch = batches.batch(num_seqs, num_tokens)
     cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # only the trash block
     runner = PagedModelRunner(model, cache, backend, facts)
     return lambda: runner.logits(batch)

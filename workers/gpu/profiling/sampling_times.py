@@ -22,9 +22,9 @@ import torch
 from ipc.records import SamplerVariant, StepShape, result_layout
 from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
-from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.tensor_views import views
+from workers.gpu.execution.step_batch import BatchBuffers
+from workers.gpu.execution.tensor_views import ResultTensors, tensor_views
 from workers.gpu.profiling.device_rates import time_cpu, time_cuda
 from workers.gpu.sampling.sampler import sample
 
@@ -68,14 +68,13 @@ def measure(
 ) -> Iterator[dict[str, float | str]]:
     """Yield a row for each of PARAMETERS and each kind of logits. Call it inside `on_a_stream`."""
     shape = StepShape(max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs, max_model_len=64, block_size=16)
-    tables = RowTables(device, shape, num_blocks=1)
-    tables.max_len.fill_(shape.max_model_len)
-    tables.end_ids.fill_(-1)
+    tables = RowTables(device, shape, num_blocks=1, vocab_size=vocab_size)
     tables.seed.copy_(torch.arange(num_seqs + 1))
     layout = result_layout(shape)
-    outputs: Any = views(layout, device.zeros("result", (layout.num_bytes,), torch.uint8))
+    outputs = tensor_views(ResultTensors, layout, device.zeros("result", (layout.num_bytes,), torch.uint8))
     flags = torch.ones(num_seqs, dtype=torch.int32, device=device.torch_device)
-    batch = BatchBuilder(device, tables, None).batch(num_seqs, num_seqs)
+    batches = BatchBuffers(shape, lambda size: device.zeros("batch", (size,), torch.uint8), tables.block_table, {})
+    batch = batches.batch(num_seqs, num_seqs)
     batch.seq_row.copy_(torch.arange(num_seqs))
     batch.seq_lens.fill_(_POSITION)
     for kind, logits in _logits(num_seqs, vocab_size, dtype, device.torch_device):

@@ -7,13 +7,14 @@ what it does.
 The torch code here runs on the CPU, and is the oracle in tests of the kernels that run on CUDA (`triton_sampler.py`).
 It finds the thresholds of the filters by bisection, in a fixed number of passes, without sorting the vocabulary.
 
-To add a parameter, add a column to `row_tables.py`, a function here, its counterpart in the kernels, and a case to both
-tests.
+To add a parameter, add a column to AdmittedColumns (`ipc/records.py`), a field of the same name to SamplingParams, a
+function here, its counterpart in the kernels, and a case to both tests.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -21,6 +22,7 @@ from ipc.records import NO_TOKEN, FinishCode, SamplerVariant
 from ipc.sampling_params import MAX_LOGPROBS
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.tensor_views import ResultTensors
 from workers.gpu.sampling.random_bits import exponential
 
 _KEY_BITS: Final = 32  # bits of a float32, which is also the number of passes of a bisection over its order
@@ -34,7 +36,7 @@ def sample(
     batch: StepBatch,
     sample_flags: torch.Tensor,
     tables: RowTables,
-    outputs: Any,
+    outputs: ResultTensors,
 ) -> None:
     """Finish a step: sample the flagged sequences, write tokens and results, and set every sequence's number of
     computed tokens.
@@ -42,7 +44,7 @@ def sample(
     Args:
         logits: [S, vocab_size], of any floating dtype (on CUDA bfloat16, float16 or float32).
         sample_flags: [S] int32, the step's `seq_sample`; 0 = no token is sampled.
-        outputs: views of a result record on the device; its first S entries are written, `logprob` and `top_*` only if
+        outputs: a result record on the device; its first S entries are written, `logprob` and `top_*` only if
             `want_logprobs`.
     """
     if logits.is_cuda:
@@ -61,7 +63,7 @@ def _sample(
     batch: StepBatch,
     sample_flags: torch.Tensor,
     tables: RowTables,
-    outputs: Any,
+    outputs: ResultTensors,
 ) -> torch.Tensor:
     """Do the work of `sample`, except log-probabilities. Returns every sequence's token, [S] int64."""
     num_seqs = batch.num_seqs
@@ -161,7 +163,9 @@ def top_p_threshold(keys: torch.Tensor, probabilities: torch.Tensor, top_p: torc
     )
 
 
-def _largest_threshold(num_rows: int, device: torch.device, reaches: Any) -> torch.Tensor:
+def _largest_threshold(
+    num_rows: int, device: torch.device, reaches: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Return the largest int32 for which `reaches` is true, [S, 1], by bisection; -2**31 if it is true for none.
 
     `reaches` takes thresholds [S, 1]. It is true up to some threshold, and false beyond it.
@@ -176,7 +180,7 @@ def _largest_threshold(num_rows: int, device: torch.device, reaches: Any) -> tor
     return low.to(torch.int32)
 
 
-def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: Any) -> None:
+def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: ResultTensors) -> None:
     """Write the model's own log-probabilities, before temperature and filters: of each sequence's token, and of the
     likeliest MAX_LOGPROBS tokens.
 

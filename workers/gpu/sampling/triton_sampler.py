@@ -11,7 +11,7 @@ top_p to the winners of the parts.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.execution.tensor_views import ResultTensors
 from workers.gpu.sampling.triton_filters import load_logits, scale, settle
 from workers.gpu.sampling.triton_random import exponential, random_key
 
@@ -41,7 +42,7 @@ def sample(
     batch: StepBatch,
     sample_flags: torch.Tensor,
     tables: RowTables,
-    outputs: Any,
+    outputs: ResultTensors,
 ) -> torch.Tensor:
     """Do the work of `sampler.sample`, except log-probabilities. Returns every sequence's token, [S] int64.
 

@@ -9,11 +9,13 @@ ticket order, so a record that is released out of order is held until the record
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from ipc.errors import RingError
+from ipc.records import PromptRecord
 from ipc.ring import Ring
 from workers.scheduler.array_types import Int32Array
 from workers.scheduler.prompt_lease import PromptLease
@@ -24,7 +26,7 @@ UPLOAD_RING: Final = 0
 class PromptRings:
     """The scheduler writes `rings[0]`, the upload ring; each tokenizer writes one of the others."""
 
-    def __init__(self, rings: list[Ring]) -> None:
+    def __init__(self, rings: Sequence[Ring[PromptRecord]]) -> None:
         self._rings = list(rings)
         self._record_tokens = int(rings[UPLOAD_RING].layout.fields["token_ids"].shape[0])
         # By ring: first ticket -> number of records, for leases that are released behind one still in use.

@@ -22,11 +22,10 @@ exists, and every running sequence goes on in the end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from ipc.records import StepShape
+from ipc.records import StepRecord, StepShape
 from workers.scheduler.admission.admission import Admission
 from workers.scheduler.array_types import Int32Array, IntArray
 from workers.scheduler.kv_cache.kv_cache import KVCache
@@ -64,7 +63,7 @@ class Planner:
         self._next_ticket = 1
         self._batch = Batch.of(NO_ROWS, table)  # of the last step; valid while `running` returns the same array
 
-    def plan(self, record: Any) -> PlannedStep | None:
+    def plan(self, record: StepRecord) -> PlannedStep | None:
         """Fill a step record for the caller to publish. None: nothing can run, and the record is unchanged."""
         writer = StepWriter(record, self._shape)
         rows, counts, budget = self._schedule_running(writer)

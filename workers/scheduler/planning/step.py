@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ipc.records import StepShape
+from ipc.records import StepRecord, StepShape
 from workers.scheduler.array_types import BoolArray, IntArray
 from workers.scheduler.prompt_lease import PromptLease
 from workers.scheduler.sequence import Sequence
@@ -43,7 +43,7 @@ class StepWriter:
 
     __slots__ = ("_max_appends", "_num_admissions", "_num_appends", "_record", "leases")
 
-    def __init__(self, record: Any, shape: StepShape) -> None:
+    def __init__(self, record: StepRecord, shape: StepShape) -> None:
         self.leases: list[PromptLease] = []  # on the prompt records of this step's admissions
         self._record = record
         self._max_appends = shape.max_appends
@@ -62,7 +62,7 @@ class StepWriter:
 
     def add_admission(self, sequence: Sequence, num_cached: int, lease: PromptLease | None) -> None:
         """Write an admission, or a resumption without a lease. `num_cached` of its tokens have their KV already."""
-        sequence.write_admission(self._record, self._num_admissions, num_cached, lease)
+        sequence.write_admission(self._record.admit, self._num_admissions, num_cached, lease)
         self._num_admissions += 1
         if lease is not None:
             self.leases.append(lease)

@@ -5,11 +5,11 @@ Owns the applied columns of the sequence table. Ends no sequence itself: the sch
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from ipc.errors import LogitsNotFinite
 from ipc.messages import Ended
-from ipc.records import FinishCode
+from ipc.records import FinishCode, ResultRecord
 from workers.scheduler.array_types import BoolArray, Int32Array, IntArray
 from workers.scheduler.output_buffer import LogprobArrays, OutputBuffer
 from workers.scheduler.planning.step import PlannedStep
@@ -35,7 +35,7 @@ class StepResults:
         self._outputs = outputs
         self._counts = counts
 
-    def apply(self, step: PlannedStep, result: Any) -> SequenceEnds | None:
+    def apply(self, step: PlannedStep, result: ResultRecord) -> SequenceEnds | None:
         """Append the sampled tokens to their sequences and to the detokenizer's next message.
 
         Results of sequences that have ended since the step was planned are void: the generations of their rows differ.
@@ -94,7 +94,7 @@ class StepResults:
         return [sequence for row in rows.tolist() if (sequence := self._table.sequences[row]) is not None]
 
 
-def _copy_logprobs(result: Any, n: int, is_valid: BoolArray, want_logprobs: int) -> LogprobArrays:
+def _copy_logprobs(result: ResultRecord, n: int, is_valid: BoolArray, want_logprobs: int) -> LogprobArrays:
     num_top = want_logprobs - 1
     return LogprobArrays(
         result.logprob[:n][is_valid],

@@ -38,7 +38,7 @@ def sequences(record: Any) -> list[tuple[int, int, int]]:
 def admitted(record: Any) -> list[tuple[int, int]]:
     """(row, length of the ids to copy) of each admission of a step."""
     n = int(record.num_admissions[0])
-    return list(zip(record.admit_row[:n].tolist(), record.admit_length[:n].tolist(), strict=True))
+    return list(zip(record.admit.row[:n].tolist(), record.admit.length[:n].tolist(), strict=True))
 
 
 # Batching
@@ -207,12 +207,12 @@ def test_the_newest_sequence_is_preempted_and_comes_back_with_its_row_and_its_to
         if record is not None and engine.num_applied > 1:
             returns += [(row, length) for row, length in admitted(record)]
             for i in range(int(record.num_admissions[0])):
-                assert record.admit_num_computed[i] == 0
-                assert record.admit_max_len[i] == 12
-                assert record.admit_seed[i] == 3
-                assert record.admit_top_k[i] == 7
-                assert (record.admit_temperature[i], record.admit_top_p[i], record.admit_min_p[i]) == (0.5, 0.5, 0.25)
-                assert record.admit_end_ids[i].tolist() == [99] + [-1] * (MAX_END_IDS - 1)
+                assert record.admit.num_computed_tokens[i] == 0
+                assert record.admit.max_len[i] == 12
+                assert record.admit.seed[i] == 3
+                assert record.admit.top_k[i] == 7
+                assert (record.admit.temperature[i], record.admit.top_p[i], record.admit.min_p[i]) == (0.5, 0.5, 0.25)
+                assert record.admit.end_ids[i].tolist() == [99] + [-1] * (MAX_END_IDS - 1)
     engine.drain()
     assert engine.scheduler.counts["num_preemptions"] >= 1
     assert (1, 0) in returns, "row 1 came back without ids"
@@ -451,7 +451,7 @@ def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring
     while engine.scheduler.has_work:
         record = engine.step()
         if record is not None and record.num_admissions[0]:
-            rings.append(int(record.admit_ring[0]))
+            rings.append(int(record.admit.ring[0]))
     engine.drain()
     assert set(rings) == {0, 1}
     assert all(engine.tokens[key] == expected_tokens(prompt, 0, 7, []) for key, prompt in prompts.items())
@@ -497,8 +497,8 @@ def test_end_ids_are_the_models_and_the_requests_own() -> None:
     engine.send(1, [1], SamplingParams(max_tokens=3, stop_token_ids=[58]))
     engine.send(2, [2], SamplingParams(max_tokens=3, stop_token_ids=[58], ignore_eos=True))
     record = engine.plan()
-    assert record.admit_end_ids[0, :4].tolist() == [60, 59, 58, -1]
-    assert record.admit_end_ids[1, :2].tolist() == [58, -1]
+    assert record.admit.end_ids[0, :4].tolist() == [60, 59, 58, -1]
+    assert record.admit.end_ids[1, :2].tolist() == [58, -1]
 
 
 def test_logprobs_are_asked_for_when_wanted_and_copied_as_wide_as_wanted() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ipc.errors import RingError, RingFull
-from ipc.records import PROMPT_RECORD_TOKENS, StepShape, prompt_layout, result_layout, step_layout
+from ipc.record_layout import Layout, R
+from ipc.records import PROMPT_RECORD_TOKENS, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from tests.simulation.harness import ToyModel
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
@@ -37,7 +38,7 @@ class Ends:
     """Both ends of the three rings: ours to write, and the executor's."""
 
     def __init__(self, shape: StepShape, depth: int) -> None:
-        def pair(name: str, layout: Any, num_slots: int) -> tuple[Ring, Ring]:
+        def pair(name: str, layout: Layout[R], num_slots: int) -> tuple[Ring[R], Ring[R]]:
             ring = Ring.create(name, layout, num_slots, epoch=1)
             other = Ring.attach(ring.handle, layout)
             close_handle(ring.handle)
@@ -117,14 +118,14 @@ def test_requests_get_the_models_own_tokens(depth: int, pad_batches: bool, devic
         assert request.tokens == ToyModel.greedy(request.prompt, request.max_tokens)
 
 
-def publish_step(ring: Ring, **fields: int) -> None:
+def publish_step(ring: Ring[StepRecord], **fields: int) -> None:
     """A step of one sequence, row 0, one token, sampled; `fields` change that."""
     record = ring.claim()
     values = {"num_seqs": 1, "num_tokens": 1, "num_appends": 0, "num_admissions": 0, "variant": 0, "want_logprobs": 0,
               "seq_row": 0, "seq_num_tokens": 1, "seq_sample": 1, "admit_row": 0, "admit_ring": 0, "admit_ticket": 0,
-              "admit_length": 0, "admit_num_computed": 0, "admit_max_len": 99}  # fmt: skip
+              "admit_length": 0, "admit_num_computed_tokens": 0, "admit_max_len": 99}  # fmt: skip
     for name, value in (values | fields).items():
-        getattr(record, name)[0] = value
+        ring.layout.fields[name].of(record)[0] = value
     ring.publish()
 
 

@@ -7,12 +7,14 @@ from random import Random
 
 import torch
 
+from ipc.record_layout import field_names
 from ipc.records import StepShape
 from tests.reference.executor_engine import executor_engine
 from tests.simulation.harness import ToyModel
 from tests.simulation.test_step_protocol import expected_tokens, greedy_requests
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.row_tables import RowTables
 
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=12, max_model_len=24, block_size=4)
 NUM_BLOCKS = 12
@@ -25,14 +27,13 @@ def test_warming_up_changes_no_row_and_steps_are_right_after_it() -> None:
     shares: list[float] = []
     with executor_engine(CpuDevice(), ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, buckets) as engine:
         tables = engine.executor.tables
-        columns, token_ids = tables.columns.clone(), tables.token_ids.clone()
+        names = (*field_names(RowTables), "token_ids")
+        before = {name: getattr(tables, name)[: tables.trash_row].clone() for name in names}
         engine.executor.warm_up(shares.append)
-        assert torch.equal(tables.token_ids[: tables.trash_row], token_ids[: tables.trash_row])
-        rows = slice(0, tables.trash_row)
-        for name in ("num_computed_tokens", "max_len", "temperature", "top_k", "seed", "end_ids"):
-            assert not getattr(tables, name)[rows].any(), f"{name} of a real row was written"
+        for name in names:
+            assert torch.equal(getattr(tables, name)[: tables.trash_row], before[name]), f"{name} of a row was written"
         assert (tables.block_table == tables.trash_block).all()
-        assert torch.equal(tables.columns, columns), "the trash row is not what it was"
+        assert tables.num_computed_tokens[tables.trash_row] == 0, "padding sequences have a length"
 
         requests = greedy_requests(Random(3))
         for request in requests:

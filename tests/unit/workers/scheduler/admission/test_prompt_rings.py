@@ -7,11 +7,12 @@ import pytest
 
 from ipc.errors import RingError
 from ipc.record_layout import Layout
+from ipc.records import PromptRecord
 from ipc.ring import Ring, close_handle
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.prompt_lease import PromptLease
 
-LAYOUT = Layout("prompt", [("token_ids", "<i4", (4,))])
+LAYOUT: Layout[PromptRecord] = Layout("prompt", [("token_ids", "<i4", (4,))])
 
 
 def rings(*sizes: int) -> list[Ring]:
