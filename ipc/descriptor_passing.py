@@ -7,7 +7,9 @@ The receiver gets its own numbers for the descriptors, in the order in which the
 
 from __future__ import annotations
 
+import os
 import socket
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
@@ -44,11 +46,11 @@ def receive_with_descriptors(channel: socket.socket) -> tuple[bytes, list[int]]:
     """
     received: list[int] = []
     while True:
-        frame, descriptors, flags, _ = socket.recv_fds(
-            channel, MAX_FRAME_BYTES, MAX_PACKET_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-        )
+        frame, descriptors, flags = _receive(channel)
         received += descriptors
         if flags & socket.MSG_CTRUNC:
+            for descriptor in received:
+                os.close(descriptor)
             raise EngineUnavailable(
                 f"this process could open only {len(received)} of the descriptors that it was sent: raise the limit "
                 "(ulimit -n)"
@@ -59,5 +61,20 @@ def receive_with_descriptors(channel: socket.socket) -> tuple[bytes, list[int]]:
             return frame, received
 
 
+# As socket.send_fds and socket.recv_fds, which drop the flags that they are given.
+
+
 def _send(channel: socket.socket, packet: bytes, descriptors: Sequence[int]) -> None:
-    socket.send_fds(channel, [packet], descriptors, socket.MSG_DONTWAIT)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
+    channel.sendmsg([packet], rights, socket.MSG_DONTWAIT)
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, list[int], int]:
+    """A packet, its descriptors, and the flags that the kernel sets."""
+    descriptors = array("i")
+    room = socket.CMSG_SPACE(MAX_PACKET_DESCRIPTORS * descriptors.itemsize)
+    packet, ancillary, flags, _ = channel.recvmsg(MAX_FRAME_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS), f"control message {level}/{kind} is not ours"
+        descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return packet, list(descriptors), flags
