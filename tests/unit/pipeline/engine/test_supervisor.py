@@ -349,6 +349,14 @@ def test_an_endpoint_in_use_is_refused_and_not_stolen(launch: Callable[..., Engi
     assert first.process.wait(20) == 0
 
 
+def inheritable_descriptors(pid: int) -> set[int]:
+    """The descriptors that a program started by this process could get."""
+    o_cloexec = 0o2000000
+    files = list(Path(f"/proc/{pid}/fdinfo").iterdir())
+    flags = {int(file.name): int(file.read_text().split("flags:")[1].split()[0], 8) for file in files}
+    return {fd for fd, bits in flags.items() if not bits & o_cloexec}
+
+
 def test_a_workers_descriptors_are_its_own(launch: Callable[..., Engine]) -> None:
     engine = launch().until_ready()
 
@@ -362,5 +370,8 @@ def test_a_workers_descriptors_are_its_own(launch: Callable[..., Engine]) -> Non
     assert shared("scheduler") == {"ringfeed-stats-scheduler", *rings}
     assert shared("gpu") == {"ringfeed-stats-gpu", *rings}
     assert shared("gateway") == {f"ringfeed-stats-{role}" for role in ROLES}
+    # A program that a worker starts gets the standard streams alone.
+    inheritable = {role: inheritable_descriptors(pid) for role, pid in engine.pids.items()}
+    assert inheritable == {role: {0, 1, 2} for role in ROLES}
     engine.pids["launcher"] = engine.process.pid
     assert shared("launcher") == shared("gateway") | rings, "the launcher keeps all of them"

@@ -1,0 +1,239 @@
+"""What follows from a table: the engine's own, and a made-up one with two GPU processes and an HTTP front end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipc.codec import decode, encode
+from ipc.ring import RingHandle
+from ipc.stats_page import StatsHandle
+from ipc.trace import TraceHandle
+from pipeline.engine.config import config_from_dict
+from pipeline.engine.model_files import ServedModel
+from pipeline.engine.role_settings import EngineFacts
+from pipeline.engine.shared_resources import SharedResources
+from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, GPU, SCHEDULER, RingRow, Role, Table
+from pipeline.engine.wiring import Wiring, WorkerPlan
+from workers.bootstrap import RingEnd, WorkerBootstrap
+from workers.gpu.config import GpuBootstrap
+
+MODEL = ServedModel(name="m", folder="/m", vocab_size=32, eos_token_ids=[1], max_model_len=64)
+HTTP = Role(
+    name="http", module="pipeline.http", bootstrap=lambda _, worker: worker, counters=("num_connections",),
+    start_order=9, count=lambda _: 2, is_numbered=True, is_front=True,
+)  # fmt: skip
+
+
+def facts(folder: Path = Path("/run/e"), **changes: Any) -> EngineFacts:
+    config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}})
+    fields = {"endpoint": "ipc:///e/client.sock", "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}} | changes
+    return EngineFacts(config=config, model=MODEL, run_folder=folder, **fields)
+
+
+def two_gpus() -> Table:
+    roles = [dataclasses.replace(role, count=lambda _: 2) if role.name == GPU else role for role in ENGINE.roles]
+    return dataclasses.replace(ENGINE, roles=(*roles, HTTP))
+
+
+class Given:
+    """What one process is given, with its descriptors as keys."""
+
+    def __init__(self, wiring: Wiring, name: str) -> None:
+        (process,) = [process for process in wiring.processes if process.name == name]
+        self.plan: WorkerPlan = wiring.plan(process)
+        bootstrap = self.plan.bootstrap
+        self.worker: WorkerBootstrap = bootstrap if isinstance(bootstrap, WorkerBootstrap) else bootstrap.worker
+
+    def keys(self, places: Sequence[int]) -> list[str]:
+        return [self.plan.descriptors[place] for place in places]
+
+    def rings(self) -> dict[str, tuple[bool, list[str]]]:
+        """By the ring's name: whether the process writes it, and whose doorbells it rings."""
+        ends = [end for ends in self.worker.rings.values() for end in ends]
+        for end in ends:
+            assert self.keys([end.handle.fd]) == [f"ring.{end.handle.name}"]
+        return {end.handle.name: (end.writes, self.keys(end.doorbells)) for end in ends}
+
+
+def test_the_engines_own_table_gives_the_documented_processes() -> None:
+    wiring = Wiring(ENGINE, facts(traced=True))
+    started = [process.name for process in wiring.start_sequence]
+    assert started == ["gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1"]
+    assert {Given(wiring, name).plan.module for name in started} == {
+        f"workers.{role}" for role in ("gateway", "gpu", "scheduler", "detokenizer", "tokenizer")
+    }
+    assert wiring.tracks == (
+        "gateway", "tokenizer.0", "tokenizer.1", "detokenizer", "scheduler", "gpu", "gpu.completion",
+    )  # fmt: skip
+    assert wiring.fronts == ("gateway",)
+    assert [process.name for process in wiring.processes if process.role.outlives_launcher] == ["gateway"]
+
+
+def test_every_process_gets_its_rings_and_the_doorbells_to_ring() -> None:
+    wiring = Wiring(ENGINE, facts())
+    assert Given(wiring, "scheduler").rings() == {
+        "step": (True, ["doorbell.gpu"]),
+        "result": (False, []),
+        "prompt.0": (True, []),
+        "prompt.1": (False, ["doorbell.tokenizer.0"]),
+        "prompt.2": (False, ["doorbell.tokenizer.1"]),
+    }
+    assert Given(wiring, "gpu").rings() == {
+        "step": (False, []), "result": (True, ["doorbell.scheduler"]),
+        "prompt.0": (False, []), "prompt.1": (False, []), "prompt.2": (False, []),
+    }  # fmt: skip
+    tokenizer = Given(wiring, "tokenizer.1")
+    assert tokenizer.rings() == {"prompt.2": (True, [])}
+    assert tokenizer.worker.ring("prompt").handle.index == 2
+    assert Given(wiring, "gateway").rings() == Given(wiring, "detokenizer").rings() == {}
+
+
+def test_every_step_is_announced_to_each_gpu_process_and_only_the_first_one_writes_results() -> None:
+    wiring = Wiring(two_gpus(), facts())
+    first, second = Given(wiring, "gpu"), Given(wiring, "gpu.1")
+    assert Given(wiring, "scheduler").rings()["step"] == (True, ["doorbell.gpu", "doorbell.gpu.1"])
+    assert (first.worker.index, second.worker.index) == (0, 1)
+    assert first.rings()["result"] == (True, ["doorbell.scheduler"])
+    assert second.rings() == {name: (False, []) for name in ("step", "prompt.0", "prompt.1", "prompt.2")}
+    assert second.worker.ring("step").handle.name == "step"
+
+
+def test_endpoints_and_identities_follow_from_the_sockets() -> None:
+    wiring = Wiring(ENGINE, facts())
+    sockets = {process.name: set(Given(wiring, process.name).worker.endpoints) for process in wiring.processes}
+    assert sockets == {
+        "gateway": {"control", "tokenize", "deliver", "schedule", "detokenize"},
+        "tokenizer.0": {"control", "tokenize", "schedule"},
+        "tokenizer.1": {"control", "tokenize", "schedule"},
+        "detokenizer": {"control", "detokenize", "schedule", "deliver"},
+        "scheduler": {"control", "schedule", "detokenize"},
+        "gpu": {"control"},
+    }
+    assert Given(wiring, "scheduler").worker.peers == {
+        "gateway": [b"gateway"], "tokenizer": [b"tokenizer.0", b"tokenizer.1"], "detokenizer": [b"detokenizer"],
+    }  # fmt: skip
+    assert Given(wiring, "scheduler").worker.endpoints["schedule"] == "ipc:///run/e/schedule.sock"
+
+
+def test_connection_counts_follow_from_the_number_of_processes() -> None:
+    def counts(table: Table) -> dict[str, int]:
+        return {path.stem: count for path, count in Wiring(table, facts()).num_connections().items()}
+
+    assert counts(ENGINE) == {"control": 6, "tokenize": 2, "schedule": 4, "detokenize": 2, "deliver": 1}
+    assert counts(two_gpus()) == counts(ENGINE) | {"control": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "rings"),
+    [
+        ("tokenizer.1", {"tokenizer.1"}, set()),
+        ("gpu", {"gpu", "gpu.1"}, {"step", "result"}),
+        ("gpu.1", {"gpu", "gpu.1"}, {"step", "result"}),
+        ("scheduler", None, {"step", "result", "prompt.0", "prompt.1", "prompt.2"}),
+    ],
+)
+def test_a_restart_covers_the_processes_and_rings_that_cannot_go_on_alone(
+    name: str, group: set[str] | None, rings: set[str]
+) -> None:
+    wiring = Wiring(two_gpus(), facts())
+    assert set(wiring.restart_group(name)) == (group or {process.name for process in wiring.processes})
+    assert set(wiring.replaced_rings(name)) == rings
+
+
+def test_what_has_been_replaced_carries_its_epoch() -> None:
+    wiring = Wiring(ENGINE, facts(), epochs={"step": 3, "tokenizer.0": 2})
+    assert Given(wiring, "scheduler").worker.ring("step").handle.epoch == 3
+    assert Given(wiring, "scheduler").worker.ring("result").handle.epoch == 1
+    assert [Given(wiring, f"tokenizer.{i}").worker.epoch for i in range(2)] == [2, 1]
+
+
+def test_an_extra_role_of_another_package_is_one_row() -> None:
+    wiring = Wiring(two_gpus(), facts(traced=True))
+    assert wiring.fronts == ("gateway", "http.0", "http.1")
+    assert wiring.start_sequence[-1].name == "http.1"
+    http = Given(wiring, "http.1")
+    assert http.plan.module == "pipeline.http"
+    assert http.worker.stats.counters == ("num_connections",)
+    assert set(http.worker.endpoints) == {"control"}
+    assert http.keys([http.worker.traces["main"].fd]) == ["trace.http.1"]
+    assert [page.role for page in Given(wiring, "gateway").worker.all_stats][-2:] == ["http.0", "http.1"]
+
+
+def test_a_ring_between_other_roles_is_one_row() -> None:
+    row = RingRow(
+        name="mask", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, written_by=SCHEDULER, read_by=(GPU,),
+        released_by=GPU, lives_with=GPU, publish_wakes_readers=True, release_wakes_writer=True,
+    )  # fmt: skip
+    wiring = Wiring(dataclasses.replace(two_gpus(), rings=(*ENGINE.rings, row)), facts())
+    assert Given(wiring, "scheduler").rings()["mask"] == (True, ["doorbell.gpu", "doorbell.gpu.1"])
+    assert Given(wiring, "gpu").rings()["mask"] == (False, ["doorbell.scheduler"])
+    assert Given(wiring, "gpu.1").rings()["mask"] == (False, []), "the first process owns the cursor"
+
+
+def test_only_the_gateway_keeps_the_claim_on_the_endpoint() -> None:
+    wiring = Wiring(ENGINE, facts())
+    keepers = {process.name for process in wiring.processes if Given(wiring, process.name).worker.kept}
+    assert keepers == {"gateway"}
+    assert not Given(Wiring(ENGINE, facts(lent={})), "gateway").worker.kept, "a tcp endpoint needs no claim"
+
+
+def test_threads_are_traced_only_on_demand() -> None:
+    assert not Given(Wiring(ENGINE, facts()), "gpu").worker.traces
+    gpu = Given(Wiring(ENGINE, facts(traced=True)), "gpu")
+    tracks = {thread: (trace.track, *gpu.keys([trace.fd])) for thread, trace in gpu.worker.traces.items()}
+    assert tracks == {
+        "main": ("gpu", "trace.gpu"), "completion": ("gpu.completion", "trace.gpu.completion"),
+    }  # fmt: skip
+
+
+def test_a_bootstrap_survives_the_wire_and_names_each_descriptor_once() -> None:
+    wiring = Wiring(two_gpus(), facts(traced=True))
+    for process in wiring.processes:
+        plan = wiring.plan(process)
+        assert len(set(plan.descriptors)) == len(plan.descriptors)
+        assert decode(encode(plan.bootstrap), type(plan.bootstrap)) == plan.bootstrap
+
+
+def test_a_table_that_names_an_unknown_role_is_refused() -> None:
+    row = dataclasses.replace(ENGINE.rings[0], read_by=("gpus",))
+    with pytest.raises(ValueError, match="the table has no role 'gpus'; it has gateway, tokenizer"):
+        Wiring(dataclasses.replace(ENGINE, rings=(row,)), facts())
+
+
+def test_resources_have_a_descriptor_for_every_key_and_leave_none_open(tmp_path: Path) -> None:
+    wiring = Wiring(two_gpus(), facts(tmp_path / "run", traced=True))
+    before = open_descriptors()
+    resources = SharedResources(wiring)
+    for process in wiring.processes:
+        plan = wiring.plan(process)
+        numbers = resources.descriptors(plan.descriptors)
+        assert len(set(numbers)) == len(plan.descriptors)
+    gpu: GpuBootstrap = wiring.plan(next(p for p in wiring.processes if p.name == "gpu")).bootstrap
+    own = gpu.worker.renumbered(resources.descriptors(Given(wiring, "gpu").plan.descriptors).__getitem__)
+    assert own.ring("step").attach(ENGINE.rings[0].layout(wiring.facts)).num_slots == 4
+    assert [ring.track for ring in resources.traces] == list(wiring.tracks)
+    resources.close()
+    resources.traces.clear()  # a mapping holds a descriptor of its own
+    assert open_descriptors() == before
+    assert not (tmp_path / "run").exists()
+
+
+def open_descriptors() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
+
+
+def test_every_descriptor_of_a_bootstrap_is_renumbered() -> None:
+    end = RingEnd(handle=RingHandle("r", 0, num_slots=2, epoch=1), doorbells=[1])
+    worker = WorkerBootstrap(
+        role="gpu", launcher_pid=1, doorbell_fd=2, stats=StatsHandle("gpu", 3, ()), rings={"r": [end]},
+        all_stats=[StatsHandle("gpu", 4, ())], traces={"main": TraceHandle("gpu", 5)}, kept={"claim": 6},
+    )  # fmt: skip
+    seen: list[int] = []
+    renumbered = worker.renumbered(lambda fd: seen.append(fd) or fd + 10)  # type: ignore[func-returns-value]
+    assert sorted(seen) == list(range(7))
+    assert renumbered.renumbered(lambda fd: fd - 10) == worker
