@@ -1,7 +1,7 @@
 """Chooses each sequence's next token, on the device, with every parameter per row.
 
 Owns what follows the logits: filters, the draw, log-probabilities, whether the row ends, and the write of the token to
-where the next step reads it. Like `prepare`, it can be captured: no host value decides what is done.
+where the next step reads it. Like the batch builder, it can be captured: no host value decides what is done.
 
 What is here is what the CPU runs, and the oracle of the kernels that CUDA runs (`triton_sampler.py`): thresholds by
 bisection, a fixed number of passes, no sort of the vocabulary.
