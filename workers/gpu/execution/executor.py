@@ -24,13 +24,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from ipc.errors import RingFull
-from ipc.record_layout import HostArray
 from ipc.records import (
     PROMPT_RECORD_TOKENS,
     PromptRecord,
@@ -42,17 +40,15 @@ from ipc.records import (
     step_layout,
 )
 from ipc.ring import Ring
-from workers.gpu.device.base import Accesses, Device
+from workers.gpu.device.base import Device
+from workers.gpu.execution.accesses import Copied, LaunchAccesses
 from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.buckets import Buckets
+from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, prefix_bytes, tensor_views
 from workers.gpu.sampling.sampler import sample
-
-Copied = tuple[torch.Tensor, torch.Tensor]  # of a record, [n] uint8: the part that every step needs, and all of it
-
-_MAX_PLAIN_WORK: Final = 1024  # kept pieces of each kind: without buckets steps have any size
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,7 @@ class Executor:
         self._builder = BatchBuilder(device, self.tables, self._step)
         # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
         self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
+        self._accesses = LaunchAccesses(self.tables, self._record, self._builder.buffers, self._logits, self._output)
         self._admit = device.capture(self._builder.admit)
         self._append = device.capture(self._builder.append)
         self._model_work = KeptWork(
@@ -174,7 +171,7 @@ class Executor:
             ),
         ]
         for i, piece in enumerate(work, start=1):
-            self._device.launch(self._compute, piece, self._warm_up_accesses)
+            self._device.launch(self._compute, piece, self._accesses.warm_up)
             progress(i / len(work))
         self._device.settle()
 
@@ -184,7 +181,7 @@ class Executor:
         Raises RingError if the record, or a prompt record that it names, is not published; RingFull if its result
         record is not free. Either is the scheduler's fault, and ends this process.
         """
-        device, ring = self._device, self._rings.step
+        device, ring, accesses = self._device, self._rings.step, self._accesses
         record = ring.take()
         if record is None:
             return None
@@ -205,14 +202,14 @@ class Executor:
         device.copy(self._compute, self._record[admits], buffers.staging[admits])
         if admits:
             admitted = record.admit.row[:num_admissions]
-            device.launch(self._compute, self._admit, lambda: self._admit_accesses(admitted))
+            device.launch(self._compute, self._admit, lambda: accesses.admit(admitted))
         if record.num_appends[0]:
-            device.launch(self._compute, self._append, self._append_accesses)
+            device.launch(self._compute, self._append, accesses.append)
         bucket = self.bucket(num_seqs, num_tokens)
         rows = record.seq_row[:num_seqs]
-        device.launch(self._compute, self._model_work(*bucket), lambda: self._model_accesses(rows))
+        device.launch(self._compute, self._model_work(*bucket), lambda: accesses.model(rows))
         sampler = self._sampler_work(bucket[0], SamplerVariant(int(record.variant[0])), want_logprobs)
-        device.launch(self._compute, sampler, lambda: self._sampler_accesses(rows))
+        device.launch(self._compute, sampler, lambda: accesses.sampler(rows))
         device.read_clock(self._compute, self._result.device_end_ns)
         device.copy(self._compute, buffers.outputs[want_logprobs], self._output[want_logprobs])
         device.record(buffers.step_done, self._compute)
@@ -288,49 +285,6 @@ class Executor:
             sample(variant, want_logprobs, self._logits[:num_seqs], batch, flags, self.tables, self._result)
 
         return sampler
-
-    # The memory that launches read and write. `token_ids` is named row by row: uploads write other rows meanwhile.
-
-    def _admit_accesses(self, rows: HostArray) -> Accesses:
-        ids = self._ids(rows) if self.tables.rebuilds else []
-        return [self._record[1], *ids], [self.tables.columns, *self.tables.model_states.values()]
-
-    def _append_accesses(self) -> Accesses:
-        return [self._record[1]], [self.tables.columns]
-
-    def _model_accesses(self, rows: HostArray) -> Accesses:
-        read = [self._record[0], self.tables.columns, *self._ids(rows)]
-        return read, [self._builder.buffers, self._logits, *self.tables.model_states.values()]
-
-    def _sampler_accesses(self, rows: HostArray) -> Accesses:
-        read = [self._record[0], self._builder.buffers, self._logits]
-        return read, [self.tables.columns, self._output[1], *self._ids(rows)]
-
-    def _warm_up_accesses(self) -> Accesses:
-        tables = self.tables
-        written = [tables.columns, tables.token_ids, *tables.model_states.values()]
-        return [self._record[1]], [*written, self._builder.buffers, self._logits, self._output[1]]
-
-    def _ids(self, rows: HostArray) -> list[torch.Tensor]:
-        return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]
-
-
-class KeptWork:
-    """Pieces of a step by their arguments, made at first use. Captured pieces are kept for good: to capture one again
-    would stop the device in the middle of its steps."""
-
-    def __init__(
-        self,
-        make: Callable[..., Callable[[], None]],
-        capture: Callable[[Callable[[], None]], Callable[[], None]],
-        is_captured: Callable[..., bool],
-    ) -> None:
-        self._captured = cache(lambda *key: capture(make(*key)))
-        self._plain = lru_cache(maxsize=_MAX_PLAIN_WORK)(make)
-        self._is_captured = is_captured
-
-    def __call__(self, *key: Any) -> Callable[[], None]:
-        return (self._captured if self._is_captured(*key) else self._plain)(*key)
 
 
 def _device_records(device: Device[Any, Any], ring: Ring[Any]) -> list[torch.Tensor]:

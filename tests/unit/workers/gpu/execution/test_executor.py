@@ -21,9 +21,10 @@ from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
 from workers.gpu.device.clock import DriftingClock
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
-from workers.gpu.execution import executor as executor_module
+from workers.gpu.execution import kept_work
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings, KeptWork
+from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.null_model import NullModel
 from workers.gpu.execution.result_publisher import ResultPublisher
 
@@ -231,7 +232,7 @@ class OwnTime(CpuDevice):
 
 
 def test_captured_work_is_captured_once_however_much_other_work_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor_module, "_MAX_PLAIN_WORK", 2)
+    monkeypatch.setattr(kept_work, "_MAX_PLAIN_WORK", 2)
     captured: list[Callable[[], None]] = []
     plain: list[int] = []
 
