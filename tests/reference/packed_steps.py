@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-from workers.gpu.execution.step_batch import StepBatch
+from ipc.records import StepShape
+from workers.gpu.execution.step_batch import BatchBuffers, StepBatch
 
 
 class Runner(Protocol):
@@ -59,17 +60,22 @@ def make_batch(
     last_tokens = [end - 1 for end in cu_seqlens[1:]]
     seq_lens = [sequence.num_computed_tokens + num_tokens for sequence, num_tokens in scheduled]
     padding_slots = [trash_block * block_size + i % block_size for i in range(num_padding_tokens)]
-    return StepBatch(
-        input_ids=torch.tensor(input_ids + [0] * num_padding_tokens),
-        positions=torch.tensor(positions + [0] * num_padding_tokens),
-        slot_mapping=torch.tensor(slot_mapping + padding_slots),
-        cu_seqlens=torch.tensor(cu_seqlens + [cu_seqlens[-1]] * num_padding_seqs, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_lens + [0] * num_padding_seqs, dtype=torch.int32),
-        seq_row=torch.tensor([s.row for s, _ in scheduled] + [trash_row] * num_padding_seqs, dtype=torch.int32),
-        logits_index=torch.tensor(last_tokens + [0] * num_padding_seqs),
-        block_table=block_table,
-        block_size=block_size,
-    )
+    num_seqs, num_tokens = len(scheduled) + num_padding_seqs, len(input_ids) + num_padding_tokens
+    shape = StepShape(num_seqs, num_tokens, block_table.shape[1] * block_size, block_size)
+    # Like the executor's: views of one buffer, for which compiled layers have a graph.
+    buffers = BatchBuffers(shape, lambda size: torch.zeros(size, dtype=torch.uint8), block_table, {})
+    batch = buffers.batch(num_seqs, num_tokens)
+    for tensor, values in (
+        (batch.input_ids, input_ids + [0] * num_padding_tokens),
+        (batch.positions, positions + [0] * num_padding_tokens),
+        (batch.slot_mapping, slot_mapping + padding_slots),
+        (batch.cu_seqlens, cu_seqlens + [cu_seqlens[-1]] * num_padding_seqs),
+        (batch.seq_lens, seq_lens + [0] * num_padding_seqs),
+        (batch.seq_row, [s.row for s, _ in scheduled] + [trash_row] * num_padding_seqs),
+        (batch.logits_index, last_tokens + [0] * num_padding_seqs),
+    ):
+        tensor.copy_(torch.tensor(values))
+    return batch
 
 
 def run_packed(

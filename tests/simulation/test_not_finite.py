@@ -57,7 +57,7 @@ def test_requests_that_overflow_end_with_an_error_and_others_get_their_tokens(de
                 assert engine.tokens[key] == expected, f"seed {seed}: an overflow elsewhere changed request {key}"
                 num_shared += key in engine.cached
         assert engine.scheduler.counts["num_not_finite"] == sum(OVERFLOWING in prompt for prompt in prompts.values())
-        table = engine.scheduler._planner.blocks._names
+        table = engine.scheduler._planner._pool._index
         cached = (table._place >= 0).nonzero()[0]
         kv_slots = cached[:, None] * block_size + np.arange(block_size)
         assert engine.gpu.kv_is_finite[kv_slots].all(), f"seed {seed}: a block that is not finite is cached"

@@ -16,20 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from workers.gpu.execution.tensor_views import StepTensors
 
-if TYPE_CHECKING:
-    from workers.gpu.execution.row_tables import RowTables
-
-# (state [rows, ...], rows [max_admissions] int64, tables, step): enqueue work that sets the state of the admitted rows.
+# (state [rows, ...], rows [max_admissions] int64, token_ids [rows, max_model_len] int32, step): enqueue work that sets the state of the admitted rows.
 # `rows` are these rows in the order of `step.admit`; all entries beyond them are the trash row. The rows' token ids
-# are in `tables` already. An entry with `admit.length` 0 resumes: its row, ids and states are those that it had when it
+# are in `token_ids` already. An entry with `admit.length` 0 resumes: its row, ids and states are those that it had when it
 # was preempted. The work can be captured: it looks at no value on the host.
-AdmitRows = Callable[[torch.Tensor, torch.Tensor, "RowTables", StepTensors], None]
+AdmitRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, StepTensors], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class RowState:
 def reset_to(fill: float) -> AdmitRows:
     """The admission of a state that starts each sequence with the same value."""
 
-    def reset(state: torch.Tensor, rows: torch.Tensor, _: RowTables, __: StepTensors) -> None:
+    def reset(state: torch.Tensor, rows: torch.Tensor, _: torch.Tensor, __: StepTensors) -> None:
         state.index_fill_(0, rows, fill)
 
     return reset

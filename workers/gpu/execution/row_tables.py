@@ -108,7 +108,7 @@ class RowTables(AdmittedColumns[torch.Tensor]):
         for name in _ADMITTED:
             getattr(self, name).index_copy_(0, rows, getattr(step.admit, name))
         for state, apply in self._on_admission:
-            apply(state, rows, self, step)
+            apply(state, rows, self.token_ids, step)
 
 
 def table_bytes(shape: StepShape, vocab_size: int, model_states: Sequence[RowState] = ()) -> int:

@@ -33,8 +33,8 @@ STEPS = step_layout(SHAPE)
 torch.set_num_threads(1)
 
 
-def sum_of_ids(state: torch.Tensor, rows: torch.Tensor, tables: RowTables, _: StepTensors) -> None:
-    state.index_copy_(0, rows, tables.token_ids.index_select(0, rows).sum(-1, dtype=torch.int32))
+def sum_of_ids(state: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, _: StepTensors) -> None:
+    state.index_copy_(0, rows, token_ids.index_select(0, rows).sum(-1, dtype=torch.int32))
 
 
 class TablesWithStates(RowTables):
