@@ -21,10 +21,10 @@ import torch
 
 from workers.gpu.execution.tensor_views import StepTensors
 
-# (state [rows, ...], rows [max_admissions] int64, token_ids [rows, max_model_len] int32, step): enqueue work that sets the state of the admitted rows.
-# `rows` are these rows in the order of `step.admit`; all entries beyond them are the trash row. The rows' token ids
-# are in `token_ids` already. An entry with `admit.length` 0 resumes: its row, ids and states are those that it had when it
-# was preempted. The work can be captured: it looks at no value on the host.
+# (state [rows, ...], rows [max_admissions] int64, token_ids [rows, max_model_len] int32, step): enqueues work that sets
+# the state of the admitted rows. `rows` are these rows in the order of `step.admit`; all further entries are the trash
+# row. `token_ids` holds the rows' token ids already. An entry with `admit.length` 0 resumes: its row, ids and states
+# are as they were when it was preempted. A graph can capture the work: it depends on no value on the host.
 AdmitRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, StepTensors], None]
 
 
