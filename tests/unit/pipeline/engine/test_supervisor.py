@@ -28,14 +28,18 @@ ROLES = ["gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer
 RUN = """
 import dataclasses, logging, sys
 from pipeline.engine.config import config_from_dict
-from pipeline.engine.topology import ENGINE
+from pipeline.engine.topology import ENGINE, Role
 from pipeline.launch import launch
 from workers.process import LOG_FORMAT
-import json
+import json, os
+from tests.unit.pipeline.engine.fake_workers.http import HttpBootstrap
 logging.basicConfig(level="DEBUG", format=LOG_FORMAT.format(role="launcher"))
 plain = json.loads(sys.argv[1])
 fakes = "tests.unit.pipeline.engine.fake_workers."
 roles = tuple(dataclasses.replace(role, module=fakes + role.name) for role in ENGINE.roles)
+if "WITH_HTTP" in os.environ:
+    roles += (Role(name="http", module=fakes + "http", bootstrap=lambda _, worker: HttpBootstrap(worker), counters=(),
+                   start_order=9, is_front=True),)
 sys.exit(launch(config_from_dict(plain), status_fd=int(sys.argv[2]), lifeline_fd=int(sys.argv[3]),
                 table=dataclasses.replace(ENGINE, roles=roles)))
 """
@@ -209,6 +213,19 @@ def test_a_gpu_process_out_of_memory_ends_the_engine_with_one_line(launch: Calla
     assert "; tried to allocate 2.00 GiB. Use a smaller model" in line
     assert line.endswith(": the engine ends")
     assert "Traceback" not in engine.log()
+    engine.assert_nothing_left()
+
+
+def test_a_second_front_is_a_row_and_is_started_drained_and_stopped(launch: Callable[..., Engine]) -> None:
+    engine = launch({"WITH_HTTP": "1", "FAKE_HTTP": "undrained"}, drain_timeout_s=0.2)
+    assert [engine.event()["event"], engine.event()["event"]] == ["spawned", "ready"], engine.log()
+    assert list(engine.pids) == [*ROLES, "http"]
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+    log = engine.log()
+    assert log.index("gateway: heard Start") < log.index("http: heard Start") < log.index("ready: ipc://")
+    assert "http: heard Drain" in log
+    assert "http: aborting: the engine is stopping" in log, "the engine waits for both of them"
     engine.assert_nothing_left()
 
 

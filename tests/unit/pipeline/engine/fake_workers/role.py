@@ -41,7 +41,7 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
         match message:
             case Start() if misbehaviour == "killed by Start":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case Start() if process.role in ("scheduler", "gateway"):
+            case Start() if process.role in ("scheduler", "gateway", "http"):
                 process.ready()
             case Abort():
                 logger.info("aborting: %s", message.error_message)
