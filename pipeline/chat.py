@@ -140,13 +140,15 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _text(prompt: str) -> str:
-    """A prompt of the command line; standard input for "-". Raises InvalidRequest."""
-    if prompt != "-":
-        return prompt
+    """A prompt of the command line; standard input for "-". Raises InvalidRequest for a blank one."""
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read() if prompt == "-" else prompt
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is not {error.encoding} text (byte {error.start})") from None
+    if not text.strip():
+        source = "standard input" if prompt == "-" else "PROMPT"
+        raise InvalidRequest(f"{source} is empty: there is nothing to ask")
+    return text
 
 
 def main() -> int:

@@ -85,18 +85,20 @@ async def _stream_all(endpoint: str, num_seqs: int, seconds: float) -> tuple[Fig
 
     async with AsyncClient(endpoint) as client:
         tasks = [asyncio.create_task(stream(client, i)) for i in range(num_seqs)]
-        while len(begun) < num_seqs:
-            done, _ = await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-        await asyncio.sleep(WARM_UP_S)
-        window, cpu = Window(await client.stats()), time.process_time()
-        await asyncio.sleep(seconds)
-        figures = window.close(await client.stats())
-        client_us = (time.process_time() - cpu) * 1e6 / max(figures.num_steps, 1)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            while len(begun) < num_seqs:
+                done, _ = await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+            await asyncio.sleep(WARM_UP_S)
+            window, cpu = Window(await client.stats()), time.process_time()
+            await asyncio.sleep(seconds)
+            figures = window.close(await client.stats())
+            client_us = (time.process_time() - cpu) * 1e6 / max(figures.num_steps, 1)
+        finally:  # also after Ctrl-C, before the client is closed under them
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     return figures, client_us
 
 

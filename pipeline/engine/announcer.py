@@ -1,4 +1,4 @@
-"""Tells people and programs how the engine comes up: log lines, a progress bar on a terminal, JSON on a pipe."""
+"""Reports the start of an engine: log lines, a progress bar on a terminal, and JSON events on a pipe."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipeline.terminal.progress_bar import forgiving
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY: Final = 0.25  # of a stage, where there is no terminal
+_LOG_EVERY: Final = 0.25  # share of a stage between two log lines, without a terminal
 
 
 class Announcer:
-    """What the supervisor has to say before the engine serves.
+    """Reports the stages of one engine's start.
 
-    `status_fd`, if given, gets one JSON object a line: {"event": "spawned", "pids": {role: pid}} and
-    {"event": "ready", "endpoint": ...}. It is closed by `close()`.
+    `status_fd`, if given, gets one JSON object a line: {"event": "spawned", "endpoint": ..., "pids": {role: pid}} and
+    {"event": "ready", "endpoint": ..., "info": {...}}. `close()` closes it.
     """
 
     def __init__(self, endpoint: str, model_name: str, details: str, status_fd: int | None = None) -> None:
@@ -34,11 +34,12 @@ class Announcer:
         self.is_ready = False
 
     def spawned(self, pids: dict[str, int]) -> None:
+        """The launcher has started the workers."""
         logger.info("started %s", ", ".join(f"{role} ({pid})" for role, pid in pids.items()))
         self._tell_program(event="spawned", endpoint=self._endpoint, pids=pids)
 
     def progress(self, message: Progress) -> None:
-        """A worker's start-up has come so far."""
+        """A worker reports a stage of its start and the share that is done."""
         if sys.stderr.isatty():
             self._show(message)
             return
@@ -48,10 +49,11 @@ class Announcer:
             logger.info("%s: %s (%s)", message.role, message.stage, _how_far(message))
 
     def worker_ready(self, role: str) -> None:
+        """A worker has started."""
         logger.debug("%s is ready", role)
 
     def ready(self, info: dict[str, int]) -> None:
-        """The engine serves."""
+        """The engine accepts requests."""
         self._close_bar()
         self.is_ready = True
         logger.info(
@@ -64,7 +66,7 @@ class Announcer:
         self._tell_program(event="ready", endpoint=self._endpoint, info=info)
 
     def close(self) -> None:
-        """Take down what is shown and close the pipe."""
+        """Remove the progress bar and close the pipe."""
         self._close_bar()
         if self._status_fd is not None:
             os.close(self._status_fd)
@@ -98,12 +100,12 @@ class Announcer:
         if self._status_fd is not None:
             try:
                 os.write(self._status_fd, (json.dumps(event) + "\n").encode())
-            except BrokenPipeError:  # whoever asked does not listen any more
+            except BrokenPipeError:  # the reader has closed the pipe
                 self.close()
 
 
 def _how_far(message: Progress) -> str:
-    """ "40 %", or "40 %, 6.4 of 16.1 GB" of what is counted in bytes."""
+    """ "40 %", or "40 %, 6.4 of 16.1 GB" for a stage that counts bytes."""
     percent = f"{100 * message.fraction:.0f} %"
     if not message.total_bytes:
         return percent

@@ -1,6 +1,7 @@
-"""Owns the launcher's process of a Pipeline. Knows neither configurations nor clients.
+"""Owns the launcher process of a Pipeline. Knows neither configurations nor clients.
 
-The engine ends with this process, however that ends: the launcher watches the other end of a pipe, the lifeline.
+The engine ends when this process ends, even if this process is killed: the launcher watches the other end of a pipe,
+the lifeline.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from pipeline.environment import forks
 from pipeline.environment.descriptors import check_room, hold_standard_descriptors
 from pipeline.environment.module_search import module_command, module_environment
 
-HASTE_S: Final = 15.0  # time for the engine to end, in addition to the time for draining
+HASTE_S: Final = 15.0  # time for the engine to end, besides the time for draining
 _LONGEST_POLL_MS: Final = 1e6
-_NUM_DESCRIPTORS: Final = 16  # while it starts
+_NUM_DESCRIPTORS: Final = 16  # that this process opens to start an engine
 _live: Final[weakref.WeakSet[EngineProcess]] = weakref.WeakSet()
 
 
 class EngineProcess:
-    """A launcher, started with `config` (TOML) as its standard input.
+    """A launcher process with `config` (TOML) as its standard input.
 
-    Its output goes to `log`. `folder`, if given, is removed once the launcher has ended. Dropping the last reference
-    stops the engine at once; so does the exit of the interpreter. The copy in a forked child owns nothing.
+    Its output goes to `log`. `folder`, if given, is removed after the launcher has ended. Dropping the last reference
+    stops the engine at once, and so does the exit of the interpreter. The copy of this object in a forked child owns
+    nothing.
     """
 
     def __init__(self, config: str, arguments: tuple[str, ...], *, log: IO[bytes], folder: Path | None) -> None:
@@ -73,7 +75,7 @@ class EngineProcess:
         _live.add(self)
 
     def events(self, timeout_s: float | None) -> Iterator[dict[str, Any]]:
-        """The launcher's announcements, until it ends. Raises TimeoutError when they have taken `timeout_s`."""
+        """The launcher's events until it ends. Raises TimeoutError after `timeout_s` seconds."""
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with self._status, contextlib.ExitStack() as stack:
             status, pidfd = self._status.fileno(), os.pidfd_open(self.process.pid)
@@ -97,11 +99,11 @@ class EngineProcess:
                     yield json.loads(line)
 
     def poll(self) -> int | None:
-        """The launcher's exit status; None while it runs."""
+        """The launcher's exit status, or None while it runs."""
         return self.process.poll()
 
     def wait(self, timeout_s: float | None) -> int:
-        """Wait for the engine to end by itself. Raises TimeoutError."""
+        """Wait until the engine ends by itself, and return its exit status. Raises TimeoutError."""
         try:
             status = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -112,7 +114,7 @@ class EngineProcess:
     def end(self, drain_s: float | None = None) -> int:
         """End the engine and return its exit status.
 
-        The engine may take `drain_s` seconds to finish open requests; None = it stops at once, and they get an error.
+        The engine may take `drain_s` seconds to finish open requests. None = it stops at once; open requests fail.
         """
         timeout_s = HASTE_S
         try:
@@ -127,7 +129,7 @@ class EngineProcess:
         return status
 
     def forget_parent(self) -> None:
-        self._cut_lifeline()  # our copy of it would keep the engine alive after the parent
+        self._cut_lifeline()  # our copy would keep the engine alive after the parent's end
 
     def _cut_lifeline(self) -> None:
         if self._lifeline is not None:
@@ -140,7 +142,7 @@ def _pipe() -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float, folder: Path | None) -> int:
-    """Wait for a process that was told to end, kill it if it does not, and tidy up."""
+    """Wait for the process, kill it after `timeout_s` seconds, and remove its folder. Returns the exit status."""
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -151,13 +153,13 @@ def _end(process: subprocess.Popen[bytes], timeout_s: float, folder: Path | None
 
 
 def _remove(folder: Path | None) -> None:
-    """An orderly launcher has removed it; one that was killed has not."""
+    """Remove the folder of a launcher that was killed. A launcher that ends in order removes it itself."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: Path | None, owner_pid: int) -> None:
-    """A finalizer: must not wait, because it runs in any thread at any time."""
+    """The finalizer. It must not wait, because it may run in any thread at any time."""
     if os.getpid() != owner_pid:
         return
     lifeline.close()
@@ -166,7 +168,7 @@ def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: 
         return
     if sys.is_finalizing():  # the new thread would never run
         return
-    with contextlib.suppress(RuntimeError):  # no thread can start: the engine ends all the same
+    with contextlib.suppress(RuntimeError):  # no thread can start: the engine still ends, by its lifeline
         threading.Thread(target=_end, args=(process, HASTE_S, folder), name="ringfeed-reaper").start()
 
 

@@ -1,4 +1,4 @@
-"""Locates the configuration of the small model that comes with ringfeed."""
+"""Finds the configuration of the small model that comes with ringfeed, in a checkout or an installation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pathlib import Path
 from typing import Final
 
 _PACKAGE: Final = Path(__file__).parent.parent
-_INSTALLED: Final = _PACKAGE / "configs"  # see setup.py
+_INSTALLED: Final = _PACKAGE / "configs"  # setup.py copies it there
 
 CONFIG: Final = (_INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs") / "tiny.toml"

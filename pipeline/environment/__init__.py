@@ -1,1 +1,1 @@
-"""The process that imports us: which modules it finds, its descriptors, and its forks."""
+"""The process that uses ringfeed: which modules it finds, its descriptors, and its forks."""

@@ -45,7 +45,7 @@ def raise_descriptor_limit() -> None:
 
 
 def check_room(num_descriptors: int, purpose: str) -> None:
-    """Raise EngineUnavailable if this process cannot open this many more. libzmq would abort the process instead."""
+    """Raise EngineUnavailable if this process cannot open `num_descriptors` more. libzmq would abort the process."""
     with contextlib.ExitStack() as opened:
         for num_opened in range(num_descriptors):
             try:

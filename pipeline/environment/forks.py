@@ -13,25 +13,25 @@ from typing import Any, Final, Protocol
 
 
 class Owner(Protocol):
-    """Owns something that a forked child must not use."""
+    """An object with resources that a forked child must not use."""
 
     def forget_parent(self) -> None:
         """Called in a forked child before other code runs: drop the parent's resources without using them."""
 
 
-generation = 0  # number of forks since this module was imported; cheaper to read than a process id
+generation = 0  # forks since this module was imported; cheaper to read than a process id
 
 _owners: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 _kept: Final[list[object]] = []
 
 
 def register(owner: Owner) -> None:
-    """Have `forget_parent` called in children that are forked while `owner` lives."""
+    """Call `owner.forget_parent()` in each child that is forked while `owner` lives."""
     _owners.add(owner)
 
 
 def keep_for_ever(*inherited: object) -> None:
-    """Keep these objects of the parent alive in the child: their finalizers are meant for the parent alone."""
+    """Keep these objects of the parent alive in the child: only the parent may run their finalizers."""
     _kept.extend(inherited)
 
 

@@ -1,7 +1,7 @@
 """Finds ringfeed's own packages, wherever they are installed, even if the user's code has the same names.
 
 Our names are `ipc`, `workers` and `pipeline`. A user's `ipc.py` may come before ours on `sys.path`. Neither this
-process nor the processes that we start may import it in place of ours, and we warn if we hide it.
+process nor its child processes may import it in place of ours. A warning names each module of the user that we hide.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PACKAGES: Final = ("ipc", "workers", "pipeline")
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """The command line. -P: a folder named like one of our packages in the user's own must not be taken for it."""
+    """The command line that runs a module. With -P, Python does not search the current folder for our packages."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def module_environment() -> dict[str, str]:
     """The environment in which a child process finds the same packages as this process.
 
-    A checkout comes first on PYTHONPATH. site-packages needs no entry and stays behind the standard library, unless a
-    folder on PYTHONPATH has something with one of our names.
+    A checkout comes first on PYTHONPATH. An installation in site-packages needs no entry, unless a folder on PYTHONPATH
+    has a module with one of our names.
     """
     environment = dict(os.environ)
     folders = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -41,7 +41,7 @@ def module_environment() -> dict[str, str]:
 
 
 def own_package(name: str) -> None:
-    """Make `import NAME` find our package in this process. Warns if this hides a module of the user's.
+    """Make `import NAME` find our package in this process. Warns if this hides a module of the user.
 
     Raises ImportError, naming the user's file, if that module has been imported already.
     """

@@ -13,12 +13,12 @@ Roles = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """What the device did in a window, in ns: computed, or was idle, and for which reason."""
+    """The device's time in a window, in ns: busy, and idle by cause."""
 
     busy_ns: float
-    no_work_ns: float  # no request had anything left to compute
-    scheduler_ns: float  # there was work, and the GPU process had no step record yet
-    copies_ns: float  # it had one: copies and launches were under way
+    no_work_ns: float  # idle: no request had tokens to compute
+    scheduler_ns: float  # idle: there was work, and the GPU process had no step record yet
+    copies_ns: float  # idle: the GPU process was copying inputs and launching kernels
 
     @property
     def is_known(self) -> bool:
@@ -27,12 +27,12 @@ class DeviceTime:
 
     @property
     def wait_share(self) -> float:
-        """Of the time in which there was work: the device computed none of it yet."""
+        """Share of the time with work in which the device was idle."""
         wait_ns = self.scheduler_ns + self.copies_ns
         return wait_ns / max(self.busy_ns + wait_ns, 1.0)
 
     def shares(self) -> dict[str, float]:
-        """Busy and the causes of idleness by name, of their sum."""
+        """Share of each part, by name; together they are 1."""
         parts = {
             "busy": self.busy_ns, "no work": self.no_work_ns, "scheduler": self.scheduler_ns, "copies": self.copies_ns,
         }  # fmt: skip
@@ -42,11 +42,11 @@ class DeviceTime:
 
 @dataclass(frozen=True)
 class Figures:
-    """What happened between two readings, `seconds` apart."""
+    """The work between two readings, `seconds` apart."""
 
     seconds: float
     num_steps: int
-    num_prefill_steps: int  # of these, the ones that compute prompts
+    num_prefill_steps: int  # those of them that computed prompt tokens
     num_sampled_tokens: int
     host_us_per_step: dict[str, float]  # CPU time of each process
     plan_us_per_step: float
@@ -64,7 +64,7 @@ class Figures:
 
     @property
     def device_idle_share(self) -> float:
-        """Of the device's time from step to step: it ran none, whatever the reason."""
+        """Share of the device's time in which it was idle, for any cause."""
         return 1 - self.device.shares()["busy"]
 
     @property
@@ -81,7 +81,7 @@ class Figures:
 
 
 class Window:
-    """A measurement that is under way: opened with one reading, closed with another."""
+    """A measurement from one reading of the counters to another."""
 
     def __init__(self, before: Roles) -> None:
         self._before = before
@@ -99,7 +99,7 @@ class Window:
         busy_ns, scheduler_ns, copies_ns = (
             change("scheduler", f"device_{name}_ns") for name in ("busy", "scheduler", "copies")
         )
-        # A pause is counted when the step after it ends, and all of it at once; the window has room for so much of it.
+        # The idle time before a step is counted when that step ends. Only the part inside the window belongs here.
         room_ns = max(0.0, seconds * 1e9 - busy_ns - scheduler_ns - copies_ns)
         no_work_ns = min(change("scheduler", "device_no_work_ns"), room_ns)
         return Figures(

@@ -1,1 +1,1 @@
-"""What commands print on a terminal: progress bars and errors."""
+"""Parts that commands share: options of an engine, progress bars, errors and exit statuses."""

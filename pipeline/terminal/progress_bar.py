@@ -1,4 +1,4 @@
-"""One progress bar on the terminal, or none. Loads rich only if it is shown."""
+"""A progress bar on the terminal. Loads rich only if the bar is shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 @contextmanager
 def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """Yields a function that advances the bar by one."""
+    """Show a bar of `total` units if `shown`. Yields a function that advances it by one unit."""
     if not shown:
         yield lambda: None
         return
@@ -37,7 +37,7 @@ def progress_bar(description: str, total: int, *, shown: bool) -> Iterator[Calla
 
 
 def forgiving(stream: TextIO | None) -> TextIO | None:
-    """The stream, ignoring errors on writing: work must not end because its progress bar cannot be shown."""
+    """The stream, ignoring errors of writing: work must not fail because its progress bar cannot be shown."""
     return None if stream is None else cast(TextIO, _Forgiving(stream))
 
 

@@ -77,6 +77,7 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--num-requests", "0"], "--num-requests (0) must be at least 1"),
         (["demo", "--config", "/nowhere.toml"], "/nowhere.toml: cannot be read"),
         (["chat", "hi", "--max-tokens", "0"], "max_tokens (0) must be"),
+        (["chat", " "], "PROMPT is empty"),
         (["chat", "hi", "--set", "ring.depth=1"], "give --config or --model too"),
         (["chat", "hi", "--raw", "--system", "x"], "--system and --raw are both given"),
         (["chat", "hi", "--model", "m", "--endpoint", "tcp://h:1"], "give one of them"),
