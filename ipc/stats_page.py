@@ -41,7 +41,7 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
         "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
         "num_preemptions", "num_cached_tokens",
         "num_cached_blocks", "plan_ns", "apply_ns",
-        # Of the device, from the times in the result records: busy, or idle and why (workers/scheduler/results/device_time.py).
+        # The device, busy or idle and why, from the result records (workers/scheduler/results/device_time.py).
         "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_last_end_ns",
     ),
     "gpu": ("num_steps", "launch_ns", "num_rows", "load_ns"),

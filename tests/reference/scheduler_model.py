@@ -1,8 +1,8 @@
 """The scheduler as it would be written if nothing had to be fast: lists, and a loop for everything.
 
 It hears of the same events as the real one and must decide the same: which sequences run in each step and with how many
-tokens, which are admitted with which cached blocks, which are preempted, and how each request ends. A block is an object;
-its name, if it has one, is the tuple of all tokens up to its end.
+tokens, which are admitted with which cached blocks, which are preempted, and how each request ends. A block is an
+object; its name, if it has one, is the tuple of all tokens up to its end.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class Trace:
                 self.ends[key] = reason
 
     def _check_blocks(self) -> None:
-        """Each block has as many users as its count says, or is free once. Users of one block have the same tokens in it."""
+        """Each block has as many users as its count says, or is free once. All users have the same tokens in it."""
         planner = self.scheduler._planner
         tables, pool, rows = planner._tables, planner._pool, planner.running.rows().tolist()
         holders = Counter(block for row in rows for block in tables.table[row, : tables.num_blocks[row]].tolist())

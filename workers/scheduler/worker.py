@@ -57,9 +57,7 @@ from workers.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGES: Final = (
-    32  # received between two looks at the result ring: 1-2 ms, so that a burst delays no step for long
-)
+MAX_MESSAGES: Final = 32  # received between two looks at the result ring: 1-2 ms, so a burst delays no step for long
 ANSWER_RETRY_MS: Final = 50
 MAX_SLEEP_MS: Final = 3_600_000  # zmq_poll refuses time-outs of months
 
