@@ -198,9 +198,7 @@ class FairShare(Generic[W]):
     def __init__(self, num_rows: int, quantum: int) -> None:
         self._quantum = quantum
         self._tenants: dict[str, Tenant[W]] = {}
-        self._turns: OrderedDict[str, Tenant[W]] = (
-            OrderedDict()
-        )  # tenants with waiting requests, in order of their turns
+        self._turns: OrderedDict[str, Tenant[W]] = OrderedDict()  # tenants with waiting requests, in order of turns
         self._in_turn: Tenant[W] | None = None  # the tenant that has received its quantum for this turn
         self._next: W | None = None  # stays next until it leaves the queue or ends, even if its tenant gets into debt
         self._num_waiting = 0

@@ -35,9 +35,7 @@ class OutputBuffer:
         self._keys: list[bytes] = []  # of each applied step, int64
         self._token_ids: list[bytes] = []  # of each applied step, int32
         self._finish: list[bytes] = []  # of each applied step, uint8
-        self._logprobs: list[
-            tuple[int, LogprobArrays | None]
-        ] = []  # of each applied step: number of tokens, and their arrays
+        self._logprobs: list[tuple[int, LogprobArrays | None]] = []  # of each applied step: number of tokens, arrays
         self._any_logprobs = False
 
     def add_tokens(
