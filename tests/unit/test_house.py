@@ -1,8 +1,10 @@
-"""The rules of the house: who may import whom, and what a client must not pull in."""
+"""The rules of the house: which packages import which, how large functions and modules may be, how frames are sent."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,22 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("ipc", "workers", "pipeline")
 MAY_IMPORT = {"ipc": {"ipc"}, "workers": {"ipc", "workers"}, "pipeline": {"ipc", "workers", "pipeline"}}
 SHARED_BY_WORKERS = {"bootstrap", "process", "queueing", "model_tokenizer"}
+
+MAX_FUNCTION_LINES = 80
+P95_FUNCTION_LINES = 31
+MAX_MODULE_LINES = 300
+LONG_FUNCTIONS = {  # "path name" -> the reason why it may be longer
+    "pipeline/engine/wiring.py _plan": "lists every worker's rings and sockets; ends with the table of roles",
+}
+LONG_MODULES = {  # path -> the reason why it may be longer
+    "ipc/messages.py": "all messages between processes on one page",
+    "pipeline/client/session.py": "one state machine of a connection; its parts share all their state",
+    "pipeline/engine/config.py": "all keys of the configuration on one page",
+    "pipeline/engine/supervisor.py": "the life of all processes in one loop",
+    "workers/gateway/core.py": "one state machine of all requests",
+    "workers/gpu/execution/executor.py": "the order of a step's copies, launches and events, which one drawing explains",
+    "workers/scheduler/scheduler.py": "the facade of the scheduler: every event from outside enters here",
+}
 
 
 def modules(package: str) -> list[Path]:
@@ -52,6 +70,64 @@ def test_only_the_gpu_process_imports_torch() -> None:
             if (ROOT / "workers" / "gpu") not in path.parents:
                 heavy = {n for n in imported_names(path) if n.split(".")[0] in ("torch", "triton")}
                 assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The modules of the engine and the modules that each imports, anywhere in its code."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in modules(package)
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {part if part in paths else str(node.module) for part in parts}
+        graph[name] = (graph[name] & set(paths)) - {name}
+    return graph
+
+
+def test_no_modules_import_each_other_in_a_circle_not_even_inside_functions() -> None:
+    try:
+        graphlib.TopologicalSorter(import_graph()).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def is_triton_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
+def function_sizes() -> list[tuple[str, str, int]]:
+    """(path, name, lines) of each function except Triton kernels, whose long argument lists are no complexity."""
+    return [
+        (str(path.relative_to(ROOT)), node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for package in PACKAGES
+        for path in modules(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_triton_kernel(node)
+    ]
+
+
+def test_functions_are_short() -> None:
+    sizes = function_sizes()
+    too_long = [f"{where} {name}: {n}" for where, name, n in sizes if n > MAX_FUNCTION_LINES]
+    assert [each for each in too_long if each.rpartition(":")[0] not in LONG_FUNCTIONS] == []
+    assert statistics.quantiles([n for *_, n in sizes], n=20)[-1] <= P95_FUNCTION_LINES, "too many functions are long"
+
+
+def test_modules_are_short_or_have_a_reason() -> None:
+    sizes = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for package in PACKAGES
+        for path in modules(package)
+    }
+    assert {name: n for name, n in sizes.items() if n > MAX_MODULE_LINES and name not in LONG_MODULES} == {}
 
 
 def is_zero_copy_send(call: ast.Call) -> bool:
