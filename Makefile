@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow explore check format bench clean
+.PHONY: demo test test-slow explore check format configuration bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline.demo
@@ -30,6 +30,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+configuration: $(INSTALLED)
+	$(BIN)/python -m pipeline.engine.config_page docs/configuration.md
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pipeline.bench host

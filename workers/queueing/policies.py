@@ -11,10 +11,13 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import Meta
+
+from ipc.scheduling_params import MAX_WAIT_S
 
 NO_ROW: Final = -1
 LAST_RANK: Final = 2**62
@@ -24,21 +27,40 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How requests wait: the part of [scheduler] that the gateway needs as well.
+    """How requests wait: the part of [scheduler] that the gateway needs as well."""
 
-    Args:
-        queue_timeout_s: how long a request may wait for a tokenizer and a row together, before it ends unserved; None =
-            for ever.
-        policy: which request is next: "fifo" = in order of arrival; "priority" = the highest priority, which grows with
-            waiting; "fair" = tenants take turns, each worth the same number of tokens.
-        priority_aging_s: with "priority": a wait of this many seconds raises the priority by one.
-        fair_quantum: with "fair": tokens of a turn.
-    """
-
-    queue_timeout_s: float | None = None
-    policy: Literal["fifo", "priority", "fair"] = "fifo"
-    priority_aging_s: float = 10.0
-    fair_quantum: int = 1024
+    queue_timeout_s: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=MAX_WAIT_S,
+                description="How long a request may wait until it is admitted: for a tokenizer and for the scheduler "
+                "together. Then it ends with finish reason `queue_timeout`. `queue_timeout_s` of a request overrides "
+                "it. Not set: no time-out.",
+            ),
+        ]
+        | None
+    ) = None
+    policy: Annotated[
+        Literal["fifo", "priority", "fair"],
+        Meta(
+            description="Which waiting request is tokenized and admitted next. `fifo`: in order of arrival. "
+            "`priority`: the highest priority; waiting raises it. `fair`: tenants take turns, each worth the same "
+            "number of tokens."
+        ),
+    ] = "fifo"
+    priority_aging_s: Annotated[
+        float,
+        Meta(
+            ge=0.001,
+            le=86_400,
+            description='With `policy = "priority"`: this many seconds of waiting raise the priority by one.',
+        ),
+    ] = 10.0
+    fair_quantum: Annotated[
+        int, Meta(ge=1, le=16_777_216, description='With `policy = "fair"`: tokens of one turn of a tenant.')
+    ] = 1024
 
 
 class Waiting(Protocol):

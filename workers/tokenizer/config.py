@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from ipc.ring import RingHandle
 from workers.process import WorkerBootstrap
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[tokenizer].
+    """The processes that turn prompts into token ids."""
 
-    Args:
-        num_workers: tokenizer processes; each encodes one prompt at a time.
-    """
-
-    num_workers: int = 1
+    num_workers: Annotated[
+        int, Meta(ge=1, le=64, description="Tokenizer processes. Each encodes one prompt at a time.")
+    ] = 1
 
 
 class TokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
