@@ -6,6 +6,7 @@
 #   make explore    property-based tests on new samples; a sample that fails becomes a test of its own
 #   make format     let the tools correct what they can
 #   make bench      what the host spends on a step
+#   make configuration  write docs/configuration.md from the declared keys
 #   make docs       the API reference, in build/api/index.html
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 REAL_MODEL := $(VENV)/models/smollm2-135m
 
-.PHONY: demo real-demo docs test test-slow explore check format bench clean
+.PHONY: demo real-demo docs test test-slow explore check format configuration bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline.demo
@@ -49,6 +50,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+configuration: $(INSTALLED)
+	$(BIN)/python -m pipeline.engine.config_page docs/configuration.md
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pipeline.bench host

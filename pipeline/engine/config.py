@@ -1,7 +1,8 @@
-"""The configuration: TOML in, checked structs out, and one clear error for whatever cannot work.
+"""The configuration: TOML in, checked structs out, and one clear error for each fault.
 
-Owns sections, ranges and combinations. What each key means stands beside its owner (`workers/*/config.py`); whether the
-model and the machine can do it is found out in `pipeline/engine/model_files.py`.
+Owns the sections and the combinations of values. The structs in `workers/*/config.py` declare type, range and meaning
+of each key; `config_fields.py` reads them. `model_files.py` finds out whether the model and the machine fit the
+configuration.
 """
 
 from __future__ import annotations
@@ -10,19 +11,16 @@ import difflib
 import json
 import os
 import tomllib
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 import pipeline.environment.own_workers  # noqa: F401
-from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.errors import ConfigError
-from ipc.scheduling_params import MAX_WAIT_S
 from pipeline.client.endpoint import check_endpoint
+from pipeline.engine.config_fields import fields_of
 from workers.gateway.config import FrontendConfig
 from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
 from workers.scheduler.config import RingConfig, SchedulerConfig
@@ -70,39 +68,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return config_from_dict(values, overrides=override_strings(overrides))
 
 
-_SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
-
-
-def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low <= value <= high, f"must lie in [{low}, {high}]"
-
-
-MAX_MODEL_LEN: Final = 16_777_216
-_DURATION: Final = (lambda value: 0 < value <= MAX_WAIT_S, f"must be a number of seconds in (0, {MAX_WAIT_S:g}]")
-
-_RULES: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "model.num_threads": _within(1, 1024),
-    "model.null_step_ms": _within(0, 60_000),
-    "scheduler.max_num_seqs": _within(1, 65_536),
-    "scheduler.max_num_batched_tokens": _within(1, 1_048_576),
-    "scheduler.max_model_len": _within(2, MAX_MODEL_LEN),
-    "scheduler.max_num_waiting": _within(1, 16_777_216),
-    "scheduler.max_num_waiting_tokens": _within(1, 2**40),
-    "scheduler.queue_timeout_s": _DURATION,
-    "scheduler.priority_aging_s": _within(0.001, 86_400),
-    "scheduler.fair_quantum": _within(1, 16_777_216),
-    "scheduler.max_itl_ms": _within(0.1, 60_000),
-    "cache.block_size": _within(1, 1024),
-    "cache.num_blocks": _within(1, 2**31 - 2),
-    "cache.memory_share": (lambda value: 0 < value <= 1, "must lie in (0, 1]"),
-    "ring.depth": _within(1, 8),
-    "tokenizer.num_workers": _within(1, 64),
-    "frontend.max_connections": _within(1, 1_048_576),
-    "frontend.max_open_requests": _within(1, 16_777_216),
-    "frontend.max_queued_bytes": _within(MAX_CLIENT_FRAME_BYTES, 1 << 40),
-    "frontend.slow_client_timeout_s": _DURATION,
-    "frontend.drain_timeout_s": _DURATION,
-}
+SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
@@ -167,7 +133,7 @@ def config_from_dict(
 def override_strings(overrides: Iterable[str] | Mapping[str, Any]) -> list[str]:
     """Overrides in any form that users may give, as the strings that `load_config` takes. Raises ConfigError."""
     if isinstance(overrides, Mapping):
-        return [f"{key}={_toml_value(value)}" for key, value in overrides.items()]
+        return [f"{key}={toml_value(value)}" for key, value in overrides.items()]
     if isinstance(overrides, str):
         return [overrides]
     if not isinstance(overrides, Iterable):
@@ -182,10 +148,10 @@ def override_strings(overrides: Iterable[str] | Mapping[str, Any]) -> list[str]:
 def to_toml(config: Config) -> str:
     """The whole configuration, defaults included, as TOML that `load_config` reads back; unset keys are comments."""
     lines: list[str] = []
-    for section in _SECTIONS:
+    for section in SECTIONS:
         lines += ["", f"[{section}]"]
         for key, value in msgspec.structs.asdict(getattr(config, section)).items():
-            lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}")
+            lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}")
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -194,27 +160,23 @@ class _Builder:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+        self._values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
         self._origins: dict[str, str] = {}
 
     def check_section(self, section: str, origin: str) -> None:
-        if section not in _SECTIONS:
-            raise ConfigError(f"{origin}: there is no section [{section}]{_suggest(section, _SECTIONS)}")
+        if section not in SECTIONS:
+            raise ConfigError(f"{origin}: there is no section [{section}]{_suggest(section, SECTIONS)}")
 
     def set(self, section: str, key: str, value: Any, origin: str) -> None:
         self.check_section(section, origin)
-        types_by_key = {field.name: field.type for field in msgspec.structs.fields(_SECTIONS[section])}
-        if key not in types_by_key:
-            raise ConfigError(f"{origin}: there is no key {section}.{key}{_suggest(key, types_by_key)}")
+        fields = fields_of(SECTIONS[section])
+        if key not in fields:
+            raise ConfigError(f"{origin}: there is no key {section}.{key}{_suggest(key, fields)}")
         name = f"{section}.{key}"
         try:
-            value = msgspec.convert(value, types_by_key[key])
-        except msgspec.ValidationError:
-            raise ConfigError(f"{origin}: {name} ({value!r}) must be {_describe(types_by_key[key])}") from None
-        if name in _RULES and value is not None:
-            holds, rule = _RULES[name]
-            if not holds(value):
-                raise ConfigError(f"{origin}: {name} ({value!r}) {rule}")
+            value = fields[key].check(value)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: {name} {error}") from None
         if name == "frontend.endpoint" and value is not None:
             try:
                 check_endpoint(value)
@@ -250,7 +212,7 @@ class _Builder:
             value = self._values[section][key]
             if not _is_utf8(str(value)):
                 raise ConfigError(f"{origin}: {name} ({value!r}) is not UTF-8 text")
-        sections: dict[str, Any] = {section: make(**self._values[section]) for section, make in _SECTIONS.items()}
+        sections: dict[str, Any] = {section: make(**self._values[section]) for section, make in SECTIONS.items()}
         config = Config(**sections)
         origins = {self._origins.get(name, self._source) for name in _COMBINED}
         # One value of a pair that came from the command line is the one to name.
@@ -329,17 +291,8 @@ def _suggest(name: str, valid: Iterable[str]) -> str:
     return f": did you mean {nearest[0]}?" if nearest else f": it must be one of {', '.join(valid)}"
 
 
-def _describe(kind: Any) -> str:
-    """A type in words."""
-    arguments = [argument for argument in typing.get_args(kind) if argument is not types.NoneType]
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(f'"{argument}"' for argument in arguments)
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
-    return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
-
-
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value of a configuration as TOML."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):

@@ -21,7 +21,7 @@ from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import GatewayBootstrap
 from workers.gpu.config import GpuBootstrap
-from workers.queueing.policies import PolicyConfig
+from workers.queueing.config import PolicyConfig
 from workers.scheduler.config import SchedulerBootstrap
 from workers.tokenizer.config import TokenizerBootstrap
 

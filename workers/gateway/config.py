@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
+from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.scheduling_params import MAX_WAIT_S
 from workers.bootstrap import WorkerBootstrap
-from workers.queueing.policies import PolicyConfig
+from workers.queueing.config import PolicyConfig
 
 COUNTERS: Final = (
     "num_open", "num_received", "num_refused", "num_finished", "num_cancelled", "num_clients",
@@ -20,27 +23,65 @@ MAX_UNREAD_ANSWERS: Final = 1_024  # answers that need no credit: to queries, pr
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[frontend]: the socket that clients connect to.
+    """The socket that clients connect to, and the limits on clients."""
 
-    Args:
-        endpoint: where to listen: "ipc:///path" or "tcp://host:port"; None = this user's own ipc socket, to which a
-            client without an endpoint connects.
-        max_connections: connections of all clients together. The gateway closes further connections at once, and also
-            connections that would leave the process too few descriptors (`ulimit -n`).
-        max_open_requests: open requests of one client; the gateway refuses more. A request of n samples counts n times.
-        max_queued_bytes: memory of the requests of all clients that wait for a tokenizer: their frames, and at least
-            1,408 bytes each (`PromptDispatcher.held_bytes`). The gateway refuses requests that would exceed it.
-        slow_client_timeout_s: if a client acknowledges no output for this long while output waits for it, the gateway
-            cancels its requests, and refuses new ones until the client acknowledges something.
-        drain_timeout_s: how long a draining engine waits for open requests.
-    """
-
-    endpoint: str | None = None
-    max_connections: int = 4_096
-    max_open_requests: int = 16_384
-    max_queued_bytes: int = 256 << 20
-    slow_client_timeout_s: float = 30.0
-    drain_timeout_s: float = 30.0
+    endpoint: (
+        Annotated[
+            str,
+            Meta(
+                description="Where the engine listens: `ipc:///path` or `tcp://host:port`. Not set: a socket in a "
+                "private folder of this user, which `Client()` without an endpoint finds."
+            ),
+        ]
+        | None
+    ) = None
+    max_connections: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_048_576,
+            description="Open connections of all clients together. The engine closes further connections at once. It "
+            "also closes a connection that would use a reserved file descriptor: the engine reserves 2,048, or half of "
+            "`ulimit -n` if that is less. At start the engine raises `ulimit -n` to the hard limit.",
+        ),
+    ] = 4_096
+    max_open_requests: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=16_777_216,
+            description="Open requests of one client; a request with `n` samples counts `n` times. The engine refuses "
+            "more at once, with a hint when to try again.",
+        ),
+    ] = 16_384
+    max_queued_bytes: Annotated[
+        int,
+        Meta(
+            ge=MAX_CLIENT_FRAME_BYTES,
+            le=1 << 40,
+            description="Memory of all requests that wait for a tokenizer, in bytes. A request counts its message and "
+            "about 1.5 KB more (`PromptDispatcher.held_bytes`). The engine refuses more at once, with a hint when to "
+            "try again. The default is 256 MiB; the least value is the size of the largest message, 16 MiB.",
+        ),
+    ] = 256 << 20
+    slow_client_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=MAX_WAIT_S,
+            description="How long a client may leave a full window of outputs unacknowledged. Then the engine cancels "
+            "the client's requests, and refuses new ones until the client reads again.",
+        ),
+    ] = 30.0
+    drain_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=MAX_WAIT_S,
+            description="How long a stopping engine waits for open requests. It then answers those that are left with "
+            "an error.",
+        ),
+    ] = 30.0
 
 
 class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):

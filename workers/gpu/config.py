@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 from ipc.records import StepShape
 from workers.bootstrap import WorkerBootstrap
@@ -15,50 +16,103 @@ COMPLETION: Final = "completion"  # the thread that waits for the device and pub
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[model]: what runs, and where.
+    """Which model runs, and how it is computed."""
 
-    Args:
-        path: a folder with config.json (and weights and a tokenizer), or a hub id.
-        dtype: of weights, activations and KV cache; "auto" = what config.json says.
-        device: "auto" = CUDA where there is one, else the CPU.
-        load_format: "safetensors" = the folder's weights; "dummy" = random ones from config.json alone; "null" = no
-            model: every step takes `null_step_ms` of device time and samples made-up tokens (to measure the host).
-        attention: what computes attention; "auto" = Triton kernels on CUDA, else plain torch. "varlen" = torch's own
-            FlashAttention, on CUDA, with torch >= 2.13 and a `cache.block_size` that is a multiple of
-            `VARLEN_BLOCK_TOKENS`.
-        compile: torch.compile the decoder layers; "auto" = on CUDA.
-        num_threads: threads of CPU computation; None = one per core.
-        null_step_ms: device time of a step with load_format "null".
-        profile_path: a JSON file to write about some early steps: how busy the device was, with which kernels
-            (`profiling/step_profiler.py`). For measurements: it slows the engine down and halts it for seconds once.
-    """
-
-    path: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    load_format: Literal["safetensors", "dummy", "null"] = "safetensors"
-    attention: Literal["auto", "torch", "triton", "varlen"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    num_threads: int | None = None
-    null_step_ms: float = 0.0
-    profile_path: str | None = None
+    path: Annotated[
+        str,
+        Meta(
+            description="A folder with `config.json`, weights and tokenizer, or a Hugging Face hub id "
+            "(`organization/name`). A relative path in a file starts at the folder of that file; with `--set`, in a "
+            "dictionary and in a configuration from standard input it starts at the current folder. `~` is your home "
+            "folder."
+        ),
+    ]
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="Type of weights, activations and KV cache. `auto`: the type that `config.json` names."),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA if the machine has it, the CPU otherwise.")
+    ] = "auto"
+    load_format: Annotated[
+        Literal["safetensors", "dummy", "null"],
+        Meta(
+            description="`safetensors`: the weights in the folder. `dummy`: random weights, made from `config.json` "
+            "alone. `null`: no model. Every step takes `null_step_ms` of simulated device time and samples made-up "
+            "tokens; use it to measure the host."
+        ),
+    ] = "safetensors"
+    attention: Annotated[
+        Literal["auto", "torch", "triton", "varlen"],
+        Meta(
+            description="What computes attention. `auto`: `triton` on CUDA, `torch` on the CPU. `torch`: plain torch "
+            "operations. `triton`: ringfeed's own Triton kernels. `varlen`: torch's own FlashAttention; it needs CUDA, "
+            f"torch >= 2.13 and a `cache.block_size` of {VARLEN_BLOCK_TOKENS} or a multiple of it."
+        ),
+    ] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(
+            description="Compile the decoder layers with `torch.compile`. `auto`: on with CUDA, off on the CPU. The "
+            "result is kept in `~/.cache/ringfeed` for the next start."
+        ),
+    ] = "auto"
+    num_threads: (
+        Annotated[int, Meta(ge=1, le=1024, description="Threads of CPU computation. Not set: one per core.")] | None
+    ) = None
+    null_step_ms: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60_000,
+            description='Simulated device time of a step in milliseconds. It needs `load_format = "null"`.',
+        ),
+    ] = 0.0
+    profile_path: (
+        Annotated[
+            str,
+            Meta(
+                description="For measurements: write a profile of some early steps to this JSON file. It tells how "
+                "busy the device was, and with which kernels. Profiling slows the engine down, and stops it once for "
+                "seconds."
+            ),
+        ]
+        | None
+    ) = None
 
 
 class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[cache]: the paged KV cache.
+    """The paged KV cache."""
 
-    Args:
-        block_size: tokens per block.
-        num_blocks: how many blocks; None = as many as fit in `memory_share`.
-        memory_share: share of the device's free memory after loading that the blocks may take (of the machine's
-            available memory, on the CPU).
-        prefix_caching: keep the KV of full blocks for later requests that begin with the same tokens.
-    """
-
-    block_size: int = 16
-    num_blocks: int | None = None
-    memory_share: float = 0.9
-    prefix_caching: bool = True
+    block_size: Annotated[int, Meta(ge=1, le=1024, description="Tokens in one block.")] = 16
+    num_blocks: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=2**31 - 2,
+                description="Blocks of the cache. Not set: as many as `memory_share` allows, and at most enough for "
+                "`scheduler.max_num_seqs` sequences of full length.",
+            ),
+        ]
+        | None
+    ) = None
+    memory_share: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1,
+            description="Share of the free memory that the cache may take, measured after the model is loaded: memory "
+            "of the GPU, or on the CPU the available memory of the machine. It has no effect if `num_blocks` is set.",
+        ),
+    ] = 0.9
+    prefix_caching: Annotated[
+        bool,
+        Meta(
+            description="Keep the KV of full blocks, and reuse it for later requests that begin with the same tokens. "
+            "`cache_salt` of a request keeps tenants apart; `clear_cache()` of a client empties the cache."
+        ),
+    ] = True
 
 
 class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,34 +13,17 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-import msgspec
 import numpy as np
+
+from workers.queueing.config import PolicyConfig
 
 NO_ROW: Final = -1
 LAST_RANK: Final = 2**62
 FIRST_TENANTS: Final = 64  # initial room for tenants with open requests; it doubles when it is full
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
-
-
-class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How requests wait: the part of [scheduler] that the gateway needs too.
-
-    Args:
-        queue_timeout_s: longest wait of a request for a tokenizer and a row together; then it ends without output. None
-            = no limit.
-        policy: which request is next. "fifo" = the first to arrive; "priority" = the one with the highest priority,
-            which grows with waiting; "fair" = tenants take turns that are worth the same number of tokens.
-        priority_aging_s: for "priority": a wait of this many seconds raises the priority by one.
-        fair_quantum: for "fair": number of tokens of a turn.
-    """
-
-    queue_timeout_s: float | None = None
-    policy: Literal["fifo", "priority", "fair"] = "fifo"
-    priority_aging_s: float = 10.0
-    fair_quantum: int = 1024
 
 
 class Waiting(Protocol):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from ipc.records import StepShape
 from workers.bootstrap import WorkerBootstrap
-from workers.queueing.policies import PolicyConfig
+from workers.queueing.config import PolicyConfig
 
 COUNTERS: Final = (
     "num_waiting", "num_waiting_tokens", "num_running", "num_preempted", "num_blocks", "num_free_blocks",
@@ -27,38 +28,89 @@ COUNTERS: Final = (
 )  # fmt: skip
 
 
+MAX_MODEL_LEN: Final = 16_777_216
+
+
 class SchedulerConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[scheduler]: bounds on running and waiting requests. `PolicyConfig` has the rest of the section.
+    """What runs at the same time, what may wait, and in which order."""
 
-    Args:
-        max_num_seqs: largest number of sequences that have a row, running or preempted.
-        max_num_batched_tokens: largest number of tokens that one step computes.
-        max_model_len: largest number of tokens, prompt and output, of one sequence; None = the model's own limit.
-        max_num_waiting: largest number of requests that wait for a row, where a request counts once for each of its n
-            samples. Further requests are refused at once.
-        max_num_waiting_tokens: largest number of prompt tokens of waiting requests; None = no limit. While no request
-            waits, a prompt of any length is accepted.
-        max_itl_ms: target for the time between two tokens of a stream while other prompts are computed. Prompts are cut
-            into chunks that keep it, by the measured times of earlier steps. None = chunks fill max_num_batched_tokens.
-    """
-
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
-    max_model_len: int | None = None
-    max_num_waiting: int = 16_384
-    max_num_waiting_tokens: int | None = None
-    max_itl_ms: float | None = None
+    max_num_seqs: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_536,
+            description="Sequences that are admitted at the same time: they run, or are preempted. Further sequences "
+            "wait.",
+        ),
+    ] = 64
+    max_num_batched_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_048_576,
+            description="Tokens computed in one step. Longer prompts are computed in chunks. At least `max_num_seqs`, "
+            "so that every sequence can decode in one step.",
+        ),
+    ] = 1024
+    max_model_len: (
+        Annotated[
+            int,
+            Meta(
+                ge=2,
+                le=MAX_MODEL_LEN,
+                description="Prompt and output tokens of one sequence together. Not set: as many as the model can.",
+            ),
+        ]
+        | None
+    ) = None
+    max_num_waiting: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=16_777_216,
+            description="Requests that may wait in the scheduler; a request with `n` samples counts `n` times. The "
+            "engine refuses more at once with `QueueFull`, which says when to try again.",
+        ),
+    ] = 16_384
+    max_num_waiting_tokens: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=2**40,
+                description="Prompt tokens of all waiting requests together. The engine refuses more at once. It "
+                "always accepts a prompt while no other request waits. Not set: no bound.",
+            ),
+        ]
+        | None
+    ) = None
+    max_itl_ms: (
+        Annotated[
+            float,
+            Meta(
+                ge=0.1,
+                le=60_000,
+                description="Inter-token latency: the time between two tokens of a stream, in milliseconds, that "
+                "prompts computed beside it should not exceed. The scheduler cuts prompts into chunks that fit, from "
+                "measured step times. Not set: chunks fill `max_num_batched_tokens`.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class RingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[ring].
+    """The rings between the scheduler and the GPU process."""
 
-    Args:
-        depth: largest number of steps in flight, that is, published and not applied. 1 = synchronous; 2 = the host
-            prepares a step while the GPU computes the one before it.
-    """
-
-    depth: int = 2
+    depth: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=8,
+            description="Steps on their way to the device. 1: synchronous. 2: the device computes one step while the "
+            "host prepares the next.",
+        ),
+    ] = 2
 
 
 class SchedulerBootstrap(msgspec.Struct, frozen=True, kw_only=True):

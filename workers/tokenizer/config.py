@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from workers.bootstrap import WorkerBootstrap
 
@@ -12,13 +13,11 @@ COUNTERS: Final = ("num_requests", "num_tokens", "num_rejected", "encode_ns", "n
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[tokenizer].
+    """The processes that turn prompts into token ids."""
 
-    Args:
-        num_workers: tokenizer processes; each encodes one prompt at a time.
-    """
-
-    num_workers: int = 1
+    num_workers: Annotated[
+        int, Meta(ge=1, le=64, description="Tokenizer processes. Each encodes one prompt at a time.")
+    ] = 1
 
 
 class TokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):

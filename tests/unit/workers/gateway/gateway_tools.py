@@ -21,7 +21,7 @@ from workers.bootstrap import WorkerBootstrap
 from workers.gateway.config import COUNTERS, FrontendConfig, GatewayBootstrap
 from workers.gateway.core import Gateway
 from workers.gateway.outbox import Peer
-from workers.queueing.policies import PolicyConfig
+from workers.queueing.config import PolicyConfig
 
 TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
 

@@ -14,7 +14,8 @@ from ipc.errors import InvalidRequest
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.simulation.scheduled_engine import ScheduledEngine
-from workers.queueing.policies import FIRST_TENANTS, FairShare, PolicyConfig, RankedRequests, make_policy
+from workers.queueing.config import PolicyConfig
+from workers.queueing.policies import FIRST_TENANTS, FairShare, RankedRequests, make_policy
 
 SECOND = 1_000_000_000
 
