@@ -4,13 +4,15 @@ memory it takes beside weights and KV cache and whether it waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from ipc.record_layout import field_names
 from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
-from workers.gpu.execution.step_batch import BatchBuffers
+from workers.gpu.execution.step_batch import BatchBuffers, StepBatch
 from workers.gpu.memory.account import sampler_bytes
 from workers.gpu.memory.kv_cache import KVCache
 from workers.gpu.memory.out_of_memory import is_out_of_memory
@@ -31,6 +33,9 @@ def largest_step(
         {state.name: torch.zeros((1, *state.shape), dtype=state.dtype, device=device) for state in facts.row_states},
     )
     batch = batches.batch(num_seqs, num_tokens)
+    # Tensors of their own: torch.compile would make the offsets in a shared buffer an input of what it compiles.
+    own = {name: getattr(batch, name).clone() for name in field_names(StepBatch)}
+    batch = replace(batch, **own)
     cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # the trash block alone
     runner = PagedModelRunner(model, cache, backend, facts)
     return lambda: runner.logits(batch)
