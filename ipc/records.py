@@ -88,7 +88,7 @@ class AdmittedColumns(Generic[Array]):
 
     From it derive the fields of a step record's admissions, the device tables, what `BatchBuilder.admit` copies and the
     bytes that the memory account reserves. A column named as a field of SamplingParams gets that field's value
-    (`Request.write_admission`).
+    (`Sequence.write_admission`).
     """
 
     num_computed_tokens: Annotated[Array, int32()]

@@ -22,7 +22,6 @@ from workers.queueing.policies import NO_ROW
 from workers.scheduler.array_types import HashArray, Int32Array
 from workers.scheduler.prompt_lease import PromptLease
 
-_GREEDY, _PLAIN, _FILTERED = SamplerVariant.GREEDY, SamplerVariant.PLAIN, SamplerVariant.FILTERED
 # The columns of an admission that are sampling parameters by the same name.
 _PARAMETER_COLUMNS: Final = tuple(
     column for column in field_names(AdmittedColumns) if column in SamplingParams.__struct_fields__
@@ -112,12 +111,3 @@ def sequences_of(
         own = msgspec.structs.replace(message, key=message.key + sample, params=message.params.of_sample(sample))
         released = replace(lease, is_waiting=False, is_released=True)
         yield Sequence(own, max_len, token_ids, released, eos_token_ids, leader)
-
-
-def sampler_variant(params: SamplingParams) -> SamplerVariant:
-    """The simplest sampler that serves these parameters. Filters never change the likeliest token."""
-    if params.temperature == 0:
-        return _GREEDY
-    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        return _FILTERED
-    return _PLAIN
