@@ -5,7 +5,7 @@ character, and emitted text never changes. Special tokens have no text.
 
 Two ways. A byte-level vocabulary (GPT-2, Llama 3, Qwen) is a table of bytes: its text is a UTF-8 stream, which Python
 decodes incrementally by the same rule (one U+FFFD per maximal broken piece) that `tokenizers` uses on the whole. For
-any other decoder, `pieces.py` asks `tokenizers` for the text of a few ids at a time.
+any other decoder, `piece_decoding.py` asks `tokenizers` for the text of a few ids at a time.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _LOOK_FOR_STOP_NS: Final = 50_000_000  # longest time of steps without a pause b
 
 
 def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
-    """Load the model, announce the number of KV blocks, and run steps until the launcher sends StopWorker."""
+    """Load the model, announce the number of KV blocks, and run steps until the launcher sends Stop."""
     with torch.inference_mode():
         stages = Stages(process.progress)
         memory = MemoryUse()
@@ -95,7 +95,7 @@ def capture_graphs(progress: Report, device: Device[Any, Any], executor: Executo
 def run_steps(
     process: WorkerProcess, executor: Executor, completion: ResultPublisher, profiler: StepProfiler | None = None
 ) -> None:
-    """Submit steps as their records arrive. Ends only by StopWorker or an error."""
+    """Submit steps as their records arrive. Ends only by an error or, after the launcher's Stop, by StopWorker."""
     stats, trace = process.stats, process.trace
     looked_at_ns = 0
     while True:

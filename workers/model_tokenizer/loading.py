@@ -2,7 +2,7 @@
 
 The result must behave as transformers' AutoTokenizer does for the folder. In most folders tokenizer.json says
 everything, and `tokenizers` alone reads it in a tenth of the time. transformers builds the tokenizer of the other
-folders (`tokenizer_declarations.py` tells them apart).
+folders (`declarations.py` tells them apart).
 """
 
 from __future__ import annotations
