@@ -3,8 +3,8 @@
 On x86-64 an aligned 8-byte plain store is a release store and a plain load an acquire load (total store order). CPython
 does not split either of them when it accesses an 8-byte `memoryview` item. Other processors need explicit atomics from
 libatomic; there a release store also waits for the payload reads before it, as freeing a record requires.
-Nothing here is sequentially consistent, and nothing in ringfeed needs that: every publish is followed by a ring of the
-doorbell (`ipc/doorbell.py`), so no reader arms a flag and then looks again.
+These words are not sequentially consistent, and ringfeed does not need that: the writer rings the doorbell
+(`ipc/doorbell.py`) after every publish, so no reader has to set a flag and then look again.
 """
 
 from __future__ import annotations

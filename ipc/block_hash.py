@@ -1,10 +1,10 @@
-"""Names for full KV blocks: equal exactly where everything up to the block's end is equal.
+"""Names (hashes) of full KV blocks. Two names are equal exactly if all tokens up to the block's end are equal.
 
     root = H(salt; key = run seed)    name 0 = H(root + tokens of block 0)    name 1 = H(name 0 + tokens of block 1) ...
 
-The run seed is drawn at each start and no client ever sees it or a name: so nobody can search for two prompts of one
-name, and requests of different salts share nothing, as their chains begin at different roots. A name has HASH_BYTES; in
-arrays it is two uint64.
+The launcher draws the run seed at each start, and clients see neither seed nor names, so a client cannot search for two
+prompts of one name. Requests with different salts share nothing, because their chains begin at different roots. A name
+has HASH_BYTES; in arrays it is two uint64.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """ZeroMQ sockets with the options that ringfeed relies on, and typed sends and receives over them.
 
-No socket here drops in silence: ROUTERs are mandatory-routing (a send to nobody says so), sockets inside the engine
-queue without a high-water mark (libzmq loses messages at an orderly close over ipc when a receive mark is set: its
-issue 4660), and their bounds come from credits and bounded queues in the protocol itself. Only the socket to which
-strangers connect has marks, because no stranger need keep to a protocol: a client that closes wants no answers, so of
-its messages none can be lost that matters. A ROUTER gives an identity to its newest holder (otherwise it ignores a
-restarted worker while messages of the dead one are unread); what the former holder has sent still arrives, perhaps
-under another identity.
+No socket here loses a message silently. ROUTERs are mandatory-routing, so a send to a peer that has gone reports it.
+Sockets inside the engine have no high-water mark, because libzmq loses messages at an orderly close over ipc if a
+receive mark is set (libzmq issue 4660); credits and bounded queues in the protocol limit what they hold. Only the
+clients' socket has marks, because an untrusted client may ignore flow control. A client that closes needs no answers,
+so no message that matters is lost there.
+
+A ROUTER gives an identity to its newest holder; otherwise it would ignore a restarted worker while messages of the dead
+one are unread. Messages of the former holder still arrive, perhaps under another identity.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ def bind_router(
 ) -> zmq.Socket[Any]:
     """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound.
 
-    With `handover` a new peer takes over the identity of an old one: a restarted worker does. Among clients, who choose
-    theirs freely, nobody may. `send_mark` and `receive_mark` bound the messages queued to and from one peer (0 = no
-    bound). At the first a send is FULL, until the peer has taken in half of what is queued; at the second the peer is
-    not read from, and its messages pile up on its own side. `prepare` gets the socket before it is bound.
+    With `handover` a new peer takes over the identity of an old one, as a restarted worker does. Clients choose their
+    identities freely, so they get no handover. `send_mark` and `receive_mark` bound the messages queued to and from one
+    peer (0 = no bound). At the send mark a send is FULL until the peer has read half of the queue. At the receive mark
+    the socket stops reading from the peer, whose messages stay on its own side. `prepare` gets the socket before it is
+    bound.
     """
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _set_common_options(socket, endpoint, max_frame_bytes, send_mark, receive_mark)
@@ -103,7 +105,7 @@ def _set_common_options(
         (zmq.IPV6, int(endpoint.startswith("tcp://["))),  # with it "*" and an interface's name would mean IPv6 as well
     ):
         socket.setsockopt(option, value)
-    if endpoint.startswith("tcp:"):  # ipc shows death by itself, and must not take a frozen peer for a dead one
+    if endpoint.startswith("tcp:"):  # over ipc the kernel reports a peer's death, and a stopped peer is not dead
         socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
 

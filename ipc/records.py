@@ -70,7 +70,7 @@ class FinishCode(enum.IntEnum):
     RUNNING = 0
     STOP = 1  # the token is one of the row's end ids
     LENGTH = 2  # the row is as long as it may get
-    NOT_FINITE = 3  # no token: the row's logits hold NaN or +inf, or nothing but -inf
+    NOT_FINITE = 3  # no token: the row's logits hold NaN or +inf, or only -inf
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Counters that any process may read and one writes: a page of shared 64-bit integers per worker.
 
-To update a counter is a memory store: it costs the writer nothing and waits for nobody. To add a metric: a name in
+An update of a counter is one memory store and never waits. To add a metric: a name in
 `COUNTERS` of the role's `config.py`, and the line that counts. Names of durations end in `_ns`; all others are counts
 or gauges, and begin with `num_`. The reader gets CPU time from the kernel, so a writer that is too busy to update its
 page still shows its CPU time.

@@ -4,8 +4,8 @@
                   records read                        owned by the launcher
     then          records: kind | start_ns | duration_ns | three values | (spare), one cache line each
 
-The writer never waits: where the reader is a whole ring behind, it drops the record and counts it. The reader takes all
-that is there at once. Whoever dies, what was written stays with the other one. Times are CLOCK_MONOTONIC.
+The writer never waits: if the reader is a whole ring behind, the writer drops the record and counts it. The reader
+takes all unread records at once. If one side dies, the other side keeps the records. Times are CLOCK_MONOTONIC.
 
 To trace something new: a kind, its row in `KINDS`, and `with process.trace[Span.X]` around the work (`ipc/tracer.py`).
 """
@@ -75,11 +75,11 @@ KINDS: Final[dict[int, Kind]] = {
     Span.RECEIVE: Kind("receive"),  # scheduler: its messages
     Span.PLAN: Kind("plan", ("ticket", "num_seqs", "num_tokens")),
     Span.LAUNCH: Kind("launch", ("ticket", "bucket_seqs", "bucket_tokens")),  # GPU process: a step is enqueued
-    Span.PUBLISH: Kind("publish", ("ticket",)),  # GPU process: its result is
+    Span.PUBLISH: Kind("publish", ("ticket",)),  # GPU process: a step's result is published
     Span.APPLY: Kind("apply", ("ticket",)),
-    Span.DETOKENIZE: Kind("detokenize"),  # detokenizer: a step's tokens are taken in
-    Span.DELIVER: Kind("deliver"),  # detokenizer, gateway: news of a client's requests
-    Span.SEND: Kind("send"),  # what was decided goes into the sockets
+    Span.DETOKENIZE: Kind("detokenize"),  # detokenizer: it handles a step's tokens
+    Span.DELIVER: Kind("deliver"),  # detokenizer, gateway: outputs of a client's requests
+    Span.SEND: Kind("send"),  # the messages that were decided go into the sockets
     Span.STEP: Kind("step", ("ticket",), Form.DEVICE),
     Span.STEP_RING: Kind("step ring", ("in_flight",), Form.COUNTER),  # planned and not applied
     Span.PROMPT_RING: Kind("prompt ring", ("records",), Form.COUNTER),  # not released
@@ -130,7 +130,7 @@ class TraceRing:
         offset = PAGE_BYTES + written % self.num_records * _RECORD_BYTES
         _RECORD.pack_into(self._map, offset, kind, start_ns, duration_ns, first, second, third)
         self._num_written = written + 1
-        self._header.store(_WRITTEN, written + 1)  # last, with release order: who sees it sees the record
+        self._header.store(_WRITTEN, written + 1)  # last, with release order: a reader that sees it sees the record
 
     @property
     def num_dropped(self) -> int:

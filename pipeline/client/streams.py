@@ -16,7 +16,7 @@ from pipeline.environment import forks
 
 
 class Sample:
-    """One sample of a request, with the text and tokens that have arrived and nobody has read."""
+    """One sample of a request, with the text and tokens that have arrived and are unread."""
 
     __slots__ = ("final", "index", "is_unread", "logprobs", "texts", "token_ids")
 

@@ -1,4 +1,4 @@
-"""What each role of the engine is told by the configuration, as its bootstrap.
+"""Makes each role's bootstrap from the configuration.
 
 `pipeline/engine/topology.py` names these functions in its table and gives them the worker's part in rings and sockets.
 """

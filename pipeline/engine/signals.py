@@ -38,7 +38,7 @@ class EndRequests:
 
     @property
     def is_hasty(self) -> bool:
-        """Whether the first request was the lifeline's end: nobody waits for an orderly end."""
+        """Whether the first request was the lifeline's end: then no user waits for an orderly end."""
         return self._signals[0] is None
 
     @property

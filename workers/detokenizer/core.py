@@ -1,9 +1,9 @@
-"""Collects each sequence's tokens and turns them into news for its client, as much as the client's credit allows.
+"""Collects each sequence's tokens and turns them into outputs for its client, as the client's credit allows.
 
 Owns text, stop strings, usage and the one final answer of every request. Knows no sockets.
 
-While a client has credit, each of its sequences with new tokens gets an item in the next `Outputs`; while it has none,
-tokens pile up as plain ints and go out as one item later. So the cost of a slow client falls, and nobody waits for it.
+While a client has credit, each of its sequences with new tokens gets an item in the next `Outputs`. While it has no
+credit, tokens collect as plain ints and are sent as one item later. So a slow client costs less, and delays no other.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class Detokenizer:
     # News
 
     def deliveries(self) -> Iterator[tuple[Delivery, list[bytes]]]:
-        """All that may be sent now: heads, each with its encoded `Outputs` frames."""
+        """The messages that may be sent now: heads, each with its encoded `Outputs` frames."""
         clients: list[bytes] = []
         finished: list[list[int]] = []
         frames: list[bytes] = []

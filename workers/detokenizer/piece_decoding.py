@@ -121,7 +121,7 @@ class UnitCutter:
 
 
 class PieceTexts(dict[int, str]):
-    """Each piece's text by id, anywhere but at the beginning of a text; filled on demand. Holds no byte tokens."""
+    """Each piece's text by id, for any place except a text's beginning. Filled on demand. Holds no byte tokens."""
 
     def __init__(self, vocabulary: Vocabulary, filler: int) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class WindowDecoder:
         """Drop the window's beginning. The kept ids have a text, so later ids are not treated as a text's first."""
         num_kept = _OVERLAP
         while num_kept < len(self._window):
-            # Bytes of one character decode together or not at all: never begin inside a run of them.
+            # The bytes of one character decode only together, so the window must not begin inside a run of bytes.
             if self._window[-num_kept] not in self._vocabulary.bytes_of:
                 kept = self._window[-num_kept:]
                 prefix = self._vocabulary.decode(kept)

@@ -40,9 +40,9 @@ class SpecialTokens:
 class StopMatcher:
     """One sequence's stop strings, each with the Knuth-Morris-Pratt automaton: time linear in the text.
 
-    The first string to be complete ends the text, whatever the pieces; of several that end at the same character
-    the longest. `matched` says that it has happened. `marks` says by token id which mark to feed for a special token;
-    marks are in no text that comes out.
+    The string that is complete first ends the text, however the text is cut into pieces. If several strings end at the
+    same character, the longest one counts. `matched` says that a string was found. `marks` gives, by token id, the mark
+    to feed for a special token; output text never contains marks.
     """
 
     __slots__ = ("_fallbacks", "_matched_chars", "_stops", "held", "marks", "matched")

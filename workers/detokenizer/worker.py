@@ -27,7 +27,7 @@ def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     stats, trace = process.stats, process.trace
     while True:
         process.wait()
-        # All that has arrived first: the more steps lie here, the fewer and fuller the frames.
+        # Handle all arrived messages first: with several steps at once, frames are fewer and fuller.
         for _, message in receive_from(inbox, ToDetokenizer):
             with trace[Span.DETOKENIZE]:
                 core.handle(message)

@@ -68,7 +68,7 @@ class ClientFlow:
     # Acknowledgements
 
     def acknowledge(self, identity: bytes, count: int, now: float) -> None:
-        """A client has taken in `count` Outputs messages. It gets no credit for more than were sent."""
+        """A client has received `count` Outputs messages. It gets no credit for more than were sent."""
         if count < 1:
             raise InvalidRequest(f"count ({count}) must be at least 1")
         for outputs in self._suspended.pop(identity, []):
@@ -107,7 +107,7 @@ class ClientFlow:
             kept.append(unsent)
 
     def forget(self, identity: bytes) -> None:
-        """A client has gone: it need not be suspended any more."""
+        """A client has gone, so its suspension ends."""
         self._suspended.pop(identity, None)
 
     def slow_clients(self, now: float) -> list[ClientSession]:

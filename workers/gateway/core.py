@@ -165,7 +165,7 @@ class Gateway:
             self.requests.drop_client(client)
 
     def client_full(self, identity: bytes, message: Any) -> None:
-        """A client has left so many messages unread that its queue has no room for `message`. It is suspended."""
+        """A client's queue is full of unread messages and has no room for `message`. Suspend the client."""
         client = self.table.client(identity)
         if client is not None or isinstance(message, Outputs | bytes):  # else: an answer that needs no credit is lost
             self._flow.suspend(identity, message)
@@ -199,7 +199,7 @@ class Gateway:
         for name, finished, frame in zip(head.clients, head.finished, frames, strict=True):
             client = self.table.client_named(name)
             if client is None:
-                # The client was dropped and its requests are cancelled. Nobody will acknowledge this frame.
+                # The client was dropped and its requests are cancelled. This frame will not be acknowledged.
                 self._outbox.add(Peer.DETOKENIZER, ClientGone(client=name))
             else:
                 self._flow.send_outputs(client, frame, now)

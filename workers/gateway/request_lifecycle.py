@@ -163,7 +163,7 @@ class RequestLifecycle:
             self._end_here(self._stop(due), now)
 
     def drop_client(self, client: ClientSession) -> None:
-        """Cancel all requests of a client. None is answered: the client has gone, or has got errors already."""
+        """Cancel all requests of a client without answers: the client has gone, or has errors already."""
         self._outbox.add(Peer.DETOKENIZER, ClientGone(client=client.name))
         for request in self._table.forget(client):
             for ended, _ in self._cancel(request):

@@ -29,7 +29,7 @@ class Request:
         self.keys = range(key, key + num_samples)  # of its samples
         self.client: ClientSession | None = client
         self.request_id = request_id
-        self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens nobody has counted yet
+        self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens are not counted yet
         self.state = RequestState.QUEUED
         self.is_cancelled = False
         self.withdrawn_as: FinishReason | None = None  # the reason, if a Withdraw was sent
@@ -38,7 +38,7 @@ class Request:
 class ClientSession:
     """A client from its first request until it has no open request and has acknowledged everything, or is dropped.
 
-    No two sessions have the same `name`. After a client was dropped, messages under the old name reach nobody, even if
+    No two sessions have the same `name`. After a client was dropped, messages under the old name are dropped, even if
     the client is back under the same socket identity.
     """
 

@@ -1,4 +1,4 @@
-"""Which device memory each kind of launch reads and writes. Only a device that checks the order of accesses asks.
+"""Which device memory each kind of launch reads and writes. Only a device that checks the order of accesses uses it.
 
 Row states and columns need no line here: they are in `RowTables.columns` and `RowTables.model_states`.
 """
