@@ -125,7 +125,7 @@ class Wiring:
                 return tuple(process.name for process in self.processes)
 
     def replaced_rings(self, name: str) -> tuple[str, ...]:
-        """The rings that a restart creates again if this process has died: the rings that live with its restart group."""
+        """The rings that a restart creates again if this process has died: those that live with its restart group."""
         group = set(self.restart_group(name))
         return tuple(ring.name for ring in self.rings if group.issuperset(self.names((ring.row.lives_with,))))
 
