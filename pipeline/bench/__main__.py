@@ -11,7 +11,7 @@ from pipeline.terminal.reporting import print_error, run_command
 
 
 def main() -> None:
-    """Run one. Exit status 2 for what the user can mend, or as the benchmark says."""
+    """Run one benchmark. Returns its exit status, or 2 for an error that the user can correct."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description="Measure ringfeed.")
     commands = parser.add_subparsers(required=True, metavar="NAME")
     for module in (host, idle, overload, prefix, scheduler, throughput):

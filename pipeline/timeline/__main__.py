@@ -13,7 +13,7 @@ from pipeline.timeline.reader import load_timeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 2 for what the user can mend."""
+    """Run the command. Returns the exit status: 2 for an error that the user can correct."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.timeline", description="Draw recorded timelines.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="of `pipeline.launch --timeline`; the first on top")
     parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help="ends in .svg, .png or .pdf")

@@ -1,8 +1,8 @@
 """The scheduler as it would be written if nothing had to be fast: lists, and a loop for everything.
 
-It is told the same events as the real one and must decide the same: who runs in each step and with how many tokens, who
-comes in, with what from the cache, who gives way, and how each request ends. A block is an object; its name, if it has
-one, is the tuple of all tokens up to its end.
+It gets the same events as the real scheduler and must decide the same. The decisions are the sequences of each step
+with their tokens, the admitted requests with their cached blocks, the preempted sequences, and the end of each request.
+A block is an object; its name, if it has one, is the tuple of all tokens up to its end.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sequence:
 
 
 class Turns:
-    """Deficit round robin, a turn at a time."""
+    """Computes deficit round robin, one turn at a time."""
 
     def __init__(self, quantum: int) -> None:
         self.quantum = quantum
@@ -173,7 +173,7 @@ class SchedulerModel:
         self.applied = ticket
         self.ended_rows = [sequence for sequence in self.ended_rows if sequence.last_ticket > ticket]
 
-    # What there is
+    # Sizes and capacities
 
     def num_free(self) -> int:
         return len(self.free) + len(self.idle)
@@ -205,7 +205,7 @@ class SchedulerModel:
         return work, left
 
     def _num_wanted(self, work: list[tuple[Sequence, int]]) -> int:
-        """Blocks that the step needs, and that those without progress since they came in need to make some."""
+        """Blocks that the step needs, and blocks that newly admitted sequences need for their first token."""
         counts = dict(work)
         wanted = 0
         for sequence in self.running:
@@ -299,7 +299,7 @@ class SchedulerModel:
             sequence.blocks.append(block)
 
     def _offer(self, sequence: Sequence, end: int) -> None:
-        """Blocks that this step fills, to whoever comes in behind it into the same step."""
+        """Blocks that this step fills, for requests that are admitted later in the same step."""
         names = self.names()
         for i in range(sequence.num_offered, end):
             name = tuple(sequence.known[: (i + 1) * self.size])
@@ -373,7 +373,7 @@ class SchedulerModel:
                 turns.begun = ""
 
     def _give_up(self, sequences: list[Sequence]) -> None:
-        """Ends before beginnings; of a block that several give up, the last one counts."""
+        """Ends before beginnings. If several sequences free a block, the last one counts."""
         given = [block for sequence in sequences for block in reversed(sequence.blocks)]
         for block in given:
             block.users -= 1

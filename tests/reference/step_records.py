@@ -34,7 +34,7 @@ class Prepared:
         self.prepare = BatchBuilder(device, self.tables, self.step)
 
     def settle_trash_row(self) -> None:
-        """All that an admission leaves behind goes to the trash row, and on CUDA any of it may be the last."""
+        """Padding of admissions is written to the trash row. On CUDA any of these writes may be the last."""
         for column in ("num_computed_tokens", *ADMITTED_COLUMNS):
             getattr(self.tables, column)[self.tables.trash_row] = 7
 
@@ -84,7 +84,7 @@ class Reference:
 
 
 def garbage(memory: torch.Tensor, random: Random) -> None:
-    """What a ring record may hold beyond its counts: leftovers of anything. `memory` is [n] uint8."""
+    """Arbitrary leftovers, which a ring record may hold beyond its counts. `memory` is [n] uint8."""
     memory.copy_(torch.frombuffer(bytearray(random.randbytes(memory.numel())), dtype=torch.uint8))
 
 

@@ -1,7 +1,7 @@
 """Thousands of random traces through the scheduler, every decision of it against the slow model's.
 
 Arrivals, several samples of a prompt, shared beginnings, cancellations, time-outs, tiny pools of blocks, all policies,
-any depth. What the decisions mean for tokens and KV is looked at in test_scheduler_random.py.
+any depth. test_scheduler_random.py checks the effect of the decisions on tokens and KV.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Trace:
         self.model.apply(self._token)
 
     def _token(self, key: int, length: int) -> tuple[int, str]:
-        """What a sequence samples at this length, and whether that ends it."""
+        """Return the token that a sequence samples at this length, and whether that ends the sequence."""
         chance = random.Random(f"{self.seed}.{key}.{length}")
         token_id = chance.randrange(VOCABULARY)
         if (fate := chance.random()) < 0.04:
@@ -252,7 +252,7 @@ class Trace:
         scheduler, model = self.scheduler, self.model
         self._hear()
         assert self.ends == {key: sequence.end for key, sequence in self.sequences.items() if sequence.end}
-        assert self.cached.items() <= model.cached.items()  # it is told with the next tokens
+        assert self.cached.items() <= model.cached.items()  # it is reported with the next tokens
         for key, tokens in self.tokens.items():
             known = self.sequences[key].known
             assert tokens == known[len(self.prompts.ids[key]) :], "a token was lost, or came after the end"
@@ -284,7 +284,8 @@ class Trace:
                 self.ends[key] = reason
 
     def _check_blocks(self) -> None:
-        """Each block is held by whom its count says, or is free once; whoever share one have the same tokens there."""
+        """Each block has as many holders as its count says, or is free once. Sequences that share a block have the same
+        tokens there."""
         planner = self.scheduler._planner
         tables, pool, rows = planner._tables, planner.blocks, planner.running.rows().tolist()
         holders = Counter(block for row in rows for block in tables.table[row, : tables.num_blocks[row]].tolist())
@@ -343,13 +344,13 @@ def free_row_at_once(rows: SequenceTable, row: int, retire: Any = SequenceTable.
 
 
 def trust_late_results(rows: SequenceTable, row: int, retire: Any = SequenceTable.retire) -> None:
-    """What steps in flight say of a row still counts after its owner's end, for the next one."""
+    """Steps in flight for a row count even after its owner's end, for the next owner."""
     free_row_at_once(rows, row, retire)
     rows.generation[row] -= 1
 
 
 def drop_results_of_preempted(planner: Planner, preempt: Any = Planner._preempt) -> None:
-    """What steps in flight have sampled for a row is void when it is preempted."""
+    """Tokens that steps in flight sampled for a row are dropped when the row is preempted."""
     before = set(planner.running.rows().tolist())
     preempt(planner)
     [row] = before - set(planner.running.rows().tolist())
@@ -357,7 +358,7 @@ def drop_results_of_preempted(planner: Planner, preempt: Any = Planner._preempt)
 
 
 def protect_nobody(planner: Planner, *args: Any, admit: Any = Planner._admit) -> Any:
-    """Whoever has come in may be preempted before it has got a token from that."""
+    """A newly admitted sequence may be preempted before it has produced a token."""
     admitted = admit(planner, *args)
     planner._rows.progress_len[:] = 0
     return admitted
@@ -369,7 +370,7 @@ def wait_for_nobody(planner: Planner, request: Any) -> bool:
 
 
 def wait_for_the_ended(planner: Planner, request: Any, waits: Any = Planner._waits_for_leader) -> bool:
-    """A sample also waits for a first one that ended before it came in."""
+    """A sample also waits for a first sample that ended before it was admitted."""
     return waits(planner, request) or (request.leader is not None and not request.leader.has_row)
 
 
@@ -380,7 +381,7 @@ def share_uncounted(pool: BlockPool, blocks: Any) -> None:
 
 
 def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
-    """A block is offered when its tokens are planned, whoever computes them and whatever they will be."""
+    """A block is offered as soon as its tokens are planned, even before they are known."""
     columns = cache._rows
     planned = columns.num_planned_tokens
     with patch.object(columns, "num_computed", planned), patch.object(columns, "num_tokens", planned):
@@ -399,7 +400,7 @@ def withdraw_held_blocks(cache: PrefixCache, request: Any) -> None:
 
 
 def forget_waiting_tokens(backlog: Backlog, request: Any, end: Any = Backlog.end) -> None:
-    """Who ends while it waits is still counted in the queue."""
+    """A request that ends while it waits is still counted in the queue."""
     num_tokens = backlog.num_waiting_tokens
     end(backlog, request)
     backlog.num_waiting_tokens = num_tokens
@@ -437,7 +438,7 @@ def test_a_planted_fault_is_found(owner: type, method: str, mutant: Any) -> None
     pytest.fail("300 traces ran as if nothing were wrong")
 
 
-# What a policy promises
+# Promises of a policy
 
 
 class Backlogged:
@@ -509,7 +510,7 @@ def unfairness(policy: Any, seed: int) -> int:
 
 
 def test_what_two_tenants_get_stays_within_the_bound_of_fairness_and_would_not_in_order_of_arrival() -> None:
-    bound = 16 + 20 + 4 * 30  # a quantum, a prompt, and the answers of those that run
+    bound = 16 + 20 + 4 * 30  # a quantum, a prompt, and the answers of running requests
     for seed in range(8):
         assert unfairness("fair", seed) <= bound
         assert unfairness("fifo", seed) > bound
@@ -534,5 +535,5 @@ def test_nobody_starves_however_many_favoured_ones_arrive(policy: Any, favoured:
         if key in engine.came_in:
             break
     else:
-        pytest.fail("it never came in")
-    assert len(engine.came_in) < 45, "it came in last"
+        pytest.fail("it was never admitted")
+    assert len(engine.came_in) < 45, "it was admitted last"

@@ -1,4 +1,4 @@
-"""Random traffic through the scheduler and a fake GPU, against what each request must get by itself."""
+"""Random traffic through the scheduler and a fake GPU, compared with the tokens that each request must get alone."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def cached_blocks(engine: ScheduledEngine) -> list[tuple[tuple[int, ...], int]]:
 
 
 def offer_planned(cache: PrefixCache, rows: Any, offer: Any = PrefixCache.offer_full) -> None:
-    """As if a block were full as soon as its tokens are planned, whoever computes them."""
+    """As if a block were full as soon as its tokens are planned."""
     columns = cache._rows
     with patch.object(columns, "num_computed", columns.num_planned_tokens):
         offer(cache, rows)
@@ -194,7 +194,7 @@ def find_all(cache: PrefixCache, request: Any, num_known: int, find: Any = Prefi
 
 
 def free_unshared(pool: BlockPool, blocks: Any, free: Any = BlockPool.free) -> None:
-    """As if a block that one user gives up had no other."""
+    """As if a block that one user frees had no other user."""
     pool._num_users[blocks] = 1
     free(pool, np.unique(blocks))
 

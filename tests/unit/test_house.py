@@ -28,7 +28,7 @@ LONG_MODULES = {  # path -> the reason why it may be longer
     "pipeline/engine/config.py": "all keys of the configuration on one page",
     "pipeline/engine/supervisor.py": "the life of all processes in one loop",
     "workers/gateway/core.py": "one state machine of all requests",
-    "workers/gpu/execution/executor.py": "the order of a step's copies, launches and events, which one drawing explains",
+    "workers/gpu/execution/executor.py": "the order of a step's copies, launches and events, drawn once",
     "workers/scheduler/scheduler.py": "the facade of the scheduler: every event from outside enters here",
 }
 

@@ -1,4 +1,4 @@
-"""Blocks and the tables of who holds them."""
+"""Blocks, and the tables of their holders."""
 
 from __future__ import annotations
 

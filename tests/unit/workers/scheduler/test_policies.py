@@ -1,4 +1,4 @@
-"""Who comes in next, under each policy, and who gives way when blocks run out."""
+"""The request that is admitted next under each policy, and the sequence that is preempted when blocks run out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND = 1_000_000_000
 
 
 def waiting(key: int, *, priority: int = 0, tenant: str = "", num_prompt: int = 10, arrived_s: float = 0) -> Any:
-    """What a policy sees of a request."""
+    """The fields of a request that a policy reads."""
     return SimpleNamespace(
         key=key, priority=priority, tenant=tenant, num_prompt=num_prompt, arrived_ns=round(arrived_s * SECOND), rank=0,
         row=key,
@@ -81,7 +81,7 @@ def test_whatever_arrives_later_a_low_priority_has_its_turn() -> None:
     policy = make_policy(PolicyConfig(policy="priority", priority_aging_s=1), 10)
     policy.add(waiting(0, priority=-3))
     served = []
-    for second in range(20):  # one important request arrives in each second, and one comes in
+    for second in range(20):  # each second one important request arrives, and one request is admitted
         policy.add(waiting(100 + second, priority=5, arrived_s=second))
         served.append(admit_next(policy))
     assert served.index(0) == 8  # after those of the eight seconds that its priority is behind by
@@ -198,7 +198,7 @@ def test_tenants_come_and_go_without_a_trace() -> None:
 
 
 def prompts_of(engine: ScheduledEngine) -> list[int]:
-    """Keys of requests by the order in which they came in."""
+    """Keys of requests in the order of their admission."""
     engine.drain()
     return list(engine.cached)
 
@@ -209,7 +209,7 @@ def prompts_of(engine: ScheduledEngine) -> list[int]:
 def test_the_policy_of_the_configuration_decides(policy: Any, expected: list[int]) -> None:
     engine = ScheduledEngine(max_num_seqs=1, policy=policy, fair_quantum=6)
     one = SamplingParams(max_tokens=1)
-    engine.send(0, [1, 2, 3, 4, 5], one)  # what all others find cached, so that their admission is heard of
+    engine.send(0, [1, 2, 3, 4, 5], one)  # the others find it cached, so that their admission is reported
     engine.plan()
     for key, tenant in ((1, "a"), (2, "a"), (3, "a"), (4, "b")):
         engine.send(key, [1, 2, 3, 4, 6], one, tenant=tenant, priority=5 * (key == 3) if policy == "priority" else 0)

@@ -1,4 +1,4 @@
-"""The prefix cache: names of blocks, who may find which, and what is forgotten first."""
+"""The prefix cache: hashes of blocks, the requests that may find them, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_block_is_found_while_the_step_that_fills_it_is_in_flight_and_not_befo
     engine.send(1, PROMPT)
     engine.plan()  # its first 12 tokens
     engine.send(2, PROMPT)
-    engine.plan()  # the other 9; request 2 comes in with what the step before fills
+    engine.plan()  # the other 9; request 2 is admitted with the blocks that the step before fills
     engine.drain()
     assert engine.cached == {2: 12}
     assert engine.tokens[1] == engine.tokens[2]
@@ -92,7 +92,7 @@ def test_blocks_idle_for_longest_are_given_away_first_and_ends_before_beginnings
     pool.free(old[::-1])
     pool.free(new[::-1])
     assert pool.num_free == 5
-    pool.allocate(2)  # the one that never had a name, and the end of the older
+    pool.allocate(2)  # the block that was never cached, and the end of the older prompt
     assert pool.find(names[:2]).tolist() == old[:1].tolist()
     assert pool.find(names[2:]).tolist() == new.tolist()
 
@@ -137,8 +137,8 @@ def test_a_hit_longer_than_a_steps_tokens_fits_into_one_record() -> None:
 
 
 def stale_tokens(engine: ScheduledEngine) -> int:
-    """Cached tokens of a prompt whose beginning was computed anew after a clear, and whose end a request of before it
-    went on to compute."""
+    """Return the cached tokens of a prompt. After a clear, its beginning was computed again, and a request from before
+    the clear computed its end."""
     engine.send(1, PROMPT, SamplingParams(max_tokens=24))
     for _ in range(2):
         engine.step()

@@ -1,4 +1,4 @@
-"""Who holds which prompt record, and when a tokenizer may write it again."""
+"""The holders of prompt records, and the time when a tokenizer may write a record again."""
 
 from __future__ import annotations
 

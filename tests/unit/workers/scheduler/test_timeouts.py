@@ -1,4 +1,4 @@
-"""Deadlines, the queue's time-out and bounds, and what a refused client is told."""
+"""Deadlines, the queue's time-out and bounds, and the answer to a refused client."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_a_refusal_says_when_the_queue_will_have_moved() -> None:
     for key in range(7):
         engine.send(key, [1], tokens(1))
     assert refused(100) == 1.0, "nothing is known yet"
-    for key in range(7, 10):  # one comes in in every two seconds
+    for key in range(7, 10):  # one is admitted every two seconds
         engine.step()
         engine.clock.now_ns += 2 * SECOND
         engine.send(key, [1], tokens(1))
