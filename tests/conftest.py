@@ -1,6 +1,6 @@
 """Settings for all tests: their samples are fixed, so a run depends on the code alone and not on luck.
 
-`make explore` draws the property-based tests' samples anew.
+`make explore` draws new samples for the property-based tests.
 """
 
 from __future__ import annotations

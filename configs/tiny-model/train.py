@@ -1,9 +1,10 @@
 """Makes the tiny model of this directory: its text, its tokenizer, its weights and their config files.
 
-The text is the running CPython's own: the help topics of `pydoc_data.topics` and the docstrings of the public standard
-library, parsed and never imported. Files with a notice of another licence are left out; the rest may be redistributed
-under the PSF licence. A first pass reads all of it, a second only the topics and the chats about them and the modules.
-The same CPython, libraries, seed and processor give the same weights, in about 50 minutes on one core.
+The text comes from the running CPython: the help topics of `pydoc_data.topics`, and the docstrings of the public
+standard library, which is parsed and not imported. Files with a notice of another licence are left out; the rest may be
+redistributed under the PSF licence. The first pass reads the whole text, the second only the topics and the chats about
+them and the modules. The same CPython, libraries, seed and processor give the same weights. It takes about 50 minutes
+on one core.
 """
 
 import argparse
@@ -36,7 +37,7 @@ CONFIG: dict[str, Any] = {
 SKIP = r"(site|dist)-packages|tests?|idlelib|lib2to3|turtledemo|encodings|distutils|tkinter|ensurepip|_(?!_init__$).*"
 OTHER_LICENCE = re.compile(r"permission (to use|is (hereby )?granted)|apache license|mit license", re.I)
 COPYRIGHT = re.compile(r"^.*(?:copyright\b.*\d{4}|\(c\) ).*$", re.I | re.M)
-Chat = tuple[list[str], str, int]  # ways to ask, answer, copies an epoch
+Chat = tuple[list[str], str, int]  # (ways to ask, answer, copies per epoch)
 SYSTEM_PROMPTS = ["You are a helpful assistant.", "You answer questions about Python.", "Be brief."]
 GREETINGS = {
     "Hello": "Hello! Ask me about a Python statement, a built-in type or a module of the standard library.",
@@ -46,7 +47,7 @@ GREETINGS = {
 
 
 def tidy(text: str) -> str:
-    """Plain quotes, prose paragraphs on one line each; code, grammar and tables stay as they are."""
+    """Return text with plain quotes and each prose paragraph on one line. Code, grammar and tables stay as they are."""
     text = text.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2014: "-", 0x2013: "-"})
     paragraphs = []
     for block in re.split(r"\n\s*\n", text.strip("\n")):
@@ -63,7 +64,8 @@ def tidy(text: str) -> str:
 
 
 def summary(text: str, limit: int = 420) -> str | None:
-    """The first prose paragraph of the first three, cut at a sentence, as an answer; None if there is none."""
+    """Return the first prose paragraph among the first three, cut at a sentence, as an answer; None without such a
+    paragraph."""
     for first in map(str.strip, text.strip().split("\n\n")[:3]):
         if first[:1].isalpha() and len(first) >= 24 and first.count(" ") >= 4 and not re.search("\n|::=", first):
             first = re.sub(r"\. Syntax:$|:$", ".", first)
@@ -73,7 +75,7 @@ def summary(text: str, limit: int = 420) -> str | None:
 
 
 def docstrings() -> Iterator[tuple[bool, str, str]]:
-    """(whether a module, dotted name, text) of the public docstrings of the standard library, in a fixed order."""
+    """Yield (is a module, dotted name, text) of the public docstrings of the standard library, in a fixed order."""
     for path in sorted((root := Path(sysconfig.get_paths()["stdlib"])).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if any(re.fullmatch(SKIP, part) for part in parts):
@@ -83,7 +85,7 @@ def docstrings() -> Iterator[tuple[bool, str, str]]:
         if OTHER_LICENCE.search(source) or (foreign and not re.search(r"licensed to (the )?psf", source, re.I)):
             continue
         pending: list[tuple[str, Any]] = [(".".join(parts).removesuffix(".__init__"), ast.parse(source))]
-        for name, node in pending:  # grows as it goes
+        for name, node in pending:  # grows during the loop
             if len(text := ast.get_docstring(node) or "") >= 60:
                 yield isinstance(node, ast.Module), name, tidy(text)
             for child in [] if isinstance(node, ast.FunctionDef) else node.body:
@@ -92,9 +94,11 @@ def docstrings() -> Iterator[tuple[bool, str, str]]:
 
 
 def load_text() -> tuple[list[str], list[str], list[str], list[Chat]]:
-    """Topic documents, docstring documents, the docstrings held out, and chats."""
+    """Return topic documents, docstring documents, the docstrings held out, and chats."""
     topic_docs, string_docs, held_out, chats = [], [], [], []
-    sections: dict[tuple[str, str], None] = {}  # ordered, and once each: several topics share a section
+    sections: dict[
+        tuple[str, str], None
+    ] = {}  # in order and without duplicates, because several topics share a section
     for name in sorted(topics):
         parts = re.split(r"^(\S.*)\n[*=\-~^]{3,}\n", topics[name], flags=re.M)  # pydoc underlines its headings
         pairs = zip(parts[1::2], parts[2::2], strict=True)
@@ -122,7 +126,7 @@ def load_text() -> tuple[list[str], list[str], list[str], list[Chat]]:
 
 
 def train_tokenizer(docs: list[str]) -> Tokenizer:
-    """Byte-level BPE: any text round-trips, whether or not its characters were ever seen."""
+    """Train a byte-level BPE. Any text round-trips, even characters that the training text lacks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -133,7 +137,8 @@ def train_tokenizer(docs: list[str]) -> Tokenizer:
 
 
 def pieces(doc: str, tokenizer: Tokenizer, limit: int = 384) -> Iterator[torch.Tensor]:
-    """A document's tokens; a long one is cut between paragraphs, each later piece under the heading again."""
+    """Return a document's tokens in pieces. A long document is cut between paragraphs, and each later piece repeats the
+    heading."""
     heading, *blocks = doc.split("\n\n")
     held = top = tokenizer.encode(heading).ids
     for block in blocks:
@@ -146,7 +151,7 @@ def pieces(doc: str, tokenizer: Tokenizer, limit: int = 384) -> Iterator[torch.T
 
 
 def endless(docs: list[torch.Tensor], chats: list[Chat], tokenizer: Tokenizer, seed: int) -> Iterator[torch.Tensor]:
-    """Every document and chat in a random order, epoch after epoch; the chats asked anew each time."""
+    """Yield every document and chat in random order, epoch after epoch. Each epoch words the questions again."""
     rng = random.Random(seed)
     while True:
         turns = []
@@ -159,7 +164,7 @@ def endless(docs: list[torch.Tensor], chats: list[Chat], tokenizer: Tokenizer, s
 
 
 def packed(source: Iterator[torch.Tensor], length: int) -> torch.Tensor:
-    """A row of `length` tokens that starts where a piece starts; its last piece is cut short."""
+    """Return a row of `length` tokens that starts where a piece starts. Its last piece is cut."""
     row = next(source)
     while len(row) < length:
         row = torch.cat([row, next(source)])
@@ -167,7 +172,7 @@ def packed(source: Iterator[torch.Tensor], length: int) -> torch.Tensor:
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the directory an engine loads: weights stored as bfloat16, meant to be run in float32."""
+    """Write the directory that an engine loads. Weights are stored as bfloat16, and meant to be run in float32."""
     weights = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
@@ -180,7 +185,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def learn(model: LlamaForCausalLM, source: Iterator[torch.Tensor], steps: int, peak: float, minutes: float) -> None:
-    """One pass of AdamW over 1024 tokens a step; the rate warms up and falls along a cosine, in `minutes` at most."""
+    """Train one pass with AdamW, 1024 tokens per step, for at most `minutes`. The rate warms up and then falls along a
+    cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     began, step, average = time.monotonic(), 0, math.log(CONFIG["vocab_size"])
     while (progress := max(step / steps, (time.monotonic() - began) / 60 / minutes)) < 1:

@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several benchmarks have: what cannot work is refused before anything is run."""
+"""Types of command-line arguments that several benchmarks have. They refuse unusable values before anything is run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def comma_separated(kind: type[N]) -> Callable[[str], list[N]]:
 
 
 def made_folder(text: str) -> Path:
-    """A folder to write to, made if it is not there."""
+    """A folder to write to. It is created if it does not exist."""
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"the folder {text} cannot be made: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"the folder {text} cannot be created: {error.strerror}") from None
     return folder

@@ -1,4 +1,4 @@
-"""Runs this project's engine on a given work, once per call: launch, warm up, measure, take down."""
+"""Runs this project's engine on a given work, once per call: launches it, warms it up, measures, and stops it."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Engine:
-    """What to launch: a configuration file and the command line's changes to it."""
+    """The engine to launch: a configuration file, and the command line's changes to it."""
 
     config: Path
     overrides: tuple[str, ...]
     vocab_size: int
-    timeline: Path | None = None  # a file for a trace of all that it does
+    timeline: Path | None = None  # a file for the engine's trace
 
     def with_overrides(self, *overrides: str) -> Engine:
         return replace(self, overrides=(*self.overrides, *overrides))
 
     def measure(self, work: Work, stream: bool) -> tuple[float, Run]:
-        """Seconds until the engine was ready, and a run of all requests at once."""
+        """Return the seconds until the engine was ready, and a run of all requests at once."""
         prompts = make_prompts(work.num_requests, work.prompt_len, self.vocab_size)
         return self._drive(work, lambda client: run_all(client, prompts, work.output_len, stream, work.sampling))
 
     def measure_mixed(
         self, work: Work, num_background: int, rate_per_s: float, seconds: float
     ) -> tuple[float, MixedRun]:
-        """The same for `num_background` streams beside which requests of `work`'s lengths arrive."""
+        """Return the same for `num_background` streams, while further requests of `work`'s lengths arrive."""
         moments = poisson_arrivals(rate_per_s, seconds)
         prompts = make_prompts(num_background + len(moments), work.prompt_len, self.vocab_size)
         background, arriving = prompts[:num_background], prompts[num_background:]
@@ -60,7 +60,7 @@ class Engine:
         )
 
     def profile(self, work: Work) -> dict[str, Any]:
-        """What the profiler in the GPU process (`workers/gpu/profiling/step_profiler.py`) reports about some steps.
+        """Return the report of the GPU process's profiler (`workers/gpu/profiling/step_profiler.py`) about some steps.
 
         Raises RuntimeError for work that has fewer steps than the profiler's window.
         """
@@ -75,7 +75,7 @@ class Engine:
     def _drive(self, work: Work, drive: Callable[[AsyncClient], Awaitable[T]]) -> tuple[float, T]:
         async def warm_up_and_drive(endpoint: str) -> T:
             async with AsyncClient(endpoint) as client:
-                # Steps of the same sizes: some kernels are compiled, and libraries loaded, when they first run.
+                # Steps of the same sizes, because kernels are compiled and libraries loaded when they first run.
                 others = make_prompts(work.num_requests, work.prompt_len, self.vocab_size, WARM_UP_SEED)
                 output_len = min(WARM_UP_OUTPUT_LEN, work.output_len)
                 await run_all(client, others, output_len, False, work.sampling)

@@ -1,7 +1,7 @@
-"""Turns what was measured into rows of figures: one dict per engine and depth, with ratios to bounds and to peers.
+"""Computes rows of figures from measurements: one dict per engine and depth, with ratios to bounds and to peers.
 
 Names end in their unit (`_s`, `_ms`, `_percent`, `_per_s`); `x_...` are ratios of our time to another. Figures are
-rounded here and nowhere before.
+rounded only here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pipeline.bench.workload import GREEDY, MixedRun, Run, Times, Work, percenti
 
 Row = dict[str, Any]
 
-_MAX_KERNELS: Final = 25  # of a profile, the ones that take longest
+_MAX_KERNELS: Final = 25  # the kernels of a profile that take longest
 _MAX_NAME: Final = 100  # characters
 
 
 def engine_row(
     depth: int, work: Work, ready_s: float, run: Run, shape: ModelShape | None, rates: Rates, max_tokens: int
 ) -> Row:
-    """Of a run of all requests at once. `shape` None: a model whose bounds are not known. `max_tokens`: in a step."""
+    """Return the row of a run of all requests at once. `shape` None: the model's bounds are unknown. `max_tokens`: per
+    step."""
     num_tokens = work.num_requests * work.output_len
     row: Row = {
         "engine": f"depth {depth}", **_lengths(work), "ready_s": ready_s, "total_s": run.total_s,
@@ -58,7 +59,8 @@ def engine_row(
 
 
 def mixed_row(depth: int, work: Work, ready_s: float, num_background: int, run: MixedRun) -> Row:
-    """Of streams that run while others arrive. No bound: what ran in each step is not known afterwards."""
+    """Return the row of streams that run while others arrive. It has no bounds, because the contents of each step are
+    unknown."""
     figures = run.figures
     row: Row = {
         "engine": f"depth {depth}", "num_background": num_background, "num_arrivals": run.num_arrivals,
@@ -75,7 +77,7 @@ def mixed_row(depth: int, work: Work, ready_s: float, num_background: int, run: 
 
 
 def peer_row(name: str, asked: Work, done: Work, result: PeerResult, ours: Iterable[Row]) -> Row:
-    """Of a peer that ran `done`, which stands in for `asked` if it is shorter; `ours` are the engine's rows.
+    """Return the row of a peer that ran `done`, which replaces `asked` if it is shorter. `ours` are the engine's rows.
 
     `x_peer`, by our depth: our total over the peer's. Over a shorter run of the same mean context, the peer's total is
     taken as its steady step times the number of output tokens of a request.
@@ -105,7 +107,7 @@ def peer_row(name: str, asked: Work, done: Work, result: PeerResult, ours: Itera
 
 
 def profile_figures(profile: dict[str, Any] | None) -> Row:
-    """What goes into a row of a profile of `workers/gpu/profiling/step_profiler.py`."""
+    """Return a row's figures from a profile of `workers/gpu/profiling/step_profiler.py`."""
     if profile is None:
         return {}
     return rounded(
@@ -124,7 +126,7 @@ def profile_figures(profile: dict[str, Any] | None) -> Row:
 
 
 def rounded(row: Row) -> Row:
-    """Four significant digits, and all digits in front of the point."""
+    """Round to four significant digits, but keep all digits before the point."""
     return {k: _four_digits(v) if isinstance(v, float) else v for k, v in row.items() if v is not None}
 
 
@@ -147,7 +149,7 @@ def _latencies(times: Times) -> Row:
 
 
 def _steady_bounds(work: Work, run: Run, shape: ModelShape, rates: Rates) -> Bounds | None:
-    """Of the steps in the steady window, by the tokens that were out when it began and ended."""
+    """Return the bounds of the steps in the steady window, from the number of tokens generated at its start and end."""
     if run.steady is None or work.output_len == 1:
         return None
     first, last = (work.prompt_len + num_tokens // work.num_requests for num_tokens in run.steady_tokens)

@@ -1,9 +1,10 @@
-"""The whole pipeline with a model that costs nothing: what the host spends, and whether the device waits for it.
+"""Runs the whole pipeline with a model that costs nothing, and measures the host's time and whether the device waits
+for it.
 
 Every sequence streams to one client in this process, so that gateway, detokenizer and client carry their full load. The
-device's time per step is simulated (`model.null_step_ms`): its compute queue is a timeline on which a step starts when
-both it and the step before it are there. "Device waited" is the share of that timeline on which work existed and none
-of it had reached the device.
+device's time per step is simulated (`model.null_step_ms`). Its compute queue is a timeline: a step starts when it has
+been submitted and the step before it has ended. "Device waited" is the share of that timeline during which work existed
+but had not reached the device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline.bench.arguments import comma_separated, made_folder, positive
 from pipeline.engine.small_model import CONFIG
 from pipeline.metrics.figures import Figures, Window
 
-WARM_UP_S = 1.0  # after every sequence has begun
+WARM_UP_S = 1.0  # from the moment when every sequence has begun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(
     config: Path, num_seqs: int, step_ms: float, depth: int, seconds: float, timeline: Path | None = None
 ) -> tuple[Figures, float]:
-    """Figures of a steady pure-decode window of about `seconds`, and this client's CPU time per step in us."""
+    """Return figures of a steady pure-decode window of about `seconds`, and this client's CPU time per step in us."""
     overrides = {
         "model.load_format": "null",
         "model.null_step_ms": step_ms,
@@ -79,7 +80,7 @@ async def _stream_all(endpoint: str, num_seqs: int, seconds: float) -> tuple[Fig
     begun: set[int] = set()
 
     async def stream(client: AsyncClient, index: int) -> None:
-        while True:  # as soon as one reaches the model's length, another takes its place
+        while True:  # when a stream reaches the model's length, a new one replaces it
             async for _ in client.generate("The for statement", params, stream=True):
                 begun.add(index)
 

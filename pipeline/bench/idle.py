@@ -1,6 +1,6 @@
-"""An engine with nothing to do: the share of a core that each of its processes uses all the same.
+"""Measures the share of a core that each process of an idle engine uses.
 
-CPU time comes from the kernel (/proc/PID/stat), so that it also counts what a process does not count itself.
+CPU time comes from the kernel (/proc/PID/stat), so it includes time that a process does not count itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(config: Path, seconds: float) -> dict[str, float]:
-    """Share of one core by process, over `seconds`, after a request has been served."""
+    """Return the share of one core by process, over `seconds`, after a request has been served."""
     with Pipeline(config) as pipeline:
         pipeline.client.generate("A module is", SamplingParams(max_tokens=8))
         time.sleep(SETTLE_S)
@@ -52,6 +52,6 @@ def measure(config: Path, seconds: float) -> dict[str, float]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds, user and system, of all threads of a process so far."""
+    """Return the CPU seconds (user and system) that all threads of a process have used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * _TICK_S

@@ -1,9 +1,12 @@
-"""Many times more requests than the engine can serve: memory, refusals, the latency of what it takes, and recovery.
+"""Sends many times more requests than the engine can serve. Measures memory, refusals, the latency of accepted
+requests, and recovery.
 
-The model costs nothing and the device's time per step is simulated, so that the device is the bottleneck, as it is in
-an engine worth having. First the sustainable rate is measured: requests completed per second while there are always
-enough. Then requests come at fixed times, whatever becomes of them (an open loop), in three phases: at half that rate,
-at a multiple of it, and at half of it again. All come from one client in this process.
+The model costs nothing and the device's time per step is simulated, so that the device is the bottleneck, as it should
+be in any engine. First the sustainable rate is measured: requests completed per second while there are always enough.
+Then one client in this process sends requests at fixed times, regardless of the answers (an open loop). There are three
+phases:
+
+    half of the sustainable rate | a multiple of it: the overload | half of it again: the recovery
 """
 
 from __future__ import annotations
@@ -29,22 +32,22 @@ from pipeline.engine.small_model import CONFIG
 
 NUM_SEQS: Final = 32
 STEP_MS: Final = 20.0
-MAX_NUM_WAITING: Final = 64  # of a length that a caller would wait for: two batches
+MAX_NUM_WAITING: Final = 64  # a queue that a caller would still wait for: two batches
 PARAMS: Final = SamplingParams(max_tokens=32, ignore_eos=True)
 PROMPT: Final = list(range(5, 69))
 CALM: Final = 0.5  # of the sustainable rate
-NUM_SLICES: Final = 6  # of the overload, for what must not drift
+NUM_SLICES: Final = 6  # slices of the overload, for figures that must not drift
 NUM_READINGS: Final = 8  # of memory
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Phase(msgspec.Struct):
-    """What became of the requests of one stretch of time. Times in seconds."""
+    """The outcome of the requests of one phase. Times in seconds."""
 
     name: str
     rate: float  # requests sent per second
     seconds: float
-    taken: list[tuple[float, float]] = []  # (when it was sent, from the phase's beginning; until its answer)
+    taken: list[tuple[float, float]] = []  # (time of sending, from the phase's beginning; time until the answer)
     refused: list[float] = []  # until the refusal
 
     def figures(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class Phase(msgspec.Struct):
         }
 
     def latency_by_slice(self) -> list[list[float]]:
-        """Latency of what was taken, ms, p50 and p99, over equal slices of the phase."""
+        """Return the latency of accepted requests in ms, p50 and p99, over equal slices of the phase."""
         width = self.seconds / NUM_SLICES
         return [
             _percentiles([took for at, took in self.taken if i * width <= at < (i + 1) * width])
@@ -105,7 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(
     config: Path, seconds: float, calm_seconds: float, times: float
 ) -> tuple[list[Phase], dict[str, float], dict[str, list[Any]]]:
-    """The three phases; what is held afterwards, by name; resident memory of each process over time."""
+    """Return the three phases, the counters of held resources afterwards by name, and each process's memory over
+    time."""
     overrides = {
         "model.load_format": "null",
         "model.null_step_ms": STEP_MS,
@@ -145,7 +149,7 @@ async def _drive(
 
 
 async def _finished_per_s(client: AsyncClient, seconds: float) -> float:
-    """Requests completed per second while the batch and some of the queue are full."""
+    """Return the requests completed per second while the batch and a part of the queue are full."""
     num_finished, deadline = 0, time.perf_counter() + seconds
 
     async def ask() -> None:
@@ -178,7 +182,7 @@ async def _send_at_rate(client: AsyncClient, phase: Phase) -> None:
 
 
 async def _watch_memory(pids: Mapping[str, int], interval_s: float) -> dict[str, list[Any]]:
-    """Resident MiB of each process every `interval_s` seconds, until it is cancelled."""
+    """Record each process's resident memory in MiB every `interval_s` seconds, until cancelled."""
     memory: dict[str, list[Any]] = {"at_s": [], **{role: [] for role in pids}}
     started = time.perf_counter()
     try:
@@ -193,7 +197,7 @@ async def _watch_memory(pids: Mapping[str, int], interval_s: float) -> dict[str,
 
 
 def _percentiles(times_s: list[float]) -> list[float]:
-    """p50 and p99 in ms; of nothing, nothing."""
+    """Return p50 and p99 in ms; [] for an empty list."""
     return [round(value * 1e3, 1) for value in np.percentile(times_s, (50, 99)).tolist()] if times_s else []
 
 

@@ -1,8 +1,9 @@
-"""Other engines on the same work: what such a peer is told, what it answers, and how it is run.
+"""Runs other engines (peers) on the same work. Owns the peer's input (PeerSpec), its output (PeerResult) and its
+process.
 
-A peer is a program of its own (`transformers_peer.py`, `vllm_peer.py`), because it brings torch along and must give the
-device's memory back. It reads a PeerSpec from a file and writes a PeerResult to another: its standard output belongs to
-the libraries in it.
+A peer is a separate program (`transformers_peer.py`, `vllm_peer.py`), because it loads torch and must release the
+device's memory. It reads a PeerSpec from a file and writes a PeerResult to another file, because its libraries write to
+standard output.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerResult(msgspec.Struct, kw_only=True):
-    """What a peer measured. Steps in ms; `steady_*` within the same shares of the run as the engine's window,
-    or over all of it where the peer tells no times of steps.
+    """The figures that a peer measured. Steps in ms. `steady_*` cover the same shares of the run as the engine's
+    window, or the whole run if the peer reports no times of steps.
 
     `note` says what a reader must know to compare; `error` why there is no figure.
     """
@@ -68,7 +69,7 @@ class PeerResult(msgspec.Struct, kw_only=True):
 
 
 def run_peer(spec: PeerSpec) -> PeerResult:
-    """Run a peer to its end. One that fails has `error` set and no figures."""
+    """Run a peer to its end. If it fails, the result has `error` set and no figures."""
     with tempfile.TemporaryDirectory(prefix="ringfeed-peer-") as folder:
         spec_path, result_path = Path(folder) / "spec.json", Path(folder) / "result.json"
         spec_path.write_bytes(msgspec.json.encode(spec))
@@ -82,7 +83,7 @@ def run_peer(spec: PeerSpec) -> PeerResult:
         if not result_path.exists():
             return PeerResult(error=f"ended with status {done.returncode} and without an answer:\n{last_lines}")
         result = msgspec.json.decode(result_path.read_bytes(), type=PeerResult)
-        if result.error:  # an engine of several processes names the cause only in what they print
+        if result.error:  # an engine of several processes names the cause only in its output
             result.error += f"\n{last_lines}"
         return result
 
@@ -92,14 +93,14 @@ def answer(measure: Callable[[PeerSpec], PeerResult]) -> None:
     spec_path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
     try:
         result = measure(msgspec.json.decode(spec_path.read_bytes(), type=PeerSpec))
-    except Exception as error:  # whatever a foreign engine raises is its answer
+    except Exception as error:  # any error of a foreign engine is its result
         traceback.print_exc()
         result = PeerResult(error=f"{type(error).__name__}: {error}")
     result_path.write_bytes(msgspec.json.encode(result))
 
 
 def step_figures(ends_s: Sequence[float]) -> dict[str, Any]:
-    """Fields of a PeerResult from the times at which steps ended."""
+    """Return fields of a PeerResult, computed from the times at which steps ended."""
     first, last = (round(share * (len(ends_s) - 1)) for share in STEADY)
     window = ends_s[first : last + 1]
     gaps_ms = [(b - a) * 1e3 for a, b in itertools.pairwise(window)]

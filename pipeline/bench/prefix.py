@@ -1,8 +1,9 @@
-"""Requests that begin alike, with the prefix cache on and off: prompt tokens computed, and time to the first token.
+"""Sends requests with shared beginnings, with the prefix cache on and off. Measures prompt tokens computed, and time to
+first token.
 
-All requests are sent at once, as streams of one client. Each prompt is one of a few shared beginnings, in turn, and an
-end of its own; ids are random, so nothing else is shared. What is computed of prompts is read from the scheduler's
-counters, recomputation after a preemption not included.
+All requests are sent at once, as streams of one client. Each prompt is one of a few shared beginnings, in turn,
+followed by an unshared end. Ids are random, so nothing else is shared. The number of computed prompt tokens comes from
+the scheduler's counters, without recomputation after a preemption.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def make_prompts(num_requests: int, num_prefixes: int, prefix_tokens: int) -> list[list[int]]:
-    """Token ids: request i begins with prefix i modulo `num_prefixes`, and goes on by itself."""
+    """Return prompts of token ids. Request i begins with prefix i modulo `num_prefixes`, and continues with ids that no
+    other has."""
     if min(num_requests, num_prefixes, prefix_tokens) < 1:
         raise ConfigError(
             f"--num-requests ({num_requests}), --num-prefixes ({num_prefixes}) and --prefix-tokens ({prefix_tokens}) "
@@ -68,7 +70,7 @@ def make_prompts(num_requests: int, num_prefixes: int, prefix_tokens: int) -> li
 
 
 def measure(config: Path, prompts: list[list[int]], max_tokens: int, prefix_caching: bool) -> dict[str, float]:
-    """Figures by name; a new engine, warmed up by one other request."""
+    """Return figures by name, measured on a new engine that one other request has warmed up."""
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     with Pipeline(config, {"cache.prefix_caching": prefix_caching}) as pipeline:
         return asyncio.run(_stream_all(pipeline.endpoint, prompts, params))

@@ -1,4 +1,4 @@
-"""The throughput benchmark's table: a column per engine, a line per figure that any of them has."""
+"""The throughput benchmark's table: a column per engine, and a line per figure that at least one of them has."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _LINES: Final = {
 
 
 def print_table(title: str, rows: list[Row], console: Console) -> None:
-    """All engines' figures, then the notes and errors that go with them."""
+    """Return the figures of all engines as a table, followed by their notes and errors."""
     console.print(title, highlight=False)
     table = Table("", *(row["engine"] for row in rows))
     for column in table.columns[1:]:

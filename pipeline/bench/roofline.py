@@ -1,6 +1,7 @@
-"""What a step must cost at least: the bytes that it reads and the products that it computes, over measured rates.
+"""Computes lower bounds of a step's time, from the bytes it reads and the products it computes, over measured rates.
 
-Arithmetic only; the rates come from `workers/gpu/profiling/device_rates.py`. A step can go below neither of two bounds:
+Arithmetic only; the rates come from `workers/gpu/profiling/device_rates.py`. No step can be faster than two bounds (the
+roofline model of Williams, Waterman and Patterson, 2009):
 
 - the floor: all weights that the step uses and the KV of its sequences, read once each;
 - the roofline: the same operation by operation (projections, attention, head), each of them the longer of its bytes
@@ -18,13 +19,14 @@ from typing import Any, Final
 
 from ipc.errors import ConfigError
 
-_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")  # the same projections, the same full attention
+_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")  # families with the same projections and full attention
 _BYTES_PER_VALUE: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device can do: bytes per second read from memory, floating-point operations per second in products."""
+    """The device's measured rates: bytes per second read from memory, floating-point operations per second in
+    products."""
 
     read_bytes_per_s: float
     matrix_flops_per_s: float
@@ -32,7 +34,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step computes.
+    """The numbers that determine the cost of one step.
 
     Args:
         num_tokens: tokens that run through the layers.
@@ -48,7 +50,7 @@ class StepWork:
 
     @staticmethod
     def decode(num_seqs: int, length: int) -> StepWork:
-        """One token of each sequence, all of `length` tokens after the step."""
+        """Return a step with one token of each sequence; all sequences have `length` tokens after it."""
         return StepWork(num_seqs, num_seqs, num_seqs * length, num_seqs * length)
 
 
@@ -67,10 +69,10 @@ class ModelShape:
 
     @staticmethod
     def from_config(config: Mapping[str, Any], dtype: str = "auto") -> ModelShape:
-        """From a model's config.json; `dtype` as in `model.dtype`.
+        """Read the sizes from a model's config.json. `dtype` as in `model.dtype`.
 
-        Raises ConfigError for a model that does not read all its weights and all its KV in every step, or whose sizes
-        these few numbers do not tell.
+        Raises ConfigError for a model that does not read all its weights and all its KV in every step, or that these
+        few numbers do not describe.
         """
         text = config.get("text_config") or config
         family = text.get("model_type")
@@ -96,7 +98,8 @@ class ModelShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights that every step uses: all projections and the head (tied or not, it is read once)."""
+        """Return the bytes of the weights that every step uses: all projections, and the head (read once, tied or
+        not)."""
         per_layer = sum(rows * columns for rows, columns in self._projections())
         return self.bytes_per_value * (self.num_layers * per_layer + self.hidden_size * self.vocab_size)
 
@@ -105,18 +108,18 @@ class ModelShape:
         return self.bytes_per_value * 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def flops(self, work: StepWork) -> int:
-        """Floating-point operations of the products in a step: two per multiplication and addition."""
+        """Return the floating-point operations of a step's products: two per multiply-add."""
         return self.num_layers * (
             sum(2 * work.num_tokens * rows * columns for rows, columns in self._projections())
             + self._attention_flops(work)
         ) + self._head_flops(work)
 
     def floor_s(self, work: StepWork, rates: Rates) -> float:
-        """Reading the weights and the KV once, in seconds."""
+        """Return the seconds to read the weights and the KV once."""
         return (self.weight_bytes + self.kv_bytes_per_token * work.num_kv_read) / rates.read_bytes_per_s
 
     def roofline_s(self, work: StepWork, rates: Rates) -> float:
-        """The longer of reading and computing, for one operation after the other, in seconds."""
+        """Return the sum over operations of the longer of reading and computing, in seconds."""
 
         def at_least(num_values: int, flops: int) -> float:
             num_bytes = num_values * self.bytes_per_value
@@ -130,7 +133,7 @@ class ModelShape:
         return self.num_layers * (sum(projections) + attention) + head
 
     def _projections(self) -> Iterator[tuple[int, int]]:
-        """The weights of one layer, as (inputs, outputs) of each product."""
+        """Return the weights of one layer, as (inputs, outputs) of each product."""
         yield self.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim  # queries, keys, values
         yield self.num_heads * self.head_dim, self.hidden_size
         yield self.hidden_size, 2 * self.intermediate_size  # gate, up
@@ -144,7 +147,7 @@ class ModelShape:
 
 
 def prefill_steps(num_requests: int, prompt_len: int, max_tokens: int) -> Iterator[StepWork]:
-    """Prompts that are computed one after another, in steps of `max_tokens` tokens."""
+    """Return the steps of prompts that are computed one after another, `max_tokens` tokens per step."""
     left, request, done = max_tokens, 0, 0
     tokens = outputs = read = attended = 0
     while request < num_requests:
@@ -162,14 +165,14 @@ def prefill_steps(num_requests: int, prompt_len: int, max_tokens: int) -> Iterat
 
 
 def decode_steps(num_seqs: int, first_len: int, last_len: int) -> Iterator[StepWork]:
-    """Steps that bring all sequences from `first_len` to `last_len` tokens of KV, both included."""
+    """Return the steps that bring all sequences from `first_len` to `last_len` tokens of KV, both included."""
     return (StepWork.decode(num_seqs, length) for length in range(first_len, last_len + 1))
 
 
 def run_steps(num_requests: int, prompt_len: int, output_len: int, max_tokens: int) -> Iterator[StepWork]:
-    """A whole run in which all requests arrive first and run side by side.
+    """Return the steps of a whole run in which all requests arrive first and run concurrently.
 
-    The step that ends its prompt gives each its first token; the KV of its last one is never computed.
+    The step that finishes a request's prompt produces its first token. The KV of its last token is never computed.
     """
     yield from prefill_steps(num_requests, prompt_len, max_tokens)
     yield from decode_steps(num_requests, prompt_len + 1, prompt_len + output_len - 1)
@@ -177,7 +180,7 @@ def run_steps(num_requests: int, prompt_len: int, output_len: int, max_tokens: i
 
 @dataclass(frozen=True)
 class Bounds:
-    """Both bounds of several steps, summed."""
+    """Both bounds, summed over several steps, in seconds."""
 
     num_steps: int
     floor_s: float
@@ -186,7 +189,7 @@ class Bounds:
 
 
 def bounds(shape: ModelShape, steps: Iterable[StepWork], rates: Rates) -> Bounds:
-    """Sums over steps, so that growing contexts are integrated and not taken at their mean."""
+    """Sum the bounds over steps. So growing contexts are integrated, not replaced by their mean."""
     num_steps, floor_s, roofline_s, flops = 0, 0.0, 0.0, 0
     for work in steps:
         num_steps += 1

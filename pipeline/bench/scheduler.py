@@ -1,11 +1,14 @@
-"""The scheduler alone: what it spends on a step, on an arrival and on an end.
+"""Measures the scheduler alone: its time for a step, for an arriving request and for an ending one.
 
-The real `Scheduler` over real records; results are made up at once, so nothing else runs in between. Every prompt has
-1,000 tokens, blocks hold 16, and one step is always in flight while another is planned (depth 2). "Plan" fills a step
-record; "apply" takes in a result record and gathers the message to the detokenizer. First a stretch of pure decode,
-then one in which in every other step some sequences end and as many arrive: what these steps cost more than the median
-of the quiet ones between them, divided by their number, is the price of one end and of one arrival. The prefix cache is
-on; all prompts differ, and their blocks' names come with them.
+Runs the real `Scheduler` on real records. Results are made up at once, so nothing else runs in between. Every prompt
+has 1,000 tokens, blocks hold 16, and one step is always in flight while another is planned (depth 2). "Plan" fills a
+step record; "apply" reads a result record and builds the message to the detokenizer. The first phase is pure decode. In
+the second phase some sequences end and equally many arrive in every other step:
+
+    decode | quiet step | step with n ends and n arrivals | quiet step | step with n ends and n arrivals | ...
+
+The extra time of these steps over the median quiet step, divided by n, is the price of one end and of one arrival. The
+prefix cache is on. All prompts differ, and the hashes of their blocks come with them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ BLOCK_SIZE: Final = 16
 DEPTH: Final = 2
 NUM_WARM_UP_STEPS: Final = 50
 NUM_CHURN_STEPS: Final = 200
-NUM_CHURNED: Final = 8  # sequences that end, and that arrive, in every other one of these
+NUM_CHURNED: Final = 8  # sequences that end, and that arrive, in every other one of these steps
 MAX_NUM_BATCHED_TOKENS: Final = 16_384
 
 
@@ -68,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(num_seqs: int, num_steps: int) -> dict[str, float]:
-    """Times in us by name, of at least one step and two sequences: one has to run on while another ends."""
+    """Return times in us by name. Needs at least one step and two sequences, because one must continue while another
+    ends."""
     if num_seqs < 2 or num_steps < 1:
         raise ConfigError(f"--num-seqs ({num_seqs}) must be at least 2 and --steps ({num_steps}) at least 1")
     engine = _Engine(num_seqs, num_steps)
@@ -114,7 +118,7 @@ class _Engine:
         self._num_planned = 0
 
     def fill(self) -> None:
-        """Bring in all sequences and compute their prompts."""
+        """Add all sequences and compute their prompts."""
         for _ in range(self.num_seqs):
             self.add()
         self._plan()
@@ -122,7 +126,7 @@ class _Engine:
             self.step()
 
     def add(self) -> int:
-        """One more request; returns what the scheduler took for it, in ns."""
+        """Add one more request. Returns the scheduler's time for it, in ns."""
         token_ids = self._rng.integers(0, 50_000, NUM_PROMPT_TOKENS, np.int32)
         self._tokenizer.claim().token_ids[:NUM_PROMPT_TOKENS] = token_ids
         self._tokenizer.publish()
@@ -142,7 +146,8 @@ class _Engine:
         return perf_counter_ns() - started
 
     def step(self, num_ends: int = 0) -> tuple[int, int]:
-        """Plan a step, then apply the one before it, which ends its first `num_ends` sequences: ns of both."""
+        """Plan a step, then apply the step before it, which ends its first `num_ends` sequences. Returns the ns of
+        both."""
         plan_ns = self._plan()
         self._result.finish[:] = FinishCode.RUNNING
         self._result.finish[:num_ends] = FinishCode.STOP
@@ -152,7 +157,8 @@ class _Engine:
         return plan_ns, perf_counter_ns() - started
 
     def churn(self, num: int) -> tuple[float, float]:
-        """Price in us of one arrival and of one end, while in every other step `num` end and `num` arrive."""
+        """Return the price in us of one arrival and of one end, while `num` end and `num` arrive in every other
+        step."""
         quiet, add_ns, admit_ns, end_ns = [], [], [], []
         for _ in range(NUM_CHURN_STEPS // 4):
             end_ns.append(self.step(num)[1])

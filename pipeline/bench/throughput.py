@@ -1,12 +1,12 @@
-"""The engine on a given work, beside what memory and matrix units allow and beside other engines, in one run.
+"""Runs the engine on a given work, and compares it with the bounds of memory and matrix units and with other engines.
 
     python -m pipeline.bench throughput --config configs/8b.toml --model configs/shapes/llama-3.1-8b \
         --num-requests 32 --prompt-len 128 --output-len 8192 --depth 1,2,3 --peers transformers-async
 
-All requests arrive at once, or, with `--arrivals poisson`, beside streams that run on and on. Rates are measured before
-and after; the bounds are what the model must read and compute at the first ones (`roofline.py`), integrated over the
-run. A model folder without weights runs with random ones. "Idle" is the engine's live gauge: the share of the device's
-time between steps, by the times in the result records.
+All requests arrive at once, or, with `--arrivals poisson`, beside streams that run all the time. The device's rates are
+measured before and after. The bounds (`roofline.py`) are the least time that the model's reads and products take at the
+rates before, integrated over the run. A model folder without weights runs with random ones. "Idle" is the engine's live
+gauge: the share of the device's time between steps, by the times in the result records.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.timeline import __main__ as timeline
 from workers.gpu.config import ModelConfig
 
 PROFILE_OUTPUT_LEN: Final = 192  # output tokens of a request under the profiler: enough steps for its window
-STREAM_UP_TO: Final = 64  # requests; with more, the client's work for every token would compete with the engine's
+STREAM_UP_TO: Final = 64  # requests; with more, the client's work per token would compete with the engine's
 SPARE_ROWS: Final = 32  # for arrivals beside background streams
 
 
@@ -79,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and print. Exit status 1 if a peer gave no figures, 2 for a work that this configuration cannot do."""
+    """Measure and print. Returns the exit status: 1 if a peer gave no figures, 2 for work that this configuration
+    cannot do."""
     try:
         failed = _Benchmark(arguments).run()
     except ConfigError as error:
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Benchmark:
-    """One run of the command. Raises ConfigError for a work that cannot be done."""
+    """One run of the command. Raises ConfigError for work that this configuration cannot do."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
@@ -113,7 +114,7 @@ class _Benchmark:
         self._check_lengths(self._config, self._facts)
 
     def run(self) -> bool:
-        """Returns whether a peer failed."""
+        """Measure engine and peers, and print the rows. Returns whether a peer failed."""
         arguments, work = self._arguments, self._work
         before = self._measure_rates()
         rates = Rates(before["read_bytes_per_s"], before["matrix_flops_per_s"])
@@ -175,7 +176,7 @@ class _Benchmark:
         return folder / f"depth{depth}.json.gz"
 
     def _overrides(self) -> list[str]:
-        """The command line's `--set` come last: they win."""
+        """Return the changes to the configuration. The command line's `--set` come last and override the others."""
         arguments = self._arguments
         num_seqs = arguments.background + SPARE_ROWS if self._mixed else arguments.num_requests
         overrides = [f"scheduler.max_num_seqs={num_seqs}"]
@@ -203,7 +204,7 @@ class _Benchmark:
             raise ConfigError(f"--peer-output-len ({shorter}) must lie in [1, --output-len ({self._work.output_len})]")
 
     def _shape(self) -> tuple[ModelShape | None, str]:
-        """For the bounds; or None, and why there are none."""
+        """Return the model's sizes for the bounds; or None, and the reason why there are no bounds."""
         plain = json.loads((Path(self._facts.folder) / "config.json").read_text())
         try:
             return ModelShape.from_config(plain, self._config.model.dtype), ""
@@ -217,7 +218,7 @@ class _Benchmark:
         return self._work.at_equal_context(PROFILE_OUTPUT_LEN)
 
     def _measure_rates(self) -> dict[str, Any]:
-        """In a process of its own, which gives the device's memory back."""
+        """Measure the device's rates in a separate process, which releases the device's memory when it ends."""
         model = self._config.model
         threads = [] if model.num_threads is None else ["--threads", str(model.num_threads)]
         done = subprocess.run(

@@ -1,8 +1,8 @@
 """A peer: transformers' own continuous batching, synchronous or asynchronous, on the same weights and prompts.
 
 Works with transformers 5.17 to 5.23. The weights come from the engine's own loader, so that random ones are the same.
-Flash attention 3 or 2 is used where transformers finds it; without it its fast path for decode is off, and the note
-says so. Start-up (weights, cache, graphs) is counted as `ready_s` and not in the total, as for the engine.
+It uses FlashAttention 3 or 2 if transformers finds it. Without it, transformers' fast path for decode is off, and the
+note says so. Start-up (weights, cache, graphs) is counted as `ready_s` and not in the total, as for the engine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pipeline.bench.peers import PeerResult, PeerSpec, answer, step_figures
 from pipeline.bench.workload import WARM_UP_OUTPUT_LEN, WARM_UP_SEED, Sampling, Work, make_prompts
 
 _PAGE_SIZE: Final = 256  # transformers' default
-_CUDA_MEMORY_SHARE: Final = 0.85  # of what is free after the weights: its own default leaves too little for its graphs
+_CUDA_MEMORY_SHARE: Final = (
+    0.85  # share of the memory that is free after the weights; the default leaves too little for its graphs
+)
 
 
 def measure(spec: PeerSpec) -> PeerResult:
-    """Run the work, and then the profiled work if there is some."""
+    """Run the work, and then the profiled work if the spec has one."""
     start = time.perf_counter()
     import transformers
 
@@ -55,7 +57,7 @@ def measure(spec: PeerSpec) -> PeerResult:
             try:
                 _serve(model, spec, spec.profile, StepProfiler(path, device).step)
                 result.profile = json.loads(path.read_bytes())
-            except Exception as error:  # the figures of the first session stand
+            except Exception as error:  # only the first session's figures count
                 result.note += f"; no profile: {type(error).__name__}: {error}"
     return result
 
@@ -65,17 +67,17 @@ class _Session:
     ready_s: float  # until requests could be sent
     total_s: float  # from the first request to the last answer
     num_tokens: int
-    note: str  # what the session chose to run with
+    note: str  # options that the session chose itself
 
 
 def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) -> _Session:
-    """Compute the work in one session; `on_step` is called as each step's tokens are taken in."""
+    """Compute the work in one session. transformers' loop calls `on_step` when it has read a step's tokens."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
     on_cuda = model.device.type == "cuda"
     pages_per_request = -(-(work.prompt_len + work.output_len) // _PAGE_SIZE) + 1
-    # On the CPU it would take most of the machine's memory.
+    # On the CPU, the default would take most of the machine's memory.
     memory: dict[str, Any] = (
         {"max_memory_percent": _CUDA_MEMORY_SHARE} if on_cuda else {"num_blocks": work.num_requests * pages_per_request}
     )
@@ -109,7 +111,8 @@ def _serve(model: Any, spec: PeerSpec, work: Work, on_step: Callable[[], None]) 
 
 
 def generation_fields(sampling: Sampling) -> dict[str, Any]:
-    """Fields of a GenerationConfig. What is off is left out: it would cost a pass over the logits all the same."""
+    """Fields of a GenerationConfig. Parameters that are off are left out, because they would still cost a pass over the
+    logits."""
     if sampling.temperature == 0:
         return {"do_sample": False}
     fields: dict[str, Any] = {"do_sample": True, **asdict(sampling)}
@@ -117,7 +120,8 @@ def generation_fields(sampling: Sampling) -> dict[str, Any]:
 
 
 def _answer_all(manager: Any, prompts: list[list[int]], output_len: int) -> int:
-    """Returns the number of tokens of all answers. Raises RuntimeError if one is an error or has another length."""
+    """Wait for all answers. Returns their number of tokens. Raises RuntimeError if one is an error or has another
+    length."""
     manager.add_requests(inputs=prompts, max_new_tokens=output_len)
     num_done = num_tokens = 0
     while num_done < len(prompts):
@@ -146,7 +150,7 @@ def _flash_attention() -> str | None:
 
 @contextmanager
 def _calling(on_step: Callable[[], None]) -> Iterator[None]:
-    """Within, every continuous batch calls `on_step` after it has taken in a step's tokens."""
+    """Inside the block, every continuous batch calls `on_step` after it has read a step's tokens."""
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
     update_batch = ContinuousBatchProcessor.update_batch

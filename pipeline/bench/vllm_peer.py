@@ -1,7 +1,7 @@
 """A peer: vLLM's offline engine on a model of the same shape and the same prompts.
 
-Its random weights are its own. It tells no times of single steps: a steady step is what each token beyond the first
-adds to a run, the mean from the first step to the last.
+vLLM makes its own random weights. It reports no times of single steps. So the steady step is the time that each token
+beyond the first adds to a run: the mean from the first step to the last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.bench.peers import PeerResult, PeerSpec, answer
 from pipeline.bench.workload import WARM_UP_OUTPUT_LEN, WARM_UP_SEED, make_prompts
 
 _MEMORY_SHARE: Final = 0.85
-_PREFILL_SEED: Final = WARM_UP_SEED + 1  # prompts that no run has had: it keeps the KV of those
+_PREFILL_SEED: Final = WARM_UP_SEED + 1  # unused prompts, because vLLM keeps the KV of earlier ones
 
 
 def measure(spec: PeerSpec) -> PeerResult:

@@ -1,8 +1,8 @@
-"""Work for a benchmark, and what a client saw of it: prompts, arrivals, requests sent, times and counters taken.
+"""Defines a benchmark's work and measures it as a client: makes prompts and arrivals, sends requests, takes times and
+counters.
 
-Two kinds: all requests at once, side by side to the end; and streams that run on and on while others arrive beside
-them.
-No end-of-sequence ends anything, so that every engine computes the same number of tokens.
+There are two kinds: all requests at once, which run together to the end; and streams that run all the time while others
+arrive. Sequences ignore end-of-sequence tokens, so that every engine computes the same number of tokens.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pipeline.client.async_client import AsyncClient
 from pipeline.client.streams import OutputStream
 from pipeline.metrics.figures import Figures, Roles, Window
 
-POLL_S: Final = 0.02  # between two looks at the engine's counters
+POLL_S: Final = 0.02  # between two readings of the engine's counters
 STEADY: Final = (0.25, 0.75)  # the window of steady decode, as shares of all output tokens
 SETTLE_S: Final = 1.0  # after the last background stream has begun
-WARM_UP_SEED: Final = 1  # other prompts than the measured ones
+WARM_UP_SEED: Final = 1  # a seed for prompts other than the measured ones
 WARM_UP_OUTPUT_LEN: Final = 2
 _FIRST_PROMPT_ID: Final = 10  # lower ids are often special
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How every request is sampled: fields of SamplingParams. Without arguments greedily."""
+    """The sampling of every request: fields of SamplingParams. The default is greedy."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -38,7 +38,7 @@ class Sampling:
     min_p: float = 0.0
 
     def params(self, max_tokens: int | None) -> SamplingParams:
-        """For exactly so many tokens; None = as many as the model can."""
+        """Return parameters for exactly `max_tokens` tokens; None = as many as the model allows."""
         return SamplingParams(ignore_eos=True, max_tokens=max_tokens, **asdict(self))
 
 
@@ -47,7 +47,7 @@ GREEDY: Final = Sampling()
 
 @dataclass(frozen=True)
 class Work:
-    """So many requests of the same lengths, in tokens."""
+    """A number of requests of the same lengths, in tokens."""
 
     num_requests: int
     prompt_len: int
@@ -55,14 +55,14 @@ class Work:
     sampling: Sampling = GREEDY
 
     def at_equal_context(self, output_len: int) -> Work:
-        """The same with fewer output tokens, and prompts that are longer by half of the difference: the mean length of
-        the sequences in decode stays."""
+        """Return the same work with fewer output tokens, and prompts that are longer by half of the difference. So the
+        mean length of the sequences in decode stays the same."""
         return replace(self, prompt_len=self.prompt_len + (self.output_len - output_len) // 2, output_len=output_len)
 
 
 @dataclass
 class Times:
-    """As a client sees them, in s. A gap is the time between two arrivals of tokens of one stream."""
+    """Latencies as a client sees them, in s. A gap is the time between two arrivals of tokens of one stream."""
 
     first_token_s: list[float] = field(default_factory=list)
     gap_s: list[float] = field(default_factory=list)
@@ -70,10 +70,10 @@ class Times:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of Work: from the first request sent to the last answer.
+    """A run of Work, from the first request sent to the last answer.
 
-    `steady` is the part between the shares `STEADY` of the output tokens, and `steady_tokens` how many tokens were out
-    when it began and ended; None for a run that is too short to look into.
+    `steady` is the part between the shares `STEADY` of the output tokens; None if the run is too short to have it.
+    `steady_tokens` are the numbers of tokens generated at its start and end.
     """
 
     total_s: float
@@ -86,24 +86,24 @@ class Run:
 
 @dataclass(frozen=True)
 class MixedRun:
-    """A stretch in which streams run and requests arrive beside them."""
+    """A period in which streams run and requests arrive beside them."""
 
     figures: Figures
     background: Times
     arrivals: Times
     num_arrivals: int
-    num_unanswered: int  # of the arrivals, when the stretch ended
+    num_unanswered: int  # arrivals that were unfinished when the period ended
 
 
 def make_prompts(num: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Random token ids: no two prompts begin alike, so that none can use another's KV."""
+    """Return prompts of random token ids. No two prompts begin alike, so that none can use another's KV."""
     low = min(_FIRST_PROMPT_ID, vocab_size - 1)
     ids: list[list[int]] = np.random.default_rng(seed).integers(low, vocab_size, (num, length)).tolist()
     return ids
 
 
 def poisson_arrivals(rate_per_s: float, seconds: float, seed: int = 0) -> list[float]:
-    """Moments in [0, seconds) at which requests arrive independently of each other, `rate_per_s` on average."""
+    """Return times in [0, seconds) of a Poisson process: independent arrivals, `rate_per_s` on average."""
     generator = np.random.default_rng(seed)
     moments: list[float] = []
     now = generator.exponential(1 / rate_per_s)
@@ -114,7 +114,7 @@ def poisson_arrivals(rate_per_s: float, seconds: float, seed: int = 0) -> list[f
 
 
 def percentiles(values: Iterable[float], *shares: float) -> list[float | None]:
-    """The percentiles `shares` (50, 99, ...) of values; None for each where there is no value."""
+    """Return the percentiles `shares` (50, 99, ...) of values; None for each if there are no values."""
     known = np.array(list(values))
     return [float(np.percentile(known, share)) if known.size else None for share in shares]
 
@@ -124,7 +124,7 @@ async def run_all(
 ) -> Run:
     """Send all prompts at once and wait for all their tokens. Streaming costs the client time for every token.
 
-    Raises what a request raises, and RuntimeError if one got another number of tokens.
+    Raises the error of a failed request, and RuntimeError if a request got another number of tokens.
     """
     times = Times()
 
@@ -153,7 +153,7 @@ async def run_all(
 
 
 async def _watch_steady(client: AsyncClient, before: Roles, num_output: int) -> tuple[Figures | None, tuple[int, int]]:
-    """Look at the counters until the steady window has come and gone."""
+    """Read the counters until the steady window is over."""
     window, opened_at = None, 0
     while True:
         stats = await client.stats()
@@ -170,9 +170,9 @@ async def run_mixed(
     client: AsyncClient, background: list[list[int]], arriving: list[list[int]], moments: list[float], output_len: int,
     seconds: float, sampling: Sampling = GREEDY,
 ) -> MixedRun:  # fmt: skip
-    """Keep one stream per background prompt running for `seconds`, and send the arriving prompts at their moments.
+    """Keep one stream per background prompt running for `seconds`, and send each arriving prompt at its time.
 
-    A background stream that reaches the model's length begins anew. All streams are cancelled at the end.
+    A background stream that reaches the model's length starts again. All streams are cancelled at the end.
     """
     behind, beside = Times(), Times()
 
@@ -206,7 +206,7 @@ async def run_mixed(
 
 
 async def read_stream(stream: OutputStream, times: Times) -> int:
-    """Read a stream that was sent just now to its end, and note when its tokens came. Returns their number."""
+    """Read a stream that was just sent to its end, and record when its tokens arrived. Returns their number."""
     last_s, count = time.perf_counter(), 0
     async for output in stream:
         if output.token_ids:

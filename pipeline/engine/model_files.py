@@ -1,7 +1,7 @@
-"""Finds the model's folder and what the engine must know of it, before anything is spawned.
+"""Finds the model's folder and reads the facts that the engine needs, before any process is started.
 
-Reads JSON and looks at files; loads neither weights nor tokenizer, and imports neither torch nor transformers. Where
-the JSON alone does not say enough, it starts a process that asks transformers.
+Reads JSON and checks that files exist. Loads neither weights nor tokenizer, and imports neither torch nor transformers.
+If the JSON leaves values to transformers' defaults, it starts a process that asks transformers.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ logger = logging.getLogger(__name__)
 
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES: Final = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-_SIZES: Final = (  # of a transformer, by all their names
+_SIZES: Final = (  # sizes of a transformer, under the names of all families
     "vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim", "num_hidden_layers", "n_layer",
     "num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions",
     "max_seq_len", "seq_length", "n_ctx",
 )  # fmt: skip
-_MAX_SIZE: Final = 2**31 - 1  # token ids are 32 bits wide, and no other size comes near
-_READ_FILES: Final = (  # the beginnings of their names; weights are chosen elsewhere
+_MAX_SIZE: Final = 2**31 - 1  # token ids are 32 bits wide, and every other size is far smaller
+_READ_FILES: Final = (  # the beginnings of files' names; model/weight_files.py chooses the weights
     "config.json", "generation_config.json", "hf_quant_config.json", "tokenizer", "vocab", "merges", "spiece",
     "sentencepiece", "tekken", "tiktoken", "special_tokens_map", "added_tokens", "chat_template",
 )  # fmt: skip
-_SLOW_TOKENIZER_FILES: Final = (  # from which transformers builds a tokenizer
+_SLOW_TOKENIZER_FILES: Final = (  # files from which transformers builds a tokenizer
     "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "tiktoken.model",
 )  # fmt: skip
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What the launcher tells the workers of a model."""
+    """The facts about a model that the launcher passes to the workers."""
 
-    name: str  # as the configuration has it
+    name: str  # as in the configuration
     folder: str
     vocab_size: int
     eos_token_ids: list[int]
-    max_model_len: int  # prompt + output tokens of one sequence: the configuration's, or what the model can
+    max_model_len: int  # prompt + output tokens of one sequence: the configured number, or the model's limit
 
 
 class ModelNotHere(ConfigError):
-    """A hub id whose files are not on this machine."""
+    """The files of a hub id are not on this machine."""
 
 
 def find_model(config: Config, *, download: bool = True) -> ServedModel:
     """Resolve `model.path` to a folder and read its facts.
 
-    A hub id is looked for in the local Hugging Face cache and then, with `download`, at the hub. Raises ConfigError
+    A hub id is searched in the local Hugging Face cache and then, with `download`, on the hub. Raises ConfigError
     (ModelNotHere for files that `download` might get), naming the key, the value and the cure.
     """
     try:
@@ -120,13 +120,14 @@ def _find_model(config: Config, download: bool) -> ServedModel:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError if the configuration insists on CUDA and there is none."""
+    """Raise ConfigError if the configuration requires CUDA and this machine has no usable CUDA GPU."""
     if device == "cuda" and (reason := _cuda_missing()):
         raise ConfigError(f'model.device ("cuda"): {reason}; set model.device = "cpu" or use a machine with a CUDA GPU')
 
 
 def _cuda_missing() -> str | None:
-    """Why CUDA cannot be used, or None. Asks the driver, which is a few milliseconds; torch takes seconds."""
+    """Return the reason why CUDA cannot be used, or None. Asks the driver, in a few milliseconds; importing torch takes
+    seconds."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -142,7 +143,7 @@ def _cuda_missing() -> str | None:
 def _hub_folder(hub_id: str, load_format: str, download: bool) -> Path:
     if not _HUB_ID.fullmatch(hub_id):
         raise ConfigError(f"model.path ({hub_id!r}) is neither a folder nor a hub id (organization/name)")
-    import huggingface_hub  # half a second that only hub ids cost
+    import huggingface_hub  # takes half a second, so only hub ids pay for it
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = [p for p in _HUB_FILES if load_format == "safetensors" or p != "*.safetensors"]
@@ -158,7 +159,7 @@ def _hub_folder(hub_id: str, load_format: str, download: bool) -> Path:
     logger.info("downloading %s from the Hugging Face hub", hub_id)
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:  # the hub client's, the HTTP library's and the system's: to the user they are one
+    except Exception as error:  # errors of the hub client, the HTTP library and the system
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelNotHere(
             f"{missing}, and cannot be downloaded ({first_line}): "
@@ -182,10 +183,12 @@ def _read_json(file: Path, path: str, *, optional: bool = False) -> dict[str, An
 
 
 def _check_sizes(text_config: dict[str, Any], path: str) -> None:
-    """transformers builds models of sizes that no model can have, or fails in the middle of it."""
+    """Raise ConfigError for impossible sizes. transformers would build such models, or fail with an unclear error."""
     for key in _SIZES:
         value = text_config.get(key)
-        if value is None or (isinstance(value, list) and key != "vocab_size"):  # some families: one for each layer
+        if value is None or (
+            isinstance(value, list) and key != "vocab_size"
+        ):  # some families have one value for each layer
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
             raise ConfigError(
@@ -223,7 +226,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _check_pointers(folder: Path) -> None:
-    """Weights are looked at where they are chosen."""
+    """Raise ConfigError if a file is only a Git LFS pointer. `weight_files` checks the weights themselves."""
     check_pointers(file for file in sorted(folder.iterdir()) if file.name.startswith(_READ_FILES))
 
 
@@ -233,7 +236,8 @@ def _is_quantized(folder: Path, *configs: dict[str, Any]) -> bool:
 
 
 def _is_incomplete(config: Config, text_config: dict[str, Any]) -> bool:
-    """Whether the configuration relies on transformers' defaults, or on how transformers applies a RoPE factor."""
+    """Return whether the configuration relies on transformers' defaults, or on how transformers applies a RoPE
+    factor."""
     length = num_positions(text_config)
     if text_config.get("vocab_size") is None or (length is None and config.scheduler.max_model_len is None):
         return True
@@ -241,7 +245,7 @@ def _is_incomplete(config: Config, text_config: dict[str, Any]) -> bool:
 
 
 def _text_config_of_transformers(folder: Path, path: str) -> dict[str, Any]:
-    """The text model's configuration as transformers reads it, in a process of its own: it takes some seconds."""
+    """Return the text model's configuration as transformers reads it, in a separate process. Takes some seconds."""
     done = subprocess.run(
         module_command("workers.gpu.model.describe", str(folder)), env=module_environment(), stdin=subprocess.DEVNULL,
         capture_output=True, text=True,
@@ -258,7 +262,7 @@ def _text_config_of_transformers(folder: Path, path: str) -> dict[str, Any]:
 
 
 def _eos_token_ids(sources: Iterable[dict[str, Any]], path: str) -> list[int]:
-    """The ids that end a sequence: of the first file that names any, as `model.generate` has it."""
+    """Return the ids that end a sequence, from the first source that names any, as in `model.generate`."""
     for source in sources:
         value = source.get("eos_token_id")
         if value is None:
@@ -291,7 +295,7 @@ def _max_model_len(config: Config, text_config: dict[str, Any]) -> int:
         return possible
     if possible is not None and configured > possible:
         raise ConfigError(
-            f"scheduler.max_model_len ({configured}) is larger than what the model can "
+            f"scheduler.max_model_len ({configured}) is larger than the model allows "
             f"({possible} positions): lower it, or leave it out"
         )
     return configured

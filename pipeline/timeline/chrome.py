@@ -1,8 +1,8 @@
-"""Trace records as events of Chrome's JSON array format, which ui.perfetto.dev and chrome://tracing load.
+"""Converts trace records to events of Chrome's JSON array format, which ui.perfetto.dev and chrome://tracing load.
 
-One process a role, one thread a trace ring, and a process "device" whose one thread is the compute stream. Arrows go
-from a step's plan over its launch and its time on the device to where its result is applied. Times are in us since the
-launch. Format: "Trace Event Format", Google, 2016.
+Each role is a process, and each trace ring a thread. The process "device" has one thread, the compute stream. Arrows
+lead from a step's plan over its launch and its time on the device to the place where its result is applied. Times are
+in us since the launch. Format: "Trace Event Format", Google, 2016.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ChromeEvents:
         self._device_end_ns = 0
 
     def names(self, label: str) -> list[str]:
-        """The first events: what the processes and threads are called. `label` says what engine this is."""
+        """Return the first events, which name the processes and threads. `label` names the engine."""
         events = []
         for process, thread in self._places.values():
             pid, tid = self._pids[process], self._tids[thread]
@@ -63,7 +63,7 @@ class ChromeEvents:
         return events
 
     def events(self, drained: dict[str, Records]) -> list[str]:
-        """Events of the records [n, 6] of each track, in order of time.
+        """Return the events of the records [n, 6] of each track, in order of time.
 
         The scheduler's records must have been drained before the GPU process's: a step that it has applied was
         launched.
@@ -88,12 +88,13 @@ class ChromeEvents:
         return events
 
     def dropped(self, track: str, now_ns: int, num_dropped: int) -> str:
-        """A mark: up to now, so many records of this track were lost."""
+        """Return a mark with the number of records of this track that have been lost so far."""
         head = self._head("dropped", "i", track, now_ns)
         return f'{{{head},"s":"t","args":{{"records":{num_dropped}}}}}'
 
     def _step(self, kind: int, start_ns: int, duration_ns: int, ticket: int) -> list[str]:
-        """A step on the device. Its clock may be set while it runs, and steps do not overlap."""
+        """Return a step on the device. The clock may be adjusted while a step runs, so its start is moved behind the
+        last end."""
         end_ns = start_ns + duration_ns
         start_ns = max(start_ns, self._device_end_ns)
         self._device_end_ns = end_ns = max(end_ns, start_ns)
@@ -122,7 +123,7 @@ class ChromeEvents:
 
 
 def _place(track: str) -> tuple[str, str]:
-    """The process and the thread that a track stands for."""
+    """Return the process and the thread of a track."""
     if track == DEVICE:
         return DEVICE, COMPUTE
     process, _, thread = track.rpartition(".")
@@ -132,11 +133,11 @@ def _place(track: str) -> tuple[str, str]:
 
 
 def _args(names: tuple[str, ...], values: list[int]) -> str:
-    """A JSON object of as many values as there are names."""
+    """Return a JSON object of names and their values."""
     return "{" + ",".join([f'"{name}":{value}' for name, value in zip(names, values, strict=False)]) + "}"
 
 
 def _microseconds(ns: int) -> str:
-    """Exact, as a JSON number."""
+    """Return the exact value as a JSON number."""
     sign, ns = ("-", -ns) if ns < 0 else ("", ns)
     return f"{sign}{ns // 1000}.{ns % 1000:03d}"

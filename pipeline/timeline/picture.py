@@ -1,7 +1,7 @@
-"""Draws a window of one or more timelines: bars of what each process and the device did, the device's idleness in red.
+"""Draws a window of one or more timelines: bars for the activities of each process and the device, idle time in red.
 
-Several timelines stand above each other on one time scale, so that what one of them wastes can be seen against the
-other. Needs matplotlib, which nothing else does: `pip install 'ringfeed[plot]'`.
+Several timelines are drawn above each other on one time scale, so that their idle times can be compared. Only this
+module needs matplotlib: `pip install 'ringfeed[plot]'`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ipc.trace import KINDS, Span
 from pipeline.timeline.chrome import DEVICE
 from pipeline.timeline.reader import Bar, Timeline
 
-DEFAULT_NUM_STEPS: Final = 8  # in a window that nobody has chosen
+DEFAULT_NUM_STEPS: Final = 8  # in the default window
 
 _WIDTH: Final = 12.0  # inches
 _MARGINS: Final = (1.05, 0.3)  # left and right, inches
@@ -47,14 +47,15 @@ _STYLE: Final = {"svg.fonttype": "none", "svg.hashsalt": "ringfeed", "font.famil
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a timeline. `start_s` counts from its first step on the device: so it means the same in any file."""
+    """A part of a timeline. `start_s` counts from its first step on the device, so that it means the same in every
+    file."""
 
     start_s: float
     length_s: float
 
 
 def middle_window(timeline: Timeline) -> Window:
-    """A few steps from the middle of the run."""
+    """Return a window of a few steps from the middle of the run."""
     steps = timeline.steps
     first = max(0, (len(steps) - DEFAULT_NUM_STEPS) // 2)
     last = min(first + DEFAULT_NUM_STEPS, len(steps)) - 1
@@ -64,11 +65,11 @@ def middle_window(timeline: Timeline) -> Window:
 def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.PathLike[str]) -> None:
     """Write the picture; its format follows from the path's ending: svg, png, pdf.
 
-    Without a `window`, each timeline shows its own middle, all of the first one's length. Raises ConfigError where
-    there is nothing to draw, or the format is unknown.
+    Without a `window`, each timeline shows its middle, for the length of the first one's window. Raises ConfigError if
+    there is nothing to draw or the format is unknown.
     """
     if not os.path.splitext(path)[1]:
-        raise ConfigError(f"-o {os.fspath(path)}: must end in .svg, .png or .pdf, which says what it is to be")
+        raise ConfigError(f"-o {os.fspath(path)}: must end in .svg, .png or .pdf, which selects the format")
     for timeline in timelines:
         if not timeline.steps:
             raise ConfigError(f"{timeline.label or 'a timeline'}: no step ran on the device: nothing to draw")
@@ -107,20 +108,21 @@ def draw(timelines: Sequence[Timeline], window: Window | None, path: str | os.Pa
 
 
 class _Panel:
-    """One timeline's share of the picture. Times in seconds from the window's start."""
+    """One timeline's part of the picture. Times in seconds from the window's start."""
 
     def __init__(self, timeline: Timeline, window: Window) -> None:
         self.label = timeline.label
         steps = timeline.steps
         start_s = steps[0].start_s + window.start_s
         self.length_s = window.length_s
-        # Of the device, between two steps, as far as it lies in the window.
+        # The device's idle times between two steps, cut to the window.
         self.gaps = [
             (start, end)
             for a, b in pairwise(steps)
             if (end := min(b.start_s - start_s, self.length_s)) > (start := max(a.end_s - start_s, 0.0))
         ]
-        self.run_s = max(0.0, min(steps[-1].end_s - start_s, self.length_s))  # of the window: until the last step ends
+        # The end of the last step, or of the window.
+        self.run_s = max(0.0, min(steps[-1].end_s - start_s, self.length_s))
         self.bars = {
             process: [
                 Bar(bar.name, bar.start_s - start_s, bar.end_s - start_s, bar.args)
@@ -131,7 +133,7 @@ class _Panel:
         }
 
     def caption(self) -> str:
-        """How idle the device is in the window, and how fast the steps follow."""
+        """Return the device's idle share in the window, and the time per step."""
         if not self.run_s:
             return "after the last step"
         idle_s = sum(end - start for start, end in self.gaps)
@@ -166,7 +168,7 @@ class _Panel:
             axes.xaxis.set_major_formatter(lambda time_s, _: f"{time_s * 1e3:g} ms")
 
     def _draw_process(self, axes: Axes, row: str, place: int) -> None:
-        """What the process was awake for, and on top of it what it did."""
+        """Draw when the process was awake, and above that its activities."""
         layers: dict[tuple[str, float], list[tuple[float, float]]] = {}
         for bar in self.bars.get(row, []):
             style = (_FAINT, 0.44) if bar.name == _AWAKE else (_COLOURS.get(bar.name, _OTHER), 0.56)
@@ -188,13 +190,13 @@ class _Panel:
             axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=colour, linewidth=0)
 
     def _label(self, axes: Axes, place: int, start: float, end: float, *texts: str) -> None:
-        """Write the first of the texts that such a bar holds, or none, into it."""
+        """Write the first of the texts that fits into a bar; no text if none fits."""
         inches = (end - start) / self.length_s * (_WIDTH - sum(_MARGINS))
         if text := next((text for text in texts if len(text) * _CHARACTER < inches), None):
             axes.text((start + end) / 2, place, text, ha="center", va="center_baseline", color="white", fontsize=8.5)
 
     def _draw_arrows(self, axes: Axes, scheduler: int, device: int) -> None:
-        """From where a step was planned to where it starts: how far ahead the host is."""
+        """Draw an arrow from a step's plan to its start on the device. It shows how far ahead the host is."""
         steps = self.bars.get(DEVICE, [])
         if len(steps) > _MAX_ARROWS:
             return

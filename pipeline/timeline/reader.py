@@ -1,4 +1,4 @@
-"""Reads a recorded timeline back, also one whose recorder was killed."""
+"""Reads a recorded timeline, even if its recorder was killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_OURS: Final = "is no timeline that `python -m pipeline.launch --timeline` h
 
 @dataclass(frozen=True)
 class Bar:
-    """Something that was done. Times in seconds since the launch."""
+    """One activity. Times in seconds since the launch."""
 
     name: str
     start_s: float
@@ -39,12 +39,12 @@ class Timeline:
 
     @property
     def steps(self) -> list[Bar]:
-        """What ran on the device."""
+        """The steps on the device, in order."""
         return self.bars.get(DEVICE, [])
 
 
 def load_timeline(path: str | os.PathLike[str]) -> Timeline:
-    """Raises ConfigError for a file that cannot be read, or is no timeline."""
+    """Read a timeline. Raises ConfigError for a file that cannot be read, or is not a timeline."""
     events = load_events(path)
     bars: dict[str, list[Bar]] = defaultdict(list)
     try:
@@ -64,7 +64,7 @@ def load_timeline(path: str | os.PathLike[str]) -> Timeline:
 
 
 def load_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events of a trace of ours, as far as it was written. Raises ConfigError as above."""
+    """Return the events of one of our traces, as far as it was written. Raises ConfigError as above."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -84,12 +84,12 @@ def load_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 events.append(json.loads(line.removesuffix(",")))
         except json.JSONDecodeError as error:
             if number <= len(lines):  # the last line may be cut off
-                raise ConfigError(f"{path}: line {number} is no event: {error}") from None
+                raise ConfigError(f"{path}: line {number} is not an event: {error}") from None
     return events
 
 
 def _unpack(data: bytes) -> bytes:
-    """All gzip members but what is missing of the last one."""
+    """Unpack all gzip members. The last one may be cut off."""
     unpacked = b""
     while data:
         member = zlib.decompressobj(wbits=31)

@@ -1,8 +1,8 @@
 """Drains the workers' trace rings into a file while the engine runs, in a thread of the launcher.
 
-The file is valid after every write but for a missing "]", which its readers forgive: a launcher that is killed leaves
-what it had written. A name that ends in ".gz" gets a gzip member per write, each whole in itself. A file that cannot be
-written any more ends the recording, not the engine.
+The file lacks only a final "]" after every write, and its readers accept that. So a launcher that is killed leaves a
+readable file. If the name ends in ".gz", each write adds a complete gzip member. If a write fails, the recording ends,
+but the engine continues.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ logger = logging.getLogger(__name__)
 
 DRAIN_INTERVAL_S: Final = 0.25  # a ring holds several seconds
 _COMPRESSION: Final = 4
-_NICENESS: Final = 10  # where cores are short, the engine comes first
+_NICENESS: Final = 10  # the engine goes first if there are few cores
 
 
 class Recorder:
-    """One file. Opened at once, so that a path that cannot be written is a ConfigError before anything is started."""
+    """Records to one file. It is opened at once, so that a path that cannot be written is a ConfigError before any
+    process starts."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -67,7 +68,7 @@ class Recorder:
         self._thread.start()
 
     def close(self) -> None:
-        """Take what is left in the rings, end the file, and say what was lost."""
+        """Drain the rings a last time, end the file, and log the number of lost records."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -114,7 +115,7 @@ class Recorder:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file to write to it. A pipe that nobody reads is an error: no signal would end the wait for a reader."""
+    """Open a file for writing. A pipe without a reader is an error, because no signal would end the wait for one."""
     fd = os.open(path, flags | os.O_NONBLOCK, 0o666)
     os.set_blocking(fd, True)
     return fd

@@ -1,1 +1,1 @@
-"""Tests on a CUDA device: skipped, and saying so, where there is none."""
+"""Tests on a CUDA device. Without one they are skipped, with a message."""

@@ -51,7 +51,7 @@ STEPS = [
 def check_replay(run: Callable[..., torch.Tensor], name: str, block_size: int) -> None:
     """Capture `run(step, scaling=...)` on an empty batch and replay it for others of the bucket.
 
-    Whatever was read on the host when it was captured would be wrong later.
+    A value that the host read during the capture would be wrong in the replay.
     """
     lengths, num_seqs, num_tokens = lengths_of(name)
     steps = [

@@ -11,4 +11,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, which this machine lacks"))

@@ -44,7 +44,7 @@ with gpu_process(ModelConfig(path=sys.argv[1], device="cuda"), shape) as engine:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 600 MiB of float32 weights in tensors of up to 32."""
+    """About 600 MiB of float32 weights, in tensors of up to 32 MiB."""
     return make_tiny_model(
         "llama", tmp_path_factory.mktemp("model") / "big", vocab_size=4096, hidden_size=1024, intermediate_size=8192,
         num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=8, head_dim=128, initializer_range=0.02,

@@ -69,7 +69,7 @@ def references(model_config: ModelConfig, device: Any) -> Iterator[dict[torch.dt
     for dtype in (torch.float32, torch.bfloat16):
         model: Any = load_weights(model_config, load_config(model_config.path), device.torch_device, lambda *_: None)
         model.set_attn_implementation("eager")
-        models[dtype] = model.float() if dtype == torch.float32 else model  # which keeps some float32 of its own
+        models[dtype] = model.float() if dtype == torch.float32 else model  # which keeps some tensors in float32
     yield models
     models.clear()
 
@@ -112,7 +112,7 @@ def errors(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def test_logits_are_as_near_to_float32_as_those_of_transformers_own_forward(
     max_chunk: int, what: str, loaded: LoadedModel, references: dict[torch.dtype, Any], device: Any
 ) -> None:
-    """On the same prefix: what the packed steps generated is given to the plain forwards."""
+    """The plain forwards get the tokens that the packed steps generated, so that both have the same prefix."""
     sequences = run_packed(
         OnTheGpu(loaded.runner, device.torch_device), prompts_of(PROMPT_LENGTHS, loaded.runner.vocab_size, 1),
         NEW_TOKENS, num_blocks=NUM_BLOCKS, block_size=SHAPE.block_size, max_chunk=max_chunk, seed=2,

@@ -1,4 +1,4 @@
-"""The sampler's measurement on a GPU: captured, on a stream of its own."""
+"""The sampler's measurement on a GPU: captured, on a separate stream."""
 
 from __future__ import annotations
 

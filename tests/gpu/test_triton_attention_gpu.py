@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU at real shapes, and under capture and replay."""
+"""Runs the Triton kernels on a GPU at real shapes, and under capture and replay."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_a_captured_sampler_draws_anew_at_every_replay(
         sample(variant, False, logits, bench.batch, bench.flags, bench.tables, bench.outputs)
 
     captured = device.capture(work)
-    device.settle()  # what was set on another stream
+    device.settle()  # values that were set on another stream
     with torch.cuda.stream(device.stream("compute")):
         captured()  # as it is, and captured
         for seed in range(4):

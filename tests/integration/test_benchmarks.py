@@ -1,4 +1,4 @@
-"""The benchmarks that drive a whole engine, in small: what must come out of them on any machine."""
+"""Small runs of the benchmarks that drive a whole engine. Tests the figures that must hold on any machine."""
 
 from __future__ import annotations
 
@@ -28,5 +28,6 @@ def test_shared_beginnings_are_computed_once() -> None:
     figures = prefix.measure(TINY_CONFIG, prompts, max_tokens=1, prefix_caching=True)
     own = 4 * prefix.TAIL_TOKENS
     assert figures["num_prompt_tokens"] == 4 * 512 + own
-    # One may come in while the end of the beginning that it shares is being computed, and computes that again.
+    # A request may be admitted while its shared beginning is still being computed, and then computes the end of it
+    # again.
     assert 2 * 512 + own <= figures["num_computed_prompt_tokens"] < 3 * 512 + own

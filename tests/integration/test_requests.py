@@ -1,4 +1,4 @@
-"""What users do with a running engine, through the SDK, on the shipped model."""
+"""Users' requests to a running engine, through the SDK, on the shipped model."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ async def end_at_a_stop_token(client: AsyncClient, request_id: str) -> None:
 
 
 async def end_by_a_stop_string(client: AsyncClient, request_id: str) -> None:
-    """The scheduler hears of it no sooner than the client."""
+    """The scheduler may learn of it later than the client."""
     params = SamplingParams(ignore_eos=True, stop=[" "])
     assert (await client.generate("Return a list of", params, request_id=request_id)).finish_reason == "stop"
 

@@ -1,4 +1,4 @@
-"""`--timeline` on a whole engine: what is in the file, what it costs when it is off, and what a kill leaves of it."""
+"""`--timeline` on a whole engine: the file's contents, its cost when it is off, and the file after a kill."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def config(folder: Path, **overrides: object) -> dict[str, dict[str, object]]:
 
 
 def make_folder(family: str, folder: Path, seed: int) -> None:
-    """A random model with a tokenizer beside it, which turns what it says into some text or other."""
+    """A random model with a tokenizer, which decodes its tokens to arbitrary text."""
     make_tiny_model(family, folder, seed)
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))
 

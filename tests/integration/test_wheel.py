@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_three_packages_and_the_command(wheel: Path) -> None
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the wheel installs."""
+    """A folder with everything that the wheel installs."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(folder)]
     subprocess.run([*command, str(wheel)], check=True, timeout=120)

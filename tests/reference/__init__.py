@@ -1,1 +1,1 @@
-"""What tests compare with: tiny random models, the tokens plain transformers generates, hand-built steps."""
+"""References for tests: tiny random models, the tokens that plain transformers generates, and hand-built steps."""

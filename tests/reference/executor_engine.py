@@ -20,7 +20,7 @@ from workers.gpu.execution.model_runner import ModelRunner
 
 
 class Steady(Random):
-    """Chance that leaves the scripted scheduler none: whole prompts, everybody in every step, no preemption."""
+    """Random choices that are not random: whole prompts, every sequence in every step, no preemption."""
 
     def random(self) -> float:
         return 0.0
@@ -33,7 +33,7 @@ class Steady(Random):
 
 
 class ExecutorEngine:
-    """`run` plays requests to their end. One prompt ring, the scheduler's; a Python thread of its own is not needed."""
+    """`run` computes requests to their end. It has one prompt ring, the scheduler's, and no separate thread."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ def executor_engine(
     num_blocks: int,
     buckets: Buckets | None = None,
 ) -> Iterator[ExecutorEngine]:
-    """An engine with rings of its own. They stay mapped: a device may have page-locked them."""
+    """An engine with its own rings. They stay mapped: a device may have page-locked them."""
     handles = []
     ends = []
     for name, layout, size in (

@@ -43,7 +43,7 @@ class FakeProcess:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """What `run` takes, and the scheduler's end of the step ring."""
+    """The arguments of `run`, and the scheduler's end of the step ring."""
 
     process: Any
     bootstrap: GpuBootstrap

@@ -1,6 +1,6 @@
 """Drives a model runner by hand: random steps of prefill chunks mixed with decodes, padding and scattered blocks.
 
-What scheduler and executor do between them, in the fewest lines, on host lists: a runner's tests need neither.
+A minimal scheduler and executor on lists, so that tests of a runner need neither of the real ones.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from workers.gpu.execution.step_batch import StepBatch
 
 @dataclass(frozen=True)
 class PagedStep:
-    """A step and one layer's tensors. What the cache holds outside of the sequences, trash included, is NaN."""
+    """A step and one layer's tensors. The cache is NaN outside of the sequences, trash block included."""
 
     batch: StepBatch
     lengths: list[tuple[int, int]]  # of each real sequence: tokens in the step, KV length
@@ -34,7 +34,7 @@ def run_backend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What an attention backend makes of a step: [T, num_heads, head_dim_v]."""
+    """Return an attention backend's output for a step: [T, num_heads, head_dim_v]."""
     attention = backend.begin_step(step.batch)
     return attention(
         step.query,
@@ -119,8 +119,8 @@ def make_paged_step(
 def plant(step: PagedStep, value: float, *, in_keys: bool, in_values: bool, seed: int = 0) -> torch.Tensor:
     """Put `value` into K or V of some of the positions that the step's own tokens hold, and of some older ones.
 
-    `step.keys` and `step.values` stay as they were: `attend` still says what holds for tokens that see none of it.
-    Returns: the positions, [sequences, longest KV length] bool.
+    `step.keys` and `step.values` stay as they were: `attend` still gives the right output for tokens that do not see
+    it. Returns: the positions, [sequences, longest KV length] bool.
     """
     random = torch.Generator().manual_seed(seed)
     longest = max(length for _, length in step.lengths)
@@ -139,7 +139,7 @@ def plant(step: PagedStep, value: float, *, in_keys: bool, in_values: bool, seed
 
 
 def sees(step: PagedStep, positions: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
-    """Which of the step's tokens see one of the `positions` (see `plant`) of their sequence, [T] bool."""
+    """Return the step's tokens that see one of the `positions` (see `plant`) of their sequence, [T] bool."""
     result = torch.zeros(step.batch.num_tokens, dtype=torch.bool)
     first_token = 0
     for own, (tokens, length) in zip(positions, step.lengths, strict=True):
@@ -166,10 +166,10 @@ def check_planted(
     expected = attend(step, **options)
     sees_it = sees(step, planted, options.get("sliding_window")).to(result.device)
     clean, bad = result[~sees_it], result[sees_it]
-    assert clean.isfinite().all(), "what is not finite reached tokens that do not see it"
+    assert clean.isfinite().all(), "a value that is not finite reached tokens that do not see it"
     torch.testing.assert_close(clean.float(), expected[~sees_it], atol=tolerance, rtol=tolerance)
     if plant_options["in_values"] or plant_options["value"] != plant_options["value"]:  # an infinite K may weigh 0
-        assert not bad.isfinite().all(-1).any(), "what is not finite was lost"
+        assert not bad.isfinite().all(-1).any(), "a value that is not finite was lost"
     return len(clean), len(bad)
 
 
@@ -181,7 +181,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What attention must give, [T, num_heads, head_dim_v] float32; zeros for padding."""
+    """Return the right output of attention, [T, num_heads, head_dim_v] float32; zeros for padding."""
     _, num_heads, _ = step.query.shape
     result = step.query.new_zeros(*step.query.shape[:2], step.value_cache.shape[-1], dtype=torch.float32)
     first_token = 0

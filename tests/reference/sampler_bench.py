@@ -119,7 +119,7 @@ def kept_by_sorting(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float
 def assert_same_tokens(tokens: list[int], bench: Bench, logits: torch.Tensor, *, filtered: bool) -> None:
     """That the tokens, of other arithmetic, are those that the CPU's sampler draws with this bench's columns.
 
-    A token may be another if its score is the best but for 1e-5. Of all tokens at most one in a hundred is.
+    A token may differ if its score is within 1e-5 of the best. At most one token in a hundred may differ.
     """
     rows, position = bench.batch.seq_row.cpu(), bench.batch.seq_lens.cpu()
     tables = bench.tables

@@ -48,7 +48,7 @@ class Sequence:
 
 
 class Turns:
-    """Deficit round robin, a turn at a time."""
+    """Computes deficit round robin, one turn at a time."""
 
     def __init__(self, quantum: int) -> None:
         self.quantum = quantum
@@ -173,7 +173,7 @@ class SchedulerModel:
         self.applied = ticket
         self.ended_rows = [sequence for sequence in self.ended_rows if sequence.last_ticket > ticket]
 
-    # What there is
+    # Sizes and capacities
 
     def num_free(self) -> int:
         return len(self.free) + len(self.idle)

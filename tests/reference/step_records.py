@@ -85,7 +85,7 @@ class Reference:
 
 
 def garbage(memory: torch.Tensor, random: Random) -> None:
-    """What a ring record may hold beyond its counts: leftovers of anything. `memory` is [n] uint8."""
+    """Arbitrary leftovers, which a ring record may hold beyond its counts. `memory` is [n] uint8."""
     memory.copy_(torch.frombuffer(bytearray(random.randbytes(memory.numel())), dtype=torch.uint8))
 
 

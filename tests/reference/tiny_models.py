@@ -75,7 +75,7 @@ def make_tiny_model(family: str, folder: Path, seed: int = 0, **changes: Any) ->
 
 
 def save_model(config: Any, folder: Path, seed: int = 0) -> Path:
-    """The same from any configuration of a causal language model."""
+    """Make such a model from any configuration of a causal language model."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -99,7 +99,7 @@ def reference_model(folder: Path) -> Any:
 def reference_generate(folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
     """The greedy continuation of each prompt by `model.generate`, one prompt at a time, without the prompt.
 
-    Ends early at the model's end token, if it has one (tiny models have none unless changed); that token is included.
+    Ends early at the model's end token, if it has one (by default, tiny models do not); that token is included.
     """
     model = reference_model(folder)
     return [generate_greedily(model, prompt, max_new_tokens) for prompt in prompts]

@@ -14,7 +14,7 @@ _LOWEST: Final = 19
 
 
 def start_under_interpreter(tests: Path) -> subprocess.Popen[str]:
-    """Start a file of tests in a process of its own, of the lowest priority. All that it prints is in its stdout."""
+    """Start a file of tests in a separate process, with the lowest priority. Its whole output is in its stdout."""
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)],

@@ -1,10 +1,11 @@
-"""A GPU process in plain Python that obeys step records to the letter and checks what it is told.
+"""A GPU process in plain Python that obeys step records exactly and checks them.
 
-It keeps rows, block tables and KV as a device would, but each KV position also says who wrote it, for which position,
-and what the prefix up to there hashes to. A sampled token is a hash of the prefix that the KV actually holds, so any
-block given to two sequences, any row recycled early, any position skipped or computed twice in the wrong place changes
-the tokens or raises. Prompt ids are copied when a step is submitted, as a copy stream may, and compared with their
-records again when it runs: both ends of the time in which the records must stand and the row must be nobody else's.
+It keeps rows, block tables and KV as a device would. Each KV position also records its writer, its position, and a hash
+of the prefix up to there. A sampled token is a hash of the prefix that the KV actually holds. So a block given to two
+sequences, a row recycled early, or a position skipped or computed twice in the wrong place changes the tokens or
+raises. Prompt ids are copied when a step is submitted, as a copy stream may do. They are compared with their records
+again when the step runs. From the first moment to the second, the records must not change and the row must not have
+another owner.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def sample_token(prefix: int, seed: int) -> int:
 
 
 def expected_tokens(prompt: Sequence[int], seed: int, max_len: int, end_ids: Sequence[int]) -> list[int]:
-    """What a request must get, whatever else runs."""
+    """Return the tokens that a request must get, independent of other requests."""
     prefix = 1
     for token_id in prompt:
         prefix = extend_hash(prefix, token_id)
@@ -62,7 +63,7 @@ class FakeGpu:
         self.seed = [0] * rows
         self.end_ids: list[set[int]] = [set() for _ in range(rows)]
         self.block_table = np.full((rows, shape.max_blocks_per_seq), -1, np.int64)
-        self.owner = np.zeros(rows, np.int64)  # counts admissions: each has to write its KV anew
+        self.owner = np.zeros(rows, np.int64)  # counts admissions; each must write its whole KV again
         self.kv_owner = np.zeros(num_slots, np.int64)
         self.kv_position = np.full(num_slots, -1, np.int64)
         self.kv_prefix = [0] * num_slots

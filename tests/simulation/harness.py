@@ -1,8 +1,8 @@
 """Runs the step protocol on the simulated device: scheduler, GPU process and device take turns in an order from a seed.
 
-Owns the turns, the rings and the clocks between them; what is planned is the planner's, a scripted one or the real
-Scheduler. Everything that a host thread does to a ring is an access that is checked: filling and reading records by the
-"scheduler", prompt records by whoever writes them, taking steps by "gpu-host", publishing results by "completion".
+Owns the turns, the rings and the clocks between them; a planner, scripted or the real Scheduler, plans the steps. Every
+access of a host thread to a ring is checked. The "scheduler" fills and reads records, "gpu-host" takes steps,
+"completion" publishes results, and each writer of prompt records counts as a thread.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WatchedRing(Ring[R]):
         return record
 
     def publish(self) -> int:
-        self._access(self.next_ticket, write=True)  # results are written by the device, but for their last field
+        self._access(self.next_ticket, write=True)  # the device writes results, except their last field
         self.device.release((self.name, self.next_ticket))
         return super().publish()
 
@@ -124,7 +124,7 @@ class Simulation:
     def run(self, planner: Planner, is_done: Callable[[], bool]) -> None:
         """Take turns until `is_done` and nothing is in flight.
 
-        Raises UnorderedAccess for the first access that nothing orders, AssertionError if nobody gets on.
+        Raises UnorderedAccess for the first access that nothing orders, AssertionError if no thread can continue.
         """
         self._actors["scheduler"] = lambda: self._schedule(planner)
         names = list(self._actors)
@@ -136,7 +136,9 @@ class Simulation:
                     if name != "device":
                         self.device.act_as(name)
                     idle = 0 if self._actors[name]() else idle + 1
-                assert idle < MAX_IDLE_TURNS, f"nobody gets on: {self.num_published - self.num_applied} in flight"
+                assert idle < MAX_IDLE_TURNS, (
+                    f"no thread can continue: {self.num_published - self.num_applied} in flight"
+                )
 
     def close(self) -> None:
         for ring in self._rings:

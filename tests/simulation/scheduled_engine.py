@@ -1,7 +1,7 @@
 """The scheduler with a fake GPU, fake tokenizers and a fake detokenizer around it, moved by hand one event at a time.
 
-Every ring is real. What the detokenizer hears is checked as it comes: no token before its request is opened, exactly
-one end, nothing after it.
+Every ring is real. The messages to the detokenizer are checked as they arrive: no token before its request is opened,
+exactly one end, and nothing after it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Clock:
 
 
 class ScheduledEngine:
-    """`send` what a tokenizer would; `plan`, `run_device` and `apply` one step each; `drain` to the end."""
+    """`send` acts as a tokenizer. `plan`, `run_device` and `apply` do one step each, and `drain` runs to the end."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class ScheduledEngine:
         self.retry_after_s: dict[int, float] = {}
         self.last_outputs: Any = None
 
-    # What others do
+    # Actions of other processes
 
     def can_publish(self, num_tokens: int, ring: int = 1) -> bool:
         return self.tokenizer_rings[ring].num_free() >= -(-num_tokens // RECORD_TOKENS)
@@ -165,7 +165,7 @@ class ScheduledEngine:
         self.num_run += 1
 
     def apply(self) -> None:
-        """Apply the oldest step, after the device has run it if it has not yet."""
+        """Apply the oldest step. The device runs it first if it is still queued."""
         if self.num_run == self.num_applied:
             self.run_device()
         record = self._result_records[self.num_applied % (2 * self.depth)]
@@ -229,7 +229,7 @@ class ScheduledEngine:
         assert not self.scheduler.num_open, f"{self.scheduler.num_open} requests never ended"
 
     def check_empty(self) -> None:
-        """Nothing is held by anybody: blocks, rows, prompt records, requests."""
+        """No blocks, rows, prompt records or requests are held."""
         gauges = self.scheduler.gauges()
         assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
         assert gauges["num_free_rows"] == self.shape.max_num_seqs, "a row leaked"

@@ -32,7 +32,7 @@ class ScriptedRequest:
     blocks: list[int] = field(default_factory=list)
     last_ticket: int = 0
     has_ids: bool = False  # its row has been given its prompt
-    tokens: list[int] = field(default_factory=list)  # what results have brought
+    tokens: list[int] = field(default_factory=list)  # tokens from applied results
     is_done: bool = False
 
 
@@ -140,7 +140,8 @@ class ScriptedScheduler:
             self._free_rows.append(request.row)
 
     def _plan_tokens(self, request: ScriptedRequest, budget: int, appends: list[tuple[int, int, int]]) -> int:
-        """A chunk of at most `budget` tokens and the blocks it needs: how many tokens, 0 for want of blocks."""
+        """Take a chunk of at most `budget` tokens and the blocks it needs. Returns its tokens; 0 without enough
+        blocks."""
         left = request.num_planned - request.num_computed
         count = min(left if self._random.random() < 0.5 else self._random.randint(1, left), budget)
         needed = -(-(request.num_computed + count) // self._shape.block_size) - len(request.blocks)

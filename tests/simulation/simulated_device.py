@@ -1,8 +1,8 @@
 """A device that runs work as late and in as strange an order as events allow, and reports what no event orders.
 
 Streams are queues that `run_one` serves in an order drawn from a seed, so stale and half-written data is really seen.
-Besides, and whatever order was drawn, every access carries a vector clock (Fidge, Mattern; the check is FastTrack's):
-of two accesses to the same bytes, one of them a write, the first must happen before the second, by way of
+In any drawn order, every access also carries a vector clock (Fidge, Mattern; the check is FastTrack's). If two accesses
+to the same bytes include a write, the first must happen before the second, by
 
 - one stream's or one host thread's own order,
 - enqueueing: work runs after everything that its host thread did before it enqueued it,
@@ -38,7 +38,7 @@ class Deadlock(AssertionError):
 
 @dataclass
 class Actor:
-    """Something with an order of its own: a stream or a host thread."""
+    """A stream or a host thread: its actions are ordered among themselves."""
 
     name: str
     index: int
@@ -155,10 +155,10 @@ class SimulatedDevice:
         for stream in self._streams:
             self._join(self._host, stream.clock)
 
-    # What the simulation drives
+    # Methods for the simulation
 
     def run_one(self) -> None:
-        """Run one piece of queued work, of any stream whose head is ready. Raises Deadlock if there is none."""
+        """Run one piece of queued work, of any stream whose head is ready. Raises Deadlock if no work can run."""
         ready = [s for s in self._streams if s.queue and ((is_ready := s.queue[0][0]) is None or is_ready())]
         if not ready:
             raise Deadlock(f"nothing can run; queued: { ({s.name: len(s.queue) for s in self._streams}) }")
@@ -179,7 +179,8 @@ class SimulatedDevice:
         self._host = self._hosts.get(host) or self._host_actor(host)
 
     def release(self, token: Hashable) -> None:
-        """The acting thread publishes: who acquires the token knows of everything that it has done."""
+        """The acting thread releases a token. A thread that acquires the token is ordered behind everything that it has
+        done."""
         known = self._released.get(token)
         clock = self._host.clock
         self._released[token] = clock.copy() if known is None else list(map(max, known, clock))
@@ -239,7 +240,7 @@ class SimulatedDevice:
                         f"orders it after {other.actor.name}'s {'write' if other.is_write else 'read'} of "
                         f"[{other.start}:{other.end}]"
                     )
-                # Whatever conflicts with the other access, and comes later, conflicts with this one, too.
+                # A later access that conflicts with the other access conflicts with this one, too.
                 covers = start <= other.start and other.end <= end
                 if covers and (is_write or (other.actor is actor and not other.is_write)):
                     continue

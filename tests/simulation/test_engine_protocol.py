@@ -1,7 +1,8 @@
 """The real scheduler and the real executor on the simulated device, over thousands of seeds.
 
-A seed draws depth, requests, cancellations, who takes turns when, and when queued device work runs; blocks are scarce.
-Whatever it draws: no access that no event orders, and the tokens that the requests alone decide.
+A seed draws the depth, requests, cancellations, the order of the threads' turns, and the time when queued device work
+runs. Blocks are scarce. For every seed, events must order all accesses, and the tokens must depend only on the
+requests.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Run:
         return self
 
     def _tokenize(self) -> bool:
-        """Write the next prompt into one of the rings. The scheduler hears of it on a later turn of its own."""
+        """Write the next prompt into one of the rings. The scheduler receives it on one of its later turns."""
         ring_index = 1 + self._num_arrived % 2
         ring: Ring[PromptRecord] = self.simulation.tokenizer_rings[ring_index - 1]
         if self._num_arrived == NUM_REQUESTS or ring.num_free() < 1:
@@ -145,7 +146,7 @@ def test_no_seed_finds_an_unordered_access_or_a_wrong_token(chunk: int) -> None:
 
 
 def reports(faulty: Callable[[int], Run], seeds: int = 30) -> list[str]:
-    """What the checker says of a faulty engine, seed by seed."""
+    """Return the checker's message about a faulty engine, seed by seed."""
     messages = []
     for seed in range(seeds):
         try:

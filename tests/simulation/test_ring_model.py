@@ -1,8 +1,8 @@
 """The ring protocol under every interleaving of its processes' loads and stores, with deaths between any two of them.
 
-What runs is ipc.ring.Ring and ipc.doorbell.Doorbell over a memory and a kernel that the explorer steps. The sleeping
-and waking around them is that of workers/process.py: sleep, drain, look until nothing is there. Each mutant at the end
-breaks one rule of the protocol, and the explorer must find out.
+The code under test is ipc.ring.Ring and ipc.doorbell.Doorbell, over a memory and a kernel that the explorer steps. The
+sleeping and waking around them is that of workers/process.py: sleep, drain, look until nothing is there. Each mutant at
+the end breaks one rule of the protocol, and the explorer must find out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EPOCH = 7
 
 
 class TracedMemory:
-    """Loads and stores of whichever process runs; of nobody, into `values`, while the ring is being made."""
+    """Loads and stores of the running process. While the ring is being made, they go directly to `values`."""
 
     def __init__(self) -> None:
         self.values: dict[int, int] = {}
@@ -50,7 +50,7 @@ class TracedMemory:
 
 
 class TracedWords:
-    """Stands in for ipc.atomics.Words, and for the array of a record's field."""
+    """Replaces ipc.atomics.Words, and the array of a record's field."""
 
     def __init__(self, memory: TracedMemory, offset: int) -> None:
         self.load = self.__getitem__ = lambda i: memory.load(offset + 8 * i)
@@ -124,7 +124,7 @@ class RingModel:
             self.process = self.memory.process = process
             what, self.ring.next_ticket = rest
             following = advance(what, self.ring.next_ticket)
-            # `next_ticket` is all that a Ring remembers; otherwise a resting state would have to hold more.
+            # `next_ticket` is the only state of a Ring. With more, a resting state would need more fields.
             assert vars(self.ring) | {"next_ticket": 1} == self.at_rest
             return following if following == DONE else (following, self.ring.next_ticket)
 
@@ -148,7 +148,7 @@ class RingModel:
         if self.rules.drain_before_looking:
             Doorbell(bell).drain()
 
-    # What the processes do, from rest to rest
+    # Actions of the processes, from rest to rest
 
     def writer(self, what: str, ticket: int) -> str:
         if what == "attach":
@@ -339,7 +339,7 @@ def test_a_broken_rule_is_found(model, broken, found, num_slots):
     ids=lambda value: _broken_rule(value) if isinstance(value, Rules) else "",
 )
 def test_a_broken_rule_of_restarts_is_found(model, broken, found):
-    model(2, 3, broken).explore()  # nobody dies: nothing shows
+    model(2, 3, broken).explore()  # without a death the fault does not show
     with pytest.raises(Violation, match=found):
         model(2, 3, broken).explore(num_kills=1)
 

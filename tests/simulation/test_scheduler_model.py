@@ -1,7 +1,7 @@
 """Thousands of random traces through the scheduler, every decision of it against the slow model's.
 
 Arrivals, several samples of a prompt, shared beginnings, cancellations, time-outs, tiny pools of blocks, all policies,
-any depth. What the decisions mean for tokens and KV is looked at in test_scheduler_random.py.
+any depth. test_scheduler_random.py checks the effect of the decisions on tokens and KV.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class Trace:
         self.model.apply(self._token)
 
     def _token(self, key: int, length: int) -> tuple[int, str]:
-        """What a sequence samples at this length, and whether that ends it."""
+        """Return the token that a sequence samples at this length, and whether that ends the sequence."""
         chance = random.Random(f"{self.seed}.{key}.{length}")
         token_id = chance.randrange(VOCABULARY)
         if (fate := chance.random()) < 0.04:
@@ -253,7 +253,7 @@ class Trace:
         scheduler, model = self.scheduler, self.model
         self._hear()
         assert self.ends == {key: sequence.end for key, sequence in self.sequences.items() if sequence.end}
-        assert self.cached.items() <= model.cached.items()  # it is told with the next tokens
+        assert self.cached.items() <= model.cached.items()  # it is reported with the next tokens
         for key, tokens in self.tokens.items():
             known = self.sequences[key].known
             assert tokens == known[len(self.prompts.ids[key]) :], "a token was lost, or came after the end"
@@ -343,13 +343,13 @@ def free_row_at_once(rows: SequenceTable, row: int, retire: Any = SequenceTable.
 
 
 def trust_late_results(rows: SequenceTable, row: int, retire: Any = SequenceTable.retire) -> None:
-    """What steps in flight say of a row still counts after its owner's end, for the next one."""
+    """Steps in flight for a row count even after its owner's end, for the next owner."""
     free_row_at_once(rows, row, retire)
     rows.generation[row] -= 1
 
 
 def drop_results_of_preempted(planner: Planner, preempt: Any = Planner._preempt) -> None:
-    """What steps in flight have sampled for a row is void when it is preempted."""
+    """Tokens that steps in flight sampled for a row are dropped when the row is preempted."""
     before = set(planner.running.rows().tolist())
     preempt(planner)
     [row] = before - set(planner.running.rows().tolist())
@@ -437,7 +437,7 @@ def test_a_planted_fault_is_found(owner: type, method: str, mutant: Any) -> None
     pytest.fail("300 traces ran as if nothing were wrong")
 
 
-# What a policy promises
+# Promises of a policy
 
 
 class Backlogged:
@@ -509,7 +509,7 @@ def unfairness(policy: Any, seed: int) -> int:
 
 
 def test_what_two_tenants_get_stays_within_the_bound_of_fairness_and_would_not_in_order_of_arrival() -> None:
-    bound = 16 + 20 + 4 * 30  # a quantum, a prompt, and the answers of those that run
+    bound = 16 + 20 + 4 * 30  # a quantum, a prompt, and the answers of running requests
     for seed in range(8):
         assert unfairness("fair", seed) <= bound
         assert unfairness("fifo", seed) > bound

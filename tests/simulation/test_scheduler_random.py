@@ -1,4 +1,4 @@
-"""Random traffic through the scheduler and a fake GPU, against what each request must get by itself."""
+"""Random traffic through the scheduler and a fake GPU, compared with the tokens that each request must get alone."""
 
 from __future__ import annotations
 

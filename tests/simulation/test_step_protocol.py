@@ -99,7 +99,8 @@ def test_sampled_tokens_do_not_depend_on_depth_order_or_padding() -> None:
 
 
 class Blinkered(SimulatedDevice):
-    """Lets work see and change nothing but what it declares: the rest of the tracked memory is garbage meanwhile."""
+    """Lets work see and change only the memory that it declares. The rest of the tracked memory is garbage
+    meanwhile."""
 
     def launch(self, stream: SimulatedStream, work: Callable[[], None], accesses: Callable[[], Accesses]) -> None:
         reads, writes = accesses()

@@ -1,13 +1,13 @@
 """Explores every interleaving of a few processes that share memory under total store order, and every death among them.
 
 Knows nothing of rings. A process is a function from one of its resting states to the next; in between it calls
-`Process.load`, `store`, ... Every such call is one step of the exploration. Real code runs inside such functions: it is
-started anew from its resting state for each step, the calls made so far are answered from a log, and the first new one
-stops it. So a process's state is (resting state, log), it can be hashed, and no state is explored twice.
+`Process.load`, `store`, ... Every such call is one step of the exploration. Real code runs inside such functions. For
+each step it starts again from its resting state. A log answers the calls made so far, and the first new call stops it.
+So a process's state is (resting state, log), it can be hashed, and no state is explored twice.
 
-The machine is x86's: each process's stores pass through a first-in first-out buffer that drains at any time; a process
-reads its own buffered stores; kernel calls drain it first. A killed process's buffer still drains before its successor
-starts.
+The memory model is x86's, total store order (Sewell et al., 2010). Each process's stores pass through a first-in
+first-out buffer that drains at any time. A process reads its own buffered stores. Kernel calls drain the buffer first.
+A killed process's buffer still drains before its successor starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class _Pause(BaseException):
 
 
 class Process:
-    """What the code of a process may do. Addresses are byte offsets, bells and channels are named by integers."""
+    """The actions that the code of a process may take. Addresses are byte offsets, bells and channels are named by
+    integers."""
 
     def __init__(self) -> None:
         self._log: tuple[Any, ...] = ()
@@ -193,7 +194,9 @@ class Explorer:
             return state.memory[self._places[target]], state
         if kind == "store":
             if target not in self._places:
-                raise Violation(f"{self.programs[index].name} writes to {target}, which nobody may{self._trace(state)}")
+                raise Violation(
+                    f"{self.programs[index].name} writes to {target}, which no process may{self._trace(state)}"
+                )
             return 0, self._with_actor(state, index, actor._replace(buffer=(*actor.buffer, (target, value[0]))))
         if kind == "deliver":
             if target > state.num_delivered + 1:

@@ -1,4 +1,4 @@
-"""Starts what is tested in processes of its own ahead of the tests that wait for it: a core has time to spare."""
+"""Starts separate test processes before the tests that wait for them, to use idle cores."""
 
 from __future__ import annotations
 

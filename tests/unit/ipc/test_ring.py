@@ -245,7 +245,7 @@ class Crossing:
         self.children[role] = pid
 
     def kill(self, role: Callable[[], None]) -> bool:
-        """Kill it and start a successor. False if it had ended by itself."""
+        """Kill it and start a successor. False if it had already ended."""
         os.kill(self.children[role], signal.SIGKILL)
         _, status = os.waitpid(self.children.pop(role), 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"{role.__name__} failed"

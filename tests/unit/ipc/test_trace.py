@@ -54,7 +54,7 @@ def test_a_full_ring_drops_what_comes_and_counts_it(handle: TraceHandle) -> None
 def test_whatever_the_order_of_writes_and_reads_nothing_is_lost_but_what_is_counted(
     actions: list[int | None],
 ) -> None:
-    """An integer writes so many records, None drains."""
+    """An integer writes that number of records, None drains."""
     handle = TraceRing.create("any", num_records=8)
     writer, reader = TraceRing(handle), TraceRing(handle)
     os.close(handle.fd)

@@ -1,4 +1,4 @@
-"""The benchmarks' command line: what cannot work is one line and exit status 2, and nothing is launched for it."""
+"""The benchmarks' command line. Unusable arguments give one line and exit status 2, and nothing is launched."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         (("host", "--num-seqs", "0"), "scheduler.max_num_seqs (0)"),
         (("host", "--depth", "9"), "ring.depth (9)"),
         (("host", "--config", "none.toml"), "none.toml: cannot be read"),
-        (("host", "--timeline", "/dev/null/x"), "--timeline: the folder /dev/null/x cannot be made: Not a directory"),
+        (
+            ("host", "--timeline", "/dev/null/x"),
+            "--timeline: the folder /dev/null/x cannot be created: Not a directory",
+        ),
         (("throughput", "--config", "c.toml", "--timeline", "/dev/null/x"), "--timeline: the folder /dev/null/x"),
         (("throughput", "--config", "c.toml", "--depth", "1,,2"), "--depth: '1,,2' must be numbers"),
         (("throughput", "--config", "c.toml", "--rate", "inf"), "--rate: inf must be a number above 0"),

@@ -87,7 +87,7 @@ def test_a_roofline_takes_the_longer_side_of_each_operation() -> None:
     # One token: each weight costs 2 bytes (20 ms) and 2 operations (10 ms): reading is longer everywhere.
     # Attention to 5 entries reads 40 bytes (0.4 s) and takes 4 * 2 * 2 * 5 = 80 operations (0.4 s).
     assert SHAPE.roofline_s(StepWork.decode(1, 5), RATES) == pytest.approx(3.2 + 0.4)
-    # Four tokens: 8 operations for each weight (40 ms), so computing is longer, but for the head of the one output.
+    # Four tokens: 8 operations for each weight (40 ms), so computing is longer, except for the head of the one output.
     work = StepWork(num_tokens=4, num_outputs=1, num_kv_read=4, num_attended=10)
     assert SHAPE.roofline_s(work, RATES) == pytest.approx(120 * 0.04 + max(32 / 100, 160 / 200) + 40 * 0.02)
 
@@ -403,7 +403,7 @@ def test_a_peer_that_cannot_run_here_says_why() -> None:
     spec = PeerSpec(name="vllm", model=model, vocab_size=9, max_num_batched_tokens=8, work=Work(1, 2, 3))
     error = run_peer(spec).error
     assert error.startswith("ModuleNotFoundError: No module named 'vllm'")
-    assert "Traceback" in error, "what it printed is not told"
+    assert "Traceback" in error, "its output is not reported"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ CANCELLED = FinalOutput(finish_reason="cancelled", num_prompt_tokens=3, num_comp
 
 
 class FakeGateway(threading.Thread):
-    """Answers queries by itself; everything else is what `on_generate` returns, and what the test says."""
+    """Answers queries itself. Its other frames come from `on_generate` and from the test."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(daemon=True)
@@ -220,13 +220,13 @@ def test_a_slow_reader_gets_everything_coalesced_and_holds_no_credit(gateway: Fa
     while gateway.num_delivered < 201:
         client.stats()
     outputs = list(stream)
-    assert len(outputs) == 1, "nobody read meanwhile: one Output has it all"
+    assert len(outputs) == 1, "the stream was not read meanwhile: one Output has everything"
     assert "".join(o.text for o in outputs) == "x" * 200
     assert [i for o in outputs for i in o.token_ids] == list(range(200))
 
 
 def barrier(gateway: FakeGateway, client: Client) -> None:
-    """Return after the client has taken in what the gateway said before: socket and orders keep their order."""
+    """Return after the client has read the gateway's earlier frames. Socket and orders keep their order."""
     assert client.generate("barrier", request_id=gateway_echo(gateway)).finished
 
 
@@ -433,7 +433,7 @@ def test_an_engine_that_is_not_there_is_named_after_the_time_out(tmp_path_factor
                 ask()
         gateway = FakeGateway(endpoint)
         assert client.wait_ready(WAIT_S).model == "m"
-        assert gateway.heard.empty(), "what had been given up is not sent later"
+        assert gateway.heard.empty(), "the abandoned request is not sent later"
         gateway.stop()
 
 
@@ -549,7 +549,7 @@ def test_the_public_names_load_quickly_and_without_torch() -> None:
 def both(
     request_id: str, texts: tuple[str, str], ends: tuple[tuple[int, FinalOutput], ...] = (), **more: Any
 ) -> Outputs:
-    """News of samples 1 and 0, in this order, one token each."""
+    """Outputs of samples 1 and 0, in this order, with one token each."""
     return Outputs(
         request_ids=[request_id] * 2,
         samples=int32(1, 0),

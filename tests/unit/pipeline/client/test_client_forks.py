@@ -1,4 +1,4 @@
-"""A client in a forked child: it works there with a connection of its own, and does nothing to its parent's."""
+"""A client in a forked child. It opens its own connection there, and does not touch its parent's."""
 
 from __future__ import annotations
 

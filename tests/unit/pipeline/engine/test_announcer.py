@@ -1,4 +1,4 @@
-"""How the engine's coming up is told."""
+"""The launcher's progress messages while the engine starts."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def test_an_endpoint_is_not_taken_from_a_file_or_a_stranger(tmp_path: Path) -> N
         stranger.listen()
         with pytest.raises(ConfigError, match="in use by another process"):
             EndpointClaim(f"ipc://{path}")
-    claim = EndpointClaim(f"ipc://{path}")  # what a dead engine left behind is in nobody's way
+    claim = EndpointClaim(f"ipc://{path}")  # a dead engine's leftovers do not disturb the next engine
     with pytest.raises(ConfigError, match="in use by another engine"):
         EndpointClaim(f"ipc://{tmp_path}/../{tmp_path.name}/s")
     claim.close()
@@ -328,7 +328,7 @@ def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: 
             find_model(configure(folder, *overrides))
         return str(caught.value)
 
-    assert "than what the model can (64 positions)" in refusal("scheduler.max_model_len=65")
+    assert "than the model allows (64 positions)" in refusal("scheduler.max_model_len=65")
     assert "lacks weights (model.safetensors)" in refusal("model.load_format=safetensors")
     assert "cannot hold one sequence" in refusal("cache.num_blocks=3")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
@@ -402,7 +402,7 @@ def test_a_rope_factor_multiplies_the_length_that_a_model_was_trained_for(
     folder = make_model(tmp_path / "m", {**MODEL, **rope})
     assert find_model(configure(folder)).max_model_len == expected
     assert find_model(configure(folder, f"scheduler.max_model_len={expected}")).max_model_len == expected
-    with pytest.raises(ConfigError, match=rf"larger than what the model can \({expected} positions\)"):
+    with pytest.raises(ConfigError, match=rf"larger than the model allows \({expected} positions\)"):
         find_model(configure(folder, f"scheduler.max_model_len={expected + 1}"))
 
 
@@ -564,7 +564,7 @@ def test_a_pointer_to_what_is_not_read_does_no_harm(tmp_path: Path) -> None:
     (folder / "model.safetensors").touch()
     find_model(configure(folder, "model.load_format=safetensors"))
     (folder / "model.safetensors").write_text(POINTER)
-    find_model(configure(folder))  # random weights need no files
+    find_model(configure(folder))  # random weights, without files
 
 
 def test_whole_weights_are_read_whatever_an_index_beside_them_says(tmp_path: Path) -> None:

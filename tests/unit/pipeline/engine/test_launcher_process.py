@@ -1,4 +1,4 @@
-"""A launcher that ends by itself, here because of its configuration, leaves nothing to its Pipeline's process."""
+"""A launcher that ends early, here because of its configuration, leaves nothing behind for its Pipeline's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine does about `ulimit -n`."""
+"""The engine's handling of `ulimit -n`."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_the_same_timeline_gives_the_same_picture(tmp_path: Path) -> None:
 def test_a_timeline_without_steps_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no step ran"):
         draw([Timeline("empty", {})], None, tmp_path / "p.svg")
-    for name in ("p.doc", "p"):  # matplotlib would add an ending of its own to the second
+    for name in ("p.doc", "p"):  # matplotlib would add an ending to the second
         with pytest.raises(ConfigError, match=rf"-o .*{name}: "):
             draw([timeline("sync", 4.0)], None, tmp_path / name)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The timeline's file: what records become, and what can still be read of a file that was cut off."""
+"""The timeline's file: the events that records become, and the readable part of a file that was cut off."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_file_that_another_recorder_writes_to_is_refused_and_stays_as_it_is(tm
         with pytest.raises(ConfigError, match=r"--timeline .*t\.json: another engine writes to it"):
             Recorder(path)
     assert any(event["name"] == "process_labels" for event in load_events(path))
-    with Recorder(path) as again:  # what was there before is gone
+    with Recorder(path) as again:  # the earlier contents are gone
         again.start([], "later")
     assert load_timeline(path).label == "later"
 

@@ -1,4 +1,4 @@
-"""Incremental decoding against the decoding of everything at once."""
+"""Compares incremental decoding with decoding everything at once."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ COMPLETIONS = [bytes(more) for n in (1, 2, 3) for more in product((0x80, 0x90, 0
 
 
 def expected_text(name: str, token_ids: list[int]) -> str:
-    """The decoding of everything at once. A byte that is part of no character is replaced by a piece "\ufffd", so that
-    `tokenizers` decodes the characters around it: a broken run of bytes is otherwise U+FFFD as a whole."""
+    """Return the decoding of everything at once. A byte that is part of no character is replaced by a piece "\ufffd".
+    So `tokenizers` decodes the characters around it, instead of turning the whole run of bytes into U+FFFD."""
     token_ids = spoken(name, token_ids)
     if name == "byte_level":
         return TOKENIZERS[name].decode(token_ids)
@@ -100,8 +100,8 @@ def expected_text(name: str, token_ids: list[int]) -> str:
 
 
 def expected_answer(name: str, prompt: list[int], answer: list[int]) -> str:
-    """What the answer adds to the prompt's text. Half a character at a prompt's end belongs to the answer, if that
-    goes on at all."""
+    """Return the text that the answer adds to the prompt's text. If the answer continues half a character at the
+    prompt's end, the character belongs to the answer."""
     if not bytes_of("byte_level", spoken(name, answer)) if name == "byte_level" else not spoken(name, answer):
         return ""
     settled = spoken(name, prompt)

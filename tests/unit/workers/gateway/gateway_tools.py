@@ -69,7 +69,8 @@ def generate(request_id: str, **changes: Any) -> Generate:
 
 
 class Harness:
-    """The core, and what it sent to whom. Sends to `unreachable` clients find nobody, to `full` ones no room."""
+    """The core, and the frames that it sent to each peer. Sends to `unreachable` clients fail, and sends to `full`
+    clients find no room."""
 
     def __init__(self, *, started: bool = True, **changes: Any) -> None:
         self.core = Gateway(bootstrap(**changes), lambda: {"gateway": {"num_open": 0.0}})
@@ -124,7 +125,7 @@ class Harness:
         return self.sent[Peer.TOKENIZER]
 
     def pass_on(self) -> list[Tokenize]:
-        """The tokenizers hand on all they have, and the scheduler accepts it."""
+        """The tokenizers pass on all their requests, and the scheduler accepts them."""
         taken = []
         while self.sent[Peer.TOKENIZER]:
             tokenizer, message = self.sent[Peer.TOKENIZER].pop(0)

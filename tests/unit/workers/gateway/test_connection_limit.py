@@ -75,7 +75,7 @@ def gatekeeper(endpoint: str) -> Iterator[Gatekeeper]:
 
 @pytest.fixture
 def silent(endpoint: str) -> Iterator[Callable[[int], None]]:
-    """Connects so many times, and keeps what it gets."""
+    """Connects the given number of times, and keeps the connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.ExitStack() as stack:

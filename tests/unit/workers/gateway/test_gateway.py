@@ -228,7 +228,7 @@ def test_a_cancellation_during_tokenizing_is_answered_once_the_scheduler_says_th
     gateway.withdrawn(request.key)
     assert gateway.finals == {(b"c", "r"): [FinalOutput("cancelled", 0, 0)]}
     assert len(gateway.core.table) == 0
-    gateway.pass_on()  # the tokenizer has not heard of it
+    gateway.pass_on()  # the tokenizer does not know it
     assert gateway.messages(Peer.SCHEDULER, CancelRequests) == []
     assert len(gateway.finals[b"c", "r"]) == 1
 
@@ -535,7 +535,7 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
     assert len(gateway.finals) == 10_000
 
 
-# What waits for a tokenizer
+# Requests that wait for a tokenizer
 
 
 def test_requests_that_wait_for_a_tokenizer_are_bounded_in_bytes_and_the_next_is_refused_at_once() -> None:

@@ -98,7 +98,7 @@ class Trace:
         self.gateway.client(Cancel(request_id=message.request_id), client)
 
     def leave(self) -> None:
-        """A client vanishes: what it had waiting is gone at once."""
+        """A client vanishes. Its waiting requests are removed at once."""
         client = self.rng.choice([b"a", b"b"])
         self.gone.add(client)
         self.core.client_gone(client)
@@ -141,7 +141,7 @@ class Trace:
             self.gateway.flush()
 
     def schedule(self) -> None:
-        """The scheduler takes in a message of any sender."""
+        """The scheduler receives a message of any sender."""
         queue = self.to_scheduler[self.rng.choice(list(self.to_scheduler))]
         if not queue:
             return
@@ -189,7 +189,9 @@ class Trace:
             self.to_tokenizer[name].append(message)
             sizes = [prompt.num_bytes for prompt in prompts._loads[name].prompts.values()]
             assert len(sizes) <= self.max_ahead
-            assert sum(sizes[:-1]) < self.max_ahead_bytes, "more is under way to a tokenizer than policy can do without"
+            assert sum(sizes[:-1]) < self.max_ahead_bytes, (
+                "more prompts are under way to a tokenizer than the policy allows for"
+            )
         sent[Peer.TOKENIZER].clear()
         for _, message in sent[Peer.SCHEDULER]:
             self.to_scheduler["gateway"].append(message)

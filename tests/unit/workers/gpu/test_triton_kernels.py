@@ -1,4 +1,4 @@
-"""Triton chooses its interpreter when it is imported, for a whole process: these tests get processes of their own.
+"""Triton chooses its interpreter when it is imported, for the whole process. So these tests run in separate processes.
 
 They run from the session's start, beside other tests (`conftest.py`).
 """

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder, compared with the one that AutoTokenizer makes of the same files."""
+"""Compares a folder's tokenizer with AutoTokenizer's tokenizer from the same files."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SECOND = 1_000_000_000
 
 
 def waiting(key: int, *, priority: int = 0, tenant: str = "", num_prompt: int = 10, arrived_s: float = 0) -> Any:
-    """What a policy sees of a request."""
+    """The fields of a request that a policy reads."""
     return SimpleNamespace(
         key=key, priority=priority, tenant=tenant, num_prompt=num_prompt, arrived_ns=round(arrived_s * SECOND), rank=0,
         row=key,
@@ -210,7 +210,7 @@ def prompts_of(engine: ScheduledEngine) -> list[int]:
 def test_the_policy_of_the_configuration_decides(policy: Any, expected: list[int]) -> None:
     engine = ScheduledEngine(max_num_seqs=1, policy=policy, fair_quantum=6)
     one = SamplingParams(max_tokens=1)
-    engine.send(0, [1, 2, 3, 4, 5], one)  # what all others find cached, so that their admission is heard of
+    engine.send(0, [1, 2, 3, 4, 5], one)  # the others find it cached, so that their admission is reported
     engine.plan()
     for key, tenant in ((1, "a"), (2, "a"), (3, "a"), (4, "b")):
         engine.send(key, [1, 2, 3, 4, 6], one, tenant=tenant, priority=5 * (key == 3) if policy == "priority" else 0)

@@ -223,7 +223,7 @@ def test_the_newest_sequence_is_preempted_and_comes_back_with_its_row_and_its_to
 
 
 def preempting_engine() -> ScheduledEngine:
-    """Two requests, of which the second is preempted and a third waits behind it."""
+    """Two requests. The second is preempted, and a third waits behind it."""
     engine = ScheduledEngine(num_blocks=8, block_size=2, max_model_len=16, depth=1, max_num_batched_tokens=8)
     engine.send(1, [1, 2, 3, 4], tokens(11))
     engine.send(2, [5, 6, 7], tokens(9))
@@ -444,7 +444,7 @@ def test_requests_that_wait_while_their_ring_fills_are_sent_from_the_upload_ring
     prompts = {key: [key] * 5 for key in range(20)}
     rings = []
     for key, prompt in prompts.items():
-        assert engine.can_publish(len(prompt)), "the ring has room although all but one request wait"
+        assert engine.can_publish(len(prompt)), "the ring has room although only one request does not wait"
         engine.send(key, prompt, tokens(2))
         if engine.scheduler.num_in_flight < 2:
             engine.plan()
@@ -478,7 +478,7 @@ def test_an_upload_ring_too_small_for_the_longest_prompt_is_refused() -> None:
         Scheduler(SchedulerConfig(), shape, 1, 64, [], engine.prompts)
 
 
-# What a step needs of the sampler
+# The sampler variant of a step
 
 
 def test_a_greedy_step_needs_the_greedy_sampler_and_the_most_demanding_sequence_decides() -> None:

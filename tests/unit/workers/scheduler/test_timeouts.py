@@ -1,4 +1,4 @@
-"""Deadlines, the queue's time-out and bounds, and what a refused client is told."""
+"""Deadlines, the queue's time-out and bounds, and the answer to a refused client."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ DEADLINE_S = 10.0
 
 
 class Surroundings:
-    """A scheduler in a thread, and everybody that it talks to."""
+    """A scheduler in a thread, and all its peers."""
 
     def __init__(self, folder: Path) -> None:
         self.context: zmq.Context[Any] = zmq.Context()

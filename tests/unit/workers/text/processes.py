@@ -82,7 +82,7 @@ def spawn(role: str, bootstrap: Any) -> subprocess.Popen[bytes]:
 
 
 class EchoScheduler(threading.Thread):
-    """Accepts everything; each request generates its own prompt, and one named "hold..." never ends by itself."""
+    """Accepts everything; each request generates its own prompt, and a request named "hold..." does not end."""
 
     def __init__(self, context: zmq.Context[Any], folder: Path, ring: Ring, tokenizer_doorbell: Doorbell) -> None:
         super().__init__(daemon=True)
@@ -168,7 +168,7 @@ class TextClient:
         self.socket.send(message if isinstance(message, bytes) else encode(message))
 
     def read(self) -> None:
-        """Take in what has arrived."""
+        """Process the messages that have arrived."""
         for frames in receive_frames(self.socket):
             message = decode(frames[-1], GatewayToClient)
             if isinstance(message, Outputs):
@@ -273,7 +273,7 @@ class TextEngine:
         return int(StatsPage(self.stats["gateway"]).snapshot()[name])
 
     def stop(self) -> dict[str, int]:
-        """Stop all that runs; exit codes by role."""
+        """Stop all running processes. Returns exit codes by role."""
         self.tell(Stop())
         try:
             return {role: worker.wait(DEADLINE_S) for role, worker in self.workers.items()}

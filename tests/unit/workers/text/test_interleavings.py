@@ -1,6 +1,6 @@
 """Gateway and detokenizer cores around a scripted tokenizer and scheduler, with every message free to be late.
 
-Each arrow is a queue of its own, as on sockets: order holds along an arrow and nowhere else.
+Each arrow is a separate queue, as on sockets. Messages stay in order only along one arrow.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NUM_CLIENTS = 3
 
 
 class Engine:
-    """All that happens is drawn from `draw`."""
+    """Every event is drawn from `draw`."""
 
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
@@ -61,9 +61,9 @@ class Engine:
         self.unread = dict.fromkeys(self.clients, 0)
         self.unreachable: set[bytes] = set()
         self.num_sent = 0
-        self.waiting: dict[str, bytes] = {}  # requests that were sent and neither refused nor ended, and by whom
+        self.waiting: dict[str, bytes] = {}  # open requests (sent, not refused, not ended) and their clients
         self.num_finals: dict[str, int] = {}
-        self.lost: set[str] = set()  # whose client was away at some time
+        self.lost: set[str] = set()  # requests of clients that were away at some time
         self.gateway.start()
         for tokenizer in TOKENIZERS:
             self.put("tokenizer>gateway", (tokenizer, 0))
@@ -101,7 +101,7 @@ class Engine:
             self.put(f"client>gateway {client!r}", (client, encode(Delivered(count=count))))
 
     def leave(self, client: bytes) -> None:
-        """Another client comes in its place. What it sent last may still arrive."""
+        """Another client replaces it. Its last messages may still arrive."""
         self.unreachable.add(client)
         self.lost |= {request_id for request_id, owner in self.waiting.items() if owner == client}
         newcomer = bytes([max(max(self.clients + list(self.unreachable))) + 1])
@@ -253,7 +253,7 @@ class Engine:
             self.move(self.draw.choice(list(self.arrows)))
 
     def come_to_rest(self) -> None:
-        """Everything arrives and everybody reads."""
+        """All messages arrive and all clients read."""
         for _ in range(1_000):
             while self.arrows:
                 self.move(self.draw.choice(list(self.arrows)))

@@ -188,7 +188,7 @@ def test_time_and_cancellations_hold_while_a_tokenizer_makes_no_progress(engine:
             client.say(generate(name, prompt="the fox", params=ONE, scheduling=scheduling))
         client.finish(*names)
         assert {client.finals[name].finish_reason for name in names} == {"deadline"}
-        for number in range(2):  # which wait where those were: the tokenizer has not given them back
+        for number in range(2):  # which wait in the others' places: the tokenizer still holds those
             client.say(generate(f"cancelled{number}", prompt="the fox", params=ONE))
             client.say(Cancel(request_id=f"cancelled{number}"))
         client.finish("cancelled0", "cancelled1")

@@ -20,7 +20,8 @@ from workers.tokenizer.core import Encoded, PromptEncoder
 
 CHAT = [ChatMessage("system", "Be brief & <clear>."), ChatMessage("user", "  今天 hi\n")]
 
-# What templates on the hub use: loops with controls, whitespace trimming, filters, raise_exception, tools, namespaces.
+# Features that templates on the hub use: loops with controls, whitespace trimming, filters, raise_exception, tools,
+# namespaces.
 TEMPLATE = """{{- bos_token }}
 {%- set ns = namespace(count=0) %}
 {%- if tools %}

@@ -8,7 +8,7 @@ from workers.process import run_worker
 
 
 def run_out_of_memory(process: Any, bootstrap: GpuBootstrap) -> None:
-    """The real one, but that its memory ends with 40 % of the weights."""
+    """The real GPU process, except that its memory runs out after 40 % of the weights."""
     import torch
 
     from workers.gpu import worker

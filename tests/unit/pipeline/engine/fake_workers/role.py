@@ -1,8 +1,8 @@
 """Workers with the sockets and the lifecycle of real ones and nothing inside, for tests of the supervisor.
 
-The environment variable FAKE_<ROLE> has one of them misbehave: "fail" (says Failed at start), "deaf" (ignores Stop),
-"undrained" (never says Drained), "slow" (never Ready), "killed" and "killed by Start" (by signal 9), "late"
-(says Ready for a worker that is gone).
+The environment variable FAKE_<ROLE> makes one of them misbehave. Its values: "fail" (says Failed at start), "deaf"
+(ignores Stop), "undrained" (never says Drained), "slow" (never Ready), "killed" and "killed by Start" (by signal 9),
+"late" (says Ready for a worker that is gone).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ FACTS = ProbedModel(
 
 @pytest.fixture(autouse=True)
 def _fitting_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch and a GPU that can do it, but for the attention itself, which is plain torch on the CPU."""
+    """Pretends a torch and a GPU that support it. The attention itself is plain torch on the CPU."""
     torch.set_num_threads(1)
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn_out", varlen_attention.varlen_attn_out, raising=False)
@@ -48,7 +48,7 @@ def run(backend: AttentionBackend, step: PagedStep, window: int | None) -> torch
 
 
 def zero_outside_of_sequences(step: PagedStep) -> PagedStep:
-    """The torch backend gathers whole blocks: what lies in them must be finite."""
+    """The torch backend gathers whole blocks, so their contents must be finite."""
     return replace(step, key_cache=step.key_cache.nan_to_num(0), value_cache=step.value_cache.nan_to_num(0))
 
 

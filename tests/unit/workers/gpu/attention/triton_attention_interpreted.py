@@ -14,7 +14,7 @@ from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
 
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)  # for what comes with it: memory that nobody wrote to holds NaN
+torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
 TOLERANCE = 1e-5
 let_scalars_end_ranges()
 

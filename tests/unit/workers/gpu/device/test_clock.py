@@ -18,7 +18,7 @@ DRIFTS = [-50, -20, 0, 20, 50]  # ppm
 
 @dataclass(frozen=True)
 class Step:
-    """By the host's clock, all of it: what happened, and what the host saw of it."""
+    """A step's times, and the times at which the host saw them, all by the host's clock."""
 
     start_ns: int
     end_ns: int
@@ -27,7 +27,7 @@ class Step:
 
 
 def device_time(host_ns: int, drift_ppm: int) -> int:
-    """What a device's clock shows that runs faster by so much."""
+    """Return the time on a device's clock that runs faster by this much."""
     return 5000 * S + (host_ns - BOOT_NS) + (host_ns - BOOT_NS) * drift_ppm // 1_000_000
 
 
@@ -49,7 +49,7 @@ def steps(seed: int, seconds: int, *, depth: int, mean_gap_ns: int = 0) -> Itera
         wake_up_ns = WAKE_UP_NS + round(random.expovariate(1 / (40 * US)))
         if random.random() < 0.02:
             wake_up_ns += random.randint(0, 5 * MS)
-        seen_at_ns = max(seen_at_ns, end_ns + wake_up_ns)  # results come in order
+        seen_at_ns = max(seen_at_ns, end_ns + wake_up_ns)  # results arrive in order
         ends = [*ends[1:], end_ns]
         yield Step(start_ns, end_ns, received_at_ns, seen_at_ns)
 

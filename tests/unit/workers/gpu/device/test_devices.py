@@ -1,4 +1,5 @@
-"""What devices promise: the simulated one finds what is not ordered and nothing else, the timed one keeps time."""
+"""The promises of devices. The simulated device reports exactly the accesses that are not ordered; the timed device
+keeps time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BatchBuilder against a slow reading of the same record, in plain Python, with padding and without."""
+"""Compares BatchBuilder with a slow reading of the same record in plain Python, with padding and without."""
 
 from __future__ import annotations
 

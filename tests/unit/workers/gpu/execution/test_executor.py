@@ -157,7 +157,7 @@ def test_a_step_without_room_for_its_result_is_refused() -> None:
     ends, device = Ends(SHAPE, 1), CpuDevice()
     executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 1, NUM_BLOCKS, ends.gpu)
     with torch.inference_mode():
-        for _ in range(2):  # results that nobody releases fill their ring
+        for _ in range(2):  # results that are not released fill their ring
             publish_step(ends.steps)
             executor.submit_next(0)
             executor.publish()
@@ -221,7 +221,7 @@ def test_a_step_that_is_done_at_once_is_not_published_while_the_thread_still_has
 
 
 class OwnTime(CpuDevice):
-    """A device with a clock of its own, which it reads twice a step."""
+    """A device with its own clock, which it reads twice per step."""
 
     def __init__(self) -> None:
         self.times = [10, 20, 40, 70]

@@ -1,4 +1,4 @@
-"""The paged KV cache: what is written where, and how many blocks there are."""
+"""The paged KV cache: where K and V are written, and the number of blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Wherever a device's memory runs out, the GPU process ends with one line: what it was doing, the numbers, the cure."""
+"""If a device's memory runs out at any stage, the GPU process ends with one line: the stage, the numbers and the
+cure."""
 
 from __future__ import annotations
 

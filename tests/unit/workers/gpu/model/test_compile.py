@@ -1,6 +1,6 @@
 """Compiled layers: the same tokens, one graph for all layers of a kind, and eager layers where compiling fails.
 
-The graphs run by themselves here, without generated code: what torch makes of them is torch's.
+The graphs run directly here, without generated code, because code generation is torch's task.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_compiled_layers_give_the_tokens_of_generate_from_a_graph_for_each_kind_
     assert len(graphs) == num_graphs + NUM_BESIDE, "layers of one kind do not share a graph"
     sequences = run_packed(loaded.runner, prompts, MAX_NEW_TOKENS, num_blocks=loaded.num_blocks, seed=3)
     assert [sequence.generated for sequence in sequences] == expected
-    assert len(graphs) <= 2 * (num_graphs + NUM_BESIDE), "something but a batch of one token was compiled anew"
+    assert len(graphs) <= 2 * (num_graphs + NUM_BESIDE), "a batch of more than one token was compiled again"
 
 
 def test_what_is_beside_the_layers_is_compiled_unless_it_is_torchs_own(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ class TokenShift(torch.nn.Module):
 
 
 class OwnPositions(torch.nn.Module):
-    """Adds something for each place in the input, whatever the positions say."""
+    """Adds a number for each place in the input, and ignores the positions."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + torch.arange(hidden.shape[1]).view(1, -1, 1) / 4

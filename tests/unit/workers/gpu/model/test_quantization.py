@@ -1,4 +1,5 @@
-"""Quantised weights that nothing would scale back are refused by name; what transformers can load still loads."""
+"""Quantised weights that would not be scaled back are refused by name. Weights that transformers can load still
+load."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def with_scales(*suffixes: str) -> Any:
-    """What gives every projection's weight in eight bits, and scalars of these names beside it."""
+    """Return a change that stores every projection's weight in eight bits, with scalars of these names beside it."""
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result = {}
@@ -108,12 +109,12 @@ def test_a_declaration_of_the_wrong_type_is_one_line(declared: Any, tmp_path: Pa
     assert "quant" in refusal(tmp_path) or "config.json" in refusal(tmp_path)
 
 
-METHODS = sorted(transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING.keys() - {"gguf"})  # it is for files of its own
+METHODS = sorted(transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING.keys() - {"gguf"})  # it needs its own files
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_quantization_that_transformers_cannot_load_here_is_one_line(method: str, tmp_path: Path) -> None:
-    """Whatever packages are installed. The weights are whole, so a method that needs no packages may load them."""
+    """With any packages installed. The weights are not quantised, so a method without packages may load them."""
     name, _, bits = method.partition("_") if method.startswith("bitsandbytes") else (method, "", "")
     make_tiny_model("llama", tmp_path)
     edit(tmp_path, quantization_config={"quant_method": name, **({f"load_in_{bits}": True} if bits else {})})

@@ -1,4 +1,4 @@
-"""What the largest step tells of a model. Its bytes, and real waits, are for tests on a GPU."""
+"""The measurements on the largest step. Its bytes, and real waits, are for tests on a GPU."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_tied_embeddings_stay_one_tensor(tmp_path: Path) -> None:
 
 
 def test_the_weights_outlive_their_file(tmp_path: Path) -> None:
-    """What a mapping would not: on the CPU a cut file would end the process."""
+    """A mapping would not notice it: on the CPU a cut file would end the process."""
     folder = make_tiny_model("llama", tmp_path)
     model, _ = read(folder)
     before = {name: tensor.clone() for name, tensor in tensors(model).items()}

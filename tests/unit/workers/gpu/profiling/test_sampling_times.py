@@ -1,4 +1,4 @@
-"""The sampler's measurement: every kind of sampling is timed, on logits of which some filters keep few."""
+"""The sampler's measurement: it times every kind of sampling, on logits that some filters reduce to few tokens."""
 
 from __future__ import annotations
 

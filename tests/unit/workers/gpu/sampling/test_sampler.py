@@ -1,4 +1,4 @@
-"""The sampler against oracles: what each parameter does in a mixed batch, and what a draw depends on."""
+"""Compares the sampler with oracles: the effect of each parameter in a mixed batch, and the inputs of a draw."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from workers.gpu.sampling.triton_random import uniform as triton_uniform
 from workers.gpu.sampling.triton_sampler import sample
 
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)  # for what comes with it: memory that nobody wrote to holds NaN
+torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
 let_scalars_end_ranges()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,14 +44,14 @@ def tokens_of(bench: Bench, logits: torch.Tensor, variant: SamplerVariant) -> li
 
 
 def random_logits(num_seqs: int, vocab_size: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """With something between the rows that is none of theirs."""
+    """With other data between the rows."""
     x = torch.randn(num_seqs, vocab_size + 3, generator=torch.Generator().manual_seed(seed)) * 3
     x[:, vocab_size:] = 1e4
     return x.to(dtype)[:, :vocab_size]
 
 
 def random_bench(num_seqs: int, seed: int) -> Bench:
-    """Sequences of other rows than their place, some greedy, with seeds and lengths of their own."""
+    """Sequences in rows other than their place, some greedy, with different seeds and lengths."""
     random = torch.Generator().manual_seed(seed)
     bench = Bench(num_seqs)
     bench.batch.seq_row.copy_(torch.randperm(SHAPE.max_num_seqs, generator=random)[:num_seqs])
@@ -71,7 +71,8 @@ def set_filters(bench: Bench, filters: list[Filters]) -> None:
 
 
 def assert_left(row: torch.Tensor, tokens: list[int], left_by: list[tuple[Filters, set[int]]]) -> None:
-    """That filters leave exactly those of the `tokens`, each of which gets a draw that it wins without filters."""
+    """Check that filters keep exactly the given ones of `tokens`. Each token gets a draw that it wins without
+    filters."""
     draws = Bench(SHAPE.max_num_seqs)
     draws.tables.temperature.fill_(1.0)
     draws.tables.seed.copy_(torch.arange(SHAPE.max_num_seqs + 1))
@@ -128,7 +129,7 @@ def test_the_noise_is_exact_to_5e_7_from_the_least_uniform_to_the_largest() -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 50, 1024, 1025, 4097, 20_001])
 def test_the_greedy_token_is_torchs_argmax_however_a_row_is_cut(vocab_size: int, dtype: torch.dtype) -> None:
-    """In half precision many of so many elements are equal."""
+    """In half precision many elements are equal."""
     for num_seqs in (1, 3):
         x = random_logits(num_seqs, vocab_size, 1, dtype)
         assert tokens_of(Bench(num_seqs), x, SamplerVariant.GREEDY) == x.argmax(-1).tolist()

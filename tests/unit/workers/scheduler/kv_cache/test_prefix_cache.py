@@ -92,7 +92,7 @@ def test_blocks_idle_for_longest_are_given_away_first_and_ends_before_beginnings
     pool.free(old[::-1])
     pool.free(new[::-1])
     assert pool.num_free == 5
-    pool.allocate(2)  # the one that never had a name, and the end of the older
+    pool.allocate(2)  # the block that was never cached, and the end of the older prompt
     assert pool.find(names[:2]).tolist() == old[:1].tolist()
     assert pool.find(names[2:]).tolist() == new.tolist()
 
@@ -137,8 +137,8 @@ def test_a_hit_longer_than_a_steps_tokens_fits_into_one_record() -> None:
 
 
 def stale_tokens(engine: ScheduledEngine) -> int:
-    """Cached tokens of a prompt whose beginning was computed anew after a clear, and whose end a request of before it
-    went on to compute."""
+    """Return the cached tokens of a prompt. After a clear, its beginning was computed again, and a request from before
+    the clear computed its end."""
     engine.send(1, PROMPT, SamplingParams(max_tokens=24))
     for _ in range(2):
         engine.step()

@@ -1,4 +1,4 @@
-"""The device's time by cause: what the scheduler sums up, and what a window of two readings says of it."""
+"""The device's time by cause: the scheduler's sums, and their difference between two readings."""
 
 from __future__ import annotations
 
