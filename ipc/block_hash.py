@@ -19,7 +19,7 @@ SEED_BYTES: Final = 32
 
 
 def root_hash(seed: bytes, salt: str) -> bytes:
-    """Where the chain of every prompt with this salt begins. `seed` is SEED_BYTES long."""
+    """The root of the chain of every prompt with this salt. `seed` is SEED_BYTES long."""
     return blake2b(salt.encode(), key=seed, digest_size=HASH_BYTES).digest()
 
 
@@ -46,5 +46,5 @@ def next_hashes(parents: np.ndarray[Any, Any], blocks: np.ndarray[Any, Any]) -> 
 
 
 def read_hashes(names: bytes) -> np.ndarray[Any, Any]:
-    """Names that lie one behind the other, as [n, 2] uint64."""
+    """Concatenated names as [n, 2] uint64."""
     return np.frombuffer(names, np.uint64).reshape(-1, 2)

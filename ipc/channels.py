@@ -22,16 +22,16 @@ from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import ConfigError, EngineUnavailable
 
 MAX_CLIENT_FRAME_BYTES: Final = 16 << 20
-MAX_IPC_PATH_BYTES: Final = 107  # of a Unix socket's path
+MAX_IPC_PATH_BYTES: Final = 107  # the kernel's limit for the path of a Unix socket
 _HEARTBEAT_MS: Final = 2_000
 _HEARTBEAT_TIMEOUT_MS: Final = 30_000
 
 
 class SendResult(enum.Enum):
-    """What became of a message to one peer of a ROUTER."""
+    """The result of a send to one peer of a ROUTER."""
 
     QUEUED = "queued"
-    FULL = "full"  # the peer is there, and its queue at the send mark
+    FULL = "full"  # the peer is connected, and its queue has reached the send mark
     GONE = "gone"
 
 
@@ -74,9 +74,10 @@ def connect_dealer(
     identity: bytes | None = None,
     prepare: Callable[[zmq.Socket[Any]], None] | None = None,
 ) -> zmq.Socket[Any]:
-    """A connected DEALER; messages sent before the peer is there wait for it. Raises ConfigError for no endpoint.
+    """A connected DEALER. Messages sent before the peer listens wait for it.
 
-    `prepare` gets the socket before it connects: a monitor that is attached later may miss the connection.
+    `prepare` receives the socket before it connects: a monitor that is attached later may miss the connection. Raises
+    ConfigError for an endpoint of another form.
     """
     socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
     _set_common_options(socket, endpoint, MAX_FRAME_BYTES)
@@ -121,12 +122,12 @@ def send_to(socket: zmq.Socket[Any], identity: bytes, message: Any) -> bool:
 
 
 def send_frames_to(socket: zmq.Socket[Any], identity: bytes, *frames: bytes) -> bool:
-    """The same for frames that are encoded already."""
+    """Like `send_to`, for frames that are encoded already."""
     return try_send_to(socket, identity, *frames) is SendResult.QUEUED
 
 
 def try_send_to(socket: zmq.Socket[Any], identity: bytes, *frames: bytes) -> SendResult:
-    """The same for a ROUTER with a send mark. What is not QUEUED has not been sent in part either. Never blocks."""
+    """Like `send_frames_to`, for a ROUTER with a send mark. Queues all frames or none. Never blocks."""
     try:
         socket.send_multipart((identity, *frames), flags=zmq.DONTWAIT, copy=True)
     except zmq.Again:
@@ -139,9 +140,9 @@ def try_send_to(socket: zmq.Socket[Any], identity: bytes, *frames: bytes) -> Sen
 
 
 def receive_frames(socket: zmq.Socket[Any], limit: int = 1_000) -> Iterator[list[bytes]]:
-    """Multipart messages that have arrived, at most `limit`, without waiting.
+    """Yield the multipart messages that have arrived, at most `limit`, without waiting.
 
-    Drain a socket before sleeping on it: ZeroMQ's descriptors are edge-triggered.
+    Drain a socket before you sleep on it: ZeroMQ's descriptors are edge-triggered.
     """
     for _ in range(limit):
         try:
@@ -151,12 +152,12 @@ def receive_frames(socket: zmq.Socket[Any], limit: int = 1_000) -> Iterator[list
 
 
 def receive(socket: zmq.Socket[Any], kind: Any, limit: int = 1_000) -> Iterator[Any]:
-    """Messages that have arrived on a DEALER from a trusted peer (a bad one raises ProtocolError)."""
+    """Yield the messages that have arrived on a DEALER from a trusted peer. A bad one raises ProtocolError."""
     for frames in receive_frames(socket, limit):
         yield decode(frames[-1], kind)
 
 
 def receive_from(socket: zmq.Socket[Any], kind: Any, limit: int = 1_000) -> Iterator[tuple[bytes, Any]]:
-    """(identity, message) pairs that have arrived on a ROUTER from trusted peers."""
+    """Yield the (identity, message) pairs that have arrived on a ROUTER from trusted peers."""
     for frames in receive_frames(socket, limit):
         yield frames[0], decode(frames[-1], kind)

@@ -1,4 +1,4 @@
-"""What a worker did and when, in shared memory: the table of span names, and a ring of fixed-size records per thread.
+"""Traces of workers in shared memory: the table of span kinds, and one ring of fixed-size records per thread.
 
     header page:  records written, records dropped   owned by the writer, one thread
                   records read                        owned by the launcher
@@ -34,7 +34,7 @@ _WRITTEN, _DROPPED, _READ = 0, 1, 16  # header words; the reader's on a cache li
 class Span:
     """The kinds of records, numbered without gaps. Plain integers: to look up an enumeration's member costs 60 ns."""
 
-    AWAKE: Final = 0  # from a worker's waking up to its going to sleep: all others lie in it
+    AWAKE: Final = 0  # from wake-up to sleep of a worker; all other spans lie inside
     REQUEST: Final = 1
     ENCODE: Final = 2
     HAND_OVER: Final = 3
@@ -60,7 +60,7 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a record means, and what its values are called, at most three."""
+    """The name of a kind of record, and the names of its values, at most three."""
 
     name: str
     values: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ KINDS: Final[dict[int, Kind]] = {
     Span.AWAKE: Kind("awake"),
     Span.REQUEST: Kind("request"),  # gateway: a client's message
     Span.ENCODE: Kind("encode", ("num_tokens",)),  # tokenizer: a prompt becomes ids
-    Span.HAND_OVER: Kind("hand over", ("ticket", "num_tokens")),  # tokenizer: they go into its ring
+    Span.HAND_OVER: Kind("hand over", ("ticket", "num_tokens")),  # tokenizer: the ids go into its ring
     Span.RECEIVE: Kind("receive"),  # scheduler: its messages
     Span.PLAN: Kind("plan", ("ticket", "num_seqs", "num_tokens")),
     Span.LAUNCH: Kind("launch", ("ticket", "bucket_seqs", "bucket_tokens")),  # GPU process: a step is enqueued
@@ -88,7 +88,7 @@ KINDS: Final[dict[int, Kind]] = {
 
 
 class TraceHandle(msgspec.Struct, frozen=True):
-    """One thread's ring; what another process needs to attach."""
+    """One thread's ring, for another process to attach."""
 
     track: str  # "scheduler", "tokenizer.0", ...
     fd: int
@@ -137,7 +137,7 @@ class TraceRing:
         return self._header.load(_DROPPED)
 
     def drain(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Take all records that are there: [n, 6] int64 kind, start_ns, duration_ns and the three values."""
+        """Take all records: [n, 6] int64 kind, start_ns, duration_ns and the three values."""
         written = self._header.load(_WRITTEN)
         places = np.arange(self._num_read, written) % self.num_records
         records: np.ndarray[Any, np.dtype[np.int64]] = self._records[places, : _RECORD.size // 8]  # a copy

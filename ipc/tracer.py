@@ -1,8 +1,8 @@
 """The hooks by which a thread traces what it does: `with trace[Span.PLAN] as span: ...; span.set(ticket)`.
 
-A `Tracer` as it is records nothing and costs next to nothing; a `RingTracer` writes to a ring of `ipc/trace.py`. Either
-belongs to one thread, and is the list of its spans by kind. These are used again and again: spans of one kind follow
-on each other and do not nest.
+A plain `Tracer` records nothing and costs next to nothing. A `RingTracer` writes to a ring of `ipc/trace.py`. A tracer
+belongs to one thread and is the list of its spans by kind. It reuses one object for all spans of a kind, so spans of
+the same kind must not nest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ipc.trace import KINDS, TraceHandle, TraceRing
 
 
 class OpenSpan:
-    """Something that is being done, from entry to exit. This one is not recorded."""
+    """Some work, from entry to exit. This class does not record it."""
 
     __slots__ = ()
 
@@ -39,10 +39,10 @@ class Tracer(list[OpenSpan]):
     def record(
         self, kind: int, start_ns: int, duration_ns: int, first: int = 0, second: int = 0, third: int = 0
     ) -> None:
-        """Something that was timed elsewhere."""
+        """Record work whose times were measured elsewhere."""
 
     def gauge(self, kind: int, first: int, second: int = 0, third: int = 0) -> None:
-        """What a counter's values are now; recorded if they have changed."""
+        """Record the present values of a counter if they have changed."""
 
 
 NO_TRACE: Final = Tracer()

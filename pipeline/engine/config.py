@@ -90,18 +90,18 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def name_source(path: str | os.PathLike[str]) -> str:
-    """What errors call a configuration's file."""
+    """The name of a configuration's file in errors."""
     return "standard input" if os.fspath(path) == STANDARD_INPUT else str(Path(path))
 
 
 def find_origin(message: str, path: str | os.PathLike[str], overrides: Iterable[str]) -> str:
-    """Where the value came from that a ConfigError's message begins with: the last override of it, or the file."""
+    """The origin of the value that a ConfigError's message begins with: the last override of that key, or the file."""
     given = [override for override in overrides if message.startswith(f"{override.partition('=')[0].strip()} ")]
     return f"--set {given[-1]}" if given else name_source(path)
 
 
 def config_from_toml(text: str, source: str, folder: Path, overrides: Iterable[str] = ()) -> Config:
-    """The same for TOML text. `source` names it in errors; `folder` is where a relative `model.path` starts."""
+    """Like `load_config`, for TOML text. Errors call it `source`; a relative `model.path` starts at `folder`."""
     try:
         plain = tomllib.loads(text)
     except _BAD_TOML as error:

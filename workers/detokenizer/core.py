@@ -46,7 +46,7 @@ STOP: Final = int(FinishCode.STOP)
 
 
 class Detokenizer:
-    """The role's whole behaviour. Feed it messages, then collect `deliveries()` and `take_cancels()`."""
+    """The whole behaviour of the role. Pass it messages, then collect `deliveries()` and `take_cancels()`."""
 
     def __init__(self, new_decoder: NewDecoder, special_tokens: SpecialTokens, client_window: int) -> None:
         self._new_decoder = new_decoder
@@ -68,7 +68,7 @@ class Detokenizer:
         return len(self._clients)
 
     def num_undelivered(self) -> int:
-        """Sequences with news that wait for credit."""
+        """Sequences with undelivered text that wait for credit."""
         return sum(len(client.ready) for client in self._clients.values())
 
     def handle(self, message: StepOutputs | ClientCredit | ClientGone) -> None:
@@ -83,7 +83,7 @@ class Detokenizer:
             self._forget(message.client)
 
     def take_cancels(self) -> list[int]:
-        """Keys that a stop string has ended and the scheduler still runs."""
+        """Keys of sequences that have ended here, at a stop string or an error, and that the scheduler still runs."""
         cancels, self._cancels = self._cancels, []
         return cancels
 
@@ -99,7 +99,7 @@ class Detokenizer:
             self._open_request(opened, Request(opened, client))
         for key, num_cached in step.cached:
             sequence = self._open.get(key)
-            if sequence is not None and sequence.sample == 0:  # the others find what it has just computed
+            if sequence is not None and sequence.sample == 0:  # the others find the blocks that it computed
                 sequence.request.num_cached_tokens = num_cached
         keys = np.frombuffer(step.keys, "<i8").tolist()
         token_ids = np.frombuffer(step.token_ids, "<i4").tolist()
@@ -145,7 +145,7 @@ class Detokenizer:
     def _look_closer(
         self, sequence: Sequence, token_id: int, code: int, logprobs: StepLogprobs | None, index: int
     ) -> None:
-        """What a token may mean besides being one: a stop string's end, log-probabilities, the end of the sequence."""
+        """Handle a token of a sequence with stop strings or log-probabilities, or the last token of a sequence."""
         if sequence.logprobs is not None:
             assert logprobs is not None, f"sequence {sequence.key} wants log-probabilities and its step has none"
             sequence.logprobs.append(logprobs, index)
@@ -204,7 +204,7 @@ class Detokenizer:
         if not client.num_open and not client.ready and client.credit == self._window:
             del self._clients[client.name]
 
-    # News
+    # Outputs
 
     def deliveries(self) -> Iterator[tuple[Delivery, list[bytes]]]:
         """The messages that may be sent now: heads, each with its encoded `Outputs` frames."""
@@ -225,7 +225,7 @@ class Detokenizer:
             yield Delivery(clients=clients, finished=finished), frames
 
     def _next_outputs(self, client: Client) -> tuple[Outputs, list[int]]:
-        """Take news of the client's sequences, within the bounds of a frame, and the keys of requests that it ends."""
+        """Take new text of the client's sequences, within the bounds of a frame, and the keys of requests that end."""
         request_ids: list[str] = []
         samples: list[int] = []
         texts: list[str] = []

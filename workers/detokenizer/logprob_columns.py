@@ -19,7 +19,7 @@ class LogprobColumns:
         self._top_logprobs = bytearray()
 
     def append(self, step: StepLogprobs, index: int) -> None:
-        """Take the row of the step's token `index`. The step has at least `num_top` alternatives."""
+        """Append the row of the step's token `index`. The step has at least `num_top` alternatives."""
         assert step.num_top >= self._num_top, f"{step.num_top} alternatives, {self._num_top} wanted"
         row, num_bytes = 4 * step.num_top * index, 4 * self._num_top
         self._logprobs += step.logprobs[4 * index : 4 * index + 4]

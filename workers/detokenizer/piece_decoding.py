@@ -1,8 +1,8 @@
 """Decoding for tokenizers of pieces (SentencePiece and the like), by asking `tokenizers` for the text of a few ids.
 
-Runs of byte-fallback tokens are cut into characters. A whole character has its text at once, and each byte that belongs
-to no character becomes one U+FFFD. `tokenizers` decodes a run as a whole: one invalid byte turns the run into U+FFFD,
-which would change characters that were emitted already. Both give the same text for a run of valid UTF-8.
+This module cuts runs of byte-fallback tokens into characters. A complete character has its text at once, and each byte
+outside a character becomes one U+FFFD. `tokenizers` decodes a run as a whole: one invalid byte turns the whole run into
+U+FFFD, which would change characters that were emitted already. Both give the same text for a run of valid UTF-8.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from workers.detokenizer.text_decoding import TextDecoder
 
 
 class Client:
-    """One client's credit and what waits for it."""
+    """One client's credit, and its sequences that wait for credit."""
 
     __slots__ = ("credit", "name", "num_open", "ready")
 
@@ -17,7 +17,7 @@ class Client:
         self.name = name
         self.credit = window
         self.num_open = 0
-        self.ready: list[Sequence] = []  # that have something to send
+        self.ready: list[Sequence] = []  # sequences with unsent tokens or an unsent end
 
 
 class Request:

@@ -1,4 +1,7 @@
-"""Finds the first stop string in a text that arrives piece by piece, and holds back what may become one."""
+"""Finds the first stop string in a text that arrives piece by piece.
+
+Holds back the end of the text while it may be the beginning of a stop string.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Final
 
 from tokenizers import Tokenizer
 
-_ALL_MARKS: Final = dict.fromkeys(range(0xDC00, 0xE000))  # lone surrogates: no decoded text holds one
+_ALL_MARKS: Final = dict.fromkeys(range(0xDC00, 0xE000))  # lone surrogates: decoded text never contains one
 _NO_MARKS: Final[dict[int, str]] = {}
 
 
@@ -56,7 +59,7 @@ class StopMatcher:
         self.matched = False
 
     def feed(self, piece: str) -> str:
-        """Add a piece of text; returns what no stop string can contain any more. After a match: nothing."""
+        """Add a piece of text. Returns the text that can be part of no stop string; after a match, no text."""
         if self.matched:
             return ""
         text = self.held + piece
@@ -76,7 +79,7 @@ class StopMatcher:
         return self._visible(text) if self.marks else text
 
     def finish(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """The text that was held back. Call it when the text ends without a stop string."""
         held, self.held = self.held, ""
         return self._visible(held)
 
@@ -84,7 +87,7 @@ class StopMatcher:
         return text.translate(_ALL_MARKS) if self.marks else text
 
     def _advance(self, which: int, stop: str, piece: str) -> int:
-        """Run one automaton over the piece. Number of its characters up to the end of the first match, 0 for none."""
+        """Run one automaton over the piece. Returns the end of the first match in the piece; 0 = no match."""
         matched = self._matched_chars[which]
         fallback = self._fallbacks[which]
         at = 0

@@ -48,7 +48,7 @@ def decoder_factory(tokenizer: Tokenizer) -> NewDecoder:
 
 
 class ByteLevelDecoder:
-    """A token is some bytes; a text is complete where its UTF-8 is."""
+    """For byte-level vocabularies: a token is some bytes, and a text ends where its UTF-8 is complete."""
 
     __slots__ = ("_bytes", "_held", "_num_of_prompt", "_texts")
 

@@ -1,4 +1,4 @@
-"""The detokenizer process: its sockets and its loop. What it says is decided in core.py."""
+"""The detokenizer process: its sockets and its loop. core.py decides which messages it sends."""
 
 from __future__ import annotations
 

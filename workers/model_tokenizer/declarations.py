@@ -1,4 +1,4 @@
-"""Compares what the files beside tokenizer.json declare of a tokenizer with tokenizer.json itself.
+"""Compares the declarations in the files beside tokenizer.json with tokenizer.json itself.
 
 Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and config.json. Builds no tokenizer.
 """
@@ -21,7 +21,7 @@ _TOKEN_FIELDS: Final = ("content", "single_word", "lstrip", "rstrip", "normalize
 
 
 class Declarations(NamedTuple):
-    """What one model folder declares of its tokenizer."""
+    """The declarations of one model folder about its tokenizer."""
 
     folder: Path
     class_name: str  # of the tokenizer; empty: the folder names none
@@ -148,7 +148,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _texts(values: Any) -> dict[Any, str]:
-    """Those values of an object or a list that are tokens: a text, or an object that holds one."""
+    """The tokens among the values of an object or a list: a text, or an object with a text."""
     if isinstance(values, list):
         values = dict(enumerate(values))
     if not isinstance(values, dict):

@@ -1,7 +1,7 @@
 """Renders a chat with the model's own template, as transformers' `apply_chat_template` does.
 
-Templates come with a model from the hub and are code of a stranger's: they run in jinja2's sandbox and see nothing but
-strings. Owns no tokens.
+A template comes with the model and is untrusted code: it runs in jinja2's sandbox and sees only strings. Knows no token
+ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONTROL_TOKEN: Final = re.compile(r"<\|[^\s<|>{}'\"]+\|>")
 
 
 class ChatTemplate:
-    """A model's compiled template, or the reason why it has none, which `render` raises."""
+    """A model's compiled template. If the model has none, `render` raises the reason."""
 
     def __init__(self, source: str | None, names: dict[str, str], problem: str = _NO_TEMPLATE) -> None:
         self._names = names  # bos_token and the like
@@ -130,7 +130,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own filter escapes HTML, which no model has been trained on."""
+    """Replaces jinja2's own filter, which escapes HTML: models are not trained on escaped text."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,6 +1,6 @@
-"""Turns one request into token ids, or into the reason why not. Knows no sockets and no rings.
+"""Turns one request into token ids or an error. Knows no sockets and no rings.
 
-A prompt is a stranger's: whatever it makes the template or the tokenizer raise is that request's error and no more.
+Prompts are untrusted: an error that a prompt causes in the template or the tokenizer ends only that request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHRINK: Final = 4  # normalisers may shorten a text (decomposed characters, run
 
 
 class Encoded(NamedTuple):
-    """What became of a request: `token_ids` (int32 [n]), or an `error` and none."""
+    """The result for a request: `token_ids` (int32 [n]), or an `error` and no ids."""
 
     request: Tokenize
     token_ids: Ids
@@ -55,7 +55,7 @@ class PromptEncoder:
                 yield f"the chat template writes {text!r}, which is not a token: the tokenizer makes {num_tokens} of it"
 
     def encode(self, request: Tokenize) -> Encoded:
-        """Never raises for what a request holds."""
+        """Encode and check one request. Returns errors that the request causes, and never raises them."""
         try:
             token_ids = self._token_ids(request)
             self._check(token_ids, request)
@@ -82,7 +82,7 @@ class PromptEncoder:
         return self._encode(request.prompt or "", add_special_tokens=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> Ids:
-        # Encoding takes some 150 bytes a token: what cannot fit by far is refused before that.
+        # Encoding takes about 150 bytes of memory per token, so refuse a far too long text before encoding it.
         if len(text) > self._max_chars:
             raise InvalidRequest(
                 f"the prompt ({len(text)} characters) is far longer than {self._max_model_len} tokens, the longest "

@@ -1,4 +1,4 @@
-"""The tokenizer process: its sockets, its prompt ring and its loop. What a prompt becomes is decided in core.py."""
+"""The tokenizer process: its sockets, its prompt ring and its loop. core.py encodes the prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.tokenizer.core import Encoded, PromptEncoder
 
 logger = logging.getLogger(__name__)
 
-MAX_ERROR_CHARS: Final = 1_000  # a template may put the whole chat into its complaint
+MAX_ERROR_CHARS: Final = 1_000  # a template's error may quote the whole chat
 
 
 def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
@@ -59,11 +59,11 @@ class TokenizerWorker:
 
     def serve(self) -> None:
         waiting: deque[Tokenize] = deque()  # the gateway bounds how many
-        encoded: Encoded | None = None  # done, and waiting for the scheduler to free records
+        encoded: Encoded | None = None  # waits for the scheduler to free records
         trace = self.process.trace
         send(self.gateway, TokenizeDone(key=0))
         while True:
-            # With a prompt that waits for records, only a message or the scheduler's doorbell can help.
+            # While a prompt waits for records, sleep until a message or the scheduler's doorbell arrives.
             self.process.wait(0 if waiting and encoded is None else None)
             waiting.extend(receive(self.gateway, Tokenize))
             if encoded is None and waiting:
@@ -108,7 +108,7 @@ class TokenizerWorker:
         for start in range(0, token_ids.size, PROMPT_RECORD_TOKENS):
             part = token_ids[start : start + PROMPT_RECORD_TOKENS]
             self.ring.claim().token_ids[: part.size] = part
-            self.ring.publish()  # the message below is what wakes the scheduler
+            self.ring.publish()  # rings no doorbell: the message below wakes the scheduler
         send(
             self.scheduler,
             Tokenized(
