@@ -126,8 +126,7 @@ def check_device(device: str) -> None:
 
 
 def _cuda_missing() -> str | None:
-    """Return the reason why CUDA cannot be used, or None. Asks the driver, in a few milliseconds; importing torch takes
-    seconds."""
+    """Return the reason why CUDA cannot be used, or None. Asks the driver, because importing torch takes seconds."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -236,8 +235,7 @@ def _is_quantized(folder: Path, *configs: dict[str, Any]) -> bool:
 
 
 def _is_incomplete(config: Config, text_config: dict[str, Any]) -> bool:
-    """Return whether the configuration relies on transformers' defaults, or on how transformers applies a RoPE
-    factor."""
+    """Return whether the configuration needs transformers' defaults, or its way to apply a RoPE factor."""
     length = num_positions(text_config)
     if text_config.get("vocab_size") is None or (length is None and config.scheduler.max_model_len is None):
         return True

@@ -216,11 +216,7 @@ def test_text_that_was_held_back_comes_with_the_end() -> None:
         (["</s>the"], "the fox", 4),
         (["fox</s>t"], "the ", 4),
         (["x", "</s>"], "the fo", 2),
-        (
-            ["<s>"],
-            "the foxthe fox",
-            0,
-        ),  # the output has no such token, and its special tokens have no text
+        (["<s>"], "the foxthe fox", 0),  # the output has no such token; its special tokens have no text
         (["</s><s>"], "the foxthe fox", 0),
     ],
 )
