@@ -85,7 +85,7 @@ def decode(frame: bytes | memoryview, kind: type[T] | Any) -> T:
 def decode_untrusted(frame: bytes | memoryview, kind: type[T] | Any) -> T:
     """Read one frame of a client: like `decode`, but msgpack's bounded unpacker sees the bytes first.
 
-    The bounds hold wherever a list, map or extension stands in the frame, also where `kind` has no such field.
+    The bounds apply to every list, map and extension in the frame, also in places where `kind` has no such field.
     """
     _check_size(frame)
     max_items = min(MAX_ITEMS, len(frame))  # the unpacker allocates as many items as a header claims, at each depth

@@ -23,7 +23,7 @@ MAX_STOP_STRING_CHARS: Final = 256
 MAX_LOGPROBS: Final = 20
 MAX_SAMPLES: Final = 64  # of one prompt
 MAX_SEED: Final = 2**63 - 1
-MIN_TEMPERATURE: Final = 0.001  # less is greedy in all but name
+MIN_TEMPERATURE: Final = 0.001  # lower values would be greedy in effect
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):

@@ -206,7 +206,7 @@ class AsyncClient:
         return Health(**{name: getattr(answer, name) for name in Health.__struct_fields__})
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
-        """A pickled copy, in whichever process, is a new client of the same engine."""
+        """A pickled copy, in this or another process, is a new client of the same engine."""
         return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
 
     async def __aenter__(self) -> Self:

@@ -141,7 +141,7 @@ class Client:
         self._thread.close()
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
-        """A pickled copy, in whichever process, is a new client of the same engine."""
+        """A pickled copy, in this or another process, is a new client of the same engine."""
         return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
 
     def __enter__(self) -> Self:

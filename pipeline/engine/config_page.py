@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the configuration's structs: `make configuration`.
 
-The descriptions of keys stand in the structs (`workers/*/config.py`), so that page and code cannot disagree. This
+The descriptions of keys are in the structs (`workers/*/config.py`), so that page and code cannot disagree. This
 module adds only the text around them.
 """
 

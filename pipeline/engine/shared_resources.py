@@ -1,7 +1,7 @@
 """Everything that the processes of one engine share: memory, doorbells, and the folder of the internal sockets.
 
 Opens a descriptor for every key of a `Wiring` and keeps it until `close()`, so that the launcher can give it to a
-worker at any time. The kernel frees the memory when the launcher and all workers have ended, in whatever way.
+worker at any time. The kernel frees the memory when the launcher and all workers have ended, however they end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Orders waiting requests: one small class for each policy that `scheduler.policy` names.
 
 Requests wait twice under the same policy: in the gateway for a tokenizer, and in the scheduler for a row. A policy
-orders requests and gives each a rank; it does not decide whether there is room. All policies are free of starvation: a
-waiting request becomes the next one at some time, whatever arrives later, and stays next until there is room for it.
+orders requests and gives each a rank; it does not decide whether there is room. No policy starves a request: a waiting
+request becomes the next one at some time, regardless of later arrivals, and stays next until there is room for it.
 
 A "request" here is what waits: a whole request in the gateway, a sequence (one sample) in the scheduler.
 """
@@ -49,7 +49,7 @@ W = TypeVar("W", bound=Waiting)
 
 
 class Policy(Protocol[W]):
-    """The order of waiting requests. Nothing here takes time in proportion to their number."""
+    """The order of waiting requests. No method takes time in proportion to their number."""
 
     def __len__(self) -> int:
         """Number of waiting requests."""

@@ -131,7 +131,7 @@ class Scheduler:
         return len(sequences)
 
     def _end(self, sequences: list[Sequence]) -> None:
-        """Forget sequences, in whatever state. Blocks are free at once, rows when no step in flight names them."""
+        """Forget sequences, in any state. Blocks are free at once, rows when no step in flight names them."""
         running, planner = [], self._planner
         for sequence in sequences:
             self._open.remove(sequence)

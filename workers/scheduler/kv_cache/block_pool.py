@@ -73,7 +73,7 @@ class BlockPool:
             self._push(blocks[~are_cached])
 
     def _drop_users(self, blocks: Int32Array) -> Int32Array:
-        """Count down the users of blocks of which some are shared. Returns the blocks without a user, each once."""
+        """Count down the users of blocks, some of which are shared. Returns the blocks without a user, each once."""
         np.subtract.at(self._num_users, blocks, 1)
         left = self._num_users[blocks]
         assert left.min() >= 0, "a KV block was freed twice"

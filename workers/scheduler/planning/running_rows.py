@@ -37,7 +37,7 @@ class RunningRows:
         return self._order
 
     def start(self, rows: list[int]) -> None:
-        """Append rows behind all that run."""
+        """Append rows behind all running rows."""
         self._order = np.append(self.rows(), np.array(rows, np.int64))
         self._runs[rows] = True
         self._num += len(rows)
