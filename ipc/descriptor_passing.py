@@ -1,6 +1,6 @@
 """Sends a frame and open descriptors to another process over a Unix socket.
 
-The socket is of type SOCK_SEQPACKET: the kernel keeps the borders of packets, so a frame arrives whole or does not arrive.
+The socket is of type SOCK_SEQPACKET: the kernel keeps the borders of packets, so no part of a frame is lost.
 The kernel passes at most 253 descriptors with one packet; more of them travel in packets that come before the frame.
 The receiver gets its own numbers for the descriptors, in the order in which they were sent.
 """
@@ -42,7 +42,7 @@ def send_with_descriptors(channel: socket.socket, frame: bytes, descriptors: Seq
 def receive_with_descriptors(channel: socket.socket) -> tuple[bytes, list[int]]:
     """Wait for a frame and the descriptors that came with it. They are the caller's; no child process inherits them.
 
-    Raises EngineUnavailable if the sender has closed its end, or if this process cannot open that number of descriptors.
+    Raises EngineUnavailable if the sender has closed its end, or if this process cannot open that many descriptors.
     """
     received: list[int] = []
     while True:
