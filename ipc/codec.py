@@ -93,7 +93,7 @@ def decode_untrusted(frame: bytes | memoryview, kind: type[T] | Any) -> T:
         plain = msgpack.unpackb(
             frame,
             raw=False,
-            strict_map_key=True,
+            strict_map_key=False,  # logit_bias is a map of integers; msgspec checks the type of every key
             ext_hook=_refuse_extension,
             max_str_len=len(frame),
             max_bin_len=len(frame),

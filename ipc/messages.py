@@ -44,7 +44,7 @@ from ipc.codec import MAX_ITEMS, BoundedList
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
 EOS_TOKEN_ID = "eos_token_id"  # a key of Ready.info
 PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens, which a text decoder needs to continue the text
@@ -257,6 +257,8 @@ class Tokenized(Message, frozen=True):
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
     block_hashes: bytes = b""  # of the prompt, by `ipc.block_hash.chain_hashes`; empty: do not cache it
+    long_values: bytes = b""  # int32, by `ipc.long_values`; the params do not repeat them
+    thinking: tuple[int, int] | None = None  # the model's tokens that begin and end thinking; only with a budget
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     deadline_ns: int = 0
     error_code: str = ""

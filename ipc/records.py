@@ -8,12 +8,13 @@ and gives to every process. Each record class is generic in its arrays: numpy on
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Final, Generic
 
 import msgspec
 
-from ipc.record_layout import Array, Each, HostArray, Layout, float32, int32, int64
+from ipc.record_layout import Array, Each, HostArray, Layout, declared_fields, float32, int32, int64
 from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
@@ -31,6 +32,17 @@ class StepShape(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int  # tokens in one step
     max_model_len: int  # prompt + output tokens of one sequence
     block_size: int  # tokens per KV block
+    vocab_size: int = 0  # width of the logits; 0 = no request has masks
+    num_grammar_workers: int = 0
+
+    @property
+    def mask_words(self) -> int:
+        """int32 words of a mask with one bit for each token: token t is bit t % 32 of word t // 32; 1 = allowed."""
+        return max(1, -(-self.vocab_size // 32))
+
+    @property
+    def num_mask_rings(self) -> int:
+        return max(1, self.num_grammar_workers)
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -53,15 +65,16 @@ class SamplerVariant(enum.IntEnum):
     GREEDY = 0
     PLAIN = 1  # some sequence has temperature > 0
     FILTERED = 2  # some sequence uses top_k, top_p or min_p
+    ADJUSTED = 3  # some sequence's logits are adjusted first: penalties, bias, masks
 
     @classmethod
     def of(cls, params: SamplingParams) -> SamplerVariant:
-        """The least sampler that serves these parameters; filters change nothing about the likeliest token."""
-        if params.temperature == 0:
-            return cls.GREEDY
-        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-            return cls.FILTERED
-        return cls.PLAIN
+        """The least sampler that serves these parameters, from what their columns need."""
+        variant = cls.GREEDY
+        for name, default, needs in _needs():
+            if getattr(params, name) != default and (params.temperature > 0 or needs.also_greedy):
+                variant = max(variant, needs.variant)
+        return cls.ADJUSTED if params.structured_outputs is not None else variant
 
 
 class FinishCode(enum.IntEnum):
@@ -71,6 +84,7 @@ class FinishCode(enum.IntEnum):
     STOP = 1  # the token is one of the row's end ids
     LENGTH = 2  # the row is as long as it may get
     NOT_FINITE = 3  # no token: the row's logits hold NaN or +inf, or only -inf
+    EXCLUDED = 4  # no token: the adjustments exclude every token
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,14 @@ class Fill:
     """
 
     value: float | str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Marks a column whose parameter asks for a sampler if its value is not the column's Fill."""
+
+    variant: SamplerVariant
+    also_greedy: bool = False  # True: it changes the likeliest token too
 
 
 class AdmittedColumns(Generic[Array]):
@@ -95,14 +117,34 @@ class AdmittedColumns(Generic[Array]):
     """Tokens of the row whose keys and values are in its blocks. The sampler moves it on after each step."""
     max_len: Annotated[Array, int32(), Fill("max_model_len")]
     """Tokens, prompt and output, at which the row ends."""
-    temperature: Annotated[Array, float32()]
+    prompt_len: Annotated[Array, int32()]
+    """Tokens of the prompt. The row's ids from there on are output."""
+    temperature: Annotated[Array, float32(), Needs(SamplerVariant.PLAIN)]
     """The divisor of the logits; 0 = greedy."""
-    top_k: Annotated[Array, int32()]
+    top_k: Annotated[Array, int32(), Needs(SamplerVariant.FILTERED)]
     """How many of the likeliest tokens are kept; 0 = all."""
-    top_p: Annotated[Array, float32(), Fill(1.0)]
+    top_p: Annotated[Array, float32(), Fill(1.0), Needs(SamplerVariant.FILTERED)]
     """The probability that the kept tokens must reach; 1 = all tokens are kept."""
-    min_p: Annotated[Array, float32()]
+    min_p: Annotated[Array, float32(), Needs(SamplerVariant.FILTERED)]
     """The least probability of a kept token, as a share of the likeliest token's; 0 = all tokens are kept."""
+    repetition_penalty: Annotated[Array, float32(), Fill(1.0), Needs(SamplerVariant.ADJUSTED, also_greedy=True)]
+    """Divides positive and multiplies negative logits of tokens among the row's ids; 1 = off."""
+    presence_penalty: Annotated[Array, float32(), Needs(SamplerVariant.ADJUSTED, also_greedy=True)]
+    """Is subtracted from the logits of tokens of the output."""
+    frequency_penalty: Annotated[Array, float32(), Needs(SamplerVariant.ADJUSTED, also_greedy=True)]
+    """Is subtracted once for each time that a token occurs in the output."""
+    min_tokens: Annotated[Array, int32(), Needs(SamplerVariant.ADJUSTED, also_greedy=True)]
+    """Tokens of output before the row may end by one of its end ids."""
+    think_budget: Annotated[Array, int32(), Fill(-1.0)]
+    """Tokens of thinking before `think_end` is sampled; -1 = no limit."""
+    think_start: Annotated[Array, int32(), Fill(NO_TOKEN)]
+    """The token that begins thinking."""
+    think_end: Annotated[Array, int32(), Fill(NO_TOKEN)]
+    """The token that ends thinking."""
+    long_columns: Annotated[Array, int32()]
+    """Bit i: column i of LongColumns (`ipc/long_values.py`) holds values of this row."""
+    processed_logprobs: Annotated[Array, int32()]
+    """1 = log-probabilities are of the logits as they are sampled, not of the model's own."""
     seed: Annotated[Array, int64()]
     """The key of the row's random numbers, together with the position."""
     end_ids: Annotated[Array, int32(MAX_END_IDS), Fill(NO_TOKEN)]
@@ -120,6 +162,8 @@ class Admissions(AdmittedColumns[Array]):
     """The first of the consecutive records of that ring that hold the ids."""
     length: Annotated[Array, int32()]
     """How many ids are copied to the row's start; 0 = the row keeps its ids, because a preempted sequence resumes."""
+    long_ticket: Annotated[Array, int64()]
+    """The first record of prompt ring 0 with the row's long values (`ipc/long_values.py`); 0 = none are copied."""
 
 
 class StepFields(Generic[Array]):
@@ -148,6 +192,12 @@ class StepFields(Generic[Array]):
     """Tokens of each sequence to compute, at least 1."""
     seq_sample: Annotated[Array, int32("max_num_seqs")]
     """1 = sample a token after them."""
+    seq_mask: Annotated[Array, int32("max_num_seqs")]
+    """Which of the step's masks applies to each sequence; -1 = none. Read only with SamplerVariant.ADJUSTED."""
+    mask_ticket: Annotated[Array, int64("num_mask_rings")]
+    """The record of each grammar worker's mask ring that this step needs; 0 = none."""
+    num_masks: Annotated[Array, int32("num_mask_rings")]
+    """How many masks that record holds. The step's masks are those of worker 0, then those of worker 1, ..."""
     append_row: Annotated[Array, int32("max_appends")]
     """The row whose block table gets an entry."""
     append_index: Annotated[Array, int32("max_appends")]
@@ -207,3 +257,15 @@ def step_layout(shape: StepShape) -> Layout[StepRecord]:
 
 def result_layout(shape: StepShape) -> Layout[ResultRecord]:
     return Layout.of(ResultRecord, "result", shape)
+
+
+@functools.cache
+def _needs() -> tuple[tuple[str, float, Needs], ...]:
+    """Each parameter that may need a sampler: its name, its default, and what it needs otherwise."""
+    found = []
+    for column in declared_fields(AdmittedColumns):
+        marks = {type(mark): mark for mark in column.marks}
+        needs, fill = marks.get(Needs), marks.get(Fill, Fill(0))
+        if isinstance(needs, Needs) and isinstance(fill, Fill):
+            found.append((column.path[0], float(fill.value), needs))
+    return tuple(found)

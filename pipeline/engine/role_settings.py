@@ -61,6 +61,7 @@ class EngineFacts:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_model_len=self.model.max_model_len,
             block_size=self.config.cache.block_size,
+            vocab_size=self.model.vocab_size,
         )
 
     @property

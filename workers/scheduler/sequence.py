@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Final, Self
 
 import msgspec
+import numpy as np
 
 from ipc.block_hash import read_hashes
+from ipc.long_values import long_columns_of
 from ipc.messages import Tokenized
 from ipc.record_layout import HostArray, field_names
 from ipc.records import MAX_END_IDS, NO_TOKEN, Admissions, AdmittedColumns, SamplerVariant
@@ -69,7 +71,10 @@ class Sequence:
         self.has_followers = has_full_blocks and params.n > 1
         self.leader = leader if has_full_blocks else None
         self.params = params
-        self.variant = SamplerVariant.of(params)
+        self.long_values = np.frombuffer(message.long_values, "<i4")  # encoded, see `ipc/long_values.py`
+        self._thinking = message.thinking or (NO_TOKEN, NO_TOKEN)
+        is_adjusted = bool(message.long_values) or params.thinking_token_budget is not None
+        self.variant = SamplerVariant.ADJUSTED if is_adjusted else SamplerVariant.of(params)
         self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
@@ -92,7 +97,14 @@ class Sequence:
         admit.length[i] = self.num_prompt if lease else 0
         admit.num_computed_tokens[i] = num_computed
         admit.max_len[i] = self.max_len
+        admit.prompt_len[i] = self.num_prompt
         admit.end_ids[i] = self._end_ids
+        admit.think_start[i], admit.think_end[i] = self._thinking
+        budget = self.params.thinking_token_budget
+        admit.think_budget[i] = -1 if budget is None else budget
+        admit.long_columns[i] = long_columns_of(self.long_values)
+        admit.long_ticket[i] = 0
+        admit.processed_logprobs[i] = self.params.logprobs_mode == "processed_logprobs"
         for name in _PARAMETER_COLUMNS:
             getattr(admit, name)[i] = getattr(self.params, name) or 0  # None: the gateway has drawn no seed
 
