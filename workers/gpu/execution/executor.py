@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.prompt_logprobs import PromptLogprobs
+from workers.gpu.execution.record_parts import needed_parts, result_parts, step_parts
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, prefix_bytes, tensor_views
+from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, tensor_views
 from workers.gpu.sampling.sampler import sample
 
 
@@ -109,31 +112,25 @@ class Executor:
         self.tables = RowTables(device, shape, num_blocks, runner.vocab_size, runner.row_states)
 
         steps, results = step_layout(shape), result_layout(shape)
-        step_bytes = prefix_bytes(steps, "admit_row")  # of a record without admissions
-        result_bytes = prefix_bytes(results, "logprob")  # of a result without log-probabilities
-        self._step_ring = [(r[:step_bytes], r) for r in _device_records(device, rings.step)]
-        self._result_ring = [(r[:result_bytes], r) for r in _device_records(device, rings.result)]
+        self._step_ring = [step_parts(steps, record) for record in _device_records(device, rings.step)]
+        self._result_ring = [result_parts(results, record) for record in _device_records(device, rings.result)]
         self._prompt_rings = [[r.view(torch.int32) for r in _device_records(device, ring)] for ring in rings.prompts]
-
-        def record(name: str, num_bytes: int, short: int) -> Copied:
-            whole = device.zeros(name, (num_bytes,), torch.uint8)
-            return whole[:short], whole
-
+        memory = partial(device.zeros, dtype=torch.uint8)
         self._copy_in = device.stream("copy_in")
         self._compute = device.stream("compute")
         self._copy_out = device.stream("copy_out")
         self._step_buffers = [
             StepBuffers(
-                record(f"staging.{i}", steps.num_bytes, step_bytes),
-                record(f"outputs.{i}", results.num_bytes, result_bytes),
+                step_parts(steps, memory(f"staging.{i}", (steps.num_bytes,))),
+                result_parts(results, memory(f"outputs.{i}", (results.num_bytes,))),
                 *(device.event(f"{name}.{i}") for name in ("inputs_ready", "step_done", "outputs_done")),
             )
             for i in range(depth)
         ]
-        self._record = record("record", steps.num_bytes, step_bytes)
-        self._output = record("output", results.num_bytes, result_bytes)
-        self._step = tensor_views(StepTensors, steps, self._record[1])
-        self._result = tensor_views(ResultTensors, results, self._output[1])
+        self._record = step_parts(steps, memory("record", (steps.num_bytes,)))
+        self._output = result_parts(results, memory("output", (results.num_bytes,)))
+        self._step = tensor_views(StepTensors, steps, self._record[-1])
+        self._result = tensor_views(ResultTensors, results, self._output[-1])
         self._builder = BatchBuilder(device, self.tables, self._step)
         # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
         self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
@@ -146,6 +143,8 @@ class Executor:
         self._sampler_work = KeptWork(
             self._make_sampler_work, device.capture, lambda num_seqs, *_: num_seqs in self._captured_seqs
         )
+        records = self._step, self._result
+        self._prompt_logprobs = PromptLogprobs(runner, self._builder, self.tables, *records, self._logits)
         self.under_way: deque[Submitted] = deque()  # oldest first
         device.settle()
 
@@ -189,9 +188,10 @@ class Executor:
         buffers = self._step_buffers[ticket % len(self._step_buffers)]
         num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
         num_admissions, want_logprobs = int(record.num_admissions[0]), bool(record.want_logprobs[0])
-        admits = num_admissions > 0
+        num_prompt_logprobs = int(record.num_prompt_logprobs[0])
+        in_part, out_part = needed_parts(record)
 
-        device.copy(self._copy_in, buffers.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
+        device.copy(self._copy_in, buffers.staging[in_part], self._step_ring[ticket % ring.num_slots][in_part])
         for i in range(num_admissions):
             self._upload_prompt(record, i)
         device.record(buffers.inputs_ready, self._copy_in)
@@ -199,23 +199,27 @@ class Executor:
         # The step reads its staged record, and ids that were uploaded with it or before it.
         device.wait(self._compute, buffers.inputs_ready)
         device.read_clock(self._compute, self._result.device_start_ns)
-        device.copy(self._compute, self._record[admits], buffers.staging[admits])
-        if admits:
+        device.copy(self._compute, self._record[in_part], buffers.staging[in_part])
+        if num_admissions:
             admitted = record.admit.row[:num_admissions]
             device.launch(self._compute, self._admit, lambda: accesses.admit(admitted))
         if record.num_appends[0]:
             device.launch(self._compute, self._append, accesses.append)
         bucket = self.bucket(num_seqs, num_tokens)
         rows = record.seq_row[:num_seqs]
-        device.launch(self._compute, self._model_work(*bucket), lambda: accesses.model(rows))
+        if num_prompt_logprobs:
+            work = self._prompt_logprobs.work(*bucket, num_prompt_logprobs)
+            device.launch(self._compute, work, lambda: accesses.prompt_logprobs(rows))
+        else:
+            device.launch(self._compute, self._model_work(*bucket), lambda: accesses.model(rows))
         sampler = self._sampler_work(bucket[0], SamplerVariant(int(record.variant[0])), want_logprobs)
         device.launch(self._compute, sampler, lambda: accesses.sampler(rows))
         device.read_clock(self._compute, self._result.device_end_ns)
-        device.copy(self._compute, buffers.outputs[want_logprobs], self._output[want_logprobs])
+        device.copy(self._compute, buffers.outputs[out_part], self._output[out_part])
         device.record(buffers.step_done, self._compute)
 
         device.wait(self._copy_out, buffers.step_done)
-        device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], buffers.outputs[want_logprobs])
+        device.copy(self._copy_out, self._result_record(ticket)[out_part], buffers.outputs[out_part])
         device.record(buffers.outputs_done, self._copy_out)
         submitted = Submitted(ticket, now_ns, num_seqs, buffers.outputs_done, bucket)
         self.under_way.append(submitted)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+from workers.gpu.execution.prompt_logprobs import max_logits_rows
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.row_tables import table_bytes
 from workers.gpu.memory.kv_cache import free_memory_bytes
@@ -50,8 +51,9 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
-    """Bytes of the most demanding sampler's temporary tensors."""
-    return SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+    """Bytes of the temporary tensors of the most demanding sampler, or of prompts' log-probabilities if these take
+    more."""
+    return SAMPLER_BYTES * max(shape.max_num_seqs, max_logits_rows(shape)) * vocab_size
 
 
 def reserved_bytes(
