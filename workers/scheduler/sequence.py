@@ -76,12 +76,21 @@ class Sequence:
         is_adjusted = bool(message.long_values) or params.thinking_token_budget is not None
         self.variant = SamplerVariant.ADJUSTED if is_adjusted else SamplerVariant.of(params)
         self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
+        # The likeliest tokens + 1 that are wanted at each position of the prompt; 0 = no log-probabilities there. Sample
+        # 0 computes them for all samples. The first token has none, so a prompt of one token has none at all.
+        wants_prompt = params.prompt_logprobs is not None and leader is None and self.num_prompt > 1
+        self.want_prompt_logprobs = 1 + (params.prompt_logprobs or 0) if wants_prompt else 0
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
 
     @property
     def has_row(self) -> bool:
         return self.row != NO_ROW
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether its next admission may use no cached blocks: their tokens' logits are not cached."""
+        return self.want_prompt_logprobs > 0 and not self.has_row
 
     def write_admission(
         self, admit: Admissions[HostArray], i: int, num_computed: int, lease: PromptLease | None
