@@ -7,8 +7,8 @@ masks of other requests.
 
 from __future__ import annotations
 
-import json
 import random
+import re
 import time
 from typing import Final
 
@@ -17,12 +17,12 @@ from llguidance import LLMatcher, LLParserLimits
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from workers.grammar.grammar_text import lark_of
+from workers.grammar.grammar_text import lark_of, quoted
 from workers.grammar.json_schemas import json_options, prepared_schema
 from workers.grammar.structural_tags import structural_tag_grammar
 from workers.grammar.vocabulary import Vocabulary
 
-MAX_TOKEN_S: Final = 0.1  # of computing time for one mask, or for one token
+MAX_TOKEN_S: Final = 0.05  # of computing time for one token and its mask
 LIMITS: Final = LLParserLimits(
     max_grammar_size=50_000,  # symbols; the time to compile a schema grows with the square of its properties
     initial_lexer_fuel=1_000_000,  # 50 ms of building automata
@@ -39,8 +39,10 @@ _IN_OUR_WORDS: Final = (  # advice of llguidance that a user of the engine canno
      "oneOf with alternatives that may overlap is not supported; use anyOf"),
     (" is not present in a registry and retrieving it failed: Default retriever does not fetch resources",
      " is not part of the schema, and remote $refs are not fetched"),
+    ("; consider making your grammar left-recursive if it's right-recursive", ""),
     ("Expecting object schema to apply options", "the schema must be a JSON object"),
 )  # fmt: skip
+_TOO_MUCH: Final = re.compile("too (many|big|large|deep)|exhausted|exceeded|; max is|[Uu]nable to determine")
 
 
 class Prototype:
@@ -81,7 +83,7 @@ class Compiler:
         if spec.grammar is not None:
             return LLMatcher.grammar_from_lark(lark_of(spec.grammar, "grammar"))
         if spec.choice is not None:  # one terminal: a choice may begin another one
-            return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, spec.choice)))
+            return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, spec.choice)))
         schema = '{"type":"object"}' if spec.json is None else prepared_schema(str(spec.json), spec)
         try:
             return LLMatcher.grammar_from_json_schema(schema, overrides=json_options(spec))  # type: ignore[arg-type]
@@ -95,6 +97,8 @@ def refusal(spec: StructuredOutputs, problem: str) -> InvalidRequest:
     line = " ".join([*lines[:1], *(each for each in lines[1:] if each.startswith("error:"))]) or "it is too complex"
     for theirs, ours in _IN_OUR_WORDS:
         line = line.replace(theirs, ours)
+    if _TOO_MUCH.search(line):
+        line += "; simplify it"
     return InvalidRequest(f"structured_outputs.{spec.constraint} cannot be used: {line[:_MAX_PROBLEM_CHARS]}")
 
 
@@ -129,7 +133,3 @@ def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int) -> Non
 def _dead_end(matcher: LLMatcher) -> str:
     error = matcher.get_error() if matcher.is_error() else ""
     return "no text satisfies it" if not error or "NoExtension" in error else error
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

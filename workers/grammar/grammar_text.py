@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Final
 
@@ -13,6 +14,11 @@ from ipc.errors import InvalidRequest
 MAX_GBNF_BYTES: Final = 32 * 1024
 MAX_GBNF_RULES: Final = 256
 _GBNF_RULE: Final = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+
+
+def quoted(text: str) -> str:
+    """A string of fixed text in Lark."""
+    return json.dumps(text)  # in ASCII: llguidance refuses some control characters as they are
 
 
 def lark_of(text: str, field: str) -> str:

@@ -10,7 +10,7 @@ from llguidance import regex_to_lark
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from workers.grammar.grammar_text import lark_of
+from workers.grammar.grammar_text import lark_of, quoted
 from workers.grammar.json_schemas import json_options, prepare_schema
 from workers.grammar.vocabulary import Vocabulary
 
@@ -116,4 +116,4 @@ class LarkParts:
 
 def _quoted(part: Literal) -> str:
     """A part of a literal as Lark writes it."""
-    return json.dumps(part, ensure_ascii=False) if isinstance(part, str) else f"<[{part}]>"
+    return quoted(part) if isinstance(part, str) else f"<[{part}]>"
