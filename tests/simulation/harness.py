@@ -18,8 +18,9 @@ from ipc.records import PromptRecord, ResultRecord, StepRecord, StepShape, promp
 from ipc.ring import Ring, close_handle
 from tests.simulation.simulated_device import SimulatedDevice
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.rings import GpuRings
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.step_batch import StepBatch
 

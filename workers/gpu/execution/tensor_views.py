@@ -30,6 +30,11 @@ def tensor_view(field: Field, memory: torch.Tensor) -> torch.Tensor:
     return memory[field.offset : field.offset + field.num_bytes].view(_DTYPES[field.dtype.str]).view(field.shape)
 
 
-def prefix_bytes(layout: Layout[Any], field: str) -> int:
-    """Bytes in front of a field."""
-    return layout.fields[field].offset
+def step_parts(layout: Layout[Any], memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step record [num_bytes] uint8: without the part that only admissions need, and whole."""
+    return memory[: layout.fields["admit_row"].offset], memory
+
+
+def result_parts(layout: Layout[Any], memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result record [num_bytes] uint8: without the part that only log-probabilities need, and whole."""
+    return memory[: layout.fields["logprob"].offset], memory

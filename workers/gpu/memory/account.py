@@ -20,6 +20,7 @@ from ipc.records import StepShape
 from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.row_tables import table_bytes
+from workers.gpu.execution.step_masks import mask_bytes
 from workers.gpu.memory.kv_cache import free_memory_bytes
 
 GIB: Final = 1 << 30
@@ -80,7 +81,8 @@ def reserved_bytes(
         num_tokens = shape.max_num_batched_tokens
         pool = sampler + (step_bytes - sampler) * min(MAX_CAPTURED_TOKENS, num_tokens) // num_tokens
         graphs = pool + len(Buckets(shape).captured) * num_layers * _GRAPH_BYTES_PER_LAYER
-    return step_bytes + table_bytes(shape, vocab_size, row_states) + logits + graphs
+    tables = table_bytes(shape, vocab_size, row_states) + mask_bytes(shape)
+    return step_bytes + tables + logits + graphs
 
 
 def bytes_taken(device: torch.device, work: Callable[[], None]) -> int:

@@ -37,6 +37,7 @@ def sample(
     sample_flags: torch.Tensor,
     tables: RowTables,
     outputs: ResultTensors,
+    adjusted: torch.Tensor | None = None,
 ) -> None:
     """Finish a step: sample the flagged sequences, write tokens and results, and set every sequence's number of
     computed tokens.
@@ -46,13 +47,17 @@ def sample(
         sample_flags: [S] int32, the step's `seq_sample`; 0 = no token is sampled.
         outputs: a result record on the device; its first S entries are written, `logprob` and `top_*` only if
             `want_logprobs`.
+        adjusted: [S, vocab_size] float32, the logits to sample from, only with ADJUSTED.
     """
+    source = logits if adjusted is None else adjusted
     if logits.is_cuda:
         from workers.gpu.sampling import triton_sampler  # imported here: only CUDA needs triton
 
-        tokens = triton_sampler.sample(variant, logits, batch, sample_flags, tables, outputs)
+        tokens = triton_sampler.sample(variant, source, batch, sample_flags, tables, outputs)
     else:
-        tokens = _sample(variant, logits, batch, sample_flags, tables, outputs)
+        tokens = _sample(variant, source, batch, sample_flags, tables, outputs)
+    if adjusted is not None:
+        write_excluded(logits, adjusted, outputs)
     if want_logprobs:
         write_logprobs(logits, tokens, outputs)
 
@@ -71,7 +76,7 @@ def _sample(
     position = batch.seq_lens  # of the new token; all tokens before it are computed now
     maximum, tokens = logits.max(-1)  # the first of equal logits; in a row with NaN, the NaN
     if variant != SamplerVariant.GREEDY:
-        filtered = variant == SamplerVariant.FILTERED
+        filtered = variant >= SamplerVariant.FILTERED
         tokens = race(logits.float(), maximum.float(), rows, position, tables, filtered=filtered).argmax(-1)
 
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; False for padding
@@ -178,6 +183,13 @@ def _largest_threshold(
         low = torch.where(reached, middle, low)
         high = torch.where(reached, high, middle - 1)
     return low.to(torch.int32)
+
+
+def write_excluded(logits: torch.Tensor, adjusted: torch.Tensor, outputs: ResultTensors) -> None:
+    """Tell the sequences whose tokens are all excluded from those whose own logits are not finite."""
+    finish = outputs.finish[: logits.shape[0]]
+    excluded = (adjusted.amax(-1) == -torch.inf) & (logits.amax(-1) > -torch.inf) & (finish == FinishCode.NOT_FINITE)
+    finish.masked_fill_(excluded, FinishCode.EXCLUDED)
 
 
 def write_logprobs(logits: torch.Tensor, tokens: torch.Tensor, outputs: ResultTensors) -> None:

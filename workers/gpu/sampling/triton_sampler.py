@@ -58,7 +58,7 @@ def sample(
     def by_part(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(num_seqs, num_parts, dtype=dtype, device=logits.device)
 
-    drawn, filtered = variant != SamplerVariant.GREEDY, variant == SamplerVariant.FILTERED
+    drawn, filtered = variant != SamplerVariant.GREEDY, variant >= SamplerVariant.FILTERED
     maxima, likeliest = by_part(torch.float32), by_part(torch.int32)
     _maxima_of_parts[grid](maxima, likeliest, logits, logits.stride(0), vocab_size, num_parts, **parts_shape)
     scores, winners, masses = maxima, likeliest, maxima  # placeholders, which are not read without a race
