@@ -1,7 +1,8 @@
 """Decodes a sequence's output tokens piece by piece, into the text that they add to the prompt's text.
 
 The joined pieces equal the decoding of prompt and output together, minus the prompt's own text. No piece ends in half a
-character, and emitted text never changes. Special tokens have no text.
+character, and emitted text never changes. Special tokens have no text, or their name as their text: the request says
+which.
 
 Two ways. A byte-level vocabulary (GPT-2, Llama 3, Qwen) is a table of bytes: its text is a UTF-8 stream, which Python
 decodes incrementally by the same rule (one U+FFFD per maximal broken piece) that `tokenizers` uses on the whole. For
@@ -11,12 +12,14 @@ any other decoder, `piece_decoding.py` asks `tokenizers` for the text of a few i
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
+from ipc.messages import PLAIN_TEXT, TextOptions
 from workers.detokenizer.piece_decoding import PieceDecoder, PieceTexts, Vocabulary, WindowDecoder
+from workers.detokenizer.token_bytes import TokenBytes, byte_level_bytes
 
 
 class TextDecoder(Protocol):
@@ -31,20 +34,49 @@ class TextDecoder(Protocol):
         ...
 
 
-NewDecoder = Callable[[list[int]], TextDecoder]
-"""Makes the decoder of a sequence from the last token ids of its prompt (`ipc.messages.PROMPT_TAIL_TOKENS`)."""
+class NewDecoder(Protocol):
+    """Makes the decoder of a sequence."""
+
+    def __call__(self, prompt_tail: list[int], options: TextOptions = PLAIN_TEXT, /) -> TextDecoder:
+        """`prompt_tail`: the last token ids of its prompt (`ipc.messages.PROMPT_TAIL_TOKENS`)."""
+        ...
 
 
-def decoder_factory(tokenizer: Tokenizer) -> NewDecoder:
-    """Prepare a tokenizer's tables; the result makes a new decoder for each sequence."""
-    vocabulary = Vocabulary(tokenizer)
+class Decoding(NamedTuple):
+    """The tables of one tokenizer."""
+
+    new_decoder: NewDecoder
+    bytes_of: Callable[[int], bytes]  # a token's own bytes, by id
+    special_tokens: Mapping[int, str]  # names by id
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Decoding:
+        vocabulary = Vocabulary(tokenizer)
+        nameless, _ = _tables(vocabulary)
+        named, bytes_of = _tables(vocabulary.with_special_tokens())
+        added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+
+        def new_decoder(prompt_tail: list[int], options: TextOptions = PLAIN_TEXT) -> TextDecoder:
+            if options.skip_special_tokens:
+                return nameless(prompt_tail)
+            decoder = named(prompt_tail)
+            return decoder if options.spaces_between_special_tokens else UnspacedDecoder(decoder, added)
+
+        return cls(new_decoder, bytes_of, vocabulary.special)
+
+
+def _tables(vocabulary: Vocabulary) -> tuple[Callable[[list[int]], TextDecoder], Callable[[int], bytes]]:
+    """A factory of decoders for this vocabulary, and the bytes of its tokens."""
     if [link["type"] for link in vocabulary.chain] == ["ByteLevel"]:
         byte_table, text_table = _byte_level_tables(vocabulary)
-        return lambda prompt_tail: ByteLevelDecoder(byte_table, text_table, prompt_tail)
-    pieces = PieceTexts.of(vocabulary)
+        return (
+            lambda prompt_tail: ByteLevelDecoder(byte_table, text_table, prompt_tail),
+            lambda token_id: byte_table[token_id] if token_id < len(byte_table) else b"",
+        )
+    pieces, bytes_of = PieceTexts.of(vocabulary), TokenBytes(vocabulary).__getitem__
     if pieces is None:
-        return lambda prompt_tail: WindowDecoder(vocabulary, prompt_tail)
-    return lambda prompt_tail: PieceDecoder(pieces, prompt_tail)
+        return lambda prompt_tail: WindowDecoder(vocabulary, prompt_tail), bytes_of
+    return lambda prompt_tail: PieceDecoder(pieces, prompt_tail), bytes_of
 
 
 class ByteLevelDecoder:
@@ -88,15 +120,38 @@ class ByteLevelDecoder:
         return text
 
 
+class UnspacedDecoder:
+    """Writes no space between two added tokens, where the decoder that it wraps may write one.
+
+    As vLLM does for `spaces_between_special_tokens=False`: an added token that follows another one has its name as its
+    text.
+    """
+
+    __slots__ = ("_added", "_decoder", "_follows_added")
+
+    def __init__(self, decoder: TextDecoder, added: Mapping[int, str]) -> None:
+        self._decoder = decoder
+        self._added = added
+        self._follows_added = False
+
+    def push(self, token_ids: list[int]) -> str:
+        texts = []
+        for token_id in token_ids:
+            text = self._decoder.push([token_id])
+            name = self._added.get(token_id)
+            texts.append(name if name is not None and self._follows_added else text)
+            self._follows_added = name is not None
+        return "".join(texts)
+
+    def flush(self) -> str:
+        return self._decoder.flush()
+
+
 def _byte_level_tables(vocabulary: Vocabulary) -> tuple[list[bytes], list[str | None]]:
     """By token id: its bytes, and its text where these are whole characters."""
-    to_byte = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
     byte_table = [b""] * (max(vocabulary.spoken, default=-1) + 1)
     for i, token in vocabulary.spoken.items():
-        try:
-            byte_table[i] = bytes([to_byte[character] for character in token])
-        except KeyError:  # an added token that is no byte-level text stands for itself
-            byte_table[i] = token.encode()
+        byte_table[i] = byte_level_bytes(token)
     return byte_table, [_whole_text(data) for data in byte_table]
 
 
@@ -105,10 +160,3 @@ def _whole_text(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _byte_level_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes: a visible character is its own, the others follow from U+0100."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]

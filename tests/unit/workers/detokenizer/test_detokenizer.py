@@ -22,16 +22,16 @@ from ipc.messages import (
     Route,
     StepLogprobs,
     StepOutputs,
+    TextOptions,
 )
 from ipc.records import FinishCode
 from tests.unit.workers.text.tools import byte_fallback_tokenizer, byte_level_tokenizer
-from workers.detokenizer import core as detokenizer_core
+from workers.detokenizer import frames as frame_bounds
 from workers.detokenizer.core import Detokenizer
-from workers.detokenizer.stop_strings import SpecialTokens
-from workers.detokenizer.text_decoding import decoder_factory
+from workers.detokenizer.text_decoding import Decoding
 
 TOKENIZER = byte_level_tokenizer()
-NEW_DECODER = decoder_factory(TOKENIZER)
+DECODING = Decoding.of(TOKENIZER)
 EOS = TOKENIZER.token_to_id("</s>")
 
 
@@ -49,9 +49,14 @@ def opened(
     logprobs: int | None = None,
     n: int = 1,
     prompt: Sequence[int] = (),
+    extra: Sequence[int] = (),
+    **text: Any,
 ) -> Opened:
     tail = np.array(prompt, "<i4").tobytes()
-    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs, n, tail)
+    return Opened(
+        key, Route(client, f"r{key}", stream), 5, text=TextOptions(stop=list(stop), **text), num_logprobs=logprobs,
+        logprob_token_ids=list(extra), num_samples=n, prompt_tail=tail,
+    )  # fmt: skip
 
 
 def step(tokens: list[tuple[int, int, FinishCode]] | None = None, **more: Any) -> StepOutputs:
@@ -109,8 +114,7 @@ class Reader:
 
 
 def new_core(window: int = 4, tokenizer: Tokenizer = TOKENIZER) -> tuple[Detokenizer, Reader]:
-    new_decoder = NEW_DECODER if tokenizer is TOKENIZER else decoder_factory(tokenizer)
-    core = Detokenizer(new_decoder, SpecialTokens.of(tokenizer), window)
+    core = Detokenizer(DECODING if tokenizer is TOKENIZER else Decoding.of(tokenizer), window)
     return core, Reader(core)
 
 
@@ -408,9 +412,9 @@ def test_logprobs_travel_with_their_tokens() -> None:
 
 
 def test_frames_stay_within_their_bounds(monkeypatch: Any) -> None:
-    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_ITEMS", 3)
-    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_TOKENS", 8)
-    monkeypatch.setattr(detokenizer_core, "MAX_ITEM_TOKENS", 5)
+    monkeypatch.setattr(frame_bounds, "MAX_FRAME_ITEMS", 3)
+    monkeypatch.setattr(frame_bounds, "MAX_FRAME_WORDS", 8)
+    monkeypatch.setattr(frame_bounds, "MAX_ITEM_TOKENS", 5)
     core, reader = new_core(window=100)
     core.handle(step(opened=[opened(key, stream=key % 2 == 0) for key in range(1, 11)]))
     token_ids = ids_of("the quick brown fox jumps over the lazy dog 🙂")

@@ -20,7 +20,7 @@ from tests.unit.workers.text.tools import (
     word_piece_tokenizer,
 )
 from workers.detokenizer.piece_decoding import PieceDecoder, Vocabulary, WindowDecoder
-from workers.detokenizer.text_decoding import NewDecoder, decoder_factory
+from workers.detokenizer.text_decoding import Decoding, NewDecoder
 
 TOKENIZERS: dict[str, Tokenizer] = {
     "byte_level": byte_level_tokenizer(),
@@ -32,7 +32,7 @@ TOKENIZERS: dict[str, Tokenizer] = {
 TOKENIZERS["strips_each_piece"].decoder = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0), decoders.Fuse()]
 )
-FACTORIES: dict[str, NewDecoder] = {name: decoder_factory(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+FACTORIES: dict[str, NewDecoder] = {name: Decoding.of(tokenizer).new_decoder for name, tokenizer in TOKENIZERS.items()}
 for name in ("byte_fallback", "metaspace"):  # the same as if nothing were known of their decoders
     TOKENIZERS[f"{name}_by_window"] = TOKENIZERS[name]
     FACTORIES[f"{name}_by_window"] = partial(WindowDecoder, Vocabulary(TOKENIZERS[name]))
@@ -198,7 +198,7 @@ def test_every_id_has_the_text_that_tokenizers_gives_it_however_a_vocabulary_lis
     two_tokens = Tokenizer(models.BPE(vocab={"x": 0, "a": 1, "b": 2, "c": 2, "d": 1}, merges=[]))
     two_tokens.decoder = decoders.ByteLevel()
     for tokenizer, token_ids in ((two_ids, [1, 2, 3, 4, 1]), (two_tokens, [0, 1, 2, 1, 0])):
-        text = "".join(decode_in_pieces(decoder_factory(tokenizer), token_ids, [1]))
+        text = "".join(decode_in_pieces(Decoding.of(tokenizer).new_decoder, token_ids, [1]))
         assert text == tokenizer.decode(token_ids)
         assert len(tokenizer.decode(token_ids).replace(" ", "")) == len(token_ids)
 

@@ -34,6 +34,7 @@ from ipc.messages import (
     Start,
     StepOutputs,
     Stop,
+    TextOptions,
     Tokenized,
     ToScheduler,
     Withdraw,
@@ -123,7 +124,7 @@ class EchoScheduler(threading.Thread):
         if request.key in self.withdrawn:
             self.ring.release_through(request.ticket)
             return
-        opened = Opened(request.key, request.route, request.params.stop, request.num_prompt_tokens, None)
+        opened = Opened(request.key, request.route, request.num_prompt_tokens, TextOptions.of(request.params))
         accepted = Accepted(keys=[request.key])
         while not send_to(self.inbox, b"gateway", accepted):  # it may not be connected yet
             self.inbox.poll(1)

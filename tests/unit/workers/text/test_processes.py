@@ -33,6 +33,7 @@ from ipc.messages import (
     Route,
     Stats,
     StepOutputs,
+    TextOptions,
 )
 from ipc.records import FinishCode
 from ipc.sampling_params import SamplingParams
@@ -269,7 +270,7 @@ def test_stop_strings_that_end_more_sequences_than_a_message_holds_cancel_them_a
     token_id = TOKENIZER.token_to_id("x")
     scheduler = connect_dealer(engine.context, f"ipc://{engine.folder}/detokenize")
     for some in np.split(keys, 2):
-        opened = [Opened(int(key), Route(b"nobody", str(key), False), ["x"], 1, None) for key in some]
+        opened = [Opened(int(key), Route(b"nobody", str(key), False), 1, TextOptions(stop=["x"])) for key in some]
         send(scheduler, StepOutputs(opened=opened))
     token_ids = np.full(len(keys), token_id, "<i4").tobytes()
     finish = bytes([FinishCode.RUNNING]) * len(keys)
