@@ -233,7 +233,7 @@ class Trace:
 
     def _apply(self) -> None:
         step = self.in_flight.pop(0)
-        codes = dict(zip(("", "stop", "length", "error"), FinishCode, strict=True))
+        codes = dict(zip(("", "stop", "length", "error", "excluded"), FinishCode, strict=True))
         for i, (key, _, sampled) in enumerate(step):
             sequence = self.sequences[key]
             token_id, end = self._token(key, len(sequence.known)) if sampled and not sequence.end else (7, "")

@@ -21,6 +21,9 @@ PARAMS = st.builds(
     stop=st.lists(st.sampled_from(["END", "é"]), max_size=3),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3),
     ignore_eos=st.booleans(),
+    logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
+    allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
+    logprobs_mode=st.sampled_from(["raw_logprobs", "processed_logprobs"]),
     n=st.integers(1, 64),
 )
 SCHEDULING = st.builds(

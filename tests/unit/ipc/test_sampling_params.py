@@ -31,7 +31,7 @@ INT32 = 2**31
         ({"min_p": math.nan}, "min_p (nan) must lie in [0, 1] (0 = off)"),
         ({"seed": -1}, "seed (-1) must be an integer in [0, 2**63), or None"),
         ({"seed": MAX_SEED + 1}, "seed (9223372036854775808) must be an integer in [0, 2**63), or None"),
-        ({"stop": "END"}, "stop ('END') must be a list of at most 16 strings of 1 to 256 characters each"),
+        ({"stop": ("END",)}, "stop (('END',)) must be a list of at most 16 strings of 1 to 256 characters each"),
         ({"stop": [""]}, "stop (['']) must be a list of at most 16 strings of 1 to 256 characters each"),
         ({"stop_token_ids": [-1]}, "stop_token_ids ([-1]) must be a list of at most 16 integers in [0, 2**31)"),
         (
