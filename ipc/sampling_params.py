@@ -153,6 +153,14 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         msgspec.structs.force_setattr(copied, "seed", seed)
         return copied
 
+    def without_long_values(self) -> Self:
+        """These parameters without the fields that travel as long values (`ipc/long_values.py`)."""
+        if self.logit_bias is None and self.allowed_token_ids is None and not self.bad_words:
+            return self
+        copied = copy.copy(self)
+        copied._set(logit_bias=None, allowed_token_ids=None, bad_words=[])
+        return copied
+
     def of_sample(self, index: int) -> Self:
         """Parameters with n = 1 whose request generates the same tokens as sample `index` of this request.
 

@@ -41,7 +41,7 @@ from ipc.messages import (
     Withdrawn,
     WorkerToLauncher,
 )
-from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, prompt_layout
+from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, StepShape, prompt_layout
 from ipc.ring import Ring
 from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import bootstrap as gateway_bootstrap
@@ -94,6 +94,7 @@ class EchoScheduler(threading.Thread):
         self.held: set[int] = set()
         self.cancelled: list[int] = []
         self.echoed: set[int] = set()
+        self.tokenized: dict[str, Tokenized] = {}  # by request id
         self.withdrawn: set[int] = set()  # to be declined when they arrive
         self.may_release = threading.Event()  # the records of prompts
         self.may_release.set()
@@ -129,6 +130,7 @@ class EchoScheduler(threading.Thread):
         while not send_to(self.inbox, b"gateway", accepted):  # it may not be connected yet
             self.inbox.poll(1)
         self.echoed.add(request.key)
+        self.tokenized[request.route.request_id] = request
         if request.error_code:
             ended = Ended(request.key, "error", request.error_code, request.error_message)
             send(self.detokenizer, StepOutputs(opened=[opened], ended=[ended]))
@@ -213,12 +215,10 @@ class TextEngine:
         (folder / "front").mkdir(mode=0o700)
         self.endpoint = f"ipc://{folder}/front/client.sock"
         tokenizer = TokenizerBootstrap(
-            block_size=4,
             cache_seed=None,
             worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
             model_path=str(model),
-            vocab_size=vocab_size,
-            max_model_len=max_model_len,
+            shape=StepShape(4, 16, max_model_len, 4, vocab_size),
         )
         detokenizer = DetokenizerBootstrap(
             worker=self._worker("detokenizer"),
