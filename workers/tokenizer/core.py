@@ -26,9 +26,9 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 _NO_IDS: Final = np.empty(0, np.int32)
 _SHRINK: Final = 4  # normalisers may shorten a text (decomposed characters, runs of spaces), hardly by more than this
-# Characters of a text that will be truncated. All of them are encoded: the tokens at the end of a text can depend on its
-# beginning, because nothing bounds the length of a word. 2 Mi characters take up to 300 MB while they are encoded.
-MAX_TRUNCATED_CHARS: Final = 1 << 21
+# Most characters of a text that will be truncated. All of them are encoded: the tokens at the end of a text can depend
+# on its beginning, because nothing bounds the length of a word.
+MAX_TRUNCATED_CHARS: Final = 1 << 20
 
 
 class Encoded(NamedTuple):

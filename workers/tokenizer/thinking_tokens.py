@@ -1,7 +1,7 @@
 """Finds the tokens that begin and end a model's thinking, in the model's folder.
 
-A declaration in tokenizer_config.json wins: named tokens, or the pattern of a response_schema. Without one, the pairs of
-known model families are looked up in the vocabulary.
+A declaration in tokenizer_config.json wins: named tokens, or the pattern of a response_schema. Without one, the
+vocabulary is searched for the pairs of known model families.
 """
 
 from __future__ import annotations
