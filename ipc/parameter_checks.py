@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from ipc.errors import InvalidRequest
 
@@ -31,7 +30,7 @@ def check_fields(params: msgspec.Struct, rules: Mapping[str, Rule]) -> None:
 
 def _plain(value: Any) -> Any:
     """The value in Python's own types. None for a value that is refused as it is."""
-    if isinstance(value, np.generic | np.ndarray):
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays; clients need not have numpy
         return value.tolist()
     if isinstance(value, dict):
         return {_plain_item(key): _plain_item(item) for key, item in value.items()}
@@ -39,7 +38,7 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_item(item: Any) -> Any:
-    return item.tolist() if isinstance(item, np.generic) else item
+    return item.tolist() if hasattr(item, "tolist") else item
 
 
 def is_int(value: object, low: int, high: int) -> bool:
