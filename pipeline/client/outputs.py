@@ -149,9 +149,9 @@ def token_logprobs(token_ids: Sequence[int], parts: Sequence[LogprobPart]) -> li
     left = iter(token_ids)
     for part, bytes_of in parts:
         top_ids = memoryview(part.top_ids).cast("i").tolist()
-        top_values: list[float] = memoryview(part.top_logprobs).cast("f").tolist()
+        top_values: Sequence[float] = memoryview(part.top_logprobs).cast("f").tolist()
         extra_ids = memoryview(part.extra_ids).cast("i").tolist()
-        extra_values: list[float] = memoryview(part.extra_logprobs).cast("f").tolist()
+        extra_values: Sequence[float] = memoryview(part.extra_logprobs).cast("f").tolist()
         num_top, num_extra = part.num_top, len(extra_ids)
         for i, logprob in enumerate(memoryview(part.logprobs).cast("f").tolist()):
             token_id = next(left)

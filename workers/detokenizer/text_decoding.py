@@ -37,7 +37,7 @@ class TextDecoder(Protocol):
 class NewDecoder(Protocol):
     """Makes the decoder of a sequence."""
 
-    def __call__(self, prompt_tail: list[int], options: TextOptions = PLAIN_TEXT, /) -> TextDecoder:
+    def __call__(self, prompt_tail: list[int], options: TextOptions = PLAIN_TEXT) -> TextDecoder:
         """`prompt_tail`: the last token ids of its prompt (`ipc.messages.PROMPT_TAIL_TOKENS`)."""
         ...
 
