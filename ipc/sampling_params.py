@@ -55,8 +55,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             the others. A text also counts with a space in front, if that changes only its first token.
         min_tokens: so many tokens are generated before an end-of-sequence id, a stop token or a stop string ends the
             sequence. The model's length ends it even then.
-        thinking_token_budget: after so many tokens of thinking, the model's end-of-thinking token is sampled. Needs a
-            model whose folder names its thinking tokens.
+        thinking_token_budget: after so many tokens of thinking, the model's end-of-thinking token is sampled; -1 or
+            None = no limit. Needs a model whose folder names its thinking tokens.
         structured_outputs: the grammar that the output follows, see StructuredOutputs.
         seed: 0 to 2**63 - 1. The same seed, prompt and parameters give the same tokens, whatever other requests run.
             None (default) = the gateway draws one.
@@ -119,6 +119,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self._set(stop=[self.stop])
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            if getattr(self, name) is None:
+                self._set(**{name: []})
+        if self.thinking_token_budget == -1:
+            self._set(thinking_token_budget=None)
         if isinstance(self.logit_bias, Mapping):
             self._set(logit_bias=_with_int_keys(self.logit_bias))
         check_fields(self, _RULES)

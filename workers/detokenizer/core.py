@@ -38,7 +38,7 @@ class Detokenizer:
 
     def __init__(self, decoding: Decoding, client_window: int) -> None:
         self._decoding = decoding
-        self._special_tokens = SpecialTokens(decoding.special_tokens)
+        self._special_tokens = SpecialTokens(decoding.special_tokens, decoding.shown_text)
         self._window = client_window
         self._open: dict[int, Sequence] = {}
         self._clients: dict[bytes, Client] = {}

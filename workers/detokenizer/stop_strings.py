@@ -6,7 +6,7 @@ Holds back the end of the text while it may be the beginning of a stop string.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from ipc.messages import TextOptions
@@ -18,8 +18,9 @@ _NO_MARKS: Final[dict[int, str]] = {}
 class SpecialTokens:
     """Lets stop strings contain special tokens. Each one that has no text is replaced by a mark."""
 
-    def __init__(self, contents: Mapping[int, str]) -> None:
+    def __init__(self, contents: Mapping[int, str], shown_text: Callable[[int], str]) -> None:
         self._names = contents
+        self._shown_text = shown_text
         self._ids = {content: token_id for token_id, content in contents.items() if content}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -27,14 +28,19 @@ class SpecialTokens:
     def matcher(self, options: TextOptions) -> StopMatcher | None:
         """A new matcher of a request's stop strings; None if it has none.
 
-        If special tokens have no text, the strings also count with marks in place of the special tokens in them.
+        The strings also count with other texts in place of the special tokens in them. If special tokens have no text,
+        these are marks; otherwise, they are the tokens' text in the output, which may have spaces in front or inside.
         """
         stops, includes = options.stop, options.include_stop_str_in_output
         if not stops:
             return None
         pattern = self._pattern
-        if pattern is None or not options.skip_special_tokens:
-            return StopMatcher(stops, names=self._names, includes_stop=includes)
+        if pattern is None:
+            return StopMatcher(stops, includes_stop=includes)
+        if not options.skip_special_tokens:
+            shown = [pattern.sub(lambda match: self._shown_text(self._ids[match[0]]), stop) for stop in stops]
+            kept = [stop for stop in dict.fromkeys(stops + shown) if stop]
+            return StopMatcher(kept, names=self._names, includes_stop=includes)
         found = dict.fromkeys(content for stop in stops for content in pattern.findall(stop))
         marks = {content: chr(mark) for content, mark in zip(found, _ALL_MARKS, strict=False)}
         marked = [pattern.sub(lambda match: marks.get(match[0], match[0]), stop) for stop in stops]

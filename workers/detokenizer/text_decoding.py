@@ -47,13 +47,14 @@ class Decoding(NamedTuple):
 
     new_decoder: NewDecoder
     bytes_of: Callable[[int], bytes]  # a token's own bytes, by id
+    shown_text: Callable[[int], str]  # the text that a token adds to a text before it, special ones included
     special_tokens: Mapping[int, str]  # names by id
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Decoding:
         vocabulary = Vocabulary(tokenizer)
-        nameless, _ = _tables(vocabulary)
-        named, bytes_of = _tables(vocabulary.with_special_tokens())
+        nameless, _, _ = _tables(vocabulary)
+        named, bytes_of, shown_text = _tables(vocabulary.with_special_tokens())
         added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
 
         def new_decoder(prompt_tail: list[int], options: TextOptions = PLAIN_TEXT) -> TextDecoder:
@@ -62,21 +63,33 @@ class Decoding(NamedTuple):
             decoder = named(prompt_tail)
             return decoder if options.spaces_between_special_tokens else UnspacedDecoder(decoder, added)
 
-        return cls(new_decoder, bytes_of, vocabulary.special)
+        return cls(new_decoder, bytes_of, shown_text, vocabulary.special)
 
 
-def _tables(vocabulary: Vocabulary) -> tuple[Callable[[list[int]], TextDecoder], Callable[[int], bytes]]:
-    """A factory of decoders for this vocabulary, and the bytes of its tokens."""
+class _Tables(NamedTuple):
+    """Of one vocabulary: the factory of its decoders, and the fields of Decoding by the same names."""
+
+    new_decoder: Callable[[list[int]], TextDecoder]
+    bytes_of: Callable[[int], bytes]
+    shown_text: Callable[[int], str]
+
+
+def _tables(vocabulary: Vocabulary) -> _Tables:
     if [link["type"] for link in vocabulary.chain] == ["ByteLevel"]:
         byte_table, text_table = _byte_level_tables(vocabulary)
-        return (
+        return _Tables(
             lambda prompt_tail: ByteLevelDecoder(byte_table, text_table, prompt_tail),
             lambda token_id: byte_table[token_id] if token_id < len(byte_table) else b"",
+            lambda token_id: byte_table[token_id].decode("utf-8", "replace"),
         )
-    pieces, bytes_of = PieceTexts.of(vocabulary), TokenBytes(vocabulary).__getitem__
+    pieces, token_bytes = PieceTexts.of(vocabulary), TokenBytes(vocabulary)
     if pieces is None:
-        return lambda prompt_tail: WindowDecoder(vocabulary, prompt_tail), bytes_of
-    return lambda prompt_tail: PieceDecoder(pieces, prompt_tail), bytes_of
+        return _Tables(
+            lambda prompt_tail: WindowDecoder(vocabulary, prompt_tail), token_bytes.__getitem__, token_bytes.shown_text
+        )
+    return _Tables(
+        lambda prompt_tail: PieceDecoder(pieces, prompt_tail), token_bytes.__getitem__, token_bytes.shown_text
+    )
 
 
 class ByteLevelDecoder:

@@ -34,15 +34,19 @@ class TokenBytes(dict[int, bytes]):
             return b""
         if vocabulary.has_half_characters:
             return byte_level_bytes(vocabulary.spoken[token_id])
+        return self.shown_text(token_id).encode()
+
+    def shown_text(self, token_id: int) -> str:
+        """The text that a token adds to a text before it; "" if the tokenizer cannot decode it."""
         try:
-            text = vocabulary.decode([*self._before, token_id])
+            text = self._vocabulary.decode([*self._before, token_id])
             if not text.startswith(self._prefix):  # the decoder joins the two, as WordPiece does with "it 's"
-                return vocabulary.decode([token_id]).encode()
+                return self._vocabulary.decode([token_id])
         except BaseException as error:
             if not is_foreign_failure(error):
                 raise
-            return b""
-        return text[len(self._prefix) :].encode()
+            return ""
+        return text[len(self._prefix) :]
 
 
 def byte_level_bytes(token: str) -> bytes:

@@ -103,10 +103,11 @@ def test_parameters_are_immutable_and_do_not_share_lists():
         ({"logit_bias": {np.int64(1): np.float32(2)}}, {"logit_bias": {1: 2.0}}),
         ({"ignore_eos": np.bool_(True)}, {"ignore_eos": True}),
         ({"bad_words": ("a", "a")}, {"bad_words": ["a"]}),
+        ({"stop": None, "stop_token_ids": None, "bad_words": None, "thinking_token_budget": -1}, {}),
         ({"logprob_token_ids": (5, 3, 5)}, {"logprob_token_ids": [5, 3]}),
     ],
 )
-def test_tuples_and_numbers_of_numpy_stand_for_plain_values(fields, plain):
+def test_values_that_stand_for_plain_ones_are_replaced(fields, plain):
     params = SamplingParams(**fields)
     assert params == SamplingParams(**plain)
     assert decode(encode(params), SamplingParams) == params

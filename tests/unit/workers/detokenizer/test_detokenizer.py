@@ -27,7 +27,7 @@ from ipc.messages import (
 )
 from ipc.records import FinishCode
 from pipeline.client.outputs import read_token_bytes, token_logprobs
-from tests.unit.workers.text.tools import byte_fallback_tokenizer, byte_level_tokenizer
+from tests.unit.workers.text.tools import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
 from workers.detokenizer import frames as frame_bounds
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.text_decoding import Decoding
@@ -262,6 +262,26 @@ def test_a_stop_string_with_a_special_token_works_whether_it_is_shown_or_not(
     reader.collect()
     assert (reader.texts["r1"], reader.finals["r1"].finish_reason) == (before, "stop")
     assert bool(core.take_cancels()) == (last == FinishCode.RUNNING)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_stop_string_names_a_special_token_as_its_folder_does_however_the_output_shows_it(skips: bool) -> None:
+    words = word_piece_tokenizer()
+    pieces = byte_fallback_tokenizer()
+    pieces.add_special_tokens(["<end▁of>"])
+    the_end = [pieces.token_to_id(token) for token in ("t", "h", "<end▁of>", "e")]
+    for tokenizer, token_ids, stop, before, shown in (
+        (words, [4, 8, 4], "it[SEP]", "", "it [SEP] it"),
+        (pieces, the_end, "h<end▁of>", "t", "th<end of>e"),
+    ):
+        core, reader = new_core(tokenizer=tokenizer)
+        ask = opened(1, stop=[stop], skip_special_tokens=skips)
+        core.handle(step(opened=[ask, opened(2, skip_special_tokens=False)]))
+        run_text(core, 1, token_ids)
+        run_text(core, 2, token_ids)
+        reader.collect()
+        assert (reader.texts["r1"], reader.finals["r1"].finish_reason) == (before, "stop")
+        assert reader.texts["r2"] == shown
 
 
 @pytest.mark.parametrize("skips", [True, False])
