@@ -12,7 +12,8 @@ any other decoder, `piece_decoding.py` asks `tokenizers` for the text of a few i
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
@@ -53,8 +54,20 @@ class Decoding(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Decoding:
         vocabulary = Vocabulary(tokenizer)
-        nameless, _, _ = _tables(vocabulary)
-        named, bytes_of, shown_text = _tables(vocabulary.with_special_tokens())
+        spoken = vocabulary.with_special_tokens()
+        nameless: _Maker
+        named: _Maker
+        bytes_of: Callable[[int], bytes]
+        shown_text: Callable[[int], str]
+        if [link["type"] for link in vocabulary.chain] == ["ByteLevel"]:
+            tables = ByteTables.of(spoken)
+            nameless = partial(ByteLevelDecoder, tables.without(vocabulary.special))
+            named = partial(ByteLevelDecoder, tables)
+            bytes_of, shown_text = tables.bytes_of, tables.shown_text
+        else:
+            nameless, named = _piece_decoders(vocabulary), _piece_decoders(spoken)
+            token_bytes = TokenBytes(spoken)
+            bytes_of, shown_text = token_bytes.__getitem__, token_bytes.shown_text
         added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
 
         def new_decoder(prompt_tail: list[int], options: TextOptions = PLAIN_TEXT) -> TextDecoder:
@@ -66,30 +79,39 @@ class Decoding(NamedTuple):
         return cls(new_decoder, bytes_of, shown_text, vocabulary.special)
 
 
-class _Tables(NamedTuple):
-    """Of one vocabulary: the factory of its decoders, and the fields of Decoding by the same names."""
-
-    new_decoder: Callable[[list[int]], TextDecoder]
-    bytes_of: Callable[[int], bytes]
-    shown_text: Callable[[int], str]
+_Maker = Callable[[list[int]], TextDecoder]
 
 
-def _tables(vocabulary: Vocabulary) -> _Tables:
-    if [link["type"] for link in vocabulary.chain] == ["ByteLevel"]:
-        byte_table, text_table = _byte_level_tables(vocabulary)
-        return _Tables(
-            lambda prompt_tail: ByteLevelDecoder(byte_table, text_table, prompt_tail),
-            lambda token_id: byte_table[token_id] if token_id < len(byte_table) else b"",
-            lambda token_id: byte_table[token_id].decode("utf-8", "replace"),
-        )
-    pieces, token_bytes = PieceTexts.of(vocabulary), TokenBytes(vocabulary)
-    if pieces is None:
-        return _Tables(
-            lambda prompt_tail: WindowDecoder(vocabulary, prompt_tail), token_bytes.__getitem__, token_bytes.shown_text
-        )
-    return _Tables(
-        lambda prompt_tail: PieceDecoder(pieces, prompt_tail), token_bytes.__getitem__, token_bytes.shown_text
-    )
+def _piece_decoders(vocabulary: Vocabulary) -> _Maker:
+    pieces = PieceTexts.of(vocabulary)
+    return partial(WindowDecoder, vocabulary) if pieces is None else partial(PieceDecoder, pieces)
+
+
+class ByteTables(NamedTuple):
+    """By token id: its bytes, and its text where these are whole characters."""
+
+    data: list[bytes]
+    texts: list[str | None]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> ByteTables:
+        data = [b""] * (max(vocabulary.spoken, default=-1) + 1)
+        for token_id, token in vocabulary.spoken.items():
+            data[token_id] = byte_level_bytes(token)
+        return cls(data, [_whole_text(part) for part in data])
+
+    def without(self, token_ids: Iterable[int]) -> ByteTables:
+        """The same tables, in which these tokens have no text."""
+        data, texts = self.data.copy(), self.texts.copy()
+        for token_id in token_ids:
+            data[token_id], texts[token_id] = b"", ""
+        return ByteTables(data, texts)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return self.data[token_id] if token_id < len(self.data) else b""
+
+    def shown_text(self, token_id: int) -> str:
+        return self.data[token_id].decode("utf-8", "replace")
 
 
 class ByteLevelDecoder:
@@ -97,9 +119,8 @@ class ByteLevelDecoder:
 
     __slots__ = ("_bytes", "_held", "_num_of_prompt", "_texts")
 
-    def __init__(self, byte_table: list[bytes], text_table: list[str | None], prompt_tail: list[int]) -> None:
-        self._bytes = byte_table
-        self._texts = text_table
+    def __init__(self, tables: ByteTables, prompt_tail: list[int]) -> None:
+        self._bytes, self._texts = tables
         self._held = b""  # the beginning of a character
         self._num_of_prompt = 0  # how many of its bytes are the prompt's, until the output adds some
         if prompt_tail:
@@ -158,14 +179,6 @@ class UnspacedDecoder:
 
     def flush(self) -> str:
         return self._decoder.flush()
-
-
-def _byte_level_tables(vocabulary: Vocabulary) -> tuple[list[bytes], list[str | None]]:
-    """By token id: its bytes, and its text where these are whole characters."""
-    byte_table = [b""] * (max(vocabulary.spoken, default=-1) + 1)
-    for i, token in vocabulary.spoken.items():
-        byte_table[i] = byte_level_bytes(token)
-    return byte_table, [_whole_text(data) for data in byte_table]
 
 
 def _whole_text(data: bytes) -> str | None:
