@@ -15,7 +15,7 @@ from typing import Annotated, Final, Generic
 import msgspec
 
 from ipc.record_layout import Array, Each, HostArray, Layout, declared_fields, float32, int32, int64
-from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from ipc.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
 # Ids that end a row: the model's, the tokenizer's eos token and the request's.
@@ -230,6 +230,8 @@ class ResultFields(Generic[Array]):
     """The likeliest tokens, likeliest first; NO_TOKEN beyond the vocabulary."""
     top_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROBS)]
     """Their log-probabilities; -inf beyond the vocabulary."""
+    extra_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROB_TOKEN_IDS)]
+    """The log-probabilities of the tokens in the row's `logprob_ids` (`ipc/long_values.py`)."""
 
 
 class PromptFields(Generic[Array]):

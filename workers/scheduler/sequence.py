@@ -75,7 +75,8 @@ class Sequence:
         self._thinking = message.thinking or (NO_TOKEN, NO_TOKEN)
         is_adjusted = bool(message.long_values) or params.thinking_token_budget is not None
         self.variant = SamplerVariant.ADJUSTED if is_adjusted else SamplerVariant.of(params)
-        self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
+        self.want_logprobs = 0 if params.num_logprobs is None else params.num_logprobs + 1
+        self.num_extra_logprobs = len(params.logprob_token_ids or ())
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
 

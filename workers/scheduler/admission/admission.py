@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, Tokenized
+from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, TextOptions, Tokenized
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.admission.request_checks import RequestChecks
 from workers.scheduler.admission.waiting_queue import WaitingQueue
@@ -150,12 +150,14 @@ class Admission:
 
 def _opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = None) -> Opened:
     """The detokenizer's first message about a request. `token_ids` is the prompt; None: the request is refused."""
+    params = message.params
     return Opened(
         key=message.key,
         route=message.route,
-        stop=message.params.stop,
         num_prompt_tokens=message.num_prompt_tokens,
-        num_logprobs=message.params.logprobs,
+        text=TextOptions.of(params),
+        num_logprobs=params.num_logprobs,
+        logprob_token_ids=params.logprob_token_ids or [],
         num_samples=num_samples,
         prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
     )
