@@ -102,14 +102,15 @@ class Admission:
         """
         return self.queue.next(self._table.num_free)
 
-    def admit(self, sequence: Sequence, num_cached: int) -> PromptLease | None:
+    def admit(self, sequence: Sequence, num_cached: int) -> tuple[PromptLease, PromptLease | None] | None:
         """Give the next waiting sequence a row. `num_cached` of its tokens are in the prefix cache.
 
-        Returns the lease on the records from which this step copies its prompt; release it when the step has been
-        applied. Returns None, and changes nothing, if the upload ring has no room before another step is applied.
+        Returns the leases on the records from which this step copies its prompt and its long values; release them when
+        the step has been applied. Returns None, and changes nothing, if the upload ring has no room before another step
+        is applied.
         """
-        lease = self._prompts.lease_for_step(sequence.lease, sequence.token_ids)
-        if lease is None:
+        leases = self._prompts.leases_for_step(sequence.lease, sequence.token_ids, sequence.long_values)
+        if leases is None:
             return None
         sequence.row = self._table.take_row(sequence)
         self.queue.leave_for_row(sequence)
@@ -118,7 +119,7 @@ class Admission:
         if num_cached:
             self._counts["num_cached_tokens"] += num_cached
             self._outputs.cached.append((sequence.key, num_cached))
-        return lease
+        return leases
 
     def resume(self, sequence: Sequence) -> None:
         """The next preempted sequence runs again, in the row that it has kept."""
