@@ -319,6 +319,7 @@ def test_without_max_tokens_the_cache_bounds_the_length() -> None:
     assert len(engine.tokens[1]) == 6
     assert engine.ends[1] == "length"
     assert engine.ends[2] == "error"
+    assert "with one more it does not fit into the KV cache of 16 tokens: shorten the prompt" in engine.errors[2][1]
 
 
 # Ends
