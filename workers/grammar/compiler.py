@@ -26,10 +26,10 @@ from workers.grammar.vocabulary import Vocabulary
 MAX_TOKEN_S: Final = 0.05  # of computing time for one token and its mask
 LIMITS: Final = LLParserLimits(
     max_items_in_row=4_000,  # 4 for each optional property of an object
-    max_grammar_size=50_000,  # symbols; the time to compile a schema grows with the square of its properties
+    max_grammar_size=15_000,  # symbols; the time to compile a schema grows with the square of its properties
     initial_lexer_fuel=1_000_000,  # 50 ms of building automata
     step_lexer_fuel=200_000,  # 15 ms for one mask
-    step_max_items=20_000,  # 20 ms or more for one mask, if the grammar is ambiguous
+    step_max_items=50_000,  # 20 ms or more for one mask
     max_lexer_states=20_000,  # of one sequence: 1 to 2 KiB each
     verbose_errors=False,
 )
