@@ -71,7 +71,10 @@ class RowTables(AdmittedColumns[torch.Tensor]):
         self.trash_block = num_blocks
         self.token_ids = device.zeros("token_ids", (rows, shape.max_model_len), torch.int32)
         # [rows, ...] each. A row holds values of its own in the columns that its `long_columns` names, else others'.
-        self.long_values = _long_tables(device, bounds)
+        self.long_memory = device.zeros("long_values", (_long_layout(bounds).num_bytes,), torch.uint8)
+        self.long_values = make_record(
+            _long_layout(bounds), LongColumns[torch.Tensor], lambda field: tensor_view(field, self.long_memory)
+        )
         layout = _layout(type(self), bounds)
         self.columns = device.zeros("row_tables", (layout.num_bytes,), torch.uint8)
         set_fields(self, layout, lambda field: tensor_view(field, self.columns))
@@ -133,9 +136,3 @@ def _layout(kind: type[RowTables], bounds: RowBounds) -> Layout[RowTables]:
 
 def _long_layout(bounds: RowBounds) -> Layout[LongColumns[torch.Tensor]]:
     return Layout.of(LongColumns[torch.Tensor], "long_tables", bounds, each="rows")
-
-
-def _long_tables(device: Device[Any, Any], bounds: RowBounds) -> LongColumns[torch.Tensor]:
-    layout = _long_layout(bounds)
-    memory = device.zeros("long_values", (layout.num_bytes,), torch.uint8)
-    return make_record(layout, LongColumns[torch.Tensor], lambda field: tensor_view(field, memory))
