@@ -47,7 +47,7 @@ class PromptLogprobs:
         self._logits = logits
         self._max_rows = max_logits_rows(tables.shape)
 
-    def work(self, num_seqs: int, num_tokens: int, num_positions: int) -> Callable[[], None]:
+    def model(self, num_seqs: int, num_tokens: int, num_positions: int) -> Callable[[], None]:
         """A step of bucket (S, T): its record becomes a batch, the batch logits, and `num_positions` of its tokens
         log-probabilities."""
         batch = self._builder.batch(num_seqs, num_tokens)

@@ -23,10 +23,11 @@ from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.execution import kept_work
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.null_model import NullModel
 from workers.gpu.execution.result_publisher import ResultPublisher
+from workers.gpu.execution.rings import GpuRings
 
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=16, max_model_len=32, block_size=4)
 NUM_BLOCKS = 16
@@ -78,7 +79,7 @@ def serve(requests: list[ScriptedRequest], depth: int, device: Any, *, pad_batch
         device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, depth, NUM_BLOCKS, ends.gpu,
         buckets=Buckets(SHAPE) if pad_batches else None,
     )  # fmt: skip
-    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, wake=rung.set)
     scheduler = ScriptedScheduler(Random(depth), SHAPE, NUM_BLOCKS, [ends.prompts])
     scheduler.waiting.extend(requests)
     in_flight = 0
@@ -171,7 +172,7 @@ def test_steps_overlap_on_the_timed_device_and_results_come_when_their_time_is_o
     step_ns = 30_000_000
     model = NullModel(SHAPE, device.torch_device, lambda: device.spend(step_ns))
     executor = Executor(device, model, SHAPE, 2, NUM_BLOCKS, ends.gpu)
-    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, wake=rung.set)
     with driven(executor, completion) as take_steps:
         publish_step(ends.steps, num_admissions=1)
         publish_step(ends.steps)
@@ -204,7 +205,7 @@ class LateWaiter(CpuDevice):
 def test_a_step_that_is_done_at_once_is_not_published_while_the_thread_still_has_the_one_before_it() -> None:
     ends, device, rung = Ends(SHAPE, 2), LateWaiter(), threading.Event()
     executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, ends.gpu)
-    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, wake=rung.set)
     with driven(executor, completion) as take_steps:
         publish_step(ends.steps)
         take_steps()
@@ -287,7 +288,7 @@ class BrokenDevice(TimedDevice):
 def test_an_error_while_waiting_for_results_wakes_the_main_thread_which_raises_it() -> None:
     ends, device, failed = Ends(SHAPE, 2), BrokenDevice(), threading.Event()
     executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, ends.gpu)
-    completion = ResultPublisher(device, executor, ring_scheduler=lambda: None, failed=failed.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=lambda: None, wake=failed.set)
     with driven(executor, completion) as take_steps:
         publish_step(ends.steps)
         publish_step(ends.steps)
