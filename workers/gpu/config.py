@@ -127,3 +127,4 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig
     shape: StepShape
     depth: int
+    mask_timeout_s: float = 0.1
