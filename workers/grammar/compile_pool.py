@@ -101,8 +101,10 @@ class CompilePool:
 
     def next_deadline_s(self) -> float | None:
         """Seconds until `take` must be called even if nothing notifies; None: nothing is being compiled."""
-        started = [job.started for job in self._jobs.values() if job.started is not None and not job.is_late]
-        return max(0.0, min(started) + self._timeout_s - time.monotonic()) if started else None
+        jobs = [job for job in self._jobs.values() if not job.is_late]
+        now = time.monotonic()  # a job that waits may begin at any moment
+        begun = [now if job.started is None else job.started for job in jobs]
+        return max(0.0, min(begun) + self._timeout_s - now) if begun else None
 
     def close(self) -> None:
         """Begin no further compilation. The threads are daemons: one that is stuck does not keep the process alive."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from workers.grammar.compiler import MAX_TOKEN_S, Prototype
 from workers.grammar.vocabulary import Vocabulary
 
+MEAN_TOKEN_S: Final = 0.002  # computing time that a sequence earns with each token, up to MAX_TOKEN_S
 _MAX_PROBLEM_CHARS: Final = 300
 _UNKNOWN: Final = "the grammar process does not know this sequence: it may have been restarted; send the request again"
 
@@ -31,7 +32,17 @@ class Matcher:
         not_text = _words({*self._end_ids, vocabulary.end_id, *vocabulary.padding_ids})
         self._replaced: Final = [(word, bits, self._ends.get(word, np.int32(0))) for word, bits in not_text.items()]
         self._has_ended = False
+        self._credit_s = MAX_TOKEN_S
         self.problem = ""
+
+    def spend(self, took_s: float) -> None:
+        """Account for computing time. A grammar that delays the masks of other sequences sets `problem`."""
+        self._credit_s -= took_s
+        if self._credit_s < 0 and not self.problem:
+            self.problem = (
+                f"the grammar takes too much time (over {MAX_TOKEN_S} s for one token, or {MEAN_TOKEN_S} s for each of "
+                "many): simplify it"
+            )
 
     def is_complete(self) -> bool:
         """Whether the text so far satisfies the constraint."""
@@ -41,6 +52,7 @@ class Matcher:
         """Follow the sequence by one token. A token that the grammar does not allow sets `problem`."""
         if self.problem:
             return
+        self._credit_s = min(self._credit_s + MEAN_TOKEN_S, MAX_TOKEN_S)
         if self._has_ended:
             self.problem = f"token {token_id} follows the end of the text"
         elif token_id in self._end_ids:
@@ -103,7 +115,7 @@ class Matchers:
         if matcher is not None:
             started = time.thread_time()
             matcher.advance(token_id)
-            _check_time(matcher, time.thread_time() - started)
+            matcher.spend(time.thread_time() - started)
 
     def fill(self, keys: Sequence[int], masks: NDArray[np.int32]) -> None:
         """Write the mask of keys[i] into masks[i]: bit t % 32 of word t // 32 is set if token t may come next.
@@ -119,8 +131,8 @@ class Matchers:
                 continue
             matcher.fill(mask, self._scratch)
             started, before = time.thread_time(), started
-            if started - before > MAX_TOKEN_S:
-                _check_time(matcher, started - before)
+            matcher.spend(started - before)
+            if matcher.problem:
                 mask[:] = 0
 
     def problem(self, key: int) -> str:
@@ -132,14 +144,6 @@ class Matchers:
         """Whether a sequence's text so far satisfies its constraint."""
         matcher = self._matchers.get(key)
         return matcher is not None and matcher.is_complete()
-
-
-def _check_time(matcher: Matcher, took_s: float) -> None:
-    """End a sequence whose grammar delays the masks of the others."""
-    if took_s > MAX_TOKEN_S and not matcher.problem:
-        matcher.problem = (
-            f"one token took {took_s:.2f} s in the grammar, more than {MAX_TOKEN_S} s: simplify the grammar"
-        )
 
 
 def _first_line(matcher: LLMatcher) -> str:
