@@ -50,6 +50,7 @@ class Span:
     STEP_RING: Final = 13
     PROMPT_RING: Final = 14
     SEQUENCES: Final = 15
+    MASK: Final = 16
 
 
 class Form(enum.Enum):
@@ -83,6 +84,7 @@ KINDS: Final[dict[int, Kind]] = {
     Span.STEP: Kind("step", ("ticket",), Form.DEVICE),
     Span.STEP_RING: Kind("step ring", ("in_flight",), Form.COUNTER),  # planned and not applied
     Span.PROMPT_RING: Kind("prompt ring", ("records",), Form.COUNTER),  # not released
+    Span.MASK: Kind("mask", ("ticket", "num_masks")),  # grammar process: which tokens sequences may sample
     Span.SEQUENCES: Kind("sequences", ("running", "waiting"), Form.COUNTER),
 }
 
