@@ -10,7 +10,6 @@ that begins when the engine is ready, on a thread of its own, so that no engine 
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -157,8 +156,6 @@ class GrammarCore:
             for key in list(self._compiling):
                 self._answer(key, loaded)
             return
-        gc.collect()
-        gc.freeze()  # it stays, so no collection need look at it
         self._matchers = Matchers(loaded)
         self._pool = CompilePool(Compiler(loaded), self._notify, timeout_s=self._compile_timeout_s)
         for key, message in self._compiling.items():

@@ -12,6 +12,7 @@ Masks come first: the device may be waiting for them. Grammars are compiled on o
 
 from __future__ import annotations
 
+import gc
 import sys
 from time import perf_counter_ns
 from typing import Final
@@ -33,11 +34,14 @@ SWITCH_INTERVAL_S: Final = 0.0005  # for how long a compiling thread may hold th
 def run(process: WorkerProcess, bootstrap: GrammarBootstrap) -> None:
     """Serve until Stop."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    core = GrammarCore(
-        lambda: Vocabulary.of_folder(bootstrap.model_path, bootstrap.shape.vocab_size),
-        process.doorbell.ring,
-        compile_timeout_s=bootstrap.compile_timeout_s,
-    )
+
+    def load() -> Vocabulary:
+        vocabulary = Vocabulary.of_folder(bootstrap.model_path, bootstrap.shape.vocab_size)
+        gc.collect()
+        gc.freeze()  # as after `process.ready`: no later collection looks at it
+        return vocabulary
+
+    core = GrammarCore(load, process.doorbell.ring, compile_timeout_s=bootstrap.compile_timeout_s)
     worker = GrammarWorker(process, bootstrap, core)
     process.on_control(lambda message: core.start_loading() if isinstance(message, Start) else None)
     process.ready()

@@ -22,7 +22,7 @@ COUNTERS: Final = (
     "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
     "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
     "num_excluded",  # sequences whose parameters or whose grammar's mask exclude every token
-    "num_structured_unfinished",  # sequences with a grammar that end before their text is complete
+    "num_structured_unfinished",  # admitted sequences with a grammar that do not end with "stop"
     "num_preemptions", "num_cached_tokens",
     "num_cached_blocks", "plan_ns", "apply_ns",
     # The device's time, from the result records: busy, or idle for one of three reasons (`results/device_time.py`).

@@ -182,7 +182,7 @@ class Scheduler:
 
     def _end_unfinished(self, sequences: list[Sequence]) -> None:
         """Forget sequences that have not got their last token."""
-        self.counts["num_structured_unfinished"] += sum(sequence.has_grammar for sequence in sequences)
+        self.counts["num_structured_unfinished"] += sum(each.has_grammar and each.has_row for each in sequences)
         self._end(sequences)
 
     def _end(self, sequences: list[Sequence]) -> None:
