@@ -23,6 +23,7 @@ from ipc.errors import (
     QueueFull,
     RequestFailed,
     RingfeedError,
+    TokensExcluded,
 )
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
@@ -57,6 +58,7 @@ __all__ = [
     "SchedulingParams",
     "Stream",
     "TokenLogprob",
+    "TokensExcluded",
     "Usage",
 ]
 
