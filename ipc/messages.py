@@ -157,6 +157,13 @@ class TokenBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: bytes  # of all tokens, one after the other
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Log-probabilities of n consecutive tokens of a prompt. A prompt's first token has none."""
+
+    token_ids: bytes  # int32 [n]
+    columns: TokenLogprobs  # of these tokens
+
+
 class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The end of a sample. With `num_open` 0 it is the request's final answer and ends samples that are still open."""
 
@@ -185,6 +192,7 @@ class Outputs(Message, frozen=True):
     logprobs: BoundedList[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of the new tokens there)
     token_bytes: TokenBytes | None = None  # of every token that has a log-probability here; None: there are none
     samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
+    prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (index into request_ids, next part of its prompt)
 
 
 class Refused(Message, frozen=True):
@@ -404,6 +412,7 @@ class StepOutputs(Message, frozen=True):
 
     opened: BoundedList[Opened] = []
     cached: BoundedList[tuple[int, int]] = []  # (key, prompt tokens found in the cache), only if there are any
+    prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (key of sample 0, next part of its prompt)
     keys: bytes = b""  # int64 [n]
     token_ids: bytes = b""  # int32 [n]
     finish: bytes = b""  # uint8 [n], FinishCode

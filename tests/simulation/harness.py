@@ -9,7 +9,7 @@ an actor moves `now_ns`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -243,9 +243,21 @@ class ToyModel:
 
     def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         self._cache[batch.slot_mapping] = (batch.input_ids * 40_503 + 1) * (2 * batch.positions + 1)
-        blocks = batch.block_table[batch.seq_row]
-        kv_slots = (blocks[:, :, None] * batch.block_size + self._offsets).flatten(1)  # [S, max_len]
-        context = (self._cache[kv_slots] * (self._positions < batch.seq_lens[:, None])).sum(-1, keepdim=True)
+        return self._logits(batch, batch.seq_row, batch.seq_lens, out)
+
+    def prompt_logits(
+        self, batch: StepBatch, index: torch.Tensor, max_rows: int, *, out: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        self.logits(batch, out=out)
+        for part in torch.split(index, max_rows):
+            sequences = torch.searchsorted(batch.cu_seqlens[1:].long(), part, right=True)
+            yield self._logits(batch, batch.seq_row[sequences], batch.positions[part] + 1, None)
+
+    def _logits(
+        self, batch: StepBatch, rows: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        kv_slots = (batch.block_table[rows][:, :, None] * batch.block_size + self._offsets).flatten(1)  # [S, max_len]
+        context = (self._cache[kv_slots] * (self._positions < lengths[:, None])).sum(-1, keepdim=True)
         return torch.div(((context & 0xFFFFFF) * self._factors >> 7) & 1023, 256, out=out)
 
     @classmethod
@@ -261,6 +273,12 @@ class ToyModel:
             choice = range(cls.vocab_size) if allowed is None else sorted(allowed(ids[len(prompt) :]))
             if not choice:
                 break
-            context = sum((token * 40_503 + 1) * (2 * i + 1) for i, token in enumerate(ids)) & 0xFFFFFF
-            ids.append(max(choice, key=lambda token: (context * (2 * token + 1) >> 7) & 1023))  # the first of equals
+            logits = cls.expected_logits(ids)
+            ids.append(max(choice, key=lambda token: logits[token]))  # the first of equals
         return ids[len(prompt) :]
+
+    @classmethod
+    def expected_logits(cls, ids: Sequence[int]) -> list[float]:
+        """The logits of the token that follows these."""
+        context = sum((token * 40_503 + 1) * (2 * i + 1) for i, token in enumerate(ids)) & 0xFFFFFF
+        return [((context * (2 * v + 1) >> 7) & 1023) / 256 for v in range(cls.vocab_size)]

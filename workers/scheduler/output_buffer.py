@@ -1,19 +1,21 @@
 """Collects the scheduler's next message to the detokenizer.
 
-Owns the order within a message (opened, tokens, ended) and its size limits. Knows nothing of rows: tokens arrive by
-key.
+Owns the order within a message (opened, log-probabilities of prompts, tokens, ended) and its size limits. Knows nothing
+of rows: tokens arrive by key.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from ipc.codec import MAX_ITEMS
-from ipc.messages import Ended, Opened, StepLogprobs, StepOutputs
+from ipc.messages import Ended, Opened, PromptLogprobs, StepLogprobs, StepOutputs
 from workers.scheduler.array_types import Int32Array, IntArray
+
+MAX_PARTS: Final = 128  # of prompts' log-probabilities in one message: at most 11 MB
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class OutputBuffer:
         self.opened: list[Opened] = []
         self.ended: list[Ended] = []
         self.cached: list[tuple[int, int]] = []  # (key, number of cached tokens) of admitted sequences
+        self.prompt_logprobs: list[tuple[int, PromptLogprobs]] = []  # (key, next part of its prompt)
         self._keys: list[bytes] = []  # of each applied step, int64
         self._token_ids: list[bytes] = []  # of each applied step, int32
         self._finish: list[bytes] = []  # of each applied step, uint8
@@ -54,15 +57,19 @@ class OutputBuffer:
         opened, self.opened = self.opened[:MAX_ITEMS], self.opened[MAX_ITEMS:]
         if self.opened:  # a token may belong to a request that is still to be opened
             return StepOutputs(opened=opened)
-        if not (opened or self._keys or self.ended):
+        if not (opened or self._keys or self.ended or self.prompt_logprobs):
             return None
         cached, self.cached = self.cached[:MAX_ITEMS], self.cached[MAX_ITEMS:]
         if self.cached:
             return StepOutputs(opened=opened, cached=cached)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs[:MAX_PARTS], self.prompt_logprobs[MAX_PARTS:]
+        if self.prompt_logprobs:
+            return StepOutputs(opened=opened, prompt_logprobs=prompt_logprobs)
         ended, self.ended = self.ended[:MAX_ITEMS], self.ended[MAX_ITEMS:]
         outputs = StepOutputs(
             opened=opened,
             cached=cached,
+            prompt_logprobs=prompt_logprobs,
             keys=b"".join(self._keys),
             token_ids=b"".join(self._token_ids),
             finish=b"".join(self._finish),

@@ -80,6 +80,10 @@ class Sequence:
         self.variant = SamplerVariant.ADJUSTED if is_adjusted else SamplerVariant.of(params)
         self.want_logprobs = 0 if params.num_logprobs is None else params.num_logprobs + 1
         self.num_extra_logprobs = len(params.logprob_token_ids or ())
+        # The likeliest tokens + 1 that are wanted at each position of the prompt; 0 = no log-probabilities there.
+        # Sample 0 computes them for all samples. A prompt's first token has none.
+        wants_prompt = params.prompt_logprobs is not None and leader is None and self.num_prompt > 1
+        self.want_prompt_logprobs = 1 + (params.prompt_logprobs or 0) if wants_prompt else 0
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
         self.grammar_worker = NO_WORKER  # set by GrammarWorkers for a sequence with structured outputs
@@ -96,6 +100,11 @@ class Sequence:
     @property
     def has_grammar(self) -> bool:
         return self.grammar_worker != NO_WORKER
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether its next admission may use no cached blocks: their tokens' logits are not cached."""
+        return self.want_prompt_logprobs > 0 and not self.has_row
 
     def write_admission(
         self,

@@ -58,12 +58,12 @@ from workers.gpu.device.base import Device
 from workers.gpu.execution.accesses import Copied
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.record_parts import needed_parts, result_parts, step_parts
 from workers.gpu.execution.rings import GpuRings, device_records
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_masks import StepMasks
 from workers.gpu.execution.step_work import StepWork
 from workers.gpu.execution.steps import StepBuffers, Submitted
-from workers.gpu.execution.tensor_views import result_parts, step_parts
 from workers.gpu.execution.uploads import Uploads
 from workers.gpu.sampling.logprobs import WantedLogprobs
 
@@ -200,9 +200,10 @@ class Executor:
         buffers = self._step_buffers[ticket % len(self._step_buffers)]
         num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
         num_admissions = int(record.num_admissions[0])
-        admits = num_admissions > 0
+        num_prompt_logprobs = int(record.num_prompt_logprobs[0])
+        part, _ = needed_parts(record)
 
-        device.copy(self._copy_in, buffers.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
+        device.copy(self._copy_in, buffers.staging[part], self._step_ring[ticket % ring.num_slots][part])
         for i in range(num_admissions):
             self._uploads.enqueue(record, i)
         device.record(buffers.inputs_ready, self._copy_in)
@@ -210,15 +211,19 @@ class Executor:
         # The step reads its staged record, and ids that were uploaded with it or before it.
         device.wait(self._compute, buffers.inputs_ready)
         device.read_clock(self._compute, work.result.device_start_ns)
-        device.copy(self._compute, work.record[admits], buffers.staging[admits])
-        if admits:
+        device.copy(self._compute, work.record[part], buffers.staging[part])
+        if num_admissions:
             admitted = record.admit.row[:num_admissions]
             device.launch(self._compute, work.admit, lambda: work.accesses.admit(admitted))
         if record.num_appends[0]:
             device.launch(self._compute, work.append, work.accesses.append)
         bucket = self.bucket(num_seqs, num_tokens)
         rows = record.seq_row[:num_seqs]
-        device.launch(self._compute, work.model(*bucket), lambda: work.accesses.model(rows))
+        if num_prompt_logprobs:
+            model = work.prompt_logprobs.model(*bucket, num_prompt_logprobs)
+            device.launch(self._compute, model, lambda: work.accesses.prompt_logprobs(rows))
+        else:
+            device.launch(self._compute, work.model(*bucket), lambda: work.accesses.model(rows))
 
         owed = self._masks.owed_by(record)
         begun_at_ns = self._monotonic_ns() if owed else now_ns
@@ -232,6 +237,7 @@ class Executor:
         device, work, record = self._device, self._work, step.record
         buffers = self._step_buffers[step.ticket % len(self._step_buffers)]
         variant, want_logprobs = SamplerVariant(int(record.variant[0])), bool(record.want_logprobs[0])
+        _, part = needed_parts(record)
         wanted = WantedLogprobs(want_logprobs + bool(want_logprobs and record.want_processed[0]))
         rows = record.seq_row[: step.num_seqs]
 
@@ -244,11 +250,11 @@ class Executor:
         sampler = work.sampler(step.bucket[0], variant, wanted)
         device.launch(self._compute, sampler, lambda: work.accesses.sampler(rows))
         device.read_clock(self._compute, work.result.device_end_ns)
-        device.copy(self._compute, buffers.outputs[want_logprobs], work.output[want_logprobs])
+        device.copy(self._compute, buffers.outputs[part], work.output[part])
         device.record(buffers.step_done, self._compute)
 
         device.wait(self._copy_out, buffers.step_done)
-        device.copy(self._copy_out, self._result_record(step.ticket)[want_logprobs], buffers.outputs[want_logprobs])
+        device.copy(self._copy_out, self._result_record(step.ticket)[part], buffers.outputs[part])
         device.record(buffers.outputs_done, self._copy_out)
         if step.owed:
             step = replace(step, mask_wait_ns=self._monotonic_ns() - self._masks_due_since_ns(step))

@@ -17,8 +17,10 @@ from workers.gpu.execution.batch_builder import BatchBuilder
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.prompt_logprobs import PromptLogprobs
+from workers.gpu.execution.record_parts import result_parts, step_parts
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, result_parts, step_parts, tensor_views
+from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, tensor_views
 from workers.gpu.sampling.adjustments import adjust
 from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import sample
@@ -47,11 +49,13 @@ class StepWork:
         steps, results = step_layout(shape), result_layout(shape)
         self.record = step_parts(steps, device.zeros("record", (steps.num_bytes,), torch.uint8))
         self.output = result_parts(results, device.zeros("output", (results.num_bytes,), torch.uint8))
-        self._step = tensor_views(StepTensors, steps, self.record[1])
-        self.result = tensor_views(ResultTensors, results, self.output[1])
+        self._step = tensor_views(StepTensors, steps, self.record[-1])
+        self.result = tensor_views(ResultTensors, results, self.output[-1])
         self._builder = BatchBuilder(device, tables, self._step)
         # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
         self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
+        records = self._step, self.result
+        self.prompt_logprobs = PromptLogprobs(runner, self._builder, tables, *records, self._logits)
         # The adjustment writes these for all sequences of a step whose variant is ADJUSTED, and its sampler reads them.
         self._adjusted = device.zeros("adjusted", (shape.max_num_seqs, runner.vocab_size), torch.float32)
         self.masks = device.zeros("masks", (shape.max_num_seqs, shape.mask_words), torch.int32)

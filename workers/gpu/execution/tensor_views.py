@@ -28,13 +28,3 @@ def tensor_views(kind: type[T], layout: Layout[Any], memory: torch.Tensor) -> T:
 def tensor_view(field: Field, memory: torch.Tensor) -> torch.Tensor:
     """The field's part of `memory`, in its dtype and shape."""
     return memory[field.offset : field.offset + field.num_bytes].view(_DTYPES[field.dtype.str]).view(field.shape)
-
-
-def step_parts(layout: Layout[Any], memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A step record [num_bytes] uint8: without the part that only admissions need, and whole."""
-    return memory[: layout.fields["admit_row"].offset], memory
-
-
-def result_parts(layout: Layout[Any], memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A result record [num_bytes] uint8: without the part that only log-probabilities need, and whole."""
-    return memory[: layout.fields["logprob"].offset], memory

@@ -18,6 +18,7 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+from workers.gpu.execution.prompt_logprobs import max_logits_rows
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.row_tables import table_bytes
 from workers.gpu.execution.step_masks import mask_bytes
@@ -52,9 +53,11 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
-    """Bytes of the most demanding sampler's temporary tensors."""
+    """Bytes of the temporary tensors of the most demanding sampler, or of prompts' log-probabilities if these take
+    more."""
     num_processed = min(PROCESSED_ROWS, shape.max_num_seqs)
-    return (SAMPLER_BYTES * shape.max_num_seqs + PROCESSED_BYTES * num_processed) * vocab_size
+    sampler = SAMPLER_BYTES * shape.max_num_seqs + PROCESSED_BYTES * num_processed
+    return max(sampler, SAMPLER_BYTES * max_logits_rows(shape)) * vocab_size
 
 
 def reserved_bytes(

@@ -9,6 +9,7 @@ import numpy as np
 
 from ipc.records import SamplerVariant, StepRecord, StepShape
 from workers.scheduler.array_types import BoolArray, IntArray
+from workers.scheduler.planning.prompt_logprobs import PromptChunk
 from workers.scheduler.prompt_lease import PromptLease
 from workers.scheduler.sequence import NO_WORKER, Sequence
 from workers.scheduler.sequence_table import SequenceTable
@@ -58,12 +59,13 @@ class PlannedStep:
     num_prompt_tokens: int  # tokens beyond one for each sequence
     leases: list[PromptLease]  # on the prompt records that its admissions are copied from
     masks: StepMasks | None  # None: no sequence that has a grammar samples
+    prompt_chunks: tuple[PromptChunk, ...] = ()  # whose log-probabilities it computes
 
 
 class StepWriter:
     """Fills one step record. The record is unchanged until something is added."""
 
-    __slots__ = ("_max_appends", "_num_admissions", "_num_appends", "_record", "leases")
+    __slots__ = ("_max_appends", "_num_admissions", "_num_appends", "_num_prompt_logprobs", "_record", "leases")
 
     def __init__(self, record: StepRecord, shape: StepShape) -> None:
         self.leases: list[PromptLease] = []  # on the prompt records of this step's admissions
@@ -71,6 +73,7 @@ class StepWriter:
         self._max_appends = shape.max_appends
         self._num_appends = 0
         self._num_admissions = 0
+        self._num_prompt_logprobs = 0
 
     def append_blocks(self, row: Any, index: IntArray, block: Any) -> None:
         """Write entries of the block tables: entry `index` of `row` becomes `block`. `row` is one row or [n]."""
@@ -94,6 +97,11 @@ class StepWriter:
         self._num_admissions += 1
         self.leases += [each for each in (lease, long_lease) if each is not None]
 
+    def ask_prompt_logprobs(self, places: IntArray) -> None:
+        """Ask for the log-probabilities of the tokens that follow these of the step's tokens in their rows."""
+        self._num_prompt_logprobs = len(places)
+        self._record.prompt_logprob_index[: len(places)] = places
+
     def finish(
         self, batch: Batch, counts: IntArray, samples: BoolArray, masks: StepMasks | None, planned_at_ns: int
     ) -> int:
@@ -105,6 +113,7 @@ class StepWriter:
         num_tokens = int(counts.sum())
         record.num_appends[0] = self._num_appends
         record.num_admissions[0] = self._num_admissions
+        record.num_prompt_logprobs[0] = self._num_prompt_logprobs
         record.num_seqs[0] = n
         record.num_tokens[0] = num_tokens
         record.variant[0] = batch.variant
