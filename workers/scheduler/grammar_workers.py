@@ -46,7 +46,7 @@ class GrammarWorkers:
         first = sequences[0]
         spec = first.params.structured_outputs
         assert spec is not None, f"request {first.key} has no structured outputs"
-        index = min(range(len(self._workers)), key=lambda i: self._workers[i].load)
+        index = min(range(len(self._workers)), key=lambda i: (self._workers[i].is_silent, self._workers[i].load))
         worker = self._workers[index]
         for sequence in sequences:
             sequence.grammar_worker = index
@@ -102,11 +102,16 @@ class _Worker:
         self.heard_ns = 0  # since when it could have answered: its last answer, or the first question after that
         self.compiles: list[Compile] = []
         self.released: list[int] = []
-        self._given_up: set[int] = set()  # they count as its load, so that a process that hangs does not look idle
+        self._given_up: set[int] = set()  # requests that ended because it did not answer
 
     @property
     def load(self) -> int:
-        return self.num_sequences + len(self.unanswered) + len(self._given_up)
+        return self.num_sequences + len(self.unanswered)
+
+    @property
+    def is_silent(self) -> bool:
+        """It may hang, so others are asked first."""
+        return bool(self._given_up)
 
     def asked(self, key: int, now_ns: int) -> None:
         if not self.unanswered:
