@@ -180,20 +180,18 @@ def from_the_first_row(masks: StepMasks, record: Any) -> tuple[OwedMasks, ...]:
     return tuple(replace(part, start=0) for part in owed_by(masks, record))
 
 
-def copied_later(masks: StepMasks, step: Submitted) -> Submitted:
+def copied_later(masks: StepMasks, step: Submitted) -> None:
     """The masks stay where they are: the adjustment uses those of an earlier step."""
     masks._device.record(masks.ready, masks._copy_in)
-    return step
 
 
 def left_open(masks: StepMasks, target: torch.Tensor) -> None:
     pass
 
 
-def released_at_once(masks: StepMasks, step: Submitted) -> Submitted:
-    copied = copy(masks, step)
+def released_at_once(masks: StepMasks, step: Submitted) -> None:
+    copy(masks, step)
     masks.finish(step.owed)
-    return copied
 
 
 owed_by, copy = StepMasks.owed_by, StepMasks.copy
