@@ -36,7 +36,7 @@ Arrays travel as raw little-endian bytes; comments give their dtype and shape. A
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -134,6 +134,16 @@ class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: bytes  # float32 [n]
     top_ids: bytes  # int32 [n, num_top], likeliest first
     top_logprobs: bytes  # float32 [n, num_top]
+    extra_ids: bytes = b""  # int32 [num_extra], SamplingParams.logprob_token_ids
+    extra_logprobs: bytes = b""  # float32 [n, num_extra]
+
+
+class TokenBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bytes of m distinct tokens. The text of a special token is its name, in UTF-8."""
+
+    token_ids: bytes  # int32 [m]
+    lengths: bytes  # int32 [m], in bytes
+    data: bytes  # of all tokens, one after the other
 
 
 class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,6 +172,7 @@ class Outputs(Message, frozen=True):
     token_ids: bytes  # int32 [sum of num_token_ids]
     finals: BoundedList[tuple[int, FinalOutput]] = []  # (index into request_ids, the end of that sample)
     logprobs: BoundedList[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of the new tokens there)
+    token_bytes: TokenBytes | None = None  # of every token that has a log-probability here; None: there are none
     samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
 
 
@@ -257,7 +268,7 @@ class Tokenized(Message, frozen=True):
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
     block_hashes: bytes = b""  # of the prompt, by `ipc.block_hash.chain_hashes`; empty: do not cache it
-    long_values: bytes = b""  # int32, by `ipc.long_values`; the params do not repeat them
+    long_values: bytes = b""  # int32, by `ipc.long_values`; of these, the params repeat only logprob_token_ids
     thinking: tuple[int, int] | None = None  # the model's tokens that begin and end thinking; only with a budget
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     deadline_ns: int = 0
@@ -322,14 +333,33 @@ def split_keys(kind: type[K], keys: Sequence[int]) -> Iterator[K]:
         yield kind(keys=list(keys[start : start + MAX_ITEMS]))
 
 
-class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """How a request's tokens become text: fields of SamplingParams."""
+
+    stop: BoundedList[str] = []
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> TextOptions:
+        options = cls(**{name: getattr(params, name) for name in cls.__struct_fields__})
+        return PLAIN_TEXT if options == PLAIN_TEXT else options  # msgspec omits a default only if it is this object
+
+
+PLAIN_TEXT: Final = TextOptions()
+
+
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the detokenizer must know of a request before its first token."""
 
     key: int
     route: Route
-    stop: BoundedList[str]
     num_prompt_tokens: int
-    num_logprobs: int | None  # SamplingParams.logprobs
+    text: TextOptions = PLAIN_TEXT
+    num_logprobs: int | None = None  # SamplingParams.num_logprobs
+    logprob_token_ids: BoundedList[int] = []  # of SamplingParams
     num_samples: int = 1  # a request that the scheduler refuses has one, which ends at once
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
 
@@ -351,6 +381,8 @@ class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: bytes  # float32 [n]
     top_ids: bytes  # int32 [n, num_top]
     top_logprobs: bytes  # float32 [n, num_top]
+    num_extra: int = 0
+    extra_logprobs: bytes = b""  # float32 [n, num_extra], of each sequence's own logprob_token_ids
 
 
 class StepOutputs(Message, frozen=True):

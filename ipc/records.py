@@ -15,12 +15,13 @@ from typing import Annotated, Final, Generic
 import msgspec
 
 from ipc.record_layout import Array, Each, HostArray, Layout, declared_fields, float32, int32, int64
-from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from ipc.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
 # Ids that end a row: the model's, the tokenizer's eos token and the request's.
 MAX_END_IDS: Final = MAX_EOS_TOKEN_IDS + 1 + MAX_STOP_TOKEN_IDS
 PROMPT_RECORD_TOKENS: Final = 4096
+UPLOAD_RING: Final = 0  # the prompt ring that the scheduler writes
 MAX_ADMISSIONS: Final = 64  # in one step
 NO_TOKEN: Final = -1
 
@@ -184,6 +185,8 @@ class StepFields(Generic[Array]):
     """A SamplerVariant."""
     want_logprobs: Annotated[Array, int32(1)]
     """The most top log-probabilities that a sequence of this step wants, + 1; 0 = none."""
+    want_processed: Annotated[Array, int32(1)]
+    """1 = a sequence of this step wants processed log-probabilities."""
     planned_at_ns: Annotated[Array, int64(1)]
     """When the scheduler planned the step, in ns of CLOCK_MONOTONIC."""
     seq_row: Annotated[Array, int32("max_num_seqs")]
@@ -230,6 +233,8 @@ class ResultFields(Generic[Array]):
     """The likeliest tokens, likeliest first; NO_TOKEN beyond the vocabulary."""
     top_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROBS)]
     """Their log-probabilities; -inf beyond the vocabulary."""
+    extra_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROB_TOKEN_IDS)]
+    """The log-probabilities of the tokens in the row's `logprob_ids` (`ipc/long_values.py`)."""
 
 
 class PromptFields(Generic[Array]):

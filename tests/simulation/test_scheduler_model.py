@@ -39,9 +39,8 @@ ROUTE = Route(client=b"c", request_id="r", stream=True)
 class Prompts:
     """Prompt rings with room for everything. They only check which prompts are still leased."""
 
-    max_upload_tokens = MAX_LEN
-
-    def __init__(self) -> None:
+    def __init__(self, num_uploads: int = MAX_LEN) -> None:
+        self.num_uploads = num_uploads
         self.ids: dict[int, list[int]] = {}
         self.held: set[int] = set()
 
@@ -52,11 +51,14 @@ class Prompts:
     def decline(self, ring: int, ticket: int, num_tokens: int) -> None:
         pass
 
-    def lease_for_step(self, lease: PromptLease, ids: Any) -> PromptLease:
+    def can_upload(self, num_tokens: int, num_long_words: int) -> bool:
+        return num_tokens + num_long_words <= self.num_uploads
+
+    def leases_for_step(self, lease: PromptLease, ids: Any, long_values: Any) -> tuple[PromptLease, None]:
         if lease.is_released:
-            return PromptLease(0, 0, 1, is_waiting=False)
+            return PromptLease(0, 0, 1, is_waiting=False), None
         assert lease.ticket in self.held, "a prompt was admitted after it was released"
-        return lease
+        return lease, None
 
     def release(self, lease: PromptLease) -> None:
         if not lease.is_released:
@@ -233,7 +235,7 @@ class Trace:
 
     def _apply(self) -> None:
         step = self.in_flight.pop(0)
-        codes = dict(zip(("", "stop", "length", "error"), FinishCode, strict=True))
+        codes = dict(zip(("", "stop", "length", "error", "excluded"), FinishCode, strict=True))
         for i, (key, _, sampled) in enumerate(step):
             sequence = self.sequences[key]
             token_id, end = self._token(key, len(sequence.known)) if sampled and not sequence.end else (7, "")
@@ -448,7 +450,7 @@ class Backlogged:
         shape = StepShape(4, 32, 64, 4)
         self.now_ns = 0
         self.prompts: Any = Prompts()
-        self.prompts.max_upload_tokens = 64
+        self.prompts.num_uploads = 64
         self.scheduler = Scheduler(SchedulerConfig(**config), shape, 1, 40, [], self.prompts, clock=lambda: self.now_ns)
         self.step = _views(step_layout(shape))
         self.result = _views(result_layout(shape))

@@ -30,10 +30,11 @@ from workers.queueing.policies import NO_ROW, Policy, make_policy
 BYTES_PER_TOKEN: Final = 4  # of a message; estimated
 
 # Resident memory, rounded up from what each of 100,000 requests of a kind took (CPython 3.11, x86-64).
-REQUEST_OVERHEAD_BYTES: Final = 1_408  # of the message, its entries in the tables and its timers
+REQUEST_OVERHEAD_BYTES: Final = 1_664  # of the message, its entries in the tables and its timers
 TENANT_OVERHEAD_BYTES: Final = 640  # of a tenant with "fair": each request may have its own
-ITEM_OVERHEAD_BYTES: Final = 80  # of each turn of a chat, stop string and stop token
+ITEM_OVERHEAD_BYTES: Final = 80  # of each turn of a chat, and each item of a parameter that is a list or a map
 
+_LISTS: Final = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "logprob_token_ids")
 _num_bytes: Final = attrgetter("num_bytes")
 
 
@@ -104,10 +105,10 @@ class PromptDispatcher:
         the frame. Adds the memory of its Python objects, which even the smallest request has.
         """
         params, chat = message.params, message.chat or []
-        texts = [message.prompt or "", *params.stop]
+        texts = [message.prompt or "", *params.stop, *params.bad_words]
         for turn in chat:
             texts += turn.role, turn.content
-        num_items = len(chat) + len(params.stop) + len(params.stop_token_ids)
+        num_items = len(chat) + sum(len(getattr(params, name) or ()) for name in _LISTS)
         content = max(frame_bytes, sum(map(sys.getsizeof, texts)))
         return content + num_items * ITEM_OVERHEAD_BYTES + self._overhead_bytes
 

@@ -23,6 +23,7 @@ class LogprobArrays:
     logprob: np.ndarray[Any, np.dtype[np.float32]]  # [n]
     top_ids: Int32Array  # [n, num_top]
     top_logprobs: np.ndarray[Any, np.dtype[np.float32]]  # [n, num_top]
+    extra_logprobs: np.ndarray[Any, np.dtype[np.float32]]  # [n, num_extra]
 
 
 class OutputBuffer:
@@ -78,20 +79,25 @@ def _join(steps: list[tuple[int, LogprobArrays | None]]) -> StepLogprobs:
     """Join the tables of several steps. The result is as wide as the widest of them; missing entries are zero."""
     num_tokens = sum(n for n, _ in steps)
     num_top = max(arrays.top_ids.shape[1] for _, arrays in steps if arrays is not None)
+    num_extra = max(arrays.extra_logprobs.shape[1] for _, arrays in steps if arrays is not None)
     logprobs = np.zeros(num_tokens, np.float32)
     top_ids = np.zeros((num_tokens, num_top), np.int32)
     top_logprobs = np.zeros((num_tokens, num_top), np.float32)
+    extra_logprobs = np.zeros((num_tokens, num_extra), np.float32)
     start = 0
     for n, arrays in steps:
         if arrays is not None:
-            width = arrays.top_ids.shape[1]
-            logprobs[start : start + n] = arrays.logprob
-            top_ids[start : start + n, :width] = arrays.top_ids
-            top_logprobs[start : start + n, :width] = arrays.top_logprobs
+            rows = slice(start, start + n)
+            logprobs[rows] = arrays.logprob
+            top_ids[rows, : arrays.top_ids.shape[1]] = arrays.top_ids
+            top_logprobs[rows, : arrays.top_ids.shape[1]] = arrays.top_logprobs
+            extra_logprobs[rows, : arrays.extra_logprobs.shape[1]] = arrays.extra_logprobs
         start += n
     return StepLogprobs(
         num_top=num_top,
         logprobs=logprobs.tobytes(),
         top_ids=top_ids.tobytes(),
         top_logprobs=top_logprobs.tobytes(),
+        num_extra=num_extra,
+        extra_logprobs=extra_logprobs.tobytes(),
     )

@@ -25,6 +25,8 @@ class SequenceTable:
         max_len: tokens, prompt and output, at which the sequence ends.
         variant: SamplerVariant that its parameters need.
         want_logprobs: top log-probabilities + 1, as in the step record; 0 = none.
+        want_processed: 1 = its log-probabilities are processed ones.
+        num_extra_logprobs: how many `logprob_token_ids` the request names.
 
     Planned (written by the planner):
         num_computed_tokens: tokens whose KV is in the cache after all published steps. 0 while it is preempted.
@@ -51,6 +53,8 @@ class SequenceTable:
         self.max_len = column()
         self.variant = column()
         self.want_logprobs = column()
+        self.want_processed = column()
+        self.num_extra_logprobs = column()
         self.num_computed_tokens = column()
         self.num_planned_tokens = column()
         self.last_ticket = column()
@@ -81,6 +85,8 @@ class SequenceTable:
         self.max_len[row] = sequence.max_len
         self.variant[row] = sequence.variant
         self.want_logprobs[row] = sequence.want_logprobs
+        self.want_processed[row] = sequence.want_processed
+        self.num_extra_logprobs[row] = sequence.num_extra_logprobs
         return row
 
     def retire(self, row: int) -> None:

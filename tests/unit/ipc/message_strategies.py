@@ -21,6 +21,16 @@ PARAMS = st.builds(
     stop=st.lists(st.sampled_from(["END", "é"]), max_size=3),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3),
     ignore_eos=st.booleans(),
+    bad_words=st.lists(st.sampled_from(["END", "é"]), max_size=2),
+    include_stop_str_in_output=st.booleans(),
+    skip_special_tokens=st.booleans(),
+    spaces_between_special_tokens=st.booleans(),
+    truncate_prompt_tokens=st.none() | st.just(-1) | st.integers(1, 99),
+    thinking_token_budget=st.none() | st.integers(0, 99),
+    logprob_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
+    logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
+    allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
+    logprobs_mode=st.sampled_from(["raw_logprobs", "processed_logprobs"]),
     n=st.integers(1, 64),
 )
 SCHEDULING = st.builds(

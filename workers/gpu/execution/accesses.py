@@ -42,10 +42,10 @@ class LaunchAccesses:
 
     def adjust(self, rows: HostArray) -> Accesses:
         read = [self.record[0], self.batch, self.logits, self.masks, self.tables.columns, *self._ids(rows)]
-        return read, [self.adjusted]
+        return [*read, *self._long_values(rows)], [self.adjusted]
 
     def sampler(self, rows: HostArray) -> Accesses:
-        read = [self.record[0], self.batch, self.logits, self.adjusted]
+        read = [self.record[0], self.batch, self.logits, self.adjusted, *self._long_values(rows)]
         return read, [self.tables.columns, self.output[1], *self._ids(rows)]
 
     def warm_up(self) -> Accesses:
@@ -53,6 +53,11 @@ class LaunchAccesses:
         tables = self.tables
         written = [tables.columns, tables.token_ids, *tables.model_states.values()]
         return [self.record[1], self.masks], [*written, self.batch, self.logits, self.adjusted, self.output[1]]
+
+    def _long_values(self, rows: HostArray) -> list[torch.Tensor]:
+        """Named row by row, too."""
+        columns = vars(self.tables.long_values).values()
+        return [column[row] for column in columns for row in (*rows.tolist(), self.tables.trash_row)]
 
     def _ids(self, rows: HostArray) -> list[torch.Tensor]:
         return [self.tables.token_ids[row] for row in (*rows.tolist(), self.tables.trash_row)]

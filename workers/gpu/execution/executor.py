@@ -64,6 +64,7 @@ from workers.gpu.execution.step_work import StepWork
 from workers.gpu.execution.steps import StepBuffers, Submitted
 from workers.gpu.execution.tensor_views import result_parts, step_parts
 from workers.gpu.execution.uploads import Uploads
+from workers.gpu.sampling.logprobs import WantedLogprobs
 
 
 class Executor:
@@ -230,6 +231,7 @@ class Executor:
         device, work, record = self._device, self._work, step.record
         buffers = self._step_buffers[step.ticket % len(self._step_buffers)]
         variant, want_logprobs = SamplerVariant(int(record.variant[0])), bool(record.want_logprobs[0])
+        wanted = WantedLogprobs(want_logprobs + bool(want_logprobs and record.want_processed[0]))
         rows = record.seq_row[: step.num_seqs]
 
         if step.owed:
@@ -238,7 +240,7 @@ class Executor:
             device.wait(self._compute, self._masks.ready)  # the adjustment reads the masks
         if variant == SamplerVariant.ADJUSTED:
             device.launch(self._compute, work.adjust(step.bucket[0]), lambda: work.accesses.adjust(rows))
-        sampler = work.sampler(step.bucket[0], variant, want_logprobs)
+        sampler = work.sampler(step.bucket[0], variant, wanted)
         device.launch(self._compute, sampler, lambda: work.accesses.sampler(rows))
         device.read_clock(self._compute, work.result.device_end_ns)
         device.copy(self._compute, buffers.outputs[want_logprobs], work.output[want_logprobs])

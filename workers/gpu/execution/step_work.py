@@ -20,6 +20,7 @@ from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, result_parts, step_parts, tensor_views
 from workers.gpu.sampling.adjustments import adjust
+from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import sample
 
 
@@ -64,7 +65,9 @@ class StepWork:
         )
         self.adjust = KeptWork(self._make_adjust_work, device.capture, lambda num_seqs: num_seqs in self._captured_seqs)
         self.sampler = KeptWork(
-            self._make_sampler_work, device.capture, lambda num_seqs, *_: num_seqs in self._captured_seqs
+            self._make_sampler_work,
+            device.capture,
+            lambda num_seqs, _, wanted: num_seqs in self._captured_seqs and wanted != WantedLogprobs.PROCESSED,
         )
 
     def captured(self) -> Iterator[Callable[[], None]]:
@@ -76,8 +79,10 @@ class StepWork:
         for num_seqs in sorted(self._captured_seqs, reverse=True):
             yield self.adjust(num_seqs)
             for variant in SamplerVariant:
-                for want_logprobs in (False, True):
-                    yield self.sampler(num_seqs, variant, want_logprobs)
+                for wanted in (WantedLogprobs.NONE, WantedLogprobs.RAW):
+                    yield self.sampler(num_seqs, variant, wanted)
+        if self._captured_seqs:  # not captured: it launches too much for each sequence
+            yield self.sampler(max(self._captured_seqs), SamplerVariant.ADJUSTED, WantedLogprobs.PROCESSED)
 
     def _make_model_work(self, num_seqs: int, num_tokens: int) -> Callable[[], None]:
         """The step's record becomes a batch, and the batch logits."""
@@ -93,14 +98,16 @@ class StepWork:
     def _make_adjust_work(self, num_seqs: int) -> Callable[[], None]:
         """The adjustment of every bucket of `num_seqs` sequences."""
         batch = self._builder.batch(num_seqs, 1)
-        flags, logits, adjusted = self._step.seq_sample[:num_seqs], self._logits[:num_seqs], self._adjusted[:num_seqs]
+        logits, adjusted = self._logits[:num_seqs], self._adjusted[:num_seqs]
 
         def work() -> None:
-            adjust(logits, batch, flags, self._tables, self._step, self.masks, adjusted)
+            adjust(logits, batch, self._tables, self._step, self.masks, adjusted)
 
         return work
 
-    def _make_sampler_work(self, num_seqs: int, variant: SamplerVariant, want_logprobs: bool) -> Callable[[], None]:
+    def _make_sampler_work(
+        self, num_seqs: int, variant: SamplerVariant, want_logprobs: WantedLogprobs
+    ) -> Callable[[], None]:
         """The sampler of every bucket of `num_seqs` sequences.
 
         It reads only those parts of the batch that have an entry for each sequence.

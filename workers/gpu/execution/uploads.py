@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ipc.records import PROMPT_RECORD_TOKENS, PromptRecord, StepRecord
+from ipc.long_values import long_layout, places
+from ipc.records import PROMPT_RECORD_TOKENS, UPLOAD_RING, PromptRecord, StepRecord
 from ipc.ring import Ring
 from workers.gpu.device.base import Device
 from workers.gpu.execution.rings import device_records
@@ -24,21 +25,31 @@ class Uploads:
         self._rings = rings
         self._tables = tables
         self._copy_in = copy_in
+        self._long_layout = long_layout(tables.shape)
         self._records = [[r.view(torch.int32) for r in device_records(device, ring)] for ring in rings]
 
     def enqueue(self, record: StepRecord, admission: int) -> None:
-        """Enqueue copies of an admission's ids to its row.
+        """Enqueue copies of an admission's ids and long values to its row.
 
         No step under way reads or writes this row: the scheduler reassigns a row only after its last owner's last step.
         Raises RingError if a prompt record is not published.
         """
         admit = record.admit
         row, length = int(admit.row[admission]), int(admit.length[admission])
-        ring_index, ticket = int(admit.ring[admission]), int(admit.ticket[admission])
-        for start in range(0, length, PROMPT_RECORD_TOKENS):
-            ring = self._rings[ring_index]
-            ring.record(ticket)  # raises RingError if it is not published
-            end = min(start + PROMPT_RECORD_TOKENS, length)
-            source = self._records[ring_index][ticket % ring.num_slots]
-            self._device.copy(self._copy_in, self._tables.token_ids[row, start:end], source[: end - start])
-            ticket += 1
+        self._copy(int(admit.ring[admission]), int(admit.ticket[admission]), 0, self._tables.token_ids[row, :length])
+        if long_ticket := int(admit.long_ticket[admission]):
+            for field, start in places(self._long_layout, int(admit.long_columns[admission])):
+                column = field.of(self._tables.long_values)[row]
+                self._copy(UPLOAD_RING, long_ticket, start, column.view(torch.int32))
+
+    def _copy(self, ring_index: int, ticket: int, start: int, target: torch.Tensor) -> None:
+        """Copy words of consecutive records to `target` [n] int32. `start` counts from the first record's first."""
+        ring, records = self._rings[ring_index], self._records[ring_index]
+        done = 0
+        while done < len(target):
+            place, at = divmod(start + done, PROMPT_RECORD_TOKENS)
+            ring.record(ticket + place)  # raises RingError if it is not published
+            count = min(PROMPT_RECORD_TOKENS - at, len(target) - done)
+            source = records[(ticket + place) % ring.num_slots]
+            self._device.copy(self._copy_in, target[done : done + count], source[at : at + count])
+            done += count

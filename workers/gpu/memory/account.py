@@ -22,10 +22,11 @@ from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.row_tables import table_bytes
 from workers.gpu.execution.step_masks import mask_bytes
 from workers.gpu.memory.kv_cache import free_memory_bytes
+from workers.gpu.sampling.logprobs import PROCESSED_BYTES, PROCESSED_ROWS
 
 GIB: Final = 1 << 30
 _GRAPH_BYTES_PER_LAYER: Final = 256 << 10  # the driver's memory for the launches of a decoder layer; a generous guess
-_LOGIT_BYTES: Final = 4
+_LOGIT_BYTES: Final = 8  # of the model's logits, at most four, and of the adjusted ones
 SAMPLER_BYTES: Final = 10  # per logit: two float32 for log-probabilities, and a little for the search of the largest
 
 
@@ -52,7 +53,8 @@ def model_bytes(model: nn.Module) -> int:
 
 def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
     """Bytes of the most demanding sampler's temporary tensors."""
-    return SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+    num_processed = min(PROCESSED_ROWS, shape.max_num_seqs)
+    return (SAMPLER_BYTES * shape.max_num_seqs + PROCESSED_BYTES * num_processed) * vocab_size
 
 
 def reserved_bytes(

@@ -154,12 +154,12 @@ class Planner:
 
     def _start(self, writer: StepWriter, sequence: Sequence, num_known: int, found: Int32Array) -> bool:
         """Admit or resume a sequence with its cached blocks. False: it cannot be admitted before a step is applied."""
-        num_cached, lease = len(found) * self._shape.block_size, None
+        num_cached, leases = len(found) * self._shape.block_size, None
         if sequence.has_row:
             self._admission.resume(sequence)
         else:
-            lease = self._admission.admit(sequence, num_cached)
-            if lease is None:
+            leases = self._admission.admit(sequence, num_cached)
+            if leases is None:
                 return False
             self._prefixes.set_prompt_hashes(sequence)
         table, row = self._table, sequence.row
@@ -169,7 +169,7 @@ class Planner:
         table.num_computed_tokens[row] = num_cached
         table.preemptible_len[row] = num_known
         table.rank[row] = sequence.rank
-        writer.add_admission(sequence, num_cached, lease)
+        writer.add_admission(sequence, num_cached, *(leases or ()))
         return True
 
     def _start_running(self, writer: StepWriter, rows: list[int], counts: list[int]) -> tuple[IntArray, IntArray]:

@@ -20,11 +20,14 @@ class Batch:
     generations: IntArray  # [num_seqs], of each row when the step was planned
     variant: int  # the most demanding SamplerVariant of any of them
     want_logprobs: int  # the largest of any of them
+    want_processed: int  # 1 if any of them wants processed log-probabilities
 
     @classmethod
     def of(cls, rows: IntArray, table: SequenceTable) -> Batch:
-        want_logprobs = int(table.want_logprobs[rows].max(initial=0))
-        return cls(rows, table.generation[rows], int(table.variant[rows].max(initial=0)), want_logprobs)
+        most = (
+            int(column[rows].max(initial=0)) for column in (table.variant, table.want_logprobs, table.want_processed)
+        )
+        return cls(rows, table.generation[rows], *most)
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,17 @@ class StepWriter:
         record.append_block[start:end] = block
         self._num_appends = end
 
-    def add_admission(self, sequence: Sequence, num_cached: int, lease: PromptLease | None) -> None:
-        """Write an admission, or a resumption without a lease. `num_cached` of its tokens have their KV already."""
-        sequence.write_admission(self._record.admit, self._num_admissions, num_cached, lease)
+    def add_admission(
+        self,
+        sequence: Sequence,
+        num_cached: int,
+        lease: PromptLease | None = None,
+        long_lease: PromptLease | None = None,
+    ) -> None:
+        """Write an admission, or a resumption without leases. `num_cached` of its tokens have their KV already."""
+        sequence.write_admission(self._record.admit, self._num_admissions, num_cached, lease, long_lease)
         self._num_admissions += 1
-        if lease is not None:
-            self.leases.append(lease)
+        self.leases += [each for each in (lease, long_lease) if each is not None]
 
     def finish(self, batch: Batch, counts: IntArray, samples: BoolArray, planned_at_ns: int) -> int:
         """Write the sequences, the tokens of each, and whether each samples one. Returns the number of tokens."""
@@ -77,6 +85,7 @@ class StepWriter:
         record.num_tokens[0] = num_tokens
         record.variant[0] = batch.variant
         record.want_logprobs[0] = batch.want_logprobs
+        record.want_processed[0] = batch.want_processed
         record.planned_at_ns[0] = planned_at_ns
         record.seq_row[:n] = batch.rows
         record.seq_num_tokens[:n] = counts

@@ -59,7 +59,10 @@ class StepResults:
         num_tokens = table.num_tokens[rows]
         table.token_ids[rows, num_tokens] = token_ids
         table.num_tokens[rows] = num_tokens + 1
-        logprobs = _copy_logprobs(result, n, is_valid, batch.want_logprobs) if batch.want_logprobs else None
+        logprobs = None
+        if batch.want_logprobs:
+            num_extra = int(table.num_extra_logprobs[rows].max())
+            logprobs = _copy_logprobs(result, n, is_valid, batch.want_logprobs - 1, num_extra)
         self._outputs.add_tokens(table.key[rows], token_ids, finish, logprobs)
         self._counts["num_sampled_tokens"] += rows.size
         return SequenceEnds(failed, self._finish(rows, finish)) if has_ends else None
@@ -94,10 +97,10 @@ class StepResults:
         return [sequence for row in rows.tolist() if (sequence := self._table.sequences[row]) is not None]
 
 
-def _copy_logprobs(result: ResultRecord, n: int, is_valid: BoolArray, want_logprobs: int) -> LogprobArrays:
-    num_top = want_logprobs - 1
+def _copy_logprobs(result: ResultRecord, n: int, is_valid: BoolArray, num_top: int, num_extra: int) -> LogprobArrays:
     return LogprobArrays(
         result.logprob[:n][is_valid],
         result.top_ids[:n, :num_top][is_valid],
         result.top_logprobs[:n, :num_top][is_valid],
+        result.extra_logprobs[:n, :num_extra][is_valid],
     )

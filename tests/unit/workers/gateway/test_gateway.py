@@ -131,7 +131,11 @@ def _raw_ids(token_ids: Any) -> bytes:
         (generate("bad", token_ids=b"12345"), "invalid_request", "not a multiple of 4"),
         (generate("bad", prompt="x", token_ids=b"1234"), "invalid_request", "prompt and token_ids"),
         (generate("bad", prompt=None), "invalid_request", "not none"),
-        (_params(temperature=-1.0), "invalid_request", "temperature (-1.0) must be 0 (greedy) or lie in [0.001, 100]"),
+        (
+            _params(temperature=-1.0),
+            "invalid_request",
+            "temperature (-1.0) must lie in [0, 100]; below 0.001 it is greedy",
+        ),
         (_params(max_tokens="many"), "protocol", "params.max_tokens"),
         (_params(tempreture=1.0), "protocol", "tempreture"),
         (_params(stop_token_ids=[True]), "protocol", "stop_token_ids"),
@@ -571,10 +575,17 @@ def test_a_request_larger_than_the_bound_waits_alone() -> None:
         {"prompt": "x" * 500 + "\N{ROCKET}"},
         {"chat": [ChatMessage("user", f"hi there {number}") for number in range(20)]},
         {"params": SamplingParams(stop=[f"stop {number}" for number in range(16)], stop_token_ids=[*range(300, 316)])},
+        {
+            "params": SamplingParams(
+                logit_bias={1_000 + token: 0.5 for token in range(300)},
+                allowed_token_ids=[*range(1_000, 1_200)],
+                bad_words=[f"word {number}" for number in range(50)],
+            )
+        },
         {"scheduling": SchedulingParams(priority=1, tenant="somebody", deadline_s=1.5, queue_timeout_s=2.5)},
         {"policy": "fair"},
     ],
-    ids=["tiny", "wide text", "chat", "stops", "scheduling", "tenants"],
+    ids=["tiny", "wide text", "chat", "stops", "long values", "scheduling", "tenants"],
 )
 def test_what_waits_for_a_tokenizer_is_charged_the_memory_that_it_takes(fields: dict[str, Any]) -> None:
     fields = {"policy": "priority", **fields}

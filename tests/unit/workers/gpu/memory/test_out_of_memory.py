@@ -164,7 +164,7 @@ def test_what_is_left_beside_the_cache_grows_with_what_is_allocated_later() -> N
     def reserved(step_bytes: int = 1 << 30, captures: bool = True, shape: StepShape = SHAPE, layers: int = 2) -> int:
         return reserved_bytes(shape, layers, 1000, step_bytes, CUDA, captures=captures)
 
-    assert reserved(captures=False) == (1 << 30) + table_bytes(SHAPE, 1000) + mask_bytes(SHAPE) + 4 * 4 * 1000
+    assert reserved(captures=False) == (1 << 30) + table_bytes(SHAPE, 1000) + mask_bytes(SHAPE) + 8 * 4 * 1000
     assert reserved() - reserved(captures=False) > 1 << 30, "all of so small a step may be captured"
     assert reserved(layers=4) > reserved()
     large = StepShape(max_num_seqs=4, max_num_batched_tokens=5120, max_model_len=64, block_size=4)

@@ -1,0 +1,1 @@
+"""The grammar role: tells which tokens each structured request may sample next."""

@@ -1,0 +1,119 @@
+"""Writes the parts of a Lark grammar: literals that may name special tokens, free text, schemas and subgrammars."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+from llguidance import regex_to_lark
+
+from ipc.errors import InvalidRequest
+from ipc.structured_outputs import StructuredOutputs
+from workers.grammar.grammar_text import OPTIONS, lark_of, quoted
+from workers.grammar.json_schemas import json_options, prepare_schema
+from workers.grammar.vocabulary import Vocabulary
+
+Literal = str | int  # fixed text, or one token's id
+
+
+class LarkParts:
+    """One grammar under construction. Each method returns an expression for use in a rule."""
+
+    def __init__(self, spec: StructuredOutputs, vocabulary: Vocabulary) -> None:
+        self._spec: Final = spec
+        self._vocabulary: Final = vocabulary
+        self._lines: Final = ["TEXT: /(?s:.*)/"]
+        self._subgrammars: Final[list[dict[str, str]]] = []
+        longest_first = sorted(vocabulary.special_ids, key=len, reverse=True)
+        self._special: Final = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def grammar(self, start: str) -> str:
+        """The whole grammar, as llguidance takes it."""
+        main = {"lark_grammar": "\n".join([f"start: {start}", *self._lines, OPTIONS])}
+        return json.dumps({"grammars": [main, *self._subgrammars]})
+
+    def rule(self, expression: str, options: str = "") -> str:
+        name = f"r{len(self._lines)}"
+        self._lines.append(f"{name}{options}: {expression}")
+        return name
+
+    def text(self) -> str:
+        """Free text, which special tokens are not."""
+        return "TEXT"
+
+    def literal(self, literal: Literal) -> str:
+        """Fixed text. Where it names special tokens it may be those tokens, or be spelled out."""
+        spellings = [" ".join(map(_quoted, each)) for each in self._spellings(literal)]
+        return spellings[0] if len(spellings) == 1 else f"({' | '.join(spellings)})"
+
+    def text_until(self, literal: Literal) -> str:
+        """Free text up to the first occurrence of a fixed text, which it includes."""
+        found = []
+        for first, *rest in self._spellings(literal):
+            head = f"TEXT {_quoted(first)}"
+            found.append(" ".join([self.rule(head, "[lazy]") if isinstance(first, str) else head, *map(_quoted, rest)]))
+        return found[0] if len(found) == 1 else f"({' | '.join(found)})"
+
+    def triggered(self, trigger: str, begins: list[str]) -> list[tuple[str, list[str | None]]]:
+        """Free text up to a trigger that begins all of `begins`: expressions, and what each leaves of the beginnings.
+
+        A beginning that an expression does not fit is None there. A special token at its start triggers, too.
+        """
+        tokens = {begin: found[0] for begin in begins if (found := self._special.match(begin))}
+        if self._special.search(trigger, 1) and not tokens:
+            raise InvalidRequest(
+                f"structural_tag has the trigger {trigger!r} with a special token in it: begin it with that token"
+            )
+        rests: list[str | None] = [begin[len(trigger) :] for begin in begins]
+        heads = [(self.rule(f"TEXT {_quoted(trigger)}", "[lazy]"), rests)]
+        for token in dict.fromkeys(tokens.values()):
+            rests = [begin[len(token) :] if tokens.get(begin) == token else None for begin in begins]
+            heads.append((f"TEXT {_quoted(self._vocabulary.special_ids[token])}", rests))
+        return heads
+
+    def token(self, token: Any) -> int:
+        """The id of a token that is given by id, or by the text of a special token."""
+        token_id = self._vocabulary.special_ids.get(token) if isinstance(token, str) else token
+        if not isinstance(token_id, int) or isinstance(token, bool) or not 0 <= token_id < self._vocabulary.size:
+            raise InvalidRequest(
+                f"structural_tag has the token {token!r}: it must be an id below {self._vocabulary.size}, or the text "
+                "of a special token"
+            )
+        return token_id
+
+    def regex(self, pattern: str) -> str:
+        self._lines.append(f"R{len(self._lines)}: /{regex_to_lark(pattern, '')}/")
+        return f"R{len(self._lines) - 1}"
+
+    def json(self, schema: Any) -> str:
+        """JSON that a schema describes; true = any JSON."""
+        schema = {} if schema is True else schema
+        if not isinstance(schema, dict):
+            raise InvalidRequest(
+                f"structural_tag has the schema {str(schema)[:100]}: it must be a JSON object, or true"
+            )
+        prepare_schema(schema, self._spec)
+        return f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+
+    def subgrammar(self, text: str) -> str:
+        name = f"g{len(self._subgrammars)}"
+        self._subgrammars.append({"name": name, "lark_grammar": lark_of(text, "structural_tag.grammar")})
+        return f"@{name}"
+
+    def _spellings(self, literal: Literal) -> list[tuple[Literal, ...]]:
+        if isinstance(literal, int):
+            return [(literal,)]
+        parts: list[Literal] = []
+        end = 0
+        for found in self._special.finditer(literal):
+            parts += [literal[end : found.start()], self._vocabulary.special_ids[found[0]]]
+            end = found.end()
+        parts.append(literal[end:])
+        spelled: tuple[Literal, ...] = (literal,)
+        return [spelled] if len(parts) == 1 else [spelled, tuple(part for part in parts if part != "")]
+
+
+def _quoted(part: Literal) -> str:
+    """A part of a literal as Lark writes it."""
+    return quoted(part) if isinstance(part, str) else f"<[{part}]>"
