@@ -50,7 +50,7 @@ class Span:
     STEP_RING: Final = 13
     PROMPT_RING: Final = 14
     SEQUENCES: Final = 15
-    MASKS: Final = 16
+    MISSING_MASKS: Final = 16
 
 
 class Form(enum.Enum):
@@ -85,7 +85,7 @@ KINDS: Final[dict[int, Kind]] = {
     Span.STEP_RING: Kind("step ring", ("in_flight",), Form.COUNTER),  # planned and not applied
     Span.PROMPT_RING: Kind("prompt ring", ("records",), Form.COUNTER),  # not released
     Span.SEQUENCES: Kind("sequences", ("running", "waiting"), Form.COUNTER),
-    Span.MASKS: Kind("masks", ("missing",), Form.COUNTER),  # GPU process: of the step that it holds back
+    Span.MISSING_MASKS: Kind("missing masks", ("num_masks",), Form.COUNTER),  # GPU process: of the step it holds back
 }
 
 

@@ -396,7 +396,7 @@ class Script:
         self.launches.append(ticket)
 
     def gauge(self, kind: int, value: int) -> None:
-        assert kind == Span.MASKS
+        assert kind == Span.MISSING_MASKS
         self.missing.append(value)
 
     def wait(self, timeout_ms: int | None = None) -> None:
