@@ -87,7 +87,7 @@ KINDS: Final[dict[int, Kind]] = {
     Span.PROMPT_RING: Kind("prompt ring", ("records",), Form.COUNTER),  # not released
     Span.MASK: Kind("mask", ("ticket", "num_masks")),  # grammar process: which tokens sequences may sample
     Span.SEQUENCES: Kind("sequences", ("running", "waiting"), Form.COUNTER),
-    Span.MISSING_MASKS: Kind("masks", ("missing",), Form.COUNTER),  # GPU process: of the step that it holds back
+    Span.MISSING_MASKS: Kind("missing masks", ("num_masks",), Form.COUNTER),  # GPU process: of the step it holds back
 }
 
 

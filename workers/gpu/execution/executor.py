@@ -42,7 +42,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,7 +148,7 @@ class Executor:
         if step is None or (step.owed and not self._masks_are_decided(step, now_ns)):
             return None
         self.held_back = None
-        step = self._submit_second_half(step)
+        self._submit_second_half(step)
         self.under_way.append(step)
         return step
 
@@ -232,7 +231,7 @@ class Executor:
             self.held_back = step  # before we look for results: `publish` on another thread looks at it afterwards
         return step
 
-    def _submit_second_half(self, step: Submitted) -> Submitted:
+    def _submit_second_half(self, step: Submitted) -> None:
         """Enqueue the second half of a step."""
         device, work, record = self._device, self._work, step.record
         buffers = self._step_buffers[step.ticket % len(self._step_buffers)]
@@ -243,7 +242,7 @@ class Executor:
 
         if step.owed:
             assert variant == SamplerVariant.ADJUSTED, f"step {step.ticket} owes masks, and {variant.name} reads none"
-            step = self._masks.copy(step)
+            self._masks.copy(step)
             device.wait(self._compute, self._masks.ready)  # the adjustment reads the masks
         if variant == SamplerVariant.ADJUSTED:
             device.launch(self._compute, work.adjust(step.bucket[0]), lambda: work.accesses.adjust(rows))
@@ -257,8 +256,7 @@ class Executor:
         device.copy(self._copy_out, self._result_record(step.ticket)[part], buffers.outputs[part])
         device.record(buffers.outputs_done, self._copy_out)
         if step.owed:
-            step = replace(step, mask_wait_ns=self._monotonic_ns() - self._masks_due_since_ns(step))
-        return step
+            step.mask_wait_ns = self._monotonic_ns() - self._masks_due_since_ns(step)
 
     def _masks_are_decided(self, step: Submitted, now_ns: int) -> bool:
         """Whether nothing reads the buffer of masks any more, and each owed mask is there or counts as closed."""
