@@ -96,6 +96,7 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
 def tokenizer(facts: EngineFacts, worker: WorkerBootstrap) -> TokenizerBootstrap:
     return TokenizerBootstrap(
         worker=worker,
+        tokenizer=facts.config.tokenizer,
         model_path=facts.model.folder,
         vocab_size=facts.model.vocab_size,
         max_model_len=facts.model.max_model_len,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
 from ipc.messages import Tokenize
 from workers.model_tokenizer.loading import is_foreign_failure
-from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer.chat_template import ChatTemplates
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ class Encoded(NamedTuple):
 class PromptEncoder:
     """Encodes and checks prompts, chats and token ids for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, templates: ChatTemplates, vocab_size: int, max_model_len: int) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._templates = templates
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         longest_token = max(map(len, tokenizer.get_vocab()), default=1)
@@ -49,7 +49,7 @@ class PromptEncoder:
 
         Some models are trained that way; in other models the tokenizer lacks a token.
         """
-        for text in self._template.control_tokens:
+        for text in self._templates.control_tokens:
             num_tokens = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
             if num_tokens != 1:
                 yield f"the chat template writes {text!r}, which is not a token: the tokenizer makes {num_tokens} of it"
@@ -78,7 +78,7 @@ class PromptEncoder:
             return token_ids
         if request.chat is not None:
             # The template has written the special tokens already.
-            return self._encode(self._template.render(request.chat), add_special_tokens=False)
+            return self._encode(self._templates.render(request.chat, self._max_chars), add_special_tokens=False)
         return self._encode(request.prompt or "", add_special_tokens=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> Ids:

@@ -16,7 +16,7 @@ from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
 from ipc.trace import Span
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
-from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.config import TokenizerBootstrap
 from workers.tokenizer.core import Encoded, PromptEncoder
 
@@ -29,8 +29,12 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
     loaded = load_tokenizer(bootstrap.model_path)
-    template = ChatTemplate.load(bootstrap.model_path, loaded.special_tokens)
-    encoder = PromptEncoder(loaded.tokenizer, template, bootstrap.vocab_size, bootstrap.max_model_len)
+    config = bootstrap.tokenizer
+    templates = ChatTemplates.load(
+        bootstrap.model_path, loaded.special_tokens, config.chat_template,
+        trust_requests=config.trust_request_templates, timeout_s=config.template_timeout_s,
+    )  # fmt: skip
+    encoder = PromptEncoder(loaded.tokenizer, templates, bootstrap.vocab_size, bootstrap.max_model_len)
     if bootstrap.worker.index == 0:  # all tokenizers would log the same
         for note in loaded.notes:
             logger.info("%s", note)

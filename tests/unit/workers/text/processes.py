@@ -50,7 +50,7 @@ from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
 from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
-from workers.tokenizer.config import TokenizerBootstrap
+from workers.tokenizer.config import TokenizerBootstrap, TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 30.0
@@ -215,6 +215,7 @@ class TextEngine:
             block_size=4,
             cache_seed=None,
             worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
+            tokenizer=TokenizerConfig(),
             model_path=str(model),
             vocab_size=vocab_size,
             max_model_len=max_model_len,
