@@ -50,6 +50,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
+from ipc.chat import EncodedChat
 from ipc.codec import MAX_ITEMS, BoundedList
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
@@ -71,13 +72,6 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
     """Base of all messages; on the wire a map whose `type` is the class name."""
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
 # ---- client -> gateway
 
 
@@ -90,7 +84,7 @@ class Generate(Message, frozen=True):
     request_id: str  # of the client's choice; no other open request of this client may have it
     params: SamplingParams
     prompt: str | None = None
-    chat: BoundedList[ChatMessage] | None = None
+    chat: EncodedChat | None = None
     token_ids: bytes | None = None  # int32 [num_prompt_tokens]
     stream: bool = False  # False: the client receives nothing before the request ends
     cache_salt: str = ""  # only requests with the same salt share cached prompt blocks
@@ -265,7 +259,7 @@ class Tokenize(Message, frozen=True):
     params: SamplingParams  # with a seed: the gateway draws one if the client gave none
     arrived_ns: int  # at the gateway, CLOCK_MONOTONIC; queue time-outs and aging count from here
     prompt: str | None = None
-    chat: BoundedList[ChatMessage] | None = None
+    chat: EncodedChat | None = None
     token_ids: bytes | None = None
     cache_salt: str = ""
     scheduling: SchedulingParams = DEFAULT_SCHEDULING

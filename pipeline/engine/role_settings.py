@@ -98,6 +98,7 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
 def tokenizer(facts: EngineFacts, worker: WorkerBootstrap) -> TokenizerBootstrap:
     return TokenizerBootstrap(
         worker=worker,
+        tokenizer=facts.config.tokenizer,
         model_path=facts.model.folder,
         shape=facts.shape,
         cache_seed=facts.cache_seed,

@@ -14,8 +14,7 @@ from typing import Any, Final
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from ipc.structured_outputs import StructuredOutputs
-from pipeline import Output, Pipeline, SamplingParams
+from pipeline import Output, Pipeline, SamplingParams, StructuredOutputs
 from tests.integration.test_token_equality import config
 from tests.reference.plain_generation import PlainEngine, PlainOutput
 from tests.reference.tiny_models import make_tiny_model
