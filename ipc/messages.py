@@ -46,10 +46,11 @@ Arrays travel as raw little-endian bytes; comments give their dtype and shape. A
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
+from ipc.chat import EncodedChat
 from ipc.codec import MAX_ITEMS, BoundedList
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
@@ -71,13 +72,6 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
     """Base of all messages; on the wire a map whose `type` is the class name."""
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
 # ---- client -> gateway
 
 
@@ -90,7 +84,7 @@ class Generate(Message, frozen=True):
     request_id: str  # of the client's choice; no other open request of this client may have it
     params: SamplingParams
     prompt: str | None = None
-    chat: BoundedList[ChatMessage] | None = None
+    chat: EncodedChat | None = None
     token_ids: bytes | None = None  # int32 [num_prompt_tokens]
     stream: bool = False  # False: the client receives nothing before the request ends
     cache_salt: str = ""  # only requests with the same salt share cached prompt blocks
@@ -145,6 +139,23 @@ class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: bytes  # float32 [n]
     top_ids: bytes  # int32 [n, num_top], likeliest first
     top_logprobs: bytes  # float32 [n, num_top]
+    extra_ids: bytes = b""  # int32 [num_extra], SamplingParams.logprob_token_ids
+    extra_logprobs: bytes = b""  # float32 [n, num_extra]
+
+
+class TokenBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bytes of m distinct tokens. The text of a special token is its name, in UTF-8."""
+
+    token_ids: bytes  # int32 [m]
+    lengths: bytes  # int32 [m], in bytes
+    data: bytes  # of all tokens, one after the other
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Log-probabilities of n consecutive tokens of a prompt. A prompt's first token has none."""
+
+    token_ids: bytes  # int32 [n]
+    columns: TokenLogprobs  # of these tokens
 
 
 class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,7 +184,9 @@ class Outputs(Message, frozen=True):
     token_ids: bytes  # int32 [sum of num_token_ids]
     finals: BoundedList[tuple[int, FinalOutput]] = []  # (index into request_ids, the end of that sample)
     logprobs: BoundedList[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of the new tokens there)
+    token_bytes: TokenBytes | None = None  # of every token that has a log-probability here; None: there are none
     samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
+    prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (index into request_ids, next part of its prompt)
 
 
 class Refused(Message, frozen=True):
@@ -246,7 +259,7 @@ class Tokenize(Message, frozen=True):
     params: SamplingParams  # with a seed: the gateway draws one if the client gave none
     arrived_ns: int  # at the gateway, CLOCK_MONOTONIC; queue time-outs and aging count from here
     prompt: str | None = None
-    chat: BoundedList[ChatMessage] | None = None
+    chat: EncodedChat | None = None
     token_ids: bytes | None = None
     cache_salt: str = ""
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
@@ -268,7 +281,7 @@ class Tokenized(Message, frozen=True):
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
     block_hashes: bytes = b""  # of the prompt, by `ipc.block_hash.chain_hashes`; empty: do not cache it
-    long_values: bytes = b""  # int32, by `ipc.long_values`; the params do not repeat them
+    long_values: bytes = b""  # int32, by `ipc.long_values`; of these, the params repeat only logprob_token_ids
     thinking: tuple[int, int] | None = None  # the model's tokens that begin and end thinking; only with a budget
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     deadline_ns: int = 0
@@ -333,14 +346,33 @@ def split_keys(kind: type[K], keys: Sequence[int]) -> Iterator[K]:
         yield kind(keys=list(keys[start : start + MAX_ITEMS]))
 
 
-class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """How a request's tokens become text: fields of SamplingParams."""
+
+    stop: BoundedList[str] = []
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> TextOptions:
+        options = cls(**{name: getattr(params, name) for name in cls.__struct_fields__})
+        return PLAIN_TEXT if options == PLAIN_TEXT else options  # msgspec omits a default only if it is this object
+
+
+PLAIN_TEXT: Final = TextOptions()
+
+
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the detokenizer must know of a request before its first token."""
 
     key: int
     route: Route
-    stop: BoundedList[str]
     num_prompt_tokens: int
-    num_logprobs: int | None  # SamplingParams.logprobs
+    text: TextOptions = PLAIN_TEXT
+    num_logprobs: int | None = None  # SamplingParams.num_logprobs
+    logprob_token_ids: BoundedList[int] = []  # of SamplingParams
     num_samples: int = 1  # a request that the scheduler refuses has one, which ends at once
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
 
@@ -362,6 +394,8 @@ class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: bytes  # float32 [n]
     top_ids: bytes  # int32 [n, num_top]
     top_logprobs: bytes  # float32 [n, num_top]
+    num_extra: int = 0
+    extra_logprobs: bytes = b""  # float32 [n, num_extra], of each sequence's own logprob_token_ids
 
 
 class StepOutputs(Message, frozen=True):
@@ -372,6 +406,7 @@ class StepOutputs(Message, frozen=True):
 
     opened: BoundedList[Opened] = []
     cached: BoundedList[tuple[int, int]] = []  # (key, prompt tokens found in the cache), only if there are any
+    prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (key of sample 0, next part of its prompt)
     keys: bytes = b""  # int64 [n]
     token_ids: bytes = b""  # int32 [n]
     finish: bytes = b""  # uint8 [n], FinishCode

@@ -27,7 +27,9 @@ from ipc.errors import (
 )
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 from pipeline.client.async_client import AsyncClient
+from pipeline.client.chat_input import Chat
 from pipeline.client.outputs import Completion, Health, Output, TokenLogprob, Usage
 from pipeline.client.streams import OutputStream
 from pipeline.client.sync_client import Client, Stream
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
+    "Chat",
     "Client",
     "Completion",
     "Config",
@@ -57,6 +60,7 @@ __all__ = [
     "SamplingParams",
     "SchedulingParams",
     "Stream",
+    "StructuredOutputs",
     "TokenLogprob",
     "TokensExcluded",
     "Usage",

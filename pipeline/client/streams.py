@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Self
 
 from ipc.errors import InvalidRequest, RingfeedError, error_from_code
-from ipc.messages import FinalOutput, TokenLogprobs
-from pipeline.client.outputs import Completion, Output, Usage, token_logprobs
+from ipc.messages import FinalOutput
+from pipeline.client.outputs import Completion, LogprobPart, Output, Usage, token_logprobs
 from pipeline.environment import forks
 
 
@@ -24,7 +24,7 @@ class Sample:
         self.index = index
         self.texts: list[str] = []
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[LogprobPart] = []
         self.final: FinalOutput | None = None
         self.is_unread = False
 

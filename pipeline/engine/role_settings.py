@@ -98,10 +98,9 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
 def tokenizer(facts: EngineFacts, worker: WorkerBootstrap) -> TokenizerBootstrap:
     return TokenizerBootstrap(
         worker=worker,
+        tokenizer=facts.config.tokenizer,
         model_path=facts.model.folder,
-        vocab_size=facts.model.vocab_size,
-        max_model_len=facts.model.max_model_len,
-        block_size=facts.config.cache.block_size,
+        shape=facts.shape,
         cache_seed=facts.cache_seed,
     )
 

@@ -115,6 +115,7 @@ class FakeGpu:
             result.logprob[i] = -float(row)
             result.top_ids[i] = np.arange(result.top_ids.shape[1]) + row
             result.top_logprobs[i] = -np.arange(result.top_ids.shape[1]) - row
+            result.extra_logprobs[i] = -100 * (row + 1) - np.arange(result.extra_logprobs.shape[1])
         self.clock_ns += self.step_ns
         result.device_end_ns[0] = self.clock_ns
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from ipc.errors import ConfigError, RequestFailed
+from ipc.long_values import max_long_words
 from ipc.mask_records import MaskRequestRecord
 from ipc.messages import (
     Compiled,
@@ -78,10 +79,10 @@ class Scheduler:
         mask_rings: Iterable[Ring[MaskRequestRecord]] = (),
         grammar: GrammarLimits = _DEFAULT_LIMITS,
     ) -> None:
-        if prompts.max_upload_tokens < shape.max_model_len:
+        if not prompts.can_upload(shape.max_model_len, max_long_words(shape) if shape.vocab_size else 0):
             raise ConfigError(
-                f"the upload ring holds {prompts.max_upload_tokens} tokens, less than scheduler.max_model_len "
-                f"({shape.max_model_len}): a prompt could not be sent again; give the prompt rings more records"
+                f"the upload ring has no room for a prompt of scheduler.max_model_len ({shape.max_model_len}) tokens "
+                "and its long values: it could not be sent again; give the prompt rings more records"
             )
         self.depth = depth
         self.prompts = prompts

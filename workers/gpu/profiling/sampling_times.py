@@ -26,6 +26,7 @@ from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import BatchBuffers
 from workers.gpu.execution.tensor_views import ResultTensors, tensor_views
 from workers.gpu.profiling.device_rates import time_cpu, time_cuda
+from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import sample
 
 PARAMETERS: Final[list[tuple[SamplerVariant, dict[str, float]]]] = [
@@ -84,7 +85,7 @@ def measure(
                 getattr(tables, name).fill_(value)
 
             def work(variant: SamplerVariant = variant, logits: torch.Tensor = logits) -> None:
-                sample(variant, False, logits, batch, flags, tables, outputs)
+                sample(variant, WantedLogprobs.NONE, logits, batch, flags, tables, outputs)
 
             captured = device.capture(work)
             captured()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, Tokenized
+from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, TextOptions, Tokenized
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.admission.request_checks import RequestChecks
 from workers.scheduler.admission.waiting_queue import WaitingQueue
@@ -117,14 +117,15 @@ class Admission:
         """
         return self.queue.next(self._table.num_free)
 
-    def admit(self, sequence: Sequence, num_cached: int) -> PromptLease | None:
+    def admit(self, sequence: Sequence, num_cached: int) -> tuple[PromptLease, PromptLease | None] | None:
         """Give the next waiting sequence a row. `num_cached` of its tokens are in the prefix cache.
 
-        Returns the lease on the records from which this step copies its prompt; release it when the step has been
-        applied. Returns None, and changes nothing, if the upload ring has no room before another step is applied.
+        Returns the leases on the records from which this step copies its prompt and its long values; release them when
+        the step has been applied. Returns None, and changes nothing, if the upload ring has no room before another step
+        is applied.
         """
-        lease = self._prompts.lease_for_step(sequence.lease, sequence.token_ids)
-        if lease is None:
+        leases = self._prompts.leases_for_step(sequence.lease, sequence.token_ids, sequence.long_values)
+        if leases is None:
             return None
         sequence.row = self._table.take_row(sequence)
         self.queue.leave_for_row(sequence)
@@ -133,7 +134,7 @@ class Admission:
         if num_cached:
             self._counts["num_cached_tokens"] += num_cached
             self._outputs.cached.append((sequence.key, num_cached))
-        return lease
+        return leases
 
     def resume(self, sequence: Sequence) -> None:
         """The next preempted sequence runs again, in the row that it has kept."""
@@ -167,12 +168,14 @@ class Admission:
 
 def _opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = None) -> Opened:
     """The detokenizer's first message about a request. `token_ids` is the prompt; None: the request is refused."""
+    params = message.params
     return Opened(
         key=message.key,
         route=message.route,
-        stop=message.params.stop,
         num_prompt_tokens=message.num_prompt_tokens,
-        num_logprobs=message.params.logprobs,
+        text=TextOptions.of(params),
+        num_logprobs=params.num_logprobs,
+        logprob_token_ids=params.logprob_token_ids or [],
         num_samples=num_samples,
         prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
     )

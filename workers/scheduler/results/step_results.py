@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from ipc.messages import PromptLogprobs, TokenLogprobs
 from ipc.records import FinishCode, ResultRecord
 from workers.scheduler.array_types import BoolArray, Int32Array, IntArray
 from workers.scheduler.output_buffer import LogprobArrays, OutputBuffer
@@ -46,6 +47,8 @@ class StepResults:
         Results of sequences that have ended since the step was planned are void: the generations of their rows differ.
         Keeps no reference to `result`. Returns the sequences that end; None: none does.
         """
+        if step.prompt_chunks:
+            self._add_prompt_logprobs(step, result)
         table, batch = self._table, step.batch
         rows, n = batch.rows, len(batch.rows)
         is_valid = (table.generation[rows] == batch.generations) & step.samples
@@ -64,7 +67,10 @@ class StepResults:
         num_tokens = table.num_tokens[rows]
         table.token_ids[rows, num_tokens] = token_ids
         table.num_tokens[rows] = num_tokens + 1
-        logprobs = _copy_logprobs(result, n, is_valid, batch.want_logprobs) if batch.want_logprobs else None
+        logprobs = None
+        if batch.want_logprobs:
+            num_extra = int(table.num_extra_logprobs[rows].max())
+            logprobs = _copy_logprobs(result, n, is_valid, batch.want_logprobs - 1, num_extra)
         self._outputs.add_tokens(table.key[rows], token_ids, finish, logprobs)
         self._counts["num_sampled_tokens"] += rows.size
         if not has_ends:
@@ -73,6 +79,22 @@ class StepResults:
             is_cut_off = (finish == _LENGTH) & (table.grammar_worker[rows] != NO_WORKER)
             self._counts["num_structured_unfinished"] += int(is_cut_off.sum())
         return SequenceEnds(not_finite, excluded, self._finish(rows, finish))
+
+    def _add_prompt_logprobs(self, step: PlannedStep, result: ResultRecord) -> None:
+        """Add the log-probabilities of prompts to the detokenizer's next message, except those of ended sequences."""
+        table = self._table
+        for chunk in step.prompt_chunks:
+            if table.generation[chunk.row] == chunk.generation:
+                entries, num_top = slice(chunk.start, chunk.end), chunk.num_top
+                last = chunk.position + chunk.end - chunk.start
+                columns = TokenLogprobs(
+                    num_top,
+                    result.prompt_logprob[entries].tobytes(),
+                    result.prompt_top_ids[entries, :num_top].tobytes(),
+                    result.prompt_top_logprobs[entries, :num_top].tobytes(),
+                )
+                part = PromptLogprobs(table.token_ids[chunk.row, chunk.position : last].tobytes(), columns)
+                self._outputs.prompt_logprobs.append((int(table.key[chunk.row]), part))
 
     def _finish(self, rows: IntArray, finish: Int32Array) -> list[Sequence]:
         """The sequences whose new token is their last one."""
@@ -101,10 +123,10 @@ class StepResults:
         return [sequence for row in rows.tolist() if (sequence := self._table.sequences[row]) is not None]
 
 
-def _copy_logprobs(result: ResultRecord, n: int, is_valid: BoolArray, want_logprobs: int) -> LogprobArrays:
-    num_top = want_logprobs - 1
+def _copy_logprobs(result: ResultRecord, n: int, is_valid: BoolArray, num_top: int, num_extra: int) -> LogprobArrays:
     return LogprobArrays(
         result.logprob[:n][is_valid],
         result.top_ids[:n, :num_top][is_valid],
         result.top_logprobs[:n, :num_top][is_valid],
+        result.extra_logprobs[:n, :num_extra][is_valid],
     )

@@ -21,11 +21,11 @@ import pytest
 import zmq
 
 from ipc.channels import bind_router, receive_from, send_to
+from ipc.chat import EncodedChat
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed
 from ipc.messages import (
     PROTOCOL_VERSION,
     Cancel,
-    ChatMessage,
     ClientMessage,
     Delivered,
     FinalOutput,
@@ -35,6 +35,7 @@ from ipc.messages import (
     Query,
     Refused,
     Stats,
+    TokenBytes,
     TokenLogprobs,
 )
 from ipc.scheduling_params import SchedulingParams
@@ -165,9 +166,7 @@ def test_a_whole_answer_has_text_ids_reason_and_usage(gateway: FakeGateway, clie
 def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client) -> None:
     gateway.on_generate = lambda g: [news(g.request_id, end=END)]
     client.generate([{"role": "user", "content": "hi"}])
-    assert gateway.expect(Generate).chat == [ChatMessage("user", "hi")]
-    client.generate([ChatMessage("system", "be brief"), ChatMessage("user", "hi")])
-    assert len(gateway.expect(Generate).chat) == 2
+    assert gateway.expect(Generate).chat == EncodedChat(messages=b'[{"role":"user","content":"hi"}]')
     for prompt in ([1, 2], np.array([1, 2]), np.array([1, 2], np.uint16), (1, 2), range(1, 3)):
         client.generate(prompt)
         assert gateway.expect(Generate).token_ids == int32(1, 2)
@@ -178,7 +177,7 @@ def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client
     ["", [], 5, None, b"bytes", b"12345678",
      [1.5], [1, "a"], [-1], [2**31], np.zeros((2, 2), int), np.zeros(2), "\ud800",
      [True, False], [1, True], [np.True_], np.array([True]),
-     [{"role": "user"}], [{"role": "user", "content": "x", "name": "y"}], [{"role": "user", "content": "x"}, 5],
+     [{"role": "user", "content": b"x"}], [{"role": "user", "content": "x"}, 5],
      "x" * (17 << 20), "x" * (65 << 20), [{"role": "user", "content": "x"}] * 16_385],
     ids=reprlib.repr,
 )  # fmt: skip
@@ -241,14 +240,23 @@ def test_logprobs_are_unpacked_per_token(gateway: FakeGateway, client: Client) -
         logprobs=array("f", [-1.0, -2.0]).tobytes(),
         top_ids=int32(5, 6, 7, 8),
         top_logprobs=array("f", [-0.5, -1.0, -0.25, -2.0]).tobytes(),
+        extra_ids=int32(9, 5),
+        extra_logprobs=array("f", [-3.0, -0.5, -4.0, -5.0]).tobytes(),
     )
-    gateway.on_generate = lambda g: [news(g.request_id, "ab", (6, 8), END, logprobs=[(0, logprobs)])]
-    output = client.generate("hi", SamplingParams(logprobs=2))
+    names = {5: b"x", 6: "é".encode()[:1], 7: b"", 8: b"</s>", 9: "é".encode()}
+    table = TokenBytes(int32(*names), int32(*map(len, names.values())), b"".join(names.values()))
+    gateway.on_generate = lambda g: [news(g.request_id, "ab", (6, 8), END, logprobs=[(0, logprobs)], token_bytes=table)]
+    output = client.generate("hi", SamplingParams(logprobs=2, logprob_token_ids=[9, 5]))
     assert output.logprobs is not None
-    assert [(t.token_id, t.logprob, t.top) for t in output.logprobs] == [
-        (6, -1.0, {5: -0.5, 6: -1.0}),
-        (8, -2.0, {7: -0.25, 8: -2.0}),
+    assert [(t.token_id, t.logprob, t.top, t.requested) for t in output.logprobs] == [
+        (6, -1.0, {5: -0.5, 6: -1.0}, {9: -3.0, 5: -0.5}),
+        (8, -2.0, {7: -0.25, 8: -2.0}, {9: -4.0, 5: -5.0}),
     ]
+    first, second = output.logprobs
+    assert (first.bytes, first.text, first.text_of(9), first.text_of(8)) == (b"\xc3", "\ufffd", "é", "")
+    assert (second.bytes, second.text) == (b"</s>", "</s>")
+    assert first.token_bytes == {i: names[i] for i in (5, 6, 9)}
+    assert list(first.requested) == [9, 5]
 
 
 @pytest.mark.parametrize(
