@@ -18,23 +18,25 @@ No buffer is overwritten while a step still uses it (D = depth): the scheduler p
 applied result k, thus after outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when
 submit_next takes k+D. Graphs know record and output by address; only the compute stream reads and writes these two.
 
-A step that owes masks is held back between its halves. Its model runs while the grammar worker computes its masks from
-the tokens of step k; later steps stay in their ring until then:
+A step that owes masks is held back between its halves. Its model runs while the scheduler applies the result before it
+and the grammar worker makes the masks from that result's tokens. Later steps stay in their ring meanwhile.
 
-    copy-in    |record k+1|                                |masks k+1|
-                          v inputs_ready[k+1]                        v masks_ready
-    compute    |=== step k ===|======== first half k+1 ========|     |second half k+1|
-                              v step_done[k]                                         v step_done[k+1]
-    copy-out                  |outputs k|                                            |outputs k+1|
+    copy-in    |record k+1|                                        |masks k+1|
+                          v inputs_ready[k+1]                                v masks_ready
+    compute    |=== step k ===|=============== first half k+1 ================|== second half k+1 ==|
+                              v step_done[k]                                                        v step_done[k+1]
+    copy-out                  |outputs k|                                                           |outputs k+1|
                                         v outputs_done[k]
-    host       ---------------------------|publish k|  |enqueue the second half k+1|--
-                                              v            ^
-    scheduler                                 |apply k|    |
-                                               v           |
-    grammar                                    |masks k+1|-^ publish, ring the GPU process's doorbell
+    host                                |publish k|               |enqueue the second half k+1|
+                                                  v               ^
+    scheduler                                     |apply k|       |
+                                                          v       |
+    grammar                                               |masks|-|
 
 The second half is enqueued when result k is published and each owed mask is there, or counts as closed (see
-`step_masks.py`). The drawn order has a gap on compute only if the masks come after the first half's end.
+`step_masks.py`). The device has nothing to do in between only if the masks come after the end of the first half. The
+launching thread sleeps until its doorbell rings: the grammar worker rings it after it has published masks, and the
+thread that publishes result k rings it if a step is held back.
 """
 
 from __future__ import annotations

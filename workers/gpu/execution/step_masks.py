@@ -10,7 +10,7 @@ One buffer serves all steps, because step k's masks are copied only after result
 
 The launching thread sees the publication (acquire) before it enqueues the copies. The event `ready` is single for the
 same reason. Step k's mask records are released when its result is published: outputs_done[k] comes after the copies.
-Records are addressed by ticket. A late one is never read; it is released as soon as it is there.
+Records are addressed by ticket, so a late one is never taken for another. It is released as soon as it is there.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from tests.unit.workers.gpu.execution.test_executor import DEADLINE_S, Ends, Lat
 from workers.gpu import worker
 from workers.gpu.config import COUNTERS, ModelConfig
 from workers.gpu.device.cpu import CpuDevice
+from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.executor import Executor
+from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.result_publisher import ResultPublisher
 from workers.gpu.execution.steps import Submitted
 from workers.process import StopWorker
@@ -40,13 +42,21 @@ class Engine:
     """An executor whose time the test sets, and the other ends of its rings: the scheduler's and two grammar
     workers'."""
 
-    def __init__(self, device: Any = None, *, depth: int = 2, shape: StepShape = SHAPE) -> None:
+    def __init__(
+        self,
+        device: Any = None,
+        *,
+        depth: int = 2,
+        shape: StepShape = SHAPE,
+        runner: ModelRunner | None = None,
+        buckets: Buckets | None = None,
+    ) -> None:
         self.now_ns = 5 * MS
         self.ends = Ends(shape, depth)
         self.device = device or CpuDevice()
         self.executor = Executor(
-            self.device, WideToyModel(shape, NUM_BLOCKS), shape, depth, NUM_BLOCKS, self.ends.gpu,
-            mask_timeout_s=TIMEOUT_NS * 1e-9, monotonic_ns=lambda: self.now_ns,
+            self.device, runner or WideToyModel(shape, NUM_BLOCKS), shape, depth, NUM_BLOCKS, self.ends.gpu,
+            buckets=buckets, mask_timeout_s=TIMEOUT_NS * 1e-9, monotonic_ns=lambda: self.now_ns,
         )  # fmt: skip
         self._mask_tickets = [0, 0]
 
@@ -84,6 +94,7 @@ class Engine:
     def results(self) -> list[tuple[int, FinishCode]]:
         """Publish the oldest step and return its tokens."""
         num_seqs = self.executor.under_way[0].num_seqs
+        self.device.synchronize(self.executor.under_way[0].outputs_done)
         self.executor.publish()
         record = self.ends.results.take()
         assert record is not None
