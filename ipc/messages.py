@@ -6,12 +6,19 @@ A request crosses the processes in this order:
                                                                             |
     client <--Outputs--- gateway <--Delivery-- detokenizer <--StepOutputs---+
 
+If the request has structured outputs, the scheduler first has their grammar compiled:
+
+    scheduler --Compile--> grammar process --Compiled--> scheduler === mask requests ===> grammar process
+                                                                                               |
+                                                                 GPU process <=== masks =======+
+
 Each socket pair is one ROUTER and the DEALERs that connect to it. Messages travel in both directions:
 
     ROUTER      bound by     connected by                      to the ROUTER                    from the ROUTER
     frontend    gateway      clients                           ClientMessage                    GatewayToClient
     tokenize    gateway      tokenizers                        TokenizeDone                     Tokenize
     schedule    scheduler    tokenizers, gateway, detokenizer  ToScheduler                      SchedulerToGateway
+                             grammar processes                 ToScheduler                      SchedulerToGrammar
     detokenize  detokenizer  scheduler, gateway                ToDetokenizer                    -
     deliver     gateway      detokenizer                       Delivery, then Outputs frames    -
     control     launcher     every worker                      WorkerToLauncher                 LauncherToWorker
@@ -28,6 +35,9 @@ come from different processes can arrive in any order:
 - At the gateway, a `Delivery` that ends a request can arrive before its `Accepted`. The gateway ignores the latter.
 - At the detokenizer, `ClientGone` can arrive before a request of that client is opened. The gateway receives the
   `Delivery` for the unknown client and sends `ClientGone` again.
+- At the scheduler, `Compiled` and `MatcherFailed` can arrive after the request has ended. The scheduler ignores them.
+- At a grammar process, `ReleaseMatchers` can arrive before a request for masks of the same sequence, which the
+  scheduler wrote earlier. The grammar process then answers with a closed mask, which no process uses.
 
 Arrays travel as raw little-endian bytes; comments give their dtype and shape. A list or map has at most
 `codec.MAX_ITEMS` items, and the receiver refuses a message with more. The frame bounds bytes and text.
@@ -40,9 +50,11 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
+from ipc.chat import EncodedChat
 from ipc.codec import MAX_ITEMS, BoundedList
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 
 PROTOCOL_VERSION = 3
 MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
@@ -60,13 +72,6 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
     """Base of all messages; on the wire a map whose `type` is the class name."""
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
 # ---- client -> gateway
 
 
@@ -79,7 +84,7 @@ class Generate(Message, frozen=True):
     request_id: str  # of the client's choice; no other open request of this client may have it
     params: SamplingParams
     prompt: str | None = None
-    chat: BoundedList[ChatMessage] | None = None
+    chat: EncodedChat | None = None
     token_ids: bytes | None = None  # int32 [num_prompt_tokens]
     stream: bool = False  # False: the client receives nothing before the request ends
     cache_salt: str = ""  # only requests with the same salt share cached prompt blocks
@@ -254,7 +259,7 @@ class Tokenize(Message, frozen=True):
     params: SamplingParams  # with a seed: the gateway draws one if the client gave none
     arrived_ns: int  # at the gateway, CLOCK_MONOTONIC; queue time-outs and aging count from here
     prompt: str | None = None
-    chat: BoundedList[ChatMessage] | None = None
+    chat: EncodedChat | None = None
     token_ids: bytes | None = None
     cache_salt: str = ""
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
@@ -332,7 +337,7 @@ class Withdrawn(Message, frozen=True):
     keys: BoundedList[int]
 
 
-K = TypeVar("K", CancelRequests, Withdraw)
+K = TypeVar("K", CancelRequests, Withdraw, "ReleaseMatchers")
 
 
 def split_keys(kind: type[K], keys: Sequence[int]) -> Iterator[K]:
@@ -436,8 +441,52 @@ class ClientGone(Message, frozen=True):
     client: bytes
 
 
-ToScheduler = Tokenized | CancelRequests | Withdraw | ClearCache
+# ---- structured outputs: scheduler -> grammar process, grammar process -> scheduler
+
+
+class Compile(Message, frozen=True):
+    """scheduler -> grammar process, when a request with structured outputs has arrived: compile its grammar.
+
+    The grammar process answers `Compiled`. It then has a matcher for each of the sequences `key` to
+    `key + num_samples - 1`.
+    """
+
+    key: int
+    num_samples: int
+    spec: StructuredOutputs
+    end_ids: BoundedList[int]  # the tokens that end the sequences; they are allowed where the text is complete
+
+
+class Compiled(Message, frozen=True):
+    """grammar process -> scheduler, answers `Compile`: the sequences can run, or the request ends with this error."""
+
+    key: int
+    error_code: str = ""
+    error_message: str = ""
+
+
+class ReleaseMatchers(Message, frozen=True):
+    """scheduler -> grammar process, when sequences with structured outputs have ended: forget their matchers.
+
+    The grammar process ignores unknown keys. A sequence may end before its grammar is compiled.
+    """
+
+    keys: BoundedList[int]
+
+
+class MatcherFailed(Message, frozen=True):
+    """grammar process -> scheduler, when it cannot say which tokens a sequence may sample: its masks are closed.
+
+    The scheduler ends the sequence with this error.
+    """
+
+    key: int
+    reason: str
+
+
+ToScheduler = Tokenized | CancelRequests | Withdraw | ClearCache | Compiled | MatcherFailed
 SchedulerToGateway = Accepted | Withdrawn | CacheCleared
+SchedulerToGrammar = Compile | ReleaseMatchers
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
 

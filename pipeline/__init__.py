@@ -23,10 +23,13 @@ from ipc.errors import (
     QueueFull,
     RequestFailed,
     RingfeedError,
+    TokensExcluded,
 )
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 from pipeline.client.async_client import AsyncClient
+from pipeline.client.chat_input import Chat
 from pipeline.client.outputs import Completion, Health, Output, TokenLogprob, Usage
 from pipeline.client.streams import OutputStream
 from pipeline.client.sync_client import Client, Stream
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient",
+    "Chat",
     "Client",
     "Completion",
     "Config",
@@ -56,7 +60,9 @@ __all__ = [
     "SamplingParams",
     "SchedulingParams",
     "Stream",
+    "StructuredOutputs",
     "TokenLogprob",
+    "TokensExcluded",
     "Usage",
 ]
 

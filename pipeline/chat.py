@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     is_terminal = not options.prompts and sys.stdin.isatty()
     prompts = [] if is_terminal else [_text(prompt) for prompt in options.prompts or ["-"]]
     with contextlib.ExitStack() as stack:
-        chat = Chat(_connect(options, stack), params, options.system, is_raw=options.raw)
+        chat = Conversation(_connect(options, stack), params, options.system, is_raw=options.raw)
         for prompt in prompts:
             if len(prompts) > 1:
                 print(f"> {prompt}", flush=True)
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             _converse(chat)
 
 
-class Chat:
+class Conversation:
     """A conversation with one model. It keeps the turns, unless `is_raw`: then each prompt is plain text by itself."""
 
     def __init__(self, client: Client, params: SamplingParams, system: str | None, *, is_raw: bool) -> None:
@@ -92,7 +92,7 @@ class Chat:
                 print(flush=True)
 
 
-def _converse(chat: Chat) -> None:
+def _converse(chat: Conversation) -> None:
     """Read prompts from the terminal until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history for `input`

@@ -84,14 +84,14 @@ class AsyncClient:
         cache_salt: str = "",
         **scheduling: Unpack[SchedulingOptions],
     ) -> Coroutine[Any, Any, Output] | OutputStream:
-        """Complete a text, a chat (list of messages) or a list of token ids.
+        """Complete a text, a chat (list of messages, or Chat) or a list of token ids.
 
         `await` it for one Output with everything. With `stream=True` the request is sent at once, and the result is an
         OutputStream: `async for` gives Outputs with what is new. Breaking out of the loop cancels the request.
 
         Args:
-            prompt: a string; a chat as a list of {"role": ..., "content": ...}; or token ids, as a list or a
-                1-dimensional integer array.
+            prompt: a string; a chat, as a list of {"role": ..., "content": ...} with any keys of OpenAI's API, or as a
+                `Chat` with tools and options; or token ids, as a list or a 1-dimensional integer array.
             params: how tokens are sampled and when the text ends; default: greedy, up to the model's length.
             stream: whether to return a stream instead of one Output.
             request_id: a name for `cancel()`, of 1 to 256 characters; no open request may have it. None = a new one.
@@ -101,8 +101,8 @@ class AsyncClient:
                 `queue_timeout_s` one by one.
 
         Raises InvalidRequest, QueueFull, EngineUnavailable or RequestFailed (LogitsNotFinite if the model computed
-        NaN). A stream raises them while it is read. A request that runs out of time does not raise: it ends with
-        finish reason "deadline" or "queue_timeout".
+        NaN, TokensExcluded if the parameters exclude every token). A stream raises them while it is read. A request
+        that runs out of time does not raise: it ends with finish reason "deadline" or "queue_timeout".
         """
         options = scheduling_params(scheduling)
         if stream:

@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Final, TypeAlias, TypedDict, cast
 
-import msgspec
-
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
-from ipc.codec import MAX_ITEMS, encode
+from ipc.chat import EncodedChat
+from ipc.codec import encode
 from ipc.errors import InvalidRequest, ProtocolError
-from ipc.messages import MAX_REQUEST_ID_CHARS, ChatMessage, Generate
+from ipc.messages import MAX_REQUEST_ID_CHARS, Generate
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
+from pipeline.client.chat_input import Chat, encode_chat
 
-# A text; a chat, as messages or {"role": ..., "content": ...}; or token ids, as a list or a 1-d integer array.
-Prompt: TypeAlias = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]] | Sequence[int]
+# A text; a chat, or only its messages {"role": ..., "content": ...}; or token ids, as a list or a 1-d integer array.
+Prompt: TypeAlias = str | Chat | Sequence[Mapping[str, Any]] | Sequence[int]
 
 assert array("i").itemsize == 4, "token ids travel as 32-bit integers"
 
@@ -88,7 +88,7 @@ def batch_of(
     if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not isinstance(prompts, Iterable):
         raise InvalidRequest(f"{refusal}; use generate for one prompt")
     prompts = list(prompts)
-    if prompts and all(isinstance(prompt, Integral | ChatMessage | Mapping) for prompt in prompts):
+    if prompts and all(isinstance(prompt, Integral | Mapping) for prompt in prompts):
         raise InvalidRequest(f"{refusal}; this is one prompt: use generate for it")
     if isinstance(params, SamplingParams):
         return prompts, [params] * len(prompts)
@@ -111,14 +111,14 @@ def checked_timeout(timeout_s: object, name: str = "timeout_s") -> float | None:
     return None if timeout_s == math.inf else float(timeout_s)
 
 
-_PROMPT_KINDS: Final = "a string, a list of chat messages or a list of token ids"
+_PROMPT_KINDS: Final = "a string, a Chat, a list of chat messages or a list of token ids"
 
 
 class _PromptFields(TypedDict, total=False):
     """The field of Generate that holds the prompt."""
 
     prompt: str
-    chat: list[ChatMessage]
+    chat: EncodedChat
     token_ids: bytes
 
 
@@ -126,14 +126,14 @@ def _prompt_fields(prompt: Prompt) -> _PromptFields:
     fields: _PromptFields
     if isinstance(prompt, str):
         fields = {"prompt": prompt}
+    elif isinstance(prompt, Chat):
+        return {"chat": encode_chat(prompt)}
     elif _is_array(prompt):
         fields = {"token_ids": _token_id_bytes(cast(Any, prompt).tolist())}
     elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}, not {type(prompt).__name__}")
-    elif prompt and isinstance(prompt[0], ChatMessage | Mapping):
-        if len(prompt) > MAX_ITEMS:
-            raise InvalidRequest(f"prompt is a chat of {len(prompt)} messages; at most {MAX_ITEMS} are allowed")
-        fields = {"chat": [_chat_message(message) for message in prompt]}
+    elif prompt and isinstance(prompt[0], Mapping):
+        return {"chat": encode_chat(Chat(cast(Any, prompt)))}
     else:
         fields = {"token_ids": _token_id_bytes(cast(Sequence[int], prompt))}
     if len(cast(Any, prompt)) == 0:
@@ -162,10 +162,3 @@ def _token_id_bytes(token_ids: Sequence[int]) -> bytes:
     if packed and min(packed) < 0:
         raise InvalidRequest(f"prompt: token id {min(packed)} is negative")
     return packed.tobytes()
-
-
-def _chat_message(message: object) -> ChatMessage:
-    try:
-        return msgspec.convert(msgspec.to_builtins(message), ChatMessage)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise InvalidRequest(f'chat message must be {{"role": text, "content": text}}: {error}') from None

@@ -74,7 +74,7 @@ class Client:
         cache_salt: str = "",
         **scheduling: Unpack[SchedulingOptions],
     ) -> Output | Stream:
-        """Complete a text, a chat (list of messages) or a list of token ids.
+        """Complete a text, a chat (list of messages, or Chat) or a list of token ids.
 
         Returns one Output with everything. With `stream=True` it returns a Stream: an iterator of Outputs with what
         is new. Breaking out of the loop cancels the request. Arguments and errors are those of

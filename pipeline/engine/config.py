@@ -8,7 +8,6 @@ configuration.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -20,9 +19,11 @@ import msgspec
 import pipeline.environment.own_workers  # noqa: F401
 from ipc.errors import ConfigError
 from pipeline.client.endpoint import check_endpoint
-from pipeline.engine.config_fields import fields_of
+from pipeline.engine.config_fields import fields_of, toml_value
+from pipeline.engine.config_paths import file_path, model_path
 from workers.gateway.config import FrontendConfig
 from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
+from workers.grammar.config import GrammarConfig
 from workers.scheduler.config import RingConfig, SchedulerConfig
 from workers.tokenizer.config import TokenizerConfig
 
@@ -34,9 +35,8 @@ _BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of one engine, immutable. Only `model.path` has no default.
 
-    Each attribute is a section of the TOML file: `model`, `scheduler`, `cache`, `ring`, `tokenizer` and `frontend`.
-    `python -m pipeline.launch --model PATH --check` prints every key with its value. Make one with `Config.load` or
-    `Config.from_dict`, which check it.
+    Each attribute is a section of the file: `model`, `scheduler`, `cache`, `ring`, `tokenizer`, `grammar`, `frontend`.
+    Make one with `Config.load` or `Config.from_dict`, which check it.
     """
 
     model: ModelConfig
@@ -44,6 +44,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     ring: RingConfig = RingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    grammar: GrammarConfig = GrammarConfig()
     frontend: FrontendConfig = FrontendConfig()
 
     @classmethod
@@ -51,7 +52,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Read and check a TOML file.
 
         Args:
-            path: the file. A relative `model.path` in it starts at the file's folder.
+            path: the file. A relative `model.path` or `tokenizer.chat_template` in it starts at the file's folder.
             overrides: "section.key=value" strings, or {"section.key": value}. A relative `model.path` among them
                 starts at the current folder.
 
@@ -121,12 +122,12 @@ def config_from_dict(
         builder.check_section(section, source)
         for key, value in values.items():
             builder.set(section, key, value, source)
-    builder.find_model(folder or Path.cwd())
+    for section, key in _PATHS:
+        builder.find_path(section, key, folder or Path.cwd())
     for override in overrides:
         section, key, value = _parse_override(override)
         builder.set(section, key, value, f"--set {override}")
-        if (section, key) == ("model", "path"):
-            builder.find_model(Path.cwd())
+        builder.find_path(section, key, Path.cwd())
     return builder.build()
 
 
@@ -153,6 +154,9 @@ def to_toml(config: Config) -> str:
         for key, value in msgspec.structs.asdict(getattr(config, section)).items():
             lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}")
     return "\n".join(lines[1:]) + "\n"
+
+
+_PATHS: Final = {("model", "path"): model_path, ("tokenizer", "chat_template"): file_path}
 
 
 class _Builder:
@@ -185,22 +189,15 @@ class _Builder:
         self._values[section][key] = value
         self._origins[name] = origin
 
-    def find_model(self, folder: Path) -> None:
-        """Make `model.path` absolute if it is a folder, seen from `folder`, or can be nothing else."""
-        path = self._values["model"].get("path")
-        if path == "":
-            raise ConfigError(f"{self._origins['model.path']}: model.path ('') must be a folder or a hub id")
-        if path is not None:
-            try:
-                local = (folder / Path(path).expanduser()).resolve()
-                is_folder = local.is_dir()
-            except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a NUL byte
-                reason = getattr(error, "strerror", None) or error
-                raise ConfigError(
-                    f"{self._origins['model.path']}: model.path ({path!r}) cannot be a folder: {reason}"
-                ) from None
-            if is_folder or path.startswith((".", "/", "~")):
-                self._values["model"]["path"] = str(local)
+    def find_path(self, section: str, key: str, folder: Path) -> None:
+        """Make this value absolute, seen from `folder`, if it is a path."""
+        absolute, path = _PATHS.get((section, key)), self._values[section].get(key)
+        if absolute is None or path is None:
+            return
+        try:
+            self._values[section][key] = absolute(path, folder)
+        except ValueError as error:
+            raise ConfigError(f"{self._origins[f'{section}.{key}']}: {section}.{key} {error}") from None
 
     def build(self) -> Config:
         if "path" not in self._values["model"]:
@@ -289,12 +286,3 @@ def _suggest(name: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     nearest = difflib.get_close_matches(name, valid, n=1)
     return f": did you mean {nearest[0]}?" if nearest else f": it must be one of {', '.join(valid)}"
-
-
-def toml_value(value: Any) -> str:
-    """A value of a configuration as TOML."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from random import Random
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from ipc.long_values import BAD_WORDS, BIAS_IDS, BIAS_VALUES, LOGPROB_IDS, TOKEN_MASK
 from ipc.record_layout import field_names
 from ipc.records import AdmittedColumns, StepShape, step_layout
+from tests.reference.plain_adjustments import by_definition
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.execution.row_tables import RowTables
@@ -104,7 +104,8 @@ class AdjustmentBench:
             tables.end_ids[row] = torch.tensor([*values["end_ids"], *[-1] * (tables.end_ids.shape[1] - 3)])
         if "thinking" in asked:
             tables.think_start[row], tables.think_end[row] = THINK_START, THINK_END
-            values["think_budget"] = tables.think_budget[row] = random.choice([0, 1, 5, 30])
+            tables.think_budget[row] = budget = random.choice([0, 1, 5, 30])
+            values["thinking"] = THINK_START, THINK_END, budget
         if "token_mask" in asked:
             columns |= TOKEN_MASK
             values["allowed"] = self._mask(tables.long_values.token_mask[row])
@@ -152,46 +153,6 @@ class AdjustmentBench:
 
 _PENALTIES = (("repetition_penalty", 0.3, 3.0), ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0))
 _KINDS = (*(name for name, _, _ in _PENALTIES), "min_tokens", "thinking", "token_mask", "bias", "bad_words", "grammar")
-
-
-def by_definition(
-    x: list[float],
-    ids: list[int],
-    prompt_len: int,
-    *,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    min_tokens: int = 0,
-    end_ids: list[int] | None = None,
-    think_budget: int = -1,
-    allowed: set[int] | None = None,
-    bias: dict[int, float] | None = None,
-    bad_words: list[list[int]] | None = None,
-    grammar: set[int] | None = None,
-) -> list[float]:
-    """The logits `x` of one row after `ids`, of which the first `prompt_len` are the prompt."""
-    output = ids[prompt_len:]
-    excluded: set[int] = set()
-    for word in bad_words or []:
-        if len(output) >= len(word) - 1 and output[len(output) - len(word) + 1 :] == word[:-1]:
-            excluded.add(word[-1])
-    for token, value in (bias or {}).items():
-        x[token] += value
-    if len(output) < min_tokens:
-        excluded |= set(end_ids or [])
-    last = max((i for i, token in enumerate(ids) if token == THINK_START), default=-1)
-    is_thinking = think_budget >= 0 and last >= 0 and THINK_END not in ids[last:]
-    if is_thinking and len(ids) - max(last + 1, prompt_len) >= think_budget:
-        excluded |= set(range(len(x))) - {THINK_END}
-    for token in set(ids):
-        x[token] = x[token] / repetition_penalty if x[token] > 0 else x[token] * repetition_penalty
-    for token, count in Counter(output).items():
-        x[token] -= frequency_penalty * count + presence_penalty
-    for mask in (allowed, grammar):
-        if mask is not None:
-            excluded |= set(range(len(x))) - mask
-    return [-math.inf if token in excluded else value for token, value in enumerate(x)]
 
 
 def assert_adjusted(bench: AdjustmentBench) -> None:

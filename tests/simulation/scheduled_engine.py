@@ -18,6 +18,7 @@ from ipc.ring import Ring, close_handle
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.simulation.fake_gpu import FakeGpu
+from tests.simulation.fake_grammar import FakeGrammar
 from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerConfig
@@ -55,9 +56,12 @@ class ScheduledEngine:
         num_tokenizers: int = 1,
         prompt_records: int = 32,
         prefix_caching: bool = True,
+        num_grammar_workers: int = 0,
         **scheduling: Any,
     ) -> None:
-        self.shape = StepShape(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
+        self.shape = StepShape(
+            max_num_seqs, max_num_batched_tokens, max_model_len, block_size, num_grammar_workers=num_grammar_workers
+        )
         self.depth = depth
         self.prefix_caching = prefix_caching
         self.num_blocks = num_blocks
@@ -78,9 +82,11 @@ class ScheduledEngine:
             **scheduling,
         )
         self.prompts = PromptRings(self.prompt_rings)
+        self.grammar = FakeGrammar(self.shape, num_grammar_workers, 2 * depth)
         self.scheduler = Scheduler(
-            config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock
-        )
+            config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock,
+            mask_rings=self.grammar.writers,
+        )  # fmt: skip
         self.gpu = FakeGpu(self.shape, num_blocks, created)
         self._step_records = [_record(step_layout(self.shape)) for _ in range(2 * depth)]
         self._result_records = [_record(result_layout(self.shape)) for _ in range(2 * depth)]
@@ -157,11 +163,13 @@ class ScheduledEngine:
             assert record.storage.tobytes() == before, "a record was written though there was nothing to plan"
             return None
         self.num_planned += 1
+        self.grammar.planned(record, self.scheduler)
         self.gpu.submit(record)
         return record
 
     def run_device(self) -> None:
-        """Let the device run its oldest step."""
+        """Let the device run its oldest step. Its masks have been asked for."""
+        self.grammar.answer(self.scheduler)
         self.gpu.run_next(self._result_records[self.num_run % (2 * self.depth)])
         self.num_run += 1
 
@@ -244,6 +252,7 @@ class ScheduledEngine:
             assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"
         assert self.prompt_rings[0].num_free() == self.prompt_rings[0].num_slots, "a record of the upload ring leaked"
         assert set(self.opened) == set(self.ends), "a request was not ended"
+        self.grammar.check_empty(self.scheduler)
         assert gauges["num_waiting"] == gauges["num_running"] == gauges["num_preempted"] == 0
 
 

@@ -12,7 +12,18 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from ipc.records import NO_TOKEN, FinishCode, PromptRecord, ResultRecord, SamplerVariant, StepRecord, StepShape
+from ipc.record_layout import declared_fields
+from ipc.records import (
+    NO_TOKEN,
+    AdmittedColumns,
+    Fill,
+    FinishCode,
+    PromptRecord,
+    ResultRecord,
+    SamplerVariant,
+    StepRecord,
+    StepShape,
+)
 from ipc.ring import Ring
 
 
@@ -194,11 +205,12 @@ class ScriptedScheduler:
         admit = record.admit
         admit.row[i] = request.row
         admit.ring[i], admit.ticket[i], admit.length[i] = ring, ticket, length
-        admit.num_computed_tokens[i] = 0
-        admit.max_len[i] = len(request.prompt) + request.max_tokens
-        admit.temperature[i], admit.seed[i] = request.temperature, request.seed
-        admit.top_k[i], admit.top_p[i], admit.min_p[i] = request.top_k, 1.0, 0.0
-        admit.end_ids[i] = NO_TOKEN
+        admit.long_ticket[i] = 0
+        for column in declared_fields(AdmittedColumns):
+            fills = [mark.value for mark in column.marks if isinstance(mark, Fill)]
+            getattr(admit, column.path[0])[i] = fills[0] if fills and not isinstance(fills[0], str) else 0
+        admit.prompt_len[i], admit.max_len[i] = len(request.prompt), len(request.prompt) + request.max_tokens
+        admit.temperature[i], admit.seed[i], admit.top_k[i] = request.temperature, request.seed, request.top_k
         admit.end_ids[i, : len(request.end_ids)] = request.end_ids
 
     def _write(

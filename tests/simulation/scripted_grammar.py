@@ -135,7 +135,8 @@ class ScriptedGrammar:
     def plan(self, record: StepRecord, step: int, sampling: Sequence[tuple[int, ScriptedRequest]]) -> None:
         """Write what the step owes. `sampling`: each sequence of the step that samples, with its place."""
         record.mask_ticket[:] = record.num_masks[:] = 0
-        record.seq_mask[:] = -1
+        record.seq_mask[:] = 1 << 20  # beyond the step's sequences: leftovers
+        record.seq_mask[: record.num_seqs[0]] = -1
         self._planned[step] = []
         start = 0
         for worker in range(len(self._workers)):

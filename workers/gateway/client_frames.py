@@ -51,7 +51,7 @@ def _check(message: Generate) -> None:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise InvalidRequest(f"exactly one of prompt, chat and token_ids must be given, not {found}")
-    if not inputs[given[0]]:
+    if not (message.prompt or message.token_ids or (message.chat is not None and message.chat.messages)):
         raise InvalidRequest(f"{given[0]} is empty")
     if message.token_ids is not None and len(message.token_ids) % 4:
         raise InvalidRequest(f"token_ids must be int32 values: {len(message.token_ids)} bytes are not a multiple of 4")

@@ -32,7 +32,8 @@ BYTES_PER_TOKEN: Final = 4  # of a message; estimated
 # Resident memory, rounded up from what each of 100,000 requests of a kind took (CPython 3.11, x86-64).
 REQUEST_OVERHEAD_BYTES: Final = 1_664  # of the message, its entries in the tables and its timers
 TENANT_OVERHEAD_BYTES: Final = 640  # of a tenant with "fair": each request may have its own
-ITEM_OVERHEAD_BYTES: Final = 80  # of each turn of a chat, and each item of a parameter that is a list or a map
+CHAT_OVERHEAD_BYTES: Final = 320  # of the objects that hold a chat's JSON
+ITEM_OVERHEAD_BYTES: Final = 80  # of each item of a parameter that is a list or a map
 
 _LISTS: Final = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "logprob_token_ids")
 _num_bytes: Final = attrgetter("num_bytes")
@@ -104,13 +105,14 @@ class PromptDispatcher:
         Counts its frame, or its text if that is larger: a string is as wide as its widest character, up to four times
         the frame. Adds the memory of its Python objects, which even the smallest request has.
         """
-        params, chat = message.params, message.chat or []
+        params, chat = message.params, message.chat
         texts = [message.prompt or "", *params.stop, *params.bad_words]
-        for turn in chat:
-            texts += turn.role, turn.content
-        num_items = len(chat) + sum(len(getattr(params, name) or ()) for name in _LISTS)
-        content = max(frame_bytes, sum(map(sys.getsizeof, texts)))
-        return content + num_items * ITEM_OVERHEAD_BYTES + self._overhead_bytes
+        overhead = self._overhead_bytes + sum(len(getattr(params, name) or ()) for name in _LISTS) * ITEM_OVERHEAD_BYTES
+        if chat is not None:
+            overhead += CHAT_OVERHEAD_BYTES
+            if chat.template is not None:  # JSON is bytes, which take as much as in the frame
+                texts.append(chat.template)
+        return max(frame_bytes, sum(map(sys.getsizeof, texts))) + overhead
 
     def check_room(self, held_bytes: int, now_ns: int) -> None:
         """Raise QueueFull if a request of this many bytes would exceed the bound."""

@@ -112,7 +112,7 @@ def run_steps(
             continue
         trace.record(Span.LAUNCH, now_ns, time.monotonic_ns() - now_ns, launched.ticket, *launched.bucket)
         if launched.owed:
-            trace.gauge(Span.MASKS, 0 if step else sum(part.num_masks for part in launched.owed))
+            trace.gauge(Span.MISSING_MASKS, 0 if step else sum(part.num_masks for part in launched.owed))
         if step is not None:
             completion.submitted(step)
             _count(stats, step)

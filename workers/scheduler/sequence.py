@@ -24,6 +24,7 @@ from workers.queueing.policies import NO_ROW
 from workers.scheduler.array_types import HashArray, Int32Array
 from workers.scheduler.prompt_lease import PromptLease
 
+NO_WORKER: Final = -1
 # The columns of an admission that are sampling parameters by the same name.
 _PARAMETER_COLUMNS: Final = tuple(
     column for column in field_names(AdmittedColumns) if column in SamplingParams.__struct_fields__
@@ -54,6 +55,7 @@ class Sequence:
     ) -> None:
         params = message.params
         self.key = message.key
+        self.request_key = message.key if leader is None else leader.key
         self.priority = message.scheduling.priority
         self.tenant = message.scheduling.tenant
         self.arrived_ns = message.arrived_ns  # at the gateway; CLOCK_MONOTONIC
@@ -84,10 +86,20 @@ class Sequence:
         self.want_prompt_logprobs = 1 + (params.prompt_logprobs or 0) if wants_prompt else 0
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
+        self.grammar_worker = NO_WORKER  # set by GrammarWorkers for a sequence with structured outputs
 
     @property
     def has_row(self) -> bool:
         return self.row != NO_ROW
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end the sequence."""
+        return [token_id for token_id in self._end_ids if token_id != NO_TOKEN]
+
+    @property
+    def has_grammar(self) -> bool:
+        return self.grammar_worker != NO_WORKER
 
     @property
     def computes_whole_prompt(self) -> bool:

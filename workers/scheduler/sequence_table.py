@@ -27,6 +27,7 @@ class SequenceTable:
         want_logprobs: top log-probabilities + 1, as in the step record; 0 = none.
         want_processed: 1 = its log-probabilities are processed ones.
         num_extra_logprobs: how many `logprob_token_ids` the request names.
+        grammar_worker: index of the grammar process that follows the sequence; NO_WORKER = none.
 
     Planned (written by the planner):
         num_computed_tokens: tokens whose KV is in the cache after all published steps. 0 while it is preempted.
@@ -42,6 +43,8 @@ class SequenceTable:
         num_tokens: known tokens: the prompt and the sampled tokens that have been applied.
         token_ids: [num_rows, max tokens of a row] int32; the first `num_tokens` of each row are known.
         token_blocks: the same memory, [num_rows, max_blocks_per_seq, block_size].
+        num_followed_tokens: known tokens that the grammar process has been told of, with the prompt. One less than
+            `num_tokens`, or equal to it before the first request for a mask. Written by `MaskRequests`.
 
     Written when the sequence ends:
         generation: number of owners that the row has had. What a step planned for an earlier owner says is void.
@@ -57,6 +60,8 @@ class SequenceTable:
         self.want_logprobs = column()
         self.want_processed = column()
         self.num_extra_logprobs = column()
+        self.grammar_worker = column()
+        self.num_followed_tokens = column()
         self.num_computed_tokens = column()
         self.num_planned_tokens = column()
         self.last_ticket = column()
@@ -91,6 +96,8 @@ class SequenceTable:
         self.want_logprobs[row] = sequence.want_logprobs
         self.want_processed[row] = sequence.want_processed
         self.num_extra_logprobs[row] = sequence.num_extra_logprobs
+        self.grammar_worker[row] = sequence.grammar_worker
+        self.num_followed_tokens[row] = sequence.num_prompt
         if sequence.want_prompt_logprobs:
             self.prompt_logprobs_end[row] = sequence.num_prompt - 1
             self.num_wanting_prompt_logprobs += 1

@@ -17,7 +17,7 @@ from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
 from ipc.messages import Tokenize
 from ipc.records import StepShape
 from workers.model_tokenizer.loading import is_foreign_failure
-from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.token_parameters import NOTHING_ASKED, Asked, TokenParameters
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,12 @@ class PromptEncoder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        templates: ChatTemplates,
         shape: StepShape,
         thinking: tuple[int, int] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._templates = templates
         self._parameters = TokenParameters(tokenizer, shape, thinking)
         self._vocab_size = shape.vocab_size
         max_model_len = self._max_model_len = shape.max_model_len
@@ -63,7 +63,7 @@ class PromptEncoder:
 
         Some models are trained that way; in other models the tokenizer lacks a token.
         """
-        for text in self._template.control_tokens:
+        for text in self._templates.control_tokens:
             num_tokens = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
             if num_tokens != 1:
                 yield f"the chat template writes {text!r}, which is not a token: the tokenizer makes {num_tokens} of it"
@@ -95,7 +95,8 @@ class PromptEncoder:
             return token_ids
         if request.chat is not None:
             # The template has written the special tokens already.
-            return self._encode(self._template.render(request.chat), request, add_special_tokens=False)
+            text = self._templates.render(request.chat, max(self._max_chars, MAX_TRUNCATED_CHARS))
+            return self._encode(text, request, add_special_tokens=False)
         return self._encode(request.prompt or "", request, add_special_tokens=True)
 
     def _encode(self, text: str, request: Tokenize, *, add_special_tokens: bool) -> Ids:

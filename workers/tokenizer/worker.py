@@ -16,7 +16,7 @@ from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
 from ipc.trace import Span
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
-from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.config import TokenizerBootstrap
 from workers.tokenizer.core import Encoded, PromptEncoder
 from workers.tokenizer.thinking_tokens import find_thinking_tokens
@@ -30,11 +30,15 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
     loaded = load_tokenizer(bootstrap.model_path)
-    template = ChatTemplate.load(bootstrap.model_path, loaded.special_tokens)
+    config = bootstrap.tokenizer
+    templates = ChatTemplates.load(
+        bootstrap.model_path, loaded.special_tokens, config.chat_template,
+        trust_requests=config.trust_request_templates, timeout_s=config.template_timeout_s,
+    )  # fmt: skip
     thinking = find_thinking_tokens(
         bootstrap.model_path, loaded.tokenizer, loaded.special_tokens, bootstrap.shape.vocab_size
     )
-    encoder = PromptEncoder(loaded.tokenizer, template, bootstrap.shape, thinking)
+    encoder = PromptEncoder(loaded.tokenizer, templates, bootstrap.shape, thinking)
     if bootstrap.worker.index == 0:  # all tokenizers would log the same
         for note in loaded.notes:
             logger.info("%s", note)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ipc.messages import Message
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 
 MAX_INT = 2**63 - 1
 PARAMS = st.builds(
@@ -33,6 +34,10 @@ PARAMS = st.builds(
     allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
     logprobs_mode=st.sampled_from(["raw_logprobs", "processed_logprobs"]),
     n=st.integers(1, 64),
+)
+STRUCTURED_OUTPUTS = st.one_of(
+    st.builds(StructuredOutputs, json=st.just("{}") | st.just({"const": "é"}), disable_any_whitespace=st.booleans()),
+    st.builds(StructuredOutputs, choice=st.lists(st.sampled_from(["a", "é"]), min_size=1, max_size=3)),
 )
 SCHEDULING = st.builds(
     SchedulingParams,
@@ -73,6 +78,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 def structs_of(kind: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
     if kind is SamplingParams:
         return PARAMS
+    if kind is StructuredOutputs:
+        return STRUCTURED_OUTPUTS
     if kind is SchedulingParams:
         return SCHEDULING
     hints = get_type_hints(kind, include_extras=True)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline import Client, EngineUnavailable, RequestFailed, SamplingParams, cli
-from pipeline.chat import Chat, _converse
+from pipeline.chat import Conversation, _converse
 from pipeline.environment.module_search import module_environment
 
 ROOT = Path(__file__).parents[3]
@@ -153,7 +153,7 @@ class FakeClient:
         yield pieces()
 
 
-def converse(client: FakeClient, *lines: str, monkeypatch: pytest.MonkeyPatch) -> Chat:
+def converse(client: FakeClient, *lines: str, monkeypatch: pytest.MonkeyPatch) -> Conversation:
     typed = iter(lines)
 
     def read(prompt: str) -> str:
@@ -163,7 +163,7 @@ def converse(client: FakeClient, *lines: str, monkeypatch: pytest.MonkeyPatch) -
             raise EOFError from None  # Ctrl-D
 
     monkeypatch.setattr("builtins.input", read)
-    chat = Chat(client, SamplingParams(), None, is_raw=False)  # type: ignore[arg-type]
+    chat = Conversation(client, SamplingParams(), None, is_raw=False)  # type: ignore[arg-type]
     _converse(chat)
     return chat
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipc.messages import ChatMessage
 from ipc.sampling_params import SamplingParams
 from tests.simulation.scheduled_engine import ScheduledEngine
 from tests.unit.workers.text.test_interleavings import Engine
+from tests.unit.workers.text.tools import encoded_chat, user_chat
 from tests.unit.workers.tokenizer.test_tokenizer import encoder, request, save
 
 
@@ -64,7 +64,8 @@ def test_the_scheduler_leaves_no_garbage_however_requests_end(policy: str) -> No
 @pytest.mark.parametrize(
     "bad",
     [
-        {"chat": [ChatMessage("user", "x")]},
+        {"chat": user_chat("x")},
+        {"chat": encoded_chat([{"role": "user"}])},
         {"prompt": "the fox " * 500},
         {"prompt": "x" * 10_000_000},
         {"token_ids": np.array([1, 1_000], "<i4").tobytes()},

@@ -18,23 +18,25 @@ No buffer is overwritten while a step still uses it (D = depth): the scheduler p
 applied result k, thus after outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when
 submit_next takes k+D. Graphs know record and output by address; only the compute stream reads and writes these two.
 
-A step that owes masks is held back between its halves. Its model runs while the grammar worker computes its masks from
-the tokens of step k; later steps stay in their ring until then:
+A step that owes masks is held back between its halves. Its model runs while the scheduler applies the result before it
+and the grammar worker makes the masks from that result's tokens. Later steps stay in their ring meanwhile.
 
-    copy-in    |record k+1|                                |masks k+1|
-                          v inputs_ready[k+1]                        v masks_ready
-    compute    |=== step k ===|======== first half k+1 ========|     |second half k+1|
-                              v step_done[k]                                         v step_done[k+1]
-    copy-out                  |outputs k|                                            |outputs k+1|
+    copy-in    |record k+1|                                        |masks k+1|
+                          v inputs_ready[k+1]                                v masks_ready
+    compute    |=== step k ===|=============== first half k+1 ================|== second half k+1 ==|
+                              v step_done[k]                                                        v step_done[k+1]
+    copy-out                  |outputs k|                                                           |outputs k+1|
                                         v outputs_done[k]
-    host       ---------------------------|publish k|  |enqueue the second half k+1|--
-                                              v            ^
-    scheduler                                 |apply k|    |
-                                               v           |
-    grammar                                    |masks k+1|-^ publish, ring the GPU process's doorbell
+    host                                |publish k|               |enqueue the second half k+1|
+                                                  v               ^
+    scheduler                                     |apply k|       |
+                                                          v       |
+    grammar                                               |masks|-|
 
 The second half is enqueued when result k is published and each owed mask is there, or counts as closed (see
-`step_masks.py`). The drawn order has a gap on compute only if the masks come after the first half's end.
+`step_masks.py`). The device has nothing to do in between only if the masks come after the end of the first half. The
+launching thread sleeps until its doorbell rings: the grammar worker rings it after it has published masks, and the
+thread that publishes result k rings it if a step is held back.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ class Executor:
         if step is None or (step.owed and not self._masks_are_decided(step, now_ns)):
             return None
         self.held_back = None
-        step = self._submit_second_half(step)
+        self._submit_second_half(step)
         self.under_way.append(step)
         return step
 
@@ -232,7 +233,7 @@ class Executor:
             self.held_back = step  # before we look for results: `publish` on another thread looks at it afterwards
         return step
 
-    def _submit_second_half(self, step: Submitted) -> Submitted:
+    def _submit_second_half(self, step: Submitted) -> None:
         """Enqueue the second half of a step."""
         device, work, record = self._device, self._work, step.record
         buffers = self._step_buffers[step.ticket % len(self._step_buffers)]
@@ -243,7 +244,7 @@ class Executor:
 
         if step.owed:
             assert variant == SamplerVariant.ADJUSTED, f"step {step.ticket} owes masks, and {variant.name} reads none"
-            step = self._masks.copy(step)
+            self._masks.copy(step)
             device.wait(self._compute, self._masks.ready)  # the adjustment reads the masks
         if variant == SamplerVariant.ADJUSTED:
             device.launch(self._compute, work.adjust(step.bucket[0]), lambda: work.accesses.adjust(rows))
@@ -257,8 +258,7 @@ class Executor:
         device.copy(self._copy_out, self._result_record(step.ticket)[part], buffers.outputs[part])
         device.record(buffers.outputs_done, self._copy_out)
         if step.owed:
-            step = replace(step, mask_wait_ns=self._monotonic_ns() - self._masks_due_since_ns(step))
-        return step
+            step.mask_wait_ns = self._monotonic_ns() - self._masks_due_since_ns(step)
 
     def _masks_are_decided(self, step: Submitted, now_ns: int) -> bool:
         """Whether nothing reads the buffer of masks any more, and each owed mask is there or counts as closed."""

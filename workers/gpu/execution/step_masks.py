@@ -10,7 +10,7 @@ One buffer serves all steps, because step k's masks are copied only after result
 
 The launching thread sees the publication (acquire) before it enqueues the copies. The event `ready` is single for the
 same reason. Step k's mask records are released when its result is published: outputs_done[k] comes after the copies.
-Records are addressed by ticket. A late one is never read; it is released as soon as it is there.
+Records are addressed by ticket, so a late one is never taken for another. It is released as soon as it is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,21 +76,19 @@ class StepMasks:
         """A grammar worker is dead: what it has not published is closed from now on."""
         self._dead.add(worker)
 
-    def copy(self, step: Submitted) -> Submitted:
+    def copy(self, step: Submitted) -> None:
         """Enqueue the copies of the step's masks, and zeros for the closed ones, and record `ready`.
 
-        All earlier results must have been published. Returns the step with `num_closed_masks`.
+        All earlier results must have been published. Sets the step's `num_closed_masks`.
         """
-        num_closed = 0
         for part in step.owed:
             target = self._buffer[part.start : part.start + part.num_masks]
             if self._is_published(part) and self._is_for(step, part):
                 self._device.copy(self._copy_in, target, self._source(part))
             else:
-                num_closed += part.num_masks
+                step.num_closed_masks += part.num_masks
                 self._close(target)
         self._device.record(self.ready, self._copy_in)
-        return replace(step, num_closed_masks=num_closed)
 
     def finish(self, owed: Sequence[OwedMasks]) -> None:
         """Release the records of a step whose outputs are copied."""

@@ -30,10 +30,10 @@ class OwedMasks:
     num_masks: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Submitted:
     """A step whose record has been taken. When `outputs_done` fires, its result record is complete, except for the
-    times that `publish` writes."""
+    times that `publish` writes. It does not change once its second half is enqueued."""
 
     ticket: int
     record: StepRecord  # until `publish`

@@ -31,6 +31,7 @@ from workers.scheduler.admission.admission import Admission
 from workers.scheduler.array_types import Int32Array, IntArray
 from workers.scheduler.kv_cache.kv_cache import KVCache
 from workers.scheduler.planning.chunk_limit import ChunkLimit
+from workers.scheduler.planning.mask_requests import MaskRequests
 from workers.scheduler.planning.prompt_logprobs import PromptChunk, PromptPositions
 from workers.scheduler.planning.running_rows import NO_ROWS, RunningRows
 from workers.scheduler.planning.step import Batch, PlannedStep, StepWriter
@@ -48,6 +49,7 @@ class Planner:
         table: SequenceTable,
         kv_cache: KVCache,
         admission: Admission,
+        mask_requests: MaskRequests,
         chunk_limit: ChunkLimit,
         counts: dict[str, int],
         clock: Callable[[], int],
@@ -59,6 +61,7 @@ class Planner:
         self._tables = kv_cache.tables
         self._prefixes = kv_cache.prefixes
         self._admission = admission
+        self._mask_requests = mask_requests
         self._chunk_limit = chunk_limit
         self._prompt_positions = PromptPositions(shape, table)
         self._counts = counts
@@ -239,10 +242,11 @@ class Planner:
         table.last_ticket[rows] = ticket
         if rows is not self._batch.rows:
             self._batch = Batch.of(rows, table)
-        num_tokens = writer.finish(self._batch, counts, samples, self._clock())
+        masks = self._mask_requests.plan(self._batch, samples)
+        num_tokens = writer.finish(self._batch, counts, samples, masks, self._clock())
         self._admission.queue.sampled(rows[samples])
         self._prefixes.offer_full(rows)  # before `stop` frees blocks of some of these rows
-        step = PlannedStep(ticket, self._batch, samples, num_tokens - len(rows), writer.leases, prompt_chunks)
+        step = PlannedStep(ticket, self._batch, samples, num_tokens - len(rows), writer.leases, masks, prompt_chunks)
         self._counts["num_steps"] += 1
         self._counts["num_prefill_steps"] += step.num_prompt_tokens > 0
         is_planned_out = planned == table.max_len[rows]

@@ -9,13 +9,13 @@ import msgpack
 import pytest
 
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
+from ipc.chat import EncodedChat
 from ipc.codec import encode
 from ipc.messages import (
     Alive,
     CacheCleared,
     Cancel,
     CancelRequests,
-    ChatMessage,
     ClearCache,
     ClientCredit,
     ClientGone,
@@ -32,6 +32,7 @@ from ipc.messages import (
 from ipc.sampling_params import MAX_SEED, SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, Harness, generate
+from tests.unit.workers.text.tools import encoded_chat, user_chat
 from workers.gateway.outbox import Peer
 
 
@@ -126,7 +127,7 @@ def _raw_ids(token_ids: Any) -> bytes:
     ("message", "code", "text"),
     [
         (generate("bad", prompt=""), "invalid_request", "prompt is empty"),
-        (generate("bad", chat=[]), "invalid_request", "chat is empty"),
+        (generate("bad", chat=EncodedChat(messages=b"")), "invalid_request", "chat is empty"),
         (generate("bad", token_ids=b""), "invalid_request", "token_ids is empty"),
         (generate("bad", token_ids=b"12345"), "invalid_request", "not a multiple of 4"),
         (generate("bad", prompt="x", token_ids=b"1234"), "invalid_request", "prompt and token_ids"),
@@ -204,7 +205,7 @@ def test_long_values_are_not_told_back_in_full() -> None:
 
 def test_a_chat_travels_as_it_is() -> None:
     gateway = Harness()
-    chat = [ChatMessage("user", "hi")]
+    chat = encoded_chat([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], tools=[], template="t")
     gateway.client(generate("r", chat=chat))
     assert gateway.tokenized()[0][1].chat == chat
 
@@ -573,7 +574,8 @@ def test_a_request_larger_than_the_bound_waits_alone() -> None:
     [
         {"prompt": "x"},
         {"prompt": "x" * 500 + "\N{ROCKET}"},
-        {"chat": [ChatMessage("user", f"hi there {number}") for number in range(20)]},
+        {"chat": user_chat(*(f"hi there {number}" for number in range(20)))},
+        {"chat": encoded_chat([], tools=[], documents=[], template_kwargs={}, template="{# \N{ROCKET} #}" * 20)},
         {"params": SamplingParams(stop=[f"stop {number}" for number in range(16)], stop_token_ids=[*range(300, 316)])},
         {
             "params": SamplingParams(
@@ -585,7 +587,7 @@ def test_a_request_larger_than_the_bound_waits_alone() -> None:
         {"scheduling": SchedulingParams(priority=1, tenant="somebody", deadline_s=1.5, queue_timeout_s=2.5)},
         {"policy": "fair"},
     ],
-    ids=["tiny", "wide text", "chat", "stops", "long values", "scheduling", "tenants"],
+    ids=["tiny", "wide text", "chat", "chat with all fields", "stops", "long values", "scheduling", "tenants"],
 )
 def test_what_waits_for_a_tokenizer_is_charged_the_memory_that_it_takes(fields: dict[str, Any]) -> None:
     fields = {"policy": "priority", **fields}

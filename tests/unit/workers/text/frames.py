@@ -9,15 +9,16 @@ from typing import Any
 import msgpack
 
 from ipc.codec import encode
-from ipc.messages import Cancel, ChatMessage, Delivered, Query
+from ipc.messages import Cancel, Delivered, Query
 from ipc.sampling_params import SamplingParams
 from tests.unit.workers.gateway.gateway_tools import generate
+from tests.unit.workers.text.tools import user_chat
 
 GOOD = [
     encode(message)
     for message in (
         generate("x1"),
-        generate("x2", chat=[ChatMessage("user", "hi")], stream=True),
+        generate("x2", chat=user_chat("hi"), stream=True),
         generate("x3", token_ids=bytes(16), params=SamplingParams(temperature=0.5, stop=["a"], logprobs=3)),
         Cancel(request_id="x1"),
         Delivered(count=1),

@@ -51,7 +51,7 @@ from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
 from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
-from workers.tokenizer.config import TokenizerBootstrap
+from workers.tokenizer.config import TokenizerBootstrap, TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 30.0
@@ -217,6 +217,7 @@ class TextEngine:
         tokenizer = TokenizerBootstrap(
             cache_seed=None,
             worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
+            tokenizer=TokenizerConfig(),
             model_path=str(model),
             shape=StepShape(4, 16, max_model_len, 4, vocab_size),
         )

@@ -24,7 +24,6 @@ from ipc.messages import (
     EOS_TOKEN_ID,
     Abort,
     Cancel,
-    ChatMessage,
     Drain,
     Drained,
     Health,
@@ -43,7 +42,7 @@ from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import generate
 from tests.unit.workers.text.frames import bad_frame
 from tests.unit.workers.text.processes import ROOT, TextClient, TextEngine, wait_until
-from tests.unit.workers.text.tools import CORPUS, byte_level_tokenizer
+from tests.unit.workers.text.tools import CORPUS, byte_level_tokenizer, user_chat
 
 TOKENIZER = byte_level_tokenizer()
 ONE = SamplingParams(max_tokens=1)
@@ -82,7 +81,7 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
         client.say(generate(f"long{number}", prompt=long_text, params=ONE))
     token_ids = np.array([TOKENIZER.token_to_id("the") or 70, 71], "<i4")
     client.say(generate("ids", token_ids=token_ids.tobytes(), params=ONE))
-    client.say(generate("chat", chat=[ChatMessage("user", "fox "), ChatMessage("user", "dog")], params=ONE))
+    client.say(generate("chat", chat=user_chat("fox ", "dog"), params=ONE))
     client.say(generate("stop", prompt="the fox jumps", params=SamplingParams(max_tokens=1, stop=["x j"])))
     end = TOKENIZER.token_to_id("</s>")
     named = SamplingParams(

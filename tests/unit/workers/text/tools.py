@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ipc.chat import EncodedChat
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog. It's the fox's 3rd jump!",
@@ -84,3 +89,21 @@ def _sentence_pieces(chain: list[object]) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(chain)
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return tokenizer
+
+
+def user_chat(*contents: str) -> EncodedChat:
+    """A chat of messages of a user."""
+    return encoded_chat([{"role": "user", "content": content} for content in contents])
+
+
+def encoded_chat(messages: Any, **fields: Any) -> EncodedChat:
+    """A chat as it travels. Values of `tools`, `documents` and `template_kwargs` become JSON too."""
+    as_json = {
+        name: value if name in ("template", "add_generation_prompt", "continue_final_message") else _json(value)
+        for name, value in fields.items()
+    }
+    return EncodedChat(messages=_json(messages), **as_json)
+
+
+def _json(value: Any) -> bytes | None:
+    return value if value is None or isinstance(value, bytes) else json.dumps(value).encode()

@@ -11,15 +11,16 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ipc.errors import InvalidRequest, ModelUnsupported, RequestFailed
-from ipc.messages import ChatMessage, Route, Tokenize
+from ipc.messages import Route, Tokenize
 from ipc.records import StepShape
 from ipc.sampling_params import SamplingParams
-from tests.unit.workers.text.tools import CORPUS, byte_fallback_tokenizer, byte_level_tokenizer
+from tests.unit.workers.text.tools import CORPUS, byte_fallback_tokenizer, byte_level_tokenizer, encoded_chat
 from workers.model_tokenizer.loading import load_tokenizer
-from workers.tokenizer.chat_template import ChatTemplate
+from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.core import MAX_TRUNCATED_CHARS, Encoded, PromptEncoder
 
-CHAT = [ChatMessage("system", "Be brief & <clear>."), ChatMessage("user", "  今天 hi\n")]
+MESSAGES = [{"role": "system", "content": "Be brief & <clear>."}, {"role": "user", "content": "  今天 hi\n"}]
+CHAT = encoded_chat(MESSAGES)
 
 # Features that templates on the hub use: loops with controls, whitespace trimming, filters, raise_exception, tools,
 # namespaces.
@@ -54,15 +55,15 @@ def save(folder: Path, tokenizer: Any = None, **config: Any) -> str:
 
 def encoder(folder: str, *, max_model_len: int = 200, vocab_size: int = 500) -> PromptEncoder:
     loaded = load_tokenizer(folder)
-    return PromptEncoder(loaded.tokenizer, chat_template(folder), shape(vocab_size, max_model_len))
+    return PromptEncoder(loaded.tokenizer, chat_templates(folder), shape(vocab_size, max_model_len))
 
 
 def shape(vocab_size: int, max_model_len: int) -> StepShape:
     return StepShape(4, 16, max_model_len, 4, vocab_size)
 
 
-def chat_template(folder: str) -> ChatTemplate:
-    return ChatTemplate.load(folder, load_tokenizer(folder).special_tokens)
+def chat_templates(folder: str) -> ChatTemplates:
+    return ChatTemplates.load(folder, load_tokenizer(folder).special_tokens)
 
 
 def request(params: SamplingParams | None = None, **source: Any) -> Tokenize:
@@ -92,19 +93,19 @@ def test_prompts_are_encoded_as_auto_tokenizer_does(tmp_path: Path, make: Any, c
 def test_chats_are_rendered_and_encoded_as_transformers_does(tmp_path: Path) -> None:
     folder = save(tmp_path, chat_template=TEMPLATE)
     reference = AutoTokenizer.from_pretrained(folder)
-    chat = [*CHAT, ChatMessage("skip", "not shown")]
-    plain = [{"role": message.role, "content": message.content} for message in chat]
+    plain = [*MESSAGES, {"role": "skip", "content": "not shown"}]
+    chat = encoded_chat(plain)
     expected = reference.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    assert chat_template(folder).render(chat) == expected
+    assert chat_templates(folder).render(chat) == expected
     token_ids = reference.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
     assert encoder(folder).encode(request(chat=chat)).token_ids.tolist() == token_ids
 
 
 def test_a_template_file_outranks_the_configuration(tmp_path: Path) -> None:
     folder = save(tmp_path, chat_template="of the configuration")
-    assert chat_template(folder).render(CHAT) == "of the configuration"
+    assert chat_templates(folder).render(CHAT) == "of the configuration"
     (tmp_path / "chat_template.jinja").write_text("of the file")
-    assert chat_template(folder).render(CHAT) == "of the file"
+    assert chat_templates(folder).render(CHAT) == "of the file"
 
 
 NAMED = {"rag": "x", "default": "it: {{ messages[0].role }}"}
@@ -112,7 +113,7 @@ NAMED = {"rag": "x", "default": "it: {{ messages[0].role }}"}
 
 @pytest.mark.parametrize("value", [NAMED, [{"name": name, "template": text} for name, text in NAMED.items()]])
 def test_a_named_default_template_is_found(tmp_path: Path, value: Any) -> None:
-    assert chat_template(save(tmp_path, chat_template=value)).render(CHAT) == "it: system"
+    assert chat_templates(save(tmp_path, chat_template=value)).render(CHAT) == "it: system"
 
 
 def test_templates_in_files_are_named_by_them_and_outrank_the_configuration(tmp_path: Path) -> None:
@@ -120,11 +121,11 @@ def test_templates_in_files_are_named_by_them_and_outrank_the_configuration(tmp_
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     with pytest.raises(InvalidRequest, match="'tool_use' and none named 'default'"):
-        chat_template(folder).render(CHAT)
+        chat_templates(folder).render(CHAT)
     with pytest.raises(ValueError, match=r"no default specified.*tool_use"):
         AutoTokenizer.from_pretrained(folder).get_chat_template()
     (tmp_path / "chat_template.jinja").write_text("of the file")
-    assert chat_template(folder).render(CHAT) == "of the file"
+    assert chat_templates(folder).render(CHAT) == "of the file"
 
 
 @pytest.mark.parametrize(
@@ -182,9 +183,8 @@ def test_templates_see_the_special_tokens_of_every_file(tmp_path: Path) -> None:
     special = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "image_token": "<image>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     reference = AutoTokenizer.from_pretrained(folder)
-    plain = [{"role": message.role, "content": message.content} for message in CHAT]
-    expected = reference.apply_chat_template(plain, tokenize=False)
-    assert chat_template(folder).render(CHAT) == expected == "<s><image><|end|>"
+    expected = reference.apply_chat_template(MESSAGES, tokenize=False)
+    assert chat_templates(folder).render(CHAT) == expected == "<s><image><|end|>"
 
 
 def test_a_chat_without_a_template_says_what_to_do(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_chat_without_a_template_says_what_to_do(tmp_path: Path) -> None:
 )
 def test_what_a_template_raises_is_that_requests_error(tmp_path: Path, template: str, text: str) -> None:
     encode = encoder(save(tmp_path, chat_template=template)).encode
-    assert text in failure(encode(request(chat=[ChatMessage("nobody", "x")])))
+    assert text in failure(encode(request(chat=encoded_chat([{"role": "nobody", "content": "x"}]))))
     assert encode(request(prompt="the fox")).error is None
 
 
@@ -341,7 +341,7 @@ def test_any_other_exception_is_that_requests_error(tmp_path: Path) -> None:
         def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
             raise type("PanicException", (BaseException,), {})("a Rust panic")
 
-    template = ChatTemplate(None, {})
+    template = ChatTemplates({}, {})
     encoded = PromptEncoder(Panicking(), template, shape(500, 100)).encode(request(prompt="x"))
     assert isinstance(encoded.error, RequestFailed)
     assert "a Rust panic" in str(encoded.error)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ipc.errors import RingError, RingFull
+from ipc.mask_records import mask_layout
 from ipc.record_layout import Layout, R
 from ipc.records import PROMPT_RECORD_TOKENS, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -37,7 +38,7 @@ torch.set_num_threads(1)
 
 
 class Ends:
-    """Both ends of the three rings: ours to write, and the executor's."""
+    """Both ends of the rings: ours to write, and the executor's. The shape says how many mask rings there are."""
 
     def __init__(self, shape: StepShape, depth: int) -> None:
         def pair(name: str, layout: Layout[R], num_slots: int) -> tuple[Ring[R], Ring[R]]:
@@ -49,7 +50,9 @@ class Ends:
         self.steps, steps = pair("step", step_layout(shape), 2 * depth)
         self.results, results = pair("result", result_layout(shape), 2 * depth)
         self.prompts, prompts = pair("prompt", prompt_layout(), 8)
-        self.gpu = GpuRings(steps, results, [prompts])
+        masks = [pair(f"mask.{i}", mask_layout(shape), 2 * depth) for i in range(shape.num_grammar_workers)]
+        self.masks = [ours for ours, _ in masks]
+        self.gpu = GpuRings(steps, results, [prompts], [theirs for _, theirs in masks])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
