@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.attention.interface import ATTENTION_NAME, handling_attention
+from workers.gpu.model.decoder_output import DecoderOutput
 from workers.gpu.model.masks import building_masks
 from workers.gpu.model.max_length import num_positions
 from workers.gpu.model.probe import Call, MaskProbe, Probe, unsupported
@@ -151,7 +152,25 @@ def probe_model(model: nn.Module, max_model_len: int, device: torch.device) -> P
         logits_dtype=logits.dtype,
         has_softcap=any(call.has_softcap for call in probe.calls),
         has_sinks=any(call.has_sinks for call in probe.calls),
+        replays_decoder=_replays_decoder(model, input_ids, positions, wanted, logits),
     )
+
+
+def _replays_decoder(
+    model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, logits: torch.Tensor
+) -> bool:
+    """Return whether the forward, with its decoder's last output in place of the decoder, gives the logits of any
+    tokens."""
+    kept = DecoderOutput.of(model)
+    if kept is None:
+        return False
+    with kept.kept() as outputs:
+        _call(model, Probe(model.config), input_ids, positions, wanted)
+    if len(outputs) != 1:
+        return False
+    with kept.replayed(outputs):
+        turned = _call(model, Probe(model.config), input_ids, positions, wanted.flip(0))
+    return turned.shape == logits.shape and is_near(turned.flip(1), logits, logits.dtype)
 
 
 def _why_not_finite(model: Any) -> str:

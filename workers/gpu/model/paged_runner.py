@@ -27,7 +27,7 @@ class PagedModelRunner:
         self.row_states = facts.row_states
         self._model = model
         self._head = replace_head(model)
-        self._decoder_output = DecoderOutput.of(model)
+        self._decoder_output = DecoderOutput.of(model) if facts.replays_decoder else None
         self._cache = cache
         self._backend = backend
 

@@ -21,4 +21,5 @@ class ProbedModel:
     logits_dtype: torch.dtype
     has_softcap: bool  # in at least one layer's attention
     has_sinks: bool
+    replays_decoder: bool = False  # its forward computes logits from an earlier output of its decoder, `DecoderOutput`
     row_states: tuple[RowState, ...] = ()  # that its layers keep beside the KV cache

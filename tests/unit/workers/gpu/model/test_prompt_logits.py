@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from transformers import CohereConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from ipc.records import StepShape
 from tests.reference.packed_steps import PackedSequence, make_batch
-from tests.reference.tiny_models import VOCAB_SIZE, make_tiny_model, reference_logits, reference_model
+from tests.reference.tiny_models import VOCAB_SIZE, make_tiny_model, reference_logits, reference_model, save_model
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.model.decoder_output import DecoderOutput
 from workers.gpu.model.loader import load_model
@@ -19,6 +22,7 @@ from workers.gpu.model.paged_runner import PagedModelRunner
 
 SHAPE = StepShape(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, block_size=4)
 BLOCKS_PER_SEQ = 8
+PROMPTS = [[(7 * i * i + 5 * i) % VOCAB_SIZE for i in range(length)] for length in (19, 23)]
 
 torch.set_num_threads(1)
 
@@ -28,11 +32,15 @@ def load(folder: Path) -> PagedModelRunner:
     return load_model(config, CacheConfig(num_blocks=40), SHAPE, torch.device("cpu"), lambda *_: None).runner
 
 
-def check(runner: PagedModelRunner, folder: Path) -> None:
+def plain_logits(folder: Path) -> list[torch.Tensor]:
+    """Of a plain forward of each prompt."""
+    model = reference_model(folder)
+    return [reference_logits(model, prompt) for prompt in PROMPTS]
+
+
+def check(runner: PagedModelRunner, expected: list[torch.Tensor]) -> None:
     """Two prompts in two steps each: every token's logits are those of a plain forward, and so are the last ones."""
-    random = Random(4)
-    prompts = [[random.randrange(VOCAB_SIZE) for _ in range(length)] for length in (19, 23)]
-    expected = [reference_logits(reference_model(folder), prompt) for prompt in prompts]
+    random, prompts = Random(4), PROMPTS
     table = torch.arange(3 * BLOCKS_PER_SEQ, dtype=torch.int32).reshape(3, BLOCKS_PER_SEQ)
     table[2] = 40  # the trash block
     sequences = [PackedSequence(row, prompts[row], len(prompts[row]), []) for row in range(2)]
@@ -58,34 +66,42 @@ def check(runner: PagedModelRunner, folder: Path) -> None:
 def test_every_familys_own_forward_turns_hidden_states_into_logits(family: str, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path, seed=1)
     runner = load(folder)
-    check(runner, folder)
+    assert runner._decoder_output is not None
+    expected = plain_logits(folder)
+    check(runner, expected)
     calls: list[int] = []
     model: Any = runner._model
     layer = model.get_decoder().h[0] if family == "gpt2" else model.model.layers[0]
     layer.register_forward_hook(lambda *_: calls.append(1))
-    check(runner, folder)
+    check(runner, expected)
     assert len(calls) == 4, "two steps with log-probabilities and two without run the layers once each"
 
 
 def test_a_model_that_scales_and_caps_its_logits_needs_more_than_its_head(tmp_path: Path) -> None:
     """Cohere multiplies its logits. The head alone would give other log-probabilities."""
-    from transformers import CohereConfig
-
-    from tests.reference.tiny_models import save_model
-
     config = CohereConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, logit_scale=0.25, pad_token_id=0,
     )  # fmt: skip
     folder = save_model(config, tmp_path)
-    check(load(folder), folder)
+    check(load(folder), plain_logits(folder))
 
 
-def test_without_a_decoder_of_its_own_a_model_computes_all_logits_in_its_one_forward(tmp_path: Path) -> None:
+def test_a_model_that_does_not_call_its_decoder_computes_all_logits_in_its_one_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_tiny_model("llama", tmp_path, seed=1)
+    expected = plain_logits(folder)
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self: Any, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **inputs: Any) -> Any:
+        hidden = LlamaModel.forward(self.model, input_ids=input_ids, **inputs).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(hidden[:, logits_to_keep]))
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     runner = load(folder)
-    runner._decoder_output = None
-    check(runner, folder)
+    assert runner._decoder_output is None
+    check(runner, expected)
 
 
 def test_a_decoder_is_itself_again_after_a_failure(tmp_path: Path) -> None:
