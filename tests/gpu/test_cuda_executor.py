@@ -15,7 +15,13 @@ import torch
 from ipc.records import StepShape
 from ipc.shared_memory import create_segment, map_segment
 from tests.reference.executor_engine import executor_engine
-from tests.reference.tiny_models import VOCAB_SIZE, make_tiny_model, reference_generate
+from tests.reference.tiny_models import (
+    VOCAB_SIZE,
+    make_tiny_model,
+    reference_generate,
+    reference_logits,
+    reference_model,
+)
 from tests.simulation.scripted import ScriptedRequest
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.execution.buckets import Buckets
@@ -87,6 +93,26 @@ def test_captured_steps_give_the_tokens_of_generate_at_every_depth(
             assert engine.run(requests_of(prompts), seed) == expected, f"seed {seed}"
         assert engine.buckets_run <= set(buckets.captured)
         assert len({t for _, t in engine.buckets_run}) > 3, "steps of too few sizes were run to say much"
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_eager_steps_with_log_probabilities_of_prompts_leave_captured_steps_as_they_are(
+    depth: int, device: Any, folder: Path, model: LoadedModel, prompts: list[list[int]], expected: list[list[int]],
+    no_synchronisation: None,
+) -> None:  # fmt: skip
+    reference = reference_model(folder)
+    logprobs = [reference_logits(reference, prompt).log_softmax(-1) for prompt in prompts]
+    with executor_engine(device, model.runner, SHAPE, depth, NUM_BLOCKS, Buckets(SHAPE)) as engine:
+        engine.executor.warm_up(lambda _: None)
+        torch.cuda.set_sync_debug_mode("error")
+        for seed in range(3):
+            requests = requests_of(prompts)
+            for request in requests[seed % 2 :: 2]:
+                request.wants_prompt = True
+            assert engine.run(requests, seed) == expected, f"seed {seed}"
+            for request, rows in zip(requests, logprobs, strict=True):
+                wanted = [float(row[token]) for row, token in zip(rows, request.prompt[1:], strict=False)]
+                assert request.prompt_logprobs == pytest.approx(wanted if request.wants_prompt else [], abs=1e-3)
 
 
 def test_eager_steps_give_the_tokens_of_generate_without_waiting(

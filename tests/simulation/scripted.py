@@ -50,6 +50,10 @@ class ScriptedRequest:
     finish: FinishCode = FinishCode.RUNNING
     num_shown: int = 0  # tokens that the grammar worker has been sent
     closed_at: int | None = None  # the first of its tokens whose mask counts as closed
+    wants_prompt: bool = False  # the log-probabilities of its prompt
+    num_scored: int = 0  # tokens of the prompt whose followers' log-probabilities are planned
+    prompt_logprobs: list[float] = field(default_factory=list)  # from applied results
+    prompt_top_ids: list[list[int]] = field(default_factory=list)  # the likeliest tokens there
 
     @property
     def is_done(self) -> bool:
@@ -88,6 +92,7 @@ class ScriptedScheduler:
         self._free_rows = list(range(shape.max_num_seqs))
         self._retired: list[ScriptedRequest] = []  # their rows still occur in steps in flight
         self._in_flight: deque[tuple[list[tuple[ScriptedRequest, bool]], list[tuple[int, int]]]] = deque()
+        self._scored: deque[list[ScriptedRequest]] = deque()  # of each step in flight: whose prompt each position is of
         self._ticket = 0
         self._applied = 0
         self.waiting: deque[ScriptedRequest] = deque()
@@ -140,6 +145,7 @@ class ScriptedScheduler:
         self._ticket += 1
         self._random.shuffle(planned)
         self._write(record, planned, appends, len(admitted))
+        self._score_prompts(record, planned)
         sequences = []
         for request, count in planned:
             request.num_computed += count
@@ -156,6 +162,9 @@ class ScriptedScheduler:
     def apply(self, result: ResultRecord) -> None:
         self._applied += 1
         sequences, uploads = self._in_flight.popleft()
+        for i, request in enumerate(self._scored.popleft()):
+            request.prompt_logprobs.append(float(result.prompt_logprob[i]))
+            request.prompt_top_ids.append(result.prompt_top_ids[i].tolist())
         for i, (request, samples) in enumerate(sequences):
             if not samples or request.is_done:
                 continue
@@ -237,6 +246,21 @@ class ScriptedScheduler:
             self._masks.plan(record, self._ticket, sampling)
         for i, (row, index, block) in enumerate(appends):
             record.append_row[i], record.append_index[i], record.append_block[i] = row, index, block
+
+    def _score_prompts(self, record: StepRecord, planned: list[tuple[ScriptedRequest, int]]) -> None:
+        """Ask for each position of a prompt once, though a preempted one is computed again."""
+        places, scored, first = [], [], 0
+        for request, count in planned:
+            if request.wants_prompt:
+                end = min(request.num_computed + count, len(request.prompt) - 1)
+                for position in range(max(request.num_computed, request.num_scored), end):
+                    places.append(first + position - request.num_computed)
+                    scored.append(request)
+                request.num_scored = max(request.num_scored, end)
+            first += count
+        record.num_prompt_logprobs[0] = len(places)
+        record.prompt_logprob_index[: len(places)] = places
+        self._scored.append(scored)
 
     def _preempt(self, request: ScriptedRequest) -> None:
         self._free_blocks += request.blocks

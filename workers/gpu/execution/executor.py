@@ -17,6 +17,8 @@ Owns the order of copies, launches and events, and the buffers between them. It 
 No buffer is overwritten while a step still uses it (D = depth): the scheduler publishes step k+D only after it has
 applied result k, thus after outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when
 submit_next takes k+D. Graphs know record and output by address; only the compute stream reads and writes these two.
+A step copies the parts of its records that it needs (`record_parts.py`). The first half of a step that computes
+log-probabilities of prompts is not captured, and writes these to the output as well (`prompt_logprobs.py`).
 
 A step that owes masks is held back between its halves. Its model runs while the scheduler applies the result before it
 and the grammar worker makes the masks from that result's tokens. Later steps stay in their ring meanwhile.

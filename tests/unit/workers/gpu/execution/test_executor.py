@@ -116,11 +116,20 @@ def requests(seed: int) -> list[ScriptedRequest]:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("pad_batches", [False, True])
 @pytest.mark.parametrize("device", [CpuDevice, TimedDevice])
-def test_requests_get_the_models_own_tokens(depth: int, pad_batches: bool, device: Any) -> None:
+def test_requests_get_the_models_own_tokens_and_prompts_their_log_probabilities(
+    depth: int, pad_batches: bool, device: Any
+) -> None:
     served = requests(depth)
+    for request in served[::2]:
+        request.wants_prompt = True
     serve(served, depth, device(), pad_batches=pad_batches)
     for request in served:
         assert request.tokens == ToyModel.greedy(request.prompt, request.max_tokens)
+        assert len(request.prompt_logprobs) == (len(request.prompt) - 1 if request.wants_prompt else 0)
+        for i, logprob in enumerate(request.prompt_logprobs, start=1):
+            logits = torch.tensor(ToyModel.expected_logits(request.prompt[:i]))
+            assert abs(float(logits.log_softmax(0)[request.prompt[i]]) - logprob) < 1e-5
+            assert logits[request.prompt_top_ids[i - 1][0]] == logits.max()
 
 
 def publish_step(ring: Ring[StepRecord], **fields: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from ipc.records import NO_TOKEN, StepShape, result_layout
 from ipc.sampling_params import MAX_LOGPROBS
 from tests.reference.step_records import Prepared, Reference, fill_step
+from workers.gpu.execution.null_model import NullModel
 from workers.gpu.execution.prompt_logprobs import max_logits_rows, next_tokens, write_prompt_logprobs
 from workers.gpu.execution.tensor_views import ResultTensors, tensor_views
 
@@ -73,3 +74,18 @@ def test_few_rows_of_logits_lie_in_memory_at_a_time() -> None:
     assert rows(256, 8192) == 256
     assert rows(1024, 8192) == 512, "no step has more positions"
     assert rows(4, 32) == 32
+
+
+def test_the_null_model_makes_up_the_same_token_for_a_prompt_as_for_a_step() -> None:
+    prepared, reference = Prepared(SHAPE, NUM_BLOCKS, seed=5), Reference(SHAPE, NUM_BLOCKS)
+    sequences = fill_step(prepared.step, Random(3), reference, list(range(6)))
+    batch = prepared.prepare.batch(len(sequences), sum(count for _, count in sequences))
+    prepared.prepare.admit()
+    prepared.prepare.append()
+    prepared.prepare.filler(batch)()
+    spent: list[None] = []
+    model = NullModel(SHAPE, torch.device("cpu"), lambda: spent.append(None))
+    pieces = list(model.prompt_logits(batch, batch.logits_index, 2))
+    assert len(spent) == 1, "the step costs as much as any other"
+    assert max(map(len, pieces)) == 2
+    assert torch.equal(torch.cat(pieces), model.logits(batch))
