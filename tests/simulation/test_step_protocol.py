@@ -70,6 +70,14 @@ def greedy_requests(random: Random) -> list[ScriptedRequest]:
     ]
 
 
+def scored_requests(random: Random) -> list[ScriptedRequest]:
+    """Half of them want the log-probabilities of their prompts."""
+    requests = greedy_requests(random)
+    for request in requests[::2]:
+        request.wants_prompt = True
+    return requests
+
+
 def expected_tokens(request: ScriptedRequest) -> list[int]:
     tokens = ToyModel.greedy(request.prompt, request.max_tokens)
     ends = [i for i, token in enumerate(tokens) if token in request.end_ids]
@@ -132,8 +140,12 @@ class Blinkered(SimulatedDevice):
 
 def test_launches_touch_what_they_declare_and_nothing_else() -> None:
     for seed in range(8):
-        for request in simulate(seed, 2, device=Blinkered, pad_batches=seed % 2 == 1):
+        for request in simulate(seed, 2, make=scored_requests, device=Blinkered, pad_batches=seed % 2 == 1):
             assert request.tokens == expected_tokens(request), f"seed {seed}"
+            assert len(request.prompt_logprobs) == (len(request.prompt) - 1 if request.wants_prompt else 0)
+            for i, logprob in enumerate(request.prompt_logprobs, start=1):
+                logprobs = torch.tensor(ToyModel.expected_logits(request.prompt[:i])).log_softmax(0)
+                assert abs(float(logprobs[request.prompt[i]]) - logprob) < 1e-5, f"seed {seed}"
 
 
 def forget_wait(stream_name: str, event_name: str) -> type[SimulatedDevice]:

@@ -37,13 +37,12 @@ class LaunchAccesses:
         return [self.record[-1]], [self.tables.columns]
 
     def model(self, rows: HostArray) -> Accesses:
-        read = [self.record[0], self.tables.columns, *self._ids(rows)]
-        return read, [self.batch, self.logits, *self.tables.model_states.values()]
+        return self._model(rows, self.record[0])
 
     def prompt_logprobs(self, rows: HostArray) -> Accesses:
         """Of the model, in a step that computes log-probabilities of prompts too."""
-        read, written = self.model(rows)
-        return [*read, self.record[-1]], [*written, self.output[-1]]
+        read, written = self._model(rows, self.record[-1])
+        return read, [*written, self.output[-1]]
 
     def adjust(self, rows: HostArray) -> Accesses:
         read = [self.record[0], self.batch, self.logits, self.masks, self.tables.columns, *self._ids(rows)]
@@ -58,6 +57,10 @@ class LaunchAccesses:
         tables = self.tables
         written = [tables.columns, tables.token_ids, *tables.model_states.values()]
         return [self.record[-1], self.masks], [*written, self.batch, self.logits, self.adjusted, self.output[-1]]
+
+    def _model(self, rows: HostArray, record: torch.Tensor) -> Accesses:
+        read = [record, self.tables.columns, *self._ids(rows)]
+        return read, [self.batch, self.logits, *self.tables.model_states.values()]
 
     def _long_values(self, rows: HostArray) -> list[torch.Tensor]:
         """Named row by row, too."""
