@@ -212,7 +212,7 @@ class Scheduler:
         if step is None:
             return False
         self._in_flight.append((step, self._work_since_ns))
-        if len(self._in_flight) == 1:
+        if step.masks is not None and len(self._in_flight) == 1:
             self.mask_requests.send(step)
         return True
 
@@ -226,8 +226,8 @@ class Scheduler:
             self._end_unfinished(ends.not_finite)
             self._end_unfinished(ends.excluded)
             self._end(ends.finished)
-        if self._in_flight:
-            self.mask_requests.send(self._in_flight[0][0])
+        if self._in_flight and (oldest := self._in_flight[0][0]).masks is not None:
+            self.mask_requests.send(oldest)
         self._table.step_applied(step.ticket)
         for lease in step.leases:
             self.prompts.release(lease)
