@@ -77,7 +77,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
             likeliest tokens at its position.
         logprob_token_ids: at most 64 token ids whose log-probabilities are returned at each sampled position, besides
             the sampled token's and those of `logprobs`.
-        prompt_logprobs: the same as `logprobs` for the prompt's own tokens, from the second one on.
+        prompt_logprobs: the same as `logprobs` for the prompt's own tokens, from the second one on. They are always the
+            model's own. The whole prompt is computed, without cached blocks.
         logprobs_mode: "raw_logprobs" = the model's own; "processed_logprobs" = after penalties, masks, temperature and
             filters.
         n: samples of the prompt, 1 to 64. Sample 0 equals the result of n = 1; the other samples have their own seeds

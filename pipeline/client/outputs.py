@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from ipc.messages import FinishReason, TokenBytes, TokenLogprobs
+from ipc.messages import FinishReason, PromptLogprobs, TokenBytes, TokenLogprobs
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,14 +51,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Log-probability (natural logarithm) of one generated token and of other tokens at its position.
+    """Log-probability (natural logarithm) of one token, generated or of the prompt, and of others at its position.
 
     Args:
-        token_id: the generated token.
+        token_id: the token.
         logprob: its log-probability; `SamplingParams.logprobs_mode` says of which logits.
         top: token id to log-probability, likeliest first; `SamplingParams.logprobs` says how many.
         requested: token id to log-probability, in the order of `SamplingParams.logprob_token_ids`.
-        token_bytes: token id to the token's own bytes, for the generated token and those of `top` and `requested`. In a
+        token_bytes: token id to the token's own bytes, for this token and those of `top` and `requested`. In a
             byte-level vocabulary, a token can be a part of a character. The bytes of a special token are its name.
     """
 
@@ -70,12 +70,12 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
     @property
     def bytes(self) -> builtins.bytes:
-        """The bytes of the generated token."""
+        """The bytes of the token."""
         return self.token_bytes.get(self.token_id, b"")
 
     @property
     def text(self) -> str:
-        """The generated token as text; bytes that are no whole character are U+FFFD."""
+        """The token as text; bytes that are no whole character are U+FFFD."""
         return self.text_of(self.token_id)
 
     def text_of(self, token_id: int) -> str:
@@ -120,6 +120,9 @@ class Output(msgspec.Struct, kw_only=True):
         completions: all samples of a request without streaming; empty in a stream.
         error: the text of the error with finish reason "error"; otherwise None.
         logprobs: one entry per token id if the request asked for them; otherwise None.
+        prompt_logprobs: one entry per token of the prompt if the request asked for them; otherwise None. The first is
+            None, because nothing precedes it. In a stream, the entries come before the first token of sample 0 or with
+            it. A request that ends before its prompt is computed has only those computed until then.
     """
 
     request_id: str
@@ -132,6 +135,7 @@ class Output(msgspec.Struct, kw_only=True):
     completions: list[Completion] = []
     error: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> Output:
@@ -141,6 +145,18 @@ class Output(msgspec.Struct, kw_only=True):
 
 LogprobPart = tuple[TokenLogprobs, Mapping[int, bytes]]
 """Log-probabilities of consecutive tokens, and the bytes of the tokens that have any."""
+
+PromptPart = tuple[PromptLogprobs, Mapping[int, bytes]]
+"""The same of consecutive tokens of a prompt."""
+
+
+def prompt_logprobs(parts: Sequence[PromptPart]) -> list[TokenLogprob]:
+    """Unpack the log-probabilities of a prompt's tokens."""
+    rows: list[TokenLogprob] = []
+    for part, bytes_of in parts:
+        token_ids: list[int] = memoryview(part.token_ids).cast("i").tolist()
+        rows += token_logprobs(token_ids, [(part.columns, bytes_of)])
+    return rows
 
 
 def token_logprobs(token_ids: Sequence[int], parts: Sequence[LogprobPart]) -> list[TokenLogprob]:

@@ -76,6 +76,10 @@ class PendingAnswers:
             request = find(outputs.request_ids[index])
             if request is not None and not request.abandoned:
                 request.samples[samples[index]].logprobs.append((logprobs, bytes_of))
+        for index, part in outputs.prompt_logprobs:
+            request = find(outputs.request_ids[index])
+            if request is not None and not request.abandoned:
+                request.add_prompt_logprobs(samples[index], (part, bytes_of))
         for index, final in outputs.finals:
             request = find(outputs.request_ids[index])
             if request is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
-from ipc.messages import Route, Tokenized
+from ipc.messages import PromptLogprobs, Route, Tokenized
 from ipc.record_layout import Layout
 from ipc.records import PromptRecord, StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -94,6 +94,7 @@ class ScheduledEngine:
         self.opened: dict[int, Any] = {}
         self.cached: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.prompt_parts: dict[int, list[PromptLogprobs]] = {}
         self.ends: dict[int, str] = {}  # finish reasons
         self.errors: dict[int, tuple[str, str]] = {}
         self.retry_after_s: dict[int, float] = {}
@@ -195,6 +196,10 @@ class ScheduledEngine:
         for key, num_cached in outputs.cached:
             assert not self.tokens[key], f"request {key} was admitted after its first token"
             assert self.cached.setdefault(key, num_cached) == num_cached, f"request {key} was admitted twice"
+        for key, part in outputs.prompt_logprobs:
+            assert key not in self.ends, f"request {key} got log-probabilities after its end"
+            assert not self.tokens[key], f"request {key} got log-probabilities of its prompt after its first token"
+            self.prompt_parts.setdefault(key, []).append(part)
         keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
         finish = np.frombuffer(outputs.finish, np.uint8)
         for key, token_id, code in zip(keys.tolist(), token_ids.tolist(), finish.tolist(), strict=True):
@@ -242,6 +247,7 @@ class ScheduledEngine:
         assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
         assert gauges["num_free_rows"] == self.shape.max_num_seqs, "a row leaked"
         assert not self.scheduler._table._retired
+        assert self.scheduler._table.num_wanting_prompt_logprobs == 0
         for ring in self.tokenizer_rings[1:]:
             assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"
         assert self.prompt_rings[0].num_free() == self.prompt_rings[0].num_slots, "a record of the upload ring leaked"

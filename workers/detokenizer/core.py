@@ -16,7 +16,17 @@ import numpy as np
 
 from ipc.codec import encode
 from ipc.errors import RequestFailed
-from ipc.messages import ClientCredit, ClientGone, Delivery, Ended, Opened, Outputs, StepLogprobs, StepOutputs
+from ipc.messages import (
+    ClientCredit,
+    ClientGone,
+    Delivery,
+    Ended,
+    Opened,
+    Outputs,
+    PromptLogprobs,
+    StepLogprobs,
+    StepOutputs,
+)
 from ipc.records import FinishCode
 from workers.detokenizer import frames as frame_bounds
 from workers.detokenizer.frames import FrameBuilder
@@ -89,6 +99,11 @@ class Detokenizer:
             sequence = self._open.get(key)
             if sequence is not None and sequence.sample == 0:  # the others find the blocks that it computed
                 sequence.request.num_cached_tokens = num_cached
+        for key, part in step.prompt_logprobs:
+            sequence = self._open.get(key)
+            if sequence is not None:
+                sequence.prompt_parts.append(part)
+                sequence.has_news()
         keys = np.frombuffer(step.keys, "<i8").tolist()
         token_ids = np.frombuffer(step.token_ids, "<i4").tolist()
         self.num_tokens += len(keys)
@@ -152,7 +167,7 @@ class Detokenizer:
         request = sequence.request
         keys = range(request.key, request.key + request.num_samples)
         self._cancels += [key for key in keys if key in self._open]  # the scheduler ignores those that have ended
-        sequence.decoder, sequence.matcher, sequence.text = NO_DECODER, None, ""
+        sequence.decoder, sequence.matcher, sequence.text, sequence.prompt_parts = NO_DECODER, None, "", []
         ended = Ended(
             sequence.key, "error", RequestFailed.code, f"the tokens of the answer cannot be decoded: {problem}"
         )
@@ -214,19 +229,21 @@ class Detokenizer:
             if frame.is_full:
                 break
             num_taken += 1
+            prompt_parts: list[PromptLogprobs] = []
+            if sequence.prompt_parts:
+                prompt_parts = sequence.take_prompt_parts(frame_bounds.MAX_PROMPT_PARTS, frame_bounds.MAX_FRAME_WORDS)
             new, is_last = self._take_tokens(sequence)
+            text = ""
             try:
-                text = (
-                    sequence.decoder.push(new)
-                    if sequence.is_plain and not is_last
-                    else sequence.take_text(new, is_last)
-                )
+                if new and sequence.is_plain and not is_last:
+                    text = sequence.decoder.push(new)
+                elif new or is_last:
+                    text = sequence.take_text(new, is_last)
             except BaseException as error:
                 self._fail(sequence, _problem_of(error))
                 is_last = not sequence.token_ids
-                text = ""
-            sequence.idle = sequence.end is None and not sequence.token_ids
-            frame.add(sequence, text, new, is_last=is_last)
+            sequence.idle = sequence.end is None and not sequence.token_ids and not sequence.prompt_parts
+            frame.add(sequence, text, new, prompt_parts, is_last=is_last)
             if is_last and not sequence.request.num_open:
                 keys.append(sequence.request.key)
         del ready[:num_taken]
@@ -236,11 +253,14 @@ class Detokenizer:
 
     @staticmethod
     def _take_tokens(sequence: Sequence) -> tuple[list[int], bool]:
-        """A sequence's next unsent tokens, and whether its end goes with them. If there are more, it stays ready."""
+        """A sequence's next unsent tokens, and whether its end goes with them. If there are more, it stays ready.
+
+        Tokens come after all log-probabilities of the prompt.
+        """
         new = sequence.token_ids
-        limit = frame_bounds.MAX_ITEM_TOKENS
+        limit = 0 if sequence.prompt_parts else frame_bounds.MAX_ITEM_TOKENS
         sequence.token_ids = new[limit:]
-        if sequence.token_ids:
+        if sequence.token_ids or sequence.prompt_parts:
             sequence.client.ready.append(sequence)
             return new[:limit], False
         return new, sequence.end is not None

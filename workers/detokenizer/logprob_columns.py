@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ipc.messages import Opened, StepLogprobs, TokenBytes, TokenLogprobs
+from ipc.messages import Opened, PromptLogprobs, StepLogprobs, TokenBytes, TokenLogprobs
 
 
 class LogprobColumns:
@@ -51,6 +51,12 @@ class LogprobColumns:
             self._extra_ids,
             _cut(self._extra_logprobs, 4 * num_tokens * self._num_extra),
         )
+
+
+def words_of(part: PromptLogprobs) -> int:
+    """Size of the log-probabilities of a prompt's tokens, in units of 4 bytes."""
+    num_tokens = len(part.token_ids) // 4
+    return num_tokens * (2 + 2 * part.columns.num_top)
 
 
 def token_bytes(id_columns: Sequence[bytes], bytes_of: Callable[[int], bytes]) -> TokenBytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ipc.messages import Ended, FinalOutput, FinishReason, Opened
-from workers.detokenizer.logprob_columns import LogprobColumns
+from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs
+from workers.detokenizer.logprob_columns import LogprobColumns, words_of
 from workers.detokenizer.stop_strings import StopMatcher
 from workers.detokenizer.text_decoding import TextDecoder
 
@@ -43,7 +43,7 @@ class Sequence:
 
     __slots__ = (
         "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "min_tokens",
-        "num_sent", "request", "sample", "shows_last", "text", "token_ids",
+        "num_sent", "prompt_parts", "request", "sample", "shows_last", "text", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -59,12 +59,30 @@ class Sequence:
         self.min_tokens = opened.text.min_tokens
         self.shows_last = opened.text.include_stop_str_in_output
         self.is_plain = self.matcher is None and self.logprobs is None
+        self.prompt_parts: list[PromptLogprobs] = []  # not sent yet; sent before the first token
         self.token_ids: list[int] = []  # not sent yet
         self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
         self.num_sent = 0  # tokens
         self.idle = request.stream  # not in client.ready; the next token adds it
         self.end: Ended | None = None
         self.hides_last = False  # the last token ended the sequence and has no text
+
+    def has_news(self) -> None:
+        """Wait for credit with what is not sent yet, unless it waits already or its request is answered as a whole."""
+        if self.idle:
+            self.idle = False
+            self.client.ready.append(self)
+
+    def take_prompt_parts(self, max_parts: int, max_words: int) -> list[PromptLogprobs]:
+        """The next log-probabilities of the prompt: at most `max_parts`, of 4 * `max_words` bytes before the last."""
+        num_words = num_parts = 0
+        for part in self.prompt_parts[:max_parts]:
+            if num_words >= max_words:
+                break
+            num_words += words_of(part)
+            num_parts += 1
+        taken, self.prompt_parts = self.prompt_parts[:num_parts], self.prompt_parts[num_parts:]
+        return taken
 
     def take_text(self, new: list[int], is_last: bool) -> str:
         """The text of an item; `new` are its tokens."""

@@ -28,6 +28,7 @@ PARAMS = st.builds(
     spaces_between_special_tokens=st.booleans(),
     truncate_prompt_tokens=st.none() | st.just(-1) | st.integers(1, 99),
     thinking_token_budget=st.none() | st.integers(0, 99),
+    prompt_logprobs=st.none() | st.integers(0, 20),
     logprob_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
     logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
     allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
