@@ -23,7 +23,7 @@ from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.row_tables import table_bytes
 from workers.gpu.execution.step_masks import mask_bytes
 from workers.gpu.memory import account as memory
-from workers.gpu.memory.account import MemoryUse, model_bytes, reserved_bytes
+from workers.gpu.memory.account import SAMPLER_BYTES, MemoryUse, model_bytes, reserved_bytes, sampler_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.worker import Loaded, run
@@ -171,6 +171,15 @@ def test_what_is_left_beside_the_cache_grows_with_what_is_allocated_later() -> N
     pool = reserved(1 << 30, shape=large) - reserved(0, shape=large) - (1 << 30)
     assert pool == (1 << 30) // 10, "512 of 5120 tokens"
     assert reserved_bytes(SHAPE, 2, 1000, 1 << 30, torch.device("cpu"), captures=True) == 0
+
+
+def test_the_logits_of_prompts_have_their_memory_even_with_few_sequences() -> None:
+    def temporary(num_seqs: int, num_tokens: int = 8192) -> int:
+        return sampler_bytes(StepShape(num_seqs, num_tokens, max_model_len=64, block_size=4), 1000)
+
+    assert temporary(1) == temporary(4) == SAMPLER_BYTES * 64 * 1000
+    assert temporary(1, num_tokens=16) < temporary(1), "a step has no more positions than tokens"
+    assert temporary(512) > 2 * temporary(128) > temporary(4)
 
 
 def test_weights_that_share_memory_count_once() -> None:
