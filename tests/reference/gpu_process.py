@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,9 @@ class FakeProcess:
 
     def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
         pass
+
+    def on_control(self, take: Callable[[Any], None]) -> None:
+        """No message of the launcher arrives."""
 
     def ready(self, **info: int) -> None:
         self.is_ready = True
