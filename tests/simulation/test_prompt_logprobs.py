@@ -171,7 +171,7 @@ def check_prompt(prompt: list[int], num_top: int, parts: list[PromptLogprobs], r
     torch.testing.assert_close(top, expected.gather(1, torch.tensor(top_ids.astype(np.int64))), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("seed", "depth"), [(0, 1), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("seed", "depth"), [(0, 1), (1, 3)])
 def test_prompts_have_transformers_log_softmax_and_no_request_gets_other_tokens(
     seed: int, depth: int, runner: PagedModelRunner, reference: Any
 ) -> None:
