@@ -215,7 +215,7 @@ class TextEngine:
             block_size=4,
             cache_seed=None,
             worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
-            tokenizer=TokenizerConfig(),
+            tokenizer=TokenizerConfig(template_timeout_s=0.2),
             model_path=str(model),
             vocab_size=vocab_size,
             max_model_len=max_model_len,

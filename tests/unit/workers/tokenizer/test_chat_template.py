@@ -333,7 +333,11 @@ def test_a_template_of_a_request_needs_trust() -> None:
     for _ in range(2):
         assert render(CHATML, [HI], template=source, trust_requests=True) == "<s>hi"
     assert ChatTemplates({}, NAMES, trust_requests=True).render(encoded_chat([HI], template=source)) == "<s>hi"
-    assert "cannot be compiled" in refusal(CHATML, [HI], template="{% for %}", trust_requests=True)
+    assert refusal(CHATML, [HI], template="\n{% for %}", trust_requests=True).endswith(
+        "end of statement block' (line 2)"
+    )
+    lines = "this chat template refuses this chat: not like this"
+    assert refusal(CHATML, [HI], template="{{ raise_exception('not\\nlike\\n this') }}", trust_requests=True) == lines
     assert "at most 262144" in refusal(CHATML, [HI], template="{{ 1 }}" * 40_000, trust_requests=True)
     assert "this chat template refuses" in refusal(CHATML, [HI], template="{{ 1 // 0 }}", trust_requests=True)
 
