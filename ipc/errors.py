@@ -9,6 +9,7 @@
         EngineUnavailable      the engine starts, drains or is gone
         RequestFailed          the engine accepted the request and could not finish it
             LogitsNotFinite    the model computed NaN or infinity
+            TokensExcluded     the request's parameters exclude every token
         RingError              inside the engine only: shared memory was misused
 
 The caller can correct a ValueError. The other errors report the state of an engine.
@@ -77,6 +78,12 @@ class LogitsNotFinite(RequestFailed):
     code = "logits_not_finite"
 
 
+class TokensExcluded(RequestFailed):
+    """The request's parameters exclude every token at some position. Other requests are not affected."""
+
+    code = "tokens_excluded"
+
+
 class ProtocolError(RingfeedError, ValueError):
     """Bytes that are not a message of this protocol, or an engine that speaks another version of it."""
 
@@ -101,7 +108,7 @@ _BY_CODE: dict[str, type[RingfeedError]] = {
     error.code: error
     for error in (
         ConfigError, ModelUnsupported, InvalidRequest, QueueFull, EngineUnavailable, RequestFailed, LogitsNotFinite,
-        ProtocolError,
+        TokensExcluded, ProtocolError,
     )
 }  # fmt: skip
 

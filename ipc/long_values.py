@@ -46,6 +46,11 @@ def long_layout(shape: StepShape) -> Layout[LongColumns[HostArray]]:
     return Layout.of(LongColumns[HostArray], "long_values", shape)
 
 
+def max_long_words(shape: StepShape) -> int:
+    """The most words that a request's encoded long values have."""
+    return 1 + sum(field.num_items for field in long_layout(shape).fields.values())
+
+
 def encode_long_values(shape: StepShape, columns: dict[str, Any]) -> bytes:
     """Encode columns by name; each is an array of at most its column's length, which is filled up. b"" for none."""
     if not columns:

@@ -6,12 +6,19 @@ A request crosses the processes in this order:
                                                                             |
     client <--Outputs--- gateway <--Delivery-- detokenizer <--StepOutputs---+
 
+If the request has structured outputs, the scheduler first has their grammar compiled:
+
+    scheduler --Compile--> grammar process --Compiled--> scheduler === mask requests ===> grammar process
+                                                                                               |
+                                                                 GPU process <=== masks =======+
+
 Each socket pair is one ROUTER and the DEALERs that connect to it. Messages travel in both directions:
 
     ROUTER      bound by     connected by                      to the ROUTER                    from the ROUTER
     frontend    gateway      clients                           ClientMessage                    GatewayToClient
     tokenize    gateway      tokenizers                        TokenizeDone                     Tokenize
     schedule    scheduler    tokenizers, gateway, detokenizer  ToScheduler                      SchedulerToGateway
+                             grammar processes                 ToScheduler                      SchedulerToGrammar
     detokenize  detokenizer  scheduler, gateway                ToDetokenizer                    -
     deliver     gateway      detokenizer                       Delivery, then Outputs frames    -
     control     launcher     every worker                      WorkerToLauncher                 LauncherToWorker
@@ -28,6 +35,9 @@ come from different processes can arrive in any order:
 - At the gateway, a `Delivery` that ends a request can arrive before its `Accepted`. The gateway ignores the latter.
 - At the detokenizer, `ClientGone` can arrive before a request of that client is opened. The gateway receives the
   `Delivery` for the unknown client and sends `ClientGone` again.
+- At the scheduler, `Compiled` and `MatcherFailed` can arrive after the request has ended. The scheduler ignores them.
+- At a grammar process, `ReleaseMatchers` can arrive before a request for masks of the same sequence, which the
+  scheduler wrote earlier. The grammar process then answers with a closed mask, which no process uses.
 
 Arrays travel as raw little-endian bytes; comments give their dtype and shape. A list or map has at most
 `codec.MAX_ITEMS` items, and the receiver refuses a message with more. The frame bounds bytes and text.
@@ -36,7 +46,7 @@ Arrays travel as raw little-endian bytes; comments give their dtype and shape. A
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -44,6 +54,7 @@ from ipc.chat import EncodedChat
 from ipc.codec import MAX_ITEMS, BoundedList
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 
 PROTOCOL_VERSION = 3
 MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
@@ -128,6 +139,23 @@ class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: bytes  # float32 [n]
     top_ids: bytes  # int32 [n, num_top], likeliest first
     top_logprobs: bytes  # float32 [n, num_top]
+    extra_ids: bytes = b""  # int32 [num_extra], SamplingParams.logprob_token_ids
+    extra_logprobs: bytes = b""  # float32 [n, num_extra]
+
+
+class TokenBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bytes of m distinct tokens. The text of a special token is its name, in UTF-8."""
+
+    token_ids: bytes  # int32 [m]
+    lengths: bytes  # int32 [m], in bytes
+    data: bytes  # of all tokens, one after the other
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Log-probabilities of n consecutive tokens of a prompt. A prompt's first token has none."""
+
+    token_ids: bytes  # int32 [n]
+    columns: TokenLogprobs  # of these tokens
 
 
 class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,7 +184,9 @@ class Outputs(Message, frozen=True):
     token_ids: bytes  # int32 [sum of num_token_ids]
     finals: BoundedList[tuple[int, FinalOutput]] = []  # (index into request_ids, the end of that sample)
     logprobs: BoundedList[tuple[int, TokenLogprobs]] = []  # (index into request_ids, of the new tokens there)
+    token_bytes: TokenBytes | None = None  # of every token that has a log-probability here; None: there are none
     samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
+    prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (index into request_ids, next part of its prompt)
 
 
 class Refused(Message, frozen=True):
@@ -251,7 +281,7 @@ class Tokenized(Message, frozen=True):
     ticket: int = 0  # of the first record
     num_prompt_tokens: int = 0
     block_hashes: bytes = b""  # of the prompt, by `ipc.block_hash.chain_hashes`; empty: do not cache it
-    long_values: bytes = b""  # int32, by `ipc.long_values`; the params do not repeat them
+    long_values: bytes = b""  # int32, by `ipc.long_values`; of these, the params repeat only logprob_token_ids
     thinking: tuple[int, int] | None = None  # the model's tokens that begin and end thinking; only with a budget
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     deadline_ns: int = 0
@@ -307,7 +337,7 @@ class Withdrawn(Message, frozen=True):
     keys: BoundedList[int]
 
 
-K = TypeVar("K", CancelRequests, Withdraw)
+K = TypeVar("K", CancelRequests, Withdraw, "ReleaseMatchers")
 
 
 def split_keys(kind: type[K], keys: Sequence[int]) -> Iterator[K]:
@@ -316,14 +346,33 @@ def split_keys(kind: type[K], keys: Sequence[int]) -> Iterator[K]:
         yield kind(keys=list(keys[start : start + MAX_ITEMS]))
 
 
-class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TextOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """How a request's tokens become text: fields of SamplingParams."""
+
+    stop: BoundedList[str] = []
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> TextOptions:
+        options = cls(**{name: getattr(params, name) for name in cls.__struct_fields__})
+        return PLAIN_TEXT if options == PLAIN_TEXT else options  # msgspec omits a default only if it is this object
+
+
+PLAIN_TEXT: Final = TextOptions()
+
+
+class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the detokenizer must know of a request before its first token."""
 
     key: int
     route: Route
-    stop: BoundedList[str]
     num_prompt_tokens: int
-    num_logprobs: int | None  # SamplingParams.logprobs
+    text: TextOptions = PLAIN_TEXT
+    num_logprobs: int | None = None  # SamplingParams.num_logprobs
+    logprob_token_ids: BoundedList[int] = []  # of SamplingParams
     num_samples: int = 1  # a request that the scheduler refuses has one, which ends at once
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
 
@@ -345,6 +394,8 @@ class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: bytes  # float32 [n]
     top_ids: bytes  # int32 [n, num_top]
     top_logprobs: bytes  # float32 [n, num_top]
+    num_extra: int = 0
+    extra_logprobs: bytes = b""  # float32 [n, num_extra], of each sequence's own logprob_token_ids
 
 
 class StepOutputs(Message, frozen=True):
@@ -355,6 +406,7 @@ class StepOutputs(Message, frozen=True):
 
     opened: BoundedList[Opened] = []
     cached: BoundedList[tuple[int, int]] = []  # (key, prompt tokens found in the cache), only if there are any
+    prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (key of sample 0, next part of its prompt)
     keys: bytes = b""  # int64 [n]
     token_ids: bytes = b""  # int32 [n]
     finish: bytes = b""  # uint8 [n], FinishCode
@@ -389,8 +441,52 @@ class ClientGone(Message, frozen=True):
     client: bytes
 
 
-ToScheduler = Tokenized | CancelRequests | Withdraw | ClearCache
+# ---- structured outputs: scheduler -> grammar process, grammar process -> scheduler
+
+
+class Compile(Message, frozen=True):
+    """scheduler -> grammar process, when a request with structured outputs has arrived: compile its grammar.
+
+    The grammar process answers `Compiled`. It then has a matcher for each of the sequences `key` to
+    `key + num_samples - 1`.
+    """
+
+    key: int
+    num_samples: int
+    spec: StructuredOutputs
+    end_ids: BoundedList[int]  # the tokens that end the sequences; they are allowed where the text is complete
+
+
+class Compiled(Message, frozen=True):
+    """grammar process -> scheduler, answers `Compile`: the sequences can run, or the request ends with this error."""
+
+    key: int
+    error_code: str = ""
+    error_message: str = ""
+
+
+class ReleaseMatchers(Message, frozen=True):
+    """scheduler -> grammar process, when sequences with structured outputs have ended: forget their matchers.
+
+    The grammar process ignores unknown keys. A sequence may end before its grammar is compiled.
+    """
+
+    keys: BoundedList[int]
+
+
+class MatcherFailed(Message, frozen=True):
+    """grammar process -> scheduler, when it cannot say which tokens a sequence may sample: its masks are closed.
+
+    The scheduler ends the sequence with this error.
+    """
+
+    key: int
+    reason: str
+
+
+ToScheduler = Tokenized | CancelRequests | Withdraw | ClearCache | Compiled | MatcherFailed
 SchedulerToGateway = Accepted | Withdrawn | CacheCleared
+SchedulerToGrammar = Compile | ReleaseMatchers
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
 

@@ -15,13 +15,15 @@ from typing import Annotated, Final, Generic
 import msgspec
 
 from ipc.record_layout import Array, Each, HostArray, Layout, declared_fields, float32, int32, int64
-from ipc.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from ipc.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS: Final = 8  # of the model's configuration; unused places hold -1
 # Ids that end a row: the model's, the tokenizer's eos token and the request's.
 MAX_END_IDS: Final = MAX_EOS_TOKEN_IDS + 1 + MAX_STOP_TOKEN_IDS
 PROMPT_RECORD_TOKENS: Final = 4096
+UPLOAD_RING: Final = 0  # the prompt ring that the scheduler writes
 MAX_ADMISSIONS: Final = 64  # in one step
+MAX_PROMPT_LOGPROBS: Final = 512  # positions of prompts in one step
 NO_TOKEN: Final = -1
 
 
@@ -57,6 +59,11 @@ class StepShape(msgspec.Struct, frozen=True):
     @property
     def max_admissions(self) -> int:
         return min(self.max_num_seqs, MAX_ADMISSIONS)
+
+    @property
+    def max_prompt_logprobs(self) -> int:
+        """Tokens that one step can compute of prompts whose log-probabilities are wanted."""
+        return min(self.max_num_batched_tokens, MAX_PROMPT_LOGPROBS)
 
 
 class SamplerVariant(enum.IntEnum):
@@ -169,7 +176,8 @@ class Admissions(AdmittedColumns[Array]):
 class StepFields(Generic[Array]):
     """Scheduler -> GPU process: one step. Only the first `num_*` entries of each array mean anything.
 
-    A step without admissions needs only what lies in front of `admit`.
+    A step without admissions needs only what lies in front of `admit`. Only steps with `num_prompt_logprobs` need what
+    follows the admissions.
     """
 
     num_seqs: Annotated[Array, int32(1)]
@@ -184,6 +192,10 @@ class StepFields(Generic[Array]):
     """A SamplerVariant."""
     want_logprobs: Annotated[Array, int32(1)]
     """The most top log-probabilities that a sequence of this step wants, + 1; 0 = none."""
+    want_processed: Annotated[Array, int32(1)]
+    """1 = a sequence of this step wants processed log-probabilities."""
+    num_prompt_logprobs: Annotated[Array, int32(1)]
+    """Positions of prompts whose log-probabilities this step computes."""
     planned_at_ns: Annotated[Array, int64(1)]
     """When the scheduler planned the step, in ns of CLOCK_MONOTONIC."""
     seq_row: Annotated[Array, int32("max_num_seqs")]
@@ -206,12 +218,15 @@ class StepFields(Generic[Array]):
     """The KV block that is entered there."""
     admit: Annotated[Admissions[Array], Each("max_admissions")]
     """The admissions, entry by entry."""
+    prompt_logprob_index: Annotated[Array, int32("max_prompt_logprobs")]
+    """Tokens among the step's tokens: wanted is the log-probability of the token that follows each in its row."""
 
 
 class ResultFields(Generic[Array]):
     """GPU process -> scheduler: one step's results, in the order of its sequences.
 
-    `logprob` and what follows it are filled only if the step's `want_logprobs` asks for it.
+    `logprob` and what follows it are filled only if the step's `want_logprobs` asks for it; `prompt_logprob` and what
+    follows it only if the step has `num_prompt_logprobs`.
     """
 
     token_ids: Annotated[Array, int32("max_num_seqs")]
@@ -229,6 +244,14 @@ class ResultFields(Generic[Array]):
     top_ids: Annotated[Array, int32("max_num_seqs", MAX_LOGPROBS)]
     """The likeliest tokens, likeliest first; NO_TOKEN beyond the vocabulary."""
     top_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROBS)]
+    """Their log-probabilities; -inf beyond the vocabulary."""
+    extra_logprobs: Annotated[Array, float32("max_num_seqs", MAX_LOGPROB_TOKEN_IDS)]
+    """The log-probabilities of the tokens in the row's `logprob_ids` (`ipc/long_values.py`)."""
+    prompt_logprob: Annotated[Array, float32("max_prompt_logprobs")]
+    """The log-probability of the token that follows each token of the step's `prompt_logprob_index`."""
+    prompt_top_ids: Annotated[Array, int32("max_prompt_logprobs", MAX_LOGPROBS)]
+    """The likeliest tokens there, likeliest first; NO_TOKEN beyond the vocabulary."""
+    prompt_top_logprobs: Annotated[Array, float32("max_prompt_logprobs", MAX_LOGPROBS)]
     """Their log-probabilities; -inf beyond the vocabulary."""
 
 

@@ -51,27 +51,34 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         frequency_penalty: is subtracted once for each occurrence in the output; in [-2, 2], 0 = off.
         logit_bias: token id to a number in [-100, 100] that is added to its logit; at most 1,024 entries.
         allowed_token_ids: only these tokens may be sampled, at most 16,384; None = all.
-        bad_words: at most 256 texts that the output must not hold: the last token of their tokens is not sampled.
+        bad_words: at most 256 texts that the output must not hold: the last of a text's tokens is not sampled behind
+            the others. A text also counts with a space in front, if that changes only its first token.
         min_tokens: so many tokens are generated before an end-of-sequence id, a stop token or a stop string ends the
-            sequence.
-        thinking_token_budget: after so many tokens of thinking, the model's end-of-thinking token is sampled. Needs a
-            model whose folder names its thinking tokens.
+            sequence. The model's length ends it even then.
+        thinking_token_budget: after so many tokens of thinking, the model's end-of-thinking token is sampled; -1 or
+            None = no limit. Needs a model whose folder names its thinking tokens.
         structured_outputs: the grammar that the output follows, see StructuredOutputs.
         seed: 0 to 2**63 - 1. The same seed, prompt and parameters give the same tokens, whatever other requests run.
             None (default) = the gateway draws one.
         stop: at most 16 strings of 1 to 256 characters; the text ends before the first of them. They may name special
             tokens.
-        include_stop_str_in_output: the text ends behind the stop string, not before it.
+        include_stop_str_in_output: the text ends behind the stop string, not before it; and the token that ends the
+            sequence has its text.
         stop_token_ids: at most 16 token ids that end the sequence, besides the model's end-of-sequence ids.
         ignore_eos: do not end at the end-of-sequence ids of model and tokenizer (`stop_token_ids` still apply).
-        skip_special_tokens: special tokens of the output have no text.
-        spaces_between_special_tokens: if special tokens have text, a space stands between two of them.
+        skip_special_tokens: special tokens of the output have no text. False = their text is their name.
+        spaces_between_special_tokens: False = no space stands between two tokens that were added to the vocabulary,
+            special ones among them. Only few tokenizers (WordPiece) write such spaces, and only if skip_special_tokens
+            is False.
         truncate_prompt_tokens: keep only the last so many tokens of the prompt; -1 = as many as the model's length
-            leaves room for; None = a longer prompt is an error.
+            leaves room for beside max_tokens; None = a longer prompt is an error. A text keeps the special tokens that
+            the tokenizer writes in front of it; they count.
         logprobs: None (default) = no log-probabilities; n, from 0 to 20 = those of each sampled token and of the n
             likeliest tokens at its position.
-        logprob_token_ids: at most 64 token ids whose log-probabilities are returned at each sampled position.
-        prompt_logprobs: the same as `logprobs` for the prompt's own tokens, from the second one on.
+        logprob_token_ids: at most 64 token ids whose log-probabilities are returned at each sampled position, besides
+            the sampled token's and those of `logprobs`.
+        prompt_logprobs: the same as `logprobs` for the prompt's own tokens, from the second one on. They are always the
+            model's own. The whole prompt is computed, without cached blocks.
         logprobs_mode: "raw_logprobs" = the model's own; "processed_logprobs" = after penalties, masks, temperature and
             filters.
         n: samples of the prompt, 1 to 64. Sample 0 equals the result of n = 1; the other samples have their own seeds
@@ -113,9 +120,18 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self._set(stop=[self.stop])
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            if getattr(self, name) is None:
+                self._set(**{name: []})
+        if self.thinking_token_budget == -1:
+            self._set(thinking_token_budget=None)
         if isinstance(self.logit_bias, Mapping):
             self._set(logit_bias=_with_int_keys(self.logit_bias))
         check_fields(self, _RULES)
+        if self.bad_words:
+            self._set(bad_words=list(dict.fromkeys(self.bad_words)))
+        if self.logprob_token_ids is not None:
+            self._set(logprob_token_ids=list(dict.fromkeys(self.logprob_token_ids)))
         if self.temperature < MIN_TEMPERATURE:
             self._set(temperature=0.0)
         if self.top_k == -1:
@@ -132,10 +148,23 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         for name, value in values.items():
             msgspec.structs.force_setattr(self, name, value)
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens have log-probabilities at each position. None: not even the sampled one."""
+        return 0 if self.logprobs is None and self.logprob_token_ids else self.logprobs
+
     def with_seed(self, seed: int) -> Self:
         """A copy with this seed, from 0 to 2**63 - 1. It is not checked again: the gateway copies each request's."""
         copied = copy.copy(self)
         msgspec.structs.force_setattr(copied, "seed", seed)
+        return copied
+
+    def without_long_values(self) -> Self:
+        """These parameters without the fields that travel as long values (`ipc/long_values.py`)."""
+        if self.logit_bias is None and self.allowed_token_ids is None and not self.bad_words:
+            return self
+        copied = copy.copy(self)
+        copied._set(logit_bias=None, allowed_token_ids=None, bad_words=[])
         return copied
 
     def of_sample(self, index: int) -> Self:

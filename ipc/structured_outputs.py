@@ -40,7 +40,7 @@ _RULES: Final[dict[str, Rule]] = {
     "regex": _TEXT,
     "choice": (_is_choice, f"must be a list of 1 to {MAX_CHOICES} strings, or None"),
     "grammar": _TEXT,
-    "json_object": _FLAG,
+    "json_object": (lambda value: value is None or isinstance(value, bool), "must be true, false or None"),
     "structural_tag": _TEXT,
     "disable_any_whitespace": _FLAG,
     "disable_additional_properties": _FLAG,
@@ -72,7 +72,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     regex: str | None = None
     choice: BoundedList[str] | None = None
     grammar: str | None = None
-    json_object: bool = False
+    json_object: bool | None = None
     structural_tag: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False

@@ -50,6 +50,8 @@ class Span:
     STEP_RING: Final = 13
     PROMPT_RING: Final = 14
     SEQUENCES: Final = 15
+    MISSING_MASKS: Final = 16
+    MASK: Final = 17
 
 
 class Form(enum.Enum):
@@ -83,7 +85,9 @@ KINDS: Final[dict[int, Kind]] = {
     Span.STEP: Kind("step", ("ticket",), Form.DEVICE),
     Span.STEP_RING: Kind("step ring", ("in_flight",), Form.COUNTER),  # planned and not applied
     Span.PROMPT_RING: Kind("prompt ring", ("records",), Form.COUNTER),  # not released
+    Span.MASK: Kind("mask", ("ticket", "num_masks")),  # grammar process: which tokens sequences may sample
     Span.SEQUENCES: Kind("sequences", ("running", "waiting"), Form.COUNTER),
+    Span.MISSING_MASKS: Kind("missing masks", ("num_masks",), Form.COUNTER),  # GPU process: of the step it holds back
 }
 
 

@@ -23,9 +23,11 @@ from ipc.errors import (
     QueueFull,
     RequestFailed,
     RingfeedError,
+    TokensExcluded,
 )
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.chat_input import Chat
 from pipeline.client.outputs import Completion, Health, Output, TokenLogprob, Usage
@@ -58,7 +60,9 @@ __all__ = [
     "SamplingParams",
     "SchedulingParams",
     "Stream",
+    "StructuredOutputs",
     "TokenLogprob",
+    "TokensExcluded",
     "Usage",
 ]
 

@@ -101,8 +101,8 @@ class AsyncClient:
                 `queue_timeout_s` one by one.
 
         Raises InvalidRequest, QueueFull, EngineUnavailable or RequestFailed (LogitsNotFinite if the model computed
-        NaN). A stream raises them while it is read. A request that runs out of time does not raise: it ends with
-        finish reason "deadline" or "queue_timeout".
+        NaN, TokensExcluded if the parameters exclude every token). A stream raises them while it is read. A request
+        that runs out of time does not raise: it ends with finish reason "deadline" or "queue_timeout".
         """
         options = scheduling_params(scheduling)
         if stream:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import builtins
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
-from ipc.messages import FinishReason, TokenLogprobs
+from ipc.messages import FinishReason, PromptLogprobs, TokenBytes, TokenLogprobs
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,17 +51,36 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Log-probability (natural logarithm) of one generated token and of the likeliest tokens at its position.
+    """Log-probability (natural logarithm) of one token, generated or of the prompt, and of others at its position.
 
     Args:
-        token_id: the generated token.
-        logprob: its log-probability before temperature and filters.
+        token_id: the token.
+        logprob: its log-probability; `SamplingParams.logprobs_mode` says of which logits.
         top: token id to log-probability, likeliest first; `SamplingParams.logprobs` says how many.
+        requested: token id to log-probability, in the order of `SamplingParams.logprob_token_ids`.
+        token_bytes: token id to the token's own bytes, for this token and those of `top` and `requested`. In a
+            byte-level vocabulary, a token can be a part of a character. The bytes of a special token are its name.
     """
 
     token_id: int
     logprob: float
     top: dict[int, float]
+    requested: dict[int, float] = {}
+    token_bytes: dict[int, builtins.bytes] = {}
+
+    @property
+    def bytes(self) -> builtins.bytes:
+        """The bytes of the token."""
+        return self.token_bytes.get(self.token_id, b"")
+
+    @property
+    def text(self) -> str:
+        """The token as text; bytes that are no whole character are U+FFFD."""
+        return self.text_of(self.token_id)
+
+    def text_of(self, token_id: int) -> str:
+        """One of these tokens as text; "" for any other token."""
+        return self.token_bytes.get(token_id, b"").decode("utf-8", "replace")
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -100,6 +120,9 @@ class Output(msgspec.Struct, kw_only=True):
         completions: all samples of a request without streaming; empty in a stream.
         error: the text of the error with finish reason "error"; otherwise None.
         logprobs: one entry per token id if the request asked for them; otherwise None.
+        prompt_logprobs: one entry per token of the prompt if the request asked for them; otherwise None. The first is
+            None, because nothing precedes it. In a stream, the entries come before the first token of sample 0 or with
+            it. A request that ends before its prompt is computed has only those computed until then.
     """
 
     request_id: str
@@ -112,6 +135,7 @@ class Output(msgspec.Struct, kw_only=True):
     completions: list[Completion] = []
     error: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> Output:
@@ -119,13 +143,50 @@ class Output(msgspec.Struct, kw_only=True):
         return cls(request_id=request_id, text="", token_ids=[], finished=True, finish_reason="error", error=error)
 
 
-def token_logprobs(token_ids: Sequence[int], parts: Sequence[TokenLogprobs]) -> list[TokenLogprob]:
+LogprobPart = tuple[TokenLogprobs, Mapping[int, bytes]]
+"""Log-probabilities of consecutive tokens, and the bytes of the tokens that have any."""
+
+PromptPart = tuple[PromptLogprobs, Mapping[int, bytes]]
+"""The same of consecutive tokens of a prompt."""
+
+
+def prompt_logprobs(parts: Sequence[PromptPart]) -> list[TokenLogprob]:
+    """Unpack the log-probabilities of a prompt's tokens."""
+    rows: list[TokenLogprob] = []
+    for part, bytes_of in parts:
+        token_ids: list[int] = memoryview(part.token_ids).cast("i").tolist()
+        rows += token_logprobs(token_ids, [(part.columns, bytes_of)])
+    return rows
+
+
+def token_logprobs(token_ids: Sequence[int], parts: Sequence[LogprobPart]) -> list[TokenLogprob]:
     """Unpack consecutive columns; together they have one row per token id."""
-    rows: list[tuple[float, dict[int, float]]] = []
-    for part in parts:
-        n = part.num_top
-        ids = memoryview(part.top_ids).cast("i").tolist()
-        values = memoryview(part.top_logprobs).cast("f").tolist()
+    rows: list[TokenLogprob] = []
+    left = iter(token_ids)
+    for part, bytes_of in parts:
+        top_ids = memoryview(part.top_ids).cast("i").tolist()
+        top_values: Sequence[float] = memoryview(part.top_logprobs).cast("f").tolist()
+        extra_ids = memoryview(part.extra_ids).cast("i").tolist()
+        extra_values: Sequence[float] = memoryview(part.extra_logprobs).cast("f").tolist()
+        num_top, num_extra = part.num_top, len(extra_ids)
         for i, logprob in enumerate(memoryview(part.logprobs).cast("f").tolist()):
-            rows.append((logprob, dict(zip(ids[i * n : (i + 1) * n], values[i * n : (i + 1) * n], strict=True))))
-    return [TokenLogprob(token, logprob, top) for token, (logprob, top) in zip(token_ids, rows, strict=True)]
+            token_id = next(left)
+            in_row = slice(i * num_top, (i + 1) * num_top)
+            top = dict(zip(top_ids[in_row], top_values[in_row], strict=True))
+            requested = dict(zip(extra_ids, extra_values[i * num_extra : (i + 1) * num_extra], strict=True))
+            named = {key: bytes_of[key] for key in (token_id, *top, *requested) if key in bytes_of}
+            rows.append(TokenLogprob(token_id, logprob, top, requested, named))
+    assert next(left, None) is None, f"{len(token_ids)} tokens have {len(rows)} log-probabilities"
+    return rows
+
+
+def read_token_bytes(table: TokenBytes | None) -> dict[int, bytes]:
+    """The bytes of each token in a table, by id."""
+    if table is None:
+        return {}
+    found, at = {}, 0
+    lengths = memoryview(table.lengths).cast("i").tolist()
+    for token_id, length in zip(memoryview(table.token_ids).cast("i").tolist(), lengths, strict=True):
+        found[token_id] = table.data[at : at + length]
+        at += length
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 from ipc.codec import decode
 from ipc.errors import ProtocolError, RingfeedError, error_from_code
 from ipc.messages import Alive, FinalOutput, GatewayToClient, Outputs, Refused
+from pipeline.client.outputs import read_token_bytes
 from pipeline.client.streams import OpenRequest
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,15 @@ class PendingAnswers:
             if request is not None and not request.abandoned:
                 request.add(sample, text, token_ids[start : start + num])
             start += num
+        bytes_of = read_token_bytes(outputs.token_bytes)
         for index, logprobs in outputs.logprobs:
             request = find(outputs.request_ids[index])
             if request is not None and not request.abandoned:
-                request.samples[samples[index]].logprobs.append(logprobs)
+                request.samples[samples[index]].logprobs.append((logprobs, bytes_of))
+        for index, part in outputs.prompt_logprobs:
+            request = find(outputs.request_ids[index])
+            if request is not None and not request.abandoned:
+                request.add_prompt_logprobs(samples[index], (part, bytes_of))
         for index, final in outputs.finals:
             request = find(outputs.request_ids[index])
             if request is not None:

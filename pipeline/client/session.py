@@ -88,7 +88,7 @@ class Session:
         frame = generate_frame(request_id, prompt, params, stream, cache_salt, scheduling)
         if request_id in self._pending.requests:
             raise InvalidRequest(f"request_id ({request_id!r}) belongs to an open request: choose another one")
-        request = self._pending.requests[request_id] = OpenRequest(request_id, params.n)
+        request = self._pending.requests[request_id] = OpenRequest(request_id, params)
         if connection.is_up:
             connection.send(frame)
         else:

@@ -10,21 +10,33 @@ from collections.abc import Callable
 from typing import Self
 
 from ipc.errors import InvalidRequest, RingfeedError, error_from_code
-from ipc.messages import FinalOutput, TokenLogprobs
-from pipeline.client.outputs import Completion, Output, Usage, token_logprobs
+from ipc.messages import FinalOutput
+from ipc.sampling_params import SamplingParams
+from pipeline.client.outputs import (
+    Completion,
+    LogprobPart,
+    Output,
+    PromptPart,
+    Usage,
+    prompt_logprobs,
+    token_logprobs,
+)
 from pipeline.environment import forks
 
 
 class Sample:
     """One sample of a request, with the text and tokens that have arrived and are unread."""
 
-    __slots__ = ("final", "index", "is_unread", "logprobs", "texts", "token_ids")
+    __slots__ = ("final", "index", "is_unread", "logprobs", "prompt_logprobs", "texts", "token_ids", "without_logprob")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, *, has_prompt_logprobs: bool = False) -> None:
         self.index = index
         self.texts: list[str] = []
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[LogprobPart] = []
+        self.prompt_logprobs: list[PromptPart] = []
+        # The prompt's first token, before it is taken. It has no log-probability.
+        self.without_logprob: list[None] = [None] if has_prompt_logprobs else []
         self.final: FinalOutput | None = None
         self.is_unread = False
 
@@ -33,9 +45,11 @@ class Sample:
         output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
         if self.logprobs:
             output.logprobs = token_logprobs(self.token_ids, self.logprobs)
+        output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)] or None
         if self.final is not None:
             output.finish_reason = self.final.finish_reason
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
+        self.prompt_logprobs, self.without_logprob = [], []
         return output
 
 
@@ -47,9 +61,12 @@ class OpenRequest:
 
     __slots__ = ("_unread", "_waiter", "abandoned", "ended", "error", "request_id", "samples")
 
-    def __init__(self, request_id: str, num_samples: int) -> None:
+    def __init__(self, request_id: str, params: SamplingParams) -> None:
         self.request_id = request_id
-        self.samples = [Sample(index) for index in range(num_samples)]
+        has_prompt_logprobs = params.prompt_logprobs is not None
+        self.samples = [
+            Sample(index, has_prompt_logprobs=has_prompt_logprobs and index == 0) for index in range(params.n)
+        ]
         self.ended = False
         self.error: RingfeedError | None = None
         self.abandoned = False  # its reader has gone: everything that still arrives is discarded
@@ -75,6 +92,12 @@ class OpenRequest:
                 sample.texts.append(text)
             sample.token_ids += token_ids
             self._has_news(sample)
+
+    def add_prompt_logprobs(self, index: int, part: PromptPart) -> None:
+        """The log-probabilities of the next tokens of the prompt have arrived, with those of a sample."""
+        sample = self.samples[index]
+        sample.prompt_logprobs.append(part)
+        self._has_news(sample)
 
     def end_sample(self, index: int, final: FinalOutput) -> None:
         """A sample has ended. The final answer ends all samples that have not ended."""

@@ -8,7 +8,6 @@ configuration.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,11 @@ import msgspec
 import pipeline.environment.own_workers  # noqa: F401
 from ipc.errors import ConfigError
 from pipeline.client.endpoint import check_endpoint
-from pipeline.engine.config_fields import fields_of
+from pipeline.engine.config_fields import fields_of, toml_value
 from pipeline.engine.config_paths import file_path, model_path
 from workers.gateway.config import FrontendConfig
 from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
+from workers.grammar.config import GrammarConfig
 from workers.scheduler.config import RingConfig, SchedulerConfig
 from workers.tokenizer.config import TokenizerConfig
 
@@ -35,9 +35,8 @@ _BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of one engine, immutable. Only `model.path` has no default.
 
-    Each attribute is a section of the TOML file: `model`, `scheduler`, `cache`, `ring`, `tokenizer` and `frontend`.
-    `python -m pipeline.launch --model PATH --check` prints every key with its value. Make one with `Config.load` or
-    `Config.from_dict`, which check it.
+    Each attribute is a section of the file: `model`, `scheduler`, `cache`, `ring`, `tokenizer`, `grammar`, `frontend`.
+    Make one with `Config.load` or `Config.from_dict`, which check it.
     """
 
     model: ModelConfig
@@ -45,6 +44,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     ring: RingConfig = RingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    grammar: GrammarConfig = GrammarConfig()
     frontend: FrontendConfig = FrontendConfig()
 
     @classmethod
@@ -286,12 +286,3 @@ def _suggest(name: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     nearest = difflib.get_close_matches(name, valid, n=1)
     return f": did you mean {nearest[0]}?" if nearest else f": it must be one of {', '.join(valid)}"
-
-
-def toml_value(value: Any) -> str:
-    """A value of a configuration as TOML."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)

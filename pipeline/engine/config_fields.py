@@ -1,11 +1,13 @@
 """The keys of a configuration section, read from its struct: type, range, default and description of each.
 
-Owns how a type and a range are put into words, in errors and in docs/configuration.md. Knows no section by name.
+Owns how types, ranges and values are written, in errors, in TOML and in docs/configuration.md. Knows no section by
+name.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import types
 import typing
 from dataclasses import dataclass
@@ -64,6 +66,15 @@ def describe_type(kind: Any) -> str:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(describe_type(argument) for argument in arguments)
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
+
+
+def toml_value(value: Any) -> str:
+    """A value of a configuration as TOML."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
 
 
 def _read(info: inspect.Type) -> tuple[str, inspect.IntType | inspect.FloatType | None]:

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.engine.config import SECTIONS, Config, to_toml, toml_value
-from pipeline.engine.config_fields import ConfigField, describe_type, fields_of
+from pipeline.engine.config import SECTIONS, Config, to_toml
+from pipeline.engine.config_fields import ConfigField, describe_type, fields_of, toml_value
 from workers.gpu.config import ModelConfig
 
 _HEAD: Final = """\

@@ -21,8 +21,9 @@ from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import GatewayBootstrap
 from workers.gpu.config import GpuBootstrap
+from workers.grammar.config import GrammarBootstrap
 from workers.queueing.config import PolicyConfig
-from workers.scheduler.config import SchedulerBootstrap
+from workers.scheduler.config import GrammarLimits, SchedulerBootstrap
 from workers.tokenizer.config import TokenizerBootstrap
 
 # Prompts under way to one tokenizer: enough to keep it busy, and at most about 40 ms of work, because the policy cannot
@@ -62,11 +63,12 @@ class EngineFacts:
             max_model_len=self.model.max_model_len,
             block_size=self.config.cache.block_size,
             vocab_size=self.model.vocab_size,
+            num_grammar_workers=self.config.grammar.num_workers,
         )
 
     @property
     def num_step_records(self) -> int:
-        """Of the step ring and of the result ring: a record is never overwritten before it is read."""
+        """Of the rings that carry steps, results and masks: a record is never overwritten before it is read."""
         return 2 * self.config.ring.depth
 
     @property
@@ -98,9 +100,7 @@ def tokenizer(facts: EngineFacts, worker: WorkerBootstrap) -> TokenizerBootstrap
         worker=worker,
         tokenizer=facts.config.tokenizer,
         model_path=facts.model.folder,
-        vocab_size=facts.model.vocab_size,
-        max_model_len=facts.model.max_model_len,
-        block_size=facts.config.cache.block_size,
+        shape=facts.shape,
         cache_seed=facts.cache_seed,
     )
 
@@ -116,6 +116,18 @@ def scheduler(facts: EngineFacts, worker: WorkerBootstrap) -> SchedulerBootstrap
         shape=facts.shape,
         depth=facts.config.ring.depth,
         eos_token_ids=facts.model.eos_token_ids,
+        grammar=GrammarLimits(
+            mask_timeout_s=facts.config.grammar.mask_timeout_s, compile_timeout_s=facts.config.grammar.compile_timeout_s
+        ),
+    )
+
+
+def grammar(facts: EngineFacts, worker: WorkerBootstrap) -> GrammarBootstrap:
+    return GrammarBootstrap(
+        worker=worker,
+        model_path=facts.model.folder,
+        shape=facts.shape,
+        compile_timeout_s=facts.config.grammar.compile_timeout_s,
     )
 
 
@@ -126,4 +138,5 @@ def gpu(facts: EngineFacts, worker: WorkerBootstrap) -> GpuBootstrap:
         cache=facts.config.cache,
         shape=facts.shape,
         depth=facts.config.ring.depth,
+        mask_timeout_s=facts.config.grammar.mask_timeout_s,
     )

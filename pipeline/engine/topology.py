@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ipc.mask_records import mask_layout, mask_request_layout
 from ipc.record_layout import Layout
 from ipc.records import prompt_layout, result_layout, step_layout
 from pipeline.engine import role_settings
@@ -22,6 +23,7 @@ from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
 from workers.gpu.config import COMPLETION
 from workers.gpu.config import COUNTERS as GPU_COUNTERS
+from workers.grammar.config import COUNTERS as GRAMMAR_COUNTERS
 from workers.scheduler.config import COUNTERS as SCHEDULER_COUNTERS
 from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
 
@@ -74,13 +76,14 @@ class Role:
 
 @dataclass(frozen=True, kw_only=True)
 class RingRow:
-    """A ring, or with `one_per_writer` a ring for each process of the writer's role.
+    """A ring, or with `one_per` a ring for each process of a role.
 
     Args:
-        written_by: a role; without `one_per_writer` its first process writes.
+        written_by: a role; its first process writes.
         read_by: roles; all their processes read.
         released_by: a role; its first process owns the read cursor.
         lives_with: a role; a restart of all its processes gets a new ring.
+        one_per: one of the roles that write, read or release; each of its processes has this part in a ring of its own.
         publish_wakes_readers: the writer rings the readers' doorbells. False: a message or another ring tells them.
         release_wakes_writer: the owner of the cursor rings the writer's doorbell.
     """
@@ -92,7 +95,7 @@ class RingRow:
     read_by: tuple[str, ...]
     released_by: str
     lives_with: str
-    one_per_writer: bool = False
+    one_per: str | None = None
     publish_wakes_readers: bool = False
     release_wakes_writer: bool = False
 
@@ -113,7 +116,8 @@ class Table:
     sockets: tuple[SocketRow, ...]
 
 
-GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER, GPU = "gateway", "tokenizer", "detokenizer", "scheduler", "gpu"
+GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER = "gateway", "tokenizer", "detokenizer", "scheduler"
+GRAMMAR, GPU = "grammar", "gpu"
 
 ENGINE: Final = Table(
     roles=(
@@ -137,6 +141,10 @@ ENGINE: Final = Table(
             start_order=2, starts_after=(GPU, TOKENIZER),
         ),
         Role(
+            name=GRAMMAR, module="workers.grammar", bootstrap=role_settings.grammar, counters=GRAMMAR_COUNTERS,
+            start_order=5, count=lambda config: config.grammar.num_workers, is_numbered=True, restart=Restart.ALONE,
+        ),
+        Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
             restart=Restart.ROLE, threads=(COMPLETION,),
         ),
@@ -158,14 +166,26 @@ ENGINE: Final = Table(
         # The message `Tokenized` wakes the scheduler.
         RingRow(
             name="prompt", layout=lambda _: prompt_layout(), num_records=lambda facts: facts.num_prompt_records,
-            written_by=TOKENIZER, one_per_writer=True, read_by=(GPU,), released_by=SCHEDULER, lives_with=SCHEDULER,
+            written_by=TOKENIZER, one_per=TOKENIZER, read_by=(GPU,), released_by=SCHEDULER, lives_with=SCHEDULER,
             release_wakes_writer=True,
+        ),
+        # Each grammar process answers a request for masks with the mask record of the same ticket. Both rings name
+        # steps, so they live as long as the step ring.
+        RingRow(
+            name="mask_request", layout=lambda facts: mask_request_layout(facts.shape),
+            num_records=lambda facts: facts.num_step_records, written_by=SCHEDULER, read_by=(GRAMMAR,),
+            released_by=GRAMMAR, lives_with=GPU, one_per=GRAMMAR, publish_wakes_readers=True,
+        ),
+        RingRow(
+            name="mask", layout=lambda facts: mask_layout(facts.shape), num_records=lambda f: f.num_step_records,
+            written_by=GRAMMAR, read_by=(GPU,), released_by=GPU, lives_with=GPU, one_per=GRAMMAR,
+            publish_wakes_readers=True,
         ),
     ),
     sockets=(
         SocketRow(CONTROL, LAUNCHER, None),
         SocketRow("tokenize", GATEWAY, (TOKENIZER,)),
-        SocketRow("schedule", SCHEDULER, (GATEWAY, TOKENIZER, DETOKENIZER)),
+        SocketRow("schedule", SCHEDULER, (GATEWAY, TOKENIZER, DETOKENIZER, GRAMMAR)),
         SocketRow("detokenize", DETOKENIZER, (GATEWAY, SCHEDULER)),
         SocketRow("deliver", GATEWAY, (DETOKENIZER,)),
     ),

@@ -183,21 +183,26 @@ class Wiring:
 
     def _rings(self, name: str) -> list[RingInstance]:
         """All rings of one name in the table; numbered if there are several."""
-        ends = []
+        rings: list[tuple[RingRow, str | None]] = []  # with the process of `one_per` that it belongs to
         for row in self.table.rings:
             if row.name == name:
-                writers = self.names((row.written_by,))
-                ends += [(row, writer) for writer in (writers if row.one_per_writer else writers[:1])]
+                rings += [
+                    (row, process) for process in ((None,) if row.one_per is None else self.names((row.one_per,)))
+                ]
+
+        def part(row: RingRow, role: str, of: str | None) -> tuple[str, ...]:
+            return (of,) if of is not None and role == row.one_per else self.names((role,))
+
         return [
             RingInstance(
-                name=name if len(ends) == 1 else f"{name}.{index}",
+                name=name if len(rings) == 1 else f"{name}.{index}",
                 index=index,
                 row=row,
-                writer=writer,
-                owner=self.names((row.released_by,))[0],
-                readers=self.names(row.read_by),
+                writer=part(row, row.written_by, of)[0],
+                owner=part(row, row.released_by, of)[0],
+                readers=tuple(process for role in row.read_by for process in part(row, role, of)),
             )
-            for index, (row, writer) in enumerate(ends)
+            for index, (row, of) in enumerate(rings)
         ]
 
     def _connecting(self, row: SocketRow) -> tuple[str, ...]:

@@ -271,6 +271,8 @@ def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Clie
         SamplingParams(max_tokens=24, stop=[word]),
         SamplingParams(max_tokens=5, ignore_eos=True),
         SamplingParams(max_tokens=24, logprobs=3),
+        SamplingParams(max_tokens=24, stop=[word], include_stop_str_in_output=True),
+        SamplingParams(max_tokens=24, truncate_prompt_tokens=3, skip_special_tokens=False, logprobs=0),
     ]
     outputs = client.generate_batch([prompt] * len(params), params)
     ids = [output.token_ids for output in outputs]
@@ -290,6 +292,16 @@ def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Clie
         assert (entry.token_id, len(entry.top)) == (token, 3)
         likeliest, logprob = next(iter(entry.top.items()))
         assert (likeliest, logprob) == (token, pytest.approx(entry.logprob))  # it was sampled greedily
+        assert set(entry.token_bytes) == set(entry.top)
+    assert b"".join(entry.bytes for entry in logprobs).decode() == outputs[10].text
+    assert outputs[11].text == greedy.text[: greedy.text.index(word) + len(word)]
+    usage, names = outputs[12].usage, outputs[12].logprobs
+    assert usage is not None
+    assert usage.prompt_tokens == 3
+    assert names is not None
+    assert outputs[12].text == "".join(
+        entry.text for entry in names[: len(names) - (outputs[12].finish_reason == "stop")]
+    )
 
 
 PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager"

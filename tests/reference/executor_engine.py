@@ -15,8 +15,9 @@ from ipc.ring import Ring, close_handle
 from tests.simulation.scripted import ScriptedRequest, ScriptedScheduler
 from workers.gpu.device.base import Device
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.rings import GpuRings
 
 
 class Steady(Random):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipc.doorbell import Doorbell
+from ipc.mask_records import mask_layout
 from ipc.record_layout import Layout, R
 from ipc.records import StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -52,7 +53,7 @@ class GpuProcess:
 
 @contextmanager
 def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None = None) -> Iterator[GpuProcess]:
-    """At depth 2, with one prompt ring, the scheduler's."""
+    """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape."""
     with ExitStack() as stack:
 
         def ring(name: str, layout: Layout[R]) -> Ring[R]:
@@ -77,6 +78,10 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
                 "step": [RingEnd(handle=steps.handle)],
                 "result": [RingEnd(handle=results.handle, writes=True, doorbells=[bell()])],
                 "prompt": [RingEnd(handle=ring("prompt", prompt_layout()).handle)],
+                "mask": [
+                    RingEnd(handle=ring(f"mask.{i}", mask_layout(shape)).handle)
+                    for i in range(shape.num_grammar_workers)
+                ],
             },
         )
         bootstrap = GpuBootstrap(

@@ -14,6 +14,7 @@ from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import BatchBuffers
 from workers.gpu.execution.tensor_views import ResultTensors, tensor_views
+from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import race, sample
 
 SHAPE = StepShape(max_num_seqs=256, max_num_batched_tokens=32, max_model_len=64, block_size=4)
@@ -39,7 +40,7 @@ class Bench:
     def sample(
         self, logits: torch.Tensor, variant: SamplerVariant = SamplerVariant.FILTERED, want_logprobs: bool = False
     ) -> list[int]:
-        sample(variant, want_logprobs, logits, self.batch, self.flags, self.tables, self.outputs)
+        sample(variant, WantedLogprobs(want_logprobs), logits, self.batch, self.flags, self.tables, self.outputs)
         tokens: list[int] = self.outputs.token_ids[: self.batch.num_seqs].tolist()
         return tokens
 
@@ -96,7 +97,10 @@ def check_not_finite(bench_of: Callable[[int], Bench], vocab_size: int, dtype: t
             tokens = bench.sample(rows.to(bench.batch.seq_row.device), variant)
             assert [token != NO_TOKEN for token in tokens] == [*is_finite[:7], False, *is_finite[8:]], (variant, tokens)
             finish = bench.outputs.finish[:10].tolist()
-            assert [code == FinishCode.NOT_FINITE for code in finish] == [not finite for finite in is_finite]
+            failed = (FinishCode.NOT_FINITE, FinishCode.EXCLUDED)
+            assert [code in failed for code in finish] == [not finite for finite in is_finite]
+            only_excluded = variant == SamplerVariant.ADJUSTED  # of a row without NaN and +inf, all tokens are excluded
+            assert [code == FinishCode.EXCLUDED for code in finish] == [only_excluded and i == 3 for i in range(10)]
             assert tokens[6] == vocab_size // 3
             assert all(0 <= token < vocab_size for token, finite in zip(tokens, is_finite, strict=True) if finite and token != NO_TOKEN)  # fmt: skip # noqa: E501
             next_ids = bench.tables.token_ids[bench.batch.seq_row.long(), bench.batch.seq_lens.long()].tolist()

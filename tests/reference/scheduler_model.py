@@ -34,6 +34,7 @@ class Sequence:
     timers: list[tuple[int, int, str]]
     leader: Sequence | None = None  # sample 0, if this is another of a prompt with a block that it may find
     has_followers: bool = False  # and this is their leader
+    scored: int = 0  # tokens of the prompt that its log-probabilities follow, until all of them are planned
     num_prompt: int = 0
     rank: int = 0
     planned: int = 0
@@ -77,10 +78,13 @@ class SchedulerModel:
     def __init__(
         self, *, policy: str, num_rows: int, budget: int, size: int, num_blocks: int, max_blocks: int,
         max_waiting: int, max_waiting_tokens: int | None, aging_ns: int, quantum: int,
+        max_scored: int,
     ) -> None:  # fmt: skip
         self.policy, self.num_rows, self.budget, self.size, self.max_blocks = policy, num_rows, budget, size, max_blocks
         self.max_waiting, self.max_waiting_tokens, self.aging_ns = max_waiting, max_waiting_tokens, aging_ns
         self.turns = Turns(quantum)
+        self.max_scored = max_scored  # tokens in one step of prompts with log-probabilities
+        self.num_scored_left = 0  # of them in the step that is being planned
         self.free = [Block() for _ in range(num_blocks)]
         self.idle: list[Block] = []  # the longest idle first
         self.sequences: list[Sequence] = []  # all open ones, in order of arrival
@@ -92,6 +96,7 @@ class SchedulerModel:
         self.ticket = self.applied = self.num_arrived = self.num_admitted = 0
         self.cached: dict[int, int] = {}
         self.num_preemptions = 0
+        self.scores: list[tuple[int, int]] = []  # (key, position) of each log-probability that the last step computes
         self.chunk = budget  # prompt tokens beside decodes in the next step
 
     # Events
@@ -193,16 +198,21 @@ class SchedulerModel:
     def _deal(self) -> tuple[list[tuple[Sequence, int]], int]:
         """Decodes first, then prompts in order, of the budget; beside decodes at most a chunk."""
         left, work = self.budget, []
+        self.num_scored_left = self.max_scored
         for is_decode in (True, False):
             if not is_decode and work:
                 left = min(left, self.chunk)
             for sequence in self.running:
                 wanted = sequence.planned - sequence.computed
-                count = min(left, wanted)
+                count = self._share(sequence, left, wanted)
                 if (wanted == 1) == is_decode and count:
                     work.append((sequence, count))
                     left -= count
+                    self.num_scored_left -= count if sequence.scored else 0
         return work, left
+
+    def _share(self, sequence: Sequence, left: int, wanted: int) -> int:
+        return min(left, wanted, self.num_scored_left if sequence.scored else wanted)
 
     def _num_wanted(self, work: list[tuple[Sequence, int]]) -> int:
         """Blocks that the step needs, and blocks reserved for sequences that have not produced a token yet."""
@@ -236,6 +246,8 @@ class SchedulerModel:
     def _admit(self, left: int) -> list[tuple[Sequence, int]]:
         admitted: list[tuple[Sequence, int]] = []
         room, most_found = self.num_free(), self.max_blocks
+        if any(sequence.scored for sequence in self.running):  # only then running prompts leave tokens to admit with
+            room -= sum(max(0, self._blocks_for(s.progress) - len(s.blocks)) for s in self.running)
         while left > 0 and len(admitted) < min(self.num_rows, MAX_ADMISSIONS):
             sequence = self._next()
             if sequence is None:
@@ -244,10 +256,15 @@ class SchedulerModel:
             if leader in self.running and leader.offers and leader.num_offered < leader.num_prompt // self.size:
                 break
             num_known = sequence.planned
+            share = self._share(sequence, left, left)
+            if not share:
+                break
             found = self._find(sequence.known[: self.size * ((num_known - 1) // self.size)])
+            if sequence.scored:
+                found = []
             num_cached = len(found) * self.size
             needed = self._blocks_for(num_known) - sum(block.users > 0 for block in found)
-            num_steps = -(-(num_known - num_cached) // left)
+            num_steps = -(-(num_known - num_cached) // share)
             others = len(self.running)
             if needed + others * self._blocks_for(num_steps) > room or len(found) > most_found:
                 break
@@ -270,8 +287,9 @@ class SchedulerModel:
             sequence.computed, sequence.progress = num_cached, num_known
             sequence.num_offered, sequence.offers = len(found), True
             self.running.append(sequence)
-            admitted.append((sequence, min(left, num_known - num_cached)))
+            admitted.append((sequence, min(share, num_known - num_cached)))
             left -= admitted[-1][1]
+            self.num_scored_left -= admitted[-1][1] if sequence.scored else 0
             room -= needed
             most_found -= len(found)
             if sequence.has_followers and admitted[-1][1] == num_known - num_cached:
@@ -312,9 +330,17 @@ class SchedulerModel:
         if not work:
             return []
         self.ticket += 1
+        self.scores = []
         step, offered = [], []
         for sequence, count in work:
+            self.scores += [
+                (sequence.key, position)
+                for position in range(sequence.computed + 1, sequence.computed + count + 1)
+                if position <= sequence.scored
+            ]
             sequence.computed += count
+            if sequence.computed >= sequence.scored:
+                sequence.scored = 0
             samples = sequence.computed == sequence.planned
             sequence.planned += samples
             sequence.last_ticket = self.ticket

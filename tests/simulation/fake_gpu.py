@@ -18,6 +18,7 @@ import numpy as np
 
 from ipc.records import NO_TOKEN, FinishCode, PromptRecord, ResultRecord, StepRecord, StepShape, step_layout
 from ipc.ring import Ring
+from ipc.sampling_params import MAX_LOGPROBS
 
 VOCAB_SIZE = 61
 _MODULUS = (1 << 61) - 1
@@ -107,6 +108,7 @@ class FakeGpu:
             self._append(int(step.append_row[i]), int(step.append_index[i]), int(step.append_block[i]))
         result.received_at_ns[0] = step.planned_at_ns[0]  # at once
         result.device_start_ns[0] = self.clock_ns
+        self._score_prompts(step, rows, counts, result)
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             result.token_ids[i], result.finish[i] = NO_TOKEN, FinishCode.RUNNING
             prefix = self._compute(row, count)
@@ -115,8 +117,20 @@ class FakeGpu:
             result.logprob[i] = -float(row)
             result.top_ids[i] = np.arange(result.top_ids.shape[1]) + row
             result.top_logprobs[i] = -np.arange(result.top_ids.shape[1]) - row
+            result.extra_logprobs[i] = -100 * (row + 1) - np.arange(result.extra_logprobs.shape[1])
         self.clock_ns += self.step_ns
         result.device_end_ns[0] = self.clock_ns
+
+    def _score_prompts(self, step: StepRecord, rows: list[int], counts: list[int], result: ResultRecord) -> None:
+        """The log-probability of the token at position p is -p - token / 64; the likeliest tokens are p, p + 1, ..."""
+        tokens = [(row, self.num_computed[row] + i) for row, n in zip(rows, counts, strict=True) for i in range(n)]
+        places = step.prompt_logprob_index[: int(step.num_prompt_logprobs[0])].tolist()
+        assert len(set(places)) == len(places), "a position is asked for twice"
+        for i, (row, before) in enumerate(tokens[place] for place in places):
+            position = int(before) + 1
+            result.prompt_logprob[i] = -position - self.token_ids[row, position] / 64
+            result.prompt_top_ids[i] = position + np.arange(MAX_LOGPROBS)
+            result.prompt_top_logprobs[i] = -position - np.arange(MAX_LOGPROBS)
 
     def _prompt(self, step: StepRecord, i: int) -> np.ndarray[Any, Any]:
         length, ticket = int(step.admit.length[i]), int(step.admit.ticket[i])

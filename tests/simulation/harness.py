@@ -2,28 +2,33 @@
 
 Owns the turns, the rings and the clocks between them; a planner, scripted or the real Scheduler, plans the steps. Every
 access of a host thread to a ring is checked. The "scheduler" fills and reads records, "gpu-host" takes steps,
-"completion" publishes results, and each writer of prompt records counts as a thread.
+"completion" publishes results, and each writer of prompt records or masks counts as a thread. Time stands still unless
+an actor moves `now_ns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, Protocol
 
 import torch
 
+from ipc.mask_records import MaskRecord, mask_layout
 from ipc.record_layout import Layout, R
 from ipc.records import PromptRecord, ResultRecord, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from tests.simulation.simulated_device import SimulatedDevice
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.rings import GpuRings
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.step_batch import StepBatch
 
 MAX_IDLE_TURNS = 2_000
+MASK_TIMEOUT_S = 0.001
 
 
 class Planner(Protocol):
@@ -55,6 +60,12 @@ class WatchedRing(Ring[R]):
         self._access(ticket, write=False)
         return record
 
+    def is_published(self, ticket: int) -> bool:
+        published = super().is_published(ticket)
+        if published:
+            self.device.acquire((self.name, ticket))
+        return published
+
     @property
     def read_cursor(self) -> int:
         self.device.acquire((self.name, "cursor"))
@@ -75,6 +86,8 @@ class Simulation:
     Args:
         credits: steps in flight that the scheduler allows itself; the depth, unless a fault is to be planted.
         num_tokenizers: prompt rings besides the scheduler's; `tokenizer_rings` are their writers' ends.
+
+    The shape's number of grammar workers says how many mask rings there are; `mask_rings` are their writers' ends.
     """
 
     def __init__(
@@ -88,11 +101,15 @@ class Simulation:
         credits: int | None = None,
         num_tokenizers: int = 1,
         prompt_records: int = 8,
+        mask_records: int = 2,
         pad_batches: bool = False,
         device: type[SimulatedDevice] = SimulatedDevice,
     ) -> None:
         self.random = Random(seed)
-        self.device = device(self.random)
+        self.device = device(self.random, max_actors=8 + 2 * shape.num_grammar_workers)
+        self.now_ns = 0
+        self.num_submitted = 0
+        self.dead_workers: deque[int] = deque()  # of grammar; the GPU process is told in its next turn
         self._credits = depth if credits is None else credits
         self._rings: list[WatchedRing[Any]] = []
         steps = self._ring("step", step_layout(shape), 2 * depth, 2)
@@ -104,10 +121,20 @@ class Simulation:
         self._steps, self._results = steps[0], results[0]
         self.prompt_rings: Sequence[WatchedRing[PromptRecord]] = [ends[0] for ends in prompts]
         self.tokenizer_rings: Sequence[WatchedRing[PromptRecord]] = [ends[2] for ends in prompts[1:]]
-        rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts])
+        masks = [self._ring(f"mask.{i}", mask_layout(shape), mask_records, 2) for i in range(shape.num_grammar_workers)]
+        self.mask_rings: Sequence[WatchedRing[MaskRecord]] = [ends[0] for ends in masks]
+        rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts], [ends[1] for ends in masks])
         self.device.act_as("gpu-host")
         self.executor = Executor(
-            self.device, runner, shape, depth, num_blocks, rings, buckets=Buckets(shape) if pad_batches else None
+            self.device,
+            runner,
+            shape,
+            depth,
+            num_blocks,
+            rings,
+            buckets=Buckets(shape) if pad_batches else None,
+            mask_timeout_s=MASK_TIMEOUT_S,
+            monotonic_ns=lambda: self.now_ns,
         )
         self.num_published = 0
         self.num_applied = 0
@@ -177,7 +204,12 @@ class Simulation:
         return True
 
     def _take_step(self) -> bool:
-        return self.executor.submit_next(now_ns=0) is not None
+        if self.dead_workers:
+            self.executor.grammar_died(self.dead_workers.popleft())
+        held = self.executor.held_back
+        submitted = self.executor.submit_next(self.now_ns) is not None
+        self.num_submitted += submitted
+        return submitted or self.executor.held_back is not held
 
     def _publish_result(self) -> bool:
         under_way = self.executor.under_way
@@ -211,17 +243,42 @@ class ToyModel:
 
     def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         self._cache[batch.slot_mapping] = (batch.input_ids * 40_503 + 1) * (2 * batch.positions + 1)
-        blocks = batch.block_table[batch.seq_row]
-        kv_slots = (blocks[:, :, None] * batch.block_size + self._offsets).flatten(1)  # [S, max_len]
-        context = (self._cache[kv_slots] * (self._positions < batch.seq_lens[:, None])).sum(-1, keepdim=True)
+        return self._logits(batch, batch.seq_row, batch.seq_lens, out)
+
+    def prompt_logits(
+        self, batch: StepBatch, index: torch.Tensor, max_rows: int, *, out: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        self.logits(batch, out=out)
+        for part in torch.split(index, max_rows):
+            sequences = torch.searchsorted(batch.cu_seqlens[1:].long(), part, right=True)
+            yield self._logits(batch, batch.seq_row[sequences], batch.positions[part] + 1, None)
+
+    def _logits(
+        self, batch: StepBatch, rows: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        kv_slots = (batch.block_table[rows][:, :, None] * batch.block_size + self._offsets).flatten(1)  # [S, max_len]
+        context = (self._cache[kv_slots] * (self._positions < lengths[:, None])).sum(-1, keepdim=True)
         return torch.div(((context & 0xFFFFFF) * self._factors >> 7) & 1023, 256, out=out)
 
     @classmethod
-    def greedy(cls, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """The next `num_tokens` tokens."""
+    def greedy(
+        cls, prompt: Sequence[int], num_tokens: int, allowed: Callable[[Sequence[int]], set[int]] | None = None
+    ) -> list[int]:
+        """The next `num_tokens` tokens, each of those that are `allowed` after the tokens before it.
+
+        Ends early where none is.
+        """
         ids = list(prompt)
         for _ in range(num_tokens):
-            context = sum((token * 40_503 + 1) * (2 * i + 1) for i, token in enumerate(ids)) & 0xFFFFFF
-            logits = [(context * (2 * v + 1) >> 7) & 1023 for v in range(cls.vocab_size)]
-            ids.append(logits.index(max(logits)))
+            choice = range(cls.vocab_size) if allowed is None else sorted(allowed(ids[len(prompt) :]))
+            if not choice:
+                break
+            logits = cls.expected_logits(ids)
+            ids.append(max(choice, key=lambda token: logits[token]))  # the first of equals
         return ids[len(prompt) :]
+
+    @classmethod
+    def expected_logits(cls, ids: Sequence[int]) -> list[float]:
+        """The logits of the token that follows these."""
+        context = sum((token * 40_503 + 1) * (2 * i + 1) for i, token in enumerate(ids)) & 0xFFFFFF
+        return [((context * (2 * v + 1) >> 7) & 1023) / 256 for v in range(cls.vocab_size)]

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
-from ipc.messages import Route, Tokenized
+from ipc.messages import PromptLogprobs, Route, Tokenized
 from ipc.record_layout import Layout
 from ipc.records import PromptRecord, StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from tests.simulation.fake_gpu import FakeGpu
+from tests.simulation.fake_grammar import FakeGrammar
 from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerConfig
@@ -55,9 +56,12 @@ class ScheduledEngine:
         num_tokenizers: int = 1,
         prompt_records: int = 32,
         prefix_caching: bool = True,
+        num_grammar_workers: int = 0,
         **scheduling: Any,
     ) -> None:
-        self.shape = StepShape(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
+        self.shape = StepShape(
+            max_num_seqs, max_num_batched_tokens, max_model_len, block_size, num_grammar_workers=num_grammar_workers
+        )
         self.depth = depth
         self.prefix_caching = prefix_caching
         self.num_blocks = num_blocks
@@ -78,9 +82,11 @@ class ScheduledEngine:
             **scheduling,
         )
         self.prompts = PromptRings(self.prompt_rings)
+        self.grammar = FakeGrammar(self.shape, num_grammar_workers, 2 * depth)
         self.scheduler = Scheduler(
-            config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock
-        )
+            config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock,
+            mask_rings=self.grammar.writers,
+        )  # fmt: skip
         self.gpu = FakeGpu(self.shape, num_blocks, created)
         self._step_records = [_record(step_layout(self.shape)) for _ in range(2 * depth)]
         self._result_records = [_record(result_layout(self.shape)) for _ in range(2 * depth)]
@@ -88,6 +94,7 @@ class ScheduledEngine:
         self.opened: dict[int, Any] = {}
         self.cached: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.prompt_parts: dict[int, list[PromptLogprobs]] = {}
         self.ends: dict[int, str] = {}  # finish reasons
         self.errors: dict[int, tuple[str, str]] = {}
         self.retry_after_s: dict[int, float] = {}
@@ -156,11 +163,13 @@ class ScheduledEngine:
             assert record.storage.tobytes() == before, "a record was written though there was nothing to plan"
             return None
         self.num_planned += 1
+        self.grammar.planned(record, self.scheduler)
         self.gpu.submit(record)
         return record
 
     def run_device(self) -> None:
-        """Let the device run its oldest step."""
+        """Let the device run its oldest step. Its masks have been asked for."""
+        self.grammar.answer(self.scheduler)
         self.gpu.run_next(self._result_records[self.num_run % (2 * self.depth)])
         self.num_run += 1
 
@@ -187,6 +196,10 @@ class ScheduledEngine:
         for key, num_cached in outputs.cached:
             assert not self.tokens[key], f"request {key} was admitted after its first token"
             assert self.cached.setdefault(key, num_cached) == num_cached, f"request {key} was admitted twice"
+        for key, part in outputs.prompt_logprobs:
+            assert key not in self.ends, f"request {key} got log-probabilities after its end"
+            assert not self.tokens[key], f"request {key} got log-probabilities of its prompt after its first token"
+            self.prompt_parts.setdefault(key, []).append(part)
         keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
         finish = np.frombuffer(outputs.finish, np.uint8)
         for key, token_id, code in zip(keys.tolist(), token_ids.tolist(), finish.tolist(), strict=True):
@@ -234,10 +247,12 @@ class ScheduledEngine:
         assert gauges["num_free_blocks"] == self.num_blocks, "a block leaked"
         assert gauges["num_free_rows"] == self.shape.max_num_seqs, "a row leaked"
         assert not self.scheduler._table._retired
+        assert self.scheduler._table.num_wanting_prompt_logprobs == 0
         for ring in self.tokenizer_rings[1:]:
             assert ring.num_free() == ring.num_slots, f"a record of {ring.name} leaked"
         assert self.prompt_rings[0].num_free() == self.prompt_rings[0].num_slots, "a record of the upload ring leaked"
         assert set(self.opened) == set(self.ends), "a request was not ended"
+        self.grammar.check_empty(self.scheduler)
         assert gauges["num_waiting"] == gauges["num_running"] == gauges["num_preempted"] == 0
 
 

@@ -10,8 +10,20 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Protocol
 
-from ipc.records import NO_TOKEN, FinishCode, PromptRecord, ResultRecord, SamplerVariant, StepRecord, StepShape
+from ipc.record_layout import declared_fields
+from ipc.records import (
+    NO_TOKEN,
+    AdmittedColumns,
+    Fill,
+    FinishCode,
+    PromptRecord,
+    ResultRecord,
+    SamplerVariant,
+    StepRecord,
+    StepShape,
+)
 from ipc.ring import Ring
 
 
@@ -26,6 +38,8 @@ class ScriptedRequest:
     top_k: int = 0
     end_ids: tuple[int, ...] = ()
     ring: int = 0  # where its ids come from; 0: the scheduler uploads them
+    grammar: int = 0  # 0 = none
+    worker: int = 0  # the grammar worker that has its matcher
     row: int = -1
     num_computed: int = 0
     num_planned: int = 0
@@ -33,7 +47,23 @@ class ScriptedRequest:
     last_ticket: int = 0
     has_ids: bool = False  # its row has been given its prompt
     tokens: list[int] = field(default_factory=list)  # tokens from applied results
-    is_done: bool = False
+    finish: FinishCode = FinishCode.RUNNING
+    num_shown: int = 0  # tokens that the grammar worker has been sent
+    closed_at: int | None = None  # the first of its tokens whose mask counts as closed
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish != FinishCode.RUNNING
+
+
+class Masks(Protocol):
+    """Plans the masks of steps and asks for them: see scripted_grammar.py."""
+
+    def plan(self, record: StepRecord, step: int, sampling: Sequence[tuple[int, ScriptedRequest]]) -> None: ...
+
+    def send_through(self, step: int) -> None: ...
+
+    def send_early(self) -> None: ...
 
 
 class ScriptedScheduler:
@@ -47,8 +77,10 @@ class ScriptedScheduler:
         rings: Sequence[Ring[PromptRecord]],
         *,
         recycle_early: bool = False,
+        masks: Masks | None = None,
     ) -> None:
         self._random = random
+        self._masks = masks
         self._shape = shape
         self._rings = rings
         self._recycle_early = recycle_early
@@ -118,6 +150,7 @@ class ScriptedScheduler:
             if request.num_planned == len(request.prompt) + request.max_tokens:
                 self._retire(request)  # planned out
         self._in_flight.append((sequences, uploads))
+        self._ask_for_masks()
         return True
 
     def apply(self, result: ResultRecord) -> None:
@@ -126,18 +159,24 @@ class ScriptedScheduler:
         for i, (request, samples) in enumerate(sequences):
             if not samples or request.is_done:
                 continue
-            request.tokens.append(int(result.token_ids[i]))
-            finish = FinishCode(int(result.finish[i]))
+            token, finish = int(result.token_ids[i]), FinishCode(int(result.finish[i]))
+            if token != NO_TOKEN:
+                request.tokens.append(token)
             assert (finish == FinishCode.LENGTH) <= (len(request.tokens) == request.max_tokens), "ended too early"
-            if finish != FinishCode.RUNNING:
-                request.is_done = True
-                if request in self.running:
-                    self._retire(request)
+            request.finish = finish
+            if request.is_done and request in self.running:
+                self._retire(request)
         for ring, ticket in uploads:
             self._rings[ring].release_through(ticket)
         for request in [r for r in self._retired if r.last_ticket <= self._applied]:
             self._retired.remove(request)
             self._free_rows.append(request.row)
+        self._ask_for_masks()
+
+    def _ask_for_masks(self) -> None:
+        if self._masks is not None:
+            self._masks.send_through(self._applied + 1)
+            self._masks.send_early()
 
     def _plan_tokens(self, request: ScriptedRequest, budget: int, appends: list[tuple[int, int, int]]) -> int:
         """Take a chunk of at most `budget` tokens and the blocks it needs. Returns its tokens; 0 without enough
@@ -166,11 +205,12 @@ class ScriptedScheduler:
         admit = record.admit
         admit.row[i] = request.row
         admit.ring[i], admit.ticket[i], admit.length[i] = ring, ticket, length
-        admit.num_computed_tokens[i] = 0
-        admit.max_len[i] = len(request.prompt) + request.max_tokens
-        admit.temperature[i], admit.seed[i] = request.temperature, request.seed
-        admit.top_k[i], admit.top_p[i], admit.min_p[i] = request.top_k, 1.0, 0.0
-        admit.end_ids[i] = NO_TOKEN
+        admit.long_ticket[i] = 0
+        for column in declared_fields(AdmittedColumns):
+            fills = [mark.value for mark in column.marks if isinstance(mark, Fill)]
+            getattr(admit, column.path[0])[i] = fills[0] if fills and not isinstance(fills[0], str) else 0
+        admit.prompt_len[i], admit.max_len[i] = len(request.prompt), len(request.prompt) + request.max_tokens
+        admit.temperature[i], admit.seed[i], admit.top_k[i] = request.temperature, request.seed, request.top_k
         admit.end_ids[i, : len(request.end_ids)] = request.end_ids
 
     def _write(
@@ -190,7 +230,11 @@ class ScriptedScheduler:
         )
         record.seq_row[:n] = [request.row for request, _ in planned]
         record.seq_num_tokens[:n] = [count for _, count in planned]
-        record.seq_sample[:n] = [request.num_computed + count == request.num_planned for request, count in planned]
+        samples = [request.num_computed + count == request.num_planned for request, count in planned]
+        record.seq_sample[:n] = samples
+        if self._masks is not None:
+            sampling = [(i, request) for i, (request, _) in enumerate(planned) if samples[i]]
+            self._masks.plan(record, self._ticket, sampling)
         for i, (row, index, block) in enumerate(appends):
             record.append_row[i], record.append_index[i], record.append_block[i] = row, index, block
 

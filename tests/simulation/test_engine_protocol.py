@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ipc.messages import Route, Tokenized
+from ipc.messages import PromptLogprobs, Route, Tokenized
 from ipc.records import FinishCode, PromptRecord, ResultRecord, StepRecord, StepShape
 from ipc.ring import Ring
 from ipc.sampling_params import SamplingParams
@@ -57,6 +57,10 @@ class Run:
             [self.random.randrange(16) for _ in range(self.random.randint(1, 12))] for _ in range(NUM_REQUESTS)
         ]
         self.limits = [self.random.randint(1, 8) for _ in range(NUM_REQUESTS)]
+        scoring = Random(f"scoring {seed}")
+        tops = [None, 0, 3] if seed % 5 == 0 else [None]
+        self.num_top = [scoring.choice(tops) for _ in range(NUM_REQUESTS)]  # of their prompts' log-probabilities
+        self.prompt_parts: list[list[PromptLogprobs]] = [[] for _ in range(NUM_REQUESTS)]
         self.tokens: list[list[int]] = [[] for _ in range(NUM_REQUESTS)]
         self.ends: dict[int, str] = {}
         self.num_records_lost = 0
@@ -81,7 +85,9 @@ class Run:
             return False
         prompt = self.prompts[self._num_arrived]
         ring.claim().token_ids[: len(prompt)] = prompt
-        params = SamplingParams(max_tokens=self.limits[self._num_arrived], seed=0)
+        params = SamplingParams(
+            max_tokens=self.limits[self._num_arrived], seed=0, prompt_logprobs=self.num_top[self._num_arrived]
+        )
         self._to_announce.append(
             Tokenized(key=self._num_arrived, route=NOBODY, params=params, ring=ring_index, ticket=ring.publish(),
                       num_prompt_tokens=len(prompt), arrived_ns=0)
@@ -105,6 +111,9 @@ class Run:
 
     def _hear(self) -> None:
         while (outputs := self.scheduler.take_outputs()) is not None:
+            for key, part in outputs.prompt_logprobs:
+                assert not self.tokens[key], f"log-probabilities of a prompt after the first token of {key}"
+                self.prompt_parts[key].append(part)
             keys, ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
             for key, token, finish in zip(keys.tolist(), ids.tolist(), outputs.finish, strict=True):
                 assert key not in self.ends, f"a token after the end of {key}"
@@ -115,6 +124,21 @@ class Run:
                 assert ended.key not in self.ends, f"{ended.key} ended twice"
                 self.ends[ended.key] = ended.finish_reason
 
+    def check_prompt(self, key: int) -> None:
+        """The log-probabilities of the prompt are complete if there is a token, and each is the model's."""
+        prompt, num_top = self.prompts[key], self.num_top[key]
+        ids = [token for part in self.prompt_parts[key] for token in np.frombuffer(part.token_ids, np.int32).tolist()]
+        assert ids == (prompt[1:] if self.tokens[key] and num_top is not None else prompt[1 : 1 + len(ids)])
+        if not ids:
+            return
+        logits = torch.tensor([ToyModel.expected_logits(prompt[:i]) for i in range(1, 1 + len(ids))])
+        expected = logits.log_softmax(-1)
+        columns = [part.columns for part in self.prompt_parts[key]]
+        logprobs = torch.tensor(np.concatenate([np.frombuffer(each.logprobs, np.float32) for each in columns]))
+        top = torch.tensor(np.concatenate([np.frombuffer(each.top_logprobs, np.float32) for each in columns]))
+        assert (logprobs - expected.gather(1, torch.tensor(ids)[:, None])[:, 0]).abs().max() < 1e-4
+        assert (top - expected.topk(num_top or 0).values.flatten()).abs().sum() < 1e-3
+
     def expected(self, key: int) -> tuple[list[int], str]:
         tokens = ToyModel.greedy(self.prompts[key], self.limits[key])
         return (tokens[: tokens.index(3) + 1], "stop") if 3 in tokens else (tokens, "length")
@@ -122,6 +146,7 @@ class Run:
 
 def check(run: Run) -> None:
     for key in range(NUM_REQUESTS):
+        run.check_prompt(key)
         tokens, reason = run.expected(key)
         if run.ends[key] == "cancelled":
             assert run.tokens[key] == tokens[: len(run.tokens[key])]

@@ -14,8 +14,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from ipc import records
 from ipc.block_hash import HASH_BYTES, chain_hashes
-from ipc.messages import Route, Tokenized
+from ipc.messages import PromptLogprobs, Route, Tokenized
 from ipc.record_layout import Layout, R
 from ipc.records import NO_TOKEN, FinishCode, StepShape, result_layout, step_layout
 from ipc.sampling_params import SamplingParams
@@ -39,9 +40,8 @@ ROUTE = Route(client=b"c", request_id="r", stream=True)
 class Prompts:
     """Prompt rings with room for everything. They only check which prompts are still leased."""
 
-    max_upload_tokens = MAX_LEN
-
-    def __init__(self) -> None:
+    def __init__(self, num_uploads: int = MAX_LEN) -> None:
+        self.num_uploads = num_uploads
         self.ids: dict[int, list[int]] = {}
         self.held: set[int] = set()
 
@@ -52,11 +52,14 @@ class Prompts:
     def decline(self, ring: int, ticket: int, num_tokens: int) -> None:
         pass
 
-    def lease_for_step(self, lease: PromptLease, ids: Any) -> PromptLease:
+    def can_upload(self, num_tokens: int, num_long_words: int) -> bool:
+        return num_tokens + num_long_words <= self.num_uploads
+
+    def leases_for_step(self, lease: PromptLease, ids: Any, long_values: Any) -> tuple[PromptLease, None]:
         if lease.is_released:
-            return PromptLease(0, 0, 1, is_waiting=False)
+            return PromptLease(0, 0, 1, is_waiting=False), None
         assert lease.ticket in self.held, "a prompt was admitted after it was released"
-        return lease
+        return lease, None
 
     def release(self, lease: PromptLease) -> None:
         if not lease.is_released:
@@ -80,6 +83,11 @@ class Trace:
     """One engine's life from a seed: the scheduler and the model side by side."""
 
     def __init__(self, seed: int) -> None:
+        self.scoring = random.Random(f"scoring {seed}")  # for log-probabilities of prompts
+        with patch.object(records, "MAX_PROMPT_LOGPROBS", self.scoring.choice([2, 5, 512])):
+            self._begin(seed)
+
+    def _begin(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         self.before = random.Random(f"before {seed}")  # for what happens to a request before it arrives
         self.seed = seed
@@ -109,20 +117,21 @@ class Trace:
         self.model = SchedulerModel(
             policy=policy, num_rows=rows, budget=budget, size=self.size, num_blocks=self.num_blocks, max_blocks=most,
             max_waiting=bounds["max_num_waiting"], max_waiting_tokens=bounds["max_num_waiting_tokens"],
-            aging_ns=5_000_000_000, quantum=config.fair_quantum,
+            aging_ns=5_000_000_000, quantum=config.fair_quantum, max_scored=self.shape.max_prompt_logprobs,
         )  # fmt: skip
         self.chunks: Any = rng.choice([[budget], [1, 1, 1, budget]])
         self.chunk: Any = Chunk(budget)
         self.scheduler._planner._chunk_limit = self.chunk
         self.step = _views(step_layout(self.shape))
         self.result = _views(result_layout(self.shape))
-        self.in_flight: list[list[tuple[int, int, bool]]] = []
+        self.in_flight: list[tuple[list[tuple[int, int, bool]], list[tuple[int, int]]]] = []
         self.sequences: dict[int, Sequence] = {}
         self.last_key = 0
         self.withdrawn = 0  # the key of the next request, if it is withdrawn
         self.shared = [rng.randrange(VOCABULARY) for _ in range(MAX_LEN)]
         self.opened: set[int] = set()
         self.tokens: dict[int, list[int]] = {}
+        self.scores: dict[int, int] = {}  # positions of the prompt with log-probabilities, by key of sample 0
         self.ends: dict[int, str] = {}
         self.cached: dict[int, int] = {}
 
@@ -173,14 +182,16 @@ class Trace:
         )
         deadline_ns = self.now_ns + rng.randrange(30_000_000_000) if rng.random() < 0.1 else 0
         num_samples = rng.choice([1, 1, 1, 2, 4])
+        top = self.scoring.choice([None, None, 0, 2])
         arrived_ns = self.now_ns - self.before.choice([0, 0, 3_000_000_000])  # at the gateway
         self.last_key += num_samples
         self.prompts.ids |= dict.fromkeys(range(key, key + num_samples), prompt)
         names = chain_hashes(bytes(HASH_BYTES), np.array(prompt, np.int32).tobytes(), self.size)
         self.scheduler.add(
             Tokenized(
-                key=key, route=ROUTE, params=SamplingParams(max_tokens=max_tokens, seed=key, n=num_samples), ring=1,
-                ticket=key, num_prompt_tokens=len(prompt), block_hashes=names if self.has_cache else b"",
+                key=key, route=ROUTE, params=SamplingParams(
+                    max_tokens=max_tokens, seed=key, n=num_samples, prompt_logprobs=top
+                ), ring=1, ticket=key, num_prompt_tokens=len(prompt), block_hashes=names if self.has_cache else b"",
                 scheduling=scheduling, arrived_ns=arrived_ns, deadline_ns=deadline_ns,
             )
         )  # fmt: skip
@@ -199,6 +210,9 @@ class Trace:
                     scheduling.tenant, arrived_ns, [(at_ns, sample, reason) for at_ns, reason in timers], leader,
                 )
             )  # fmt: skip
+        if top is not None:
+            samples[0].scored = len(prompt) - 1
+            self.scores[key] = 1
         samples[0].has_followers = any(sample.leader for sample in samples)
         if not self.model.add(samples):
             samples[0].end = "error"
@@ -229,10 +243,26 @@ class Trace:
         samples = [bool(value) for value in self.step.seq_sample[:n].tolist()]
         assert list(zip(keys, counts, samples, strict=True)) == expected
         assert sum(counts) == int(self.step.num_tokens[0]) <= self.shape.max_num_batched_tokens, "over budget"
-        self.in_flight.append([(key, len(self.sequences[key].known), sampled) for key, _, sampled in expected])
+        assert self._asked_scores(keys, counts) == self.model.scores
+        sequences = [(key, len(self.sequences[key].known), sampled) for key, _, sampled in expected]
+        self.in_flight.append((sequences, self.model.scores))
+
+    def _asked_scores(self, keys: list[int], counts: list[int]) -> list[tuple[int, int]]:
+        """(key, position) of each log-probability that the step record asks for."""
+        tokens = [
+            (key, self.sequences[key].computed - count + i)
+            for key, count in zip(keys, counts, strict=True)
+            for i in range(count)
+        ]
+        places = self.step.prompt_logprob_index[: self.step.num_prompt_logprobs[0]].tolist()
+        return [(tokens[place][0], tokens[place][1] + 1) for place in places]
 
     def _apply(self) -> None:
-        step = self.in_flight.pop(0)
+        step, scores = self.in_flight.pop(0)
+        for i, (key, position) in enumerate(scores):
+            self.result.prompt_logprob[i] = -key - position / 64
+            self.result.prompt_top_ids[i, :2] = position, key
+            self.result.prompt_top_logprobs[i, :2] = -position
         codes = dict(zip(("", "stop", "length", "error", "excluded"), FinishCode, strict=True))
         for i, (key, _, sampled) in enumerate(step):
             sequence = self.sequences[key]
@@ -272,17 +302,33 @@ class Trace:
             for opened in outputs.opened:
                 self.opened |= set(range(opened.key, opened.key + opened.num_samples))
             self.cached |= dict(outputs.cached)
+            for key, part in outputs.prompt_logprobs:
+                self._take_scores(key, part)
             keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)
             finish = np.frombuffer(outputs.finish, np.uint8)
             ends = [(ended.key, ended.finish_reason) for ended in outputs.ended]
             for key, token_id, code in zip(keys.tolist(), token_ids.tolist(), finish.tolist(), strict=True):
                 assert key not in self.ends, f"request {key} got a token after its end"
+                assert self.scores.get(key, 0) in (0, len(self.prompts.ids[key])), "a token before the prompt's scores"
                 self.tokens.setdefault(key, []).append(token_id)
                 if code:
                     self.ends[key] = ("", "stop", "length")[code]
             for key, reason in ends:
                 assert key not in self.ends, f"request {key} ended twice"
                 self.ends[key] = reason
+
+    def _take_scores(self, key: int, part: PromptLogprobs) -> None:
+        """The next log-probabilities of a prompt; each is found in its order, once, and for the right token."""
+        assert key not in self.ends, f"request {key} got log-probabilities after its end"
+        first, columns = self.scores[key], part.columns
+        tokens = np.frombuffer(part.token_ids, np.int32).tolist()
+        positions = list(range(first, first + len(tokens)))
+        assert tokens == self.prompts.ids[key][first : first + len(tokens)]
+        assert np.frombuffer(columns.logprobs, np.float32).tolist() == [-key - i / 64 for i in positions]
+        top = [[position, key][: columns.num_top] for position in positions]
+        assert np.frombuffer(columns.top_ids, np.int32).reshape(len(tokens), -1).tolist() == top
+        assert len(columns.top_logprobs) == len(columns.top_ids)
+        self.scores[key] += len(tokens)
 
     def _check_blocks(self) -> None:
         """Each block has as many users as its count says, or is free once. All users have the same tokens in it."""
@@ -448,7 +494,7 @@ class Backlogged:
         shape = StepShape(4, 32, 64, 4)
         self.now_ns = 0
         self.prompts: Any = Prompts()
-        self.prompts.max_upload_tokens = 64
+        self.prompts.num_uploads = 64
         self.scheduler = Scheduler(SchedulerConfig(**config), shape, 1, 40, [], self.prompts, clock=lambda: self.now_ns)
         self.step = _views(step_layout(shape))
         self.result = _views(result_layout(shape))

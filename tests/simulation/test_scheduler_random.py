@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from ipc.block_hash import read_hashes
 from ipc.errors import RingError
 from ipc.sampling_params import SamplingParams
+from ipc.structured_outputs import StructuredOutputs
 from tests.simulation.fake_gpu import VOCAB_SIZE, expected_tokens, extend_hash
 from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.scheduler import sequence
+from workers.scheduler.admission.admission import Admission
 from workers.scheduler.kv_cache.block_pool import BlockPool
 from workers.scheduler.kv_cache.prefix_cache import PrefixCache
+from workers.scheduler.planning.mask_requests import MaskRequests
+from workers.scheduler.planning.step import PlannedStep, StepMasks
 
 NUM_SEEDS = 96
 MAX_N = 4  # samples of a prompt
+SEEDS = [seed for seed in range(40) if seed % 4]  # for planted faults
+JSON = StructuredOutputs(json_object=True)
 
 
 class Traffic:
@@ -45,7 +53,14 @@ class Traffic:
         self.shape["prefix_caching"] = seed % 4 > 0
         self.shape["policy"] = ("fifo", "priority", "fair")[seed % 3]
         self.shared = [rng.randrange(VOCAB_SIZE) for _ in range(self.max_model_len)]  # some prompts begin like it
-        self.requests = {key: self._request(rng) for key in range(0, MAX_N * rng.randint(1, 24), MAX_N)}
+        self.requests = {key: self._request(rng) for key in range(MAX_N, MAX_N + MAX_N * rng.randint(1, 24), MAX_N)}
+        grammar = random.Random(f"grammar {seed}")
+        self.shape["num_grammar_workers"] = grammar.choice([0, 1, 1, 2])
+        structured = {key for key in self.requests if grammar.random() < 0.5 and self.shape["num_grammar_workers"]}
+        for key in structured:
+            prompt, params = self.requests[key]
+            self.requests[key] = prompt, structs.replace(params, structured_outputs=JSON, ignore_eos=False)
+        self.refused = {key for key in structured if grammar.random() < 0.1}  # by its grammar process
         self.sequences = {
             key + sample: (prompt, params.of_sample(sample))
             for key, (prompt, params) in self.requests.items()
@@ -92,7 +107,7 @@ class Traffic:
             to_send[rng.choice(list(to_send))].append(key)
         sent: set[int] = set()
         for moment in range(20_000):
-            event = rng.choice(("send", "plan", "plan", "device", "apply", "hear", "cancel", "clear"))
+            event = rng.choice(("send", "plan", "plan", "device", "apply", "hear", "cancel", "clear", "compile"))
             if event == "send":
                 ring = rng.choice(list(to_send))
                 if to_send[ring] and engine.can_publish(len(self.requests[to_send[ring][0]][0]), ring):
@@ -101,22 +116,32 @@ class Traffic:
                     sent |= set(range(key, key + self.requests[key][1].n))
             elif event == "plan" and scheduler.num_in_flight < depth:
                 engine.plan()
-            elif event == "device" and engine.gpu.num_submitted:
+            elif event == "device" and engine.gpu.num_submitted and engine.grammar.can_answer():
                 engine.run_device()
             elif event == "apply" and scheduler.num_in_flight:
                 engine.apply()
             elif event == "hear":
                 engine.hear()
+            elif event == "compile":
+                self._compile(engine, rng)
             elif event == "clear" and rng.random() < 0.05:
                 scheduler.clear_cache()
             elif event == "cancel":
                 scheduler.cancel([key for key, after in self.cancel_after.items() if key in sent and moment >= after])
-            done = not (scheduler.has_work or scheduler.num_in_flight or any(to_send.values()))
+            done = not (scheduler.num_open or scheduler.num_in_flight or any(to_send.values()))
             if done and engine.hear() is None:
                 break
         else:
             pytest.fail("the engine never came to an end")
         return engine
+
+    def _compile(self, engine: ScheduledEngine, rng: random.Random) -> None:
+        """Answer one of the grammars that wait, in any order."""
+        engine.grammar.hear(engine.scheduler)
+        if engine.grammar.compiles:
+            index = rng.randrange(len(engine.grammar.compiles))
+            is_refused = engine.grammar.compiles[index][1].key in self.refused
+            engine.grammar.compile(engine.scheduler, index, "no" if is_refused else "")
 
 
 @pytest.mark.parametrize("first_seed", range(0, NUM_SEEDS, 16))
@@ -129,6 +154,7 @@ def test_every_request_gets_its_own_tokens_at_any_depth_and_nothing_leaks(first_
                 engine.check_empty()
                 check_cache(traffic, engine)
                 check_samples(traffic, engine)
+                check_masks(traffic, engine)
                 for key, end in engine.ends.items():
                     check_end(traffic, engine, key, end)
             except Exception as error:
@@ -140,10 +166,23 @@ def check_samples(traffic: Traffic, engine: ScheduledEngine) -> None:
     """Every request was taken with all its samples, or answered once."""
     for key, (_, params) in traffic.requests.items():
         ended = [k for k in range(key, key + MAX_N) if k in engine.ends]
-        if engine.ends[key] == "error":
+        if engine.ends[key] == "error" and engine.errors[key][0] == "queue_full":
             assert ended == [key]
         else:
             assert ended == list(range(key, key + params.n))
+
+
+def check_masks(traffic: Traffic, engine: ScheduledEngine) -> None:
+    """A grammar process was told every token of its sequences in order, but the last one."""
+    told = engine.grammar.told
+    assert told.keys() <= {key for key, (_, params) in traffic.sequences.items() if params.structured_outputs}
+    for key, (_, params) in traffic.sequences.items():
+        if params.structured_outputs is not None:
+            expected = traffic.expected(key)
+            if engine.ends.get(key) in ("stop", "length"):
+                assert told[key] == expected[:-1]
+            else:
+                assert told.get(key, []) == expected[: len(told.get(key, []))]
 
 
 def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
@@ -204,6 +243,26 @@ def share_lease(lease: Any, **_: bool) -> Any:
     return lease
 
 
+def keep_ended(requests: MaskRequests, batch: Any, places: Any, unseen: Any = MaskRequests._unseen) -> Any:
+    """As if a sequence that has ended still needed its mask."""
+    _, tokens = unseen(requests, batch, places)
+    return requests._table.key[batch.rows[places]], tokens
+
+
+def tell_never(admission: Admission, sequence: Any, resume: Any = Admission.resume) -> None:
+    """As if a resumed sequence's newest token had been told."""
+    resume(admission, sequence)
+    admission._table.num_followed_tokens[sequence.row] = admission._table.num_tokens[sequence.row]
+
+
+def ask_early(requests: MaskRequests, batch: Any, samples: Any, plan: Any = MaskRequests.plan) -> Any:
+    """As if a step's masks did not depend on the results of the steps in flight."""
+    masks = plan(requests, batch, samples)
+    if masks is not None:
+        requests.send(PlannedStep(1, batch, samples, 0, [], masks))
+    return None if masks is None else StepMasks(masks.tickets, {})
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "mutant"),
     [
@@ -212,30 +271,46 @@ def share_lease(lease: Any, **_: bool) -> Any:
         (PrefixCache, "find", find_all),
         (BlockPool, "free", free_unshared),
         (sequence, "replace", share_lease),
+        (MaskRequests, "_unseen", keep_ended),
+        (Admission, "resume", tell_never),
+        (MaskRequests, "plan", ask_early),
     ],
-    ids=["offered early", "tokens past the end", "nothing left to compute", "freed while shared", "records shared"],
-)
+    ids=[
+        "offered early", "tokens past the end", "nothing left to compute", "freed while shared", "records shared",
+        "mask for an ended sequence", "token never told", "masks asked for early",
+    ],
+)  # fmt: skip
 def test_a_fault_planted_where_sequences_share_something_is_found(owner: Any, method: str, mutant: Any) -> None:
-    def is_found(seed: int) -> bool:
-        traffic = Traffic(seed)
-        try:
-            engine = traffic.run(3)
-            engine.check_empty()
-            check_cache(traffic, engine)
-            return any(engine.tokens[key] != traffic.expected(key)[: len(engine.tokens[key])] for key in engine.tokens)
-        except (AssertionError, IndexError, ValueError, RingError):
-            return True
-
-    seeds = [seed for seed in range(40) if seed % 4]
-    assert not any(is_found(seed) for seed in seeds)
+    assert not any_is_found()
     with patch.object(owner, method, mutant):
-        assert any(is_found(seed) for seed in seeds)
+        assert any(is_found(seed) for seed in SEEDS)
+
+
+@functools.cache
+def any_is_found() -> bool:
+    """Whether a seed fails without a planted fault."""
+    return any(is_found(seed) for seed in SEEDS)
+
+
+def is_found(seed: int) -> bool:
+    traffic = Traffic(seed)
+    try:
+        engine = traffic.run(3)
+        engine.check_empty()
+        check_cache(traffic, engine)
+        check_masks(traffic, engine)
+        return any(engine.tokens[key] != traffic.expected(key)[: len(engine.tokens[key])] for key in engine.tokens)
+    except (AssertionError, IndexError, ValueError, RingError):
+        return True
 
 
 def check_end(traffic: Traffic, engine: ScheduledEngine, key: int, end: str) -> None:
     """All tokens, or a beginning of them where the request was cancelled."""
     expected, got = traffic.expected(key), engine.tokens[key]
-    if end == "error":
+    if end == "error" and engine.errors[key][0] == "invalid_request":
+        assert key - key % MAX_N in traffic.refused
+        assert not got
+    elif end == "error":
         assert engine.errors[key][0] == "queue_full"
         assert traffic.shape["max_num_waiting"] < len(traffic.sequences)
         assert not got

@@ -21,24 +21,22 @@ from ipc.messages import (
     ClientGone,
     Delivery,
     Ended,
-    FinalOutput,
     Opened,
     Outputs,
+    PromptLogprobs,
     StepLogprobs,
     StepOutputs,
-    TokenLogprobs,
 )
 from ipc.records import FinishCode
+from workers.detokenizer import frames as frame_bounds
+from workers.detokenizer.frames import FrameBuilder
 from workers.detokenizer.request_state import NO_DECODER, Client, Request, Sequence
 from workers.detokenizer.stop_strings import SpecialTokens
-from workers.detokenizer.text_decoding import NewDecoder
+from workers.detokenizer.text_decoding import Decoding
 from workers.model_tokenizer.loading import is_foreign_failure
 
 logger = logging.getLogger(__name__)
 
-MAX_FRAME_ITEMS: Final = 8_192  # in one Outputs
-MAX_FRAME_TOKENS: Final = 131_072  # in one Outputs, before its last item: keeps it far below the largest frame
-MAX_ITEM_TOKENS: Final = 65_536  # of one sequence in one Outputs
 MAX_PROBLEM_CHARS: Final = 300
 
 RUNNING: Final = int(FinishCode.RUNNING)
@@ -48,9 +46,9 @@ STOP: Final = int(FinishCode.STOP)
 class Detokenizer:
     """The whole behaviour of the role. Pass it messages, then collect `deliveries()` and `take_cancels()`."""
 
-    def __init__(self, new_decoder: NewDecoder, special_tokens: SpecialTokens, client_window: int) -> None:
-        self._new_decoder = new_decoder
-        self._special_tokens = special_tokens
+    def __init__(self, decoding: Decoding, client_window: int) -> None:
+        self._decoding = decoding
+        self._special_tokens = SpecialTokens(decoding.special_tokens, decoding.shown_text)
         self._window = client_window
         self._open: dict[int, Sequence] = {}
         self._clients: dict[bytes, Client] = {}
@@ -101,6 +99,11 @@ class Detokenizer:
             sequence = self._open.get(key)
             if sequence is not None and sequence.sample == 0:  # the others find the blocks that it computed
                 sequence.request.num_cached_tokens = num_cached
+        for key, part in step.prompt_logprobs:
+            sequence = self._open.get(key)
+            if sequence is not None:
+                sequence.prompt_parts.append(part)
+                sequence.has_news()
         keys = np.frombuffer(step.keys, "<i8").tolist()
         token_ids = np.frombuffer(step.token_ids, "<i4").tolist()
         self.num_tokens += len(keys)
@@ -131,10 +134,10 @@ class Detokenizer:
     def _open_request(self, opened: Opened, request: Request) -> None:
         prompt_tail = np.frombuffer(opened.prompt_tail, "<i4").tolist()
         for sample in range(opened.num_samples):
-            matcher = self._special_tokens.matcher(opened.stop) if opened.stop else None
+            matcher = self._special_tokens.matcher(opened.text)
             problem = ""
             try:
-                decoder = self._new_decoder(prompt_tail)
+                decoder = self._decoding.new_decoder(prompt_tail, opened.text)
             except BaseException as error:
                 decoder, problem = NO_DECODER, _problem_of(error)
             sequence = Sequence(request, sample, opened, decoder, matcher)
@@ -149,21 +152,13 @@ class Detokenizer:
         if sequence.logprobs is not None:
             assert logprobs is not None, f"sequence {sequence.key} wants log-probabilities and its step has none"
             sequence.logprobs.append(logprobs, index)
-        sequence.hides_last = code == STOP
+        sequence.hides_last = code == STOP and not sequence.shows_last
         matcher = sequence.matcher
-        if matcher is not None:
-            text = "" if sequence.hides_last else sequence.decoder.push([token_id])
-            if matcher.marks:
-                text += matcher.marks.get(token_id, "")
-            sequence.text += matcher.feed(text)
-            if code and not matcher.matched:
-                sequence.finish_text()
-            if matcher.matched:
-                if code == RUNNING:
-                    self._cancels.append(sequence.key)
-                self._end(sequence, Ended(sequence.key, "stop"))
-                return
-        if code:
+        if matcher is not None and sequence.look_for_stop(matcher, token_id, is_last=code != RUNNING):
+            if code == RUNNING:
+                self._cancels.append(sequence.key)
+            self._end(sequence, Ended(sequence.key, "stop"))
+        elif code:
             self._end(sequence, Ended(sequence.key, "stop" if code == STOP else "length"))
 
     def _fail(self, sequence: Sequence, problem: str) -> None:
@@ -172,7 +167,7 @@ class Detokenizer:
         request = sequence.request
         keys = range(request.key, request.key + request.num_samples)
         self._cancels += [key for key in keys if key in self._open]  # the scheduler ignores those that have ended
-        sequence.decoder, sequence.matcher, sequence.text = NO_DECODER, None, ""
+        sequence.decoder, sequence.matcher, sequence.text, sequence.prompt_parts = NO_DECODER, None, "", []
         ended = Ended(
             sequence.key, "error", RequestFailed.code, f"the tokens of the answer cannot be decoded: {problem}"
         )
@@ -218,7 +213,7 @@ class Detokenizer:
                 clients.append(client.name)
                 finished.append(keys)
                 frames.append(encode(outputs))
-                if len(clients) == MAX_FRAME_ITEMS:
+                if len(clients) == frame_bounds.MAX_FRAME_ITEMS:
                     yield Delivery(clients=clients, finished=finished), frames
                     clients, finished, frames = [], [], []
         if clients:
@@ -226,65 +221,49 @@ class Detokenizer:
 
     def _next_outputs(self, client: Client) -> tuple[Outputs, list[int]]:
         """Take new text of the client's sequences, within the bounds of a frame, and the keys of requests that end."""
-        request_ids: list[str] = []
-        samples: list[int] = []
-        texts: list[str] = []
-        counts: list[int] = []
-        token_ids: list[int] = []
-        finals: list[tuple[int, FinalOutput]] = []
-        logprobs: list[tuple[int, TokenLogprobs]] = []
+        frame = FrameBuilder()
         keys: list[int] = []
         ready = client.ready
         num_taken = 0
-        for sequence in ready[:MAX_FRAME_ITEMS]:
-            if len(token_ids) >= MAX_FRAME_TOKENS:
+        for sequence in ready[: frame_bounds.MAX_FRAME_ITEMS]:
+            if frame.is_full:
                 break
             num_taken += 1
-            new = sequence.token_ids
-            if len(new) > MAX_ITEM_TOKENS:
-                sequence.token_ids = new[MAX_ITEM_TOKENS:]
-                new = new[:MAX_ITEM_TOKENS]
-                ready.append(sequence)
-                is_last = False
-            else:
-                sequence.token_ids = []
-                is_last = sequence.end is not None
+            prompt_parts: list[PromptLogprobs] = []
+            if sequence.prompt_parts:
+                prompt_parts = sequence.take_prompt_parts(frame_bounds.MAX_PROMPT_PARTS, frame_bounds.MAX_FRAME_WORDS)
+            new, is_last = self._take_tokens(sequence)
+            text = ""
             try:
-                text = (
-                    sequence.decoder.push(new)
-                    if sequence.is_plain and not is_last
-                    else sequence.take_text(new, is_last)
-                )
+                if new and sequence.is_plain and not is_last:
+                    text = sequence.decoder.push(new)
+                elif new or is_last:
+                    text = sequence.take_text(new, is_last)
             except BaseException as error:
                 self._fail(sequence, _problem_of(error))
                 is_last = not sequence.token_ids
-                text = ""
-            sequence.idle = sequence.end is None and not sequence.token_ids
-            texts.append(text)
-            sequence.num_sent += len(new)
-            if sequence.logprobs is not None and new:
-                logprobs.append((len(request_ids), sequence.logprobs.take(len(new))))
-            if is_last:
-                finals.append((len(request_ids), sequence.take_final()))
-                if not sequence.request.num_open:
-                    keys.append(sequence.request.key)
-            request_ids.append(sequence.request.request_id)
-            samples.append(sequence.sample)
-            counts.append(len(new))
-            token_ids += new
+            sequence.idle = sequence.end is None and not sequence.token_ids and not sequence.prompt_parts
+            frame.add(sequence, text, new, prompt_parts, is_last=is_last)
+            if is_last and not sequence.request.num_open:
+                keys.append(sequence.request.key)
         del ready[:num_taken]
         self.num_outputs += 1
         self.num_finished += len(keys)
-        outputs = Outputs(
-            request_ids=request_ids,
-            texts=texts,
-            num_token_ids=np.array(counts, "<i4").tobytes(),
-            token_ids=np.array(token_ids, "<i4").tobytes(),
-            finals=finals,
-            logprobs=logprobs,
-            samples=np.array(samples, "<i4").tobytes() if any(samples) else b"",
-        )
-        return outputs, keys
+        return frame.outputs(self._decoding.bytes_of), keys
+
+    @staticmethod
+    def _take_tokens(sequence: Sequence) -> tuple[list[int], bool]:
+        """A sequence's next unsent tokens, and whether its end goes with them. If there are more, it stays ready.
+
+        Tokens come after all log-probabilities of the prompt.
+        """
+        new = sequence.token_ids
+        limit = 0 if sequence.prompt_parts else frame_bounds.MAX_ITEM_TOKENS
+        sequence.token_ids = new[limit:]
+        if sequence.token_ids or sequence.prompt_parts:
+            sequence.client.ready.append(sequence)
+            return new[:limit], False
+        return new, sequence.end is not None
 
 
 def _problem_of(error: BaseException) -> str:

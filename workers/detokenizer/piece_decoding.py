@@ -7,6 +7,7 @@ U+FFFD, which would change characters that were emitted already. Both give the s
 
 from __future__ import annotations
 
+import copy
 import re
 from codecs import utf_8_decode
 from collections.abc import Iterator
@@ -45,10 +46,16 @@ class Vocabulary:
             self.bytes_of = {i: bytes([int(match[1], 16)]) for i, match in matches if match}
         self.filler = next(filter(self._has_text, self.spoken), None)  # an id with a text of its own
 
+    def with_special_tokens(self) -> Vocabulary:
+        """The same vocabulary, in which special tokens have their name as their text."""
+        other = copy.copy(self)
+        other.spoken = {**self.special, **self.spoken}
+        return other
+
     def decode(self, token_ids: list[int]) -> str:
         if not token_ids:
             return ""  # some decoders panic on an empty list
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)  # the ids hold none
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)  # the ids are spoken ones
         return text
 
     def _has_text(self, token_id: int) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ipc.messages import Ended, FinalOutput, FinishReason, Opened
-from workers.detokenizer.logprob_columns import LogprobColumns
+from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs
+from workers.detokenizer.logprob_columns import LogprobColumns, words_of
 from workers.detokenizer.stop_strings import StopMatcher
 from workers.detokenizer.text_decoding import TextDecoder
 
@@ -42,8 +42,8 @@ class Sequence:
     """One sample of a request, between `Opened` and the delivery of its end."""
 
     __slots__ = (
-        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "num_sent",
-        "request", "sample", "text", "token_ids",
+        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "min_tokens",
+        "num_sent", "prompt_parts", "request", "sample", "shows_last", "text", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -55,14 +55,34 @@ class Sequence:
         self.client = request.client
         self.decoder = decoder
         self.matcher = matcher
-        self.logprobs = None if opened.num_logprobs is None else LogprobColumns(opened.num_logprobs)
+        self.logprobs = LogprobColumns.of(opened)
+        self.min_tokens = opened.text.min_tokens
+        self.shows_last = opened.text.include_stop_str_in_output
         self.is_plain = self.matcher is None and self.logprobs is None
+        self.prompt_parts: list[PromptLogprobs] = []  # not sent yet; sent before the first token
         self.token_ids: list[int] = []  # not sent yet
         self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
         self.num_sent = 0  # tokens
         self.idle = request.stream  # not in client.ready; the next token adds it
         self.end: Ended | None = None
-        self.hides_last = False  # the last token ended the sequence: it has no text
+        self.hides_last = False  # the last token ended the sequence and has no text
+
+    def has_news(self) -> None:
+        """Wait for credit with what is not sent yet, unless it waits already or its request is answered as a whole."""
+        if self.idle:
+            self.idle = False
+            self.client.ready.append(self)
+
+    def take_prompt_parts(self, max_parts: int, max_words: int) -> list[PromptLogprobs]:
+        """The next log-probabilities of the prompt: at most `max_parts`, of 4 * `max_words` bytes before the last."""
+        num_words = num_parts = 0
+        for part in self.prompt_parts[:max_parts]:
+            if num_words >= max_words:
+                break
+            num_words += words_of(part)
+            num_parts += 1
+        taken, self.prompt_parts = self.prompt_parts[:num_parts], self.prompt_parts[num_parts:]
+        return taken
 
     def take_text(self, new: list[int], is_last: bool) -> str:
         """The text of an item; `new` are its tokens."""
@@ -73,10 +93,31 @@ class Sequence:
         text = self.decoder.push(visible) if visible else ""
         return text + self.decoder.flush() if is_last else text
 
+    def look_for_stop(self, matcher: StopMatcher, token_id: int, *, is_last: bool) -> bool:
+        """Decode the newest token at once. Returns whether a stop string ends the text with it."""
+        may_match = self._may_stop()
+        if self.hides_last:
+            self.text += matcher.feed(self.decoder.flush(), may_match=may_match)
+            if not matcher.matched:
+                self.text += matcher.feed_hidden(matcher.names.get(token_id, ""), may_match=may_match)
+            return matcher.matched
+        text = self.decoder.push([token_id])
+        if matcher.marks:
+            text += matcher.marks.get(token_id, "")
+        self.text += matcher.feed(text, may_match=may_match)
+        if is_last and not matcher.matched:
+            self.finish_text()
+        return matcher.matched
+
     def finish_text(self) -> None:
         """Decode the end of a text that is decoded eagerly; a stop string may be complete only here."""
-        if self.matcher is not None:
-            self.text += self.matcher.feed(self.decoder.flush()) + self.matcher.finish()
+        matcher = self.matcher
+        if matcher is not None:
+            self.text += matcher.feed(self.decoder.flush(), may_match=self._may_stop()) + matcher.finish()
+
+    def _may_stop(self) -> bool:
+        """Whether a stop string that is complete now ends the text: with the first `min_tokens` tokens, none does."""
+        return self.num_sent + len(self.token_ids) > self.min_tokens
 
     def take_final(self) -> FinalOutput:
         """Also counts the sequence as ended in its request, so call this once, on delivery."""

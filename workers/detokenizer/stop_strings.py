@@ -6,77 +6,111 @@ Holds back the end of the text while it may be the beginning of a stop string.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from tokenizers import Tokenizer
+from ipc.messages import TextOptions
 
 _ALL_MARKS: Final = dict.fromkeys(range(0xDC00, 0xE000))  # lone surrogates: decoded text never contains one
 _NO_MARKS: Final[dict[int, str]] = {}
 
 
 class SpecialTokens:
-    """Lets stop strings contain special tokens, which have no text: each one is replaced by a mark."""
+    """Lets stop strings contain special tokens. Each one that has no text is replaced by a mark."""
 
-    def __init__(self, contents: Mapping[int, str]) -> None:
+    def __init__(self, contents: Mapping[int, str], shown_text: Callable[[int], str]) -> None:
+        self._names = contents
+        self._shown_text = shown_text
         self._ids = {content: token_id for token_id, content in contents.items() if content}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
-        return cls({i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special})
+    def matcher(self, options: TextOptions) -> StopMatcher | None:
+        """A new matcher of a request's stop strings; None if it has none.
 
-    def matcher(self, stops: list[str]) -> StopMatcher:
-        """A new matcher of these strings, both as they are and with marks for the special tokens in them."""
+        The strings also count with other texts in place of the special tokens in them. If special tokens have no text,
+        these are marks; otherwise, they are the tokens' text in the output, which may have spaces in front or inside.
+        """
+        stops, includes = options.stop, options.include_stop_str_in_output
+        if not stops:
+            return None
         pattern = self._pattern
         if pattern is None:
-            return StopMatcher(stops)
+            return StopMatcher(stops, includes_stop=includes)
+        if not options.skip_special_tokens:
+            shown = [pattern.sub(lambda match: self._shown_text(self._ids[match[0]]), stop) for stop in stops]
+            kept = [stop for stop in dict.fromkeys(stops + shown) if stop]
+            return StopMatcher(kept, names=self._names, includes_stop=includes)
         found = dict.fromkeys(content for stop in stops for content in pattern.findall(stop))
         marks = {content: chr(mark) for content, mark in zip(found, _ALL_MARKS, strict=False)}
         marked = [pattern.sub(lambda match: marks.get(match[0], match[0]), stop) for stop in stops]
-        return StopMatcher(
-            list(dict.fromkeys(stops + marked)), {self._ids[content]: mark for content, mark in marks.items()}
-        )
+        by_id = {self._ids[content]: mark for content, mark in marks.items()}
+        return StopMatcher(list(dict.fromkeys(stops + marked)), by_id, by_id, includes_stop=includes)
 
 
 class StopMatcher:
     """One sequence's stop strings, each with the Knuth-Morris-Pratt automaton: time linear in the text.
 
     The string that is complete first ends the text, however the text is cut into pieces. If several strings end at the
-    same character, the longest one counts. `matched` says that a string was found. `marks` gives, by token id, the mark
-    to feed for a special token; output text never contains marks.
+    same character, the longest one counts. `matched` says that a string was found.
+
+    Args:
+        marks: by token id, the mark to feed for a special token; output text never contains marks.
+        names: by token id, the text to feed for a special token that ends the sequence and is not shown.
+        includes_stop: the text ends behind the stop string, not before it.
     """
 
-    __slots__ = ("_fallbacks", "_matched_chars", "_stops", "held", "marks", "matched")
+    __slots__ = ("_fallbacks", "_includes_stop", "_matched_chars", "_stops", "held", "marks", "matched", "names")
 
-    def __init__(self, stops: list[str], marks: dict[int, str] = _NO_MARKS) -> None:
+    def __init__(
+        self,
+        stops: list[str],
+        marks: Mapping[int, str] = _NO_MARKS,
+        names: Mapping[int, str] = _NO_MARKS,
+        *,
+        includes_stop: bool = False,
+    ) -> None:
         self._stops = stops
+        self._includes_stop = includes_stop
         self.marks = marks
+        self.names = names
         self._fallbacks = [_fallback(stop) for stop in stops]
         self._matched_chars = [0] * len(stops)  # how many leading characters of each end the text so far
         self.held = ""  # end of the text that may be the beginning of a stop string
         self.matched = False
 
-    def feed(self, piece: str) -> str:
-        """Add a piece of text. Returns the text that can be part of no stop string; after a match, no text."""
+    def feed(self, piece: str, *, may_match: bool = True) -> str:
+        """Add a piece of text. Returns the text that the output is certain to contain; after a match, no text.
+
+        With `may_match` False, a string that is complete within this piece does not end the text.
+        """
         if self.matched:
             return ""
         text = self.held + piece
         end, length = len(piece) + 1, 0
         for which, stop in enumerate(self._stops):
-            found = self._advance(which, stop, piece)
+            found = self._advance(which, stop, piece, may_match)
             if found and (found < end or (found == end and len(stop) > length)):
                 end, length = found, len(stop)
         if length:
             self.matched = True
-            text = text[: len(self.held) + end - length]
+            text = text[: len(self.held) + end - (0 if self._includes_stop else length)]
             self.held = ""
             return self._visible(text)
-        num_certain = len(text) - max(self._matched_chars)
+        num_certain = len(text) - (0 if self._includes_stop else max(self._matched_chars))
         self.held = text[num_certain:]
         text = text[:num_certain]
         return self._visible(text) if self.marks else text
+
+    def feed_hidden(self, name: str, *, may_match: bool = True) -> str:
+        """End with a token that the output does not show, though its name may complete a stop string.
+
+        Returns the rest of the output.
+        """
+        held = self._visible(self.held)
+        text = self.feed(name, may_match=may_match)
+        self.held = ""
+        return text[: len(held)] if self.matched else held
 
     def finish(self) -> str:
         """The text that was held back. Call it when the text ends without a stop string."""
@@ -86,7 +120,7 @@ class StopMatcher:
     def _visible(self, text: str) -> str:
         return text.translate(_ALL_MARKS) if self.marks else text
 
-    def _advance(self, which: int, stop: str, piece: str) -> int:
+    def _advance(self, which: int, stop: str, piece: str, may_match: bool) -> int:
         """Run one automaton over the piece. Returns the end of the first match in the piece; 0 = no match."""
         matched = self._matched_chars[which]
         fallback = self._fallbacks[which]
@@ -103,7 +137,9 @@ class StopMatcher:
                 matched += 1
             at += 1
             if matched == len(stop):
-                return at
+                if may_match:
+                    return at
+                matched = fallback[-1]
         self._matched_chars[which] = matched
         return 0
 

@@ -1,7 +1,8 @@
 """Decodes a sequence's output tokens piece by piece, into the text that they add to the prompt's text.
 
 The joined pieces equal the decoding of prompt and output together, minus the prompt's own text. No piece ends in half a
-character, and emitted text never changes. Special tokens have no text.
+character, and emitted text never changes. Special tokens have no text, or their name as their text: the request says
+which.
 
 Two ways. A byte-level vocabulary (GPT-2, Llama 3, Qwen) is a table of bytes: its text is a UTF-8 stream, which Python
 decodes incrementally by the same rule (one U+FFFD per maximal broken piece) that `tokenizers` uses on the whole. For
@@ -11,12 +12,15 @@ any other decoder, `piece_decoding.py` asks `tokenizers` for the text of a few i
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
+from ipc.messages import PLAIN_TEXT, TextOptions
 from workers.detokenizer.piece_decoding import PieceDecoder, PieceTexts, Vocabulary, WindowDecoder
+from workers.detokenizer.token_bytes import TokenBytes, byte_level_bytes
 
 
 class TextDecoder(Protocol):
@@ -31,20 +35,83 @@ class TextDecoder(Protocol):
         ...
 
 
-NewDecoder = Callable[[list[int]], TextDecoder]
-"""Makes the decoder of a sequence from the last token ids of its prompt (`ipc.messages.PROMPT_TAIL_TOKENS`)."""
+class NewDecoder(Protocol):
+    """Makes the decoder of a sequence."""
+
+    def __call__(self, prompt_tail: list[int], options: TextOptions = PLAIN_TEXT) -> TextDecoder:
+        """`prompt_tail`: the last token ids of its prompt (`ipc.messages.PROMPT_TAIL_TOKENS`)."""
+        ...
 
 
-def decoder_factory(tokenizer: Tokenizer) -> NewDecoder:
-    """Prepare a tokenizer's tables; the result makes a new decoder for each sequence."""
-    vocabulary = Vocabulary(tokenizer)
-    if [link["type"] for link in vocabulary.chain] == ["ByteLevel"]:
-        byte_table, text_table = _byte_level_tables(vocabulary)
-        return lambda prompt_tail: ByteLevelDecoder(byte_table, text_table, prompt_tail)
+class Decoding(NamedTuple):
+    """The tables of one tokenizer."""
+
+    new_decoder: NewDecoder
+    bytes_of: Callable[[int], bytes]  # a token's own bytes, by id
+    shown_text: Callable[[int], str]  # the text that a token adds to a text before it, special ones included
+    special_tokens: Mapping[int, str]  # names by id
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Decoding:
+        vocabulary = Vocabulary(tokenizer)
+        spoken = vocabulary.with_special_tokens()
+        nameless: _Maker
+        named: _Maker
+        bytes_of: Callable[[int], bytes]
+        shown_text: Callable[[int], str]
+        if [link["type"] for link in vocabulary.chain] == ["ByteLevel"]:
+            tables = ByteTables.of(spoken)
+            nameless = partial(ByteLevelDecoder, tables.without(vocabulary.special))
+            named = partial(ByteLevelDecoder, tables)
+            bytes_of, shown_text = tables.bytes_of, tables.shown_text
+        else:
+            nameless, named = _piece_decoders(vocabulary), _piece_decoders(spoken)
+            token_bytes = TokenBytes(spoken)
+            bytes_of, shown_text = token_bytes.__getitem__, token_bytes.shown_text
+        added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+
+        def new_decoder(prompt_tail: list[int], options: TextOptions = PLAIN_TEXT) -> TextDecoder:
+            if options.skip_special_tokens:
+                return nameless(prompt_tail)
+            decoder = named(prompt_tail)
+            return decoder if options.spaces_between_special_tokens else UnspacedDecoder(decoder, added)
+
+        return cls(new_decoder, bytes_of, shown_text, vocabulary.special)
+
+
+_Maker = Callable[[list[int]], TextDecoder]
+
+
+def _piece_decoders(vocabulary: Vocabulary) -> _Maker:
     pieces = PieceTexts.of(vocabulary)
-    if pieces is None:
-        return lambda prompt_tail: WindowDecoder(vocabulary, prompt_tail)
-    return lambda prompt_tail: PieceDecoder(pieces, prompt_tail)
+    return partial(WindowDecoder, vocabulary) if pieces is None else partial(PieceDecoder, pieces)
+
+
+class ByteTables(NamedTuple):
+    """By token id: its bytes, and its text where these are whole characters."""
+
+    data: list[bytes]
+    texts: list[str | None]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> ByteTables:
+        data = [b""] * (max(vocabulary.spoken, default=-1) + 1)
+        for token_id, token in vocabulary.spoken.items():
+            data[token_id] = byte_level_bytes(token)
+        return cls(data, [_whole_text(part) for part in data])
+
+    def without(self, token_ids: Iterable[int]) -> ByteTables:
+        """The same tables, in which these tokens have no text."""
+        data, texts = self.data.copy(), self.texts.copy()
+        for token_id in token_ids:
+            data[token_id], texts[token_id] = b"", ""
+        return ByteTables(data, texts)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return self.data[token_id] if token_id < len(self.data) else b""
+
+    def shown_text(self, token_id: int) -> str:
+        return self.data[token_id].decode("utf-8", "replace")
 
 
 class ByteLevelDecoder:
@@ -52,9 +119,8 @@ class ByteLevelDecoder:
 
     __slots__ = ("_bytes", "_held", "_num_of_prompt", "_texts")
 
-    def __init__(self, byte_table: list[bytes], text_table: list[str | None], prompt_tail: list[int]) -> None:
-        self._bytes = byte_table
-        self._texts = text_table
+    def __init__(self, tables: ByteTables, prompt_tail: list[int]) -> None:
+        self._bytes, self._texts = tables
         self._held = b""  # the beginning of a character
         self._num_of_prompt = 0  # how many of its bytes are the prompt's, until the output adds some
         if prompt_tail:
@@ -88,16 +154,31 @@ class ByteLevelDecoder:
         return text
 
 
-def _byte_level_tables(vocabulary: Vocabulary) -> tuple[list[bytes], list[str | None]]:
-    """By token id: its bytes, and its text where these are whole characters."""
-    to_byte = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
-    byte_table = [b""] * (max(vocabulary.spoken, default=-1) + 1)
-    for i, token in vocabulary.spoken.items():
-        try:
-            byte_table[i] = bytes([to_byte[character] for character in token])
-        except KeyError:  # an added token that is no byte-level text stands for itself
-            byte_table[i] = token.encode()
-    return byte_table, [_whole_text(data) for data in byte_table]
+class UnspacedDecoder:
+    """Writes no space between two added tokens, where the decoder that it wraps may write one.
+
+    As vLLM does for `spaces_between_special_tokens=False`: an added token that follows another one has its name as its
+    text.
+    """
+
+    __slots__ = ("_added", "_decoder", "_follows_added")
+
+    def __init__(self, decoder: TextDecoder, added: Mapping[int, str]) -> None:
+        self._decoder = decoder
+        self._added = added
+        self._follows_added = False
+
+    def push(self, token_ids: list[int]) -> str:
+        texts = []
+        for token_id in token_ids:
+            text = self._decoder.push([token_id])
+            name = self._added.get(token_id)
+            texts.append(name if name is not None and self._follows_added else text)
+            self._follows_added = name is not None
+        return "".join(texts)
+
+    def flush(self) -> str:
+        return self._decoder.flush()
 
 
 def _whole_text(data: bytes) -> str | None:
@@ -105,10 +186,3 @@ def _whole_text(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _byte_level_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes: a visible character is its own, the others follow from U+0100."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]

@@ -8,8 +8,7 @@ from ipc.messages import CancelRequests, ToDetokenizer, split_keys
 from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
-from workers.detokenizer.stop_strings import SpecialTokens
-from workers.detokenizer.text_decoding import decoder_factory
+from workers.detokenizer.text_decoding import Decoding
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
 
@@ -17,8 +16,7 @@ from workers.process import WorkerProcess
 def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
-    tokenizer = load_tokenizer(bootstrap.model_path).tokenizer
-    core = Detokenizer(decoder_factory(tokenizer), SpecialTokens.of(tokenizer), bootstrap.client_window)
+    core = Detokenizer(Decoding.of(load_tokenizer(bootstrap.model_path).tokenizer), bootstrap.client_window)
     inbox = process.bind("detokenize")
     scheduler = process.connect("schedule")
     gateway = process.connect("deliver")

@@ -11,7 +11,7 @@ from ipc.records import StepShape
 from workers.bootstrap import WorkerBootstrap
 
 VARLEN_BLOCK_TOKENS: Final = 256  # FlashAttention reads blocks of this size or a multiple of it
-COUNTERS: Final = ("num_steps", "launch_ns", "num_rows", "load_ns")
+COUNTERS: Final = ("num_steps", "launch_ns", "num_rows", "load_ns", "num_late_masks", "mask_wait_ns")
 COMPLETION: Final = "completion"  # the thread that waits for the device and publishes results
 
 
@@ -118,8 +118,9 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """`worker.index` is the rank of this process.
 
-    Rings: reads `step` and every `prompt` ring by ticket. `prompt` ring 0 is the scheduler's upload ring, the others
-    are the tokenizers', in order. Rank 0 also releases `step` and writes `result`, which no other rank has.
+    Rings: reads `step`, every `prompt` ring and every `mask` ring by ticket. `prompt` ring 0 is the scheduler's upload
+    ring, the others are the tokenizers', in order. `mask` rings are the grammar workers', in order. Rank 0 also
+    releases `step` and the `mask` rings, and writes `result`, which no other rank has.
     """
 
     worker: WorkerBootstrap
@@ -127,3 +128,4 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig
     shape: StepShape
     depth: int
+    mask_timeout_s: float = 0.1  # after that long, a step goes on without the masks that it lacks

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from ipc.errors import ConfigError
+from ipc.mask_records import mask_layout
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.trace import Span
 from workers.gpu.config import COMPLETION, GpuBootstrap
@@ -23,10 +24,12 @@ from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.null_model import NullModel
 from workers.gpu.execution.result_publisher import ResultPublisher
+from workers.gpu.execution.rings import GpuRings
+from workers.gpu.execution.steps import Submitted
 from workers.gpu.memory.account import MemoryUse, bytes_taken, free_text
 from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
 from workers.gpu.profiling.step_profiler import StepProfiler
@@ -59,7 +62,7 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
                 memory, loaded.num_blocks, free_text(loaded.device.torch_device),
             )  # fmt: skip
             completion = ResultPublisher(
-                loaded.device, executor, bootstrap.worker.ring("result").wake, failed=process.doorbell.ring,
+                loaded.device, executor, bootstrap.worker.ring("result").wake, wake=process.doorbell.ring,
                 trace=process.trace, thread_trace=process.tracer_of(COMPLETION),
             )  # fmt: skip
             path = bootstrap.model.profile_path
@@ -78,7 +81,7 @@ def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> 
     progress("allocating tables", 0.0)
     return Executor(
         loaded.device, loaded.runner, bootstrap.shape, bootstrap.depth, loaded.num_blocks, attach_rings(bootstrap),
-        buckets=loaded.buckets,
+        buckets=loaded.buckets, mask_timeout_s=bootstrap.mask_timeout_s,
     )  # fmt: skip
 
 
@@ -101,20 +104,37 @@ def run_steps(
     while True:
         completion.check()
         now_ns = time.monotonic_ns()
+        held = executor.held_back
         step = executor.submit_next(now_ns)
-        if step is None:
-            process.wait()
+        launched = step or executor.held_back  # as a whole, or its first half
+        if launched is None or (step is None and launched is held):
+            process.wait(_ms_until(executor.mask_deadline_ns))
             continue
-        trace.record(Span.LAUNCH, now_ns, time.monotonic_ns() - now_ns, step.ticket, *step.bucket)
-        completion.submitted(step)
-        if profiler is not None:
-            profiler.step()
+        trace.record(Span.LAUNCH, now_ns, time.monotonic_ns() - now_ns, launched.ticket, *launched.bucket)
+        if launched.owed:
+            trace.gauge(Span.MISSING_MASKS, 0 if step else sum(part.num_masks for part in launched.owed))
+        if step is not None:
+            completion.submitted(step)
+            _count(stats, step)
+            if profiler is not None:
+                profiler.step()
         stats.launch_ns[0] += time.monotonic_ns() - now_ns
-        stats.num_steps[0] += 1
-        stats.num_rows[0] = step.num_seqs
         if now_ns - looked_at_ns > _LOOK_FOR_STOP_NS:
             process.wait(timeout_ms=0)
             looked_at_ns = now_ns
+
+
+def _count(stats: Any, step: Submitted) -> None:
+    stats.num_steps[0] += 1
+    stats.num_rows[0] = step.num_seqs
+    if step.owed:
+        stats.num_late_masks[0] += step.num_closed_masks
+        stats.mask_wait_ns[0] += step.mask_wait_ns
+
+
+def _ms_until(deadline_ns: int | None) -> int | None:
+    """Whole milliseconds until then, rounded up; None = for ever."""
+    return None if deadline_ns is None else max(0, -((time.monotonic_ns() - deadline_ns) // 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -161,4 +181,5 @@ def attach_rings(bootstrap: GpuBootstrap) -> GpuRings:
         step=worker.ring("step").attach(step_layout(bootstrap.shape)),
         result=worker.ring("result").attach(result_layout(bootstrap.shape)),
         prompts=[end.attach(prompt_layout()) for end in worker.rings["prompt"]],
+        masks=[end.attach(mask_layout(bootstrap.shape)) for end in worker.rings.get("mask", [])],
     )

@@ -7,30 +7,33 @@ masks of other requests.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
 from typing import Final
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from workers.grammar.grammar_text import lark_of, quoted
+from workers.grammar.grammar_text import OPTIONS, lark_of, quoted
 from workers.grammar.json_schemas import json_options, prepared_schema
 from workers.grammar.structural_tags import structural_tag_grammar
 from workers.grammar.vocabulary import Vocabulary
 
 MAX_TOKEN_S: Final = 0.05  # of computing time for one token and its mask
 LIMITS: Final = LLParserLimits(
-    max_grammar_size=50_000,  # symbols; the time to compile a schema grows with the square of its properties
+    max_items_in_row=4_000,  # 4 for each optional property of an object
+    max_grammar_size=15_000,  # symbols; the time to compile a schema grows with the square of its properties
     initial_lexer_fuel=1_000_000,  # 50 ms of building automata
     step_lexer_fuel=200_000,  # 15 ms for one mask
-    step_max_items=20_000,  # 20 ms or more for one mask, if the grammar is ambiguous
+    step_max_items=50_000,  # 20 ms or more for one mask
     max_lexer_states=20_000,  # of one sequence: 1 to 2 KiB each
     verbose_errors=False,
 )
+ANY_OBJECT: Final = '{"type":"object"}'
 _MAX_PROBLEM_CHARS: Final = 300
 _TRIALS: Final = 3
 _TRIAL_TOKENS: Final = 8
@@ -78,17 +81,25 @@ class Compiler:
         """The constraint as llguidance takes it."""
         if spec.structural_tag is not None:
             return structural_tag_grammar(spec, self._vocabulary)
-        if spec.regex is not None:
-            return LLMatcher.grammar_from_regex(spec.regex)
-        if spec.grammar is not None:
-            return LLMatcher.grammar_from_lark(lark_of(spec.grammar, "grammar"))
-        if spec.choice is not None:  # one terminal: a choice may begin another one
-            return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, spec.choice)))
-        schema = '{"type":"object"}' if spec.json is None else prepared_schema(str(spec.json), spec)
+        if spec.json is None and not spec.json_object:
+            return LLMatcher.grammar_from_lark(f"{self._lark(spec)}\n{OPTIONS}")
+        schema = ANY_OBJECT if spec.json is None else prepared_schema(str(spec.json), spec)
         try:
-            return LLMatcher.grammar_from_json_schema(schema, overrides=json_options(spec))  # type: ignore[arg-type]
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=json_options(spec))  # type: ignore[arg-type]
         except ValueError as error:
             raise refusal(spec, str(error)) from None
+        head, only = '{"grammars":[', '{"name":"json_schema",'
+        assert grammar.startswith(head + only), "llguidance writes the grammar of a schema in another way"
+        main = json.dumps({"lark_grammar": f"start: @json_schema\n{OPTIONS}"})
+        return f"{head}{main},{grammar.removeprefix(head)}"
+
+    def _lark(self, spec: StructuredOutputs) -> str:
+        if spec.regex is not None:
+            return f"start: /{regex_to_lark(spec.regex, '')}/"
+        if spec.grammar is not None:
+            return lark_of(spec.grammar, "grammar")
+        # One terminal, because a choice may begin another one.
+        return "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, spec.choice or ()))
 
 
 def refusal(spec: StructuredOutputs, problem: str) -> InvalidRequest:
@@ -103,31 +114,30 @@ def refusal(spec: StructuredOutputs, problem: str) -> InvalidRequest:
 
 
 def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int) -> None:
-    """Compute the first mask, so that copies have it at once, and follow a few random texts on copies.
+    """Compute the first mask, so that copies have it at once, and follow a few texts on copies: one of the tokens with
+    the lowest ids, which are short in most vocabularies, and random ones.
 
-    Raises InvalidRequest if no token is allowed at the beginning, if one token takes longer than MAX_TOKEN_S, or if no
-    text gets on.
+    Raises InvalidRequest if no token is allowed at the beginning, if a token takes longer than MAX_TOKEN_S, or if a
+    text comes to a limit.
     """
     mask = np.zeros(-(-vocab_size // 32), np.int32)
     draw = random.Random(vocab_size)
-    problems = []
-    started = time.thread_time()
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     if matcher.is_error() or not (mask.any() or matcher.is_accepting()):
         raise refusal(spec, _dead_end(matcher))
-    for _ in range(_TRIALS):
+    for trial in range(_TRIALS):
         copy = matcher.deep_copy()
         for _ in range(_TRIAL_TOKENS):
+            started = time.thread_time()
             copy.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             token_ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            if copy.is_stopped() or not len(token_ids) or not copy.consume_token(int(draw.choice(token_ids))):
+            if copy.is_stopped() or not len(token_ids):
                 break
-            started, before = time.thread_time(), started
-            if started - before > MAX_TOKEN_S:
-                raise refusal(spec, f"one token takes {started - before:.2f} s, more than {MAX_TOKEN_S} s: simplify it")
-        problems.append(_dead_end(copy) if copy.is_error() else "")
-    if all(problems):
-        raise refusal(spec, problems[0])
+            copy.consume_token(int(draw.choice(token_ids) if trial else token_ids[0]))
+            if (took_s := time.thread_time() - started) > MAX_TOKEN_S:
+                raise refusal(spec, f"one token takes {took_s:.2f} s, more than {MAX_TOKEN_S} s: simplify it")
+        if copy.is_error():
+            raise refusal(spec, _dead_end(copy))
 
 
 def _dead_end(matcher: LLMatcher) -> str:

@@ -13,6 +13,9 @@ from ipc.errors import InvalidRequest
 # The translation is Python code and takes time with the square of the number of rules.
 MAX_GBNF_BYTES: Final = 32 * 1024
 MAX_GBNF_RULES: Final = 256
+# The model chooses how text is split into tokens. llguidance would else tokenize all text that the grammar forces, anew
+# for every mask: a regex such as a{1000000000} takes a second for each.
+OPTIONS: Final = '%llguidance {"no_forcing": true}'
 _GBNF_RULE: Final = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 
 

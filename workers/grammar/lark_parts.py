@@ -10,7 +10,7 @@ from llguidance import regex_to_lark
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from workers.grammar.grammar_text import lark_of, quoted
+from workers.grammar.grammar_text import OPTIONS, lark_of, quoted
 from workers.grammar.json_schemas import json_options, prepare_schema
 from workers.grammar.vocabulary import Vocabulary
 
@@ -30,7 +30,7 @@ class LarkParts:
 
     def grammar(self, start: str) -> str:
         """The whole grammar, as llguidance takes it."""
-        main = {"lark_grammar": "\n".join([f"start: {start}", *self._lines])}
+        main = {"lark_grammar": "\n".join([f"start: {start}", *self._lines, OPTIONS])}
         return json.dumps({"grammars": [main, *self._subgrammars]})
 
     def rule(self, expression: str, options: str = "") -> str:

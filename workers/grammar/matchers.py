@@ -19,7 +19,9 @@ from workers.grammar.vocabulary import Vocabulary
 
 MEAN_TOKEN_S: Final = 0.002  # computing time that a sequence earns with each token, up to MAX_TOKEN_S
 _MAX_PROBLEM_CHARS: Final = 300
-_UNKNOWN: Final = "the grammar process does not know this sequence: it may have been restarted; send the request again"
+UNKNOWN_SEQUENCE: Final = (
+    "the grammar process does not know this sequence: it may have been restarted; send the request again"
+)
 
 
 class Matcher:
@@ -138,7 +140,7 @@ class Matchers:
     def problem(self, key: int) -> str:
         """Why the masks of a sequence are closed, in one line; empty: they are not."""
         matcher = self._matchers.get(key)
-        return _UNKNOWN if matcher is None else matcher.problem
+        return UNKNOWN_SEQUENCE if matcher is None else matcher.problem
 
     def is_complete(self, key: int) -> bool:
         """Whether a sequence's text so far satisfies its constraint."""

@@ -21,6 +21,8 @@ COUNTERS: Final = (
     "num_prefill_steps",  # steps that compute prompts, with or without sequences that decode beside them
     "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished", "num_cancelled",
     "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
+    "num_excluded",  # sequences whose parameters or whose grammar's mask exclude every token
+    "num_structured_unfinished",  # admitted sequences with a grammar that do not end with "stop"
     "num_preemptions", "num_cached_tokens",
     "num_cached_blocks", "plan_ns", "apply_ns",
     # The device's time, from the result records: busy, or idle for one of three reasons (`results/device_time.py`).
@@ -113,11 +115,18 @@ class RingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ] = 2
 
 
+class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler must know of [grammar]."""
+
+    mask_timeout_s: float = 0.1
+    compile_timeout_s: float = 1.0
+
+
 class SchedulerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """The number of KV blocks arrives later, with `Start` (`info["num_blocks"]`).
 
-    Rings: writes `step`, reads and releases `result` and every `prompt` ring, of which it writes the first. Sockets:
-    binds `schedule`, connects to `detokenize`.
+    Rings: writes `step` and every `mask_request` ring, reads and releases `result` and every `prompt` ring, of which it
+    writes the first. Sockets: binds `schedule`, connects to `detokenize`.
     """
 
     worker: WorkerBootstrap
@@ -125,3 +134,4 @@ class SchedulerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     shape: StepShape
     depth: int
     eos_token_ids: list[int]
+    grammar: GrammarLimits = GrammarLimits()

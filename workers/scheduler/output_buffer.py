@@ -1,19 +1,21 @@
 """Collects the scheduler's next message to the detokenizer.
 
-Owns the order within a message (opened, tokens, ended) and its size limits. Knows nothing of rows: tokens arrive by
-key.
+Owns the order within a message (opened, log-probabilities of prompts, tokens, ended) and its size limits. Knows nothing
+of rows: tokens arrive by key.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from ipc.codec import MAX_ITEMS
-from ipc.messages import Ended, Opened, StepLogprobs, StepOutputs
+from ipc.messages import Ended, Opened, PromptLogprobs, StepLogprobs, StepOutputs
 from workers.scheduler.array_types import Int32Array, IntArray
+
+MAX_PARTS: Final = 128  # of prompts' log-probabilities in one message: at most 11 MB
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class LogprobArrays:
     logprob: np.ndarray[Any, np.dtype[np.float32]]  # [n]
     top_ids: Int32Array  # [n, num_top]
     top_logprobs: np.ndarray[Any, np.dtype[np.float32]]  # [n, num_top]
+    extra_logprobs: np.ndarray[Any, np.dtype[np.float32]]  # [n, num_extra]
 
 
 class OutputBuffer:
@@ -32,6 +35,7 @@ class OutputBuffer:
         self.opened: list[Opened] = []
         self.ended: list[Ended] = []
         self.cached: list[tuple[int, int]] = []  # (key, number of cached tokens) of admitted sequences
+        self.prompt_logprobs: list[tuple[int, PromptLogprobs]] = []  # (key, next part of its prompt)
         self._keys: list[bytes] = []  # of each applied step, int64
         self._token_ids: list[bytes] = []  # of each applied step, int32
         self._finish: list[bytes] = []  # of each applied step, uint8
@@ -53,15 +57,19 @@ class OutputBuffer:
         opened, self.opened = self.opened[:MAX_ITEMS], self.opened[MAX_ITEMS:]
         if self.opened:  # a token may belong to a request that is still to be opened
             return StepOutputs(opened=opened)
-        if not (opened or self._keys or self.ended):
+        if not (opened or self._keys or self.ended or self.prompt_logprobs):
             return None
         cached, self.cached = self.cached[:MAX_ITEMS], self.cached[MAX_ITEMS:]
         if self.cached:
             return StepOutputs(opened=opened, cached=cached)
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs[:MAX_PARTS], self.prompt_logprobs[MAX_PARTS:]
+        if self.prompt_logprobs:
+            return StepOutputs(opened=opened, prompt_logprobs=prompt_logprobs)
         ended, self.ended = self.ended[:MAX_ITEMS], self.ended[MAX_ITEMS:]
         outputs = StepOutputs(
             opened=opened,
             cached=cached,
+            prompt_logprobs=prompt_logprobs,
             keys=b"".join(self._keys),
             token_ids=b"".join(self._token_ids),
             finish=b"".join(self._finish),
@@ -78,20 +86,25 @@ def _join(steps: list[tuple[int, LogprobArrays | None]]) -> StepLogprobs:
     """Join the tables of several steps. The result is as wide as the widest of them; missing entries are zero."""
     num_tokens = sum(n for n, _ in steps)
     num_top = max(arrays.top_ids.shape[1] for _, arrays in steps if arrays is not None)
+    num_extra = max(arrays.extra_logprobs.shape[1] for _, arrays in steps if arrays is not None)
     logprobs = np.zeros(num_tokens, np.float32)
     top_ids = np.zeros((num_tokens, num_top), np.int32)
     top_logprobs = np.zeros((num_tokens, num_top), np.float32)
+    extra_logprobs = np.zeros((num_tokens, num_extra), np.float32)
     start = 0
     for n, arrays in steps:
         if arrays is not None:
-            width = arrays.top_ids.shape[1]
-            logprobs[start : start + n] = arrays.logprob
-            top_ids[start : start + n, :width] = arrays.top_ids
-            top_logprobs[start : start + n, :width] = arrays.top_logprobs
+            rows = slice(start, start + n)
+            logprobs[rows] = arrays.logprob
+            top_ids[rows, : arrays.top_ids.shape[1]] = arrays.top_ids
+            top_logprobs[rows, : arrays.top_ids.shape[1]] = arrays.top_logprobs
+            extra_logprobs[rows, : arrays.extra_logprobs.shape[1]] = arrays.extra_logprobs
         start += n
     return StepLogprobs(
         num_top=num_top,
         logprobs=logprobs.tobytes(),
         top_ids=top_ids.tobytes(),
         top_logprobs=top_logprobs.tobytes(),
+        num_extra=num_extra,
+        extra_logprobs=extra_logprobs.tobytes(),
     )

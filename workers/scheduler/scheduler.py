@@ -3,6 +3,8 @@
 A request is what the client asked for; each of its samples is a sequence. The life of a sequence, and the package or
 module of each stage:
 
+    add -> parked -> waiting                                         grammar_workers.py, admission/
+           only with structured outputs: until their grammar is compiled
     add -> waiting -> running <-> preempted                                         admission/, planning/
                          |  ^ every step: tokens and KV blocks for each sequence    planning/, kv_cache/
                          |  ^ every result: a sampled token                         results/, output_buffer.py
@@ -17,22 +19,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from ipc.errors import ConfigError
-from ipc.messages import Ended, FinishReason, StepOutputs, Tokenized
+from ipc.errors import ConfigError, RequestFailed
+from ipc.long_values import max_long_words
+from ipc.mask_records import MaskRequestRecord
+from ipc.messages import (
+    Compiled,
+    Ended,
+    FinishReason,
+    MatcherFailed,
+    SchedulerToGrammar,
+    StepOutputs,
+    Tokenized,
+)
 from ipc.records import ResultRecord, StepRecord, StepShape
+from ipc.ring import Ring
 from workers.queueing.policies import make_policy
 from workers.scheduler.admission.admission import Admission, Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.admission.request_checks import RequestChecks
 from workers.scheduler.admission.waiting_queue import WaitingQueue
-from workers.scheduler.config import SchedulerConfig
+from workers.scheduler.config import GrammarLimits, SchedulerConfig
+from workers.scheduler.grammar_workers import GrammarWorkers
 from workers.scheduler.kv_cache.kv_cache import KVCache
 from workers.scheduler.open_sequences import OpenSequences
 from workers.scheduler.output_buffer import OutputBuffer
 from workers.scheduler.planning.chunk_limit import ChunkLimit
+from workers.scheduler.planning.mask_requests import MaskRequests
 from workers.scheduler.planning.planner import Planner
 from workers.scheduler.planning.step import PlannedStep
 from workers.scheduler.results.device_time import DeviceTime
@@ -43,8 +58,9 @@ from workers.scheduler.sequence_table import SequenceTable
 COUNTS: Final = (
     "num_steps", "num_prefill_steps", "num_sampled_tokens", "num_prompt_tokens", "num_admitted", "num_finished",
     "num_cancelled", "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
-    "num_preemptions", "num_cached_tokens",
+    "num_preemptions", "num_cached_tokens", "num_excluded", "num_structured_unfinished",
 )  # fmt: skip
+_DEFAULT_LIMITS: Final = GrammarLimits()
 
 
 class Scheduler:
@@ -59,11 +75,14 @@ class Scheduler:
         eos_token_ids: list[int],
         prompts: PromptRings,
         clock: Callable[[], int] = time.monotonic_ns,
+        *,
+        mask_rings: Iterable[Ring[MaskRequestRecord]] = (),
+        grammar: GrammarLimits = _DEFAULT_LIMITS,
     ) -> None:
-        if prompts.max_upload_tokens < shape.max_model_len:
+        if not prompts.can_upload(shape.max_model_len, max_long_words(shape) if shape.vocab_size else 0):
             raise ConfigError(
-                f"the upload ring holds {prompts.max_upload_tokens} tokens, less than scheduler.max_model_len "
-                f"({shape.max_model_len}): a prompt could not be sent again; give the prompt rings more records"
+                f"the upload ring has no room for a prompt of scheduler.max_model_len ({shape.max_model_len}) tokens "
+                "and its long values: it could not be sent again; give the prompt rings more records"
             )
         self.depth = depth
         self.prompts = prompts
@@ -73,18 +92,23 @@ class Scheduler:
         self._kv_cache = KVCache(shape, num_blocks, self._table)
         self._open = OpenSequences(config.queue_timeout_s, clock)
         self._outputs = OutputBuffer()
+        self._grammar_workers = GrammarWorkers(shape.num_grammar_workers, grammar.compile_timeout_s, clock)
+        self.mask_requests = MaskRequests(mask_rings, self._table)
         checks = RequestChecks(
-            shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs
-        )
+            shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
+            shape.num_grammar_workers,
+        )  # fmt: skip
         queue = WaitingQueue(config, make_policy(config, shape.max_num_seqs), clock)
         self._admission = Admission(
-            checks, queue, prompts, self._table, self._open, eos_token_ids, self._outputs, self.counts
-        )
+            checks, queue, prompts, self._table, self._open, self._grammar_workers, eos_token_ids, self._outputs,
+            self.counts,
+        )  # fmt: skip
         self._chunk_limit = ChunkLimit(None if config.max_itl_ms is None else config.max_itl_ms / 1e3)
         self._planner = Planner(
-            shape, self._table, self._kv_cache, self._admission, self._chunk_limit, self.counts, clock
-        )
-        self._results = StepResults(self._table, self._outputs, self.counts)
+            shape, self._table, self._kv_cache, self._admission, self.mask_requests, self._chunk_limit, self.counts,
+            clock,
+        )  # fmt: skip
+        self._results = StepResults(self._table, self._outputs, self.counts, grammar.mask_timeout_s)
         self._device_time = DeviceTime()
         self._in_flight: deque[tuple[PlannedStep, int]] = deque()  # with `_work_since_ns` when each was planned
         self._work_since_ns = 0  # since when there has always been something to plan
@@ -95,12 +119,28 @@ class Scheduler:
         """Take in a tokenized request, with all its samples: see `Arrival` for what may become of it."""
         had_work = self.has_work
         arrival = self._admission.add(message)
-        if arrival is Arrival.QUEUED:
-            if not had_work:
-                self._work_since_ns = self._clock()
-            if self.num_in_flight >= self.depth:  # it waits at least until a step has been applied
-                self.prompts.release_waiting()
+        if arrival is Arrival.QUEUED and not had_work:
+            self._work_since_ns = self._clock()
+        has_to_wait = arrival is Arrival.QUEUED and self.num_in_flight >= self.depth  # until a step has been applied
+        if has_to_wait or arrival is Arrival.PARKED:
+            self.prompts.release_waiting()
         return arrival
+
+    def compiled(self, worker: int, message: Compiled) -> None:
+        """A grammar process has compiled a request's grammar, or has refused it."""
+        had_work = self.has_work
+        sequences = self._grammar_workers.compiled(worker, message.key)
+        if message.error_code:
+            self._fail(sequences, message.error_code, message.error_message)
+            return
+        self._admission.unpark(sequences)
+        if sequences and not had_work:
+            self._work_since_ns = self._clock()
+
+    def matcher_failed(self, message: MatcherFailed) -> None:
+        """A grammar process cannot follow a sequence any more. Keys without an open sequence are ignored."""
+        text = f"the grammar of this request cannot be followed any more: {message.reason}"
+        self.counts["num_excluded"] += self._fail(self._open.find([message.key]), RequestFailed.code, text)
 
     def withdraw(self, keys: list[int]) -> list[int]:
         """Drop those of these requests on arrival that are not open now, without telling the detokenizer.
@@ -119,6 +159,8 @@ class Scheduler:
         """End the sequences whose time has run out. They keep the tokens that they have got."""
         for sequence, reason in self._open.expired():
             self.counts[f"num_{reason}"] += self._end_early([sequence], reason)
+        if silent := self._grammar_workers.expired():
+            self._fail(silent, RequestFailed.code, self._grammar_workers.silence)
 
     def clear_cache(self) -> None:
         """Sequences that are admitted from now on find no block that was filled before."""
@@ -126,9 +168,23 @@ class Scheduler:
 
     def _end_early(self, sequences: list[Sequence], reason: FinishReason) -> int:
         """End open sequences before their last token. Returns how many."""
-        self._end(sequences)
+        self._end_unfinished(sequences)
         self._outputs.ended += [Ended(key=sequence.key, finish_reason=reason) for sequence in sequences]
         return len(sequences)
+
+    def _fail(self, sequences: list[Sequence], code: str, text: str) -> int:
+        """End open sequences with an error. Returns how many."""
+        self._end_unfinished(sequences)
+        self._outputs.ended += [
+            Ended(key=sequence.key, finish_reason="error", error_code=code, error_message=text)
+            for sequence in sequences
+        ]
+        return len(sequences)
+
+    def _end_unfinished(self, sequences: list[Sequence]) -> None:
+        """Forget sequences that have not got their last token."""
+        self.counts["num_structured_unfinished"] += sum(each.has_grammar and each.has_row for each in sequences)
+        self._end(sequences)
 
     def _end(self, sequences: list[Sequence]) -> None:
         """Forget sequences, in any state. Blocks are free at once, rows when no step in flight names them."""
@@ -156,6 +212,8 @@ class Scheduler:
         if step is None:
             return False
         self._in_flight.append((step, self._work_since_ns))
+        if len(self._in_flight) == 1:
+            self.mask_requests.send(step)
         return True
 
     def apply(self, result: ResultRecord) -> None:
@@ -163,10 +221,13 @@ class Scheduler:
         step, work_since_ns = self._in_flight.popleft()
         ends = self._results.apply(step, result)
         if ends is not None:
-            for sequence in ends.failed:  # one that shares its blocks already computes the same, so it fails likewise
+            for sequence in ends.not_finite:  # one that shares its blocks already computes the same, so it fails too
                 self._kv_cache.prefixes.withdraw(sequence)
-            self._end(ends.failed)
+            self._end_unfinished(ends.not_finite)
+            self._end_unfinished(ends.excluded)
             self._end(ends.finished)
+        if self._in_flight:
+            self.mask_requests.send(self._in_flight[0][0])
         self._table.step_applied(step.ticket)
         for lease in step.leases:
             self.prompts.release(lease)
@@ -177,6 +238,10 @@ class Scheduler:
     def take_outputs(self) -> StepOutputs | None:
         """The detokenizer's next message. Call until None: a large burst takes several messages."""
         return self._outputs.take()
+
+    def take_grammar_messages(self) -> list[tuple[int, list[SchedulerToGrammar]]]:
+        """The messages to the grammar processes since the last call, each list with its process's index."""
+        return self._grammar_workers.take_messages()
 
     # State
 
@@ -203,7 +268,8 @@ class Scheduler:
     @property
     def next_timer_ns(self) -> int | None:
         """When `expire` may have something to do, by the scheduler's clock; None: not before the next `add`."""
-        return self._open.next_timer_ns
+        timers = (self._open.next_timer_ns, self._grammar_workers.next_timer_ns)
+        return min((timer for timer in timers if timer is not None), default=None)
 
     def gauges(self) -> dict[str, int]:
         """Statistics by their names in `ipc/stats_page.py`. The worker adds the host's times and the rings' records."""

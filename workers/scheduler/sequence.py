@@ -24,6 +24,7 @@ from workers.queueing.policies import NO_ROW
 from workers.scheduler.array_types import HashArray, Int32Array
 from workers.scheduler.prompt_lease import PromptLease
 
+NO_WORKER: Final = -1
 # The columns of an admission that are sampling parameters by the same name.
 _PARAMETER_COLUMNS: Final = tuple(
     column for column in field_names(AdmittedColumns) if column in SamplingParams.__struct_fields__
@@ -54,6 +55,7 @@ class Sequence:
     ) -> None:
         params = message.params
         self.key = message.key
+        self.request_key = message.key if leader is None else leader.key
         self.priority = message.scheduling.priority
         self.tenant = message.scheduling.tenant
         self.arrived_ns = message.arrived_ns  # at the gateway; CLOCK_MONOTONIC
@@ -73,23 +75,49 @@ class Sequence:
         self.params = params
         self.long_values = np.frombuffer(message.long_values, "<i4")  # encoded, see `ipc/long_values.py`
         self._thinking = message.thinking or (NO_TOKEN, NO_TOKEN)
-        is_adjusted = bool(message.long_values) or params.thinking_token_budget is not None
+        self.want_processed = params.num_logprobs is not None and params.logprobs_mode == "processed_logprobs"
+        is_adjusted = bool(message.long_values) or params.thinking_token_budget is not None or self.want_processed
         self.variant = SamplerVariant.ADJUSTED if is_adjusted else SamplerVariant.of(params)
-        self.want_logprobs = 0 if params.logprobs is None else params.logprobs + 1
+        self.want_logprobs = 0 if params.num_logprobs is None else params.num_logprobs + 1
+        self.num_extra_logprobs = len(params.logprob_token_ids or ())
+        # The likeliest tokens + 1 that are wanted at each position of the prompt; 0 = no log-probabilities there.
+        # Sample 0 computes them for all samples. A prompt's first token has none.
+        wants_prompt = params.prompt_logprobs is not None and leader is None and self.num_prompt > 1
+        self.want_prompt_logprobs = 1 + (params.prompt_logprobs or 0) if wants_prompt else 0
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
+        self.grammar_worker = NO_WORKER  # set by GrammarWorkers for a sequence with structured outputs
 
     @property
     def has_row(self) -> bool:
         return self.row != NO_ROW
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end the sequence."""
+        return [token_id for token_id in self._end_ids if token_id != NO_TOKEN]
+
+    @property
+    def has_grammar(self) -> bool:
+        return self.grammar_worker != NO_WORKER
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether its next admission may use no cached blocks: their tokens' logits are not cached."""
+        return self.want_prompt_logprobs > 0 and not self.has_row
+
     def write_admission(
-        self, admit: Admissions[HostArray], i: int, num_computed: int, lease: PromptLease | None
+        self,
+        admit: Admissions[HostArray],
+        i: int,
+        num_computed: int,
+        lease: PromptLease | None,
+        long_lease: PromptLease | None = None,
     ) -> None:
         """Fill entry `i` of a step record's admissions.
 
-        `num_computed` tokens are cached. The GPU process copies the prompt's ids from the records of `lease`; None: the
-        row holds the ids already.
+        `num_computed` tokens are cached. The GPU process copies the prompt's ids from the records of `lease`, and long
+        values from those of `long_lease`; None: the row holds them already, or there are none.
         """
         admit.row[i] = self.row
         admit.ring[i] = lease.ring if lease else 0
@@ -103,8 +131,8 @@ class Sequence:
         budget = self.params.thinking_token_budget
         admit.think_budget[i] = -1 if budget is None else budget
         admit.long_columns[i] = long_columns_of(self.long_values)
-        admit.long_ticket[i] = 0
-        admit.processed_logprobs[i] = self.params.logprobs_mode == "processed_logprobs"
+        admit.long_ticket[i] = long_lease.ticket if long_lease else 0
+        admit.processed_logprobs[i] = self.want_processed
         for name in _PARAMETER_COLUMNS:
             getattr(admit, name)[i] = getattr(self.params, name) or 0  # None: the gateway has drawn no seed
 

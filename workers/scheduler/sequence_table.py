@@ -25,6 +25,9 @@ class SequenceTable:
         max_len: tokens, prompt and output, at which the sequence ends.
         variant: SamplerVariant that its parameters need.
         want_logprobs: top log-probabilities + 1, as in the step record; 0 = none.
+        want_processed: 1 = its log-probabilities are processed ones.
+        num_extra_logprobs: how many `logprob_token_ids` the request names.
+        grammar_worker: index of the grammar process that follows the sequence; NO_WORKER = none.
 
     Planned (written by the planner):
         num_computed_tokens: tokens whose KV is in the cache after all published steps. 0 while it is preempted.
@@ -32,12 +35,16 @@ class SequenceTable:
         last_ticket: ticket of the last published step that names the row.
         preemptible_len: the sequence can be preempted once `num_computed_tokens` reaches this length. The planner sets
             it to the number of known tokens when it admits or resumes the sequence.
+        prompt_logprobs_end: the log-probabilities of the tokens that follow the row's tokens before this place are
+            wanted. 0 = none, or all are in published steps. `num_wanting_prompt_logprobs` rows have another value.
         rank: the policy's rank; the planner preempts the highest one. Written at each admission and resumption.
 
     Applied (written from results):
         num_tokens: known tokens: the prompt and the sampled tokens that have been applied.
         token_ids: [num_rows, max tokens of a row] int32; the first `num_tokens` of each row are known.
         token_blocks: the same memory, [num_rows, max_blocks_per_seq, block_size].
+        num_followed_tokens: known tokens that the grammar process has been told of, with the prompt. One less than
+            `num_tokens`, or equal to it before the first request for a mask. Written by `MaskRequests`.
 
     Written when the sequence ends:
         generation: number of owners that the row has had. What a step planned for an earlier owner says is void.
@@ -51,10 +58,16 @@ class SequenceTable:
         self.max_len = column()
         self.variant = column()
         self.want_logprobs = column()
+        self.want_processed = column()
+        self.num_extra_logprobs = column()
+        self.grammar_worker = column()
+        self.num_followed_tokens = column()
         self.num_computed_tokens = column()
         self.num_planned_tokens = column()
         self.last_ticket = column()
         self.preemptible_len = column()
+        self.prompt_logprobs_end = column()
+        self.num_wanting_prompt_logprobs = 0
         self.rank = column()
         self.num_tokens = column()
         self.token_blocks: Int32Array = np.zeros((num_rows, max_blocks_per_seq, block_size), np.int32)
@@ -81,12 +94,26 @@ class SequenceTable:
         self.max_len[row] = sequence.max_len
         self.variant[row] = sequence.variant
         self.want_logprobs[row] = sequence.want_logprobs
+        self.want_processed[row] = sequence.want_processed
+        self.num_extra_logprobs[row] = sequence.num_extra_logprobs
+        self.grammar_worker[row] = sequence.grammar_worker
+        self.num_followed_tokens[row] = sequence.num_prompt
+        if sequence.want_prompt_logprobs:
+            self.prompt_logprobs_end[row] = sequence.num_prompt - 1
+            self.num_wanting_prompt_logprobs += 1
         return row
+
+    def prompt_logprobs_planned(self, rows: IntArray) -> None:
+        """All log-probabilities of these rows' prompts are in published steps."""
+        self.num_wanting_prompt_logprobs -= int((self.prompt_logprobs_end[rows] > 0).sum())
+        self.prompt_logprobs_end[rows] = 0
 
     def retire(self, row: int) -> None:
         """The row's sequence has ended. The row is free once all steps in flight that name it have been applied."""
         self.sequences[row] = None
         self.generation[row] += 1
+        if self.prompt_logprobs_end[row]:
+            self.prompt_logprobs_planned(np.array([row]))
         last_ticket = int(self.last_ticket[row])
         if last_ticket <= self._applied:
             self._free.append(row)

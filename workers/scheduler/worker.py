@@ -5,7 +5,10 @@
     gateway: Withdraw, CancelRequests,         ------>
              ClearCache                                   Scheduler
     detokenizer: CancelRequests (stop strings) ------>
+    grammar processes: Compiled, MatcherFailed ------>
     gateway: Accepted, Withdrawn, CacheCleared <------
+    grammar processes: Compile,                <------
+             ReleaseMatchers
                      DEALER to `detokenize`
     detokenizer: StepOutputs                   <------
                      rings
@@ -13,31 +16,35 @@
     GPU process: result ring                   ------>    (the scheduler releases its records)
     GPU process: step ring                     <------    (the GPU process releases its records)
     GPU process: prompt ring 0, uploads        <------    (the scheduler releases its records)
+    grammar processes: mask request rings,     <------    (the grammar process releases its records)
+             one for each
                      control socket (`workers/process.py`)
     launcher: Start, Stop                      ------>
     launcher: Ready                            <------
 
 The GPU process rings the scheduler's doorbell after it publishes a result. The scheduler rings the GPU process's after
-it publishes a step, and a tokenizer's after it releases prompt records. It sleeps until a message arrives, its doorbell
-rings, or a sequence runs out of time.
+it publishes a step, a tokenizer's after it releases prompt records, and a grammar process's after it asks for masks. It
+sleeps until a message arrives, its doorbell rings, or a sequence runs out of time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from time import monotonic_ns, perf_counter_ns
 from typing import Any, Final
 
 import zmq
 
-from ipc.channels import receive_from, send, send_to
+from ipc.channels import receive_from, send
 from ipc.errors import EngineUnavailable
+from ipc.mask_records import mask_request_layout
 from ipc.messages import (
     EOS_TOKEN_ID,
     Accepted,
     CacheCleared,
     ClearCache,
+    Compiled,
+    MatcherFailed,
     SchedulerToGateway,
     Start,
     Tokenized,
@@ -47,16 +54,18 @@ from ipc.messages import (
 )
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.trace import Span
+from workers.bootstrap import RingEnd
 from workers.process import WorkerProcess
 from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerBootstrap
+from workers.scheduler.outbox import Outbox
 from workers.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGES: Final = 32  # received between two looks at the result ring: 1-2 ms, so a burst delays no step for long
-ANSWER_RETRY_MS: Final = 50
+RETRY_MS: Final = 50  # of messages to a process that is still connecting
 MAX_SLEEP_MS: Final = 3_600_000  # zmq_poll refuses time-outs of months
 
 
@@ -64,7 +73,7 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     """Schedule until the launcher says Stop."""
     schedule = process.bind("schedule")
     detokenizer = process.connect("detokenize")
-    gateway_identity = bootstrap.worker.peer("gateway")
+    gateway, grammars = bootstrap.worker.peer("gateway"), bootstrap.worker.peers.get("grammar", [])
     process.watch(schedule)
     prompts = bootstrap.worker.rings["prompt"]
     info = _await_start(process).info
@@ -75,21 +84,25 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         info["num_blocks"],
         eos_token_ids(bootstrap.eos_token_ids, info),
         PromptRings([end.attach(prompt_layout()) for end in prompts]),
+        mask_rings=[end.attach(mask_request_layout(bootstrap.shape)) for end in mask_request_ends(bootstrap)],
+        grammar=bootstrap.grammar,
     )
     steps = StepChannel(scheduler, process, bootstrap)
-    answers: deque[SchedulerToGateway] = deque()
+    outbox = Outbox(schedule)
     trace, counters = process.trace, vars(process.stats)
     process.ready()
     while True:
         with trace[Span.RECEIVE]:
-            answers += take_messages(schedule, scheduler)
+            if answers := take_messages(schedule, scheduler, grammars):
+                outbox.add(gateway, answers)
             scheduler.expire()
         steps.advance()
         with trace[Span.SEND]:
             while (outputs := scheduler.take_outputs()) is not None:
                 send(detokenizer, outputs)
-        while answers and send_to(schedule, gateway_identity, answers[0]):
-            answers.popleft()
+            for grammar, messages in scheduler.take_grammar_messages():
+                outbox.add(grammars[grammar], messages)
+            outbox.send()
         for ring in scheduler.prompts.take_freed_rings():
             prompts[ring].wake()
         gauges = scheduler.gauges()
@@ -97,7 +110,7 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
             counters[name][0] = value
         process.stats.num_upload_records[0] = scheduler.prompts.num_upload_records
         trace.gauge(Span.SEQUENCES, gauges["num_running"], gauges["num_waiting"])
-        retry_ms = ANSWER_RETRY_MS if answers else None  # answers wait only while the gateway is still connecting
+        retry_ms = RETRY_MS if outbox else None
         process.wait(timeout_ms(scheduler, retry_ms))
 
 
@@ -109,18 +122,23 @@ def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
     return min(MAX_SLEEP_MS, due_ms if at_most_ms is None else min(due_ms, at_most_ms))
 
 
-def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[SchedulerToGateway]:
+def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler, grammars: list[bytes]) -> list[SchedulerToGateway]:
     """Hand up to MAX_MESSAGES messages to the scheduler. Returns the answers for the gateway, in order.
 
     `Accepted` says that a request has arrived, so that the detokenizer will answer it; this holds for a refused request
-    too. The gateway gets the `Accepted` of a request before a `Withdrawn` of the same request.
+    too. The gateway gets the `Accepted` of a request before a `Withdrawn` of the same request. `grammars` are the
+    identities of the grammar processes.
     """
     accepted: list[int] = []
     answers: list[SchedulerToGateway] = []
-    for _, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
+    for sender, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
         if isinstance(message, Tokenized):
             if scheduler.add(message) is not Arrival.WITHDRAWN:
                 accepted.append(message.key)
+        elif isinstance(message, Compiled):
+            scheduler.compiled(grammars.index(sender), message)
+        elif isinstance(message, MatcherFailed):
+            scheduler.matcher_failed(message)
         elif isinstance(message, ClearCache):
             scheduler.clear_cache()
             answers.append(CacheCleared(query_id=message.query_id))
@@ -132,8 +150,13 @@ def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler) -> list[Sched
     return [Accepted(keys=accepted), *answers] if accepted else answers
 
 
+def mask_request_ends(bootstrap: SchedulerBootstrap) -> list[RingEnd]:
+    """The rings to the grammar processes, in the order of these."""
+    return bootstrap.worker.rings.get("mask_request", [])
+
+
 class StepChannel:
-    """The step ring, which every GPU process reads, and the result ring."""
+    """The step ring, which every GPU process reads, the result ring, and the rings to the grammar processes."""
 
     def __init__(self, scheduler: Scheduler, process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         self._scheduler = scheduler
@@ -143,6 +166,7 @@ class StepChannel:
         self._steps = steps.attach(step_layout(bootstrap.shape))
         self._results = results.attach(result_layout(bootstrap.shape))
         self._wake_readers = steps.wake
+        self._mask_requests = mask_request_ends(bootstrap)
 
     def advance(self) -> None:
         """Apply all results that have arrived, then publish steps until credit or work runs out."""
@@ -153,6 +177,7 @@ class StepChannel:
             with trace[Span.APPLY] as span:
                 span.set(ticket)
                 scheduler.apply(result)
+            self._wake_grammars()
             if trace.is_on:
                 start_ns, end_ns = int(result.device_start_ns[0]), int(result.device_end_ns[0])
                 trace.record(Span.STEP, start_ns, end_ns - start_ns, ticket)
@@ -167,10 +192,15 @@ class StepChannel:
                     break
                 span.set(self._steps.publish(), record.num_seqs[0], record.num_tokens[0])
             self._wake_readers()
+        self._wake_grammars()
         trace.gauge(Span.STEP_RING, scheduler.num_in_flight)
         stats.num_step_records[0] = self._steps.num_unreleased
         stats.num_result_records[0] = self._steps.next_ticket - self._results.read_cursor
         stats.plan_ns[0] += perf_counter_ns() - applied
+
+    def _wake_grammars(self) -> None:
+        for grammar in self._scheduler.mask_requests.take_published():
+            self._mask_requests[grammar].wake()
 
 
 def _await_start(process: WorkerProcess) -> Start:

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from ipc.records import StepShape
 from workers.bootstrap import WorkerBootstrap
 
 COUNTERS: Final = ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records")
@@ -52,7 +53,5 @@ class TokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     worker: WorkerBootstrap
     tokenizer: TokenizerConfig
     model_path: str  # a folder
-    vocab_size: int  # ids given by clients must be below it
-    max_model_len: int
-    block_size: int
+    shape: StepShape  # ids given by clients must be below its vocab_size
     cache_seed: bytes | None  # the run's, for names of KV blocks; None = prompts are not cached

@@ -5,6 +5,7 @@ Prompts are untrusted: an error that a prompt causes in the template or the toke
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
@@ -14,8 +15,10 @@ from tokenizers import Tokenizer
 
 from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
 from ipc.messages import Tokenize
+from ipc.records import StepShape
 from workers.model_tokenizer.loading import is_foreign_failure
 from workers.tokenizer.chat_template import ChatTemplates
+from workers.tokenizer.token_parameters import NOTHING_ASKED, Asked, TokenParameters
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,9 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 _NO_IDS: Final = np.empty(0, np.int32)
 _SHRINK: Final = 4  # normalisers may shorten a text (decomposed characters, runs of spaces), hardly by more than this
+# Most characters of a text that will be truncated. All of them are encoded: the tokens at the end of a text can depend
+# on its beginning, because nothing bounds the length of a word.
+MAX_TRUNCATED_CHARS: Final = 1 << 20
 
 
 class Encoded(NamedTuple):
@@ -31,16 +37,24 @@ class Encoded(NamedTuple):
     request: Tokenize
     token_ids: Ids
     error: RingfeedError | None
+    asked: Asked = NOTHING_ASKED
 
 
 class PromptEncoder:
     """Encodes and checks prompts, chats and token ids for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, templates: ChatTemplates, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: ChatTemplates,
+        shape: StepShape,
+        thinking: tuple[int, int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._templates = templates
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
+        self._parameters = TokenParameters(tokenizer, shape, thinking)
+        self._vocab_size = shape.vocab_size
+        max_model_len = self._max_model_len = shape.max_model_len
         longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._max_chars = _SHRINK * max_model_len * longest_token
 
@@ -57,7 +71,10 @@ class PromptEncoder:
     def encode(self, request: Tokenize) -> Encoded:
         """Encode and check one request. Returns errors that the request causes, and never raises them."""
         try:
+            asked = self._parameters.check(request.params)
             token_ids = self._token_ids(request)
+            if request.params.truncate_prompt_tokens is not None:
+                token_ids = self._truncated(token_ids, request)
             self._check(token_ids, request)
         except RingfeedError as error:
             # With its traceback it would form a reference cycle (error, frames, error) that keeps a prompt in memory.
@@ -67,7 +84,7 @@ class PromptEncoder:
             if not is_foreign_failure(error):
                 raise
             return self._failed(request, error)
-        return Encoded(request, token_ids, None)
+        return Encoded(request, token_ids, None, asked)
 
     def _token_ids(self, request: Tokenize) -> Ids:
         if request.token_ids is not None:
@@ -78,18 +95,48 @@ class PromptEncoder:
             return token_ids
         if request.chat is not None:
             # The template has written the special tokens already.
-            return self._encode(self._templates.render(request.chat, self._max_chars), add_special_tokens=False)
-        return self._encode(request.prompt or "", add_special_tokens=True)
+            text = self._templates.render(request.chat, max(self._max_chars, MAX_TRUNCATED_CHARS))
+            return self._encode(text, request, add_special_tokens=False)
+        return self._encode(request.prompt or "", request, add_special_tokens=True)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> Ids:
+    def _encode(self, text: str, request: Tokenize, *, add_special_tokens: bool) -> Ids:
         # Encoding takes about 150 bytes of memory per token, so refuse a far too long text before encoding it.
-        if len(text) > self._max_chars:
+        if request.params.truncate_prompt_tokens is None:
+            if len(text) > self._max_chars:
+                raise InvalidRequest(
+                    f"the prompt ({len(text)} characters) is far longer than {self._max_model_len} tokens, the longest "
+                    "sequence of this engine"
+                )
+        elif len(text) > (max_chars := max(self._max_chars, MAX_TRUNCATED_CHARS)):
             raise InvalidRequest(
-                f"the prompt ({len(text)} characters) is far longer than {self._max_model_len} tokens, the longest "
-                "sequence of this engine"
+                f"the prompt ({len(text)} characters) is longer than {max_chars} characters, the most that "
+                "truncate_prompt_tokens can shorten: send only its end"
             )
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         return np.array(encoding.ids, np.int32)
+
+    def _truncated(self, token_ids: Ids, request: Tokenize) -> Ids:
+        """The last tokens of a prompt, as many as the request wants.
+
+        A text keeps the special tokens that the tokenizer writes in front of it, as transformers' truncation does.
+        """
+        params = request.params
+        num_kept = params.truncate_prompt_tokens or 0
+        if num_kept == -1:
+            num_kept = max(1, self._max_model_len - (params.max_tokens or 1))
+        if token_ids.size <= num_kept:
+            return token_ids
+        num_leading = self._num_leading if request.prompt is not None else 0
+        if num_kept <= num_leading:
+            num_leading = 0
+        return np.concatenate((token_ids[:num_leading], token_ids[token_ids.size - num_kept + num_leading :]))
+
+    @functools.cached_property
+    def _num_leading(self) -> int:
+        """How many special tokens the tokenizer writes in front of a text."""
+        own = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a").ids
+        return next((at for at in range(len(whole)) if whole[at : at + len(own)] == own), 0)
 
     def _check(self, token_ids: Ids, request: Tokenize) -> None:
         if token_ids.size == 0:
@@ -97,11 +144,6 @@ class PromptEncoder:
         highest = int(token_ids.max())
         if highest >= self._vocab_size:
             raise InvalidRequest(f"the prompt holds token {highest}, which the model does not have")
-        for token_id in request.params.stop_token_ids:
-            if token_id >= self._vocab_size:
-                raise InvalidRequest(
-                    f"stop_token_ids holds {token_id}; the model's ids are 0 to {self._vocab_size - 1}"
-                )
         max_tokens = request.params.max_tokens
         if token_ids.size + (max_tokens or 1) > self._max_model_len:
             longest = f"the longest sequence of this engine ({self._max_model_len} tokens)"

@@ -7,6 +7,7 @@ single long operation in C is not interrupted: `template_sandbox.py` keeps these
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -54,6 +55,8 @@ class RenderLimits:
     def _run(self, work: Callable[[], T]) -> T:
         self._end_s = time.thread_time() + self.timeout_s
         self._max_bytes = _resident_bytes() + self._max_new_bytes
+        collects = gc.isenabled()
+        gc.disable()  # Python drops an exception that is raised within the collector's callbacks
         former = signal.signal(signal.SIGPROF, self._tick)
         signal.setitimer(signal.ITIMER_PROF, _TICK_S, _TICK_S)
         self._is_running = True
@@ -63,6 +66,8 @@ class RenderLimits:
             self._is_running = False  # a signal that comes from here on raises nothing
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, former)
+            if collects:
+                gc.enable()
 
     def _tick(self, *_: Any) -> None:
         if not self._is_running:

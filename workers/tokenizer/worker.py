@@ -19,6 +19,7 @@ from workers.process import WorkerProcess
 from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.config import TokenizerBootstrap
 from workers.tokenizer.core import Encoded, PromptEncoder
+from workers.tokenizer.thinking_tokens import find_thinking_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
         bootstrap.model_path, loaded.special_tokens, config.chat_template,
         trust_requests=config.trust_request_templates, timeout_s=config.template_timeout_s,
     )  # fmt: skip
-    encoder = PromptEncoder(loaded.tokenizer, templates, bootstrap.vocab_size, bootstrap.max_model_len)
+    thinking = find_thinking_tokens(
+        bootstrap.model_path, loaded.tokenizer, loaded.special_tokens, bootstrap.shape.vocab_size
+    )
+    encoder = PromptEncoder(loaded.tokenizer, templates, bootstrap.shape, thinking)
     if bootstrap.worker.index == 0:  # all tokenizers would log the same
         for note in loaded.notes:
             logger.info("%s", note)
@@ -55,7 +59,7 @@ class TokenizerWorker:
         end = bootstrap.worker.ring("prompt")
         self.ring = end.attach(prompt_layout())
         self.ring_index = end.handle.index
-        self.block_size = bootstrap.block_size
+        self.block_size = bootstrap.shape.block_size
         self.cache_seed = bootstrap.cache_seed
         self.gateway = process.connect("tokenize")
         self.scheduler = process.connect("schedule")
@@ -107,7 +111,7 @@ class TokenizerWorker:
         return chain_hashes(root, encoded.token_ids.tobytes(), self.block_size)
 
     def _hand_over(self, encoded: Encoded) -> None:
-        request, token_ids, error = encoded
+        request, token_ids, error, asked = encoded
         first_ticket = self.ring.next_ticket
         for start in range(0, token_ids.size, PROMPT_RECORD_TOKENS):
             part = token_ids[start : start + PROMPT_RECORD_TOKENS]
@@ -118,11 +122,13 @@ class TokenizerWorker:
             Tokenized(
                 key=request.key,
                 route=request.route,
-                params=request.params,
+                params=request.params.without_long_values(),
                 ring=self.ring_index,
                 ticket=first_ticket if token_ids.size else 0,
                 num_prompt_tokens=int(token_ids.size),
                 block_hashes=self._block_hashes(encoded),
+                long_values=asked.long_values,
+                thinking=asked.thinking,
                 scheduling=request.scheduling,
                 arrived_ns=request.arrived_ns,
                 deadline_ns=request.deadline_ns,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ipc.messages import Message
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from ipc.structured_outputs import StructuredOutputs
 
 MAX_INT = 2**63 - 1
 PARAMS = st.builds(
@@ -21,10 +22,22 @@ PARAMS = st.builds(
     stop=st.lists(st.sampled_from(["END", "é"]), max_size=3),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3),
     ignore_eos=st.booleans(),
+    bad_words=st.lists(st.sampled_from(["END", "é"]), max_size=2),
+    include_stop_str_in_output=st.booleans(),
+    skip_special_tokens=st.booleans(),
+    spaces_between_special_tokens=st.booleans(),
+    truncate_prompt_tokens=st.none() | st.just(-1) | st.integers(1, 99),
+    thinking_token_budget=st.none() | st.integers(0, 99),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+    logprob_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
     logit_bias=st.none() | st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
     allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
     logprobs_mode=st.sampled_from(["raw_logprobs", "processed_logprobs"]),
     n=st.integers(1, 64),
+)
+STRUCTURED_OUTPUTS = st.one_of(
+    st.builds(StructuredOutputs, json=st.just("{}") | st.just({"const": "é"}), disable_any_whitespace=st.booleans()),
+    st.builds(StructuredOutputs, choice=st.lists(st.sampled_from(["a", "é"]), min_size=1, max_size=3)),
 )
 SCHEDULING = st.builds(
     SchedulingParams,
@@ -65,6 +78,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 def structs_of(kind: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
     if kind is SamplingParams:
         return PARAMS
+    if kind is StructuredOutputs:
+        return STRUCTURED_OUTPUTS
     if kind is SchedulingParams:
         return SCHEDULING
     hints = get_type_hints(kind, include_extras=True)

@@ -31,7 +31,7 @@ INT32 = 2**31
         ({"min_p": math.nan}, "min_p (nan) must lie in [0, 1] (0 = off)"),
         ({"seed": -1}, "seed (-1) must be an integer in [0, 2**63), or None"),
         ({"seed": MAX_SEED + 1}, "seed (9223372036854775808) must be an integer in [0, 2**63), or None"),
-        ({"stop": ("END",)}, "stop (('END',)) must be a list of at most 16 strings of 1 to 256 characters each"),
+        ({"stop": [7]}, "stop ([7]) must be a list of at most 16 strings of 1 to 256 characters each"),
         ({"stop": [""]}, "stop (['']) must be a list of at most 16 strings of 1 to 256 characters each"),
         ({"stop_token_ids": [-1]}, "stop_token_ids ([-1]) must be a list of at most 16 integers in [0, 2**31)"),
         (
@@ -90,6 +90,52 @@ def test_parameters_are_immutable_and_do_not_share_lists():
     with pytest.raises(AttributeError):
         one.top_k = 3
     assert one.stop is not two.stop
+
+
+@pytest.mark.parametrize(
+    ("fields", "plain"),
+    [
+        ({"max_tokens": np.int64(3), "seed": np.uint8(4), "n": np.int32(2)}, {"max_tokens": 3, "seed": 4, "n": 2}),
+        ({"temperature": np.float32(0.5), "top_k": np.int64(-1)}, {"temperature": 0.5, "top_k": -1}),
+        ({"stop": ("a", np.str_("b"))}, {"stop": ["a", "b"]}),
+        ({"stop_token_ids": np.array([1, 2])}, {"stop_token_ids": [1, 2]}),
+        ({"allowed_token_ids": [np.int32(1), 2]}, {"allowed_token_ids": [1, 2]}),
+        ({"logit_bias": {np.int64(1): np.float32(2)}}, {"logit_bias": {1: 2.0}}),
+        ({"ignore_eos": np.bool_(True)}, {"ignore_eos": True}),
+        ({"bad_words": ("a", "a")}, {"bad_words": ["a"]}),
+        ({"stop": None, "stop_token_ids": None, "bad_words": None, "thinking_token_budget": -1}, {}),
+        ({"logprob_token_ids": (5, 3, 5)}, {"logprob_token_ids": [5, 3]}),
+    ],
+)
+def test_values_that_stand_for_plain_ones_are_replaced(fields, plain):
+    params = SamplingParams(**fields)
+    assert params == SamplingParams(**plain)
+    assert decode(encode(params), SamplingParams) == params
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"stop_token_ids": np.array([1.5])}, {"stop_token_ids": [np.int64(-1)]}, {"max_tokens": np.float64(3)}],
+)
+def test_numbers_of_numpy_are_checked_like_others(fields):
+    with pytest.raises(InvalidRequest, match=next(iter(fields))):
+        SamplingParams(**fields)
+
+
+def test_requested_tokens_alone_ask_for_log_probabilities_of_the_sampled_ones():
+    assert SamplingParams().num_logprobs is None
+    assert SamplingParams(logprob_token_ids=[3]).num_logprobs == 0
+    assert SamplingParams(logprobs=2, logprob_token_ids=[3]).num_logprobs == 2
+
+
+def test_long_values_are_taken_out_without_a_trace():
+    params = SamplingParams(max_tokens=3, seed=1, logprob_token_ids=[3])
+    assert params.without_long_values() is params
+    long = SamplingParams(
+        max_tokens=3, seed=1, logprob_token_ids=[3], bad_words=["x"], logit_bias={1: 1.0}, allowed_token_ids=[1]
+    )
+    assert long.without_long_values() == params
+    assert long.bad_words == ["x"]
 
 
 def test_sample_0_keeps_the_seed_and_no_two_samples_of_close_seeds_share_one():

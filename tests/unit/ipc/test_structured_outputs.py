@@ -31,7 +31,7 @@ ONE_OF = (
         ({"choice": ["a", 1]}, "choice (['a', 1]) must be a list of 1 to 1024 strings, or None"),
         ({"choice": "ab"}, "choice ('ab') must be a list of 1 to 1024 strings, or None"),
         ({"choice": ["a"] * (MAX_CHOICES + 1)}, "choice (['a', 'a', 'a', 'a', 'a', 'a', ...]) must be a list of 1 to"),
-        ({"json_object": 1}, "json_object (1) must be true or false"),
+        ({"json_object": 1}, "json_object (1) must be true, false or None"),
         (
             {"json": "{}", "disable_any_whitespace": True, "whitespace_pattern": " "},
             "whitespace_pattern (' ') and disable_any_whitespace (True) contradict each other: give one of them",

@@ -20,7 +20,8 @@ from pipeline.environment.module_search import module_environment
 PUBLIC = [
     "AsyncClient", "Chat", "Client", "Completion", "Config", "ConfigError", "EngineUnavailable", "Health",
     "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream", "Pipeline", "ProtocolError",
-    "QueueFull", "RequestFailed", "RingfeedError", "SamplingParams", "SchedulingParams", "Stream", "TokenLogprob",
+    "QueueFull", "RequestFailed", "RingfeedError", "SamplingParams", "SchedulingParams", "Stream",
+    "StructuredOutputs", "TokenLogprob", "TokensExcluded",
     "Usage",
 ]  # fmt: skip
 

@@ -11,76 +11,62 @@ Owns the order of copies, launches and events, and the buffers between them. It 
                                                  v outputs_done[k]: result k may be published, record k released
 
     a step on compute:
-        clock | record <- staging[k % D] | admit | append | batch + model | sampler | clock | outputs[k % D] <- output
+        first half   clock | record <- staging[k % D] | admit | append | batch + model
+        second half  adjust, if its variant asks for it | sampler | clock | outputs[k % D] <- output
 
 No buffer is overwritten while a step still uses it (D = depth): the scheduler publishes step k+D only after it has
 applied result k, thus after outputs_done[k]. So staging[k % D], outputs[k % D] and the three events of k are free when
 submit_next takes k+D. Graphs know record and output by address; only the compute stream reads and writes these two.
+
+A step that owes masks is held back between its halves. Its model runs while the scheduler applies the result before it
+and the grammar worker makes the masks from that result's tokens. Later steps stay in their ring meanwhile.
+
+    copy-in    |record k+1|                                        |masks k+1|
+                          v inputs_ready[k+1]                                v masks_ready
+    compute    |=== step k ===|=============== first half k+1 ================|== second half k+1 ==|
+                              v step_done[k]                                                        v step_done[k+1]
+    copy-out                  |outputs k|                                                           |outputs k+1|
+                                        v outputs_done[k]
+    host                                |publish k|               |enqueue the second half k+1|
+                                                  v               ^
+    scheduler                                     |apply k|       |
+                                                          v       |
+    grammar                                               |masks|-|
+
+The second half is enqueued when result k is published and each owed mask is there, or counts as closed (see
+`step_masks.py`). The device has nothing to do in between only if the masks come after the end of the first half. The
+launching thread sleeps until its doorbell rings: the grammar worker rings it after it has published masks, and the
+thread that publishes result k rings it if a step is held back.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ipc.errors import RingFull
 from ipc.records import (
-    PROMPT_RECORD_TOKENS,
-    PromptRecord,
-    ResultRecord,
     SamplerVariant,
-    StepRecord,
     StepShape,
     result_layout,
     step_layout,
 )
-from ipc.ring import Ring
 from workers.gpu.device.base import Device
-from workers.gpu.execution.accesses import Copied, LaunchAccesses
-from workers.gpu.execution.batch_builder import BatchBuilder
+from workers.gpu.execution.accesses import Copied
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.model_runner import ModelRunner
+from workers.gpu.execution.record_parts import needed_parts, result_parts, step_parts
+from workers.gpu.execution.rings import GpuRings, device_records
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, prefix_bytes, tensor_views
-from workers.gpu.sampling.sampler import sample
-
-
-@dataclass(frozen=True)
-class GpuRings:
-    """The GPU process's view of its rings. `prompts[0]` is the scheduler's upload ring, the others the tokenizers'."""
-
-    step: Ring[StepRecord]
-    result: Ring[ResultRecord]
-    prompts: Sequence[Ring[PromptRecord]]
-
-
-@dataclass(frozen=True)
-class StepBuffers:
-    """The buffers and events that each of D steps under way has for itself."""
-
-    staging: Copied  # a step record
-    outputs: Copied  # a result record
-    inputs_ready: Any
-    step_done: Any
-    outputs_done: Any
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A step under way. When `outputs_done` fires, its result record is complete, except for the times that `publish`
-    writes."""
-
-    ticket: int
-    received_at_ns: int
-    num_seqs: int
-    outputs_done: Any
-    bucket: tuple[int, int]  # sequences and tokens that it runs as
+from workers.gpu.execution.step_masks import StepMasks
+from workers.gpu.execution.step_work import StepWork
+from workers.gpu.execution.steps import StepBuffers, Submitted
+from workers.gpu.execution.uploads import Uploads
+from workers.gpu.sampling.logprobs import WantedLogprobs
 
 
 class Executor:
@@ -96,57 +82,43 @@ class Executor:
         rings: GpuRings,
         *,
         buckets: Buckets | None = None,
+        mask_timeout_s: float = 0.1,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """`buckets`: sizes to pad batches to, and which of them to capture where the device has graphs. None = each
-        step runs at its own size, and nothing is captured."""
+        """Allocate everything that steps need.
+
+        Args:
+            buckets: sizes to pad batches to, and which of them to capture where the device has graphs. None = each
+                step runs at its own size, and nothing is captured.
+            mask_timeout_s: how long after its first half, and after the result before it, a step waits for masks.
+            monotonic_ns: reads CLOCK_MONOTONIC.
+        """
         self._device = device
-        self._runner = runner
-        self._shape = shape
         self._rings = rings
+        self._mask_timeout_ns = round(mask_timeout_s * 1e9)
+        self._monotonic_ns = monotonic_ns
         self._buckets = buckets
-        self._captured = frozenset(() if buckets is None else buckets.captured)
-        self._captured_seqs = {num_seqs for num_seqs, _ in self._captured}
         self.tables = RowTables(device, shape, num_blocks, runner.vocab_size, runner.row_states)
-
+        self._work = StepWork(device, runner, self.tables, buckets)
         steps, results = step_layout(shape), result_layout(shape)
-        step_bytes = prefix_bytes(steps, "admit_row")  # of a record without admissions
-        result_bytes = prefix_bytes(results, "logprob")  # of a result without log-probabilities
-        self._step_ring = [(r[:step_bytes], r) for r in _device_records(device, rings.step)]
-        self._result_ring = [(r[:result_bytes], r) for r in _device_records(device, rings.result)]
-        self._prompt_rings = [[r.view(torch.int32) for r in _device_records(device, ring)] for ring in rings.prompts]
-
-        def record(name: str, num_bytes: int, short: int) -> Copied:
-            whole = device.zeros(name, (num_bytes,), torch.uint8)
-            return whole[:short], whole
-
+        self._step_ring = [step_parts(steps, record) for record in device_records(device, rings.step)]
+        self._result_ring = [result_parts(results, record) for record in device_records(device, rings.result)]
         self._copy_in = device.stream("copy_in")
         self._compute = device.stream("compute")
         self._copy_out = device.stream("copy_out")
         self._step_buffers = [
             StepBuffers(
-                record(f"staging.{i}", steps.num_bytes, step_bytes),
-                record(f"outputs.{i}", results.num_bytes, result_bytes),
+                step_parts(steps, device.zeros(f"staging.{i}", (steps.num_bytes,), torch.uint8)),
+                result_parts(results, device.zeros(f"outputs.{i}", (results.num_bytes,), torch.uint8)),
                 *(device.event(f"{name}.{i}") for name in ("inputs_ready", "step_done", "outputs_done")),
             )
             for i in range(depth)
         ]
-        self._record = record("record", steps.num_bytes, step_bytes)
-        self._output = record("output", results.num_bytes, result_bytes)
-        self._step = tensor_views(StepTensors, steps, self._record[1])
-        self._result = tensor_views(ResultTensors, results, self._output[1])
-        self._builder = BatchBuilder(device, self.tables, self._step)
-        # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
-        self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
-        self._accesses = LaunchAccesses(self.tables, self._record, self._builder.buffers, self._logits, self._output)
-        self._admit = device.capture(self._builder.admit)
-        self._append = device.capture(self._builder.append)
-        self._model_work = KeptWork(
-            self._make_model_work, device.capture, lambda num_seqs, num_tokens: (num_seqs, num_tokens) in self._captured
-        )
-        self._sampler_work = KeptWork(
-            self._make_sampler_work, device.capture, lambda num_seqs, *_: num_seqs in self._captured_seqs
-        )
+        self._uploads = Uploads(device, rings.prompts, self.tables, self._copy_in)
+        self._masks = StepMasks(device, rings.masks, shape, self._copy_in, self._work.masks)
         self.under_way: deque[Submitted] = deque()  # oldest first
+        self.held_back: Submitted | None = None  # its first half is enqueued, and its second half waits for masks
+        self._published_at_ns = 0  # when the newest result was published
         device.settle()
 
     def bucket(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
@@ -159,74 +131,51 @@ class Executor:
         The record is all zero until then, which is a step without sequences: only the trash row and the trash block
         are written.
         """
-        work: list[Callable[[], None]] = [
-            self._admit,
-            self._append,
-            *(self._model_work(*bucket) for bucket in sorted(self._captured, reverse=True)),  # the largest allocates
-            *(
-                self._sampler_work(num_seqs, variant, want_logprobs)
-                for num_seqs in sorted(self._captured_seqs, reverse=True)
-                for variant in SamplerVariant
-                for want_logprobs in (False, True)
-            ),
-        ]
+        work = list(self._work.captured())
         for i, piece in enumerate(work, start=1):
-            self._device.launch(self._compute, piece, self._accesses.warm_up)
+            self._device.launch(self._compute, piece, self._work.accesses.warm_up)
             progress(i / len(work))
         self._device.settle()
 
     def submit_next(self, now_ns: int) -> Submitted | None:
-        """Take the next step record, if there is one, and enqueue all its work. Never waits.
+        """Enqueue the next step that can be: its record must be there, and so must the masks that it owes. Never waits.
 
+        Returns the step that it has enqueued as a whole. None with `held_back` set means that this step waits for
+        masks: call again after a ring of the doorbell, and at `mask_deadline_ns`.
         Raises RingError if the record, or a prompt record that it names, is not published; RingFull if its result
         record is not free. Either is the scheduler's fault, and ends this process.
         """
-        device, ring, accesses = self._device, self._rings.step, self._accesses
-        record = ring.take()
-        if record is None:
+        self._masks.release_late()
+        step = self.held_back or self._submit_first_half(now_ns)
+        if step is None or (step.owed and not self._masks_are_decided(step, now_ns)):
             return None
-        ticket = ring.next_ticket - 1
-        buffers = self._step_buffers[ticket % len(self._step_buffers)]
-        num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
-        num_admissions, want_logprobs = int(record.num_admissions[0]), bool(record.want_logprobs[0])
-        admits = num_admissions > 0
+        self.held_back = None
+        self._submit_second_half(step)
+        self.under_way.append(step)
+        return step
 
-        device.copy(self._copy_in, buffers.staging[admits], self._step_ring[ticket % ring.num_slots][admits])
-        for i in range(num_admissions):
-            self._upload_prompt(record, i)
-        device.record(buffers.inputs_ready, self._copy_in)
+    @property
+    def mask_deadline_ns(self) -> int | None:
+        """When the missing masks of the step held back count as closed, CLOCK_MONOTONIC in ns.
 
-        # The step reads its staged record, and ids that were uploaded with it or before it.
-        device.wait(self._compute, buffers.inputs_ready)
-        device.read_clock(self._compute, self._result.device_start_ns)
-        device.copy(self._compute, self._record[admits], buffers.staging[admits])
-        if admits:
-            admitted = record.admit.row[:num_admissions]
-            device.launch(self._compute, self._admit, lambda: accesses.admit(admitted))
-        if record.num_appends[0]:
-            device.launch(self._compute, self._append, accesses.append)
-        bucket = self.bucket(num_seqs, num_tokens)
-        rows = record.seq_row[:num_seqs]
-        device.launch(self._compute, self._model_work(*bucket), lambda: accesses.model(rows))
-        sampler = self._sampler_work(bucket[0], SamplerVariant(int(record.variant[0])), want_logprobs)
-        device.launch(self._compute, sampler, lambda: accesses.sampler(rows))
-        device.read_clock(self._compute, self._result.device_end_ns)
-        device.copy(self._compute, buffers.outputs[want_logprobs], self._output[want_logprobs])
-        device.record(buffers.step_done, self._compute)
+        None = no step is held back, or it waits for earlier results first: then `publish` may make it ready.
+        """
+        step = self.held_back
+        if step is None or not self._earlier_are_published(step):
+            return None
+        return self._masks_due_since_ns(step) + self._mask_timeout_ns
 
-        device.wait(self._copy_out, buffers.step_done)
-        device.copy(self._copy_out, self._result_record(ticket)[want_logprobs], buffers.outputs[want_logprobs])
-        device.record(buffers.outputs_done, self._copy_out)
-        submitted = Submitted(ticket, now_ns, num_seqs, buffers.outputs_done, bucket)
-        self.under_way.append(submitted)
-        return submitted
+    def grammar_died(self, worker: int) -> None:
+        """Close at once the masks that a dead grammar worker still owes or will owe."""
+        self._masks.died(worker)
 
     def publish(self) -> None:
-        """Publish the oldest step's result and release its record. Its `outputs_done` must just have fired.
+        """Publish the oldest step's result and release its record and its mask records. Its `outputs_done` must just
+        have fired.
 
-        Ring the scheduler's doorbell afterwards.
+        Ring the scheduler's doorbell afterwards, and if a step is `held_back`, have `submit_next` called again.
         """
-        seen_at_ns = time.monotonic_ns()
+        seen_at_ns = self._monotonic_ns()
         step, ring = self.under_way[0], self._rings.result
         assert step.ticket == ring.next_ticket, f"result {ring.next_ticket} is due, not {step.ticket}"
         record = ring.records[step.ticket % ring.num_slots]
@@ -236,24 +185,94 @@ class Executor:
         )
         record.received_at_ns[0] = step.received_at_ns
         self._rings.step.release_through(step.ticket)
+        if step.owed:
+            self._masks.finish(step.owed)
+        self._published_at_ns = seen_at_ns
         ring.publish()
         self.under_way.popleft()  # last: until then no other thread sees the next step as the oldest
 
-    def _upload_prompt(self, record: StepRecord, admission: int) -> None:
-        """Enqueue copies of an admission's ids from the prompt ring to its row, on copy-in.
+    def _submit_first_half(self, now_ns: int) -> Submitted | None:
+        """Take the next record, if there is one, and enqueue its first half. A step that owes masks is held back."""
+        device, ring, work = self._device, self._rings.step, self._work
+        record = ring.take()
+        if record is None:
+            return None
+        ticket = ring.next_ticket - 1
+        buffers = self._step_buffers[ticket % len(self._step_buffers)]
+        num_seqs, num_tokens = int(record.num_seqs[0]), int(record.num_tokens[0])
+        num_admissions = int(record.num_admissions[0])
+        num_prompt_logprobs = int(record.num_prompt_logprobs[0])
+        part, _ = needed_parts(record)
 
-        No step under way reads or writes this row: the scheduler reassigns a row only after its last owner's last step.
-        """
-        admit = record.admit
-        row, length = int(admit.row[admission]), int(admit.length[admission])
-        ring_index, ticket = int(admit.ring[admission]), int(admit.ticket[admission])
-        for start in range(0, length, PROMPT_RECORD_TOKENS):
-            ring = self._rings.prompts[ring_index]
-            ring.record(ticket)  # raises RingError if it is not published
-            end = min(start + PROMPT_RECORD_TOKENS, length)
-            source = self._prompt_rings[ring_index][ticket % ring.num_slots]
-            self._device.copy(self._copy_in, self.tables.token_ids[row, start:end], source[: end - start])
-            ticket += 1
+        device.copy(self._copy_in, buffers.staging[part], self._step_ring[ticket % ring.num_slots][part])
+        for i in range(num_admissions):
+            self._uploads.enqueue(record, i)
+        device.record(buffers.inputs_ready, self._copy_in)
+
+        # The step reads its staged record, and ids that were uploaded with it or before it.
+        device.wait(self._compute, buffers.inputs_ready)
+        device.read_clock(self._compute, work.result.device_start_ns)
+        device.copy(self._compute, work.record[part], buffers.staging[part])
+        if num_admissions:
+            admitted = record.admit.row[:num_admissions]
+            device.launch(self._compute, work.admit, lambda: work.accesses.admit(admitted))
+        if record.num_appends[0]:
+            device.launch(self._compute, work.append, work.accesses.append)
+        bucket = self.bucket(num_seqs, num_tokens)
+        rows = record.seq_row[:num_seqs]
+        if num_prompt_logprobs:
+            model = work.prompt_logprobs.model(*bucket, num_prompt_logprobs)
+            device.launch(self._compute, model, lambda: work.accesses.prompt_logprobs(rows))
+        else:
+            device.launch(self._compute, work.model(*bucket), lambda: work.accesses.model(rows))
+
+        owed = self._masks.owed_by(record)
+        begun_at_ns = self._monotonic_ns() if owed else now_ns
+        step = Submitted(ticket, record, now_ns, num_seqs, buffers.outputs_done, bucket, owed, begun_at_ns)
+        if owed:
+            self.held_back = step  # before we look for results: `publish` on another thread looks at it afterwards
+        return step
+
+    def _submit_second_half(self, step: Submitted) -> None:
+        """Enqueue the second half of a step."""
+        device, work, record = self._device, self._work, step.record
+        buffers = self._step_buffers[step.ticket % len(self._step_buffers)]
+        variant, want_logprobs = SamplerVariant(int(record.variant[0])), bool(record.want_logprobs[0])
+        _, part = needed_parts(record)
+        wanted = WantedLogprobs(want_logprobs + bool(want_logprobs and record.want_processed[0]))
+        rows = record.seq_row[: step.num_seqs]
+
+        if step.owed:
+            assert variant == SamplerVariant.ADJUSTED, f"step {step.ticket} owes masks, and {variant.name} reads none"
+            self._masks.copy(step)
+            device.wait(self._compute, self._masks.ready)  # the adjustment reads the masks
+        if variant == SamplerVariant.ADJUSTED:
+            device.launch(self._compute, work.adjust(step.bucket[0]), lambda: work.accesses.adjust(rows))
+        sampler = work.sampler(step.bucket[0], variant, wanted)
+        device.launch(self._compute, sampler, lambda: work.accesses.sampler(rows))
+        device.read_clock(self._compute, work.result.device_end_ns)
+        device.copy(self._compute, buffers.outputs[part], work.output[part])
+        device.record(buffers.step_done, self._compute)
+
+        device.wait(self._copy_out, buffers.step_done)
+        device.copy(self._copy_out, self._result_record(step.ticket)[part], buffers.outputs[part])
+        device.record(buffers.outputs_done, self._copy_out)
+        if step.owed:
+            step.mask_wait_ns = self._monotonic_ns() - self._masks_due_since_ns(step)
+
+    def _masks_are_decided(self, step: Submitted, now_ns: int) -> bool:
+        """Whether nothing reads the buffer of masks any more, and each owed mask is there or counts as closed."""
+        if not self._earlier_are_published(step):
+            return False
+        is_late = now_ns >= self._masks_due_since_ns(step) + self._mask_timeout_ns
+        return is_late or self._masks.are_decided(step.owed)
+
+    def _earlier_are_published(self, step: Submitted) -> bool:
+        return step.ticket == 1 or self._rings.result.is_published(step.ticket - 1)
+
+    def _masks_due_since_ns(self, step: Submitted) -> int:
+        """When the wait for the step's masks began. All earlier results must have been published."""
+        return max(step.begun_at_ns, self._published_at_ns)
 
     def _result_record(self, ticket: int) -> Copied:
         """The result record for a step's outputs; the step's ticket claims it, ahead of publishing."""
@@ -261,33 +280,3 @@ class Executor:
         if ticket - ring.read_cursor >= ring.num_slots:
             raise RingFull(f"ring {ring.name}: step {ticket} came before result {ring.read_cursor} was read")
         return self._result_ring[ticket % ring.num_slots]
-
-    def _make_model_work(self, num_seqs: int, num_tokens: int) -> Callable[[], None]:
-        """A bucket's first half: the step's record becomes a batch, and the batch logits."""
-        batch = self._builder.batch(num_seqs, num_tokens)
-        fill = self._builder.filler(batch)
-
-        def model() -> None:
-            fill()
-            self._runner.logits(batch, out=self._logits[:num_seqs])
-
-        return model
-
-    def _make_sampler_work(self, num_seqs: int, variant: SamplerVariant, want_logprobs: bool) -> Callable[[], None]:
-        """The second half, for every bucket of `num_seqs` sequences.
-
-        It reads only those parts of the batch that have an entry for each sequence.
-        """
-        batch = self._builder.batch(num_seqs, 1)
-        flags = self._step.seq_sample[:num_seqs]
-
-        def sampler() -> None:
-            sample(variant, want_logprobs, self._logits[:num_seqs], batch, flags, self.tables, self._result)
-
-        return sampler
-
-
-def _device_records(device: Device[Any, Any], ring: Ring[Any]) -> list[torch.Tensor]:
-    """Each ring slot's record as [layout.num_bytes] uint8, for the device's copies. Page-locks the ring."""
-    segment = device.register_host(ring.name, ring.buffer)
-    return [segment[offset : offset + ring.layout.num_bytes] for offset in ring.record_offsets]

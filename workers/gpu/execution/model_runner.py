@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -28,5 +28,15 @@ class ModelRunner(Protocol):
 
         If `out`, of that shape and dtype, is given, the logits are written there, and it is returned. Enqueues work and
         looks at no value on the host, so that it can be captured in a graph.
+        """
+        ...
+
+    def prompt_logits(
+        self, batch: StepBatch, index: torch.Tensor, max_rows: int, *, out: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Do what `logits` does; then yield logits at further tokens of the batch, `index` [N] int64, in this order.
+
+        Each piece is [at most max_rows, vocab_size]; the caller uses it before it asks for the next. Never captured in
+        a graph.
         """
         ...

@@ -5,7 +5,7 @@ Everything around it is real: rings, copies, batch builder, sampler, events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -32,7 +32,21 @@ class NullModel:
     def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """[S, 64] float32, in `out` if that is given: 1 for the made-up token, 0 for all others."""
         self._spend()
-        last = batch.input_ids.index_select(0, batch.logits_index)
-        tokens = ((last + batch.seq_lens) * _MULTIPLIER >> 16) & (_VOCAB_SIZE - 1)
+        tokens = _next_tokens(batch.input_ids.index_select(0, batch.logits_index), batch.seq_lens)
         logits = self._likeliest.new_empty(batch.num_seqs, _VOCAB_SIZE) if out is None else out
         return logits.zero_().scatter_(1, tokens[:, None], self._likeliest[: batch.num_seqs])
+
+    def prompt_logits(
+        self, batch: StepBatch, index: torch.Tensor, max_rows: int, *, out: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """See ModelRunner."""
+        self.logits(batch, out=out)
+        for part in torch.split(index, max_rows):
+            lengths = batch.positions.index_select(0, part) + 1
+            tokens = _next_tokens(batch.input_ids.index_select(0, part), lengths)
+            yield torch.zeros(len(part), _VOCAB_SIZE, device=index.device).scatter_(1, tokens[:, None], 1.0)
+
+
+def _next_tokens(last: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The made-up tokens that follow sequences with these last tokens and lengths."""
+    return ((last + lengths) * _MULTIPLIER >> 16) & (_VOCAB_SIZE - 1)

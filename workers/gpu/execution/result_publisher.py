@@ -1,7 +1,8 @@
 """Publishes results as their events fire, in step order, and rings the scheduler's doorbell.
 
 Owns the thread that waits for the device, so that the launching thread never waits. If a step is complete as soon as it
-is submitted (on the CPU), the submitting thread publishes it.
+is submitted (on the CPU), the submitting thread publishes it. A step that is held back for its masks also waits for the
+result before it: so the thread wakes the launching thread after it has published.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 from ipc.trace import Span
 from ipc.tracer import NO_TRACE, Tracer
 from workers.gpu.device.base import Device
-from workers.gpu.execution.executor import Executor, Submitted
+from workers.gpu.execution.executor import Executor
+from workers.gpu.execution.steps import Submitted
 
 logger = logging.getLogger(__name__)
 
 
 class ResultPublisher:
-    """Takes steps in the order of their submission. Calls `failed` when its thread has died: see `check`.
+    """Takes steps in the order of their submission.
 
-    `trace` belongs to the submitting thread, `thread_trace` to the waiting thread.
+    `wake` wakes the submitting thread, which then calls `check` and `Executor.submit_next`: after a result that a step
+    held back waits for, and when the waiting thread has died. `trace` belongs to the submitting thread, `thread_trace`
+    to the waiting thread.
     """
 
     def __init__(
@@ -31,14 +35,14 @@ class ResultPublisher:
         device: Device[Any, Any],
         executor: Executor,
         ring_scheduler: Callable[[], None],
-        failed: Callable[[], None],
+        wake: Callable[[], None],
         trace: Tracer = NO_TRACE,
         thread_trace: Tracer = NO_TRACE,
     ) -> None:
         self._device = device
         self._executor = executor
         self._ring_scheduler = ring_scheduler
-        self._failed = failed
+        self._wake = wake
         self._trace = trace
         self._thread_trace = thread_trace
         self._failure: Exception | None = None
@@ -47,7 +51,8 @@ class ResultPublisher:
 
     def submitted(self, step: Submitted) -> None:
         """Publish this step when its results are complete. Call it once for each step, right after its submission."""
-        # If it is the oldest, the thread has published all steps before it and no longer uses the executor.
+        # If it is the oldest, the thread has published all steps before it and no longer publishes. A step with masks
+        # may be submitted while the thread is about to drop the step before it: then the thread gets this one, too.
         if self._executor.under_way[0] is step and self._device.query(step.outputs_done):
             self._publish(step, self._trace)
         else:
@@ -63,6 +68,9 @@ class ResultPublisher:
             span.set(step.ticket)
             self._executor.publish()
             self._ring_scheduler()
+        # `submit_next` sets `held_back` before it looks for the result: either it sees the result or we see the step.
+        if self._executor.held_back is not None:
+            self._wake()
 
     def _run(self) -> None:
         try:
@@ -74,4 +82,4 @@ class ResultPublisher:
         except Exception as error:
             logger.exception("waiting for a step's results failed")
             self._failure = error
-            self._failed()
+            self._wake()

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import torch
 
-from ipc.record_layout import DeclaredField, Layout, declared_fields, field_names, int32, set_fields
+from ipc.long_values import LongColumns
+from ipc.record_layout import DeclaredField, Layout, declared_fields, field_names, int32, make_record, set_fields
 from ipc.records import AdmittedColumns, Fill, StepShape
 from workers.gpu.device.base import Device
 from workers.gpu.execution.row_state import AdmitRows, Rebuild, RowState, reset_to
@@ -31,10 +32,14 @@ class RowBounds:
     max_blocks_per_seq: int
     vocab_size: int
     trash_block: int
+    mask_words: int
 
     @classmethod
     def of(cls, shape: StepShape, num_blocks: int, vocab_size: int) -> RowBounds:
-        return cls(shape.max_num_seqs + 1, shape.max_model_len, shape.max_blocks_per_seq, vocab_size, num_blocks)
+        return cls(
+            shape.max_num_seqs + 1, shape.max_model_len, shape.max_blocks_per_seq, vocab_size, num_blocks,
+            shape.mask_words,
+        )  # fmt: skip
 
 
 class RowTables(AdmittedColumns[torch.Tensor]):
@@ -45,7 +50,7 @@ class RowTables(AdmittedColumns[torch.Tensor]):
 
     Each annotated field is a column [rows, ...] in `columns`, one allocation. An admission copies the fields of
     AdmittedColumns from the step record; it resets the other columns to their Fill or applies their Rebuild.
-    `token_ids` is apart from the columns: the copy stream writes it as well.
+    `token_ids` and `long_values` are apart from the columns: the copy stream writes them.
     """
 
     block_table: Annotated[torch.Tensor, int32("max_blocks_per_seq"), Fill("trash_block")]
@@ -65,6 +70,11 @@ class RowTables(AdmittedColumns[torch.Tensor]):
         self.trash_row = shape.max_num_seqs
         self.trash_block = num_blocks
         self.token_ids = device.zeros("token_ids", (rows, shape.max_model_len), torch.int32)
+        # [rows, ...] each. A row holds values of its own in the columns that its `long_columns` names, else others'.
+        self.long_memory = device.zeros("long_values", (_long_layout(bounds).num_bytes,), torch.uint8)
+        self.long_values = make_record(
+            _long_layout(bounds), LongColumns[torch.Tensor], lambda field: tensor_view(field, self.long_memory)
+        )
         layout = _layout(type(self), bounds)
         self.columns = device.zeros("row_tables", (layout.num_bytes,), torch.uint8)
         set_fields(self, layout, lambda field: tensor_view(field, self.columns))
@@ -116,9 +126,13 @@ def table_bytes(shape: StepShape, vocab_size: int, model_states: Sequence[RowSta
     bounds = RowBounds.of(shape, 0, vocab_size)
     token_ids = bounds.rows * shape.max_model_len * torch.int32.itemsize
     states = sum(state.num_bytes(bounds.rows) for state in model_states)
-    return token_ids + _layout(RowTables, bounds).num_bytes + states
+    return token_ids + _layout(RowTables, bounds).num_bytes + _long_layout(bounds).num_bytes + states
 
 
 def _layout(kind: type[RowTables], bounds: RowBounds) -> Layout[RowTables]:
     """One entry of each column for every row."""
     return Layout.of(kind, "row_tables", bounds, each="rows")
+
+
+def _long_layout(bounds: RowBounds) -> Layout[LongColumns[torch.Tensor]]:
+    return Layout.of(LongColumns[torch.Tensor], "long_tables", bounds, each="rows")

@@ -28,8 +28,3 @@ def tensor_views(kind: type[T], layout: Layout[Any], memory: torch.Tensor) -> T:
 def tensor_view(field: Field, memory: torch.Tensor) -> torch.Tensor:
     """The field's part of `memory`, in its dtype and shape."""
     return memory[field.offset : field.offset + field.num_bytes].view(_DTYPES[field.dtype.str]).view(field.shape)
-
-
-def prefix_bytes(layout: Layout[Any], field: str) -> int:
-    """Bytes in front of a field."""
-    return layout.fields[field].offset

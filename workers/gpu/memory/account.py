@@ -18,13 +18,16 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+from workers.gpu.execution.prompt_logprobs import max_logits_rows
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.row_tables import table_bytes
+from workers.gpu.execution.step_masks import mask_bytes
 from workers.gpu.memory.kv_cache import free_memory_bytes
+from workers.gpu.sampling.logprobs import PROCESSED_BYTES, PROCESSED_ROWS
 
 GIB: Final = 1 << 30
 _GRAPH_BYTES_PER_LAYER: Final = 256 << 10  # the driver's memory for the launches of a decoder layer; a generous guess
-_LOGIT_BYTES: Final = 4
+_LOGIT_BYTES: Final = 8  # of the model's logits, at most four, and of the adjusted ones
 SAMPLER_BYTES: Final = 10  # per logit: two float32 for log-probabilities, and a little for the search of the largest
 
 
@@ -50,8 +53,11 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def sampler_bytes(shape: StepShape, vocab_size: int) -> int:
-    """Bytes of the most demanding sampler's temporary tensors."""
-    return SAMPLER_BYTES * shape.max_num_seqs * vocab_size
+    """Bytes of the temporary tensors of the most demanding sampler, or of prompts' log-probabilities if these take
+    more."""
+    num_processed = min(PROCESSED_ROWS, shape.max_num_seqs)
+    sampler = SAMPLER_BYTES * shape.max_num_seqs + PROCESSED_BYTES * num_processed
+    return max(sampler, SAMPLER_BYTES * max_logits_rows(shape)) * vocab_size
 
 
 def reserved_bytes(
@@ -80,7 +86,8 @@ def reserved_bytes(
         num_tokens = shape.max_num_batched_tokens
         pool = sampler + (step_bytes - sampler) * min(MAX_CAPTURED_TOKENS, num_tokens) // num_tokens
         graphs = pool + len(Buckets(shape).captured) * num_layers * _GRAPH_BYTES_PER_LAYER
-    return step_bytes + table_bytes(shape, vocab_size, row_states) + logits + graphs
+    tables = table_bytes(shape, vocab_size, row_states) + mask_bytes(shape)
+    return step_bytes + tables + logits + graphs
 
 
 def bytes_taken(device: torch.device, work: Callable[[], None]) -> int:

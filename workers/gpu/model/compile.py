@@ -72,15 +72,17 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(with_attention, key=len, default=()))
 
 
+def owner_of(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+    """Return the module that owns the list of decoder layers."""
+    return next(module for module in model.modules() if any(layers[0] in part.children() for part in module.children()))
+
+
 def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the modules beside the list of layers, except embeddings and torch's own modules, which are one operator
     each."""
-    owner = next(
-        module for module in model.modules() if any(layers[0] in part.children() for part in module.children())
-    )
     return [
         child
-        for child in owner.children()
+        for child in owner_of(model, layers).children()
         if not type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.Embedding | Head)
     ]
 

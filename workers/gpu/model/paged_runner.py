@@ -12,6 +12,7 @@ from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.attention.interface import PagedAttention, handling_attention
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.memory.kv_cache import KVCache
+from workers.gpu.model.decoder_output import DecoderOutput
 from workers.gpu.model.head import replace_head
 from workers.gpu.model.probed_model import ProbedModel
 
@@ -26,6 +27,7 @@ class PagedModelRunner:
         self.row_states = facts.row_states
         self._model = model
         self._head = replace_head(model)
+        self._decoder_output = DecoderOutput.of(model)
         self._cache = cache
         self._backend = backend
 
@@ -39,18 +41,48 @@ class PagedModelRunner:
         """
         attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
         with handling_attention(attention), self._head_writes_to(out):
-            output = self._model(
-                input_ids=batch.input_ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=batch.logits_index,
-            )
-        logits: torch.Tensor = output.logits[0]
+            logits = self._forward(batch, batch.logits_index)
         if out is None:
             return logits
         if logits.data_ptr() != out.data_ptr():  # the model processes its head's output further
             out.copy_(logits)
         return out
+
+    @torch.inference_mode()
+    def prompt_logits(
+        self, batch: StepBatch, index: torch.Tensor, max_rows: int, *, out: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Do what `logits` does; then yield the logits at the tokens `index` [N] int64 of the batch, at most `max_rows`
+        rows at a time.
+
+        The rows are the model's own, with all that its forward does to its head's output.
+        """
+        kept = self._decoder_output
+        if kept is None:
+            attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
+            with handling_attention(attention):
+                logits = self._forward(batch, torch.cat((batch.logits_index, index)))
+            if out is not None:
+                out.copy_(logits[: batch.num_seqs])
+            yield from torch.split(logits[batch.num_seqs :], max_rows)
+            return
+        with kept.kept() as outputs:
+            self.logits(batch, out=out)
+        for part in torch.split(index, max_rows):
+            with kept.replayed(outputs):
+                logits = self._forward(batch, part)
+            yield logits
+
+    def _forward(self, batch: StepBatch, index: torch.Tensor) -> torch.Tensor:
+        """The model's logits at these tokens of the batch, [len(index), vocab_size]."""
+        output = self._model(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=index,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     @contextmanager
     def _head_writes_to(self, out: torch.Tensor | None) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ipc.records import StepShape
 from workers.gpu.attention.backend import AttentionBackend
+from workers.gpu.execution.prompt_logprobs import max_logits_rows
 from workers.gpu.execution.step_batch import BatchBuffers
 from workers.gpu.memory.account import sampler_bytes
 from workers.gpu.memory.kv_cache import KVCache
@@ -25,7 +26,10 @@ def largest_step(
     model: nn.Module, facts: ProbedModel, shape: StepShape, device: torch.device, backend: AttentionBackend
 ) -> Callable[[], torch.Tensor]:
     """Return a function that runs the model on the largest step of `shape`, with a cache of one block, and returns
-    logits."""
+    logits.
+
+    The step also computes log-probabilities of prompts, whose logits may be more than those of its sequences.
+    """
     num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
 
     batches = BatchBuffers(
@@ -37,7 +41,13 @@ def largest_step(
     batch = batches.batch(num_seqs, num_tokens)
     cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # only the trash block
     runner = PagedModelRunner(model, cache, backend, facts)
-    return lambda: runner.logits(batch)
+    num_rows = max_logits_rows(shape)
+
+    def run() -> torch.Tensor:
+        (logits,) = runner.prompt_logits(batch, batch.positions[:num_rows], num_rows)
+        return logits
+
+    return run
 
 
 def measure_step_bytes(step: Callable[[], torch.Tensor], device: torch.device, shape: StepShape) -> int:

@@ -33,6 +33,7 @@ _INF = tl.constexpr(float("inf"))
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _STOP = tl.constexpr(int(FinishCode.STOP))
 _LENGTH = tl.constexpr(int(FinishCode.LENGTH))
+_EXCLUDED = tl.constexpr(int(FinishCode.EXCLUDED))
 _NOT_FINITE = tl.constexpr(int(FinishCode.NOT_FINITE))
 
 
@@ -58,7 +59,7 @@ def sample(
     def by_part(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(num_seqs, num_parts, dtype=dtype, device=logits.device)
 
-    drawn, filtered = variant != SamplerVariant.GREEDY, variant == SamplerVariant.FILTERED
+    drawn, filtered = variant != SamplerVariant.GREEDY, variant >= SamplerVariant.FILTERED
     maxima, likeliest = by_part(torch.float32), by_part(torch.int32)
     _maxima_of_parts[grid](maxima, likeliest, logits, logits.stride(0), vocab_size, num_parts, **parts_shape)
     scores, winners, masses = maxima, likeliest, maxima  # placeholders, which are not read without a race
@@ -98,6 +99,7 @@ def sample(
         NUM_END_IDS=MAX_END_IDS,
         MAX_END_IDS=triton.next_power_of_2(MAX_END_IDS),
         DRAWN=drawn,
+        ADJUSTED=variant == SamplerVariant.ADJUSTED,
         FILTERED=filtered,
         LOW_BITS=_LOW_BITS[logits.dtype],
         MAX_PARTS=triton.next_power_of_2(num_parts),
@@ -209,6 +211,7 @@ def _finish_rows(
     NUM_END_IDS: tl.constexpr,
     MAX_END_IDS: tl.constexpr,
     DRAWN: tl.constexpr,
+    ADJUSTED: tl.constexpr,
     FILTERED: tl.constexpr,
     LOW_BITS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
@@ -265,5 +268,7 @@ def _finish_rows(
     is_full = position + 1 >= tl.load(max_lens + table_row)
     finish = tl.where(is_end, _STOP, tl.where(is_full, _LENGTH, 0))
     finish = tl.where(is_finite, finish, _NOT_FINITE)
+    if ADJUSTED:  # the stage keeps NaN, which counts as +inf here, and +inf
+        finish = tl.where(maximum == -_INF, _EXCLUDED, finish)
     tl.store(output_finish + row, tl.where(is_sampled, finish, 0))
     tl.store(output_token_ids + row, tl.where(is_sampled & is_finite, token, _NO_TOKEN))

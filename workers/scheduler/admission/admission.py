@@ -2,7 +2,9 @@
 
     add      Tokenized -> withdrawn?  -> dropped
                        -> refused?    -> opened and ended with an error
-                       -> otherwise   -> prompt's records leased -> n sequences -> waiting queue
+                       -> otherwise   -> prompt's records leased -> n sequences -> waiting queue,
+                                                                   or parked until their grammar is compiled
+    compiled the sequences of a parked request -> waiting queue
     next     the sequence to admit or resume next, in the order of the policy
     admit    waiting sequence   -> records to copy its prompt from -> row
     resume   preempted sequence -> out of the queue; it has kept its row
@@ -15,11 +17,12 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, Tokenized
+from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, TextOptions, Tokenized
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.admission.request_checks import RequestChecks
 from workers.scheduler.admission.waiting_queue import WaitingQueue
 from workers.scheduler.array_types import Int32Array
+from workers.scheduler.grammar_workers import GrammarWorkers
 from workers.scheduler.open_sequences import OpenSequences
 from workers.scheduler.output_buffer import OutputBuffer
 from workers.scheduler.prompt_lease import PromptLease
@@ -31,6 +34,7 @@ class Arrival(Enum):
     """What became of a tokenized request when it arrived."""
 
     QUEUED = auto()  # its sequences wait for rows
+    PARKED = auto()  # its sequences wait for their grammar
     REFUSED = auto()  # it cannot be served: the detokenizer hears that it opened and that it ended with an error
     WITHDRAWN = auto()  # the gateway withdrew it earlier and has answered it: it is dropped, and no process hears of it
 
@@ -45,6 +49,7 @@ class Admission:
         prompts: PromptRings,
         table: SequenceTable,
         open_sequences: OpenSequences,
+        grammar_workers: GrammarWorkers,
         eos_token_ids: list[int],
         outputs: OutputBuffer,
         counts: dict[str, int],
@@ -54,6 +59,7 @@ class Admission:
         self._prompts = prompts
         self._table = table
         self._open = open_sequences
+        self._grammar_workers = grammar_workers
         self._eos_token_ids = eos_token_ids
         self._outputs = outputs
         self._counts = counts
@@ -80,10 +86,19 @@ class Admission:
             return Arrival.REFUSED
         ids, lease = self._prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
         self._outputs.opened.append(_opened(message, message.params.n, ids))
-        for sequence in sequences_of(message, self._checks.max_len(message), ids, lease, self._eos_token_ids):
+        sequences = list(sequences_of(message, self._checks.max_len(message), ids, lease, self._eos_token_ids))
+        has_grammar = message.params.structured_outputs is not None
+        if has_grammar:
+            self._grammar_workers.park(sequences)
+        for sequence in sequences:
             self._open.add(sequence, message)
-            self.queue.add(sequence)
-        return Arrival.QUEUED
+            (self.queue.park if has_grammar else self.queue.add)(sequence)
+        return Arrival.PARKED if has_grammar else Arrival.QUEUED
+
+    def unpark(self, sequences: list[Sequence]) -> None:
+        """The grammar of these parked sequences is compiled: they wait for rows from now on."""
+        for sequence in sequences:
+            self.queue.unpark(sequence)
 
     def withdraw(self, keys: list[int]) -> list[int]:
         """Drop those of these requests on arrival that are not open now. Returns their keys."""
@@ -102,14 +117,15 @@ class Admission:
         """
         return self.queue.next(self._table.num_free)
 
-    def admit(self, sequence: Sequence, num_cached: int) -> PromptLease | None:
+    def admit(self, sequence: Sequence, num_cached: int) -> tuple[PromptLease, PromptLease | None] | None:
         """Give the next waiting sequence a row. `num_cached` of its tokens are in the prefix cache.
 
-        Returns the lease on the records from which this step copies its prompt; release it when the step has been
-        applied. Returns None, and changes nothing, if the upload ring has no room before another step is applied.
+        Returns the leases on the records from which this step copies its prompt and its long values; release them when
+        the step has been applied. Returns None, and changes nothing, if the upload ring has no room before another step
+        is applied.
         """
-        lease = self._prompts.lease_for_step(sequence.lease, sequence.token_ids)
-        if lease is None:
+        leases = self._prompts.leases_for_step(sequence.lease, sequence.token_ids, sequence.long_values)
+        if leases is None:
             return None
         sequence.row = self._table.take_row(sequence)
         self.queue.leave_for_row(sequence)
@@ -118,7 +134,7 @@ class Admission:
         if num_cached:
             self._counts["num_cached_tokens"] += num_cached
             self._outputs.cached.append((sequence.key, num_cached))
-        return lease
+        return leases
 
     def resume(self, sequence: Sequence) -> None:
         """The next preempted sequence runs again, in the row that it has kept."""
@@ -130,8 +146,10 @@ class Admission:
         self._counts["num_preemptions"] += 1
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence has ended, whether it was waiting, running or preempted."""
+        """A sequence has ended, whether it was parked, waiting, running or preempted."""
         self.queue.end(sequence)
+        if sequence.has_grammar:
+            self._grammar_workers.release(sequence)
         if not sequence.has_row:
             self._prompts.release(sequence.lease)
 
@@ -150,12 +168,14 @@ class Admission:
 
 def _opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None = None) -> Opened:
     """The detokenizer's first message about a request. `token_ids` is the prompt; None: the request is refused."""
+    params = message.params
     return Opened(
         key=message.key,
         route=message.route,
-        stop=message.params.stop,
         num_prompt_tokens=message.num_prompt_tokens,
-        num_logprobs=message.params.logprobs,
+        text=TextOptions.of(params),
+        num_logprobs=params.num_logprobs,
+        logprob_token_ids=params.logprob_token_ids or [],
         num_samples=num_samples,
         prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
     )

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
 from ipc.errors import RingError
-from ipc.records import PromptRecord
+from ipc.records import UPLOAD_RING, PromptRecord
 from ipc.ring import Ring
 from workers.scheduler.array_types import Int32Array
 from workers.scheduler.prompt_lease import PromptLease
-
-UPLOAD_RING: Final = 0
 
 
 class PromptRings:
@@ -36,10 +33,9 @@ class PromptRings:
         self._ends = [ring.read_cursor for ring in rings]  # by ring: the first ticket that no lease has named
         self._freed: set[int] = set()  # rings whose cursor has moved since `take_freed_rings`
 
-    @property
-    def max_upload_tokens(self) -> int:
-        """The longest prompt that the upload ring can carry."""
-        return self._rings[UPLOAD_RING].num_slots * self._record_tokens
+    def can_upload(self, num_tokens: int, num_long_words: int) -> bool:
+        """Whether the upload ring can carry such a prompt and long values at once."""
+        return self._num_records(num_tokens) + self._num_records(num_long_words) <= self._rings[UPLOAD_RING].num_slots
 
     @property
     def num_upload_records(self) -> int:
@@ -63,19 +59,26 @@ class PromptRings:
         """Release the records of a prompt without reading them."""
         self.release(self._lease(ring, ticket, num_tokens))
 
-    def lease_for_step(self, lease: PromptLease, ids: Int32Array) -> PromptLease | None:
-        """A lease on records from which a step can copy the prompt now: `lease`, or a new one on the upload ring.
+    def leases_for_step(
+        self, lease: PromptLease, ids: Int32Array, long_values: Int32Array
+    ) -> tuple[PromptLease, PromptLease | None] | None:
+        """Leases on records from which a step can copy a prompt and its long values now.
 
-        The caller releases it when that step has been applied. None: the upload ring has no room until another step has
+        The prompt's is `lease`, or a new one on the upload ring; that of the long values is None if there are none. The
+        caller releases both when that step has been applied. None: the upload ring has no room until another step has
         been applied.
         """
+        num_records = self._num_records(len(ids)) * lease.is_released + self._num_records(len(long_values))
+        if self._rings[UPLOAD_RING].num_free() < num_records:
+            return None
+        long_lease = self._upload(long_values) if len(long_values) else None
         if lease.is_released:
-            return self._upload(ids)
+            return self._upload(ids), long_lease
         lease.is_waiting = False
         waiting = self._waiting[lease.ring]
         while waiting and not waiting[0].is_waiting:
             waiting.popleft()
-        return lease
+        return lease, long_lease
 
     def release(self, lease: PromptLease) -> None:
         """No process and no device copy reads these records any more. Releasing a lease again changes nothing."""
@@ -114,18 +117,19 @@ class PromptRings:
     def _lease(self, ring: int, ticket: int, num_tokens: int) -> PromptLease:
         if not UPLOAD_RING < ring < len(self._rings):
             raise RingError(f"prompt ring {ring} does not exist: the tokenizers' rings are 1 to {len(self._rings) - 1}")
-        lease = PromptLease(ring, ticket, -(-num_tokens // self._record_tokens), is_waiting=True)
+        lease = PromptLease(ring, ticket, self._num_records(num_tokens), is_waiting=True)
         self._ends[ring] = max(self._ends[ring], ticket + lease.num_records)
         return lease
 
-    def _upload(self, ids: Int32Array) -> PromptLease | None:
+    def _num_records(self, num_words: int) -> int:
+        return -(-num_words // self._record_tokens)
+
+    def _upload(self, words: Int32Array) -> PromptLease:
+        """Write words to the upload ring, which has room for them."""
         ring = self._rings[UPLOAD_RING]
-        num_records = -(-len(ids) // self._record_tokens)
-        if ring.num_free() < num_records:
-            return None
-        lease = PromptLease(UPLOAD_RING, ring.next_ticket, num_records, is_waiting=False)
-        for start in range(0, len(ids), self._record_tokens):
-            part = ids[start : start + self._record_tokens]
+        lease = PromptLease(UPLOAD_RING, ring.next_ticket, self._num_records(len(words)), is_waiting=False)
+        for start in range(0, len(words), self._record_tokens):
+            part = words[start : start + self._record_tokens]
             ring.claim().token_ids[: len(part)] = part
             ring.publish()
         return lease

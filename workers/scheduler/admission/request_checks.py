@@ -20,6 +20,7 @@ class RequestChecks:
     num_blocks: int
     max_num_waiting: int
     max_num_seqs: int
+    num_grammar_workers: int
 
     @property
     def num_cache_tokens(self) -> int:
@@ -48,11 +49,22 @@ class RequestChecks:
                 f"scheduler.max_model_len ({self.max_model_len})",
             )
         if max_len > self.num_cache_tokens or max_len <= num_prompt:
+            max_tokens = message.params.max_tokens
+            asked, cure = (
+                ("with one more", "shorten the prompt")
+                if max_tokens is None
+                else (f"with max_tokens ({max_tokens})", "lower max_tokens")
+            )
             return error(
                 InvalidRequest.code,
-                f"the prompt has {num_prompt} tokens; with max_tokens ({message.params.max_tokens}) it does not fit "
-                f"into the KV cache of {self.num_cache_tokens} tokens: lower max_tokens or raise cache.num_blocks "
-                f"({self.num_blocks})",
+                f"the prompt has {num_prompt} tokens; {asked} it does not fit into the KV cache of "
+                f"{self.num_cache_tokens} tokens: {cure} or raise cache.num_blocks ({self.num_blocks})",
+            )
+        if message.params.structured_outputs is not None and not self.num_grammar_workers:
+            return error(
+                InvalidRequest.code,
+                "structured_outputs needs a grammar process, and grammar.num_workers (0) starts none: set it to 1 or "
+                "more",
             )
         if message.params.n > self.max_num_waiting + self.max_num_seqs:
             return error(

@@ -1,5 +1,7 @@
 """The sequences that do not run: waiting ones, which have no row yet, and preempted ones, which have kept theirs.
 
+A sequence whose grammar is not compiled yet is parked: it takes a place among the waiting ones, and cannot be next.
+
 Owns the bounds of the queue, the hint when to try again, and which sequence of both kinds is next. The policy orders
 the waiting sequences (`workers/queueing/policies.py`). Preempted sequences are resumed in order of their rank, and
 before any waiting sequence unless that has a lower rank.
@@ -27,15 +29,18 @@ class WaitingQueue:
         self._max_num_waiting_tokens = config.max_num_waiting_tokens
         self._policy = policy
         self._preempted: RankedRequests[Sequence] = RankedRequests()
+        self._parked: set[int] = set()  # keys
         self._clock = clock
         self._admission_rate = DrainRate()
 
-    def __len__(self) -> int:
-        return self.num_waiting + self.num_preempted
+    def __bool__(self) -> bool:
+        """Whether some sequence could run."""
+        return bool(len(self._policy) or self._preempted)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._policy)
+        """With the parked ones."""
+        return len(self._policy) + len(self._parked)
 
     @property
     def num_preempted(self) -> int:
@@ -70,9 +75,20 @@ class WaitingQueue:
             retry_after_s=retry_s,
         )
 
+    def park(self, sequence: Sequence) -> None:
+        """A sequence begins to wait, and cannot be next before `unpark`."""
+        self._parked.add(sequence.key)
+        self.num_waiting_tokens += sequence.num_prompt
+
+    def unpark(self, sequence: Sequence) -> None:
+        """A parked sequence waits for a row from now on, at the place that the policy gives it by its arrival."""
+        self._parked.remove(sequence.key)
+        self.num_waiting_tokens -= sequence.num_prompt
+        self.add(sequence)
+
     def add(self, sequence: Sequence) -> None:
         """A sequence begins to wait for a row."""
-        if not self.num_waiting:
+        if not len(self._policy):
             self._admission_rate.begin(self._clock())
         self._policy.add(sequence)
         self.num_waiting_tokens += sequence.num_prompt
@@ -107,8 +123,11 @@ class WaitingQueue:
         self._policy.sampled(rows)
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence has ended, whether it was waiting, running or preempted."""
+        """A sequence has ended, whether it was parked, waiting, running or preempted."""
         if not sequence.has_row:
             self.num_waiting_tokens -= sequence.num_prompt
+        if sequence.key in self._parked:
+            self._parked.remove(sequence.key)
+            return
         self._preempted.remove(sequence)
         self._policy.end(sequence)

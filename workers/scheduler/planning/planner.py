@@ -3,7 +3,8 @@
 Owns which rows run. A step's tokens go, in this order, to
 
 1. decodes: one token for each running sequence whose known tokens are all computed but the last;
-2. running prompts, oldest first, cut into chunks;
+2. running prompts, oldest first, cut into chunks; those with log-probabilities get a limited share
+   (`prompt_logprobs.py`);
 3. preempted sequences, which are resumed, and waiting ones, which are admitted (`Admission.next`).
 
 Three rules about blocks exclude deadlocks:
@@ -30,6 +31,8 @@ from workers.scheduler.admission.admission import Admission
 from workers.scheduler.array_types import Int32Array, IntArray
 from workers.scheduler.kv_cache.kv_cache import KVCache
 from workers.scheduler.planning.chunk_limit import ChunkLimit
+from workers.scheduler.planning.mask_requests import MaskRequests
+from workers.scheduler.planning.prompt_logprobs import PromptChunk, PromptPositions
 from workers.scheduler.planning.running_rows import NO_ROWS, RunningRows
 from workers.scheduler.planning.step import Batch, PlannedStep, StepWriter
 from workers.scheduler.planning.token_budget import share_tokens
@@ -46,6 +49,7 @@ class Planner:
         table: SequenceTable,
         kv_cache: KVCache,
         admission: Admission,
+        mask_requests: MaskRequests,
         chunk_limit: ChunkLimit,
         counts: dict[str, int],
         clock: Callable[[], int],
@@ -57,7 +61,9 @@ class Planner:
         self._tables = kv_cache.tables
         self._prefixes = kv_cache.prefixes
         self._admission = admission
+        self._mask_requests = mask_requests
         self._chunk_limit = chunk_limit
+        self._prompt_positions = PromptPositions(shape, table)
         self._counts = counts
         self._clock = clock
         self._next_ticket = 1
@@ -67,7 +73,7 @@ class Planner:
         """Fill a step record for the caller to publish. None: nothing can run, and the record is unchanged."""
         writer = StepWriter(record, self._shape)
         rows, counts, budget = self._schedule_running(writer)
-        new_rows, new_counts = self._schedule_admissions(writer, budget)
+        new_rows, new_counts = self._schedule_admissions(writer, budget, self._num_prompt_positions_left(rows, counts))
         if new_rows.size:
             rows, counts = np.concatenate((rows, new_rows)), np.concatenate((counts, new_counts))
         return self._finish_step(writer, rows, counts) if rows.size else None
@@ -88,7 +94,8 @@ class Planner:
         while True:
             rows = self.running.rows()
             remaining = table.num_planned_tokens[rows] - table.num_computed_tokens[rows]
-            rows, counts, left = share_tokens(rows, remaining, budget, self._chunk_limit.max_tokens(budget))
+            most = self._prompt_positions.most_tokens(rows, remaining) if table.num_wanting_prompt_logprobs else None
+            rows, counts, left = share_tokens(rows, remaining, budget, self._chunk_limit.max_tokens(budget), most)
             missing = self._tables.missing(rows, table.num_computed_tokens[rows] + counts)
             num_wanted = missing[2]
             if num_wanted and remaining.max() > 1:
@@ -119,31 +126,46 @@ class Planner:
 
     # Admitted and resumed sequences
 
-    def _schedule_admissions(self, writer: StepWriter, budget: int) -> tuple[IntArray, IntArray]:
-        """Resume and admit sequences with `budget` tokens. Returns their rows, and the tokens of each in this step."""
+    def _num_prompt_positions_left(self, rows: IntArray, counts: IntArray) -> int:
+        """How many tokens of prompts with log-probabilities can join a step that computes `counts` tokens of `rows`."""
+        positions = self._prompt_positions
+        if not self._table.num_wanting_prompt_logprobs:
+            return positions.max_tokens
+        return positions.max_tokens - positions.num_tokens(rows, counts)
+
+    def _schedule_admissions(self, writer: StepWriter, budget: int, num_positions: int) -> tuple[IntArray, IntArray]:
+        """Resume and admit sequences with `budget` tokens, of which `num_positions` may belong to prompts with
+        log-probabilities. Returns their rows, and the tokens of each in this step."""
         if budget <= 0:
             return NO_ROWS, NO_ROWS
         rows: list[int] = []
         counts: list[int] = []
         num_free, num_others = self._pool.num_free, len(self.running)
+        if self._table.num_wanting_prompt_logprobs:  # their prompts may leave tokens before they are whole
+            num_free -= self._num_blocks_reserved(NO_ROWS, NO_ROWS)
         num_entries = self._shape.max_blocks_per_seq  # cached blocks that still fit into the record
         while budget > 0 and len(rows) < self._shape.max_admissions:
             sequence = self._admission.next()
             if sequence is None or self._must_wait_for_leader(sequence):
                 break
+            is_limited = sequence.computes_whole_prompt
+            most = min(budget, num_positions) if is_limited else budget
+            if not most:
+                break
             num_known = self._num_known(sequence)
             found = self._prefixes.find(sequence, num_known)
             num_left = num_known - len(found) * self._shape.block_size  # tokens that are not cached
             num_needed = self._tables.blocks_for(num_known) - self._pool.num_in_use(found)
-            # Running prompts need no blocks here: until they are computed, they leave no tokens for admissions.
-            growth = num_others * self._tables.blocks_for(-(-num_left // budget))
+            # Other running prompts need no blocks here: until they are computed, they leave no tokens for admissions.
+            growth = num_others * self._tables.blocks_for(-(-num_left // most))
             if num_needed + growth > num_free or len(found) > num_entries:
                 break
             if not self._start(writer, sequence, num_known, found):
                 break
             rows.append(sequence.row)
-            counts.append(min(budget, num_left))
+            counts.append(min(most, num_left))
             budget -= counts[-1]
+            num_positions -= counts[-1] if is_limited else 0
             if sequence.has_followers and counts[-1] == num_left:  # its other samples may join this step
                 self._append_blocks(writer, self._tables.missing(np.array([sequence.row]), np.array([num_known])))
                 self._prefixes.offer_prompt(sequence)
@@ -154,12 +176,12 @@ class Planner:
 
     def _start(self, writer: StepWriter, sequence: Sequence, num_known: int, found: Int32Array) -> bool:
         """Admit or resume a sequence with its cached blocks. False: it cannot be admitted before a step is applied."""
-        num_cached, lease = len(found) * self._shape.block_size, None
+        num_cached, leases = len(found) * self._shape.block_size, None
         if sequence.has_row:
             self._admission.resume(sequence)
         else:
-            lease = self._admission.admit(sequence, num_cached)
-            if lease is None:
+            leases = self._admission.admit(sequence, num_cached)
+            if leases is None:
                 return False
             self._prefixes.set_prompt_hashes(sequence)
         table, row = self._table, sequence.row
@@ -169,7 +191,7 @@ class Planner:
         table.num_computed_tokens[row] = num_cached
         table.preemptible_len[row] = num_known
         table.rank[row] = sequence.rank
-        writer.add_admission(sequence, num_cached, lease)
+        writer.add_admission(sequence, num_cached, *(leases or ()))
         return True
 
     def _start_running(self, writer: StepWriter, rows: list[int], counts: list[int]) -> tuple[IntArray, IntArray]:
@@ -207,6 +229,10 @@ class Planner:
         """Write the sequences, and advance the planned columns to the state after this step."""
         table = self._table
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        prompt_chunks: tuple[PromptChunk, ...] = ()
+        if table.num_wanting_prompt_logprobs:
+            prompt_chunks, places = self._prompt_positions.plan(rows, counts)
+            writer.ask_prompt_logprobs(places)
         computed = table.num_computed_tokens[rows] + counts
         planned = table.num_planned_tokens[rows]
         samples = computed == planned
@@ -216,10 +242,11 @@ class Planner:
         table.last_ticket[rows] = ticket
         if rows is not self._batch.rows:
             self._batch = Batch.of(rows, table)
-        num_tokens = writer.finish(self._batch, counts, samples, self._clock())
+        masks = self._mask_requests.plan(self._batch, samples)
+        num_tokens = writer.finish(self._batch, counts, samples, masks, self._clock())
         self._admission.queue.sampled(rows[samples])
         self._prefixes.offer_full(rows)  # before `stop` frees blocks of some of these rows
-        step = PlannedStep(ticket, self._batch, samples, num_tokens - len(rows), writer.leases)
+        step = PlannedStep(ticket, self._batch, samples, num_tokens - len(rows), writer.leases, masks, prompt_chunks)
         self._counts["num_steps"] += 1
         self._counts["num_prefill_steps"] += step.num_prompt_tokens > 0
         is_planned_out = planned == table.max_len[rows]

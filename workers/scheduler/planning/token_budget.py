@@ -7,12 +7,14 @@ import numpy as np
 from workers.scheduler.array_types import IntArray
 
 
-def share_tokens(rows: IntArray, remaining: IntArray, budget: int, chunk: int) -> tuple[IntArray, IntArray, int]:
+def share_tokens(
+    rows: IntArray, remaining: IntArray, budget: int, chunk: int, most: IntArray | None = None
+) -> tuple[IntArray, IntArray, int]:
     """Share `budget` tokens among rows. `rows` are in order of admission, and `remaining` [num_rows] counts the tokens
     that each still has to compute.
 
     Decodes, which have one token left, come first. Prompts share the rest in order, cut into chunks. Beside decodes,
-    prompts get at most `chunk` tokens in all.
+    prompts get at most `chunk` tokens in all. `most` [num_rows] limits the tokens of each prompt; None = no limits.
 
     Returns the rows that get tokens (decodes in front), the tokens of each, and the tokens left for other prompts.
     """
@@ -24,7 +26,7 @@ def share_tokens(rows: IntArray, remaining: IntArray, budget: int, chunk: int) -
         return rows, remaining, min(budget - rows.size, chunk)
     is_decode = remaining == 1
     decodes = rows[is_decode][:budget]
-    prompts, wanted = rows[~is_decode], remaining[~is_decode]
+    prompts, wanted = rows[~is_decode], (remaining if most is None else np.minimum(remaining, most))[~is_decode]
     before = wanted.cumsum() - wanted
     left = min(budget - len(decodes), chunk) if len(decodes) else budget
     chunks = np.clip(left - before, 0, wanted)

@@ -35,6 +35,7 @@ from ipc.messages import (
     Query,
     Refused,
     Stats,
+    TokenBytes,
     TokenLogprobs,
 )
 from ipc.scheduling_params import SchedulingParams
@@ -242,14 +243,23 @@ def test_logprobs_are_unpacked_per_token(gateway: FakeGateway, client: Client) -
         logprobs=array("f", [-1.0, -2.0]).tobytes(),
         top_ids=int32(5, 6, 7, 8),
         top_logprobs=array("f", [-0.5, -1.0, -0.25, -2.0]).tobytes(),
+        extra_ids=int32(9, 5),
+        extra_logprobs=array("f", [-3.0, -0.5, -4.0, -5.0]).tobytes(),
     )
-    gateway.on_generate = lambda g: [news(g.request_id, "ab", (6, 8), END, logprobs=[(0, logprobs)])]
-    output = client.generate("hi", SamplingParams(logprobs=2))
+    names = {5: b"x", 6: "é".encode()[:1], 7: b"", 8: b"</s>", 9: "é".encode()}
+    table = TokenBytes(int32(*names), int32(*map(len, names.values())), b"".join(names.values()))
+    gateway.on_generate = lambda g: [news(g.request_id, "ab", (6, 8), END, logprobs=[(0, logprobs)], token_bytes=table)]
+    output = client.generate("hi", SamplingParams(logprobs=2, logprob_token_ids=[9, 5]))
     assert output.logprobs is not None
-    assert [(t.token_id, t.logprob, t.top) for t in output.logprobs] == [
-        (6, -1.0, {5: -0.5, 6: -1.0}),
-        (8, -2.0, {7: -0.25, 8: -2.0}),
+    assert [(t.token_id, t.logprob, t.top, t.requested) for t in output.logprobs] == [
+        (6, -1.0, {5: -0.5, 6: -1.0}, {9: -3.0, 5: -0.5}),
+        (8, -2.0, {7: -0.25, 8: -2.0}, {9: -4.0, 5: -5.0}),
     ]
+    first, second = output.logprobs
+    assert (first.bytes, first.text, first.text_of(9), first.text_of(8)) == (b"\xc3", "\ufffd", "é", "")
+    assert (second.bytes, second.text) == (b"</s>", "</s>")
+    assert first.token_bytes == {i: names[i] for i in (5, 6, 9)}
+    assert list(first.requested) == [9, 5]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class Engine:
         plain = {
             "model": {"path": str(model), "load_format": "dummy"},
             "tokenizer": {"num_workers": 2},
+            "grammar": {"num_workers": 0},
             "frontend": {"endpoint": f"ipc://{self.endpoint_folder}/client.sock", **frontend},
         }
         status_reader, status_writer = os.pipe()

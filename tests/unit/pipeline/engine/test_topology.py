@@ -17,12 +17,13 @@ from pipeline.engine.config import config_from_dict
 from pipeline.engine.model_files import ServedModel
 from pipeline.engine.role_settings import EngineFacts
 from pipeline.engine.shared_resources import SharedResources
-from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, GPU, SCHEDULER, RingRow, Role, Table
+from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, GPU, SCHEDULER, TOKENIZER, RingRow, Role, Table
 from pipeline.engine.wiring import Wiring, WorkerPlan
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.gpu.config import GpuBootstrap
 
 MODEL = ServedModel(name="m", folder="/m", vocab_size=32, eos_token_ids=[1], max_model_len=64)
+OF_GPU = {"step", "result", "mask_request.0", "mask_request.1", "mask.0", "mask.1"}  # rings that live as long as it
 HTTP = Role(
     name="http", module="pipeline.http", bootstrap=lambda _, worker: worker, counters=("num_connections",),
     start_order=9, count=lambda _: 2, is_numbered=True, is_front=True,
@@ -30,7 +31,7 @@ HTTP = Role(
 
 
 def facts(folder: Path = Path("/run/e"), **changes: Any) -> EngineFacts:
-    config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}})
+    config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}, "grammar": {"num_workers": 2}})
     fields = {"endpoint": "ipc:///e/client.sock", "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}} | changes
     return EngineFacts(config=config, model=MODEL, run_folder=folder, **fields)
 
@@ -63,12 +64,15 @@ class Given:
 def test_the_engines_own_table_gives_the_documented_processes() -> None:
     wiring = Wiring(ENGINE, facts(traced=True))
     started = [process.name for process in wiring.start_sequence]
-    assert started == ["gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1"]
+    assert started == [
+        "gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1", "grammar.0", "grammar.1",
+    ]  # fmt: skip
     assert {Given(wiring, name).plan.module for name in started} == {
-        f"workers.{role}" for role in ("gateway", "gpu", "scheduler", "detokenizer", "tokenizer")
+        f"workers.{role}" for role in ("gateway", "gpu", "scheduler", "detokenizer", "tokenizer", "grammar")
     }
     assert wiring.tracks == (
-        "gateway", "tokenizer.0", "tokenizer.1", "detokenizer", "scheduler", "gpu", "gpu.completion",
+        "gateway", "tokenizer.0", "tokenizer.1", "detokenizer", "scheduler", "grammar.0", "grammar.1", "gpu",
+        "gpu.completion",
     )  # fmt: skip
     assert wiring.fronts == ("gateway",)
     assert [process.name for process in wiring.processes if process.role.outlives_launcher] == ["gateway"]
@@ -82,11 +86,15 @@ def test_every_process_gets_its_rings_and_the_doorbells_to_ring() -> None:
         "prompt.0": (True, []),
         "prompt.1": (False, ["doorbell.tokenizer.0"]),
         "prompt.2": (False, ["doorbell.tokenizer.1"]),
+        "mask_request.0": (True, ["doorbell.grammar.0"]),
+        "mask_request.1": (True, ["doorbell.grammar.1"]),
     }
     assert Given(wiring, "gpu").rings() == {
         "step": (False, []), "result": (True, ["doorbell.scheduler"]),
         "prompt.0": (False, []), "prompt.1": (False, []), "prompt.2": (False, []),
+        "mask.0": (False, []), "mask.1": (False, []),
     }  # fmt: skip
+    assert Given(wiring, "grammar.1").rings() == {"mask_request.1": (False, []), "mask.1": (True, ["doorbell.gpu"])}
     tokenizer = Given(wiring, "tokenizer.1")
     assert tokenizer.rings() == {"prompt.2": (True, [])}
     assert tokenizer.worker.ring("prompt").handle.index == 2
@@ -99,7 +107,9 @@ def test_every_step_is_announced_to_each_gpu_process_and_only_the_first_one_writ
     assert Given(wiring, "scheduler").rings()["step"] == (True, ["doorbell.gpu", "doorbell.gpu.1"])
     assert (first.worker.index, second.worker.index) == (0, 1)
     assert first.rings()["result"] == (True, ["doorbell.scheduler"])
-    assert second.rings() == {name: (False, []) for name in ("step", "prompt.0", "prompt.1", "prompt.2")}
+    assert second.rings() == {
+        name: (False, []) for name in ("step", "prompt.0", "prompt.1", "prompt.2", "mask.0", "mask.1")
+    }
     assert second.worker.ring("step").handle.name == "step"
 
 
@@ -112,10 +122,13 @@ def test_endpoints_and_identities_follow_from_the_sockets() -> None:
         "tokenizer.1": {"control", "tokenize", "schedule"},
         "detokenizer": {"control", "detokenize", "schedule", "deliver"},
         "scheduler": {"control", "schedule", "detokenize"},
+        "grammar.0": {"control", "schedule"},
+        "grammar.1": {"control", "schedule"},
         "gpu": {"control"},
     }
     assert Given(wiring, "scheduler").worker.peers == {
         "gateway": [b"gateway"], "tokenizer": [b"tokenizer.0", b"tokenizer.1"], "detokenizer": [b"detokenizer"],
+        "grammar": [b"grammar.0", b"grammar.1"],
     }  # fmt: skip
     assert Given(wiring, "scheduler").worker.endpoints["schedule"] == "ipc:///run/e/schedule.sock"
 
@@ -124,17 +137,18 @@ def test_connection_counts_follow_from_the_number_of_processes() -> None:
     def counts(table: Table) -> dict[str, int]:
         return {path.stem: count for path, count in Wiring(table, facts()).num_connections().items()}
 
-    assert counts(ENGINE) == {"control": 6, "tokenize": 2, "schedule": 4, "detokenize": 2, "deliver": 1}
-    assert counts(two_gpus()) == counts(ENGINE) | {"control": 9}
+    assert counts(ENGINE) == {"control": 8, "tokenize": 2, "schedule": 6, "detokenize": 2, "deliver": 1}
+    assert counts(two_gpus()) == counts(ENGINE) | {"control": 11}
 
 
 @pytest.mark.parametrize(
     ("name", "group", "rings"),
     [
         ("tokenizer.1", {"tokenizer.1"}, set()),
-        ("gpu", {"gpu", "gpu.1"}, {"step", "result"}),
-        ("gpu.1", {"gpu", "gpu.1"}, {"step", "result"}),
-        ("scheduler", None, {"step", "result", "prompt.0", "prompt.1", "prompt.2"}),
+        ("grammar.0", {"grammar.0"}, set()),
+        ("gpu", {"gpu", "gpu.1"}, OF_GPU),
+        ("gpu.1", {"gpu", "gpu.1"}, OF_GPU),
+        ("scheduler", None, {*OF_GPU, "prompt.0", "prompt.1", "prompt.2"}),
     ],
 )
 def test_a_restart_covers_the_processes_and_rings_that_cannot_go_on_alone(
@@ -166,13 +180,37 @@ def test_an_extra_role_of_another_package_is_one_row() -> None:
 
 def test_a_ring_between_other_roles_is_one_row() -> None:
     row = RingRow(
-        name="mask", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, written_by=SCHEDULER, read_by=(GPU,),
+        name="copy", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, written_by=SCHEDULER, read_by=(GPU,),
         released_by=GPU, lives_with=GPU, publish_wakes_readers=True, release_wakes_writer=True,
     )  # fmt: skip
     wiring = Wiring(dataclasses.replace(two_gpus(), rings=(*ENGINE.rings, row)), facts())
-    assert Given(wiring, "scheduler").rings()["mask"] == (True, ["doorbell.gpu", "doorbell.gpu.1"])
-    assert Given(wiring, "gpu").rings()["mask"] == (False, ["doorbell.scheduler"])
-    assert Given(wiring, "gpu.1").rings()["mask"] == (False, []), "the first process owns the cursor"
+    assert Given(wiring, "scheduler").rings()["copy"] == (True, ["doorbell.gpu", "doorbell.gpu.1"])
+    assert Given(wiring, "gpu").rings()["copy"] == (False, ["doorbell.scheduler"])
+    assert Given(wiring, "gpu.1").rings()["copy"] == (False, []), "the first process owns the cursor"
+
+
+def test_a_ring_for_each_process_of_a_role_is_one_row_whatever_the_roles_part_in_it() -> None:
+    def parts(**changes: Any) -> list[tuple[str, str, str, tuple[str, ...]]]:
+        row = RingRow(name="own", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, lives_with=GPU, **changes)
+        wiring = Wiring(dataclasses.replace(two_gpus(), rings=(row,)), facts())
+        return [(ring.name, ring.writer, ring.owner, ring.readers) for ring in wiring.rings]
+
+    gpus = ("gpu", "gpu.1")
+    assert parts(written_by=TOKENIZER, read_by=(GPU,), released_by=SCHEDULER, one_per=TOKENIZER) == [
+        ("own.0", "tokenizer.0", "scheduler", gpus), ("own.1", "tokenizer.1", "scheduler", gpus),
+    ]  # fmt: skip
+    assert parts(written_by=SCHEDULER, read_by=(GPU,), released_by=GPU, one_per=GPU) == [
+        ("own.0", "scheduler", "gpu", ("gpu",)), ("own.1", "scheduler", "gpu.1", ("gpu.1",)),
+    ]  # fmt: skip
+    assert parts(written_by=TOKENIZER, read_by=(GPU,), released_by=GPU) == [("own", "tokenizer.0", "gpu", gpus)]
+
+
+def test_without_grammar_processes_no_process_has_a_ring_of_masks() -> None:
+    config = config_from_dict({"model": {"path": "/m"}, "grammar": {"num_workers": 0}})
+    wiring = Wiring(ENGINE, dataclasses.replace(facts(), config=config))
+    assert not [process.name for process in wiring.processes if process.role.name == "grammar"]
+    assert not {"mask", "mask_request"} & {ring.row.name for ring in wiring.rings}
+    assert Given(wiring, "scheduler").worker.peers["grammar"] == []
 
 
 def test_only_the_gateway_keeps_the_claim_on_the_endpoint() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
-from ipc.codec import decode
+from ipc.codec import MAX_FRAME_BYTES, decode
 from ipc.messages import (
     ClientCredit,
     ClientGone,
@@ -22,16 +23,17 @@ from ipc.messages import (
     Route,
     StepLogprobs,
     StepOutputs,
+    TextOptions,
 )
 from ipc.records import FinishCode
-from tests.unit.workers.text.tools import byte_fallback_tokenizer, byte_level_tokenizer
-from workers.detokenizer import core as detokenizer_core
+from pipeline.client.outputs import read_token_bytes, token_logprobs
+from tests.unit.workers.text.tools import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
+from workers.detokenizer import frames as frame_bounds
 from workers.detokenizer.core import Detokenizer
-from workers.detokenizer.stop_strings import SpecialTokens
-from workers.detokenizer.text_decoding import decoder_factory
+from workers.detokenizer.text_decoding import Decoding
 
 TOKENIZER = byte_level_tokenizer()
-NEW_DECODER = decoder_factory(TOKENIZER)
+DECODING = Decoding.of(TOKENIZER)
 EOS = TOKENIZER.token_to_id("</s>")
 
 
@@ -49,9 +51,14 @@ def opened(
     logprobs: int | None = None,
     n: int = 1,
     prompt: Sequence[int] = (),
+    extra: Sequence[int] = (),
+    **text: Any,
 ) -> Opened:
     tail = np.array(prompt, "<i4").tobytes()
-    return Opened(key, Route(client, f"r{key}", stream), list(stop), 5, logprobs, n, tail)
+    return Opened(
+        key, Route(client, f"r{key}", stream), 5, text=TextOptions(stop=list(stop), **text), num_logprobs=logprobs,
+        logprob_token_ids=list(extra), num_samples=n, prompt_tail=tail,
+    )  # fmt: skip
 
 
 def step(tokens: list[tuple[int, int, FinishCode]] | None = None, **more: Any) -> StepOutputs:
@@ -109,8 +116,7 @@ class Reader:
 
 
 def new_core(window: int = 4, tokenizer: Tokenizer = TOKENIZER) -> tuple[Detokenizer, Reader]:
-    new_decoder = NEW_DECODER if tokenizer is TOKENIZER else decoder_factory(tokenizer)
-    core = Detokenizer(new_decoder, SpecialTokens.of(tokenizer), window)
+    core = Detokenizer(DECODING if tokenizer is TOKENIZER else Decoding.of(tokenizer), window)
     return core, Reader(core)
 
 
@@ -238,6 +244,103 @@ def test_a_special_token_that_ends_the_sequence_may_end_a_stop_string() -> None:
     run_text(core, 1, [*ids_of("the fox"), EOS], FinishCode.STOP)
     reader.collect()
     assert reader.texts["r1"] == "the "
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "before", "num_tokens"),
+    [(["</s>"], "the fox", 3), (["</s>the"], "the fox", 4), (["fox</s>t"], "the ", 4), (["x", "</s>"], "the fo", 2)],
+)
+@pytest.mark.parametrize("last", [FinishCode.RUNNING, FinishCode.LENGTH])
+def test_a_stop_string_with_a_special_token_works_whether_it_is_shown_or_not(
+    skips: bool, stop: list[str], before: str, num_tokens: int, last: FinishCode
+) -> None:
+    core, reader = new_core(window=100)
+    the_fox = [*ids_of("the"), *ids_of(" fox")]
+    core.handle(step(opened=[opened(1, stop=stop, skip_special_tokens=skips)]))
+    run_text(core, 1, [*the_fox, EOS, *the_fox][:num_tokens], last)
+    reader.collect()
+    assert (reader.texts["r1"], reader.finals["r1"].finish_reason) == (before, "stop")
+    assert bool(core.take_cancels()) == (last == FinishCode.RUNNING)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_stop_string_names_a_special_token_as_its_folder_does_however_the_output_shows_it(skips: bool) -> None:
+    words = word_piece_tokenizer()
+    pieces = byte_fallback_tokenizer()
+    pieces.add_special_tokens(["<end▁of>"])
+    the_end = [pieces.token_to_id(token) for token in ("t", "h", "<end▁of>", "e")]
+    for tokenizer, token_ids, stop, before, shown in (
+        (words, [4, 8, 4], "it[SEP]", "", "it [SEP] it"),
+        (pieces, the_end, "h<end▁of>", "t", "th<end of>e"),
+    ):
+        core, reader = new_core(tokenizer=tokenizer)
+        ask = opened(1, stop=[stop], skip_special_tokens=skips)
+        core.handle(step(opened=[ask, opened(2, skip_special_tokens=False)]))
+        run_text(core, 1, token_ids)
+        run_text(core, 2, token_ids)
+        reader.collect()
+        assert (reader.texts["r1"], reader.finals["r1"].finish_reason) == (before, "stop")
+        assert reader.texts["r2"] == shown
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("includes", [True, False])
+@pytest.mark.parametrize("stop", [[], ["zzz"], ["fox</s>"], ["</s>"], ["s>"]])
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_end_of_sequence_token_has_its_text_only_if_special_tokens_and_stops_have(
+    skips: bool, includes: bool, stop: list[str], stream: bool
+) -> None:
+    core, reader = new_core(window=100)
+    options = {"skip_special_tokens": skips, "include_stop_str_in_output": includes}
+    core.handle(step(opened=[opened(1, stop=stop, stream=stream, **options)]))
+    token_ids = [*ids_of("the fox"), EOS]
+    run_text(core, 1, token_ids, FinishCode.STOP)
+    reader.collect()
+    shown = "the fox</s>" if includes and not skips else "the fox"
+    assert reader.texts["r1"] == ("the " if stop == ["fox</s>"] and not includes else shown)
+    assert reader.token_ids["r1"] == token_ids
+    assert reader.finals["r1"].finish_reason == "stop"
+    assert core.take_cancels() == []
+
+
+def test_special_tokens_have_their_names_as_text_if_the_request_wants_it() -> None:
+    core, reader = new_core()
+    shown = {"skip_special_tokens": False}
+    core.handle(step(opened=[opened(1, **shown), opened(2), opened(3, stop=["zzz"], **shown)]))
+    token_ids = [EOS, *ids_of("the"), EOS, *ids_of(" fox"), EOS]
+    for key in (1, 2, 3):
+        run_text(core, key, token_ids)
+    reader.collect()
+    assert reader.texts == {"r1": "</s>the</s> fox</s>", "r2": "the fox", "r3": "</s>the</s> fox</s>"}
+
+
+def test_an_included_stop_string_ends_the_text_and_nothing_of_it_is_held_back() -> None:
+    core, reader = new_core(window=100)
+    core.handle(step(opened=[opened(1, stop=["fox j"], include_stop_str_in_output=True)]))
+    texts = []
+    for token_id in ids_of("quick fox jumps over"):
+        core.handle(step([(1, token_id, FinishCode.RUNNING)]))
+        reader.collect()
+        texts.append(reader.texts["r1"])
+    assert all(TOKENIZER.decode(reader.token_ids["r1"][: at + 1]).startswith(text) for at, text in enumerate(texts))
+    assert "quick fox" in texts
+    assert reader.texts["r1"] == "quick fox j"
+    assert reader.finals["r1"].finish_reason == "stop"
+    assert core.take_cancels() == [1]
+
+
+@pytest.mark.parametrize("min_tokens", range(10))
+def test_no_stop_string_is_matched_with_the_first_min_tokens(min_tokens: int) -> None:
+    core, reader = new_core(window=100)
+    core.handle(step(opened=[opened(1, stop=["xx", "xd", "xc"], min_tokens=min_tokens)]))
+    token_ids = [i for letter in "axxbxcxdx" for i in ids_of(letter)]
+    assert len(token_ids) == 9
+    run_text(core, 1, token_ids)
+    reader.collect()
+    ends = [end for end in (3, 6, 8) if end > min_tokens]
+    assert reader.texts["r1"] == ("axxbxcxdx"[: ends[0] - 2] if ends else "axxbxcxdx")
+    assert reader.finals["r1"].finish_reason == ("stop" if ends else "length")
 
 
 def test_a_stop_string_is_found_within_a_run_of_byte_tokens() -> None:
@@ -407,10 +510,70 @@ def test_logprobs_travel_with_their_tokens() -> None:
     assert np.frombuffer(reader.logprobs["r3"][0].logprobs, "<f4").tolist() == [-10, -11, -12]
 
 
+def extra_logprobs(token_ids: list[int], num_extra: int) -> StepLogprobs:
+    """A step's log-probabilities: two alternatives for each token, and the number of the row and column."""
+    n = len(token_ids)
+    alternatives = np.array([[i, i + 1] for i in token_ids], "<i4")
+    extra = np.arange(n)[:, None] * 100 + np.arange(num_extra)
+    return StepLogprobs(
+        2, np.zeros(n, "<f4").tobytes(), alternatives.tobytes(), np.zeros((n, 2), "<f4").tobytes(), num_extra,
+        extra.astype("<f4").tobytes(),
+    )  # fmt: skip
+
+
+def test_each_token_with_a_log_probability_is_named_once() -> None:
+    core, reader = new_core(window=100)
+    the, half = ids_of("the")[0], ids_of("🙂")[0]
+    core.handle(step(opened=[opened(1), opened(2, logprobs=1, extra=[EOS, 7]), opened(3, logprobs=0, extra=[half])]))
+    tokens = [the, the, EOS]
+    for last in (FinishCode.RUNNING, FinishCode.LENGTH):
+        batch = [(key, token, last) for key, token in zip((1, 2, 3), tokens, strict=True)]
+        core.handle(step(batch, logprobs=extra_logprobs(tokens, 2)))
+    reader.collect()
+    second, third = reader.logprobs["r2"][0], reader.logprobs["r3"][0]
+    assert np.frombuffer(second.extra_ids, "<i4").tolist() == [EOS, 7]
+    assert np.frombuffer(second.extra_logprobs, "<f4").tolist() == [100, 101, 100, 101]
+    assert np.frombuffer(third.extra_ids, "<i4").tolist() == [half]
+    assert np.frombuffer(third.extra_logprobs, "<f4").tolist() == [200, 200]
+    ((_, outputs),) = reader.frames
+    names = read_token_bytes(outputs.token_bytes)
+    assert names == {the: b"the", EOS: b"</s>", 7: DECODING.bytes_of(7), half: DECODING.bytes_of(half)}
+    assert len(names[half]) == 1
+    entries = token_logprobs([the, the], [(second, names)])
+    assert [(entry.text, entry.requested, list(entry.top)) for entry in entries] == [
+        ("the", {EOS: 100, 7: 101}, [the])
+    ] * 2
+    assert entries[0].text_of(EOS) == "</s>"
+
+
+def test_a_frame_without_log_probabilities_names_no_token() -> None:
+    core, reader = new_core()
+    core.handle(step(opened=[opened(1)]))
+    run_text(core, 1, ids_of("the fox"))
+    reader.collect()
+    assert [outputs.token_bytes for _, outputs in reader.frames] == [None]
+
+
+def test_log_probabilities_count_for_the_size_of_a_frame() -> None:
+    core, reader = new_core(window=100)
+    extra = list(range(64))
+    most = extra_logprobs([EOS] * 3, 64)
+    most = msgspec.structs.replace(most, num_top=20, top_ids=bytes(3 * 20 * 4), top_logprobs=bytes(3 * 20 * 4))
+    core.handle(step(opened=[opened(key, stream=False, logprobs=20, extra=extra) for key in (1, 2, 3)]))
+    num_tokens = 1 + frame_bounds.MAX_FRAME_WORDS // 106
+    for at in range(num_tokens):
+        last = FinishCode.LENGTH if at == num_tokens - 1 else FinishCode.RUNNING
+        core.handle(step([(key, EOS, last) for key in (1, 2, 3)], logprobs=most))
+    reader.collect()
+    assert [len(outputs.request_ids) for _, outputs in reader.frames] == [1, 1, 1]
+    assert 106 * 4 * frame_bounds.MAX_ITEM_TOKENS + 4 * frame_bounds.MAX_FRAME_WORDS < MAX_FRAME_BYTES * 2 // 3
+    assert len(reader.finals) == 3
+
+
 def test_frames_stay_within_their_bounds(monkeypatch: Any) -> None:
-    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_ITEMS", 3)
-    monkeypatch.setattr(detokenizer_core, "MAX_FRAME_TOKENS", 8)
-    monkeypatch.setattr(detokenizer_core, "MAX_ITEM_TOKENS", 5)
+    monkeypatch.setattr(frame_bounds, "MAX_FRAME_ITEMS", 3)
+    monkeypatch.setattr(frame_bounds, "MAX_FRAME_WORDS", 8)
+    monkeypatch.setattr(frame_bounds, "MAX_ITEM_TOKENS", 5)
     core, reader = new_core(window=100)
     core.handle(step(opened=[opened(key, stream=key % 2 == 0) for key in range(1, 11)]))
     token_ids = ids_of("the quick brown fox jumps over the lazy dog 🙂")
@@ -434,12 +597,15 @@ def test_any_interleaving_gives_every_request_its_text_and_one_final_answer(data
     vocabulary = TOKENIZER.get_vocab_size()
     plan: dict[int, list[int]] = {}
     stops: dict[int, list[str]] = {}
+    skips: dict[int, bool] = {}
     requests = []
     for key in range(1, data.draw(st.integers(1, 6)) + 1):
         plan[key] = data.draw(st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=20))
         stops[key] = data.draw(st.sampled_from([[], ["e"], ["th", "\N{REPLACEMENT CHARACTER}"]]))
+        skips[key] = data.draw(st.booleans())
         client = data.draw(st.sampled_from([b"c", b"d"]))
-        requests.append(opened(key, client=client, stream=data.draw(st.booleans()), stop=stops[key]))
+        stream = data.draw(st.booleans())
+        requests.append(opened(key, client=client, stream=stream, stop=stops[key], skip_special_tokens=skips[key]))
     core.handle(step(opened=requests))
     unacknowledged = {b"c": 0, b"d": 0}
 
@@ -473,7 +639,7 @@ def test_any_interleaving_gives_every_request_its_text_and_one_final_answer(data
     assert core.num_open == 0
     for key, token_ids in plan.items():
         name, final = f"r{key}", reader.finals[f"r{key}"]
-        whole = TOKENIZER.decode(token_ids, skip_special_tokens=True)
+        whole = TOKENIZER.decode(token_ids, skip_special_tokens=skips[key])
         assert final.num_completion_tokens == len(reader.token_ids[name])
         assert token_ids[: final.num_completion_tokens] == reader.token_ids[name]
         if final.finish_reason == "stop":

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from ipc.messages import TextOptions
 from tests.unit.workers.text.tools import (
     CORPUS,
     byte_fallback_tokenizer,
@@ -20,7 +21,7 @@ from tests.unit.workers.text.tools import (
     word_piece_tokenizer,
 )
 from workers.detokenizer.piece_decoding import PieceDecoder, Vocabulary, WindowDecoder
-from workers.detokenizer.text_decoding import NewDecoder, decoder_factory
+from workers.detokenizer.text_decoding import Decoding, NewDecoder
 
 TOKENIZERS: dict[str, Tokenizer] = {
     "byte_level": byte_level_tokenizer(),
@@ -32,12 +33,17 @@ TOKENIZERS: dict[str, Tokenizer] = {
 TOKENIZERS["strips_each_piece"].decoder = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0), decoders.Fuse()]
 )
-FACTORIES: dict[str, NewDecoder] = {name: decoder_factory(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+FACTORIES: dict[str, NewDecoder] = {name: Decoding.of(tokenizer).new_decoder for name, tokenizer in TOKENIZERS.items()}
 for name in ("byte_fallback", "metaspace"):  # the same as if nothing were known of their decoders
     TOKENIZERS[f"{name}_by_window"] = TOKENIZERS[name]
     FACTORIES[f"{name}_by_window"] = partial(WindowDecoder, Vocabulary(TOKENIZERS[name]))
+for name in ("byte_level", "byte_fallback", "metaspace", "word_piece", "strips_each_piece"):
+    TOKENIZERS[f"{name}_named"] = TOKENIZERS[name]  # special tokens have their name as their text
+    FACTORIES[f"{name}_named"] = partial(FACTORIES[name], options=TextOptions(skip_special_tokens=False))
 SPECIAL = {
-    name: {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    name: set()
+    if name.endswith("_named")
+    else {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for name, tokenizer in TOKENIZERS.items()
 }
 
@@ -46,10 +52,15 @@ def spoken(name: str, token_ids: list[int]) -> list[int]:
     return [i for i in token_ids if TOKENIZERS[name].id_to_token(i) is not None and i not in SPECIAL[name]]
 
 
+def decode(name: str, token_ids: list[int]) -> str:
+    text: str = TOKENIZERS[name].decode(token_ids, skip_special_tokens=False)
+    return text
+
+
 def bytes_of(name: str, token_ids: list[int]) -> bytes | None:
     """The bytes of byte-fallback tokens, None if others are among them; or those of byte-level tokens."""
     tokens = [TOKENIZERS[name].id_to_token(i) for i in token_ids]
-    if name == "byte_level":
+    if name.startswith("byte_level"):
         to_byte = dict(zip(ALPHABET, range(256), strict=True))
         parts = [bytes(map(to_byte.__getitem__, t)) if set(t) <= set(ALPHABET) else t.encode() for t in tokens]
         return b"".join(parts)
@@ -72,7 +83,7 @@ def is_character(data: bytes) -> bool:
 def num_open(name: str, token_ids: list[int]) -> int:
     """How many bytes at the end are the beginning of a character."""
     for count in (3, 2, 1):
-        data = bytes_of(name, token_ids) if name == "byte_level" else bytes_of(name, token_ids[-count:])
+        data = bytes_of(name, token_ids) if name.startswith("byte_level") else bytes_of(name, token_ids[-count:])
         data = (data or b"")[-count:]
         if len(data) == count and data[0] >= 0xC2 and any(is_character(data + more) for more in COMPLETIONS):
             return count
@@ -86,8 +97,8 @@ def expected_text(name: str, token_ids: list[int]) -> str:
     """Return the decoding of everything at once. A byte that is part of no character is replaced by a piece "\ufffd".
     So `tokenizers` decodes the characters around it, instead of turning the whole run of bytes into U+FFFD."""
     token_ids = spoken(name, token_ids)
-    if name == "byte_level":
-        return TOKENIZERS[name].decode(token_ids)
+    if name.startswith("byte_level"):
+        return decode(name, token_ids)
     ids: list[int] = []
     while len(ids) < len(token_ids):
         rest = token_ids[len(ids) :]
@@ -96,18 +107,18 @@ def expected_text(name: str, token_ids: list[int]) -> str:
             continue
         character = next((rest[:n] for n in range(1, 5) if is_character(bytes_of(name, rest[:n]) or b"")), None)
         ids += character or [TOKENIZERS[name].token_to_id("\ufffd")]
-    return TOKENIZERS[name].decode(ids)
+    return decode(name, ids)
 
 
 def expected_answer(name: str, prompt: list[int], answer: list[int]) -> str:
     """Return the text that the answer adds to the prompt's text. If the answer continues half a character at the
     prompt's end, the character belongs to the answer."""
-    if not bytes_of("byte_level", spoken(name, answer)) if name == "byte_level" else not spoken(name, answer):
+    if not bytes_of("byte_level", spoken(name, answer)) if name.startswith("byte_level") else not spoken(name, answer):
         return ""
     settled = spoken(name, prompt)
     count = num_open(name, settled)
-    if name == "byte_level":
-        settled_text = TOKENIZERS[name].decode(settled)[: -1 if count else None]
+    if name.startswith("byte_level"):
+        settled_text = decode(name, settled)[: -1 if count else None]
     else:
         settled_text = expected_text(name, settled[: len(settled) - count])
     whole = expected_text(name, prompt + answer)
@@ -141,7 +152,7 @@ def any_ids(name: str, max_size: int) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_pieces_of_any_ids_join_to_the_full_decoding(name: str, data: st.DataObject) -> None:
     token_ids = data.draw(any_ids(name, 40))
@@ -150,7 +161,7 @@ def test_pieces_of_any_ids_join_to_the_full_decoding(name: str, data: st.DataObj
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_an_answer_goes_on_where_its_prompt_ends(name: str, data: st.DataObject) -> None:
     prompt = data.draw(any_ids(name, 6))
@@ -158,6 +169,64 @@ def test_an_answer_goes_on_where_its_prompt_ends(name: str, data: st.DataObject)
     size = data.draw(st.integers(1, 4))
     text = "".join(decode_in_pieces(FACTORIES[name], answer, [size], prompt))
     assert text == expected_answer(name, prompt, answer)
+
+
+def with_stream(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """Text without spaces between added tokens, with the decoder of `tokenizers` for streams: as vLLM does it."""
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    stream, text, follows_added = decoders.DecodeStream(skip_special_tokens=False), "", False
+    for token_id in token_ids:
+        new = stream.step(tokenizer, token_id) or ""
+        text += added[token_id] if token_id in added and follows_added else new
+        follows_added = token_id in added
+    return text
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    token_ids=st.lists(st.integers(0, TOKENIZERS["word_piece"].get_vocab_size() - 1), max_size=12),
+    size=st.integers(1, 3),
+)
+def test_no_space_stands_between_added_tokens_if_none_is_wanted(token_ids: list[int], size: int) -> None:
+    tokenizer = TOKENIZERS["word_piece"]
+    unspaced = TextOptions(skip_special_tokens=False, spaces_between_special_tokens=False)
+    decoder = partial(FACTORIES["word_piece"], options=unspaced)
+    assert "".join(decode_in_pieces(decoder, token_ids, [size])) == with_stream(tokenizer, token_ids)
+
+
+def test_spaces_between_special_tokens_are_the_tokenizers_own() -> None:
+    def text(**options: bool) -> str:
+        decoder = partial(FACTORIES["word_piece"], options=TextOptions(**options))
+        return "".join(decode_in_pieces(decoder, [4, 8, 8, 4], [1]))
+
+    assert text() == "it it"
+    assert text(skip_special_tokens=False) == "it [SEP] [SEP] it"
+    assert text(skip_special_tokens=False, spaces_between_special_tokens=False) == "it [SEP][SEP] it"
+    assert text(spaces_between_special_tokens=False) == "it it"
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "metaspace", "word_piece", "strips_each_piece"])
+def test_the_bytes_of_tokens_join_to_the_text(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    bytes_of_token = Decoding.of(tokenizer).bytes_of
+    for text in ("it unaffable it",) if name == "word_piece" else ("the fox 今天 🙂.", "é"):
+        token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+        joined = b"".join(map(bytes_of_token, token_ids)).decode()
+        assert joined.replace(" ", "") == tokenizer.decode(token_ids).replace(" ", "")
+        assert name == "strips_each_piece" or joined.strip() == text
+
+
+def test_the_bytes_of_a_token_are_exact_and_those_of_a_special_token_are_its_name() -> None:
+    for name, special in (("byte_level", "</s>"), ("byte_fallback", "</s>"), ("word_piece", "[SEP]")):
+        tokenizer = TOKENIZERS[name]
+        bytes_of_token = Decoding.of(tokenizer).bytes_of
+        assert bytes_of_token(tokenizer.token_to_id(special)) == special.encode()
+        assert bytes_of_token(tokenizer.get_vocab_size() + 3) == b""
+        if name != "word_piece":
+            parts = [bytes_of_token(i) for i in tokenizer.encode("🙂", add_special_tokens=False).ids]
+            assert parts[-4:] == [bytes([byte]) for byte in "🙂".encode()]
+    pieces = Decoding.of(TOKENIZERS["byte_fallback"]).bytes_of
+    assert pieces(TOKENIZERS["byte_fallback"].token_to_id("▁the")) == b" the"
 
 
 @pytest.mark.parametrize("name", ["byte_fallback", "metaspace", "byte_fallback_by_window", "metaspace_by_window"])
@@ -183,7 +252,7 @@ def test_each_character_of_a_run_of_bytes_has_its_text_at_once(name: str, prompt
 
 
 def test_half_a_character_at_a_prompts_end_comes_with_the_answer_that_completes_it() -> None:
-    for name in TOKENIZERS.keys() - {"word_piece"}:
+    for name in TOKENIZERS.keys() - {"word_piece", "word_piece_named"}:
         token_ids = TOKENIZERS[name].encode("🙂", add_special_tokens=False).ids[-4:]
         assert "".join(decode_in_pieces(FACTORIES[name], token_ids[2:], [1], token_ids[:2])) == "🙂"
         assert "".join(decode_in_pieces(FACTORIES[name], [], [1], token_ids[:2])) == ""
@@ -198,7 +267,7 @@ def test_every_id_has_the_text_that_tokenizers_gives_it_however_a_vocabulary_lis
     two_tokens = Tokenizer(models.BPE(vocab={"x": 0, "a": 1, "b": 2, "c": 2, "d": 1}, merges=[]))
     two_tokens.decoder = decoders.ByteLevel()
     for tokenizer, token_ids in ((two_ids, [1, 2, 3, 4, 1]), (two_tokens, [0, 1, 2, 1, 0])):
-        text = "".join(decode_in_pieces(decoder_factory(tokenizer), token_ids, [1]))
+        text = "".join(decode_in_pieces(Decoding.of(tokenizer).new_decoder, token_ids, [1]))
         assert text == tokenizer.decode(token_ids)
         assert len(tokenizer.decode(token_ids).replace(" ", "")) == len(token_ids)
 

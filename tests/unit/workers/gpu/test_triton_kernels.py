@@ -14,7 +14,13 @@ from tests.unit.conftest import INTERPRETED
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
-    "kernels", ["attention/triton_attention", "execution/triton_batch_builder", "sampling/triton_sampler"]
+    "kernels",
+    [
+        "attention/triton_attention",
+        "execution/triton_batch_builder",
+        "sampling/triton_sampler",
+        "sampling/triton_adjustments",
+    ],
 )
 def test_triton_kernels_agree_with_plain_torch_under_the_interpreter(
     kernels: str, request: pytest.FixtureRequest

@@ -11,9 +11,10 @@ import pytest
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from tests.unit.workers.grammar.grammar_tools import compiled, masks_of, matchers_of, vocabulary
+from tests.unit.workers.grammar.grammar_tools import END, allowed, compiled, follow, masks_of, matchers_of, vocabulary
 from workers.grammar.compile_pool import MAX_CACHED, MAX_CACHED_BYTES, MAX_STUCK, CompilePool, Outcome
 from workers.grammar.compiler import Compiler, Prototype
+from workers.grammar.matchers import Matchers
 
 WAIT_S: Final = 10.0
 
@@ -79,6 +80,21 @@ def test_each_request_gets_its_grammar_or_its_error(bench: Bench) -> None:
     assert isinstance(taken[1], Prototype)
     assert str(taken[2]) == "bad"
     assert bench.pool.take() == []
+
+
+def test_a_grammar_that_a_thread_has_compiled_serves_the_thread_of_the_masks(bench: Bench) -> None:
+    pool = CompilePool(Compiler(vocabulary()), bench.notified.set, timeout_s=WAIT_S, num_threads=2)
+    bench.pool, unused = pool, bench.pool
+    unused.close()
+    pool.submit(1, regex("[a-c]x"))
+    pool.submit(2, regex("(?=look)ahead"))
+    taken = bench.take(2)
+    assert "look-around" in str(taken[2])
+    assert isinstance(taken[1], Prototype)
+    matchers = Matchers(vocabulary())
+    matchers.add(1, taken[1], [END])
+    assert follow(matchers, "bx")
+    assert list(allowed(matchers)) == [END]
 
 
 def test_a_panic_of_the_library_ends_its_own_request(bench: Bench) -> None:

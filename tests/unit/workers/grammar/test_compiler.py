@@ -110,6 +110,13 @@ def test_texts_of_a_choice_are_exactly_its_strings(choices: list[str]) -> None:
     assert END in allowed(matchers)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text"), [("a\nb", "a\nb"), (r"a\nb/\/", "a\nb//"), ('"\\\\?', '"\\'), ("[/#]+", "/#")]
+)
+def test_characters_that_mean_something_in_lark_mean_nothing_in_a_regex(pattern: str, text: str) -> None:
+    assert accepts(StructuredOutputs(regex=pattern), text)
+
+
 def test_any_json_object_is_an_object() -> None:
     texts = [walk(StructuredOutputs(json_object=True), seed) for seed in range(10)]
     ended = [text for text, has_ended in texts if has_ended]

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from ipc.codec import MAX_ITEMS
+from ipc.codec import MAX_ITEMS, encode
 from ipc.errors import ConfigError
-from ipc.messages import PROMPT_TAIL_TOKENS
+from ipc.messages import PLAIN_TEXT, PROMPT_TAIL_TOKENS, TextOptions
 from ipc.records import MAX_ADMISSIONS, MAX_END_IDS, SamplerVariant
 from ipc.sampling_params import SamplingParams
 from tests.simulation.fake_gpu import expected_tokens
@@ -319,6 +319,7 @@ def test_without_max_tokens_the_cache_bounds_the_length() -> None:
     assert len(engine.tokens[1]) == 6
     assert engine.ends[1] == "length"
     assert engine.ends[2] == "error"
+    assert "with one more it does not fit into the KV cache of 16 tokens: shorten the prompt" in engine.errors[2][1]
 
 
 # Ends
@@ -474,7 +475,7 @@ def test_waiting_prompts_are_released_also_when_nothing_can_be_planned() -> None
 def test_an_upload_ring_too_small_for_the_longest_prompt_is_refused() -> None:
     engine = ScheduledEngine(max_model_len=64, prompt_records=8)
     shape = msgspec.structs.replace(engine.shape, max_model_len=65)
-    with pytest.raises(ConfigError, match=r"the upload ring holds 64 tokens, less than scheduler.max_model_len \(65\)"):
+    with pytest.raises(ConfigError, match=r"the upload ring has no room .* scheduler.max_model_len \(65\) tokens"):
         Scheduler(SchedulerConfig(), shape, 1, 64, [], engine.prompts)
 
 
@@ -526,6 +527,49 @@ def test_logprobs_of_several_steps_in_one_message_keep_their_tokens() -> None:
     assert np.frombuffer(outputs.keys, np.int64).tolist() == [1, 1, 2]
     assert outputs.logprobs.num_top == 0
     assert np.frombuffer(outputs.logprobs.logprobs, np.float32).tolist() == [0.0, 0.0, -1.0]
+
+
+def test_logprobs_of_requested_tokens_are_copied_as_wide_as_the_widest_request() -> None:
+    engine = ScheduledEngine(depth=2)
+    engine.send(1, [1], SamplingParams(max_tokens=2, logprob_token_ids=[5, 6, 7]))
+    engine.plan()
+    engine.send(2, [2], SamplingParams(max_tokens=1, logprobs=1, logprob_token_ids=[9]))
+    engine.plan()
+    engine.apply()
+    engine.apply()
+    outputs = engine.hear()
+    assert (outputs.logprobs.num_top, outputs.logprobs.num_extra) == (1, 3)
+    assert np.frombuffer(outputs.keys, np.int64).tolist() == [1, 1, 2]
+    extra = np.frombuffer(outputs.logprobs.extra_logprobs, np.float32).reshape(3, 3)
+    assert extra[:2].tolist() == [[-100.0, -101.0, -102.0]] * 2  # the fake GPU's are by row
+    assert extra[2, :1].tolist() == [-200.0]
+    engine.send(3, [3], SamplingParams(max_tokens=1, logprobs=2))
+    engine.plan()
+    engine.apply()
+    assert engine.hear().logprobs.num_extra == 0
+
+
+def test_the_detokenizer_hears_only_of_what_differs_from_a_plain_text() -> None:
+    engine = ScheduledEngine(depth=1)
+    plain, shown = SamplingParams(max_tokens=1), SamplingParams(
+        max_tokens=3, min_tokens=2, stop=["x"], skip_special_tokens=False, logprob_token_ids=[4]
+    )  # fmt: skip
+    engine.send(1, [1], plain)
+    engine.send(2, [2], shown)
+    first, second = engine.hear().opened
+    assert first.text is PLAIN_TEXT
+    assert set(msgspec.msgpack.decode(encode(first))) == {"key", "route", "num_prompt_tokens", "prompt_tail"}
+    assert second.text == TextOptions(stop=["x"], min_tokens=2, skip_special_tokens=False)
+    assert (second.num_logprobs, second.logprob_token_ids) == (0, [4])
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1_000])
+def test_a_request_ends_by_length_although_more_min_tokens_are_wanted(max_tokens: int | None) -> None:
+    engine = ScheduledEngine(depth=1)
+    engine.send(1, [1], SamplingParams(min_tokens=1_000, max_tokens=max_tokens))
+    record = engine.plan()
+    assert record.admit.min_tokens[0] == 1_000
+    assert record.admit.max_len[0] == engine.shape.max_model_len
 
 
 def test_no_message_carries_a_longer_list_than_the_codec_takes() -> None:

@@ -21,7 +21,7 @@ def test_an_admission_writes_every_column_of_its_entry_and_no_other_entry(leftov
     params = SamplingParams(
         temperature=0.5, top_k=7, top_p=0.75, min_p=0.25, seed=3, stop_token_ids=[9], repetition_penalty=1.5,
         presence_penalty=0.25, frequency_penalty=-0.25, min_tokens=6, thinking_token_budget=11,
-        logprobs_mode="processed_logprobs",
+        logprobs=0, logprobs_mode="processed_logprobs",
     )  # fmt: skip
     route = Route(client=b"c", request_id="r", stream=True)
     message = Tokenized(
@@ -34,14 +34,14 @@ def test_an_admission_writes_every_column_of_its_entry_and_no_other_entry(leftov
     layout = step_layout(SHAPE)
     admit = layout.views(memoryview(bytearray([leftover]) * layout.num_bytes)).admit
     before = {field.path[0]: getattr(admit, field.path[0]).copy() for field in declared_fields(Admissions)}
-    sequence.write_admission(admit, 1, 2, lease)
+    sequence.write_admission(admit, 1, 2, lease, PromptLease(0, 17, 2, is_waiting=False))
     written = {name: getattr(admit, name)[1].tolist() for name in before}
     assert written == {
         "row": 3, "ring": 1, "ticket": 8, "length": 3, "num_computed_tokens": 2, "max_len": 12, "temperature": 0.5,
         "top_k": 7, "top_p": 0.75, "min_p": 0.25, "seed": 3, "end_ids": [2, 9] + [-1] * (MAX_END_IDS - 2),
         "prompt_len": 3, "repetition_penalty": 1.5, "presence_penalty": 0.25, "frequency_penalty": -0.25,
         "min_tokens": 6, "think_budget": 11, "think_start": 20, "think_end": 21, "long_columns": LOGPROB_IDS,
-        "long_ticket": 0, "processed_logprobs": 1,
+        "long_ticket": 17, "processed_logprobs": 1,
     }  # fmt: skip
     for name, old in before.items():
         assert np.array_equal(np.delete(getattr(admit, name), 1, 0), np.delete(old, 1, 0)), name

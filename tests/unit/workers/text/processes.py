@@ -34,13 +34,14 @@ from ipc.messages import (
     Start,
     StepOutputs,
     Stop,
+    TextOptions,
     Tokenized,
     ToScheduler,
     Withdraw,
     Withdrawn,
     WorkerToLauncher,
 )
-from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, prompt_layout
+from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, StepShape, prompt_layout
 from ipc.ring import Ring
 from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import bootstrap as gateway_bootstrap
@@ -93,6 +94,7 @@ class EchoScheduler(threading.Thread):
         self.held: set[int] = set()
         self.cancelled: list[int] = []
         self.echoed: set[int] = set()
+        self.tokenized: dict[str, Tokenized] = {}  # by request id
         self.withdrawn: set[int] = set()  # to be declined when they arrive
         self.may_release = threading.Event()  # the records of prompts
         self.may_release.set()
@@ -123,11 +125,12 @@ class EchoScheduler(threading.Thread):
         if request.key in self.withdrawn:
             self.ring.release_through(request.ticket)
             return
-        opened = Opened(request.key, request.route, request.params.stop, request.num_prompt_tokens, None)
+        opened = Opened(request.key, request.route, request.num_prompt_tokens, TextOptions.of(request.params))
         accepted = Accepted(keys=[request.key])
         while not send_to(self.inbox, b"gateway", accepted):  # it may not be connected yet
             self.inbox.poll(1)
         self.echoed.add(request.key)
+        self.tokenized[request.route.request_id] = request
         if request.error_code:
             ended = Ended(request.key, "error", request.error_code, request.error_message)
             send(self.detokenizer, StepOutputs(opened=[opened], ended=[ended]))
@@ -212,13 +215,11 @@ class TextEngine:
         (folder / "front").mkdir(mode=0o700)
         self.endpoint = f"ipc://{folder}/front/client.sock"
         tokenizer = TokenizerBootstrap(
-            block_size=4,
             cache_seed=None,
             worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
             tokenizer=TokenizerConfig(template_timeout_s=0.2),
             model_path=str(model),
-            vocab_size=vocab_size,
-            max_model_len=max_model_len,
+            shape=StepShape(4, 16, max_model_len, 4, vocab_size),
         )
         detokenizer = DetokenizerBootstrap(
             worker=self._worker("detokenizer"),

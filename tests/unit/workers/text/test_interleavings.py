@@ -25,6 +25,7 @@ from ipc.messages import (
     Outputs,
     Refused,
     StepOutputs,
+    TextOptions,
     Tokenize,
     Withdraw,
     Withdrawn,
@@ -34,12 +35,11 @@ from ipc.scheduling_params import SchedulingParams
 from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, bootstrap, generate
 from tests.unit.workers.text.tools import byte_level_tokenizer
 from workers.detokenizer.core import Detokenizer
-from workers.detokenizer.stop_strings import SpecialTokens
-from workers.detokenizer.text_decoding import decoder_factory
+from workers.detokenizer.text_decoding import Decoding
 from workers.gateway.core import Gateway
 from workers.gateway.outbox import Peer
 
-NEW_DECODER = decoder_factory(byte_level_tokenizer())
+DECODING = Decoding.of(byte_level_tokenizer())
 NUM_CLIENTS = 3
 
 
@@ -52,7 +52,7 @@ class Engine:
         self.policy = draw.choice(["fifo", "priority", "fair"])
         policy = {"policy": self.policy, "queue_timeout_s": draw.choice([None, 15.0])}
         self.gateway = Gateway(bootstrap(max_open_requests=6, policy=policy), dict)
-        self.detokenizer = Detokenizer(NEW_DECODER, SpecialTokens({}), client_window=3)
+        self.detokenizer = Detokenizer(DECODING, client_window=3)
         self.arrows: dict[str, deque[Any]] = {}
         self.running: dict[int, int] = {}  # in the scheduler: tokens still to come
         self.withdrawn: set[int] = set()  # to be declined there when they arrive
@@ -180,14 +180,14 @@ class Engine:
         self.put("scheduler>gateway", [request.key])
         stop = self.draw.choice([[], ["e"]])
         if self.draw.random() < 0.1:
-            opened = Opened(request.key, request.route, stop, 1, None)
+            opened = Opened(request.key, request.route, 1, TextOptions(stop=stop))
             refused = Ended(request.key, "error", "invalid_request", "too long")
             self.put("scheduler>detokenizer", StepOutputs(opened=[opened], ended=[refused]))
         else:
             keys = range(request.key, request.key + request.params.n)
             for key in keys:
                 self.running[key] = self.draw.randint(1, 6)
-            opened = Opened(request.key, request.route, stop, 1, None, request.params.n)
+            opened = Opened(request.key, request.route, 1, TextOptions(stop=stop), num_samples=request.params.n)
             self.put("scheduler>detokenizer", StepOutputs(opened=[opened]))
             if request.deadline_ns:
                 self.deadlines.append((request.deadline_ns, keys))

@@ -19,6 +19,7 @@ import pytest
 import zmq
 
 from ipc.channels import connect_dealer, send
+from ipc.long_values import BAD_WORDS, BIAS_IDS, BIAS_VALUES, LOGPROB_IDS, long_columns_of
 from ipc.messages import (
     EOS_TOKEN_ID,
     Abort,
@@ -32,6 +33,7 @@ from ipc.messages import (
     Route,
     Stats,
     StepOutputs,
+    TextOptions,
 )
 from ipc.records import FinishCode
 from ipc.sampling_params import SamplingParams
@@ -87,7 +89,14 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
     )
     client.say(generate("chat", chat=user_chat("fox ", "dog"), params=ONE))
     client.say(generate("stop", prompt="the fox jumps", params=SamplingParams(max_tokens=1, stop=["x j"])))
-    client.finish(*prompts, *(f"long{i}" for i in range(6)), "ids", "endless", "chat", "stop")
+    end = TOKENIZER.token_to_id("</s>")
+    named = SamplingParams(
+        max_tokens=1, skip_special_tokens=False, truncate_prompt_tokens=3, logit_bias={end: -5}, bad_words=["the fox"],
+        logprob_token_ids=[end],
+    )  # fmt: skip
+    client.say(generate("named", prompt="quick</s> brown</s>", params=named))
+    client.say(generate("budget", prompt="fox", params=SamplingParams(thinking_token_budget=5)))
+    client.finish(*prompts, *(f"long{i}" for i in range(6)), "ids", "endless", "chat", "stop", "named", "budget")
     for request_id, prompt in prompts.items():
         assert client.texts[request_id] == prompt
         assert client.finals[request_id].finish_reason == "length"
@@ -99,6 +108,13 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
     assert client.finals["endless"].error_code == "invalid_request"
     assert "takes more than 0.2 s of processor time" in client.finals["endless"].error_message
     assert (client.texts["stop"], client.finals["stop"].finish_reason) == ("the fo", "stop")
+    assert client.texts["named"] == "<s> brown</s>"
+    asked = engine.scheduler.tokenized["named"]
+    assert asked.params == named.without_long_values().with_seed(asked.params.seed or 0)
+    assert asked.params.bad_words == []
+    bits = long_columns_of(np.frombuffer(asked.long_values, "<i4"))
+    assert bits == BIAS_IDS | BIAS_VALUES | BAD_WORDS | LOGPROB_IDS
+    assert "names none" in client.finals["budget"].error_message
 
 
 def test_tokens_that_are_declared_beside_the_file_hold_for_prompts_answers_and_the_scheduler(
@@ -276,7 +292,7 @@ def test_stop_strings_that_end_more_sequences_than_a_message_holds_cancel_them_a
     token_id = TOKENIZER.token_to_id("x")
     scheduler = connect_dealer(engine.context, f"ipc://{engine.folder}/detokenize")
     for some in np.split(keys, 2):
-        opened = [Opened(int(key), Route(b"nobody", str(key), False), ["x"], 1, None) for key in some]
+        opened = [Opened(int(key), Route(b"nobody", str(key), False), 1, TextOptions(stop=["x"])) for key in some]
         send(scheduler, StepOutputs(opened=opened))
     token_ids = np.full(len(keys), token_id, "<i4").tobytes()
     finish = bytes([FinishCode.RUNNING]) * len(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import time
 
@@ -11,9 +12,6 @@ from ipc.errors import InvalidRequest
 from tests.unit.workers.text.tools import encoded_chat, user_chat
 from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.render_limits import RenderLimits, _resident_bytes
-
-# A signal during hypothesis' own callback of the garbage collector raises nothing; the next one does.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TIMEOUT_S = 0.1
 MEMORY_SLACK_BYTES = 400 << 20  # 256 MiB and one operation
@@ -184,7 +182,9 @@ def test_limits_leave_no_timer_and_no_handler_behind() -> None:
             limits.run(forever)
         assert signal.getsignal(signal.SIGPROF) == former
         assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+        assert gc.isenabled()
     assert limits.run(lambda: 5) == 5
+    assert limits.run(gc.isenabled) is False
     with pytest.raises(ZeroDivisionError):
         limits.run(lambda: 1 // 0)
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)

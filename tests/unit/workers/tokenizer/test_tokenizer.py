@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ipc.errors import InvalidRequest, ModelUnsupported, RequestFailed
 from ipc.messages import Route, Tokenize
+from ipc.records import StepShape
 from ipc.sampling_params import SamplingParams
 from tests.unit.workers.text.tools import CORPUS, byte_fallback_tokenizer, byte_level_tokenizer, encoded_chat
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.tokenizer.chat_template import ChatTemplates
-from workers.tokenizer.core import Encoded, PromptEncoder
+from workers.tokenizer.core import MAX_TRUNCATED_CHARS, Encoded, PromptEncoder
 
 MESSAGES = [{"role": "system", "content": "Be brief & <clear>."}, {"role": "user", "content": "  今天 hi\n"}]
 CHAT = encoded_chat(MESSAGES)
@@ -54,7 +55,11 @@ def save(folder: Path, tokenizer: Any = None, **config: Any) -> str:
 
 def encoder(folder: str, *, max_model_len: int = 200, vocab_size: int = 500) -> PromptEncoder:
     loaded = load_tokenizer(folder)
-    return PromptEncoder(loaded.tokenizer, chat_templates(folder), vocab_size, max_model_len)
+    return PromptEncoder(loaded.tokenizer, chat_templates(folder), shape(vocab_size, max_model_len))
+
+
+def shape(vocab_size: int, max_model_len: int) -> StepShape:
+    return StepShape(4, 16, max_model_len, 4, vocab_size)
 
 
 def chat_templates(folder: str) -> ChatTemplates:
@@ -257,6 +262,77 @@ def test_a_huge_prompt_is_refused_before_it_is_encoded(tmp_path: Path) -> None:
     assert "10000000 characters" in text
 
 
+TEXT = "<s> the quick brown fox 🙂 jumps"
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer])
+@pytest.mark.parametrize("num_kept", [1, 2, 5, 60])
+def test_a_truncated_text_has_the_tokens_of_transformers_truncation(tmp_path: Path, make: Any, num_kept: int) -> None:
+    folder = save(tmp_path, make(), add_bos_token=True)
+    reference = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    expected = reference(TEXT, truncation=True, max_length=num_kept)["input_ids"]
+    whole = reference(TEXT)["input_ids"]
+    params = SamplingParams(max_tokens=1, truncate_prompt_tokens=num_kept)
+    token_ids = encoder(folder).encode(request(params, prompt=TEXT)).token_ids.tolist()
+    # With room for nothing else, transformers keeps the special token alone. A prompt's last token is worth more.
+    assert token_ids == (whole[-1:] if num_kept == 1 else expected)
+
+
+def test_chats_and_ids_keep_their_last_tokens(tmp_path: Path) -> None:
+    encode = encoder(save(tmp_path, chat_template=TEMPLATE)).encode
+    whole = encode(request(chat=CHAT)).token_ids
+    for source in ({"chat": CHAT}, {"token_ids": whole.tobytes()}):
+        for num_kept in (1, 4, whole.size, 150):
+            params = SamplingParams(max_tokens=1, truncate_prompt_tokens=num_kept)
+            assert encode(request(params, **source)).token_ids.tolist() == whole[-num_kept:].tolist()
+
+
+@pytest.mark.parametrize(("max_tokens", "room"), [(None, 19), (1, 19), (12, 8), (19, 1)])
+def test_a_prompt_is_truncated_to_what_the_models_length_leaves(
+    tmp_path: Path, max_tokens: int | None, room: int
+) -> None:
+    encode = encoder(save(tmp_path), max_model_len=20).encode
+    token_ids = np.arange(1, 100, dtype="<i4")
+    params = SamplingParams(max_tokens=max_tokens, truncate_prompt_tokens=-1)
+    assert encode(request(params, token_ids=token_ids.tobytes())).token_ids.tolist() == token_ids[-room:].tolist()
+    assert encode(request(params, token_ids=token_ids[:1].tobytes())).token_ids.tolist() == [1]
+
+
+def test_truncation_to_more_than_fits_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    encode = encoder(save(tmp_path), max_model_len=20).encode
+    for params in (
+        SamplingParams(max_tokens=5, truncate_prompt_tokens=16),
+        SamplingParams(max_tokens=20, truncate_prompt_tokens=-1),
+    ):
+        text = failure(encode(request(params, token_ids=np.arange(1, 100, dtype="<i4").tobytes())))
+        assert f"max_tokens ({params.max_tokens}) exceed" in text
+
+
+def test_a_text_that_is_truncated_may_be_long_within_a_bound(tmp_path: Path) -> None:
+    encode = encoder(save(tmp_path), max_model_len=20).encode
+    text, keep = "the fox " * 5_000, SamplingParams(max_tokens=1, truncate_prompt_tokens=4)
+    assert "40000 characters" in failure(encode(request(prompt=text)))
+    kept = encode(request(keep, prompt=text)).token_ids.tolist()
+    assert kept == encode(request(keep, prompt="the fox the fox the fox ")).token_ids.tolist()
+    text = failure(encode(request(keep, prompt="x" * (MAX_TRUNCATED_CHARS + 1))))
+    assert f"({MAX_TRUNCATED_CHARS + 1} characters)" in text
+    assert "send only its end" in text
+
+
+def test_more_min_tokens_than_fit_are_accepted(tmp_path: Path) -> None:
+    encode = encoder(save(tmp_path), max_model_len=20).encode
+    assert encode(request(SamplingParams(min_tokens=1_000), prompt="the fox")).error is None
+
+
+def test_a_request_that_names_an_unknown_token_is_refused(tmp_path: Path) -> None:
+    encode = encoder(save(tmp_path)).encode
+    encoded = encode(request(SamplingParams(logit_bias={500: 1}), prompt="the fox"))
+    assert "logit_bias holds 500" in failure(encoded)
+    encoded = encode(request(SamplingParams(logit_bias={499: 1}), prompt="the fox"))
+    assert encoded.error is None
+    assert encoded.asked.long_values
+
+
 def test_any_other_exception_is_that_requests_error(tmp_path: Path) -> None:
     class Panicking:
         def get_vocab(self) -> dict[str, int]:
@@ -266,7 +342,7 @@ def test_any_other_exception_is_that_requests_error(tmp_path: Path) -> None:
             raise type("PanicException", (BaseException,), {})("a Rust panic")
 
     template = ChatTemplates({}, {})
-    encoded = PromptEncoder(Panicking(), template, 500, 100).encode(request(prompt="x"))
+    encoded = PromptEncoder(Panicking(), template, shape(500, 100)).encode(request(prompt="x"))
     assert isinstance(encoded.error, RequestFailed)
     assert "a Rust panic" in str(encoded.error)
 

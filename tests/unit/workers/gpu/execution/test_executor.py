@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ipc.errors import RingError, RingFull
+from ipc.mask_records import mask_layout
 from ipc.record_layout import Layout, R
 from ipc.records import PROMPT_RECORD_TOKENS, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -23,10 +24,11 @@ from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.device.timed import TimedDevice
 from workers.gpu.execution import kept_work
 from workers.gpu.execution.buckets import Buckets
-from workers.gpu.execution.executor import Executor, GpuRings
+from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.kept_work import KeptWork
 from workers.gpu.execution.null_model import NullModel
 from workers.gpu.execution.result_publisher import ResultPublisher
+from workers.gpu.execution.rings import GpuRings
 
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=16, max_model_len=32, block_size=4)
 NUM_BLOCKS = 16
@@ -36,7 +38,7 @@ torch.set_num_threads(1)
 
 
 class Ends:
-    """Both ends of the three rings: ours to write, and the executor's."""
+    """Both ends of the rings: ours to write, and the executor's. The shape says how many mask rings there are."""
 
     def __init__(self, shape: StepShape, depth: int) -> None:
         def pair(name: str, layout: Layout[R], num_slots: int) -> tuple[Ring[R], Ring[R]]:
@@ -48,7 +50,9 @@ class Ends:
         self.steps, steps = pair("step", step_layout(shape), 2 * depth)
         self.results, results = pair("result", result_layout(shape), 2 * depth)
         self.prompts, prompts = pair("prompt", prompt_layout(), 8)
-        self.gpu = GpuRings(steps, results, [prompts])
+        masks = [pair(f"mask.{i}", mask_layout(shape), 2 * depth) for i in range(shape.num_grammar_workers)]
+        self.masks = [ours for ours, _ in masks]
+        self.gpu = GpuRings(steps, results, [prompts], [theirs for _, theirs in masks])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -78,7 +82,7 @@ def serve(requests: list[ScriptedRequest], depth: int, device: Any, *, pad_batch
         device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, depth, NUM_BLOCKS, ends.gpu,
         buckets=Buckets(SHAPE) if pad_batches else None,
     )  # fmt: skip
-    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, wake=rung.set)
     scheduler = ScriptedScheduler(Random(depth), SHAPE, NUM_BLOCKS, [ends.prompts])
     scheduler.waiting.extend(requests)
     in_flight = 0
@@ -171,7 +175,7 @@ def test_steps_overlap_on_the_timed_device_and_results_come_when_their_time_is_o
     step_ns = 30_000_000
     model = NullModel(SHAPE, device.torch_device, lambda: device.spend(step_ns))
     executor = Executor(device, model, SHAPE, 2, NUM_BLOCKS, ends.gpu)
-    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, wake=rung.set)
     with driven(executor, completion) as take_steps:
         publish_step(ends.steps, num_admissions=1)
         publish_step(ends.steps)
@@ -204,7 +208,7 @@ class LateWaiter(CpuDevice):
 def test_a_step_that_is_done_at_once_is_not_published_while_the_thread_still_has_the_one_before_it() -> None:
     ends, device, rung = Ends(SHAPE, 2), LateWaiter(), threading.Event()
     executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, ends.gpu)
-    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, failed=rung.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=rung.set, wake=rung.set)
     with driven(executor, completion) as take_steps:
         publish_step(ends.steps)
         take_steps()
@@ -287,7 +291,7 @@ class BrokenDevice(TimedDevice):
 def test_an_error_while_waiting_for_results_wakes_the_main_thread_which_raises_it() -> None:
     ends, device, failed = Ends(SHAPE, 2), BrokenDevice(), threading.Event()
     executor = Executor(device, ToyModel(SHAPE, NUM_BLOCKS), SHAPE, 2, NUM_BLOCKS, ends.gpu)
-    completion = ResultPublisher(device, executor, ring_scheduler=lambda: None, failed=failed.set)
+    completion = ResultPublisher(device, executor, ring_scheduler=lambda: None, wake=failed.set)
     with driven(executor, completion) as take_steps:
         publish_step(ends.steps)
         publish_step(ends.steps)

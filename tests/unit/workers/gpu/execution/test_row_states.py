@@ -95,7 +95,7 @@ def test_an_admission_resets_or_rebuilds_the_states_of_its_rows_and_of_no_other_
 @pytest.mark.parametrize("states", [(), (RowState("a", (5,), torch.bfloat16), RowState("b", (), torch.int64))])
 def test_the_bytes_that_are_reserved_are_those_that_are_allocated(states: Sequence[RowState]) -> None:
     tables = RowTables(CpuDevice(), SHAPE, NUM_BLOCKS, VOCAB_SIZE, states)
-    allocated = [tables.token_ids, tables.columns, *tables.model_states.values()]
+    allocated = [tables.token_ids, tables.columns, tables.long_memory, *tables.model_states.values()]
     assert table_bytes(SHAPE, VOCAB_SIZE, states) == sum(tensor.nbytes for tensor in allocated)
 
 

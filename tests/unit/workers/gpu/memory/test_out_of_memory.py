@@ -21,6 +21,7 @@ from workers.gpu.config import ModelConfig
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.row_tables import table_bytes
+from workers.gpu.execution.step_masks import mask_bytes
 from workers.gpu.memory import account as memory
 from workers.gpu.memory.account import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory
@@ -163,7 +164,7 @@ def test_what_is_left_beside_the_cache_grows_with_what_is_allocated_later() -> N
     def reserved(step_bytes: int = 1 << 30, captures: bool = True, shape: StepShape = SHAPE, layers: int = 2) -> int:
         return reserved_bytes(shape, layers, 1000, step_bytes, CUDA, captures=captures)
 
-    assert reserved(captures=False) == (1 << 30) + table_bytes(SHAPE, 1000) + 4 * 4 * 1000
+    assert reserved(captures=False) == (1 << 30) + table_bytes(SHAPE, 1000) + mask_bytes(SHAPE) + 8 * 4 * 1000
     assert reserved() - reserved(captures=False) > 1 << 30, "all of so small a step may be captured"
     assert reserved(layers=4) > reserved()
     large = StepShape(max_num_seqs=4, max_num_batched_tokens=5120, max_model_len=64, block_size=4)

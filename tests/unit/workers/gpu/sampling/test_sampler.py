@@ -8,8 +8,8 @@ import torch
 from ipc.records import NO_TOKEN, SamplerVariant
 from ipc.sampling_params import MAX_LOGPROBS
 from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, check_ends, check_not_finite, kept_by_sorting, logits
+from workers.gpu.sampling.filters import keep
 from workers.gpu.sampling.random_bits import exponential, uniform
-from workers.gpu.sampling.sampler import keep
 
 torch.set_num_threads(1)
 

@@ -15,6 +15,9 @@ from workers.scheduler.prompt_lease import PromptLease
 LAYOUT: Layout[PromptRecord] = Layout("prompt", [("token_ids", "<i4", (4,))])
 
 
+NONE = np.empty(0, np.int32)
+
+
 def rings(*sizes: int) -> list[Ring]:
     made = [Ring.create(f"prompt.{i}", LAYOUT, size, 1) for i, size in enumerate(sizes)]
     for ring in made:
@@ -94,7 +97,7 @@ def test_records_that_a_step_copies_from_are_not_taken_away_however_full_the_rin
     both = rings(8, 4)
     prompts = PromptRings(both)
     leases = [receive(prompts, both[1], [i]) for i in range(4)]
-    assert prompts.lease_for_step(leases[1], np.array([1], np.int32)) is leases[1]
+    assert prompts.leases_for_step(leases[1], np.array([1], np.int32), NONE) == (leases[1], None)
     prompts.release_waiting()
     assert [lease.is_released for lease in leases] == [True, False, False, False]
     assert both[1].read_cursor == 2
@@ -107,18 +110,38 @@ def test_a_prompt_whose_records_are_gone_is_sent_from_the_upload_ring_when_that_
     lost, other = receive(prompts, both[1], ids.tolist()), receive(prompts, both[1], [9])
     prompts.release(lost)
     prompts.release(other)
-    sent = prompts.lease_for_step(lost, ids)
-    assert sent is not None
+    found = prompts.leases_for_step(lost, ids, NONE)
+    assert found is not None
+    sent, _ = found
     assert (sent.ring, sent.ticket, sent.num_records) == (0, 1, 2)
     assert prompts.num_upload_records == 2
     assert [*both[0].record(1).token_ids, both[0].record(2).token_ids[0]] == [0, 1, 2, 3, 4]
-    assert prompts.lease_for_step(other, np.array([9], np.int32)) is None, "both records are in use"
+    assert prompts.leases_for_step(other, np.array([9], np.int32), NONE) is None, "both records are in use"
     prompts.release(sent)
-    again = prompts.lease_for_step(other, np.array([9], np.int32))
-    assert again is not None
-    assert again.ticket == 3
+    found = prompts.leases_for_step(other, np.array([9], np.int32), NONE)
+    assert found is not None
+    assert found[0].ticket == 3
     assert prompts.num_upload_records == 1
     assert prompts.take_freed_rings() == [1], "ring 0 is no tokenizer's"
+
+
+def test_long_values_are_sent_from_the_upload_ring_together_with_a_prompt_or_not_yet() -> None:
+    both = rings(3, 4)
+    prompts = PromptRings(both)
+    words = np.arange(10, 15, dtype=np.int32)
+    kept, lost = receive(prompts, both[1], [7]), receive(prompts, both[1], [8])
+    prompts.release(lost)
+    found = prompts.leases_for_step(kept, np.array([7], np.int32), words)
+    assert found is not None
+    lease, long_lease = found
+    assert lease is kept
+    assert long_lease is not None
+    assert (long_lease.ring, long_lease.ticket, long_lease.num_records) == (0, 1, 2)
+    assert [*both[0].record(1).token_ids, both[0].record(2).token_ids[0]] == words.tolist()
+    assert prompts.leases_for_step(lost, np.array([8], np.int32), words) is None, "one record is free, three are needed"
+    assert prompts.num_upload_records == 2, "nothing was sent in part"
+    prompts.release(long_lease)
+    assert prompts.leases_for_step(lost, np.array([8], np.int32), words) is not None
 
 
 def test_a_prompt_that_is_not_in_a_tokenizers_ring_is_an_error() -> None:

@@ -1,0 +1,143 @@
+"""Structured outputs in a running engine: answers that fit their schemas, neighbours that notice nothing, and a grammar
+process that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+
+from ipc.structured_outputs import StructuredOutputs
+from pipeline import Client, InvalidRequest, Pipeline, RequestFailed, SamplingParams
+from tests.integration.conftest import TINY_CONFIG
+from tests.reference.json_schemas import schema_groups
+from tests.unit.workers.grammar.grammar_tools import matchers_of
+
+pytestmark = pytest.mark.slow
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+# Blocks for two of the longest sequences: with 32 of them at a time, many are preempted.
+OVERRIDES = ["grammar.num_workers=2", "scheduler.max_model_len=256", "cache.num_blocks=34", "grammar.mask_timeout_s=1"]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with Pipeline(TINY_CONFIG, OVERRIDES) as pipeline:
+        yield pipeline.client
+
+
+def specs() -> list[StructuredOutputs]:
+    schemas = [PERSON] * 16 + [group.schema for group in schema_groups()[::5]]
+    return [StructuredOutputs(json=schema, disable_any_whitespace=bool(i % 2)) for i, schema in enumerate(schemas)]
+
+
+def free_params(seed: int) -> SamplingParams:
+    return SamplingParams(max_tokens=30, temperature=float(seed % 2), seed=seed, n=1 + seed % 2)
+
+
+def test_answers_fit_their_schemas_and_free_requests_beside_them_do_not_change(client: Client) -> None:
+    prompts = [f"{name} is" for name in ("A module", "A list", "The yield statement", "An object")]
+    free = [(prompts[seed % 4], free_params(seed)) for seed in range(24)]
+    alone = client.generate_batch(*map(list, zip(*free, strict=True)))
+    wanted = specs()
+    structured = [
+        (prompts[i % 4], SamplingParams(max_tokens=60, temperature=float(i % 2), seed=i, structured_outputs=spec))
+        for i, spec in enumerate(wanted)
+    ]
+    mixed = [pair for pairs in zip(structured, [*free, *free, *free], strict=False) for pair in pairs]
+    outputs = client.generate_batch(*map(list, zip(*mixed, strict=True)))
+    free_outputs = outputs[1::2]
+    for i, output in enumerate(free_outputs):
+        expected = alone[i % len(alone)]
+        assert [each.token_ids for each in output.completions] == [each.token_ids for each in expected.completions]
+    num_unfinished = sum(check_answer(wanted[i], output) for i, output in enumerate(outputs[::2]))
+    assert num_unfinished < len(free_outputs), "no answer was finished"
+    scheduler = client.stats()["scheduler"]
+    assert scheduler["num_structured_unfinished"] == num_unfinished
+    assert scheduler["num_preemptions"] > 0, "the cache was large enough for all of them"
+    stats = client.stats()
+    assert all(stats[f"grammar.{i}"]["num_masks"] > 0 for i in range(2))
+    assert sum(stats[f"grammar.{i}"]["num_matchers"] for i in range(2)) == 0
+
+
+def check_answer(spec: StructuredOutputs, output: Any) -> bool:
+    """Whether an answer ended early. A complete one is valid; the beginning of another one fits the grammar."""
+    assert output.finish_reason in ("stop", "length"), output.error
+    if output.finish_reason == "stop":
+        schema = json.loads(str(spec.json))
+        jsonschema.validate(json.loads(output.text), schema)
+        return False
+    matchers = matchers_of(spec)
+    for token_id in output.token_ids:
+        matchers.advance(1, token_id)
+    assert matchers.problem(1) == ""
+    return True
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"regex": "[a-f]{3}-[0-9]{2}"}, "[a-f]{3}-[0-9]{2}"),
+        ({"grammar": 'start: "x" "y" ~ 1..3 "z"'}, "xy{1,3}z"),
+        (
+            {
+                "structural_tag": json.dumps(
+                    {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": {"const": [1]}}}
+                )
+            },
+            r"\[1\]",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_every_kind_of_constraint_is_kept_streamed_and_whole_by_every_sample(
+    client: Client, fields: dict[str, Any], pattern: str
+) -> None:
+    spec = StructuredOutputs(**fields, disable_any_whitespace="structural_tag" in fields)
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=3, n=3, structured_outputs=spec)
+    whole = client.generate("Answer:", params)
+    for completion in whole.completions:
+        assert re.fullmatch(pattern, completion.text)
+        assert completion.finish_reason == "stop"
+    streamed = ["", "", ""]
+    for output in client.generate("Answer:", params, stream=True):
+        streamed[output.index] += output.text
+    assert streamed == [completion.text for completion in whole.completions]
+
+
+def test_a_bad_schema_ends_its_own_request_with_the_reason(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.json cannot be used"):
+        client.generate("x", SamplingParams(structured_outputs=StructuredOutputs(json={"type": 7})))
+
+
+def test_a_grammar_process_that_hangs_ends_its_own_sequences_and_serves_again_afterwards() -> None:
+    with Pipeline(TINY_CONFIG, ["grammar.mask_timeout_s=0.2"]) as pipeline:
+        client = pipeline.client
+        params = SamplingParams(structured_outputs=StructuredOutputs(regex="[a-z ]{4000}"))  # goes on for long
+        expected = client.generate("A module is", SamplingParams(max_tokens=40)).token_ids
+        stream = client.generate("A list:", params, stream=True)
+        next(iter(stream))
+        os.kill(pipeline.pids["grammar.0"], signal.SIGSTOP)
+        try:
+            with pytest.raises(RequestFailed, match=r"grammar.mask_timeout_s \(0.2\)"):
+                for _ in stream:
+                    pass
+            assert client.generate("A module is", SamplingParams(max_tokens=40)).token_ids == expected
+        finally:
+            os.kill(pipeline.pids["grammar.0"], signal.SIGCONT)
+        answer = client.generate("Say:", SamplingParams(structured_outputs=StructuredOutputs(choice=["yes", "no"])))
+        assert answer.text in ("yes", "no")
+        assert answer.finish_reason == "stop"
+        assert client.stats()["gpu"]["num_late_masks"] >= 1

@@ -1,0 +1,123 @@
+"""Grammar processes in plain Python that check what the scheduler tells them.
+
+A request for masks must come before its step runs, in the order of the steps, for the sequences whose rows the step
+record gives these masks. It must carry each sequence's one token that has not been told yet, and key 0 exactly for the
+sequences that have ended by then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from ipc.mask_records import MaskRequestRecord, mask_request_layout
+from ipc.messages import Compile, Compiled
+from ipc.records import NO_TOKEN, StepRecord, StepShape
+from ipc.ring import Ring, close_handle
+from workers.scheduler.scheduler import Scheduler
+
+
+class _Owed(NamedTuple):
+    """The masks that a planned step needs."""
+
+    tickets: list[int]  # by worker; 0 = none
+    keys: list[list[int]]  # by worker, in the order of its masks
+
+
+class FakeGrammar:
+    """`planned` sees each step record, `answer` takes the requests of the step that runs next."""
+
+    def __init__(self, shape: StepShape, num_workers: int, num_records: int) -> None:
+        layout = mask_request_layout(shape)
+        rings = [Ring.create(f"mask_request.{i}", layout, num_records, 1) for i in range(num_workers)]
+        self.writers: list[Ring[MaskRequestRecord]] = [Ring.attach(ring.handle, layout, writer=True) for ring in rings]
+        self._readers = rings
+        for ring in rings:
+            close_handle(ring.handle)
+        self.told: dict[int, list[int]] = {}  # tokens of each sequence, in the order in which they came
+        self.num_masks: dict[int, int] = {}  # that each sequence has got
+        self.matchers: dict[int, int] = {}  # worker of each sequence that is compiled and not released
+        self.compiles: list[tuple[int, Compile]] = []  # not answered yet
+        self._owed: deque[_Owed] = deque()
+        self._num_answered = 0  # steps
+
+    def hear(self, scheduler: Scheduler) -> None:
+        """Take the scheduler's messages."""
+        for worker, messages in scheduler.take_grammar_messages():
+            for message in messages:
+                if isinstance(message, Compile):
+                    self.compiles.append((worker, message))
+                    keys = range(message.key, message.key + message.num_samples)
+                    assert not self.matchers.keys() & set(keys), "a request was compiled twice"
+                    self.matchers |= dict.fromkeys(keys, worker)
+                else:
+                    for key in message.keys:
+                        assert self.matchers.pop(key) == worker, "a sequence was released by another worker"
+
+    def compile(self, scheduler: Scheduler, index: int = 0, error: str = "") -> None:
+        """Answer one of the grammars that wait."""
+        worker, message = self.compiles.pop(index)
+        code = "invalid_request" if error else ""
+        scheduler.compiled(worker, Compiled(key=message.key, error_code=code, error_message=error))
+
+    def planned(self, record: StepRecord, scheduler: Scheduler) -> None:
+        """Remember whose masks a new step needs."""
+        n, table = int(record.num_seqs[0]), scheduler._table
+        tickets = [int(ticket) for ticket in record.mask_ticket[: len(self.writers)]]
+        counts = [int(record.num_masks[worker]) if tickets[worker] else 0 for worker in range(len(tickets))]
+        keys: list[list[int]] = [[0] * count for count in counts]
+        given = set()
+        for i, row in enumerate(record.seq_row[:n].tolist()):
+            sequence = table.sequences[row]
+            assert sequence is not None, f"row {row} has no owner"
+            if not (sequence.has_grammar and record.seq_sample[i]):
+                assert not any(tickets) or record.seq_mask[i] == -1, "a mask for a sequence that needs none"
+                continue
+            worker, place = self.matchers[sequence.key], int(record.seq_mask[i])
+            keys[worker][place - sum(counts[:worker])] = sequence.key
+            given.add(place)
+        assert given == set(range(sum(counts))), "masks that belong to no sequence"
+        self._owed.append(_Owed(tickets, keys))
+        self.hear(scheduler)
+
+    def can_answer(self) -> bool:
+        """Whether the masks of the step that runs next have been asked for."""
+        tickets = self._owed[0].tickets
+        return all(not ticket or ring.is_published(ticket) for ticket, ring in zip(tickets, self._readers, strict=True))
+
+    def answer(self, scheduler: Scheduler) -> None:
+        """Take the requests for the step that runs next."""
+        self.hear(scheduler)
+        owed = self._owed.popleft()
+        self._num_answered += 1
+        for worker, ring in enumerate(self._readers):
+            request: Any = ring.take()
+            assert (request is None) == (not owed.tickets[worker]), "a request is missing, or one is there too early"
+            if request is None:
+                continue
+            ticket = ring.next_ticket - 1
+            assert ticket == owed.tickets[worker], "the request has another ticket than the step says"
+            assert int(request.step[0]) == self._num_answered, "the request is of another step"
+            n = int(request.num_masks[0])
+            keys, tokens = request.key[:n].tolist(), request.token[:n].tolist()
+            assert n == len(owed.keys[worker])
+            for key, token, owner in zip(keys, tokens, owed.keys[worker], strict=True):
+                assert key in (0, owner), "the mask is of another sequence"
+                assert key or owner not in scheduler._open, "an open sequence gets no mask"
+                if key:
+                    self._tell(key, token)
+            ring.release_through(ticket)
+
+    def _tell(self, key: int, token: int) -> None:
+        told = self.told.setdefault(key, [])
+        self.num_masks[key] = self.num_masks.get(key, 0) + 1
+        if token != NO_TOKEN:
+            told.append(token)
+        assert len(told) == self.num_masks[key] - 1, f"sequence {key} was told {told} before its next mask"
+
+    def check_empty(self, scheduler: Scheduler) -> None:
+        """No matcher is left, and no grammar is parked."""
+        self.hear(scheduler)
+        assert not self.matchers, "a matcher was never released"
+        assert not scheduler._grammar_workers._parked
+        assert all(worker.num_sequences == 0 for worker in scheduler._grammar_workers._workers)

@@ -1,0 +1,21 @@
+"""The adjustment stage in torch against the definitions, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.reference.adjustment_bench import AdjustmentBench, assert_adjusted
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_each_row_of_a_mixed_step_is_adjusted_as_its_own_parameters_say(seed: int) -> None:
+    assert_adjusted(AdjustmentBench(num_seqs=9, vocab_size=(70, 333, 31)[seed % 3], seed=seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_models_logits_of_any_dtype_are_adjusted_in_float32_and_stay_as_they_are(dtype: torch.dtype) -> None:
+    bench = AdjustmentBench(num_seqs=7, vocab_size=130, seed=3, dtype=dtype)
+    before = bench.logits.clone()
+    assert_adjusted(bench)
+    assert torch.equal(bench.logits.nan_to_num(), before.nan_to_num())

@@ -1,0 +1,141 @@
+"""Which grammar process has the grammar of each structured sequence, and what the scheduler tells these processes.
+
+    park      request -> Compile to the least loaded process
+    compiled  its answer -> the sequences of the request that are still open may run
+    release   an ended sequence -> ReleaseMatchers
+
+Knows no sockets: the scheduler's process takes the messages and sends them. Ends no sequence: the scheduler does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from ipc.messages import Compile, ReleaseMatchers, SchedulerToGrammar, split_keys
+from workers.scheduler.sequence import Sequence
+
+ANSWER_SLACK_S: Final = 10.0  # beyond the time to compile: the first grammar also waits for the vocabulary
+
+
+class GrammarWorkers:
+    """The grammar processes by index. Requests whose grammar is not compiled yet are parked here.
+
+    Args:
+        num_workers: 0 = requests with structured outputs cannot be served.
+        compile_timeout_s: a grammar process takes at most so long for one grammar.
+        clock: nanoseconds.
+    """
+
+    def __init__(self, num_workers: int, compile_timeout_s: float, clock: Callable[[], int]) -> None:
+        limit_s = compile_timeout_s + ANSWER_SLACK_S
+        self.silence = (  # the error of those that `expired` returns
+            f"the grammar process of this request has answered nothing for {limit_s:g} s "
+            f"(grammar.compile_timeout_s + {ANSWER_SLACK_S:g}): send the request again"
+        )
+        self._limit_ns = round(limit_s * 1e9)
+        self._clock = clock
+        self._parked: dict[int, dict[int, Sequence]] = {}  # by the request's key: its open sequences by their keys
+        self._workers = [_Worker() for _ in range(num_workers)]
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def park(self, sequences: list[Sequence]) -> None:
+        """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it."""
+        first = sequences[0]
+        spec = first.params.structured_outputs
+        assert spec is not None, f"request {first.key} has no structured outputs"
+        index = min(range(len(self._workers)), key=lambda i: (self._workers[i].is_silent, self._workers[i].load))
+        worker = self._workers[index]
+        for sequence in sequences:
+            sequence.grammar_worker = index
+        self._parked[first.key] = {sequence.key: sequence for sequence in sequences}
+        worker.num_sequences += len(sequences)
+        worker.asked(first.key, self._clock())
+        worker.compiles.append(Compile(key=first.key, num_samples=len(sequences), spec=spec, end_ids=first.end_ids))
+
+    def compiled(self, worker: int, key: int) -> list[Sequence]:
+        """A process has answered a request's Compile. Returns the request's open sequences: they are parked no more."""
+        self._workers[worker].answered(key, self._clock())
+        sequences = self._sequences(key)
+        self._parked.pop(key, None)
+        return sequences
+
+    def release(self, sequence: Sequence) -> None:
+        """A structured sequence has ended, whether it was parked or not."""
+        worker = self._workers[sequence.grammar_worker]
+        worker.num_sequences -= 1
+        worker.released.append(sequence.key)
+        request = sequence.request_key
+        if (parked := self._parked.get(request)) is not None:
+            del parked[sequence.key]
+            if not parked:
+                del self._parked[request]
+
+    @property
+    def next_timer_ns(self) -> int | None:
+        """When `expired` may have something to return; None: not before the next `park`."""
+        due_ns = [worker.heard_ns + self._limit_ns for worker in self._workers if worker.unanswered]
+        return min(due_ns, default=None)
+
+    def expired(self) -> list[Sequence]:
+        """The parked sequences whose process has answered nothing for too long. The caller ends them."""
+        last_ns = self._clock() - self._limit_ns
+        late = [worker for worker in self._workers if worker.unanswered and worker.heard_ns <= last_ns]
+        return [sequence for worker in late for key in worker.give_up() for sequence in self._sequences(key)]
+
+    def take_messages(self) -> list[tuple[int, list[SchedulerToGrammar]]]:
+        """The messages to each grammar process since the last call, by its index, in order."""
+        return [(index, worker.take()) for index, worker in enumerate(self._workers) if worker.has_messages]
+
+    def _sequences(self, key: int) -> list[Sequence]:
+        return list(self._parked.get(key, {}).values())
+
+
+class _Worker:
+    """One grammar process. It answers every Compile once."""
+
+    def __init__(self) -> None:
+        self.num_sequences = 0  # open ones
+        self.unanswered: set[int] = set()  # keys of requests
+        self.heard_ns = 0  # since when it could have answered: its last answer, or the first question after that
+        self.compiles: list[Compile] = []
+        self.released: list[int] = []
+        self._given_up: set[int] = set()  # requests that ended because it did not answer
+
+    @property
+    def load(self) -> int:
+        return self.num_sequences + len(self.unanswered)
+
+    @property
+    def is_silent(self) -> bool:
+        """It may hang, so others are asked first."""
+        return bool(self._given_up)
+
+    def asked(self, key: int, now_ns: int) -> None:
+        if not self.unanswered:
+            self.heard_ns = now_ns
+        self.unanswered.add(key)
+
+    def answered(self, key: int, now_ns: int) -> None:
+        self.unanswered.discard(key)
+        self._given_up.discard(key)
+        self.heard_ns = now_ns
+
+    def give_up(self) -> list[int]:
+        """The unanswered requests. They are waited for no more."""
+        keys = sorted(self.unanswered)
+        self._given_up |= self.unanswered
+        self.unanswered.clear()
+        return keys
+
+    @property
+    def has_messages(self) -> bool:
+        return bool(self.compiles or self.released)
+
+    def take(self) -> list[SchedulerToGrammar]:
+        """A sequence is released after its grammar was sent, so this order of the two kinds is the right one."""
+        messages: list[SchedulerToGrammar] = [*self.compiles, *split_keys(ReleaseMatchers, self.released)]
+        self.compiles, self.released = [], []
+        return messages
