@@ -4,7 +4,7 @@
             fronts last
     serve   sleep until a signal, a worker's death or its Failed
     down    told to end: Drain -> Drained (or time-out, then Abort) -> Stop;  a second signal: kill
-            a worker lost:  Abort(message) -> Drained -> Stop, exit status 1
+            a worker lost:  Abort(message) -> Drained -> Stop, exit status 1; a dispensable one: Lost to the others
 
 One poll covers the control socket, every worker's pidfd, signals, and the lifeline. `topology.py` declares the roles,
 and `wiring.py` derives each worker's bootstrap. This module names no role, ring or socket besides the control socket.
@@ -21,7 +21,7 @@ import zmq
 
 from ipc.channels import bind_router, receive_from, send_to
 from ipc.errors import ConfigError
-from ipc.messages import Abort, Drain, Drained, Failed, Progress, Ready, Start, Stop, WorkerToLauncher
+from ipc.messages import Abort, Drain, Drained, Failed, Lost, Progress, Ready, Start, Stop, WorkerToLauncher
 from pipeline.engine.announcer import Announcer
 from pipeline.engine.child_process import ChildProcess
 from pipeline.engine.config import check_cache_holds_one_sequence
@@ -117,9 +117,8 @@ class Supervisor:
         if self._is_over():
             return False
         started = {*wiring.names(role.name for role in dependent), *wiring.fronts}
-        for name in self._workers:
-            if name not in started:
-                self._tell(name, Start(info=self._info))
+        for name in sorted(self._workers.keys() - started):
+            self._tell(name, Start(info=self._info))
         for front in wiring.fronts:
             self._workers[front].is_ready = False  # until it takes requests: the announcement must not come earlier
             self._tell(front, Start(info=self._info))
@@ -197,9 +196,7 @@ class Supervisor:
         """Have the fronts answer every open request with an error. Returns when they have, or cannot."""
         self._drained.clear()
         told = {front for front in self._wiring.fronts if self._tell(front, Abort(error_message=message))}
-        self._wait_until(
-            lambda: self._drained.issuperset(told & self._workers.keys()), ABORT_TIMEOUT_S, heed_loss=False
-        )
+        self._wait_until(lambda: self._drained >= (told & self._workers.keys()), ABORT_TIMEOUT_S, heed_loss=False)
 
     def _stop_all(self) -> None:
         """Stop, wait, kill. Returns when no worker is left."""
@@ -248,10 +245,8 @@ class Supervisor:
         readable = {source for source, _ in self._poller.poll(timeout_ms)}
         self._take_messages()
         for worker in [worker for worker in self._workers.values() if worker.pidfd in readable]:
-            if not self._stopping:
-                self._hear_last_words(worker.name)
-                if worker.name not in self._failed:
-                    self._note_loss(f"{worker.name} {worker.describe_exit()}")
+            if not self._stopping and not self._has_said_why(worker.name):
+                self._note_loss(worker.name, f"{worker.name} {worker.describe_exit()}")
             self._bury(worker.name)
         self._end_requests.take_in(readable)
 
@@ -270,17 +265,23 @@ class Supervisor:
                     self._drained.add(identity.decode())
                 case Failed():
                     self._failed.add(message.role)
-                    self._note_loss(f"{message.role} failed: {message.error_message}")
+                    self._note_loss(message.role, f"{message.role} failed: {message.error_message}")
 
-    def _hear_last_words(self, name: str) -> None:
-        """A dead worker's Failed says more than its exit status, and may still be on its way."""
+    def _has_said_why(self, name: str) -> bool:
+        """Whether a dead worker has sent Failed, which says more than its exit status and may still be on its way."""
         deadline = time.monotonic() + _LAST_WORDS_S
         while name not in self._failed and (left := deadline - time.monotonic()) > 0:
             if self._control.poll(int(left * 1000) + 1):
                 self._take_messages()
+        return name in self._failed
 
-    def _note_loss(self, what: str) -> None:
-        if self._loss is None:
+    def _note_loss(self, name: str, what: str) -> None:
+        process = self._wiring.process(name)
+        if process.role.is_dispensable and self._announcer.is_ready:
+            logger.error("%s: the engine goes on without it", what)
+            for other in self._workers:
+                self._tell(other, Lost(role=process.role.name, index=process.index))
+        elif self._loss is None:
             self._loss = what
         else:
             logger.warning("%s", what)

@@ -54,6 +54,8 @@ class Role:
             ready by itself.
         is_front: answers clients. It is told Start last, says Ready once more when it serves, and is told Drain and
             Abort.
+        is_dispensable: a running engine goes on without processes of this role that have died. The other processes are
+            told `Lost`.
         threads: further threads that are traced, besides the main one.
         keeps: descriptors that the launcher lends (`EngineFacts.lent`), as long as the process lives.
     """
@@ -68,6 +70,7 @@ class Role:
     restart: Restart = Restart.ENGINE
     starts_after: tuple[str, ...] = ()
     is_front: bool = False
+    is_dispensable: bool = False
     outlives_launcher: bool = False
     reads_statistics: bool = False
     threads: tuple[str, ...] = ()
@@ -143,6 +146,7 @@ ENGINE: Final = Table(
         Role(
             name=GRAMMAR, module="workers.grammar", bootstrap=role_settings.grammar, counters=GRAMMAR_COUNTERS,
             start_order=5, count=lambda config: config.grammar.num_workers, is_numbered=True, restart=Restart.ALONE,
+            is_dispensable=True,
         ),
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,

@@ -102,6 +102,10 @@ class Wiring:
         """The traced threads in the order of the timeline: "gpu" is a main thread, "gpu.completion" a further one."""
         return tuple(track for process in self.processes for track in _tracks(process).values())
 
+    def process(self, name: str) -> Process:
+        """The process of this name."""
+        return next(process for process in self.processes if process.name == name)
+
     def epoch(self, name: str) -> int:
         """How often this process was started, or this ring was made."""
         return self._epochs.get(name, 1)
@@ -115,7 +119,7 @@ class Wiring:
 
     def restart_group(self, name: str) -> tuple[str, ...]:
         """The processes that a restart must cover if this one has died."""
-        role = self._process(name).role
+        role = self.process(name).role
         match role.restart:
             case Restart.ALONE:
                 return (name,)
@@ -215,9 +219,6 @@ class Wiring:
         if role not in self._by_role:
             raise ValueError(f"the table has no role {role!r}; it has {', '.join(self._by_role)}")
         return self._by_role[role]
-
-    def _process(self, name: str) -> Process:
-        return next(process for process in self.processes if process.name == name)
 
 
 def ring_key(ring: str) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ipc.errors import InvalidRequest
 from pipeline import AsyncClient, Chat, Client, Output, Pipeline, SamplingParams
 from pipeline.engine.config import load_config
 from tests.integration.conftest import TINY_CONFIG
+from tests.reference.tiny_models import reference_logits, reference_model
 
 GREEDY = SamplingParams(max_tokens=24)
 
@@ -306,6 +308,39 @@ def test_each_parameter_applies_to_its_own_request_in_a_mixed_batch(client: Clie
 
 PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager"
 SAMPLED = SamplingParams(max_tokens=24, temperature=1.5, seed=11, n=4)
+
+
+@pytest.mark.slow
+def test_prompts_have_the_log_probabilities_of_transformers_whole_and_streamed(client: Client) -> None:
+    """One prompt takes two steps, and part of it is cached. It runs beside other requests, which keep their tokens."""
+    prompt = [5 + i * i % 4000 for i in range(700)]
+    alone = client.generate(prompt[:300], GREEDY)
+    model = reference_model(Path(load_config(TINY_CONFIG).model.path))
+    expected = reference_logits(model, prompt).log_softmax(-1)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=3)
+    beside, whole = client.generate_batch([prompt[:300], prompt], [GREEDY, params])
+    pieces = list(client.generate(prompt, params, stream=True))
+    assert beside.token_ids == alone.token_ids
+    assert pieces[0].prompt_logprobs
+    assert pieces[0].token_ids == [], "in a stream, the first step's entries come before the first token"
+    assert whole.usage is not None
+    assert whole.usage.num_cached_tokens == 0
+    streamed = [entry for piece in pieces for entry in piece.prompt_logprobs or ()]
+    assert whole.prompt_logprobs is not None
+    for entries in (whole.prompt_logprobs, streamed):
+        assert entries[0] is None
+        rest = [entry for entry in entries if entry is not None]
+        assert [entry.token_id for entry in rest] == prompt[1:]
+        for logprobs, entry in zip(expected, rest, strict=False):
+            assert abs(logprobs[entry.token_id] - entry.logprob) < 1e-4
+            best = logprobs.topk(3).values.tolist()
+            assert list(entry.top.values()) == pytest.approx(best, abs=1e-4)
+            assert [float(logprobs[token]) for token in entry.top] == pytest.approx(best, abs=1e-4)
+            assert all(entry.text_of(token) for token in entry.top)
+    cancelled = client.generate(prompt, SamplingParams(max_tokens=300, prompt_logprobs=0), stream=True)
+    next(cancelled)
+    cancelled.close()
+    wait_until_nothing_is_held(client)
 
 
 def test_samples_equal_requests_with_their_seeds_and_share_the_prompts_blocks(client: Client) -> None:

@@ -141,3 +141,29 @@ def test_a_grammar_process_that_hangs_ends_its_own_sequences_and_serves_again_af
         assert answer.text in ("yes", "no")
         assert answer.finish_reason == "stop"
         assert client.stats()["gpu"]["num_late_masks"] >= 1
+
+
+def test_a_grammar_process_that_is_killed_ends_its_own_sequences_and_nothing_else() -> None:
+    with Pipeline(TINY_CONFIG, ["grammar.num_workers=2"]) as pipeline:
+        client = pipeline.client
+        params = SamplingParams(structured_outputs=StructuredOutputs(regex="[a-z ]{4000}"))
+        expected = client.generate("A module is", SamplingParams(max_tokens=40)).token_ids
+        first, second = (client.generate("A list:", params, stream=True) for _ in range(2))
+        token_ids = next(iter(first)).token_ids, next(iter(second)).token_ids
+        assert all(token_ids)
+        os.kill(pipeline.pids["grammar.0"], signal.SIGKILL)
+        with pytest.raises(RequestFailed):
+            for _ in first:
+                pass
+        assert client.generate("A module is", SamplingParams(max_tokens=40)).token_ids == expected
+        for _ in range(3):
+            answer = client.generate("Say:", SamplingParams(structured_outputs=StructuredOutputs(choice=["yes", "no"])))
+            assert answer.text in ("yes", "no")
+        assert next(iter(second)).token_ids, "the other process's sequences go on"
+        os.kill(pipeline.pids["grammar.1"], signal.SIGKILL)
+        with pytest.raises(RequestFailed):
+            for _ in second:
+                pass
+        with pytest.raises(RequestFailed, match="all 2 have died"):
+            client.generate("Say:", SamplingParams(structured_outputs=StructuredOutputs(choice=["yes", "no"])))
+        assert client.generate("A module is", SamplingParams(max_tokens=40)).token_ids == expected

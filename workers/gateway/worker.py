@@ -27,7 +27,7 @@ from ipc.channels import (
 )
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import ConfigError, EngineUnavailable
-from ipc.messages import Abort, Accepted, Delivery, Drain, SchedulerToGateway, Start, TokenizeDone, Withdrawn
+from ipc.messages import Abort, Accepted, Delivery, Drain, Lost, SchedulerToGateway, Start, TokenizeDone, Withdrawn
 from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, max_unread_messages
@@ -140,13 +140,13 @@ class GatewayWorker:
             if time.monotonic() >= turn_ends:
                 break
 
-    def _on_control(self, message: Start | Drain | Abort) -> None:
+    def _on_control(self, message: Start | Drain | Abort | Lost) -> None:
         if isinstance(message, Start):
             self.core.start()
             self.process.ready()  # a second time: from now on the gateway takes requests
         elif isinstance(message, Drain):
             self.core.drain(time.monotonic())
-        else:
+        elif isinstance(message, Abort):
             self.core.abort(message.error_message)
 
     def _flush(self) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ipc.messages import Compile, ReleaseMatchers, SchedulerToGrammar, split_keys
+from ipc.errors import InvalidRequest, RequestFailed
+from ipc.messages import Compile, Ended, ReleaseMatchers, SchedulerToGrammar, Tokenized, split_keys
 from workers.scheduler.sequence import Sequence
 
 ANSWER_SLACK_S: Final = 10.0  # beyond the time to compile: the first grammar also waits for the vocabulary
@@ -41,12 +42,30 @@ class GrammarWorkers:
     def __len__(self) -> int:
         return len(self._workers)
 
+    def refusal(self, message: Tokenized) -> Ended | None:
+        """The error that ends a request if no grammar process can serve it; None if one can, or need not."""
+        if message.params.structured_outputs is None or not all(worker.is_dead for worker in self._workers):
+            return None
+        code, text = InvalidRequest.code, "grammar.num_workers (0) starts none: set it to 1 or more"
+        if self._workers:
+            code, text = RequestFailed.code, f"all {len(self._workers)} have died: start the engine again"
+        return Ended(
+            key=message.key,
+            finish_reason="error",
+            error_code=code,
+            error_message=f"structured_outputs needs a grammar process, and {text}",
+        )
+
+    def lose(self, index: int) -> None:
+        """A process has died. Its sequences have ended: it gets no further messages."""
+        self._workers[index].is_dead = True
+
     def park(self, sequences: list[Sequence]) -> None:
         """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it."""
         first = sequences[0]
         spec = first.params.structured_outputs
         assert spec is not None, f"request {first.key} has no structured outputs"
-        index = min(range(len(self._workers)), key=lambda i: (self._workers[i].is_silent, self._workers[i].load))
+        index = min(range(len(self._workers)), key=lambda i: self._workers[i].precedence)
         worker = self._workers[index]
         for sequence in sequences:
             sequence.grammar_worker = index
@@ -87,7 +106,11 @@ class GrammarWorkers:
 
     def take_messages(self) -> list[tuple[int, list[SchedulerToGrammar]]]:
         """The messages to each grammar process since the last call, by its index, in order."""
-        return [(index, worker.take()) for index, worker in enumerate(self._workers) if worker.has_messages]
+        return [
+            (index, messages)
+            for index, worker in enumerate(self._workers)
+            if worker.has_messages and (messages := worker.take()) and not worker.is_dead
+        ]
 
     def _sequences(self, key: int) -> list[Sequence]:
         return list(self._parked.get(key, {}).values())
@@ -97,6 +120,7 @@ class _Worker:
     """One grammar process. It answers every Compile once."""
 
     def __init__(self) -> None:
+        self.is_dead = False
         self.num_sequences = 0  # open ones
         self.unanswered: set[int] = set()  # keys of requests
         self.heard_ns = 0  # since when it could have answered: its last answer, or the first question after that
@@ -105,13 +129,9 @@ class _Worker:
         self._given_up: set[int] = set()  # requests that ended because it did not answer
 
     @property
-    def load(self) -> int:
-        return self.num_sequences + len(self.unanswered)
-
-    @property
-    def is_silent(self) -> bool:
-        """It may hang, so others are asked first."""
-        return bool(self._given_up)
+    def precedence(self) -> tuple[bool, bool, int]:
+        """The process with the lowest one gets the next request. One that may hang is asked after the others."""
+        return self.is_dead, bool(self._given_up), self.num_sequences + len(self.unanswered)
 
     def asked(self, key: int, now_ns: int) -> None:
         if not self.unanswered:

@@ -51,6 +51,10 @@ class OpenSequences:
         """The open sequences among these keys, each once."""
         return [self._by_key[key] for key in dict.fromkeys(keys) if key in self._by_key]
 
+    def followed_by(self, grammar_worker: int) -> list[Sequence]:
+        """The open sequences that have their grammar in this process."""
+        return [sequence for sequence in self._by_key.values() if sequence.grammar_worker == grammar_worker]
+
     @property
     def next_timer_ns(self) -> int | None:
         """When `expired` may next yield something; None: not before another `add`."""

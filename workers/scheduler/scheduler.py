@@ -96,7 +96,6 @@ class Scheduler:
         self.mask_requests = MaskRequests(mask_rings, self._table)
         checks = RequestChecks(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
-            shape.num_grammar_workers,
         )  # fmt: skip
         queue = WaitingQueue(config, make_policy(config, shape.max_num_seqs), clock)
         self._admission = Admission(
@@ -136,6 +135,12 @@ class Scheduler:
         self._admission.unpark(sequences)
         if sequences and not had_work:
             self._work_since_ns = self._clock()
+
+    def lose_grammar_worker(self, worker: int) -> None:
+        """A grammar process has died: its sequences end, and it gets no more of them."""
+        lost = self._open.followed_by(worker)
+        self._fail(lost, RequestFailed.code, "the grammar process of this request has died: send the request again")
+        self._grammar_workers.lose(worker)
 
     def matcher_failed(self, message: MatcherFailed) -> None:
         """A grammar process cannot follow a sequence any more. Keys without an open sequence are ignored."""
@@ -212,7 +217,7 @@ class Scheduler:
         if step is None:
             return False
         self._in_flight.append((step, self._work_since_ns))
-        if len(self._in_flight) == 1:
+        if step.masks is not None and len(self._in_flight) == 1:
             self.mask_requests.send(step)
         return True
 
@@ -226,8 +231,8 @@ class Scheduler:
             self._end_unfinished(ends.not_finite)
             self._end_unfinished(ends.excluded)
             self._end(ends.finished)
-        if self._in_flight:
-            self.mask_requests.send(self._in_flight[0][0])
+        if self._in_flight and (oldest := self._in_flight[0][0]).masks is not None:
+            self.mask_requests.send(oldest)
         self._table.step_applied(step.ticket)
         for lease in step.leases:
             self.prompts.release(lease)

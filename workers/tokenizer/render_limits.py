@@ -57,7 +57,7 @@ class RenderLimits:
         self._max_bytes = _resident_bytes() + self._max_new_bytes
         collects = gc.isenabled()
         gc.disable()  # Python drops an exception that is raised within the collector's callbacks
-        former = signal.signal(signal.SIGPROF, self._tick)
+        signal.signal(signal.SIGPROF, self._tick)  # for good: without a handler, a late signal would end the process
         signal.setitimer(signal.ITIMER_PROF, _TICK_S, _TICK_S)
         self._is_running = True
         try:
@@ -65,7 +65,6 @@ class RenderLimits:
         finally:
             self._is_running = False  # a signal that comes from here on raises nothing
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, former)
             if collects:
                 gc.enable()
 

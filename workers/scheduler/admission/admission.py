@@ -77,7 +77,7 @@ class Admission:
             self._withdrawn.discard(message.key)
             self._decline_prompt(message)
             return Arrival.WITHDRAWN
-        refusal = self._checks.refusal(message)
+        refusal = self._checks.refusal(message) or self._grammar_workers.refusal(message)
         if refusal is None:
             refusal = self.queue.refusal(message, self._table.num_free)
             self._counts["num_queue_full"] += refusal is not None

@@ -20,7 +20,6 @@ class RequestChecks:
     num_blocks: int
     max_num_waiting: int
     max_num_seqs: int
-    num_grammar_workers: int
 
     @property
     def num_cache_tokens(self) -> int:
@@ -59,12 +58,6 @@ class RequestChecks:
                 InvalidRequest.code,
                 f"the prompt has {num_prompt} tokens; {asked} it does not fit into the KV cache of "
                 f"{self.num_cache_tokens} tokens: {cure} or raise cache.num_blocks ({self.num_blocks})",
-            )
-        if message.params.structured_outputs is not None and not self.num_grammar_workers:
-            return error(
-                InvalidRequest.code,
-                "structured_outputs needs a grammar process, and grammar.num_workers (0) starts none: set it to 1 or "
-                "more",
             )
         if message.params.n > self.max_num_waiting + self.max_num_seqs:
             return error(

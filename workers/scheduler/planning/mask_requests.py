@@ -55,8 +55,7 @@ class MaskRequests:
     def plan(self, batch: Batch, samples: BoolArray) -> StepMasks | None:
         """Which masks a step needs that runs this batch. None: it needs none."""
         workers = batch.grammar_workers
-        if workers is None:
-            return None
+        assert workers is not None, "no sequence of this batch has a grammar"
         masks = StepMasks({}, {})
         for worker in range(len(self._rings)):
             places = (samples & (workers == worker)).nonzero()[0]
@@ -67,13 +66,13 @@ class MaskRequests:
         return masks if masks.places else None
 
     def send(self, step: PlannedStep) -> None:
-        """Ask for the masks of a step. All results of earlier steps are applied."""
-        if step.masks is not None:
-            for worker, places in step.masks.places.items():
-                keys, tokens = self._unseen(step.batch, places)
-                self._waiting[worker].append(_Request(step.ticket, step.masks.tickets[worker], keys, tokens))
-                self._num_waiting += 1
-            self._write()
+        """Ask for the masks of a step that needs some. All results of earlier steps are applied."""
+        assert step.masks is not None, f"step {step.ticket} needs no masks"
+        for worker, places in step.masks.places.items():
+            keys, tokens = self._unseen(step.batch, places)
+            self._waiting[worker].append(_Request(step.ticket, step.masks.tickets[worker], keys, tokens))
+            self._num_waiting += 1
+        self._write()
 
     def take_published(self) -> list[int]:
         """The grammar processes that have new requests since the last call: ring their doorbells."""

@@ -242,7 +242,7 @@ class Planner:
         table.last_ticket[rows] = ticket
         if rows is not self._batch.rows:
             self._batch = Batch.of(rows, table)
-        masks = self._mask_requests.plan(self._batch, samples)
+        masks = None if self._batch.grammar_workers is None else self._mask_requests.plan(self._batch, samples)
         num_tokens = writer.finish(self._batch, counts, samples, masks, self._clock())
         self._admission.queue.sampled(rows[samples])
         self._prefixes.offer_full(rows)  # before `stop` frees blocks of some of these rows

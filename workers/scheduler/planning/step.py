@@ -123,7 +123,7 @@ class StepWriter:
         record.seq_row[:n] = batch.rows
         record.seq_num_tokens[:n] = counts
         record.seq_sample[:n] = samples
-        record.mask_ticket[:] = 0
+        record.mask_ticket.fill(0)
         if batch.variant == _ADJUSTED:
             record.seq_mask[:n] = NO_MASK
             if masks is not None:

@@ -32,6 +32,7 @@ from ipc.messages import (
     Generate,
     Health,
     Outputs,
+    PromptLogprobs,
     Query,
     Refused,
     Stats,
@@ -39,7 +40,7 @@ from ipc.messages import (
     TokenLogprobs,
 )
 from ipc.scheduling_params import SchedulingParams
-from pipeline import AsyncClient, Chat, Client, SamplingParams
+from pipeline import AsyncClient, Chat, Client, Output, SamplingParams
 from pipeline.environment.module_search import module_environment
 
 WAIT_S = 20.0
@@ -260,6 +261,56 @@ def test_logprobs_are_unpacked_per_token(gateway: FakeGateway, client: Client) -
     assert (second.bytes, second.text) == (b"</s>", "</s>")
     assert first.token_bytes == {i: names[i] for i in (5, 6, 9)}
     assert list(first.requested) == [9, 5]
+
+
+def prompt_part(*token_ids: int) -> PromptLogprobs:
+    """Each token's log-probability is minus its id, and the likeliest token is the next id."""
+    columns = TokenLogprobs(
+        num_top=1,
+        logprobs=array("f", [-float(token) for token in token_ids]).tobytes(),
+        top_ids=int32(*(token + 1 for token in token_ids)),
+        top_logprobs=array("f", [-0.5] * len(token_ids)).tobytes(),
+    )
+    return PromptLogprobs(int32(*token_ids), columns)
+
+
+def read_prompt(output: Output) -> list[tuple[int, float, dict[int, float]] | None] | None:
+    entries = output.prompt_logprobs
+    return entries and [entry and (entry.token_id, entry.logprob, entry.top) for entry in entries]
+
+
+def test_a_whole_answer_has_one_entry_for_each_token_of_the_prompt(gateway: FakeGateway, client: Client) -> None:
+    table = TokenBytes(int32(4, 5), int32(1, 2), b"xyz")
+    gateway.on_generate = lambda g: [
+        news(g.request_id, prompt_logprobs=[(0, prompt_part(4))], token_bytes=table),
+        news(g.request_id, "ab", (6, 8), END, prompt_logprobs=[(0, prompt_part(7)), (0, prompt_part(9))]),
+    ]
+    output = client.generate("hi", SamplingParams(prompt_logprobs=1))
+    assert gateway.expect(Generate).params.prompt_logprobs == 1
+    assert read_prompt(output) == [None, (4, -4.0, {5: -0.5}), (7, -7.0, {8: -0.5}), (9, -9.0, {10: -0.5})]
+    assert output.prompt_logprobs is not None
+    first = output.prompt_logprobs[1]
+    assert first is not None
+    assert (first.text, first.text_of(5)) == ("x", "yz")
+    assert output.logprobs is None
+    gateway.on_generate = lambda g: [news(g.request_id, "ab", (6, 8), END)]
+    assert read_prompt(client.generate("h", SamplingParams(prompt_logprobs=0))) == [None], "a prompt of one token"
+    assert read_prompt(client.generate("h")) is None
+
+
+def test_a_stream_brings_the_prompts_entries_once_before_its_first_token_or_with_it(
+    gateway: FakeGateway, client: Client
+) -> None:
+    stream = client.generate("hi", SamplingParams(prompt_logprobs=1, n=2), stream=True, request_id="r")
+    gateway.expect(Generate)
+    gateway.say(news("r", prompt_logprobs=[(0, prompt_part(4))]))
+    first = next(stream)
+    assert (read_prompt(first), first.token_ids, first.finished) == ([None, (4, -4.0, {5: -0.5})], [], False)
+    gateway.say(news("r", "a", (6,), prompt_logprobs=[(0, prompt_part(7))]))
+    second = next(stream)
+    assert (read_prompt(second), second.token_ids) == ([(7, -7.0, {8: -0.5})], [6])
+    gateway.say(both("r", ("b", "c"), ((0, end_of(1, 1, "stop")), (1, end_of(0, 0, "stop")))))
+    assert [read_prompt(output) for output in stream] == [None, None]
 
 
 @pytest.mark.parametrize(

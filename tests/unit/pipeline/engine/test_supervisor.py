@@ -57,7 +57,12 @@ class Engine:
     """A launcher of fake workers as a subprocess."""
 
     def __init__(
-        self, folder: Path, faults: dict[str, str], popen: dict[str, Any] | None = None, **frontend: Any
+        self,
+        folder: Path,
+        faults: dict[str, str],
+        popen: dict[str, Any] | None = None,
+        num_grammar_workers: int = 0,
+        **frontend: Any,
     ) -> None:
         self.folder = folder
         model = folder / "model"
@@ -68,7 +73,7 @@ class Engine:
         plain = {
             "model": {"path": str(model), "load_format": "dummy"},
             "tokenizer": {"num_workers": 2},
-            "grammar": {"num_workers": 0},
+            "grammar": {"num_workers": num_grammar_workers},
             "frontend": {"endpoint": f"ipc://{self.endpoint_folder}/client.sock", **frontend},
         }
         status_reader, status_writer = os.pipe()
@@ -94,7 +99,7 @@ class Engine:
 
     def until_ready(self) -> Engine:
         assert [self.event()["event"], self.event()["event"]] == ["spawned", "ready"], self.log()
-        assert list(self.pids) == ROLES
+        assert [name for name in self.pids if not name.startswith("grammar")] == ROLES
         return self
 
     def log(self) -> str:
@@ -126,8 +131,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., E
     engines: list[Engine] = []
     folder = tmp_path_factory.mktemp("f")
 
-    def start(faults: dict[str, str] | None = None, popen: dict[str, Any] | None = None, **frontend: Any) -> Engine:
-        engines.append(Engine(folder, faults or {}, popen, **frontend))
+    def start(faults: dict[str, str] | None = None, popen: dict[str, Any] | None = None, **options: Any) -> Engine:
+        engines.append(Engine(folder, faults or {}, popen, **options))
         return engines[-1]
 
     yield start
@@ -168,6 +173,26 @@ def test_a_killed_worker_ends_the_engine_with_status_1(launch: Callable[..., Eng
         assert f"aborting: {role} was killed by signal 9" in engine.log()
     assert not engine.endpoint_folder.exists()
     engine.assert_nothing_left()
+
+
+def test_an_engine_goes_on_without_a_dispensable_worker_and_the_others_hear_of_it(
+    launch: Callable[..., Engine],
+) -> None:
+    engine = launch(num_grammar_workers=2).until_ready()
+    os.kill(engine.pids["grammar.1"], signal.SIGKILL)
+    eventually(lambda: engine.log().count("heard Lost") == len(ROLES) + 1)
+    assert "ERROR launcher: grammar.1 was killed by signal 9 (Killed): the engine goes on without it" in engine.log()
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+    assert "gateway: heard Drain" in engine.log()
+    assert "Abort" not in engine.log()
+    engine.assert_nothing_left()
+
+
+def test_a_dispensable_worker_that_fails_while_the_engine_comes_up_ends_it(launch: Callable[..., Engine]) -> None:
+    engine = launch({"FAKE_GRAMMAR": "fail", "FAKE_GPU": "slow"}, num_grammar_workers=1)
+    assert engine.process.wait(20) == 1
+    assert "grammar.0 failed: this model cannot be run: the engine ends" in engine.log()
 
 
 def test_a_killed_worker_is_seen_as_killed_where_the_parent_ignores_the_ends_of_children(

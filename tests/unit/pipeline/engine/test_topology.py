@@ -76,6 +76,7 @@ def test_the_engines_own_table_gives_the_documented_processes() -> None:
     )  # fmt: skip
     assert wiring.fronts == ("gateway",)
     assert [process.name for process in wiring.processes if process.role.outlives_launcher] == ["gateway"]
+    assert {process.role.name for process in wiring.processes if process.role.is_dispensable} == {"grammar"}
 
 
 def test_every_process_gets_its_rings_and_the_doorbells_to_ring() -> None:

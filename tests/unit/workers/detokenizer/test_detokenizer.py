@@ -20,10 +20,12 @@ from ipc.messages import (
     FinalOutput,
     Opened,
     Outputs,
+    PromptLogprobs,
     Route,
     StepLogprobs,
     StepOutputs,
     TextOptions,
+    TokenLogprobs,
 )
 from ipc.records import FinishCode
 from pipeline.client.outputs import read_token_bytes, token_logprobs
@@ -81,6 +83,7 @@ class Reader:
         self.token_ids: dict[str, list[int]] = {}
         self.finals: dict[str, FinalOutput] = {}
         self.logprobs: dict[str, list[Any]] = {}
+        self.prompt_parts: dict[str, list[PromptLogprobs]] = {}
         self.finished: list[int] = []
 
     def collect(self) -> int:
@@ -109,6 +112,11 @@ class Reader:
             request_id = outputs.request_ids[index]
             assert request_id not in self.finals, "two final answers"
             self.finals[request_id] = final
+        for index, part in outputs.prompt_logprobs:
+            request_id = outputs.request_ids[index]
+            before = sum(counts[i] for i, name in enumerate(outputs.request_ids[:index]) if name == request_id)
+            assert len(self.token_ids[request_id]) - counts[index] - before == 0, "a prompt's part after a token"
+            self.prompt_parts.setdefault(request_id, []).append(part)
         for index, logprobs in outputs.logprobs:
             self.logprobs.setdefault(outputs.request_ids[index], []).append(logprobs)
         assert keys == [int(outputs.request_ids[index][1:]) for index, _ in outputs.finals]
@@ -711,3 +719,102 @@ def test_a_client_that_has_gone_leaves_no_sample_behind() -> None:
     core.handle(step(opened=[opened(1, n=3), opened(4, client=b"d")]))
     core.handle(ClientGone(client=b"c"))
     assert core.num_open == 1
+
+
+# Log-probabilities of prompts
+
+
+def prompt_part(token_ids: Sequence[int], num_top: int = 1) -> PromptLogprobs:
+    n = len(token_ids)
+    top_ids = np.repeat(np.array(token_ids, "<i4") + 1, num_top)
+    columns = TokenLogprobs(
+        num_top, np.arange(n, dtype="<f4").tobytes(), top_ids.tobytes(), np.zeros(n * num_top, "<f4").tobytes()
+    )
+    return PromptLogprobs(np.array(token_ids, "<i4").tobytes(), columns)
+
+
+def prompt_ids(parts: list[PromptLogprobs]) -> list[int]:
+    return [token for part in parts for token in np.frombuffer(part.token_ids, "<i4").tolist()]
+
+
+def test_a_streams_prompt_is_delivered_part_by_part_before_its_first_token() -> None:
+    core = Detokenizer(DECODING, 100)
+    reader = Reader(core)
+    core.handle(step(opened=[opened(1), opened(2)]))
+    core.handle(step(prompt_logprobs=[(1, prompt_part([3, 4])), (9, prompt_part([5]))]))  # 9 is not open any more
+    assert reader.collect() == 1
+    assert prompt_ids(reader.prompt_parts["r1"]) == [3, 4]
+    [name] = reader.frames[0][1].request_ids
+    assert (name, reader.frames[0][1].texts, reader.token_ids["r1"]) == ("r1", [""], [])
+    table = read_token_bytes(reader.frames[0][1].token_bytes)
+    assert table == {i: DECODING.bytes_of(i) for i in (3, 4, 5)}, "the tokens and their alternatives"
+    [the] = ids_of("the")[:1]
+    core.handle(step([(1, the, FinishCode.LENGTH)], prompt_logprobs=[(1, prompt_part([6]))]))
+    reader.collect()
+    assert prompt_ids(reader.prompt_parts["r1"]) == [3, 4, 6]
+    assert reader.token_ids["r1"] == [the]
+    assert reader.finals["r1"].finish_reason == "length"
+
+
+def test_parts_collect_while_a_client_has_no_credit_and_keep_their_order() -> None:
+    core = Detokenizer(DECODING, 1)
+    reader = Reader(core)
+    core.handle(step(opened=[opened(1)]))
+    for token in range(5):
+        core.handle(step(prompt_logprobs=[(1, prompt_part([token]))]))
+        reader.collect()
+    core.handle(step([(1, EOS, FinishCode.STOP)]))
+    assert prompt_ids(reader.prompt_parts["r1"]) == [0]
+    core.handle(ClientCredit(client=b"c", count=1))
+    assert reader.collect() == 1
+    assert prompt_ids(reader.prompt_parts["r1"]) == [0, 1, 2, 3, 4]
+    assert reader.finals["r1"].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop", [[], ["never"]])
+def test_a_long_prompt_travels_in_several_bounded_frames_and_the_answer_comes_last(stop: list[str]) -> None:
+    core = Detokenizer(DECODING, 100)
+    reader = Reader(core)
+    core.handle(step(opened=[opened(1, stream=False, stop=stop)]))
+    ids = [i % 50 for i in range(512)]
+    for _ in range(40):
+        core.handle(step(prompt_logprobs=[(1, prompt_part(ids, 20))]))
+    assert reader.collect() == 0, "a whole answer is delivered at its end"
+    [the] = ids_of("the")[:1]
+    core.handle(step([(1, the, FinishCode.LENGTH)]))
+    num_frames = reader.collect()
+    words = [sum(len(part.token_ids) // 4 * 42 for _, part in outputs.prompt_logprobs) for _, outputs in reader.frames]
+    assert num_frames == len(words) == -(-40 * 512 * 42 // (7 * 512 * 42))
+    assert max(words) < frame_bounds.MAX_FRAME_WORDS + 512 * 42
+    assert [outputs.finals != [] for _, outputs in reader.frames] == [False] * (num_frames - 1) + [True]
+    assert prompt_ids(reader.prompt_parts["r1"]) == ids * 40
+    assert (reader.token_ids["r1"], reader.texts["r1"]) == ([the], DECODING.bytes_of(the).decode())
+    assert not core.num_open
+    assert not core.num_undelivered()
+
+
+def test_the_number_of_parts_in_a_frame_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_bounds, "MAX_PROMPT_PARTS", 3)
+    core = Detokenizer(DECODING, 100)
+    reader = Reader(core)
+    core.handle(step(opened=[opened(key, stream=False) for key in (1, 2)]))
+    core.handle(step(prompt_logprobs=[(key, prompt_part([i])) for i in range(4) for key in (1, 2)]))
+    core.handle(step([(key, EOS, FinishCode.STOP) for key in (1, 2)]))
+    reader.collect()
+    assert max(len(outputs.prompt_logprobs) for _, outputs in reader.frames) <= 3 + 2
+    assert prompt_ids(reader.prompt_parts["r1"]) == prompt_ids(reader.prompt_parts["r2"]) == [0, 1, 2, 3]
+    assert set(reader.finals) == {"r1", "r2"}
+
+
+def test_a_request_that_ends_before_its_prompt_is_whole_keeps_what_has_come() -> None:
+    core = Detokenizer(DECODING, 100)
+    reader = Reader(core)
+    core.handle(step(opened=[opened(1, stream=False), opened(2), opened(3, client=b"gone")]))
+    core.handle(step(prompt_logprobs=[(key, prompt_part([7])) for key in (1, 2, 3)]))
+    core.handle(ClientGone(client=b"gone"))
+    core.handle(step(ended=[Ended(1, "cancelled"), Ended(2, "deadline")]))
+    core.handle(step(prompt_logprobs=[(key, prompt_part([8])) for key in (1, 2, 3)]))  # too late
+    reader.collect()
+    assert {name: prompt_ids(parts) for name, parts in reader.prompt_parts.items()} == {"r1": [7], "r2": [7]}
+    assert {name: final.finish_reason for name, final in reader.finals.items()} == {"r1": "cancelled", "r2": "deadline"}
+    assert not core.num_open

@@ -225,6 +225,34 @@ def test_a_process_with_many_grammars_to_compile_has_time_for_each() -> None:
     assert engine.ends == dict.fromkeys((1, 2, 3), "length")
 
 
+def test_the_sequences_of_a_dead_process_end_and_the_others_go_on() -> None:
+    engine = engine_of(num_grammar_workers=2)
+    for key in (1, 2, 3):
+        engine.send(key, [key], params(9))  # to processes 0, 1, 0
+    engine.send(4, [4], SamplingParams(max_tokens=9))
+    hear_all(engine)
+    for _ in range(2):  # of 1 and 2; 3 stays parked
+        engine.grammar.compile(engine.scheduler)
+    engine.plan()
+    engine.plan()
+    engine.scheduler.lose_grammar_worker(0)
+    assert engine.scheduler.take_grammar_messages() == [], "nothing is sent to a dead process"
+    for key in (1, 3):
+        del engine.grammar.matchers[key]
+    assert engine.send(5, [5], params(2)) is Arrival.PARKED
+    hear_all(engine)
+    assert [worker for worker, message in engine.grammar.compiles if message.key == 5] == [1]
+    engine.scheduler.lose_grammar_worker(1)
+    engine.grammar.matchers.clear()
+    assert engine.send(6, [6], params(2)) is Arrival.REFUSED
+    engine.drain()
+    assert engine.ends == {1: "error", 2: "error", 3: "error", 4: "length", 5: "error", 6: "error"}
+    assert {code for code, _ in engine.errors.values()} == {RequestFailed.code}
+    assert "has died" in engine.errors[1][1]
+    assert "all 2 have died" in engine.errors[6][1]
+    engine.check_empty()
+
+
 def test_answers_for_ended_requests_are_ignored() -> None:
     engine = engine_of()
     engine.scheduler.compiled(0, Compiled(key=9))

@@ -133,7 +133,7 @@ def test_what_was_computed_before_a_cancellation_is_delivered_and_what_comes_lat
 
 def test_a_prompt_that_leaves_tokens_keeps_the_blocks_that_it_still_needs() -> None:
     """Without the reservation, the second prompt would take them, and neither could be preempted for the other."""
-    engine = ScheduledEngine(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=32, num_blocks=10, depth=1)
+    engine = ScheduledEngine(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=32, num_blocks=12, depth=1)
     prompt = list(range(30))
     engine.send(1, prompt, asks(max_tokens=1))  # six tokens in each step, eight blocks
     engine.send(2, [2] * 29, SamplingParams(max_tokens=3))  # of eighteen tokens in the first step
