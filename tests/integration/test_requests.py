@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ipc.errors import InvalidRequest
-from pipeline import AsyncClient, Client, Output, Pipeline, SamplingParams
+from pipeline import AsyncClient, Chat, Client, Output, Pipeline, SamplingParams
 from pipeline.engine.config import load_config
 from tests.integration.conftest import TINY_CONFIG
 from tests.reference.tiny_models import reference_logits, reference_model
@@ -81,6 +81,31 @@ def test_a_string_a_chat_and_token_ids_are_completed(client: Client) -> None:
     assert by_chat.text
     by_ids = client.generate(by_text.token_ids, GREEDY)
     assert by_ids.usage.prompt_tokens == len(by_text.token_ids)
+
+
+@pytest.mark.slow
+def test_a_chat_with_tools_is_streamed_and_one_with_an_image_says_what_is_served(client: Client) -> None:
+    messages = [
+        {"role": "developer", "content": "Answer briefly."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "What is the"}, {"type": "text", "text": "while statement?"}],
+        },
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look_up", "arguments": '{"word": "while"}'}}]},
+        {"role": "tool", "content": "a loop", "tool_call_id": "1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+    chat = Chat(messages, tools=tools, chat_template_kwargs={"enable_thinking": False})
+    pieces = list(client.generate(chat, GREEDY, stream=True))
+    whole = client.generate(chat, GREEDY)
+    assert "".join(piece.text for piece in pieces) == whole.text != ""
+    answer = {"role": "assistant", "content": whole.text}
+    longer = client.generate(Chat([*messages, answer], continue_final_message=True), GREEDY)
+    assert longer.usage.prompt_tokens > whole.usage.prompt_tokens
+    with pytest.raises(InvalidRequest, match=r'messages\[0\]\.content\[0\]: type "image_url" is not supported'):
+        client.generate([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], GREEDY)
+    with pytest.raises(InvalidRequest, match="trust_request_templates"):
+        client.generate(Chat(messages, chat_template="{{ 1 }}"), GREEDY)
 
 
 def test_requests_out_of_time_end_with_what_they_have_got_and_say_why() -> None:

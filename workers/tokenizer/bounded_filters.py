@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -93,14 +94,31 @@ def _trim(value: Any, chars: str | None = None) -> str:
     return str(value).strip(chars)
 
 
+def _of_list(name: str) -> Callable[..., Any]:
+    """A filter of jinja2 that makes a list of its value, which may be a long text."""
+
+    call = JINJA_FILTERS[name]
+
+    @functools.wraps(call)  # with jinja2's mark that says what it passes as the first argument
+    def of_list(passed: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(value, str):
+            bounds.check_items(len(value))
+        return call(passed, value, *args, **kwargs)
+
+    return of_list
+
+
 FILTERS: Final[dict[str, Callable[..., Any]]] = {
     "batch": _batch,
     "center": _center,
     "format": _format,
     "indent": _indent,
     "join": _join,
+    "list": _of_list("list"),
     "replace": _replace,
     "round": _round,
+    "slice": _of_list("slice"),
+    "sort": _of_list("sort"),
     "sum": _sum,
     "tojson": _to_json,
     "trim": _trim,

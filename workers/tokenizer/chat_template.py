@@ -196,4 +196,7 @@ def _read_file(file: str) -> str:
 
 
 def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    """The error in one line, with the line of the template if jinja2 names it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    line = getattr(error, "lineno", None)
+    return text if line is None else f"{text} (line {line})"

@@ -7,6 +7,7 @@ single long operation in C is not interrupted: `template_sandbox.py` keeps these
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -54,7 +55,9 @@ class RenderLimits:
     def _run(self, work: Callable[[], T]) -> T:
         self._end_s = time.thread_time() + self.timeout_s
         self._max_bytes = _resident_bytes() + self._max_new_bytes
-        former = signal.signal(signal.SIGPROF, self._tick)
+        collects = gc.isenabled()
+        gc.disable()  # Python drops an exception that is raised within the collector's callbacks
+        signal.signal(signal.SIGPROF, self._tick)  # for good: without a handler, a late signal would end the process
         signal.setitimer(signal.ITIMER_PROF, _TICK_S, _TICK_S)
         self._is_running = True
         try:
@@ -62,7 +65,8 @@ class RenderLimits:
         finally:
             self._is_running = False  # a signal that comes from here on raises nothing
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, former)
+            if collects:
+                gc.enable()
 
     def _tick(self, *_: Any) -> None:
         if not self._is_running:

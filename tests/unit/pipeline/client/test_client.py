@@ -40,7 +40,7 @@ from ipc.messages import (
     TokenLogprobs,
 )
 from ipc.scheduling_params import SchedulingParams
-from pipeline import AsyncClient, Client, Output, SamplingParams
+from pipeline import AsyncClient, Chat, Client, Output, SamplingParams
 from pipeline.environment.module_search import module_environment
 
 WAIT_S = 20.0
@@ -168,6 +168,9 @@ def test_prompts_travel_as_text_chat_or_ids(gateway: FakeGateway, client: Client
     gateway.on_generate = lambda g: [news(g.request_id, end=END)]
     client.generate([{"role": "user", "content": "hi"}])
     assert gateway.expect(Generate).chat == EncodedChat(messages=b'[{"role":"user","content":"hi"}]')
+    client.generate(Chat([{"role": "user", "content": "hi"}], tools=[{"name": "f"}], continue_final_message=True))
+    sent = gateway.expect(Generate).chat
+    assert (sent.tools, sent.add_generation_prompt, sent.continue_final_message) == (b'[{"name":"f"}]', False, True)
     for prompt in ([1, 2], np.array([1, 2]), np.array([1, 2], np.uint16), (1, 2), range(1, 3)):
         client.generate(prompt)
         assert gateway.expect(Generate).token_ids == int32(1, 2)

@@ -70,6 +70,13 @@ def configure(model: Path | str, *overrides: str) -> Config:
             'model.attention ("varlen") reads KV blocks of 256 tokens or a multiple of that, not of cache.block_size',
         ),
         ("model.null_step_ms=4", 'model.null_step_ms (4.0) has no effect with model.load_format ("dummy")'),
+        (
+            "tokenizer.chat_template=none.jinja",
+            "tokenizer.chat_template ('none.jinja') must be a file; there is none at",
+        ),
+        ("tokenizer.chat_template=.", "tokenizer.chat_template ('.') must be a file; there is none at "),
+        ('tokenizer.chat_template="a\\u0000b"', "tokenizer.chat_template ('a\\x00b') cannot be a file: "),
+        ("tokenizer.template_timeout_s=0", "tokenizer.template_timeout_s (0.0) must be a number of seconds in (0, 60]"),
         ("ring", "must have the form section.key=value"),
         ("model.path=", "model.path ('') must be a folder or a hub id"),
         ("model.path=~nouser/x", "model.path ('~nouser/x') cannot be a folder: "),
@@ -98,6 +105,24 @@ def test_values_that_do_not_fit_together_are_refused_with_both_names() -> None:
     with pytest.raises(ConfigError, match="cannot hold one sequence"):
         configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=49")
     assert configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=48").cache.num_blocks == 3
+
+
+def test_a_template_file_is_looked_for_beside_the_configuration_or_where_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+        (folder / "chat.jinja").write_text("x")
+    (here / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    file = beside / "engine.toml"
+    file.write_text('[model]\npath = "org/model"\n[tokenizer]\nchat_template = "chat.jinja"\n')
+    assert load_config(file).tokenizer.chat_template == str(beside / "chat.jinja")
+    config = load_config(file, ["tokenizer.chat_template=chat.jinja"])
+    assert config.tokenizer.chat_template == str(here / "chat.jinja")
+    assert config.model.path == "org/model", "it is no folder beside the file, so it is a hub id"
+    assert config_from_toml(to_toml(config), "again", tmp_path).tokenizer == config.tokenizer
 
 
 def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ class TextEngine:
         tokenizer = TokenizerBootstrap(
             cache_seed=None,
             worker=self._worker("tokenizer.0", rings={"prompt": [prompts]}),
-            tokenizer=TokenizerConfig(),
+            tokenizer=TokenizerConfig(template_timeout_s=0.2),
             model_path=str(model),
             shape=StepShape(4, 16, max_model_len, 4, vocab_size),
         )

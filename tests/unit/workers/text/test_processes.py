@@ -42,7 +42,7 @@ from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import generate
 from tests.unit.workers.text.frames import bad_frame
 from tests.unit.workers.text.processes import ROOT, TextClient, TextEngine, wait_until
-from tests.unit.workers.text.tools import CORPUS, byte_level_tokenizer, user_chat
+from tests.unit.workers.text.tools import CORPUS, byte_level_tokenizer, encoded_chat, user_chat
 
 TOKENIZER = byte_level_tokenizer()
 ONE = SamplingParams(max_tokens=1)
@@ -58,6 +58,9 @@ def folder() -> Iterator[Path]:
 def model(tmp_path: Path) -> Path:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "additional_chat_templates" / "endless.jinja").write_text(endless)
     return tmp_path
 
 
@@ -81,6 +84,9 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
         client.say(generate(f"long{number}", prompt=long_text, params=ONE))
     token_ids = np.array([TOKENIZER.token_to_id("the") or 70, 71], "<i4")
     client.say(generate("ids", token_ids=token_ids.tobytes(), params=ONE))
+    client.say(
+        generate("endless", chat=encoded_chat([{"role": "user", "content": "x"}], template="endless"), params=ONE)
+    )
     client.say(generate("chat", chat=user_chat("fox ", "dog"), params=ONE))
     client.say(generate("stop", prompt="the fox jumps", params=SamplingParams(max_tokens=1, stop=["x j"])))
     end = TOKENIZER.token_to_id("</s>")
@@ -90,7 +96,7 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
     )  # fmt: skip
     client.say(generate("named", prompt="quick</s> brown</s>", params=named))
     client.say(generate("budget", prompt="fox", params=SamplingParams(thinking_token_budget=5)))
-    client.finish(*prompts, *(f"long{i}" for i in range(6)), "ids", "chat", "stop", "named", "budget")
+    client.finish(*prompts, *(f"long{i}" for i in range(6)), "ids", "endless", "chat", "stop", "named", "budget")
     for request_id, prompt in prompts.items():
         assert client.texts[request_id] == prompt
         assert client.finals[request_id].finish_reason == "length"
@@ -99,6 +105,8 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
     assert client.finals["long0"].num_prompt_tokens == num_tokens
     assert client.texts["ids"] == TOKENIZER.decode(token_ids.tolist())
     assert client.texts["chat"] == "fox dog"
+    assert client.finals["endless"].error_code == "invalid_request"
+    assert "takes more than 0.2 s of processor time" in client.finals["endless"].error_message
     assert (client.texts["stop"], client.finals["stop"].finish_reason) == ("the fo", "stop")
     assert client.texts["named"] == "<s> brown</s>"
     asked = engine.scheduler.tokenized["named"]
