@@ -1,8 +1,8 @@
 """Measures what structured outputs cost: whether the device waits for masks, and how long masks take.
 
-Every sequence streams to one client in this process. All, half or none of them have a JSON schema; all are sampled with
-temperature 1, so that answers differ. The device's time per step is simulated (`model.null_step_ms`); with
-`--step-ms model`, the configured model runs instead. "Device waited for masks" is the share of the device's time with
+Every sequence streams to one client in this process. All, half or none of them have a JSON schema. The device's time
+per step is simulated (`model.null_step_ms`), and tokens are made up; with `--step-ms model`, the configured model runs
+instead, and tokens are sampled with temperature 1. "Device waited for masks" is the share of the device's time with
 work in which a step's model was done and its masks were not there. "Mask path" is the time from the publication of a
 result until the next step's masks, made from that result's tokens, are on their way to the device. It passes through
 the scheduler and a grammar process. "Inter-token" is the time of a step.
@@ -78,7 +78,7 @@ def _step_times(text: str) -> list[float]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    table = Table(title=f"grammar benchmark, {os.cpu_count()} cores, all sequences streaming, temperature 1")
+    table = Table(title=f"grammar benchmark, {os.cpu_count()} cores, all sequences streaming")
     for name in (
         "sequences", "with schema", "device ms", "steps/s", "device waited", "for masks", "mask path p50 ms", "p99",
         "inter-token p50 ms", "p99", "late masks",
@@ -147,12 +147,16 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="ringfeed-bench-") as folder:
         timeline = Path(folder) / "timeline.json"
         with Pipeline(config, settings, startup_timeout_s=STARTUP_TIMEOUT_S, timeline=timeline) as pipeline:
-            figures, num_late = asyncio.run(_stream_all(pipeline.endpoint, num_seqs, share, seconds))
+            figures, num_late = asyncio.run(
+                _stream_all(pipeline.endpoint, num_seqs, share, seconds, float(step_ms == REAL_MODEL))
+            )
         mask_paths, intervals = _read_times(timeline, seconds)
     return Measurement(figures, num_late, mask_paths, intervals)
 
 
-async def _stream_all(endpoint: str, num_seqs: int, share: float, seconds: float) -> tuple[Figures, int]:
+async def _stream_all(
+    endpoint: str, num_seqs: int, share: float, seconds: float, temperature: float
+) -> tuple[Figures, int]:
     begun: set[int] = set()
     seeds = itertools.count(1)
     structured = StructuredOutputs(json=SCHEMA)
@@ -161,7 +165,7 @@ async def _stream_all(endpoint: str, num_seqs: int, share: float, seconds: float
         has_schema = index < round(share * num_seqs)
         while True:  # when an answer is complete or has the model's length, a new one replaces it
             params = SamplingParams(
-                temperature=1.0, seed=next(seeds), ignore_eos=not has_schema,
+                temperature=temperature, seed=next(seeds), ignore_eos=not has_schema,
                 structured_outputs=structured if has_schema else None,
             )  # fmt: skip
             async for _ in client.generate("The for statement", params, stream=True):
