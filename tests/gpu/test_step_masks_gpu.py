@@ -16,7 +16,7 @@ from workers.gpu.execution.null_model import NullModel
 
 pytestmark = pytest.mark.gpu
 
-WIDE = replace(SHAPE, vocab_size=NullModel.vocab_size, max_model_len=128)
+WIDE = replace(SHAPE, vocab_size=64, max_model_len=128)
 
 
 def test_every_step_gets_its_own_masks_and_a_missing_mask_is_closed() -> None:
