@@ -239,6 +239,9 @@ class ResultFields(Generic[Array]):
     """When the device was done with it, in ns of CLOCK_MONOTONIC."""
     received_at_ns: Annotated[Array, int64(1)]
     """When the GPU process took the step record, in ns of CLOCK_MONOTONIC."""
+    device_pause_ns: Annotated[Array, int64(2)]
+    """Only of steps that owe masks: when the device was done with the model, and when it went on with the masks, in ns
+    of its own clock."""
     logprob: Annotated[Array, float32("max_num_seqs")]
     """The log-probability (natural) of the sampled token."""
     top_ids: Annotated[Array, int32("max_num_seqs", MAX_LOGPROBS)]

@@ -19,6 +19,7 @@ class DeviceTime:
     no_work_ns: float  # idle: no request had tokens to compute
     scheduler_ns: float  # idle: there was work, and the GPU process had no step record yet
     copies_ns: float  # idle: the GPU process was copying inputs and launching kernels
+    masks_ns: float = 0.0  # idle: a step waited for the masks of structured outputs
 
     @property
     def is_known(self) -> bool:
@@ -28,13 +29,18 @@ class DeviceTime:
     @property
     def wait_share(self) -> float:
         """Share of the time with work in which the device was idle."""
-        wait_ns = self.scheduler_ns + self.copies_ns
-        return wait_ns / max(self.busy_ns + wait_ns, 1.0)
+        return self.waited_ns / max(self.busy_ns + self.waited_ns, 1.0)
+
+    @property
+    def waited_ns(self) -> float:
+        """The time with work in which the device was idle."""
+        return self.scheduler_ns + self.copies_ns + self.masks_ns
 
     def shares(self) -> dict[str, float]:
         """Share of each part, by name; together they are 1."""
         parts = {
             "busy": self.busy_ns, "no work": self.no_work_ns, "scheduler": self.scheduler_ns, "copies": self.copies_ns,
+            "masks": self.masks_ns,
         }  # fmt: skip
         total = max(sum(parts.values()), 1.0)
         return {name: part / total for name, part in parts.items()}
@@ -96,11 +102,11 @@ class Window:
 
         num_steps = int(change("scheduler", "num_steps"))
         per_step = max(num_steps, 1)
-        busy_ns, scheduler_ns, copies_ns = (
-            change("scheduler", f"device_{name}_ns") for name in ("busy", "scheduler", "copies")
+        busy_ns, scheduler_ns, copies_ns, masks_ns = (
+            change("scheduler", f"device_{name}_ns") for name in ("busy", "scheduler", "copies", "masks")
         )
         # The idle time before a step is counted when that step ends. Only the part inside the window belongs here.
-        room_ns = max(0.0, seconds * 1e9 - busy_ns - scheduler_ns - copies_ns)
+        room_ns = max(0.0, seconds * 1e9 - busy_ns - scheduler_ns - copies_ns - masks_ns)
         no_work_ns = min(change("scheduler", "device_no_work_ns"), room_ns)
         return Figures(
             seconds=seconds,
@@ -110,5 +116,5 @@ class Window:
             host_us_per_step={role: change(role, "cpu_ns") / per_step / 1e3 for role in after},
             plan_us_per_step=change("scheduler", "plan_ns") / per_step / 1e3,
             apply_us_per_step=change("scheduler", "apply_ns") / per_step / 1e3,
-            device=DeviceTime(busy_ns, no_work_ns, scheduler_ns, copies_ns),
+            device=DeviceTime(busy_ns, no_work_ns, scheduler_ns, copies_ns, masks_ns),
         )

@@ -22,7 +22,13 @@ from pipeline.client.sync_client import Client
 from pipeline.metrics.figures import DeviceTime, Figures, Roles, Window
 
 _BAR_CELLS: Final = 50
-_STYLES: Final = {"busy": "green", "no work": "bright_black", "scheduler": "red", "copies": "yellow"}
+_STYLES: Final = {
+    "busy": "green",
+    "no work": "bright_black",
+    "scheduler": "red",
+    "copies": "yellow",
+    "masks": "magenta",
+}
 
 _EXAMPLES: Final = """\
 examples:

@@ -68,6 +68,15 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             description='Simulated device time of a step in milliseconds. It needs `load_format = "null"`.',
         ),
     ] = 0.0
+    null_vocab_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_048_576,
+            description='Tokens that the simulated model of `load_format = "null"` chooses from: the first of the '
+            "vocabulary.",
+        ),
+    ] = 64
     profile_path: (
         Annotated[
             str,

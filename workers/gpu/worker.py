@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,7 +164,8 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
         torch.set_num_threads(1)
         timed = TimedDevice()
         step_ns = round(model.null_step_ms * 1e6)
-        runner = NullModel(shape, timed.torch_device, spend=lambda: timed.spend(step_ns))
+        spend = partial(timed.spend, step_ns)
+        runner = NullModel(shape, timed.torch_device, spend, model.null_vocab_size)
         return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
     progress("importing transformers", 0.0)  # takes seconds, and the null model does not need it

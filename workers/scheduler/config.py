@@ -25,8 +25,9 @@ COUNTERS: Final = (
     "num_structured_unfinished",  # admitted sequences with a grammar that do not end with "stop"
     "num_preemptions", "num_cached_tokens",
     "num_cached_blocks", "plan_ns", "apply_ns",
-    # The device's time, from the result records: busy, or idle for one of three reasons (`results/device_time.py`).
-    "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_last_end_ns",
+    # The device's time, from the result records: busy, or idle for one of four reasons (`results/device_time.py`).
+    "device_busy_ns", "device_no_work_ns", "device_scheduler_ns", "device_copies_ns", "device_masks_ns",
+    "device_last_end_ns",
 )  # fmt: skip
 
 

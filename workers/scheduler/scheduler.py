@@ -237,7 +237,8 @@ class Scheduler:
         for lease in step.leases:
             self.prompts.release(lease)
         start_ns, end_ns = int(result.device_start_ns[0]), int(result.device_end_ns[0])
-        self._device_time.add_step(start_ns, end_ns, work_since_ns, int(result.received_at_ns[0]))
+        pause_ns = 0 if step.masks is None else int(result.device_pause_ns[1] - result.device_pause_ns[0])
+        self._device_time.add_step(start_ns, end_ns, work_since_ns, int(result.received_at_ns[0]), pause_ns)
         self._chunk_limit.add_step(step.num_prompt_tokens, (end_ns - start_ns) / 1e9)
 
     def take_outputs(self) -> StepOutputs | None:
@@ -293,5 +294,6 @@ class Scheduler:
             "device_no_work_ns": device_time.no_work_ns,
             "device_scheduler_ns": device_time.scheduler_ns,
             "device_copies_ns": device_time.copies_ns,
+            "device_masks_ns": device_time.masks_ns,
             "device_last_end_ns": device_time.last_end_ns,
         }

@@ -232,6 +232,7 @@ class Executor:
         begun_at_ns = self._monotonic_ns() if owed else now_ns
         step = Submitted(ticket, record, now_ns, num_seqs, buffers.outputs_done, bucket, owed, begun_at_ns)
         if owed:
+            device.read_clock(self._compute, work.result.device_pause_ns[:1])
             self.held_back = step  # before we look for results: `publish` on another thread looks at it afterwards
         return step
 
@@ -248,6 +249,7 @@ class Executor:
             assert variant == SamplerVariant.ADJUSTED, f"step {step.ticket} owes masks, and {variant.name} reads none"
             self._masks.copy(step)
             device.wait(self._compute, self._masks.ready)  # the adjustment reads the masks
+            device.read_clock(self._compute, work.result.device_pause_ns[1:])
         if variant == SamplerVariant.ADJUSTED:
             device.launch(self._compute, work.adjust(step.bucket[0]), lambda: work.accesses.adjust(rows))
         sampler = work.sampler(step.bucket[0], variant, wanted)

@@ -14,26 +14,25 @@ from ipc.records import StepShape
 from workers.gpu.execution.row_state import RowState
 from workers.gpu.execution.step_batch import StepBatch
 
-_VOCAB_SIZE: Final = 64
 _MULTIPLIER: Final = 2_654_435_761  # 2**32 over the golden ratio: neighbours land far apart
 
 
 class NullModel:
     """Each sequence's next token is a hash of its last token and position. Each step calls `spend`."""
 
-    vocab_size = _VOCAB_SIZE
     logits_dtype = torch.float32
     row_states: Sequence[RowState] = ()
 
-    def __init__(self, shape: StepShape, device: torch.device, spend: Callable[[], None]) -> None:
+    def __init__(self, shape: StepShape, device: torch.device, spend: Callable[[], None], vocab_size: int = 64) -> None:
+        self.vocab_size = vocab_size
         self._spend = spend
         self._likeliest = torch.ones(shape.max_num_seqs, 1, device=device)
 
     def logits(self, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[S, 64] float32, in `out` if that is given: 1 for the made-up token, 0 for all others."""
+        """[S, vocab_size] float32, in `out` if that is given: 1 for the made-up token, 0 for all others."""
         self._spend()
-        tokens = _next_tokens(batch.input_ids.index_select(0, batch.logits_index), batch.seq_lens)
-        logits = self._likeliest.new_empty(batch.num_seqs, _VOCAB_SIZE) if out is None else out
+        tokens = self._next_tokens(batch.input_ids.index_select(0, batch.logits_index), batch.seq_lens)
+        logits = self._likeliest.new_empty(batch.num_seqs, self.vocab_size) if out is None else out
         return logits.zero_().scatter_(1, tokens[:, None], self._likeliest[: batch.num_seqs])
 
     def prompt_logits(
@@ -43,10 +42,9 @@ class NullModel:
         self.logits(batch, out=out)
         for part in torch.split(index, max_rows):
             lengths = batch.positions.index_select(0, part) + 1
-            tokens = _next_tokens(batch.input_ids.index_select(0, part), lengths)
-            yield torch.zeros(len(part), _VOCAB_SIZE, device=index.device).scatter_(1, tokens[:, None], 1.0)
+            tokens = self._next_tokens(batch.input_ids.index_select(0, part), lengths)
+            yield torch.zeros(len(part), self.vocab_size, device=index.device).scatter_(1, tokens[:, None], 1.0)
 
-
-def _next_tokens(last: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The made-up tokens that follow sequences with these last tokens and lengths."""
-    return ((last + lengths) * _MULTIPLIER >> 16) & (_VOCAB_SIZE - 1)
+    def _next_tokens(self, last: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """The made-up tokens that follow sequences with these last tokens and lengths."""
+        return ((last + lengths) * _MULTIPLIER >> 16) % self.vocab_size

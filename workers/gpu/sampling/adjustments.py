@@ -53,12 +53,28 @@ def adjust(
 
         triton_adjustments.adjust(logits, batch, tables, step, masks, out)
         return
+    num_seqs = batch.num_seqs
     out.copy_(logits)
-    for i in range(batch.num_seqs):
-        if step.seq_sample[i] and batch.seq_lens[i]:
-            _Row(i, batch, tables).adjust(out[i], step.seq_mask[i], masks)
+    is_sampled = (step.seq_sample[:num_seqs] != 0) & (batch.seq_lens > 0)  # [S] bool
+    for i in (is_sampled & _asks(tables)[batch.seq_row]).nonzero()[:, 0].tolist():
+        _Row(i, batch, tables).adjust(out[i])
+    masked = (is_sampled & (step.seq_mask[:num_seqs] >= 0)).nonzero()[:, 0]
+    if len(masked):
+        out[masked] = exclude_by_masks(out[masked], masks[step.seq_mask[masked]])
     is_broken = logits.isnan() | logits.isposinf()
     torch.where(is_broken, logits.float(), out, out=out)
+
+
+def _asks(tables: RowTables) -> torch.Tensor:
+    """[rows] bool: whether a row asks for something besides a grammar's mask."""
+    return (
+        (tables.long_columns != 0)
+        | (tables.min_tokens > 0)
+        | (tables.think_budget >= 0)
+        | (tables.repetition_penalty != 1)
+        | (tables.presence_penalty != 0)
+        | (tables.frequency_penalty != 0)
+    )
 
 
 class _Row:
@@ -73,11 +89,11 @@ class _Row:
         self._output = self._ids[self._prompt_len :]
         self._columns = int(tables.long_columns[row])
 
-    def adjust(self, x: torch.Tensor, mask_index: torch.Tensor, masks: torch.Tensor) -> None:
-        """Adjust the logits `x` [vocab_size] float32 in place."""
+    def adjust(self, x: torch.Tensor) -> None:
+        """Adjust the logits `x` [vocab_size] float32 in place, except for a grammar's mask."""
         tables, row = self._tables, self._row
         if self._columns & TOKEN_MASK:
-            exclude_by_mask(x, tables.long_values.token_mask[row])
+            x.copy_(exclude_by_masks(x[None], tables.long_values.token_mask[row][None])[0])
         excluded = self._ends_of_bad_words() if self._columns & BAD_WORDS else []
         if self._columns & BIAS_IDS:
             ids = tables.long_values.bias_ids[row]
@@ -92,8 +108,6 @@ class _Row:
             x.fill_(-torch.inf)
             x[kept] = value
         self._penalise(x)
-        if mask_index >= 0:
-            exclude_by_mask(x, masks[int(mask_index)])
 
     def _ends_of_bad_words(self) -> list[int]:
         """The last token of each bad word whose other tokens are the newest of the output."""
@@ -138,9 +152,14 @@ class _Row:
         x -= frequency * counts + presence * (counts > 0)
 
 
-def exclude_by_mask(x: torch.Tensor, words: torch.Tensor) -> None:
-    """Set the logits `x` [vocab_size] of tokens whose bit is 0 to -inf. Tokens beyond the mask are excluded."""
-    tokens = torch.arange(min(len(x), MASK_BITS * len(words)), device=x.device)
-    bits = words[tokens // MASK_BITS] >> (tokens % MASK_BITS).to(torch.int32) & 1
-    x[: len(tokens)].masked_fill_(bits == 0, -torch.inf)
-    x[len(tokens) :] = -torch.inf
+def exclude_by_masks(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Return the logits `x` [n, vocab_size] with -inf for tokens whose bit in `words` [n, mask_words] is 0.
+
+    Tokens beyond the mask are excluded.
+    """
+    places = torch.arange(MASK_BITS, dtype=torch.int32, device=x.device)
+    is_allowed = ((words[:, :, None] >> places) & 1).bool().flatten(1)[:, : x.shape[1]]
+    excluded = torch.full_like(x, -torch.inf)
+    num_known = is_allowed.shape[1]
+    excluded[:, :num_known] = torch.where(is_allowed, x[:, :num_known], -torch.inf)
+    return excluded

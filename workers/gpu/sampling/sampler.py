@@ -1,10 +1,10 @@
 """Chooses each sequence's next token on the device, with parameters per row.
 
 Owns everything after the adjusted logits: filters, the draw, the check whether the sequence ends, and the write of the
-token to the table that the next step reads. `logprobs.py` computes log-probabilities. A graph can capture it, because
-no value on the host decides what it does.
+token to the table that the next step reads. `logprobs.py` computes log-probabilities.
 
 The torch code here runs on the CPU, and is the oracle in tests of the kernels that run on CUDA (`triton_sampler.py`).
+A graph can capture these kernels: no value on the host decides what they do.
 
 To add a parameter, add a column to AdmittedColumns (`ipc/records.py`), a field of the same name to SamplingParams, a
 function here, its counterpart in the kernels, and a case to both tests.
@@ -67,8 +67,10 @@ def _sample(
     rows = batch.seq_row
     position = batch.seq_lens  # of the new token; all tokens before it are computed now
     maximum, tokens = logits.max(-1)  # the first of equal logits; in a row with NaN, the NaN
-    if variant != SamplerVariant.GREEDY:
-        filtered = variant >= SamplerVariant.FILTERED
+    drawn, filtered = variant != SamplerVariant.GREEDY, variant == SamplerVariant.FILTERED
+    if variant == SamplerVariant.ADJUSTED:  # its rows may need any sampler
+        drawn, filtered = _needs(rows, tables)
+    if drawn:
         tokens = race(logits.float(), maximum.float(), rows, position, tables, filtered=filtered).argmax(-1)
 
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; False for padding
@@ -90,6 +92,13 @@ def _sample(
     torch.mul(finish, sampled, out=outputs.finish[:num_seqs])
     outputs.token_ids[:num_seqs].copy_(torch.where(sampled & is_finite, tokens32, NO_TOKEN))
     return tokens
+
+
+def _needs(rows: torch.Tensor, tables: RowTables) -> tuple[bool, bool]:
+    """Whether one of these rows is drawn, and whether one of those that are has filters."""
+    is_drawn = tables.temperature[rows] > 0
+    has_filters = (tables.top_k[rows] > 0) | (tables.top_p[rows] < 1) | (tables.min_p[rows] > 0)
+    return bool(is_drawn.any()), bool((is_drawn & has_filters).any())
 
 
 def race(

@@ -5,7 +5,8 @@
 
 A gap before a step has up to three parts. The device had no work until there was something to plan. From then on it
 waited for the scheduler, until the GPU process received the step's record. After that it waited for copies and
-launches. Every moment from the first step's start to `last_end_ns` counts in exactly one sum.
+launches. A step that owes grammar masks may also pause between its model and its sampler, until they are there. Every
+moment from the first step's start to `last_end_ns` counts in exactly one sum.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ class DeviceTime:
         self.no_work_ns = 0
         self.scheduler_ns = 0
         self.copies_ns = 0
+        self.masks_ns = 0
         self.last_end_ns = 0
 
-    def add_step(self, start_ns: int, end_ns: int, work_since_ns: int, received_at_ns: int) -> None:
-        """Add a step that ran from `start_ns` to `end_ns`.
+    def add_step(self, start_ns: int, end_ns: int, work_since_ns: int, received_at_ns: int, pause_ns: int = 0) -> None:
+        """Add a step that ran from `start_ns` to `end_ns`, and waited for masks for `pause_ns` of that time.
 
         `work_since_ns`: since when there had been something to plan when the step was planned. `received_at_ns`: when
         the GPU process took the step's record. The device's clock differs slightly from the host's, so times that are
@@ -36,5 +38,7 @@ class DeviceTime:
             self.scheduler_ns += received_ns - arrived_ns
             self.copies_ns += start_ns - received_ns
         end_ns = max(end_ns, start_ns)
-        self.busy_ns += end_ns - start_ns
+        pause_ns = min(max(pause_ns, 0), end_ns - start_ns)
+        self.masks_ns += pause_ns
+        self.busy_ns += end_ns - start_ns - pause_ns
         self.last_end_ns = end_ns

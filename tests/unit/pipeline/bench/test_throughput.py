@@ -239,7 +239,7 @@ class MadeUpClient:
         self.num_sampled = 0
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        device = (f"device_{name}_ns" for name in ("busy", "no_work", "scheduler", "copies"))
+        device = (f"device_{name}_ns" for name in ("busy", "no_work", "scheduler", "copies", "masks"))
         names = ("num_prefill_steps", "plan_ns", "apply_ns", *device)
         counters = dict.fromkeys(names, 0.0) | {"num_preemptions": 3.0, "cpu_ns": 0.0}
         return {"scheduler": counters | {"num_steps": self.num_sampled, "num_sampled_tokens": self.num_sampled}}

@@ -16,6 +16,7 @@ SCHEDULER = {
     "num_steps": 0.0, "num_prefill_steps": 0.0, "num_sampled_tokens": 0.0, "num_prompt_tokens": 0.0,
     "plan_ns": 0.0, "apply_ns": 0.0,
     "device_busy_ns": 0.0, "device_no_work_ns": 0.0, "device_scheduler_ns": 0.0, "device_copies_ns": 0.0,
+    "device_masks_ns": 0.0,
     "num_running": 0.0, "num_waiting": 0.0, "num_preempted": 0.0, "num_free_blocks": 0.0, "cpu_ns": 0.0,
     "num_free_rows": 0.0, "num_step_records": 0.0, "num_result_records": 0.0, "num_upload_records": 0.0,
 }  # fmt: skip
@@ -56,13 +57,19 @@ def test_nothing_is_known_of_the_time_before_the_first_step() -> None:
     assert causes(after_first_step()) == (0, 0, 0)
 
 
-@given(st.lists(st.tuples(*[st.integers(1, 10_000)] * 4), min_size=1, max_size=20))
-def test_the_parts_add_up_to_all_of_the_time_whatever_the_clocks_say(steps: list[tuple[int, int, int, int]]) -> None:
+def test_a_pause_for_masks_within_a_step_is_not_busy() -> None:
+    device = after_first_step()
+    device.add_step(2_000, 3_000, 500, 1_500, pause_ns=300)
+    assert (device.busy_ns, device.masks_ns, causes(device)) == (1_000 + 700, 300, (0, 0, 0))
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 10_000)] * 4, st.integers(-10, 10_000)), min_size=1, max_size=20))
+def test_the_parts_add_up_to_all_of_the_time_whatever_the_clocks_say(steps: list[tuple[int, ...]]) -> None:
     device = DeviceTime()
     for step in steps:
         device.add_step(*step)
         assert min(device.busy_ns, *causes(device)) >= 0
-    assert device.busy_ns + sum(causes(device)) == device.last_end_ns - steps[0][0]
+    assert device.busy_ns + device.masks_ns + sum(causes(device)) == device.last_end_ns - steps[0][0]
 
 
 def reading(**scheduler: float) -> Roles:
@@ -72,11 +79,14 @@ def reading(**scheduler: float) -> Roles:
 def test_a_window_tells_waiting_for_the_scheduler_from_waiting_for_copies() -> None:
     window = Window(reading(device_busy_ns=5.0))
     figures = window.close(
-        reading(num_steps=10, device_busy_ns=705.0, device_scheduler_ns=200.0, device_copies_ns=100.0)
+        reading(
+            num_steps=10, device_busy_ns=605.0, device_scheduler_ns=200.0, device_copies_ns=100.0, device_masks_ns=100.0
+        )
     )
-    assert figures.device_us_per_step == pytest.approx(0.07)
-    assert figures.device_wait_share == pytest.approx(0.3)
-    assert figures.device.shares() == pytest.approx({"busy": 0.7, "no work": 0.0, "scheduler": 0.2, "copies": 0.1})
+    assert figures.device_us_per_step == pytest.approx(0.06)
+    assert figures.device_wait_share == pytest.approx(0.4)
+    shares = {"busy": 0.6, "no work": 0.0, "scheduler": 0.2, "copies": 0.1, "masks": 0.1}
+    assert figures.device.shares() == pytest.approx(shares)
 
 
 def test_a_pause_that_began_before_the_window_fills_no_more_than_the_window() -> None:
