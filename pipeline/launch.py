@@ -39,9 +39,10 @@ from workers.process import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
 
-# Descriptors of the engine's process that needs most, with room for a few clients; and those that a tokenizer adds.
+# Descriptors of the engine's process that needs most, with room for a few clients; and those that each tokenizer or
+# grammar process adds.
 _NUM_DESCRIPTORS: Final = 160
-_NUM_PER_TOKENIZER: Final = 8
+_NUM_PER_WORKER: Final = 8
 _NOISY_LOGGERS: Final = ("httpx", "httpcore", "huggingface_hub")
 _EXAMPLES: Final = """\
 examples:
@@ -130,7 +131,8 @@ def launch(
 
     Raises ConfigError before any process is started.
     """
-    check_room(_NUM_DESCRIPTORS + _NUM_PER_TOKENIZER * config.tokenizer.num_workers, "this engine")
+    num_workers = config.tokenizer.num_workers + config.grammar.num_workers
+    check_room(_NUM_DESCRIPTORS + _NUM_PER_WORKER * num_workers, "this engine")
     check_device(config.model.device)
     model = find_model(config)
     endpoint = config.frontend.endpoint or default_endpoint()
