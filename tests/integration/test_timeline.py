@@ -21,7 +21,7 @@ from tests.integration.conftest import TINY_CONFIG
 
 NULL = {"model.load_format": "null", "model.null_step_ms": 2.0}
 NUM_REQUESTS, NUM_TOKENS = 4, 20
-PROCESSES = {"gateway", "tokenizer.0", "scheduler", "gpu", "device", "detokenizer"}
+PROCESSES = {"gateway", "tokenizer.0", "scheduler", "gpu", "device", "detokenizer", "grammar.0"}
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:

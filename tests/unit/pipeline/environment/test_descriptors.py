@@ -32,7 +32,7 @@ def test_too_few_descriptors_for_an_engine_are_one_clear_line(limit: int) -> Non
     done = run(limit, limit, "-m", "pipeline.launch", "--config", "configs/tiny.toml")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: this engine needs 168 more descriptors, and this process can open ")
+    assert line.startswith("error: this engine needs 176 more descriptors, and this process can open ")
     assert f"ulimit -n is {limit}: " in line
     assert line.endswith("or raise the limit")
 
