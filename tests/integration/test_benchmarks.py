@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.bench import overload, prefix
+from pipeline.bench import grammar, overload, prefix
 from tests.integration.conftest import TINY_CONFIG
 
 pytestmark = pytest.mark.slow
@@ -31,3 +31,14 @@ def test_shared_beginnings_are_computed_once() -> None:
     # A request may be admitted while its shared beginning is still being computed, and then computes the end of it
     # again.
     assert 2 * 512 + own <= figures["num_computed_prompt_tokens"] < 3 * 512 + own
+
+
+def test_masks_come_while_the_model_runs() -> None:
+    found = grammar.measure(TINY_CONFIG, [], num_seqs=4, step_ms=20.0, share=0.5, seconds=1.0)
+    figures = found.as_dict()
+    assert figures["num_masked_steps"] > 20
+    assert figures["num_late_masks"] == 0
+    assert 0 < figures["mask_path_p50_ms"] <= figures["mask_path_p99_ms"]
+    assert figures["mask_wait_share"] < 0.5, "masks take far less than 20 ms"
+    none = grammar.measure(TINY_CONFIG, [], num_seqs=2, step_ms=5.0, share=0.0, seconds=0.5)
+    assert none.as_dict()["num_masked_steps"] == none.figures.device.masks_ns == 0
