@@ -134,13 +134,13 @@ def _choose(adjusted: list[float], params: SamplingParams, position: int) -> tup
     if params.temperature == 0:
         return adjusted.index(max(adjusted)), torch.tensor(adjusted).log_softmax(-1).tolist()
     scaled = [value / params.temperature for value in adjusted]
-    kept = _filtered(scaled, params)
+    kept = filtered(scaled, params)
     noise = exponential(torch.tensor([params.seed]), torch.tensor([position]), len(kept))[0].log().tolist()
     scores = [value - e for value, e in zip(kept, noise, strict=True)]
     return scores.index(max(scores)), torch.tensor(kept).log_softmax(-1).tolist()
 
 
-def _filtered(scaled: list[float], params: SamplingParams) -> list[float]:
+def filtered(scaled: list[float], params: SamplingParams) -> list[float]:
     """top_k, then top_p of what is left, then min_p; dropped tokens are -inf."""
     order = sorted(range(len(scaled)), key=lambda token: -scaled[token])
     kept = order[: params.top_k] if params.top_k else order
