@@ -9,6 +9,7 @@ import torch
 
 from ipc.records import NO_TOKEN, SamplerVariant
 from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens, check_not_finite
+from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import sample
 
 pytestmark = pytest.mark.gpu
@@ -106,9 +107,12 @@ def test_a_captured_sampler_draws_anew_at_every_replay(
 ) -> None:
     bench = random_bench(5, device)
     logits = torch.zeros(5, VOCAB, device="cuda", dtype=dtype)
+    adjusted = torch.zeros(5, VOCAB, device="cuda") if variant == SamplerVariant.ADJUSTED else None
 
     def work() -> None:
-        sample(variant, False, logits, bench.batch, bench.flags, bench.tables, bench.outputs)
+        if adjusted is not None:
+            bench.adjust(logits, adjusted)
+        sample(variant, WantedLogprobs.NONE, logits, bench.batch, bench.flags, bench.tables, bench.outputs, adjusted)
 
     captured = device.capture(work)
     device.settle()  # values that were set on another stream
@@ -129,10 +133,13 @@ def test_the_kernels_take_little_memory_and_logprobs_no_more_than_is_reserved_fo
     from workers.gpu.memory.account import SAMPLER_BYTES
 
     bench, logits = random_bench(256, device), random_logits(256, VOCAB, 0, torch.bfloat16)
-    for want_logprobs, bytes_per_logit in ((False, 0.1), (True, SAMPLER_BYTES)):
+    adjusted = torch.zeros(256, VOCAB, device="cuda")
+    bench.adjust(logits, adjusted)
+    for wanted, bytes_per_logit in ((WantedLogprobs.NONE, 0.1), (WantedLogprobs.RAW, SAMPLER_BYTES)):
         for variant in SamplerVariant:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            sample(variant, want_logprobs, logits, bench.batch, bench.flags, bench.tables, bench.outputs)
+            source = adjusted if variant == SamplerVariant.ADJUSTED else None
+            sample(variant, wanted, logits, bench.batch, bench.flags, bench.tables, bench.outputs, source)
             assert torch.cuda.max_memory_allocated() - before <= bytes_per_logit * logits.numel()

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant, StepShape, result_layout
+from ipc.records import MAX_END_IDS, NO_TOKEN, FinishCode, SamplerVariant, StepShape, result_layout, step_layout
 from workers.gpu.device.base import Device
 from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_batch import BatchBuffers
-from workers.gpu.execution.tensor_views import ResultTensors, tensor_views
+from workers.gpu.execution.tensor_views import ResultTensors, StepTensors, tensor_views
+from workers.gpu.sampling.adjustments import adjust
 from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import race, sample
 
@@ -22,25 +23,42 @@ VOCAB = 50
 
 
 class Bench:
-    """Tables and a batch in which sequence i is row i, `length` tokens long, without filters or noise."""
+    """Tables and a batch in which sequence i is row i, `length` tokens long, without filters, adjustments or noise."""
 
-    def __init__(self, num_seqs: int, length: int = 10, device: Device[Any, Any] | None = None) -> None:
+    def __init__(
+        self, num_seqs: int, length: int = 10, device: Device[Any, Any] | None = None, shape: StepShape = SHAPE
+    ) -> None:
         device = device or CpuDevice()
-        self.tables = RowTables(device, SHAPE, num_blocks=8, vocab_size=VOCAB)
+        self.tables = RowTables(device, shape, num_blocks=8, vocab_size=VOCAB)
         batches = BatchBuffers(
-            SHAPE, lambda size: device.zeros("batch", (size,), torch.uint8), self.tables.block_table, {}
+            shape, lambda size: device.zeros("batch", (size,), torch.uint8), self.tables.block_table, {}
         )
         self.batch = batches.batch(num_seqs, num_seqs)
         self.batch.seq_row.copy_(torch.arange(num_seqs))
         self.batch.seq_lens.fill_(length)
-        self.flags = torch.ones(num_seqs, dtype=torch.int32, device=device.torch_device)
-        layout = result_layout(SHAPE)
+        steps, layout = step_layout(shape), result_layout(shape)
+        self.step = tensor_views(StepTensors, steps, device.zeros("step", (steps.num_bytes,), torch.uint8))
+        self.step.seq_mask.fill_(-1)
+        self.flags = self.step.seq_sample[:num_seqs]
+        self.flags.fill_(1)
+        self.masks = device.zeros("masks", (shape.max_num_seqs, shape.mask_words), torch.int32)
         self.outputs = tensor_views(ResultTensors, layout, device.zeros("result", (layout.num_bytes,), torch.uint8))
+
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """The step's adjusted logits, as the stage in front of the sampler writes them."""
+        out = torch.full(logits.shape, torch.nan, device=logits.device)
+        self.adjust(logits, out)
+        return out
+
+    def adjust(self, logits: torch.Tensor, out: torch.Tensor) -> None:
+        adjust(logits, self.batch, self.tables, self.step, self.masks, out)
 
     def sample(
         self, logits: torch.Tensor, variant: SamplerVariant = SamplerVariant.FILTERED, want_logprobs: bool = False
     ) -> list[int]:
-        sample(variant, WantedLogprobs(want_logprobs), logits, self.batch, self.flags, self.tables, self.outputs)
+        wanted = WantedLogprobs(want_logprobs)
+        adjusted = self.adjusted(logits) if variant == SamplerVariant.ADJUSTED else None
+        sample(variant, wanted, logits, self.batch, self.flags, self.tables, self.outputs, adjusted)
         tokens: list[int] = self.outputs.token_ids[: self.batch.num_seqs].tolist()
         return tokens
 
@@ -97,10 +115,7 @@ def check_not_finite(bench_of: Callable[[int], Bench], vocab_size: int, dtype: t
             tokens = bench.sample(rows.to(bench.batch.seq_row.device), variant)
             assert [token != NO_TOKEN for token in tokens] == [*is_finite[:7], False, *is_finite[8:]], (variant, tokens)
             finish = bench.outputs.finish[:10].tolist()
-            failed = (FinishCode.NOT_FINITE, FinishCode.EXCLUDED)
-            assert [code in failed for code in finish] == [not finite for finite in is_finite]
-            only_excluded = variant == SamplerVariant.ADJUSTED  # of a row without NaN and +inf, all tokens are excluded
-            assert [code == FinishCode.EXCLUDED for code in finish] == [only_excluded and i == 3 for i in range(10)]
+            assert [code == FinishCode.NOT_FINITE for code in finish] == [not finite for finite in is_finite]
             assert tokens[6] == vocab_size // 3
             assert all(0 <= token < vocab_size for token, finite in zip(tokens, is_finite, strict=True) if finite and token != NO_TOKEN)  # fmt: skip # noqa: E501
             next_ids = bench.tables.token_ids[bench.batch.seq_row.long(), bench.batch.seq_lens.long()].tolist()

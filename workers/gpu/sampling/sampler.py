@@ -37,19 +37,19 @@ def sample(
     computed tokens.
 
     Args:
-        logits: [S, vocab_size], of any floating dtype (on CUDA bfloat16, float16 or float32).
+        logits: the model's own, [S, vocab_size], of any floating dtype (on CUDA bfloat16, float16 or float32).
         sample_flags: [S] int32, the step's `seq_sample`; 0 = no token is sampled.
         outputs: a result record on the device; its first S entries are written, log-probabilities only if
             `want_logprobs` asks for them.
         adjusted: [S, vocab_size] float32, the logits to sample from, only with ADJUSTED.
     """
-    source = logits if adjusted is None else adjusted
+    assert (adjusted is not None) == (variant == SamplerVariant.ADJUSTED), f"{variant!r}: whether logits are adjusted"
     if logits.is_cuda:
         from workers.gpu.sampling import triton_sampler  # imported here: only CUDA needs triton
 
-        tokens = triton_sampler.sample(variant, source, batch, sample_flags, tables, outputs)
+        tokens = triton_sampler.sample(variant, logits, batch, sample_flags, tables, outputs, adjusted)
     else:
-        tokens = _sample(variant, source, batch, sample_flags, tables, outputs)
+        tokens = _sample(variant, logits, batch, sample_flags, tables, outputs, adjusted)
     if want_logprobs != WantedLogprobs.NONE:
         write_logprobs(want_logprobs, logits, adjusted, tokens, batch.seq_row, tables, outputs)
 
@@ -61,17 +61,19 @@ def _sample(
     sample_flags: torch.Tensor,
     tables: RowTables,
     outputs: ResultTensors,
+    adjusted: torch.Tensor | None,
 ) -> torch.Tensor:
     """Do the work of `sample`, except log-probabilities. Returns every sequence's token, [S] int64."""
     num_seqs = batch.num_seqs
     rows = batch.seq_row
     position = batch.seq_lens  # of the new token; all tokens before it are computed now
-    maximum, tokens = logits.max(-1)  # the first of equal logits; in a row with NaN, the NaN
+    source = logits if adjusted is None else adjusted
+    maximum, tokens = source.max(-1)  # the first of equal logits; in a row with NaN, the NaN
     drawn, filtered = variant != SamplerVariant.GREEDY, variant == SamplerVariant.FILTERED
     if variant == SamplerVariant.ADJUSTED:  # its rows may need any sampler
         drawn, filtered = _needs(rows, tables)
     if drawn:
-        tokens = race(logits.float(), maximum.float(), rows, position, tables, filtered=filtered).argmax(-1)
+        tokens = race(source.float(), maximum.float(), rows, position, tables, filtered=filtered).argmax(-1)
 
     sampled = (sample_flags != 0) & (batch.seq_lens > 0)  # [S] bool; False for padding
     tokens32 = tokens.to(torch.int32)
@@ -87,8 +89,9 @@ def _sample(
     is_finite = maximum.isfinite()
     finish = torch.where(is_end, FinishCode.STOP, is_full.to(torch.int32) * FinishCode.LENGTH)
     finish = torch.where(is_finite, finish, FinishCode.NOT_FINITE)
-    if variant == SamplerVariant.ADJUSTED:  # the stage keeps NaN and +inf
-        finish = torch.where(maximum == -torch.inf, FinishCode.EXCLUDED, finish)
+    if adjusted is not None:  # the stage keeps NaN and +inf
+        is_excluded = (maximum == -torch.inf) & (logits.amax(-1) > -torch.inf)
+        finish = torch.where(is_excluded, FinishCode.EXCLUDED, finish)
     torch.mul(finish, sampled, out=outputs.finish[:num_seqs])
     outputs.token_ids[:num_seqs].copy_(torch.where(sampled & is_finite, tokens32, NO_TOKEN))
     return tokens

@@ -44,14 +44,16 @@ def sample(
     sample_flags: torch.Tensor,
     tables: RowTables,
     outputs: ResultTensors,
+    adjusted: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do the work of `sampler.sample`, except log-probabilities. Returns every sequence's token, [S] int64.
 
     `logits` are bfloat16, float16 or float32, and contiguous within a row. Even if they are not finite, the returned
     token lies in the vocabulary. It does not wait for the device, so a graph can capture it.
     """
+    own_logits, logits = logits, logits if adjusted is None else adjusted
     num_seqs, vocab_size = logits.shape
-    assert logits.stride(1) == 1, "the logits of a row must be contiguous"
+    assert logits.stride(1) == own_logits.stride(1) == 1, "the logits of a row must be contiguous"
     num_parts = triton.cdiv(vocab_size, _PART)
     parts_shape = {"PART": _PART, "BLOCK_PARTS": _BLOCK_PARTS}
     grid = (num_seqs, triton.cdiv(num_parts, _BLOCK_PARTS))
@@ -84,6 +86,8 @@ def sample(
         masses,
         logits,
         logits.stride(0),
+        own_logits,
+        own_logits.stride(0),
         vocab_size,
         num_parts,
         sample_flags,
@@ -99,7 +103,7 @@ def sample(
         NUM_END_IDS=MAX_END_IDS,
         MAX_END_IDS=triton.next_power_of_2(MAX_END_IDS),
         DRAWN=drawn,
-        ADJUSTED=variant == SamplerVariant.ADJUSTED,
+        ADJUSTED=adjusted is not None,
         FILTERED=filtered,
         LOW_BITS=_LOW_BITS[logits.dtype],
         MAX_PARTS=triton.next_power_of_2(num_parts),
@@ -196,6 +200,8 @@ def _finish_rows(
     masses: tl.tensor,
     logits: tl.tensor,
     row_stride: tl.tensor,
+    model_logits: tl.tensor,  # with ADJUSTED: what `logits` were before their adjustment
+    model_row_stride: tl.tensor,
     vocab_size: tl.tensor,
     num_parts: tl.tensor,
     sample_flags: tl.tensor,
@@ -268,7 +274,20 @@ def _finish_rows(
     is_full = position + 1 >= tl.load(max_lens + table_row)
     finish = tl.where(is_end, _STOP, tl.where(is_full, _LENGTH, 0))
     finish = tl.where(is_finite, finish, _NOT_FINITE)
-    if ADJUSTED:  # the stage keeps NaN, which counts as +inf here, and +inf
-        finish = tl.where(maximum == -_INF, _EXCLUDED, finish)
+    if ADJUSTED:  # noqa: SIM102 - one is known to the compiler, the other is not
+        if maximum == -_INF:  # without NaN and +inf, which the stage keeps
+            own_maximum = _row_maximum(model_logits + row * model_row_stride, vocab_size, PART)
+            finish = tl.where(own_maximum > -_INF, _EXCLUDED, finish)
     tl.store(output_finish + row, tl.where(is_sampled, finish, 0))
     tl.store(output_token_ids + row, tl.where(is_sampled & is_finite, token, _NO_TOKEN))
+
+
+@triton.jit
+def _row_maximum(logits: tl.tensor, vocab_size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return the largest logit of a row, as float32."""
+    maximum = tl.full([], -_INF, tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + token, mask=token < vocab_size, other=-_INF).to(tl.float32)
+        maximum = tl.maximum(maximum, tl.max(x, axis=0))
+    return maximum

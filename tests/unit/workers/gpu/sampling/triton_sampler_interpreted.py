@@ -37,7 +37,8 @@ Filters = tuple[int, float, float]  # top_k, top_p, min_p
 
 def tokens_of(bench: Bench, logits: torch.Tensor, variant: SamplerVariant) -> list[int]:
     """Every row's token, and the bench as the kernels leave it."""
-    tokens = sample(variant, logits, bench.batch, bench.flags, bench.tables, bench.outputs)
+    adjusted = bench.adjusted(logits) if variant == SamplerVariant.ADJUSTED else None
+    tokens = sample(variant, logits, bench.batch, bench.flags, bench.tables, bench.outputs, adjusted)
     assert tokens.dtype == torch.int64
     listed: list[int] = tokens.tolist()
     return listed
