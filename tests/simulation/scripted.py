@@ -10,11 +10,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+
+from ipc.long_values import LONG_COLUMNS, encode_long_values
 from ipc.record_layout import declared_fields
 from ipc.records import (
     NO_TOKEN,
+    PROMPT_RECORD_TOKENS,
     AdmittedColumns,
     Fill,
     FinishCode,
@@ -47,6 +51,7 @@ class ScriptedRequest:
     last_ticket: int = 0
     has_ids: bool = False  # its row has been given its prompt
     tokens: list[int] = field(default_factory=list)  # tokens from applied results
+    adjustments: dict[str, Any] = field(default_factory=dict)  # as `plain_adjustments.by_definition` takes them
     finish: FinishCode = FinishCode.RUNNING
     num_shown: int = 0  # tokens that the grammar worker has been sent
     closed_at: int | None = None  # the first of its tokens whose mask counts as closed
@@ -123,7 +128,9 @@ class ScriptedScheduler:
                     admitted.append(request)
         while self.waiting and self._free_rows and budget:
             request = self.waiting[0]
-            if request.ring == 0 and self._rings[0].num_free() < 1:
+            long_values = np.frombuffer(encode_long_values(self._shape, _long_columns(request.adjustments)), np.int32)
+            num_uploads = (request.ring == 0) - (-len(long_values) // PROMPT_RECORD_TOKENS)
+            if self._rings[0].num_free() < num_uploads:
                 break
             request.row = self._free_rows.pop()
             request.num_planned = len(request.prompt)
@@ -137,6 +144,9 @@ class ScriptedScheduler:
             ticket = self._prompt_ticket(request)
             uploads.append((request.ring, ticket))
             self._admit(record, len(admitted), request, request.ring, ticket, len(request.prompt))
+            if len(long_values):
+                record.admit.long_ticket[len(admitted)] = self._upload(long_values)
+                uploads.append((0, self._rings[0].next_ticket - 1))
             request.has_ids = True
             admitted.append(request)
             planned.append((request, count))
@@ -207,8 +217,17 @@ class ScriptedScheduler:
             ticket = ring.next_ticket
             assert ring.take() is not None, "the prompt was announced but is not there"
             return ticket
-        ring.claim().token_ids[: len(request.prompt)] = request.prompt
-        return ring.publish()
+        return self._upload(request.prompt)
+
+    def _upload(self, words: Any) -> int:
+        """Returns the first ticket."""
+        ring = self._rings[0]
+        first = ring.next_ticket
+        for start in range(0, len(words), PROMPT_RECORD_TOKENS):
+            part = words[start : start + PROMPT_RECORD_TOKENS]
+            ring.claim().token_ids[: len(part)] = part
+            ring.publish()
+        return first
 
     def _admit(self, record: StepRecord, i: int, request: ScriptedRequest, ring: int, ticket: int, length: int) -> None:
         admit = record.admit
@@ -221,6 +240,13 @@ class ScriptedScheduler:
         admit.prompt_len[i], admit.max_len[i] = len(request.prompt), len(request.prompt) + request.max_tokens
         admit.temperature[i], admit.seed[i], admit.top_k[i] = request.temperature, request.seed, request.top_k
         admit.end_ids[i, : len(request.end_ids)] = request.end_ids
+        adjustments = request.adjustments
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
+            if name in adjustments:
+                getattr(admit, name)[i] = adjustments[name]
+        if "thinking" in adjustments:
+            admit.think_start[i], admit.think_end[i], admit.think_budget[i] = adjustments["thinking"]
+        admit.long_columns[i] = sum(1 << LONG_COLUMNS.index(name) for name in _long_columns(adjustments))
 
     def _write(
         self,
@@ -234,9 +260,12 @@ class ScriptedScheduler:
         record.num_appends[0], record.num_admissions[0] = len(appends), num_admissions
         record.want_logprobs[0] = 0
         record.variant[0] = max(
-            SamplerVariant.FILTERED if request.top_k else SamplerVariant.PLAIN if request.temperature else 0
+            SamplerVariant.ADJUSTED
+            if request.adjustments
+            else (SamplerVariant.FILTERED if request.top_k else SamplerVariant.PLAIN if request.temperature else 0)
             for request, _ in planned
         )
+        record.seq_mask[:n] = -1
         record.seq_row[:n] = [request.row for request, _ in planned]
         record.seq_num_tokens[:n] = [count for _, count in planned]
         samples = [request.num_computed + count == request.num_planned for request, count in planned]
@@ -276,3 +305,15 @@ class ScriptedScheduler:
             self._free_rows.append(request.row)
         else:
             self._retired.append(request)
+
+
+def _long_columns(adjustments: dict[str, Any]) -> dict[str, Any]:
+    """Long values by column."""
+    columns: dict[str, Any] = {}
+    if "allowed" in adjustments:  # the toy's vocabulary fits into one word
+        columns["token_mask"] = [sum(1 << token for token in adjustments["allowed"])]
+    if "bias" in adjustments:
+        columns["bias_ids"], columns["bias_values"] = list(adjustments["bias"]), list(adjustments["bias"].values())
+    if "bad_words" in adjustments:
+        columns["bad_words"] = [token for word in adjustments["bad_words"] for token in (*word, NO_TOKEN)]
+    return columns
