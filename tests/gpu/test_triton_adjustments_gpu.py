@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.reference.adjustment_bench import AdjustmentBench, assert_adjusted
+from tests.reference.adjustment_bench import (
+    AdjustmentBench,
+    assert_adjusted,
+    check_long_thinking,
+    check_tiny_repetition_penalty,
+)
 from workers.gpu.sampling.adjustments import adjust
 
 pytestmark = pytest.mark.gpu
@@ -51,3 +56,11 @@ def test_a_captured_stage_adjusts_what_is_in_the_tables_when_it_runs(device: Any
         device.settle()
     assert torch.equal(bench.out.cpu().nan_to_num(), again.nan_to_num())
     assert not torch.equal(again.nan_to_num(), first.nan_to_num())
+
+
+def test_a_tiny_repetition_penalty_does_not_look_like_a_failure_of_the_model(device: Any) -> None:
+    check_tiny_repetition_penalty(device)
+
+
+def test_the_budget_of_thinking_is_right_however_long_ago_it_began(device: Any) -> None:
+    check_long_thinking(device)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ipc.records import NO_TOKEN, SamplerVariant
-from tests.reference.sampler_bench import SHAPE, Bench, assert_same_tokens, check_not_finite
+from tests.reference.sampler_bench import (
+    SHAPE,
+    Bench,
+    assert_same_tokens,
+    check_excluded,
+    check_free_rows,
+    check_not_finite,
+)
 from workers.gpu.sampling.logprobs import WantedLogprobs
 from workers.gpu.sampling.sampler import sample
 
@@ -73,6 +80,14 @@ def test_a_mixed_batch_draws_what_the_cpu_draws(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_whose_logits_are_not_finite_ends_so_and_no_other_does(dtype: torch.dtype, device: Any) -> None:
     check_not_finite(lambda num_seqs: Bench(num_seqs, device=device), VOCAB, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_rows_with_a_closed_mask_are_excluded_and_other_rows_do_not_notice(
+    dtype: torch.dtype, device: Any
+) -> None:
+    check_excluded(lambda num_seqs: Bench(num_seqs, device=device), VOCAB, dtype)
+    check_free_rows(lambda num_seqs: Bench(num_seqs, device=device), VOCAB, dtype)
 
 
 @pytest.mark.parametrize("variant", SamplerVariant, ids=str)

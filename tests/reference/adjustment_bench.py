@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from random import Random
 from typing import Any
 
@@ -32,12 +33,12 @@ class AdjustmentBench:
 
     def __init__(
         self, num_seqs: int, vocab_size: int, seed: int, device: Device[Any, Any] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, max_len: int = MAX_LEN,
     ) -> None:  # fmt: skip
         device = device or CpuDevice()
         self.random = Random(seed)
         self.vocab_size = vocab_size
-        shape = StepShape(2 * num_seqs, 64, MAX_LEN, 4, vocab_size)
+        shape = StepShape(2 * num_seqs, 64, max_len, 4, vocab_size)
         self.tables = RowTables(device, shape, num_blocks=8, vocab_size=vocab_size)
         layout = step_layout(shape)
         self.step = tensor_views(StepTensors, layout, device.zeros("step", (layout.num_bytes,), torch.uint8))
@@ -161,3 +162,34 @@ def assert_adjusted(bench: AdjustmentBench) -> None:
     expected = torch.tensor(bench.expected, dtype=torch.float32)
     torch.testing.assert_close(found[:-1], expected[:-1], rtol=1e-5, atol=1e-4, equal_nan=True)
     assert torch.equal(found[-1].isnan(), bench.logits[-1].cpu().float().isnan()), "padding"
+
+
+def check_tiny_repetition_penalty(device: Device[Any, Any] | None = None) -> None:
+    """That a tiny penalty makes a logit as large as float32 holds, which is no failure of the model."""
+    bench = AdjustmentBench(2, 40, 0, device)
+    tables, row = bench.tables, int(bench.batch.seq_row[0])
+    bench.step.seq_sample[0], bench.step.seq_mask[0], bench.logits[0] = 1, -1, 1.0
+    tables.long_columns[row], tables.min_tokens[row], tables.think_budget[row] = 0, 0, -1
+    tables.token_ids[row], tables.prompt_len[row], bench.batch.seq_lens[0] = 7, 1, 1
+    tables.repetition_penalty[row], tables.presence_penalty[row], tables.frequency_penalty[row] = 1e-39, 0, 0
+    found = bench.run()[0]
+    assert found[7] == torch.finfo(torch.float32).max
+    assert (found != 1.0).sum() == 1
+
+
+def check_long_thinking(device: Device[Any, Any] | None = None) -> None:
+    """That the budget is right wherever thinking began, also if that is more ids back than kernels read at a time."""
+    bench = AdjustmentBench(2, 40, 0, device, max_len=3000)
+    tables, row = bench.tables, int(bench.batch.seq_row[0])
+    bench.step.seq_sample[0], bench.step.seq_mask[0], bench.logits[0] = 1, -1, 1.0
+    tables.long_columns[row], tables.min_tokens[row], tables.prompt_len[row] = 0, 0, 0
+    tables.repetition_penalty[row], tables.presence_penalty[row], tables.frequency_penalty[row] = 1, 0, 0
+    tables.think_start[row], tables.think_end[row] = THINK_START, THINK_END
+    all_but_end = [token for token in range(40) if token != THINK_END]
+    is_open = {(THINK_START,): True, (THINK_START, THINK_END): False, (THINK_END, THINK_START): True, (3,): False}
+    for num_behind, before, budget_left in product((1, 1022, 1023, 1024, 1025, 2047, 2600), is_open, (0, 1)):
+        ids = [*before, *[9] * num_behind]
+        tables.token_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        bench.batch.seq_lens[0], tables.think_budget[row] = len(ids), num_behind + budget_left
+        excluded = (bench.run()[0] == -math.inf).nonzero()[:, 0].tolist()
+        assert excluded == (all_but_end if is_open[before] and not budget_left else []), (before, num_behind)

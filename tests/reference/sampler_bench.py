@@ -122,6 +122,39 @@ def check_not_finite(bench_of: Callable[[int], Bench], vocab_size: int, dtype: t
             assert all(0 <= token < vocab_size for token in next_ids), "the next step may still compute these rows"
 
 
+def check_excluded(bench_of: Callable[[int], Bench], vocab_size: int, dtype: torch.dtype) -> None:
+    """Check which rows end as excluded: those whose mask is closed although the model's own logits are fine."""
+    rows = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[2] = rows[3] = -torch.inf
+    rows[4, 0], rows[5, -1] = torch.nan, torch.inf
+    for temperature in (0.0, 1.0):
+        bench = bench_of(6)
+        bench.tables.temperature.fill_(temperature)
+        bench.step.seq_mask[[1, 3, 4, 5]] = 0  # a closed mask; rows 0 and 2 have none
+        tokens = bench.sample(rows.to(bench.batch.seq_row.device), SamplerVariant.ADJUSTED)
+        not_finite = [FinishCode.NOT_FINITE] * 4
+        assert bench.outputs.finish[:6].tolist() == [FinishCode.RUNNING, FinishCode.EXCLUDED, *not_finite]
+        assert [token == NO_TOKEN for token in tokens] == [False] + [True] * 5
+
+
+def check_free_rows(bench_of: Callable[[int], Bench], vocab_size: int, dtype: torch.dtype) -> None:
+    """Check that rows without adjustments draw the same tokens in steps with and without adjusted logits."""
+    bench, num_free = bench_of(40), 39
+    tables, device = bench.tables, bench.batch.seq_row.device
+    every_row = torch.arange(len(tables.seed), device=device)
+    tables.seed.copy_(every_row)
+    tables.temperature.copy_(every_row % 3 * 0.7)
+    tables.top_k.copy_(every_row % 4 * 3)
+    tables.top_p.copy_(1 - every_row % 5 * 0.1)
+    bench.step.seq_mask[num_free] = 0
+    bench.masks[0, 0] = 1 << 4  # of the row that is not free: only token 4
+    x = torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    without = bench.sample(x, SamplerVariant.FILTERED)
+    beside = bench.sample(x, SamplerVariant.ADJUSTED)
+    assert beside[:num_free] == without[:num_free]
+    assert beside[num_free] == 4
+
+
 def kept_by_sorting(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
     """The textbook: sort, cut, renormalise, cut. One row; no two logits equal."""
     values, ids = scaled.double().sort(descending=True)

@@ -30,6 +30,7 @@ from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.execution.tensor_views import StepTensors
 
 MASK_BITS: Final = 32  # of a mask's word
+_LARGEST: Final = torch.finfo(torch.float32).max
 
 
 def adjust(
@@ -147,7 +148,7 @@ class _Row:
             return
         counts = torch.bincount(self._output, minlength=len(x)).float()
         is_known = torch.bincount(self._ids, minlength=len(x)) > 0
-        repeated = torch.where(x > 0, x / repetition, x * repetition)
+        repeated = torch.where(x > 0, (x / repetition).clamp(max=_LARGEST), x * repetition)  # +inf would mean a failure
         x.copy_(torch.where(is_known, repeated, x))
         x -= frequency * counts + presence * (counts > 0)
 

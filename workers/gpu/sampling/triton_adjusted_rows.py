@@ -7,6 +7,7 @@ They read a sequence's ids and lists, and write single logits. Here, too, is the
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +16,7 @@ from ipc.records import NO_TOKEN
 
 KNOWN = tl.constexpr(1 << 30)  # the bit of a count that says: among the row's ids. The lower bits count output.
 _INF = tl.constexpr(float("inf"))
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _BIAS = tl.constexpr(BIAS_IDS)
 _BAD_WORDS = tl.constexpr(BAD_WORDS)
@@ -34,7 +36,7 @@ def look_for_thinking(
     ends: tl.tensor,
     IDS: tl.constexpr,
 ) -> None:
-    """Grid (S)."""
+    """Grid (S). Reads a row's ids from the newest back, to the last start or end of thinking."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(seq_row + i).to(tl.int64)
     length = tl.load(seq_lens + i)
@@ -46,11 +48,13 @@ def look_for_thinking(
     last_start = tl.full([], -1, tl.int32)
     last_end = tl.full([], -1, tl.int32)
     place = tl.arange(0, IDS)
-    for first in range(0, length, IDS):
-        at = first + place
-        ids = tl.load(token_ids + row * max_model_len + at, mask=at < length, other=_NO_TOKEN)
-        last_start = tl.maximum(last_start, tl.max(tl.where(ids == start, at, -1), axis=0))
-        last_end = tl.maximum(last_end, tl.max(tl.where(ids == end, at, -1), axis=0))
+    behind = length  # the place behind the ids that are still to be read
+    while (behind > 0) & (last_start < 0) & (last_end < 0):
+        at = behind - IDS + place
+        ids = tl.load(token_ids + row * max_model_len + at, mask=at >= 0, other=_NO_TOKEN)
+        last_start = tl.max(tl.where((ids == start) & (at >= 0), at, -1), axis=0)
+        last_end = tl.max(tl.where(ids == end, at, -1), axis=0)
+        behind = behind - IDS
     used = length - tl.maximum(last_start + 1, tl.load(prompt_lens + row))
     if (last_start > last_end) & (used >= budget):
         tl.store(forced + i, end)
@@ -181,6 +185,7 @@ def penalised(
     frequencies: tl.tensor,
 ) -> tl.tensor:
     repetition = tl.load(repetitions + row)
-    x = tl.where(count >= KNOWN, tl.where(x > 0, x / repetition, x * repetition), x)
+    repeated = tl.where(x > 0, tl.minimum(x / repetition, _LARGEST), x * repetition)  # +inf would mean a failure
+    x = tl.where((count >= KNOWN) & (x != _INF), repeated, x)
     num_output = (count & (KNOWN - 1)).to(tl.float32)
     return x - (tl.load(frequencies + row) * num_output + tl.where(num_output > 0, tl.load(presences + row), 0.0))

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.reference.adjustment_bench import AdjustmentBench, assert_adjusted
+from tests.reference.adjustment_bench import (
+    AdjustmentBench,
+    assert_adjusted,
+    check_long_thinking,
+    check_tiny_repetition_penalty,
+)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -19,3 +24,11 @@ def test_the_models_logits_of_any_dtype_are_adjusted_in_float32_and_stay_as_they
     before = bench.logits.clone()
     assert_adjusted(bench)
     assert torch.equal(bench.logits.nan_to_num(), before.nan_to_num())
+
+
+def test_a_tiny_repetition_penalty_does_not_look_like_a_failure_of_the_model() -> None:
+    check_tiny_repetition_penalty()
+
+
+def test_the_budget_of_thinking_is_right_however_long_ago_it_began() -> None:
+    check_long_thinking()

@@ -7,7 +7,17 @@ import torch
 
 from ipc.records import NO_TOKEN, SamplerVariant
 from ipc.sampling_params import MAX_LOGPROBS
-from tests.reference.sampler_bench import SHAPE, VOCAB, Bench, check_ends, check_not_finite, kept_by_sorting, logits
+from tests.reference.sampler_bench import (
+    SHAPE,
+    VOCAB,
+    Bench,
+    check_ends,
+    check_excluded,
+    check_free_rows,
+    check_not_finite,
+    kept_by_sorting,
+    logits,
+)
 from workers.gpu.sampling.filters import keep
 from workers.gpu.sampling.random_bits import exponential, uniform
 
@@ -64,6 +74,15 @@ def test_tokens_equally_likely_stay_together() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_row_whose_logits_are_not_finite_ends_so_and_no_other_does(dtype: torch.dtype) -> None:
     check_not_finite(Bench, 57, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_ends_as_excluded_only_if_the_models_own_logits_are_fine(dtype: torch.dtype) -> None:
+    check_excluded(Bench, 57, dtype)
+
+
+def test_rows_without_adjustments_do_not_notice_adjusted_rows_beside_them() -> None:
+    check_free_rows(Bench, 57, torch.bfloat16)
 
 
 def test_temperature_shapes_the_distribution() -> None:

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from tests.reference import adjustment_bench
-from tests.reference.adjustment_bench import AdjustmentBench, assert_adjusted
+from tests.reference.adjustment_bench import (
+    AdjustmentBench,
+    assert_adjusted,
+    check_long_thinking,
+    check_tiny_repetition_penalty,
+)
 from tests.reference.triton_interpreter import let_scalars_end_ranges
 from workers.gpu.sampling import triton_adjustments
 
@@ -30,3 +35,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_row_of_a_mixed_step_is_adjusted_as_its_own_parameters_say(seed: int) -> None:
     dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
     assert_adjusted(AdjustmentBench(num_seqs=7, vocab_size=(70, 4100, 31)[seed % 3], seed=seed, dtype=dtype))
+
+
+def test_a_tiny_repetition_penalty_does_not_look_like_a_failure_of_the_model() -> None:
+    check_tiny_repetition_penalty()
+
+
+def test_the_budget_of_thinking_is_right_however_long_ago_it_began() -> None:
+    check_long_thinking()

@@ -15,6 +15,8 @@ from tests.reference.sampler_bench import (
     Bench,
     assert_same_tokens,
     check_ends,
+    check_excluded,
+    check_free_rows,
     check_not_finite,
     kept_by_sorting,
 )
@@ -241,6 +243,14 @@ class KernelBench(Bench):
 @pytest.mark.parametrize("vocab_size", [7, 2500])
 def test_a_row_whose_logits_are_not_finite_ends_so_and_no_other_does(vocab_size: int, dtype: torch.dtype) -> None:
     check_not_finite(KernelBench, vocab_size, dtype)
+
+
+def test_a_row_ends_as_excluded_only_if_the_models_own_logits_are_fine() -> None:
+    check_excluded(KernelBench, 2500, torch.bfloat16)
+
+
+def test_rows_without_adjustments_do_not_notice_adjusted_rows_beside_them() -> None:
+    check_free_rows(KernelBench, 2500, torch.bfloat16)
 
 
 def test_extreme_finite_logits_are_drawn_from_like_others() -> None:
