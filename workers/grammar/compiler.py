@@ -45,6 +45,7 @@ _IN_OUR_WORDS: Final = (  # advice of llguidance that a user of the engine canno
     ("; consider making your grammar left-recursive if it's right-recursive", ""),
     ("Expecting object schema to apply options", "the schema must be a JSON object"),
 )  # fmt: skip
+_POSITION: Final = re.compile(r"^at \d+\(\d+\): ")  # in a Lark grammar, which only `grammar` takes from the user
 _TOO_MUCH: Final = re.compile("too (many|big|large|deep)|exhausted|exceeded|; max is|[Uu]nable to determine")
 
 
@@ -108,9 +109,14 @@ def refusal(spec: StructuredOutputs, problem: str) -> InvalidRequest:
     line = " ".join([*lines[:1], *(each for each in lines[1:] if each.startswith("error:"))]) or "it is too complex"
     for theirs, ours in _IN_OUR_WORDS:
         line = line.replace(theirs, ours)
+    if spec.grammar is None:
+        line = _POSITION.sub("", line)
+    if len(line) > _MAX_PROBLEM_CHARS:  # the cause is at the end, after a copy of the pattern or name
+        half = _MAX_PROBLEM_CHARS // 2
+        line = f"{line[:half]} ... {line[-half:]}"
     if _TOO_MUCH.search(line):
         line += "; simplify it"
-    return InvalidRequest(f"structured_outputs.{spec.constraint} cannot be used: {line[:_MAX_PROBLEM_CHARS]}")
+    return InvalidRequest(f"structured_outputs.{spec.constraint} cannot be used: {line}")
 
 
 def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int) -> None:
