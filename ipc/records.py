@@ -242,6 +242,8 @@ class ResultFields(Generic[Array]):
     device_pause_ns: Annotated[Array, int64(2)]
     """Only of steps that owe masks: when the device was done with the model, and when it went on with the masks, in ns
     of its own clock."""
+    closed_masks: Annotated[Array, int32("num_mask_rings")]
+    """Only for grammar workers to which the step's masks are due: 1 = they did not come, and counted as closed."""
     logprob: Annotated[Array, float32("max_num_seqs")]
     """The log-probability (natural) of the sampled token."""
     top_ids: Annotated[Array, int32("max_num_seqs", MAX_LOGPROBS)]

@@ -28,6 +28,7 @@ from rich.table import Table
 from pipeline import AsyncClient, Pipeline, SamplingParams, StructuredOutputs
 from pipeline.bench.arguments import comma_separated, positive
 from pipeline.bench.engine import STARTUP_TIMEOUT_S
+from pipeline.bench.steady_streams import steady_streams
 from pipeline.engine.config import load_config
 from pipeline.engine.model_files import find_model
 from pipeline.engine.small_model import CONFIG
@@ -157,38 +158,22 @@ def measure(
 async def _stream_all(
     endpoint: str, num_seqs: int, share: float, seconds: float, temperature: float
 ) -> tuple[Figures, int]:
-    begun: set[int] = set()
     seeds = itertools.count(1)
     structured = StructuredOutputs(json=SCHEMA)
 
-    async def stream(client: AsyncClient, index: int) -> None:
+    def params_of(index: int) -> SamplingParams:
         has_schema = index < round(share * num_seqs)
-        while True:  # when an answer is complete or has the model's length, a new one replaces it
-            params = SamplingParams(
-                temperature=temperature, seed=next(seeds), ignore_eos=not has_schema,
-                structured_outputs=structured if has_schema else None,
-            )  # fmt: skip
-            async for _ in client.generate("The for statement", params, stream=True):
-                begun.add(index)
+        return SamplingParams(
+            temperature=temperature, seed=next(seeds), ignore_eos=not has_schema,
+            structured_outputs=structured if has_schema else None,
+        )  # fmt: skip
 
-    async with AsyncClient(endpoint) as client:
-        tasks = [asyncio.create_task(stream(client, i)) for i in range(num_seqs)]
-        try:
-            while len(begun) < num_seqs:
-                done, _ = await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_EXCEPTION)
-                for task in done:
-                    task.result()
-            await asyncio.sleep(WARM_UP_S)
-            before = await client.stats()
-            window = Window(before)
-            await asyncio.sleep(seconds)
-            after = await client.stats()
-            figures = window.close(after)
-        finally:  # also after Ctrl-C, before the client is closed under them
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    return figures, int(after["gpu"]["num_late_masks"] - before["gpu"]["num_late_masks"])
+    async with AsyncClient(endpoint) as client, steady_streams(client, num_seqs, params_of, WARM_UP_S):
+        before = await client.stats()
+        window = Window(before)
+        await asyncio.sleep(seconds)
+        after = await client.stats()
+        return window.close(after), int(after["gpu"]["num_late_masks"] - before["gpu"]["num_late_masks"])
 
 
 def _read_times(timeline: Path, seconds: float) -> tuple[list[float], list[float]]:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from pipeline import AsyncClient, Pipeline, SamplingParams
 from pipeline.bench.arguments import comma_separated, made_folder, positive
+from pipeline.bench.steady_streams import steady_streams
 from pipeline.engine.small_model import CONFIG
 from pipeline.metrics.figures import Figures, Window
 
@@ -77,30 +78,11 @@ def measure(
 
 async def _stream_all(endpoint: str, num_seqs: int, seconds: float) -> tuple[Figures, float]:
     params = SamplingParams(ignore_eos=True)
-    begun: set[int] = set()
-
-    async def stream(client: AsyncClient, index: int) -> None:
-        while True:  # when a stream reaches the model's length, a new one replaces it
-            async for _ in client.generate("The for statement", params, stream=True):
-                begun.add(index)
-
-    async with AsyncClient(endpoint) as client:
-        tasks = [asyncio.create_task(stream(client, i)) for i in range(num_seqs)]
-        try:
-            while len(begun) < num_seqs:
-                done, _ = await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_EXCEPTION)
-                for task in done:
-                    task.result()
-            await asyncio.sleep(WARM_UP_S)
-            window, cpu = Window(await client.stats()), time.process_time()
-            await asyncio.sleep(seconds)
-            figures = window.close(await client.stats())
-            client_us = (time.process_time() - cpu) * 1e6 / max(figures.num_steps, 1)
-        finally:  # also after Ctrl-C, before the client is closed under them
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    return figures, client_us
+    async with AsyncClient(endpoint) as client, steady_streams(client, num_seqs, lambda _: params, WARM_UP_S):
+        window, cpu = Window(await client.stats()), time.process_time()
+        await asyncio.sleep(seconds)
+        figures = window.close(await client.stats())
+        return figures, (time.process_time() - cpu) * 1e6 / max(figures.num_steps, 1)
 
 
 def _as_dict(figures: Figures, client_us: float) -> dict[str, object]:

@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from ipc.structured_outputs import StructuredOutputs
-from pipeline import Client, InvalidRequest, Pipeline, RequestFailed, SamplingParams
+from pipeline import Client, InvalidRequest, Pipeline, RequestFailed, SamplingParams, TokensExcluded
 from tests.integration.conftest import TINY_CONFIG
 from tests.reference.json_schemas import schema_groups
 from tests.unit.workers.grammar.grammar_tools import matchers_of
@@ -124,6 +124,12 @@ def test_every_kind_of_constraint_is_kept_streamed_and_whole_by_every_sample(
 def test_a_bad_schema_ends_its_own_request_with_the_reason(client: Client) -> None:
     with pytest.raises(InvalidRequest, match=r"structured_outputs\.json cannot be used"):
         client.generate("x", SamplingParams(structured_outputs=StructuredOutputs(json={"type": 7})))
+
+
+def test_parameters_that_clash_with_a_grammar_are_named_and_no_mask_is_blamed(client: Client) -> None:
+    params = SamplingParams(min_tokens=20, structured_outputs=StructuredOutputs(choice=["yes", "no"]))
+    with pytest.raises(TokensExcluded, match=r"min_tokens \(20\) exclude every token that its grammar allows"):
+        client.generate("x", params)
 
 
 def test_a_grammar_process_that_hangs_ends_its_own_sequences_and_serves_again_afterwards() -> None:

@@ -189,6 +189,8 @@ class Executor:
         self._rings.step.release_through(step.ticket)
         if step.owed:
             self._masks.finish(step.owed)
+            for part in step.owed:
+                record.closed_masks[part.worker] = part in step.closed
         self._published_at_ns = seen_at_ns
         ring.publish()
         self.under_way.popleft()  # last: until then no other thread sees the next step as the oldest

@@ -79,14 +79,14 @@ class StepMasks:
     def copy(self, step: Submitted) -> None:
         """Enqueue the copies of the step's masks, and zeros for the closed ones, and record `ready`.
 
-        All earlier results must have been published. Sets the step's `num_closed_masks`.
+        All earlier results must have been published. Sets the step's `closed`.
         """
         for part in step.owed:
             target = self._buffer[part.start : part.start + part.num_masks]
             if self._is_published(part) and self._is_for(step, part):
                 self._device.copy(self._copy_in, target, self._source(part))
             else:
-                step.num_closed_masks += part.num_masks
+                step.closed += (part,)
                 self._close(target)
         self._device.record(self.ready, self._copy_in)
 

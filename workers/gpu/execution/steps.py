@@ -44,4 +44,8 @@ class Submitted:
     owed: tuple[OwedMasks, ...] = ()
     begun_at_ns: int = 0  # when its first half was enqueued; only of steps that owe masks
     mask_wait_ns: int = 0  # from there, or from the result before it, to its second half
-    num_closed_masks: int = 0  # masks that did not come in time, or not for this step
+    closed: tuple[OwedMasks, ...] = ()  # those of `owed` that did not come in time, or not for this step
+
+    @property
+    def num_closed_masks(self) -> int:
+        return sum(part.num_masks for part in self.closed)

@@ -18,23 +18,27 @@ def not_finite(sequence: Sequence, num_tokens: int) -> Ended:
     )
 
 
-def excluded(sequence: Sequence, num_tokens: int, mask_timeout_s: float) -> Ended:
-    """Every token after the first `num_tokens` tokens is excluded: by the parameters, or by a closed grammar mask."""
+def excluded(sequence: Sequence, num_tokens: int, late_after_s: float | None) -> Ended:
+    """Every token after the first `num_tokens` tokens is excluded.
+
+    `late_after_s`: the sequence's mask was missing after so long, and counted as closed. None: no mask was missing, so
+    the parameters exclude every token, or every token that the grammar allows.
+    """
+    begin = f"no token can follow token {num_tokens} of this request:"
     names = _excluding_parameters(sequence)
-    if not sequence.has_grammar:
-        return _error(
-            sequence,
-            TokensExcluded,
-            f"no token can follow token {num_tokens} of this request: {names or 'its parameters'} exclude every token; "
-            "allow more tokens",
+    if late_after_s is not None:
+        text = (
+            f"{begin} the mask of its grammar did not come within grammar.mask_timeout_s ({late_after_s:g}), or its "
+            "grammar process failed; send the request again"
         )
-    text = (
-        f"no token can follow token {num_tokens} of this request: the mask of its grammar did not come within "
-        f"grammar.mask_timeout_s ({mask_timeout_s:g}), or its grammar process failed; send the request again"
-    )
+        return _error(sequence, RequestFailed, text)
+    if not sequence.has_grammar:
+        names = names or "its parameters"
+        return _error(sequence, TokensExcluded, f"{begin} {names} exclude every token; allow more tokens")
     if names:
-        text += f", or allow more tokens, because {names} may exclude every token that the grammar allows"
-    return _error(sequence, RequestFailed, text)
+        text = f"{begin} {names} exclude every token that its grammar allows; allow more tokens"
+        return _error(sequence, TokensExcluded, text)
+    return _error(sequence, RequestFailed, f"{begin} its grammar allows none; simplify the grammar")
 
 
 def _excluding_parameters(sequence: Sequence) -> str:

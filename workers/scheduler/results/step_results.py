@@ -58,7 +58,7 @@ class StepResults:
         if has_ends:
             is_failed = is_valid & (finish >= _NOT_FINITE)
             if is_failed.any():
-                not_finite, excluded = self._fail(rows[is_failed], finish[is_failed])
+                not_finite, excluded = self._fail(rows[is_failed], finish[is_failed], result)
                 is_valid &= ~is_failed
         if not is_valid.all():
             rows, token_ids, finish = rows[is_valid], token_ids[is_valid], finish[is_valid]
@@ -107,14 +107,18 @@ class StepResults:
         self._counts["num_finished"] += len(rows)
         return self._owners(rows)
 
-    def _fail(self, rows: IntArray, finish: Int32Array) -> tuple[list[Sequence], list[Sequence]]:
+    def _fail(self, rows: IntArray, finish: Int32Array, result: ResultRecord) -> tuple[list[Sequence], list[Sequence]]:
         """The sequences that are not finite, and those whose tokens are all excluded, after the detokenizer has been
         told."""
         table, ended = self._table, self._outputs.ended
         not_finite = self._owners(rows[finish == _NOT_FINITE])
         ended += [failures.not_finite(each, int(table.num_tokens[each.row])) for each in not_finite]
         excluded = self._owners(rows[finish == _EXCLUDED])
-        ended += [failures.excluded(each, int(table.num_tokens[each.row]), self._mask_timeout_s) for each in excluded]
+        for each in excluded:
+            late_after_s = None
+            if each.has_grammar and result.closed_masks[each.grammar_worker]:
+                late_after_s = self._mask_timeout_s
+            ended.append(failures.excluded(each, int(table.num_tokens[each.row]), late_after_s))
         self._counts["num_not_finite"] += len(not_finite)
         self._counts["num_excluded"] += len(excluded)
         return not_finite, excluded

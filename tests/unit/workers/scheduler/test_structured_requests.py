@@ -356,29 +356,42 @@ def test_requests_that_a_hanging_process_leaves_in_its_ring_are_kept_in_order() 
 # Ends
 
 
-def end_with(engine: ScheduledEngine, code: FinishCode, *places: int) -> None:
-    """Let the device run its oldest step and end the sequences at these places of the batch with `code`."""
+def end_with(engine: ScheduledEngine, code: FinishCode, *places: int, closed: bool = False) -> None:
+    """Let the device run its oldest step and end the sequences at these places of the batch with `code`.
+
+    `closed`: the masks of that step did not come.
+    """
     engine.run_device()
     record = engine._result_records[engine.num_applied % (2 * engine.depth)]
     record.finish[list(places)] = code
     record.token_ids[list(places)] = NO_TOKEN
+    record.closed_masks[:] = closed
     engine.apply()
     hear_all(engine)
 
 
-def test_a_structured_sequence_without_a_token_ends_alone_and_the_error_says_why() -> None:
+@pytest.mark.parametrize(
+    ("closed", "min_tokens", "kind", "words"),
+    [
+        (True, 2, RequestFailed, "did not come within grammar.mask_timeout_s (0.1)"),
+        (False, 2, TokensExcluded, "min_tokens (2) exclude every token that its grammar allows; allow more tokens"),
+        (False, 0, RequestFailed, "its grammar allows none; simplify the grammar"),
+    ],
+)
+def test_a_structured_sequence_without_a_token_ends_alone_and_the_error_says_why(
+    closed: bool, min_tokens: int, kind: type[RequestFailed], words: str
+) -> None:
     engine = engine_of()
-    engine.send(1, [1, 2], params(9, min_tokens=2))
+    engine.send(1, [1, 2], params(9, min_tokens=min_tokens))
     engine.send(2, [3, 4], SamplingParams(max_tokens=3))
     compile_all(engine)
     engine.plan()
     engine.plan()
     place = [engine.scheduler._table.key[row] for row in (0, 1)].index(1)
-    end_with(engine, FinishCode.EXCLUDED, place)
+    end_with(engine, FinishCode.EXCLUDED, place, closed=closed)
     code, text = engine.errors[1]
-    assert code == RequestFailed.code
-    assert "grammar.mask_timeout_s (0.1)" in text
-    assert "min_tokens (2)" in text
+    assert code == kind.code
+    assert words in text
     engine.drain()
     assert engine.tokens[2] == expected_tokens([3, 4], 0, 5, [])
     assert engine.scheduler.counts["num_excluded"] == engine.scheduler.counts["num_structured_unfinished"] == 1

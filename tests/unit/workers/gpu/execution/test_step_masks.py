@@ -165,6 +165,7 @@ def test_a_mask_is_closed_exactly_when_its_time_after_the_result_before_it_is_ov
     assert (step.mask_wait_ns, step.num_closed_masks) == (TIMEOUT_NS, 1)
     closed, open_, free = engine.results()
     assert [closed, open_] == tokens(NO_TOKEN, 35)
+    assert engine.ends.results.records[2 % engine.ends.results.num_slots].closed_masks.tolist() == [1, 0]
     assert free[0] != NO_TOKEN
 
 
