@@ -14,6 +14,8 @@ from pipeline.client.async_client import AsyncClient
 from pipeline.http.config import HttpConfig
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
+from pipeline.http.generation.reasoning_start import ReasoningStart
+from pipeline.http.parsing.output_format import OutputFormat
 
 
 @dataclass(kw_only=True)
@@ -26,6 +28,9 @@ class Service:
         model_names: names under which requests may ask for the model, at least one; answers carry the first.
         model_folder: of the model's files.
         max_model_len: most tokens, prompt and output together, of one sequence.
+        format: how the model writes calls of tools and reasoning.
+        reasoning_start: tells whether a prompt ends inside the reasoning.
+        template_reads_tools: the model's chat template can show tools.
         defaults: values of sampling parameters that a request leaves out.
         stats: counters of this process (`config.COUNTERS`), each an array [1] int64.
     """
@@ -35,6 +40,9 @@ class Service:
     model_names: tuple[str, ...]
     model_folder: str
     max_model_len: int
+    format: OutputFormat
+    reasoning_start: ReasoningStart
+    template_reads_tools: bool
     defaults: SamplingDefaults
     stats: Any
     started_at: int = field(default_factory=lambda: int(time.time()))
