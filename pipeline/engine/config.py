@@ -230,7 +230,7 @@ class _Builder:
         # One value of a pair that came from the command line is the one to name.
         origin = next((o for o in sorted(origins) if o != self._source), self._source)
         try:
-            check_combinations(config)
+            check_combinations(scheduler=config.scheduler, cache=config.cache, model=config.model, http=config.http)
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from None
         return config

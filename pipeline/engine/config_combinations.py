@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ipc.errors import ConfigError
-from workers.gpu.config import VARLEN_BLOCK_TOKENS
-
-if TYPE_CHECKING:
-    from pipeline.engine.config import Config
+from pipeline.http.config import HttpConfig
+from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
+from workers.scheduler.config import SchedulerConfig
 
 COMBINED: Final = (
     "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens", "scheduler.max_model_len", "cache.num_blocks",
@@ -16,9 +15,10 @@ COMBINED: Final = (
 )  # fmt: skip
 
 
-def check_combinations(config: Config) -> None:
+def check_combinations(
+    *, scheduler: SchedulerConfig, cache: CacheConfig, model: ModelConfig, http: HttpConfig | None
+) -> None:
     """Raise ConfigError for values that are right one by one and cannot work together."""
-    scheduler, cache, model = config.scheduler, config.cache, config.model
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         raise ConfigError(
             f"scheduler.max_num_batched_tokens ({scheduler.max_num_batched_tokens}) is smaller than "
@@ -38,8 +38,8 @@ def check_combinations(config: Config) -> None:
             f"cache.block_size ({cache.block_size}): set cache.block_size to {VARLEN_BLOCK_TOKENS}, or model.attention "
             'to "auto"'
         )
-    if config.http is not None and (config.http.tls_cert is None) != (config.http.tls_key is None):
-        given, missing = ("tls_cert", "tls_key") if config.http.tls_key is None else ("tls_key", "tls_cert")
+    if http is not None and (http.tls_cert is None) != (http.tls_key is None):
+        given, missing = ("tls_cert", "tls_key") if http.tls_key is None else ("tls_key", "tls_cert")
         raise ConfigError(f"http.{given} is given without http.{missing}: HTTPS needs both")
 
 

@@ -1,6 +1,6 @@
 """Runs a chat on the engine, and gives what the model says as events. Every chat API renders these in its own form.
 
-    AsyncClient --Output--> one parser per sample --Part--> chat completions, responses, messages
+AsyncClient --Output--> one parser per sample --Part--> chat completions, responses, messages
 """
 
 from __future__ import annotations
