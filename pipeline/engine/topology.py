@@ -18,6 +18,8 @@ from ipc.records import prompt_layout, result_layout, step_layout
 from pipeline.engine import role_settings
 from pipeline.engine.config import Config
 from pipeline.engine.role_settings import EngineFacts
+from pipeline.http.config import COUNTERS as HTTP_COUNTERS
+from pipeline.http.config import HTTP_LISTENER
 from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
@@ -120,7 +122,7 @@ class Table:
 
 
 GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER = "gateway", "tokenizer", "detokenizer", "scheduler"
-GRAMMAR, GPU = "grammar", "gpu"
+GRAMMAR, GPU, HTTP = "grammar", "gpu", "http"
 
 ENGINE: Final = Table(
     roles=(
@@ -151,6 +153,12 @@ ENGINE: Final = Table(
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
             restart=Restart.ROLE, threads=(COMPLETION,),
+        ),
+        # A client of the gateway, so it starts after it. It answers "starting" from the moment when it can.
+        Role(
+            name=HTTP, module="pipeline.http", bootstrap=role_settings.http, counters=HTTP_COUNTERS, start_order=6,
+            count=lambda config: 0 if config.http is None else config.http.num_workers, is_numbered=True,
+            restart=Restart.ALONE, is_front=True, keeps=(HTTP_LISTENER,),
         ),
     ),
     rings=(
