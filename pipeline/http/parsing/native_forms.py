@@ -18,13 +18,15 @@ ArgumentsForm = Literal["json", "python", "xml"]
 
 @dataclass(frozen=True, slots=True)
 class XmlArguments:
-    """How arguments are written one by one: key_begin + KEY + key_end + VALUE + value_end, again for each argument.
+    """How arguments are written one by one.
 
-    A text value stands there as it is, any other value as JSON.
+    Each has the text key_begin + KEY + key_end + value_begin + VALUE + value_end. A text stands there as it is, any
+    other value as JSON.
     """
 
     key_begin: str
     key_end: str
+    value_begin: str
     value_end: str
 
 
@@ -47,6 +49,7 @@ class NativeForm:
     arguments: ArgumentsForm = "json"
     xml: XmlArguments | None = None
     allows_parallel_calls: bool = True
+    ends_reasoning: bool = False  # models of this family call tools within the reasoning, and leave its end tag out
 
     def example(self, name: str, arguments: str, *, index: int = 0) -> str:
         """The text of one call. `arguments` is written as the family does."""
@@ -72,7 +75,7 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         end="</function>\n</tool_call>",
         separator="\n",
         arguments="xml",
-        xml=XmlArguments(key_begin="<parameter=", key_end=">\n", value_end="\n</parameter>\n"),
+        xml=XmlArguments(key_begin="<parameter=", key_end=">", value_begin="\n", value_end="\n</parameter>\n"),
     ),
     # {"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}
     "llama3_json": NativeForm(trigger="", begin='{"name": "', middle='", "parameters": ', end="}", separator="; "),
@@ -138,7 +141,9 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         end="</tool_call>",
         separator="\n",
         arguments="xml",
-        xml=XmlArguments(key_begin="<arg_key>", key_end="</arg_key>\n<arg_value>", value_end="</arg_value>\n"),
+        xml=XmlArguments(
+            key_begin="<arg_key>", key_end="</arg_key>", value_begin="\n<arg_value>", value_end="</arg_value>\n"
+        ),
     ),
     # <|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>
     # <|tool_calls_section_end|> (without the line break)
@@ -149,6 +154,7 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         middle=":{index}<|tool_call_argument_begin|>",
         end="<|tool_call_end|>",
         section_end="<|tool_calls_section_end|>",
+        ends_reasoning=True,
     ),
     # <|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>
     "harmony": NativeForm(
