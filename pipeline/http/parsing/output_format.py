@@ -35,4 +35,9 @@ class OutputFormat(Protocol):
     reasoning_begin_id: int | None
     reasoning_end_id: int | None
 
+    @property
+    def always_reasons(self) -> bool:
+        """The text begins inside the reasoning even where the prompt does not open it."""
+        ...
+
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser: ...
