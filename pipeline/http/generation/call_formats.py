@@ -61,7 +61,7 @@ class CallFormats:
             return one_of(self.calls(), sequence(const(final_answer), {"type": "any_text"}))
         if not form.trigger:
             lark = f"start: TEXT\nTEXT: /(?s:.*)/ & ~({_LIKE_CALLS[form.arguments]})"
-            return one_of(self.calls(), {"type": "grammar", "grammar": lark})
+            return one_of(self._calls_told_from_text(), {"type": "grammar", "grammar": lark})
         triggers, tags = [form.trigger], self._tags
         if form.section_begin:
             tags = [{"type": "tag", "begin": form.section_begin, "content": self._listed(), "end": form.section_end}]
@@ -93,6 +93,16 @@ class CallFormats:
                 {"type": "object", "properties": properties, "required": ["name", key], "additionalProperties": False}
             )
         return json_value({"anyOf": [*schemas, _moved(schema, f"#/anyOf/{len(schemas)}")]})
+
+    def _calls_told_from_text(self) -> Node:
+        """The same as `calls`. The text up to the first name is one literal: a lexer that could go on with free text
+        behind a shorter one would do so."""
+        form = self._form
+        if not form.section_begin:
+            return self.calls()
+        first = one_of(*({**tag, "begin": form.section_begin + tag["begin"]} for tag in self._tags))
+        more = {"type": "star", "content": sequence(const(form.separator), one_of(*self._tags))}
+        return sequence(first, *([more] if self._is_parallel else []), const(form.section_end))
 
     def _listed(self) -> Node:
         return {

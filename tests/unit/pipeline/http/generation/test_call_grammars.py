@@ -249,9 +249,7 @@ def with_markers() -> tuple[Tokenizer, Vocabulary]:
 
 @pytest.mark.parametrize("starts", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_required_call_may_follow_a_reasoning_with_special_tokens_as_markers(
-    family: str | None, starts: bool
-) -> None:
+def test_a_call_may_follow_a_reasoning_with_special_tokens_as_markers(family: str | None, starts: bool) -> None:
     tokenizer, vocabulary = with_markers()
     if family == HARMONY:
         format = OutputFormat(tool_parser=HARMONY, reasoning_parser=HARMONY)
