@@ -25,6 +25,7 @@ class LarkParts:
         self._vocabulary: Final = vocabulary
         self._lines: Final = ["TEXT: /(?s:.*)/"]
         self._subgrammars: Final[list[str]] = []
+        self._schemas: Final[dict[str, str]] = {}  # expression -> its rule
         longest_first = sorted(vocabulary.special_ids, key=len, reverse=True)
         self._special: Final = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -108,7 +109,10 @@ class LarkParts:
                 f"structural_tag has the schema {str(schema)[:100]}: it must be a JSON object, or true"
             )
         prepare_schema(schema, self._spec)
-        return f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+        expression = f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+        if expression not in self._schemas:  # in most grammars of calls, each schema occurs several times
+            self._schemas[expression] = self.rule(expression)
+        return self._schemas[expression]
 
     def subgrammar(self, text: str) -> str:
         name = f"g{len(self._subgrammars)}"
