@@ -6,8 +6,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-import msgspec
-
 from pipeline.http.bodies import read_body
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, make_run
