@@ -15,7 +15,8 @@ from pipeline.client.chat_input import Chat
 from pipeline.client.outputs import TokenLogprob, Usage
 from pipeline.http.generation.endings import OpenAIFinish, finish_reason
 from pipeline.http.generation.events import Content, Event, Reasoning, ToolArguments, ToolCallBegin
-from pipeline.http.parsing.output_format import CallForm, OutputFormat, OutputParser, Tool
+from pipeline.http.parsing.formats import CallForm, OutputFormat, OutputParser
+from pipeline.http.parsing.scanner import Tool
 from pipeline.http.service import Service
 
 
@@ -164,7 +165,7 @@ class ReasoningCounter:
         self.num_tokens = 0
         self._end_id = format.reasoning_end_id
         self._begin_id = format.reasoning_begin_id
-        self._is_inside = starts_in_reasoning
+        self._is_inside = starts_in_reasoning or format.always_reasons
 
     def count(self, token_ids: Sequence[int], events: Sequence[Event]) -> None:
         """More tokens have arrived, and the events that their text gave."""

@@ -15,6 +15,7 @@ from pipeline.http.generation.sampling_fields import (
     SamplingFields,
     sampling_params,
     scheduling_params,
+    structured_fields,
 )
 from pipeline.http.openai.chat_chunks import DONE, ChunkWriter
 from pipeline.http.openai.wire import StreamOptions, chat_logprobs, prompt_logprobs_value, usage_value
@@ -101,7 +102,7 @@ def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:
         tool_choice=body.tool_choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_format=body.response_format,
-        structured_outputs=body.structured_outputs,
+        structured_outputs=structured_fields(body),
         reasoning_effort=body.reasoning_effort,
         documents=body.documents,
         chat_template=body.chat_template,

@@ -45,13 +45,15 @@ class OutputFormat:
     `needs_special_tokens`: the markers are special tokens, so the engine must give their text.
     `reasoning_tags`: the texts that begin and end the reasoning.
     `always_reasons`: the text begins inside the reasoning even where the prompt does not open it. A grammar then holds
-    behind the end tag alone.
+    behind the end tag alone. `reasoning_begin_id`, `reasoning_end_id`: the tags as tokens, where each is one token.
     """
 
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     needs_special_tokens: bool = False
     reasoning_tags: tuple[str, str] | None = None
+    reasoning_begin_id: int | None = None
+    reasoning_end_id: int | None = None
 
     @property
     def always_reasons(self) -> bool:
