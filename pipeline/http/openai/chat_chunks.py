@@ -6,6 +6,7 @@ spends most of its time here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -37,16 +38,20 @@ class ChunkWriter:
         self._head = head
         self._with_token_ids = with_token_ids
         self._role = _encode(role)
-        self._num_calls: dict[int, int] = {}  # by sample, for those that have begun
+        self._begun: set[int] = set()  # samples that have a chunk
+        self._num_calls: defaultdict[int, int] = defaultdict(int)  # by sample
 
     def write(self, part: Part) -> bytes:
         """The events of a part: a chunk for each kind of delta in it, at least one. b"" if the part has no news."""
         index = part.index
-        chunks = []
-        if index not in self._num_calls:
-            self._num_calls[index] = 0
-            chunks.append(self._chunk(index, b'{"role":' + self._role + b',"content":""}'))
         deltas = self._deltas(part.events, index)
+        if len(deltas) == 1 and part.logprobs is None and part.finish_reason is None and index in self._begun:
+            if not self._with_token_ids:  # nearly every token of nearly every stream
+                return self._chunk(index, deltas[0])
+        chunks = []
+        if index not in self._begun:
+            self._begun.add(index)
+            chunks.append(self._chunk(index, b'{"role":' + self._role + b',"content":""}'))
         logprobs = chat_logprobs(part.logprobs) if part.logprobs else None
         token_ids = part.token_ids if self._with_token_ids else None
         if not deltas and (logprobs or token_ids or part.finish_reason is not None):

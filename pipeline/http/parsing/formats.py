@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-from pipeline.http.generation.events import Event
+from pipeline.http.generation.events import Content, Event
 from pipeline.http.parsing import json_families
 from pipeline.http.parsing.families import ALWAYS_REASON, CALL_SCRIPTS, HARMONY
 from pipeline.http.parsing.harmony import harmony
@@ -25,6 +25,16 @@ class OutputParser(Protocol):
 
     def finish(self) -> list[Event]:
         """The text has ended: the events of the text that was held back."""
+
+
+class PlainText:
+    """The parser of text that holds neither calls nor reasoning. It runs for each token of most streams."""
+
+    def push(self, text: str) -> list[Event]:
+        return [Content(text)]
+
+    def finish(self) -> list[Event]:
+        return []
 
 
 def _text(s: Scanner) -> Steps[None]:
@@ -72,6 +82,8 @@ class OutputFormat:
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
+        if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
+            return PlainText()
         return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
