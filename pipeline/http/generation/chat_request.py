@@ -12,8 +12,6 @@ from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 from pipeline.client.chat_input import Chat
 from pipeline.http.generation.chat_run import ChatRun
 from pipeline.http.generation.tool_choice import constrain, messages_for
-from pipeline.http.parsing.formats import CallForm
-from pipeline.http.parsing.scanner import Tool
 from pipeline.http.service import Service
 
 
@@ -78,20 +76,11 @@ async def make_run(service: Service, request: ChatRequest) -> ChatRun:
         params=params,
         request_id=request.request_id,
         call_form=constraint.call_form,
-        tools=_readable_tools(tools, request.tool_choice, constraint.call_form),
+        tools=constraint.tools,
         starts_in_reasoning=starts_in_reasoning,
         cache_salt=request.cache_salt,
         scheduling=request.scheduling,
     )
-
-
-def _readable_tools(tools: list[dict[str, Any]], tool_choice: Any, call_form: CallForm) -> list[Tool]:
-    """The functions that the answer may call. The form "json_arguments" is of the one that the request names."""
-    functions: list[Tool] = [tool["function"] for tool in tools]
-    if call_form != "json_arguments":
-        return functions
-    named = tool_choice["function"]["name"]
-    return [function for function in functions if function["name"] == named][:1]
 
 
 def _template_kwargs(request: ChatRequest) -> dict[str, Any] | None:

@@ -45,9 +45,9 @@ class ChunkWriter:
         """The events of a part: a chunk for each kind of delta in it, at least one. b"" if the part has no news."""
         index = part.index
         deltas = self._deltas(part.events, index)
-        if len(deltas) == 1 and part.logprobs is None and part.finish_reason is None and index in self._begun:
-            if not self._with_token_ids:  # nearly every token of nearly every stream
-                return self._chunk(index, deltas[0])
+        has_more = part.logprobs is not None or part.finish_reason is not None or self._with_token_ids
+        if len(deltas) == 1 and not has_more and index in self._begun:  # nearly every token of nearly every stream
+            return self._chunk(index, deltas[0])
         chunks = []
         if index not in self._begun:
             self._begun.add(index)
