@@ -33,7 +33,8 @@ class Target:
     async def connect(self, protocol: type[Stream] | None = None) -> Stream:
         """A new connection."""
         parts = urlsplit(self.url)
-        assert parts.hostname and parts.port, f"{self.url} names a host and a port"
+        assert parts.hostname is not None, f"{self.url} names a host"
+        assert parts.port is not None, f"{self.url} names a port"
         _, stream = await asyncio.get_running_loop().create_connection(protocol or Stream, parts.hostname, parts.port)
         return stream
 
