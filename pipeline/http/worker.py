@@ -19,7 +19,10 @@ from pipeline.client.async_client import AsyncClient
 from pipeline.http.app import make_app
 from pipeline.http.config import HTTP_LISTENER, HttpBootstrap
 from pipeline.http.generation.defaults import SamplingDefaults
+from pipeline.http.generation.reasoning_start import ReasoningStart
+from pipeline.http.generation.template_tools import template_reads_tools
 from pipeline.http.listener import read_keys
+from pipeline.http.parsing.formats import OutputFormat
 from pipeline.http.server import Server
 from pipeline.http.service import Service
 from workers.process import StopWorker, WorkerProcess
@@ -83,12 +86,16 @@ class HttpWorker:
 
 def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> Service:
     """The service of one process. Reads the model's files."""
+    format = OutputFormat()
     return Service(
         client=client,
         config=bootstrap.http,
         model_names=tuple(bootstrap.http.served_model_names) or (bootstrap.model_name,),
         model_folder=bootstrap.model_folder,
         max_model_len=bootstrap.max_model_len,
+        format=format,
+        reasoning_start=ReasoningStart(client, format.reasoning_tags),
+        template_reads_tools=template_reads_tools(bootstrap.model_folder),
         defaults=SamplingDefaults.of_model(bootstrap.model_folder),
         stats=stats,
     )

@@ -16,7 +16,7 @@ from pipeline.http.generation.argument_formats import (
 from pipeline.http.generation.tool_definitions import parameters_of
 from pipeline.http.parsing.families import HARMONY
 from pipeline.http.parsing.native_forms import NativeForm
-from pipeline.http.parsing.output_format import Tool
+from pipeline.http.parsing.scanner import Tool
 
 # For models of no known family: the parser takes an answer that is one call object for a call.
 BARE_CALL: Final = NativeForm(trigger="", begin='{"name": "', middle='", "parameters": ', end="}", separator=", ")

@@ -17,8 +17,9 @@ from pipeline.http.generation.call_formats import BARE_CALL, FINAL_ANSWER, CallF
 from pipeline.http.generation.template_tools import messages_for
 from pipeline.http.generation.tool_definitions import ToolUse, parameters_of, read_tool_use
 from pipeline.http.parsing.families import HARMONY
+from pipeline.http.parsing.formats import CallForm, OutputFormat
 from pipeline.http.parsing.native_forms import JSON_LIST, NATIVE_FORMS, NativeForm
-from pipeline.http.parsing.output_format import CallForm, OutputFormat, Tool
+from pipeline.http.parsing.scanner import Tool
 
 __all__ = ["Constraint", "constrain", "messages_for"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from ipc.errors import InvalidRequest
-from pipeline.http.parsing.output_format import Tool
+from pipeline.http.parsing.scanner import Tool
 
 _NAME: Final = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _NAME_RULE: Final = "1 to 64 letters, digits, underscores, dots or hyphens"
