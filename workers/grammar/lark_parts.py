@@ -57,14 +57,21 @@ class LarkParts:
 
     def text_until(self, literal: Literal) -> str:
         """Free text up to the first occurrence of a fixed text, which it includes."""
+        return self._until("TEXT", literal)
+
+    def regex_until(self, pattern: str, literal: Literal) -> str:
+        """Text that a regular expression matches, up to the first fixed text that may follow it, which it includes."""
+        return self._until(f"/{regex_to_lark(pattern, '')}/", literal)
+
+    def _until(self, content: str, literal: Literal) -> str:
         found = []
         for first, *rest in self._spellings(literal):
             if isinstance(first, int):
-                found.append(f"TEXT {_joined(first, *rest)}")
+                found.append(f"{content} {_joined(first, *rest)}")
             elif not rest:
-                found.append(self.rule(f"TEXT {_quoted(first)}", "[lazy]"))
+                found.append(self.rule(f"{content} {_quoted(first)}", "[lazy]"))
             else:  # the special token in `rest` ends the text, not the first occurrence of `first`
-                found.append(f"{self._terminal(f'TEXT {_quoted(first)}')} {_joined(*rest)}")
+                found.append(f"{self._terminal(f'{content} {_quoted(first)}')} {_joined(*rest)}")
         return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
     def first_token(self, literal: Literal) -> int | None:

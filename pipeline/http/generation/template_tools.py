@@ -11,6 +11,7 @@ import jinja2.meta
 
 from ipc.errors import InvalidRequest
 from pipeline.http.generation.tool_definitions import read_tools
+from pipeline.http.parsing.scanner import Tool
 from workers.tokenizer.template_files import read_templates
 from workers.tokenizer.template_sandbox import TemplateSandbox
 
@@ -68,7 +69,7 @@ def messages_for(messages: list[Message], tools: Any, template_reads_tools: bool
     return _described(shown, "\n".join([_HEAD, *map(_line, definitions)])) if definitions else shown
 
 
-def _line(definition: dict[str, Any]) -> str:
+def _line(definition: Tool) -> str:
     shown = {key: definition[key] for key in ("name", "description", "parameters") if definition.get(key) is not None}
     return json.dumps(shown, ensure_ascii=False)
 
