@@ -13,6 +13,7 @@ from pipeline.http.parsing.section_families import deepseek, kimi_k2
 from pipeline.http.parsing.xml_families import xml_calls
 
 HARMONY: Final = "harmony"
+RESPONSE_TEMPLATE: Final = "response_template"  # the model's own: see response_template.py
 
 # The families whose calls stand in the answer. Harmony has calls and reasoning in one form: see harmony.py.
 CALL_SCRIPTS: Final[Mapping[str, Script]] = {
@@ -29,13 +30,14 @@ CALL_SCRIPTS: Final[Mapping[str, Script]] = {
     "kimi_k2": kimi_k2(),
     "granite": tagged_json("<|tool_call|>"),
 }
-TOOL_PARSERS: Final = tuple(NATIVE_FORMS)
+TOOL_PARSERS: Final = (*NATIVE_FORMS, RESPONSE_TEMPLATE)
 
 # The tags around the reasoning, by the name of the reasoning parser.
 REASONING_TAGS: Final[Mapping[str, tuple[str, str]]] = {
     "think": ("<think>", "</think>"),  # Qwen3, GLM, Kimi, DeepSeek and many others
     "deepseek_r1": ("<think>", "</think>"),  # reasons always, and may leave the first tag out
     "mistral": ("[THINK]", "[/THINK]"),
+    "gemma4": ("<|channel>thought\n", "<channel|>"),
     "seed": ("<seed:think>", "</seed:think>"),
     "command": ("<|START_THINKING|>", "<|END_THINKING|>"),
     "kimi": ("◁think▷", "◁/think▷"),
@@ -47,4 +49,4 @@ REASONING_TAGS: Final[Mapping[str, tuple[str, str]]] = {
     "granite": ("Here is my thought process:", "Here is my response:"),
 }
 ALWAYS_REASON: Final = ("deepseek_r1", HARMONY)
-REASONING_PARSERS: Final = (*REASONING_TAGS, HARMONY)
+REASONING_PARSERS: Final = (*REASONING_TAGS, HARMONY, RESPONSE_TEMPLATE)

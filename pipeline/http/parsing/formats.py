@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 from pipeline.http.generation.events import Event
 from pipeline.http.parsing import json_families
@@ -12,6 +12,7 @@ from pipeline.http.parsing.families import ALWAYS_REASON, CALL_SCRIPTS, HARMONY
 from pipeline.http.parsing.harmony import harmony
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
+from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
@@ -46,12 +47,14 @@ class OutputFormat:
     `reasoning_tags`: the texts that begin and end the reasoning.
     `always_reasons`: the text begins inside the reasoning even where the prompt does not open it. A grammar then holds
     behind the end tag alone.
+    `response_template`: of the model's tokenizer_config.json, where `tool_parser` or `reasoning_parser` is that.
     """
 
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     needs_special_tokens: bool = False
     reasoning_tags: tuple[str, str] | None = None
+    response_template: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def always_reasons(self) -> bool:
@@ -70,6 +73,11 @@ class OutputFormat:
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
+        if self.response_template is not None and reads_calls in ("none", "native"):
+            begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
+            return TemplateParser(
+                self.response_template, tools, reads_calls=reads_calls == "native", begin_of_reasoning=begin
+            )
         return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:

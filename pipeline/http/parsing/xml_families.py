@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pipeline.http.parsing.json_families import skip_end
 from pipeline.http.parsing.native_forms import NATIVE_FORMS, NativeForm, XmlArguments
-from pipeline.http.parsing.scanner import Scanner, Script, Steps
+from pipeline.http.parsing.scanner import Scanner, Script, Steps, Tool
 
 _WORDS: Final = {"True": True, "False": False, "None": None}
 _MAX_SCHEMA_DEPTH: Final = 8
@@ -50,7 +50,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
     middle, (close, *more_ends) = form.middle.strip(), form.end.split("\n")
     if not name or (middle and not (yield from s.accept(middle))):
         return False
-    properties = _properties(s, name)
+    properties = _properties(s.tools.get(name))
     has_begun = False
     while True:
         yield from s.skip_space()
@@ -161,8 +161,19 @@ def _types(schema: Any, depth: int) -> set[str]:
     return types
 
 
-def _properties(s: Scanner, name: str) -> dict[str, Any]:
+def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with the values that the tool's schema asks for in the place of texts."""
+    schemas = _properties(tool)
+    return {
+        key: _typed(value, _types(schemas[key], _MAX_SCHEMA_DEPTH))
+        if key in schemas and isinstance(value, str)
+        else value
+        for key, value in arguments.items()
+    }
+
+
+def _properties(tool: Tool | None) -> dict[str, Any]:
     """The schemas of a tool's arguments; empty if the tool or its schema is not known."""
-    parameters = s.tools.get(name, {}).get("parameters")
+    parameters = tool.get("parameters") if tool else None
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
     return properties if isinstance(properties, dict) else {}

@@ -193,7 +193,8 @@ MISTRAL = [
     Case("mistral", f"[TOOL_CALLS]get_weather{RANGE}", call("get_weather", RANGE)),
     Case(
         "mistral",
-        f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {RANGE}, "id": "x"}}, {{"name": "now", "arguments": {{}}}}]',
+        f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {RANGE}, "id": "x"}}, '
+        '{"name": "now", "arguments": {}}]',
         [*call("get_weather", RANGE), *call("now", "{}")],
     ),
     Case("mistral", "[TOOL_CALLS] is a token. [TOOL", [Content("[TOOL_CALLS] is a token. [TOOL")]),
@@ -264,8 +265,8 @@ HARMONY = [
     ),
     Case(
         "harmony",
-        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant to=functions.now<|channel|>commentary json"
-        "<|message|><|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{}",
+        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant to=functions.now<|channel|>"
+        "commentary json<|message|><|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{}",
         [Content("I will look."), *call("now", "{}"), *call("now", "{}")],
         "harmony",
     ),

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.http.generation.events import Content, Event
 from pipeline.http.parsing.families import CALL_SCRIPTS, HARMONY
 from tests.unit.pipeline.http.parsing.cases import CASES
 from tests.unit.pipeline.http.parsing.reading import Case, events_of
