@@ -19,8 +19,10 @@ RESPONSE_TEMPLATE: Final = "response_template"  # the model's own: see response_
 CALL_SCRIPTS: Final[Mapping[str, Script]] = {
     "hermes": tagged_json("<tool_call>", "</tool_call>"),
     "qwen3_coder": xml_calls("qwen3_coder", untyped_is_text=True),
+    "seed_oss": xml_calls("seed_oss", untyped_is_text=True),
+    "minimax_m2": xml_calls("minimax_m2", untyped_is_text=True),
     "llama3_json": llama3_json,
-    "pythonic": pythonic("<|python_start|>", "<|python_end|>", needs_begin=False),
+    "pythonic": pythonic(*NATIVE_FORMS["pythonic"].more_markers, needs_begin=False),
     "lfm2": pythonic("<|tool_call_start|>", "<|tool_call_end|>", needs_begin=True),
     "mistral": mistral,
     "mistral_list": mistral,

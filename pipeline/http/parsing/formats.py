@@ -76,7 +76,10 @@ class OutputFormat:
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
             return TemplateParser(
-                self.response_template, tools, reads_calls=reads_calls == "native", begin_of_reasoning=begin
+                self.response_template,
+                tools,
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
+                begin_of_reasoning=begin,
             )
         return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
 
@@ -85,7 +88,7 @@ class OutputFormat:
             return harmony(
                 _GRAMMAR_SCRIPTS.get(reads_calls),
                 starts_inside=starts_in_reasoning,
-                reads_calls=reads_calls == "native",
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
             )
         if reads_calls == "native":
             answer = CALL_SCRIPTS[self.tool_parser] if self.tool_parser else json_families.any_json
