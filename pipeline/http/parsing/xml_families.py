@@ -91,6 +91,11 @@ def _value(s: Scanner, xml: XmlArguments, types: set[str]) -> Steps[bool]:
     if xml.value_begin:
         yield from s.accept(opening or xml.value_begin)
     ends = (xml.value_end.rstrip(), xml.value_end.strip())
+    if types == {"string", "null"}:
+        if (yield from s.accept(*(null + end for null in ("null", "None") for end in ends))):
+            s.out.arguments("null")
+            return True
+        types = {"string"}
     if types == {"string"}:
         s.out.arguments('"')
         end = yield from s.text_until(lambda text: s.out.arguments(_escaped(text)), *ends)
