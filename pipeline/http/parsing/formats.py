@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 from pipeline.http.generation.events import Content, Event
 from pipeline.http.parsing import json_families
@@ -12,7 +14,10 @@ from pipeline.http.parsing.families import ALWAYS_REASON, CALL_SCRIPTS, HARMONY
 from pipeline.http.parsing.harmony import harmony
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
+from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
+
+_LETTERS: Final = string.ascii_letters + string.digits
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
 
@@ -56,6 +61,7 @@ class OutputFormat:
     `reasoning_tags`: the texts that begin and end the reasoning.
     `always_reasons`: the text begins inside the reasoning even where the prompt does not open it. A grammar then holds
     behind the end tag alone. `reasoning_begin_id`, `reasoning_end_id`: the tags as tokens, where each is one token.
+    `response_template`: of the model's tokenizer_config.json, where `tool_parser` or `reasoning_parser` is that.
     """
 
     tool_parser: str | None = None
@@ -64,6 +70,7 @@ class OutputFormat:
     reasoning_tags: tuple[str, str] | None = None
     reasoning_begin_id: int | None = None
     reasoning_end_id: int | None = None
+    response_template: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def always_reasons(self) -> bool:
@@ -72,6 +79,12 @@ class OutputFormat:
     def opens_reasoning(self, prompt: str) -> bool:
         """Whether the prompt ends with the begin tag of a reasoning: what `starts_in_reasoning` should be."""
         return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
+
+    def draw_call_id(self) -> str:
+        """A new id for a call that has none. Mistral's chat templates take only ids of nine letters and digits."""
+        if self.tool_parser in ("mistral", "mistral_list"):
+            return "".join(secrets.choice(_LETTERS) for _ in range(9))
+        return f"call_{secrets.token_hex(12)}"
 
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser:
         """A parser for one sample.
@@ -84,6 +97,14 @@ class OutputFormat:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
         if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
             return PlainText()
+        if self.response_template is not None and reads_calls in ("none", "native"):
+            begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
+            return TemplateParser(
+                self.response_template,
+                tools,
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
+                begin_of_reasoning=begin,
+            )
         return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
@@ -91,7 +112,7 @@ class OutputFormat:
             return harmony(
                 _GRAMMAR_SCRIPTS.get(reads_calls),
                 starts_inside=starts_in_reasoning,
-                reads_calls=reads_calls == "native",
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
             )
         if reads_calls == "native":
             answer = CALL_SCRIPTS[self.tool_parser] if self.tool_parser else json_families.any_json
