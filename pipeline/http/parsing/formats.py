@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 from pipeline.http.generation.events import Content, Event
 from pipeline.http.parsing import json_families
@@ -12,6 +12,7 @@ from pipeline.http.parsing.families import ALWAYS_REASON, CALL_SCRIPTS, HARMONY
 from pipeline.http.parsing.harmony import harmony
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
+from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
@@ -56,6 +57,7 @@ class OutputFormat:
     `reasoning_tags`: the texts that begin and end the reasoning.
     `always_reasons`: the text begins inside the reasoning even where the prompt does not open it. A grammar then holds
     behind the end tag alone. `reasoning_begin_id`, `reasoning_end_id`: the tags as tokens, where each is one token.
+    `response_template`: of the model's tokenizer_config.json, where `tool_parser` or `reasoning_parser` is that.
     """
 
     tool_parser: str | None = None
@@ -64,6 +66,7 @@ class OutputFormat:
     reasoning_tags: tuple[str, str] | None = None
     reasoning_begin_id: int | None = None
     reasoning_end_id: int | None = None
+    response_template: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def always_reasons(self) -> bool:
@@ -84,6 +87,14 @@ class OutputFormat:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
         if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
             return PlainText()
+        if self.response_template is not None and reads_calls in ("none", "native"):
+            begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
+            return TemplateParser(
+                self.response_template,
+                tools,
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
+                begin_of_reasoning=begin,
+            )
         return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
@@ -91,7 +102,7 @@ class OutputFormat:
             return harmony(
                 _GRAMMAR_SCRIPTS.get(reads_calls),
                 starts_inside=starts_in_reasoning,
-                reads_calls=reads_calls == "native",
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
             )
         if reads_calls == "native":
             answer = CALL_SCRIPTS[self.tool_parser] if self.tool_parser else json_families.any_json

@@ -8,9 +8,9 @@ from pipeline.http.parsing.json_calls import arguments_value, call_objects
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.scanner import Scanner, Script, Steps
 
-_PYTHON_TAG: Final = "<|python_tag|>"
+(_PYTHON_TAG,) = NATIVE_FORMS["llama3_json"].more_markers
 _TOOL_CALLS: Final = NATIVE_FORMS["mistral"].begin
-_CALL_ID: Final = "[CALL_ID]"
+(_CALL_ID,) = NATIVE_FORMS["mistral"].more_markers
 _ARGS: Final = NATIVE_FORMS["mistral"].middle
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pipeline.http.parsing.json_families import skip_end
 from pipeline.http.parsing.native_forms import NATIVE_FORMS, NativeForm, XmlArguments
-from pipeline.http.parsing.scanner import Scanner, Script, Steps
+from pipeline.http.parsing.scanner import Scanner, Script, Steps, Tool
 
 _WORDS: Final = {"True": True, "False": False, "None": None}
 _MAX_SCHEMA_DEPTH: Final = 8
@@ -23,6 +23,8 @@ def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
     `untyped_is_text`: a value that the schema says nothing of is a text. Otherwise it is JSON if it can be.
 
     GLM 4.5:      <tool_call>f\\n<arg_key>a</arg_key>\\n<arg_value>1</arg_value>\\n</tool_call>
+    MiniMax M2:   <minimax:tool_call>\\n<invoke name="f">\\n<parameter name="a">1</parameter>\\n</invoke>\\n
+                  </minimax:tool_call>  (without the line break)
     Qwen3-Coder:  <tool_call>\\n<function=f>\\n<parameter=a>\\n1\\n</parameter>\\n</function>\\n</tool_call>
     """
     form = NATIVE_FORMS[family]
@@ -30,7 +32,9 @@ def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
     inner = form.begin.removeprefix(begin).strip()  # between the trigger and the name
 
     def script(s: Scanner) -> Steps[None]:
-        triggers = (begin, inner) if inner else (begin,)  # Qwen3-Coder leaves <tool_call> out at times
+        triggers = (
+            (begin, inner) if inner else (begin,)
+        )  # the trigger is left out at times, and before a section's later calls
         while marker := (yield from s.text_until(s.out.content, *triggers)):
             s.mark()
             if marker == begin:
@@ -50,7 +54,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
     middle, (close, *more_ends) = form.middle.strip(), form.end.split("\n")
     if not name or (middle and not (yield from s.accept(middle))):
         return False
-    properties = _properties(s, name)
+    properties = _properties(s.tools.get(name))
     has_begun = False
     while True:
         yield from s.skip_space()
@@ -74,7 +78,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
     if tag or not (yield from s.accept_end(form.xml.key_begin, close)):
         is_cut = not tag and s.has_ended and s.at == len(s.text)
         s.out.arguments("" if is_cut else "}")  # as in JSON, the arguments of a text that was cut off stay open
-    for end in more_ends:
+    for end in (*more_ends, form.section_end):
         yield from skip_end(s, end)
     return True
 
@@ -84,7 +88,8 @@ def _value(s: Scanner, xml: XmlArguments, types: set[str]) -> Steps[bool]:
     opening = xml.value_begin.strip()
     if opening:
         yield from s.skip_space()
-    yield from s.accept(opening or xml.value_begin)
+    if xml.value_begin:
+        yield from s.accept(opening or xml.value_begin)
     ends = (xml.value_end.rstrip(), xml.value_end.strip())
     if types == {"string"}:
         s.out.arguments('"')
@@ -161,8 +166,19 @@ def _types(schema: Any, depth: int) -> set[str]:
     return types
 
 
-def _properties(s: Scanner, name: str) -> dict[str, Any]:
+def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with the values that the tool's schema asks for in the place of texts."""
+    schemas = _properties(tool)
+    return {
+        key: _typed(value, _types(schemas[key], _MAX_SCHEMA_DEPTH))
+        if key in schemas and isinstance(value, str)
+        else value
+        for key, value in arguments.items()
+    }
+
+
+def _properties(tool: Tool | None) -> dict[str, Any]:
     """The schemas of a tool's arguments; empty if the tool or its schema is not known."""
-    parameters = s.tools.get(name, {}).get("parameters")
+    parameters = tool.get("parameters") if tool else None
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
     return properties if isinstance(properties, dict) else {}

@@ -133,6 +133,21 @@ XML = [
     Case("glm45", "<tool_call>get_weather<arg_key>da", call("get_weather", "{")),
 ]
 
+XML += [
+    Case(
+        "seed_oss",
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>\nOslo </parameter>\n<parameter=days>2</parameter>\n"
+        "</function>\n</seed:tool_call>",
+        call("get_weather", '{"city": "\\nOslo ", "days": 2}'),
+    ),
+    Case(
+        "minimax_m2",
+        'So:\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">北</parameter>\n'
+        '<parameter name="places">[1]</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+        [Content("So:\n"), *call("get_weather", '{"city": "北", "places": [1]}'), *call("now", "{}")],
+    ),
+]
+
 LLAMA = [
     Case(
         "llama3_json",
@@ -265,8 +280,8 @@ HARMONY = [
     ),
     Case(
         "harmony",
-        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant to=functions.now<|channel|>commentary "
-        "json<|message|><|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{}",
+        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant to=functions.now<|channel|>"
+        "commentary json<|message|><|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{}",
         [Content("I will look."), *call("now", "{}"), *call("now", "{}")],
         "harmony",
     ),
