@@ -145,9 +145,7 @@ def choose_format(
     _check_pair(tools, reasoning)
     tags = _tags(reasoning, model)
     begin_id, end_id = (model.ids.get(tag) for tag in tags) if tags else (None, None)
-    chosen = OutputFormat(
-        tools, reasoning, reasoning_tags=tags, reasoning_begin_id=begin_id, reasoning_end_id=end_id
-    )
+    chosen = OutputFormat(tools, reasoning, reasoning_tags=tags, reasoning_begin_id=begin_id, reasoning_end_id=end_id)
     if RESPONSE_TEMPLATE in (tools, reasoning):
         chosen = replace(chosen, response_template=_checked_template(Path(folder), model))
     return replace(chosen, needs_special_tokens=_needs_special_tokens(chosen, model))
