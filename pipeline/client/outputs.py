@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from ipc.messages import FinishReason, PromptLogprobs, Stats, TokenBytes, TokenLogprobs
+from ipc.messages import FinishReason, PromptLogprobs, RequestTimes, Stats, TokenBytes, TokenLogprobs
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +112,7 @@ class Completion(msgspec.Struct, kw_only=True):
         token_ids: the generated tokens; they may end with the tokens of a stop string.
         finish_reason: "stop", "length", "cancelled", "deadline" or "queue_timeout".
         logprobs: one entry per token if the request asked for them; otherwise None.
+        times: when the sample passed each stage of the engine; None if it was cancelled before it was sent.
     """
 
     index: int
@@ -119,6 +120,7 @@ class Completion(msgspec.Struct, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
+    times: RequestTimes | None = None
 
 
 class Output(msgspec.Struct, kw_only=True):
@@ -143,6 +145,8 @@ class Output(msgspec.Struct, kw_only=True):
         prompt_logprobs: one entry per token of the prompt if the request asked for them; otherwise None. The first is
             None, because nothing precedes it. In a stream, the entries come before the first token of sample 0 or with
             it. A request that ends before its prompt is computed has only those computed until then.
+        times: when the sample passed each stage of the engine, in the Output that has its `finish_reason`; otherwise
+            None.
     """
 
     request_id: str
@@ -156,6 +160,7 @@ class Output(msgspec.Struct, kw_only=True):
     error: str | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    times: RequestTimes | None = None
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> Output:

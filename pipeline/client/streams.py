@@ -47,7 +47,7 @@ class Sample:
             output.logprobs = token_logprobs(self.token_ids, self.logprobs)
         output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)] or None
         if self.final is not None:
-            output.finish_reason = self.final.finish_reason
+            output.finish_reason, output.times = self.final.finish_reason, self.final.times
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
         self.prompt_logprobs, self.without_logprob = [], []
         return output
@@ -163,6 +163,7 @@ class OpenRequest:
                     token_ids=output.token_ids,
                     finish_reason=output.finish_reason,
                     logprobs=output.logprobs,
+                    times=output.times,
                 )
             )
         return whole

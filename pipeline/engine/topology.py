@@ -20,6 +20,7 @@ from pipeline.engine import role_settings
 from pipeline.engine.config import Config
 from pipeline.engine.role_settings import EngineFacts
 from workers.bootstrap import WorkerBootstrap
+from workers.detokenizer.config import ARRAYS as DETOKENIZER_ARRAYS
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
 from workers.gpu.config import COMPLETION
@@ -139,7 +140,7 @@ ENGINE: Final = Table(
         ),
         Role(
             name=DETOKENIZER, module="workers.detokenizer", bootstrap=role_settings.detokenizer,
-            counters=DETOKENIZER_COUNTERS, start_order=3,
+            counters=DETOKENIZER_COUNTERS, arrays=DETOKENIZER_ARRAYS, start_order=3,
         ),
         # Above the GPU process: a timeline that has read of a step's end finds its launch.
         Role(

@@ -36,6 +36,7 @@ from ipc.messages import (
     PromptLogprobs,
     Query,
     Refused,
+    RequestTimes,
     Stats,
     StatsArray,
     TokenBytes,
@@ -632,7 +633,13 @@ def both(
 
 
 def end_of(num_completion_tokens: int, num_open: int, reason: Any = "length") -> FinalOutput:
-    return FinalOutput(reason, 3, num_completion_tokens, num_cached_tokens=2, num_open=num_open)
+    return FinalOutput(
+        reason, 3, num_completion_tokens, num_cached_tokens=2, num_open=num_open, times=times_of(num_open)
+    )
+
+
+def times_of(num_open: int) -> RequestTimes:
+    return RequestTimes(1, 2, 3, 10 - num_open, 20 - num_open)
 
 
 def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: FakeGateway, client: Client) -> None:
@@ -647,6 +654,8 @@ def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: F
         (0, "zero!", [10, 12], "length"),
         (1, "one", [11], "stop"),
     ]
+    assert [completion.times for completion in output.completions] == [times_of(0), times_of(1)]
+    assert output.times == times_of(0)
     assert (output.text, output.token_ids, output.finish_reason, output.finished) == ("zero!", [10, 12], "length", True)
     assert output.usage is not None
     assert (output.usage.prompt_tokens, output.usage.completion_tokens, output.usage.num_cached_tokens) == (3, 3, 2)
@@ -664,6 +673,7 @@ def test_a_stream_says_of_which_sample_its_news_are_and_ends_with_the_last(
     first, second = next(stream), next(stream)
     assert (first.index, first.text, first.finish_reason, first.finished) == (1, "a", "stop", False)
     assert (second.index, second.text, second.finish_reason, second.finished) == (0, "b", None, False)
+    assert (first.times, second.times) == (times_of(1), None)
     gateway.say(news("r", "c", (5,), end_of(2, 0)))
     [last] = list(stream)
     assert (last.index, last.text, last.finish_reason, last.finished) == (0, "c", "length", True)

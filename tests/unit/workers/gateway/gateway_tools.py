@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ipc.codec import decode, encode
@@ -16,6 +17,7 @@ from ipc.messages import (
     Generate,
     Outputs,
     Refused,
+    RequestTimes,
     Tokenize,
 )
 from ipc.sampling_params import SamplingParams
@@ -86,7 +88,8 @@ class Harness:
         self.sent: dict[Peer, list[tuple[bytes, Any]]] = {peer: [] for peer in Peer}
         self.unreachable: set[bytes] = set()
         self.full: set[bytes] = set()
-        self.finals: dict[tuple[bytes, str], list[FinalOutput]] = {}
+        self.finals: dict[tuple[bytes, str], list[FinalOutput]] = {}  # without their times
+        self.times: dict[tuple[bytes, str], RequestTimes | None] = {}
         if started:
             self.core.start()
             for tokenizer in TOKENIZERS:
@@ -110,7 +113,9 @@ class Harness:
             message = decode(message, GatewayToClient)
         if isinstance(message, Outputs):
             for index, final in message.finals:
-                self.finals.setdefault((identity, message.request_ids[index]), []).append(final)
+                request = (identity, message.request_ids[index])
+                self.finals.setdefault(request, []).append(msgspec.structs.replace(final, times=None))
+                self.times[request] = final.times
 
     def client(self, message: ClientMessage | bytes, identity: bytes = b"c") -> None:
         frame = message if isinstance(message, bytes) else encode(message)

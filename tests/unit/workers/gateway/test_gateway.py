@@ -26,6 +26,7 @@ from ipc.messages import (
     Outputs,
     Query,
     Refused,
+    RequestTimes,
     Stats,
     Withdraw,
 )
@@ -219,6 +220,7 @@ def test_a_queued_request_is_cancelled_here() -> None:
         gateway.client(generate(f"r{number}"))
     gateway.client(Cancel(request_id="r4"))
     assert gateway.finals == {(b"c", "r4"): [FinalOutput("cancelled", 0, 0)]}
+    assert gateway.times == {(b"c", "r4"): RequestTimes(arrived_ns=100_000_000_000)}
     assert [request.route.request_id for request in gateway.pass_on()] == ["r0", "r1", "r2", "r3"]
 
 
