@@ -19,6 +19,8 @@ from ipc.stats_page import ArrayShapes
 from pipeline.engine import role_settings
 from pipeline.engine.config import Config
 from pipeline.engine.role_settings import EngineFacts
+from pipeline.http.config import COUNTERS as HTTP_COUNTERS
+from pipeline.http.config import HTTP_LISTENER
 from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import ARRAYS as DETOKENIZER_ARRAYS
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
@@ -124,7 +126,7 @@ class Table:
 
 
 GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER = "gateway", "tokenizer", "detokenizer", "scheduler"
-GRAMMAR, GPU = "grammar", "gpu"
+GRAMMAR, GPU, HTTP = "grammar", "gpu", "http"
 
 ENGINE: Final = Table(
     roles=(
@@ -155,6 +157,12 @@ ENGINE: Final = Table(
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
             restart=Restart.ROLE, threads=(COMPLETION,),
+        ),
+        # A client of the gateway, so it starts after it. It answers "starting" from the moment when it can.
+        Role(
+            name=HTTP, module="pipeline.http", bootstrap=role_settings.http, counters=HTTP_COUNTERS, start_order=6,
+            count=lambda config: 0 if config.http is None else config.http.num_workers, is_numbered=True,
+            restart=Restart.ALONE, is_front=True, keeps=(HTTP_LISTENER,),
         ),
     ),
     rings=(
