@@ -100,7 +100,7 @@ class Scheduler:
         queue = WaitingQueue(config, make_policy(config, shape.max_num_seqs), clock)
         self._admission = Admission(
             checks, queue, prompts, self._table, self._open, self._grammar_workers, eos_token_ids, self._outputs,
-            self.counts,
+            self.counts, clock,
         )  # fmt: skip
         self._chunk_limit = ChunkLimit(None if config.max_itl_ms is None else config.max_itl_ms / 1e3)
         self._planner = Planner(
