@@ -43,20 +43,19 @@ def json_value(schema: Any) -> Node:
 def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
     """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON.
 
-    Nothing but the type is certain of a text: its length or pattern cannot be checked up to an end tag.
+    A text ends at the end tag. Its pattern is certain, or else its length; its `format` is not.
     """
     tail = xml.value_end[len(xml.value_end.rstrip()) :]
 
-    def text_up_to_end(begin: str) -> list[Node]:
-        free = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": xml.value_end.strip()}
-        return [free, const(tail)]
+    def text_up_to_end(begin: str, text: Node) -> list[Node]:
+        return [{"type": "tag", "begin": begin, "content": text, "end": xml.value_end.strip()}, const(tail)]
 
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         if schema.get("additionalProperties") is False:
             return const("")
         name = {"type": "regex", "pattern": _ANY_NAME}
-        value = text_up_to_end(xml.key_end + xml.value_begin)
+        value = text_up_to_end(xml.key_end + xml.value_begin, {"type": "any_text"})
         return {"type": "star", "content": sequence(const(xml.key_begin), name, *value)}
     arguments = []
     for key, value_schema in properties.items():
@@ -64,7 +63,7 @@ def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
         value_schema = _resolved(value_schema, schema)
         texts, others = _alternatives(value_schema)
         if texts is None:
-            argument = sequence(*text_up_to_end(begin))
+            argument = sequence(*text_up_to_end(begin, _text(value_schema)))
         else:
             values = [*map(const, texts)]
             if others:
@@ -158,6 +157,19 @@ def _alternatives(schema: dict[str, Any]) -> tuple[list[str] | None, dict[str, A
     if types is None or types == "string" or (isinstance(types, list) and "string" in types):
         return None, None
     return [], schema
+
+
+def _text(schema: dict[str, Any]) -> Node:
+    """A text as it stands between tags. Where other types are allowed too, nothing more is certain."""
+    pattern, low, high = schema.get("pattern"), schema.get("minLength", 0), schema.get("maxLength", "")
+    if schema.get("type") == "string" and isinstance(pattern, str):
+        begin = "" if pattern.startswith("^") else ".*"
+        end = "" if pattern.endswith("$") and not pattern.endswith("\\$") else ".*"
+        inner = pattern.removeprefix("^").removesuffix("" if end else "$")
+        return {"type": "regex", "pattern": f"(?s:{begin})(?:{inner})(?s:{end})"}
+    if schema.get("type") == "string" and (low or high != ""):
+        return {"type": "regex", "pattern": f"(?s:.{{{low},{high}}})"}
+    return {"type": "any_text"}
 
 
 def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
