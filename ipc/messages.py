@@ -115,6 +115,7 @@ class Query(Message, frozen=True):
 
     query_id: int
     what: Literal["health", "stats"]
+    arrays: BoundedList[str] = []  # names of the arrays that `Stats` shall have; the gateway ignores unknown names
 
 
 class ClearCache(Message, frozen=True):
@@ -210,6 +211,13 @@ class Health(Message, frozen=True):
     max_open_requests: int  # of one client; the gateway refuses more at once
 
 
+class StatsArray(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A copy of an array of integers on a statistics page."""
+
+    shape: BoundedList[int]
+    values: bytes  # int64, of this shape
+
+
 class Stats(Message, frozen=True):
     """gateway -> client, answers a `Query`: counters and gauges of every process by role.
 
@@ -218,6 +226,7 @@ class Stats(Message, frozen=True):
 
     query_id: int
     roles: NameMap[NameMap[float]]
+    arrays: NameMap[NameMap[StatsArray]] = {}  # of each role that has arrays of the names in the query
 
 
 class CacheCleared(Message, frozen=True):

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from ipc.messages import FinishReason, PromptLogprobs, TokenBytes, TokenLogprobs
+from ipc.messages import FinishReason, PromptLogprobs, Stats, TokenBytes, TokenLogprobs
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +29,26 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     max_model_len: int
     max_open_requests: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The statistics of every process of an engine, by role.
+
+    Args:
+        roles: counters and gauges: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}, ...}.
+        arrays: arrays of 64-bit integers by role and name; `tolist()` gives nested lists.
+    """
+
+    roles: dict[str, dict[str, float]]
+    arrays: dict[str, dict[str, memoryview]]
+
+    @classmethod
+    def of(cls, stats: Stats) -> EngineStats:
+        """From the engine's answer."""
+        return cls(stats.roles, {
+            role: {name: memoryview(array.values).cast("q", array.shape) for name, array in of_role.items()}
+            for role, of_role in stats.arrays.items()
+        })  # fmt: skip
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from typing import Any, Final
 from ipc.mask_records import mask_layout, mask_request_layout
 from ipc.record_layout import Layout
 from ipc.records import prompt_layout, result_layout, step_layout
+from ipc.stats_page import ArrayShapes
 from pipeline.engine import role_settings
 from pipeline.engine.config import Config
 from pipeline.engine.role_settings import EngineFacts
@@ -49,6 +50,7 @@ class Role:
     Args:
         bootstrap: makes the role's bootstrap from the engine's facts and the worker's part in rings and sockets.
         counters: of its statistics page.
+        arrays: of its statistics page.
         start_order: lower numbers are spawned first.
         count: how many; None = one, without a number in its name.
         is_numbered: the first process has a number too: "tokenizer.0". Otherwise "gpu", "gpu.1", ...
@@ -67,6 +69,7 @@ class Role:
     bootstrap: Callable[[EngineFacts, WorkerBootstrap], Any]
     counters: tuple[str, ...]
     start_order: int
+    arrays: ArrayShapes = ()
     count: Callable[[Config], int] | None = None
     is_numbered: bool = False
     restart: Restart = Restart.ENGINE

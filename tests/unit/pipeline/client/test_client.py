@@ -7,6 +7,7 @@ import gc
 import os
 import queue
 import reprlib
+import struct
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ from ipc.messages import (
     Query,
     Refused,
     Stats,
+    StatsArray,
     TokenBytes,
     TokenLogprobs,
 )
@@ -132,8 +134,11 @@ class FakeGateway(threading.Thread):
                     query_id=query_id, state=self.state, detail="", protocol_version=PROTOCOL_VERSION, model="m",
                     max_model_len=64, max_open_requests=self.max_open_requests,
                 )]  # fmt: skip
-            case Query(query_id=query_id):
-                return [Stats(query_id=query_id, roles={"scheduler": {"num_steps": 12.0}})]
+            case Query(query_id=query_id, arrays=names):
+                arrays = {name: StatsArray([2, 2], struct.pack("4q", 1, 2, 3, -4)) for name in names}
+                return [Stats(
+                    query_id=query_id, roles={"scheduler": {"num_steps": 12.0}}, arrays={"scheduler": arrays},
+                )]  # fmt: skip
             case Delivered(count=count):
                 self.num_delivered += count
                 return []
@@ -511,6 +516,9 @@ def test_no_connection_is_missed_however_quickly_it_stands(gateway: FakeGateway)
 def test_health_stats_and_readiness(gateway: FakeGateway, client: Client) -> None:
     assert client.health().state == "ready"
     assert client.stats() == {"scheduler": {"num_steps": 12.0}}
+    stats = client.stats_with_arrays(["recent_steps"])
+    assert stats.roles == client.stats()
+    assert stats.arrays["scheduler"]["recent_steps"].tolist() == [[1, 2], [3, -4]]
     gateway.state = "starting"
     with pytest.raises(EngineUnavailable, match="is starting"):
         client.wait_ready(0.2)

@@ -470,6 +470,13 @@ def test_health_and_stats_answer_by_their_query_id() -> None:
     assert gateway.answers(Stats)[0] == Stats(query_id=3, roles={"gateway": {"num_open": 0.0}})
 
 
+def test_stats_have_the_arrays_that_the_query_names() -> None:
+    gateway = Harness()
+    gateway.client(Query(query_id=1, what="stats", arrays=["recent", "unknown"]))
+    array = gateway.answers(Stats)[0].arrays["scheduler"]["recent"]
+    assert memoryview(array.values).cast("q", array.shape).tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_a_starting_engine_refuses_requests() -> None:
     gateway = Harness(started=False)
     gateway.client(generate("r"))
