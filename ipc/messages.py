@@ -56,7 +56,7 @@ from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
 EOS_TOKEN_ID = "eos_token_id"  # a key of Ready.info
 PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens, which a text decoder needs to continue the text

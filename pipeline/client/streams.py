@@ -45,11 +45,12 @@ class Sample:
         output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
         if self.logprobs:
             output.logprobs = token_logprobs(self.token_ids, self.logprobs)
-        output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)] or None
+        if self.prompt_logprobs or self.without_logprob:
+            output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)]
+            self.prompt_logprobs, self.without_logprob = [], []
         if self.final is not None:
             output.finish_reason = self.final.finish_reason
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
-        self.prompt_logprobs, self.without_logprob = [], []
         return output
 
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from pipeline.http.engine_api import live, status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
-from pipeline.http.openai import models
+from pipeline.http.openai import chat_completions, models
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
@@ -37,6 +37,7 @@ ROUTES: Final = [
     _route("GET", "/live", live.live),
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
+    _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
@@ -71,6 +72,8 @@ class Bookkeeping:
         request_id = given if 0 < len(given) <= _MAX_REQUEST_ID_BYTES and given.isprintable() else new_id("req_")
         scope["request_id"] = request_id
         header = (REQUEST_ID, request_id.encode("latin-1", "replace"))
+
+        scope["send"] = send  # for the events of a stream: each wrapper around it costs time for each token
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":

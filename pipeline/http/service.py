@@ -15,7 +15,7 @@ from pipeline.http.config import HttpConfig
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
 from pipeline.http.generation.reasoning_start import ReasoningStart
-from pipeline.http.parsing.output_format import OutputFormat
+from pipeline.http.parsing.formats import OutputFormat
 
 
 @dataclass(kw_only=True)

@@ -133,6 +133,7 @@ class Endpoint:
     async def _send_events(self, reply: EventStream, first: bytes, call: Call, send: Send) -> None:
         headers = [*_EVENT_STREAM, *_encoded(reply.headers)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        send = call.scope["send"]  # past the middleware, which only looks at the start of an answer
         num_events = call.service.stats.num_stream_events
         event = {"type": "http.response.body", "body": first, "more_body": True}
         try:

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import socket
+from pathlib import Path
 from typing import Any, Final
 
 import uvloop
@@ -19,7 +20,10 @@ from pipeline.client.async_client import AsyncClient
 from pipeline.http.app import make_app
 from pipeline.http.config import HTTP_LISTENER, HttpBootstrap
 from pipeline.http.generation.defaults import SamplingDefaults
+from pipeline.http.generation.reasoning_start import ReasoningStart
+from pipeline.http.generation.template_tools import template_reads_tools
 from pipeline.http.listener import read_keys
+from pipeline.http.parsing.choose import choose_format
 from pipeline.http.server import Server
 from pipeline.http.service import Service
 from workers.process import StopWorker, WorkerProcess
@@ -83,12 +87,19 @@ class HttpWorker:
 
 def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> Service:
     """The service of one process. Reads the model's files."""
+    template = None if bootstrap.chat_template is None else Path(bootstrap.chat_template).read_text("utf-8")
+    format = choose_format(
+        bootstrap.model_folder, bootstrap.http.tool_parser, bootstrap.http.reasoning_parser, template=template
+    )
     return Service(
         client=client,
         config=bootstrap.http,
         model_names=tuple(bootstrap.http.served_model_names) or (bootstrap.model_name,),
         model_folder=bootstrap.model_folder,
         max_model_len=bootstrap.max_model_len,
+        format=format,
+        reasoning_start=ReasoningStart(client, format.reasoning_tags),
+        template_reads_tools=template_reads_tools(bootstrap.model_folder, bootstrap.chat_template),
         defaults=SamplingDefaults.of_model(bootstrap.model_folder),
         stats=stats,
     )

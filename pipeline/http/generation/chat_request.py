@@ -76,7 +76,7 @@ async def make_run(service: Service, request: ChatRequest) -> ChatRun:
         params=params,
         request_id=request.request_id,
         call_form=constraint.call_form,
-        tools=[tool["function"] for tool in tools],
+        tools=constraint.tools,
         starts_in_reasoning=starts_in_reasoning,
         cache_salt=request.cache_salt,
         scheduling=request.scheduling,

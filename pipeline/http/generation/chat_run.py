@@ -15,7 +15,8 @@ from pipeline.client.chat_input import Chat
 from pipeline.client.outputs import TokenLogprob, Usage
 from pipeline.http.generation.endings import OpenAIFinish, finish_reason
 from pipeline.http.generation.events import Content, Event, Reasoning, ToolArguments, ToolCallBegin
-from pipeline.http.parsing.output_format import CallForm, OutputFormat, OutputParser, Tool
+from pipeline.http.parsing.formats import CallForm, OutputFormat, OutputParser
+from pipeline.http.parsing.scanner import Tool
 from pipeline.http.service import Service
 
 
@@ -124,15 +125,16 @@ class _SampleReader:
         self._parser: OutputParser = format.parser(
             reads_calls=run.call_form, tools=run.tools, starts_in_reasoning=run.starts_in_reasoning
         )
-        self._reasoning = ReasoningCounter(format, run.starts_in_reasoning)
+        has_reasoning = format.reasoning_parser is not None or format.reasoning_tags is not None
+        self._reasoning = ReasoningCounter(format, run.starts_in_reasoning) if has_reasoning else None
         self._index = index
         self._num_tokens = 0
         self._has_calls = False
-        self._is_named = run.call_form == "json_arguments"
+        self._call_form = run.call_form
 
     @property
     def num_reasoning_tokens(self) -> int:
-        return self._reasoning.num_tokens
+        return 0 if self._reasoning is None else self._reasoning.num_tokens
 
     def read(self, output: Any) -> Part:
         """The part of an Output of a stream, or of a Completion, which is a whole sample."""
@@ -141,14 +143,15 @@ class _SampleReader:
         if reason is not None:
             events += self._parser.finish()
         self._num_tokens += len(output.token_ids)
-        self._reasoning.count(output.token_ids, events)
+        if self._reasoning is not None:
+            self._reasoning.count(output.token_ids, events)
         part = Part(index=self._index, events=events, token_ids=output.token_ids, logprobs=output.logprobs)
-        if not self._has_calls:
+        if self._call_form != "none" and not self._has_calls:
             self._has_calls = any(isinstance(event, ToolCallBegin) for event in events)
         if reason is not None:
             part.finish_reason, part.stop_reason = finish_reason(reason, has_tokens=self._num_tokens > 0)
             # OpenAI's API says "stop" for a function that the request names.
-            if part.finish_reason == "stop" and self._has_calls and not self._is_named:
+            if part.finish_reason == "stop" and self._has_calls and self._call_form != "json_arguments":
                 part.finish_reason = "tool_calls"
         return part
 
@@ -164,7 +167,7 @@ class ReasoningCounter:
         self.num_tokens = 0
         self._end_id = format.reasoning_end_id
         self._begin_id = format.reasoning_begin_id
-        self._is_inside = starts_in_reasoning
+        self._is_inside = starts_in_reasoning or format.always_reasons
 
     def count(self, token_ids: Sequence[int], events: Sequence[Event]) -> None:
         """More tokens have arrived, and the events that their text gave."""

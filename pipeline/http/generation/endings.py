@@ -22,5 +22,5 @@ def finish_reason(reason: FinishReason, *, has_tokens: bool) -> tuple[OpenAIFini
     if reason == "queue_timeout" or (reason == "deadline" and not has_tokens):
         raise HttpError(408, _QUEUE_TIMEOUT if reason == "queue_timeout" else _DEADLINE, code=reason)
     if reason in ("stop", "length"):
-        return reason, None  # type: ignore[return-value]
+        return reason, None
     return "length", reason

@@ -1,7 +1,7 @@
 """Serves the page at `/`. It is public: it has no secrets, and asks for a key where the API needs one.
 
-The page's script and style are inside its file. The policy below lets a browser run these two and nothing else, and lets
-the page send requests to this server only.
+The page's script and style are inside its file. The policy below lets a browser run these two and nothing else, and
+lets the page send requests to this server only.
 """
 
 from __future__ import annotations
