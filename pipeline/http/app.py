@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.http.engine_api import status
+from pipeline.http.engine_api import live, status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.openai import chat_completions, models
+from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
 
@@ -32,6 +33,8 @@ def _route(method: str, path: str, handler: Handler, dialect: Dialect = OPENAI, 
 
 
 ROUTES: Final = [
+    _route("GET", "/", static.page),
+    _route("GET", "/live", live.live),
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
     _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
