@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -81,10 +82,15 @@ class Bookkeeping:
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
+        service: Service = scope["app"].state.service
+        traced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if service.tracer is not None and scope["path"].startswith("/v1/"):
+            traced = service.tracer.request(scope["method"], scope["path"], Headers(scope=scope), scope)
         try:
-            await self._app(scope, receive, send_with_id)
+            with traced:
+                await self._app(scope, receive, send_with_id)
         finally:
-            _count(scope["app"].state.service.stats, scope.get("status", 499))
+            _count(service.stats, scope.get("status", 499))
 
 
 def _count(stats: Any, status: int) -> None:

@@ -18,6 +18,7 @@ from pipeline.http.generation.events import Content, Event, Reasoning, ToolArgum
 from pipeline.http.parsing.formats import CallForm, OutputFormat, OutputParser
 from pipeline.http.parsing.scanner import Tool
 from pipeline.http.service import Service
+from pipeline.http.tracing import note_sample, note_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,7 @@ class _SampleReader:
         if self._call_form != "none" and not self._has_calls:
             self._has_calls = any(isinstance(event, ToolCallBegin) for event in events)
         if reason is not None:
+            note_sample(output.times)
             part.finish_reason, part.stop_reason = finish_reason(reason, has_tokens=self._num_tokens > 0)
             # OpenAI's API says "stop" for a function that the request names.
             if part.finish_reason == "stop" and self._has_calls and self._call_form != "json_arguments":
@@ -192,6 +194,7 @@ def _params_of(service: Service, run: ChatRun) -> SamplingParams:
 
 
 def _usage(usage: Usage, readers: Sequence[_SampleReader]) -> RunUsage:
+    note_usage(usage.prompt_tokens, usage.completion_tokens)
     return RunUsage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
