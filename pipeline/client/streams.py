@@ -49,7 +49,7 @@ class Sample:
             output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)]
             self.prompt_logprobs, self.without_logprob = [], []
         if self.final is not None:
-            output.finish_reason = self.final.finish_reason
+            output.finish_reason, output.times = self.final.finish_reason, self.final.times
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
         return output
 
@@ -164,6 +164,7 @@ class OpenRequest:
                     token_ids=output.token_ids,
                     finish_reason=output.finish_reason,
                     logprobs=output.logprobs,
+                    times=output.times,
                 )
             )
         return whole

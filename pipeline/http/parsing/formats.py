@@ -95,8 +95,8 @@ class OutputFormat:
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
-        families = (self.tool_parser if self.tool_parser == HARMONY else None, self.reasoning_parser)
-        if reads_calls == "none" and families == (None, None) and self.reasoning_tags is None:
+        has_reasoning = self.reasoning_parser is not None or self.reasoning_tags is not None
+        if reads_calls == "none" and not has_reasoning and self.tool_parser != HARMONY:
             return PlainText()
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""

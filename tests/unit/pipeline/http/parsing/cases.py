@@ -281,8 +281,8 @@ HARMONY = [
     ),
     Case(
         "harmony",
-        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant to=functions.now<|channel|>commentary "
-        "json<|message|><|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{}",
+        "<|channel|>commentary<|message|>I will look.<|end|><|start|>assistant to=functions.now<|channel|>"
+        "commentary json<|message|><|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{}",
         [Content("I will look."), *call("now", "{}"), *call("now", "{}")],
         "harmony",
     ),
