@@ -248,3 +248,15 @@ def test_grammars_leave_out_the_descriptions_of_a_schema_but_no_property_of_that
         "properties": {"description": {"type": "string"}, "title": {"anyOf": [
             {"$ref": "#/$defs/title"}, {"type": "null"}]}},
     }  # fmt: skip
+
+
+def test_an_answer_format_of_harmony_holds_in_the_channel_of_the_answer() -> None:
+    format = OutputFormat(tool_parser="harmony", reasoning_parser="harmony")
+    constraint = constrained(format=format, response_format=JSON_SCHEMA)
+    assert constraint.structured is not None
+    answer = '<|channel|>final<|message|>{"a": 1}'
+    assert accepts(constraint.structured, answer)
+    reasoning = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    assert accepts(constraint.structured, reasoning + answer, spelled_out=True)  # <|end|> ends the tiny model's texts
+    assert not accepts(constraint.structured, '{"a": 1}')
+    assert not accepts(constraint.structured, "<|channel|>final<|message|>text")
