@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from pipeline.http.engine_api import status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
+from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, models
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
@@ -38,6 +39,7 @@ ROUTES: Final = [
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
+    _route("GET", "/metrics", endpoint.metrics),
 ]
 
 
