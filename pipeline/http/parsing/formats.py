@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
@@ -14,6 +16,8 @@ from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
 from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
+
+_LETTERS: Final = string.ascii_letters + string.digits
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
 
@@ -32,7 +36,7 @@ class PlainText:
     """The parser of text that holds neither calls nor reasoning. It runs for each token of most streams."""
 
     def push(self, text: str) -> list[Event]:
-        return [Content(text)]
+        return [Content(text)] if text else []
 
     def finish(self) -> list[Event]:
         return []
@@ -76,6 +80,12 @@ class OutputFormat:
         """Whether the prompt ends with the begin tag of a reasoning: what `starts_in_reasoning` should be."""
         return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
 
+    def draw_call_id(self) -> str:
+        """A new id for a call that has none. Mistral's chat templates take only ids of nine letters and digits."""
+        if self.tool_parser in ("mistral", "mistral_list"):
+            return "".join(secrets.choice(_LETTERS) for _ in range(9))
+        return f"call_{secrets.token_hex(12)}"
+
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser:
         """A parser for one sample.
 
@@ -85,7 +95,8 @@ class OutputFormat:
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
-        if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
+        families = (self.tool_parser if self.tool_parser == HARMONY else None, self.reasoning_parser)
+        if reads_calls == "none" and families == (None, None) and self.reasoning_tags is None:
             return PlainText()
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""

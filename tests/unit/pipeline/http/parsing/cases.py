@@ -33,7 +33,7 @@ HERMES = [
     Case(
         "hermes",
         '<tool_call>\n{"id": "c1", "name": "now", "extra": {"a": "}"}, "arguments": null}\n</tool_call>',
-        call("now", "{}", "c1"),
+        call("now", "{}"),
     ),
     Case(
         "hermes",
@@ -87,11 +87,12 @@ XML = [
     ),
     Case(
         "qwen3_coder",
-        "<tool_call>\n<function=now>\n</function>\n</tool_call>\n<function=get_weather><parameter=unit>C</parameter>"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>\n<function=get_weather>"
+        '<parameter=unit>nullable "C"</parameter>'
         "<parameter=days>many</parameter><parameter=range>{'a': (1, None)}</parameter></function></tool_call>\nBye",
         [
             *call("now", "{}"),
-            *call("get_weather", '{"unit": "C", "days": "many", "range": {"a": [1, null]}}'),
+            *call("get_weather", '{"unit": "nullable \\"C\\"", "days": "many", "range": {"a": [1, null]}}'),
             Content("\nBye"),
         ],
     ),
@@ -316,6 +317,8 @@ HARMONY = [
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 REASONING = [
     Case("hermes", f"<think>\n想 {TEXT}</think>\n\nYes.", [Reasoning(f"\n想 {TEXT}"), Content("\n\nYes.")], "think"),
+    Case("hermes", "<think>\n\n</think>\n\nHi", [Content("\n\nHi")], "think"),
+    Case("hermes", "\n\n</think>Hi", [Content("Hi")], "think", True),
     Case("hermes", f"\n<think>a</think>\n\n{CALL}", [Reasoning("a"), *call("now", "{}")], "think"),
     Case("hermes", f"a {CALL} b</think>{CALL}", [Reasoning(f"a {CALL} b"), *call("now", "{}")], "think", True),
     Case("hermes", "<think>\na</think>b", [Reasoning("\na"), Content("b")], "think", True),

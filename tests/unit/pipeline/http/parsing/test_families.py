@@ -29,7 +29,7 @@ def test_a_text_that_arrives_by_characters_gives_the_same_events(case: Case) -> 
     assert events_of(case, case.text) == case.events
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_text_cut_at_random_gives_the_same_events(data: st.DataObject) -> None:
     case = data.draw(st.sampled_from(CASES))
