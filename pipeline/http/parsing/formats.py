@@ -65,7 +65,7 @@ class OutputFormat:
         return self.reasoning_parser in ALWAYS_REASON
 
     def opens_reasoning(self, prompt: str) -> bool:
-        """Whether the prompt ends with the begin tag of a reasoning: what `starts_in_reasoning` should be."""
+        """Whether the prompt ends with the begin tag of a reasoning. It is the value for `starts_in_reasoning`."""
         return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
 
     def draw_call_id(self) -> str:
@@ -78,8 +78,8 @@ class OutputFormat:
         """A parser for one sample.
 
         `reads_calls` "none": text only. "native": calls in the family's own form; without a known family, an answer
-        that is a JSON call of one of the tools. "json_list", "json_arguments": what a grammar made, the latter for the
-        only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
+        that is a JSON call of one of the tools. "json_list", "json_arguments": the JSON that a grammar made, the
+        latter for the only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")

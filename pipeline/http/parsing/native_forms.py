@@ -111,7 +111,7 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         middle='", "parameters": ',
         end="}",
         separator="; ",
-        more_markers=("<|python_tag|>",),
+        more_markers=("<|python_tag|>", "<|python_start|>", "<|python_end|>"),
     ),
     # [f(a=1, b="x"), g()]
     "pythonic": NativeForm(
@@ -182,6 +182,17 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
             key_begin="<arg_key>", key_end="</arg_key>", value_begin="\n<arg_value>", value_end="</arg_value>\n"
         ),
     ),
+    # <tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>
+    "glm47": NativeForm(
+        trigger="<tool_call>",
+        begin="<tool_call>",
+        middle="",
+        end="</tool_call>",
+        arguments="xml",
+        xml=XmlArguments(
+            key_begin="<arg_key>", key_end="</arg_key>", value_begin="<arg_value>", value_end="</arg_value>"
+        ),
+    ),
     # <|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>
     # <|tool_calls_section_end|> (without the line break)
     "kimi_k2": NativeForm(
@@ -201,6 +212,16 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         end="<|call|>",
         allows_parallel_calls=False,  # <|call|> ends the answer
     ),
+    # <TOOLCALL>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]</TOOLCALL>
+    "nemotron": NativeForm(
+        trigger="<TOOLCALL>",
+        section_begin="<TOOLCALL>[",
+        begin='{"name": "',
+        middle='", "arguments": ',
+        end="}",
+        separator=", ",
+        section_end="]</TOOLCALL>",
+    ),
     # <|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
     "granite": NativeForm(
         trigger="<|tool_call|>",
@@ -213,7 +234,7 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
     ),
 }
 
-# What a grammar makes of a model without a known family: [{"name": "f", "parameters": {"a": 1}}, ...]
+# The form that a grammar gives to a model of no known family: [{"name": "f", "parameters": {"a": 1}}, ...]
 JSON_LIST: Final = NativeForm(
     trigger="",
     section_begin="[",

@@ -247,7 +247,7 @@ class ScriptParser:
         return self._scanner.out.take()
 
     def finish(self) -> list[Event]:
-        """The text has ended: the events of whatever was held back."""
+        """The text has ended: the events of the text that was held back."""
         self._scanner.has_ended = True
         next(self._steps, None)
         self._scanner.out.finish()
