@@ -19,7 +19,7 @@ from ipc.sampling_params import SamplingParams
 from pipeline.client.batch import Batch
 from pipeline.client.endpoint import check_client_endpoint, default_endpoint
 from pipeline.client.inputs import Prompt, SchedulingOptions, batch_of, checked_timeout, scheduling_params
-from pipeline.client.outputs import Health, Output
+from pipeline.client.outputs import EngineStats, Health, Output
 from pipeline.client.session import Session, new_id
 from pipeline.client.streams import OutputStream
 from pipeline.terminal.progress_bar import progress_bar
@@ -176,6 +176,14 @@ class AsyncClient:
         """
         stats: Stats = await self._session.ask("stats", self._timeout_s)
         return stats.roles
+
+    async def stats_with_arrays(self, names: Sequence[str]) -> EngineStats:
+        """`stats()`, and those arrays of the processes' statistics that have one of these names.
+
+        Raises EngineUnavailable if no engine answers within `timeout_s`.
+        """
+        stats: Stats = await self._session.ask("stats", self._timeout_s, names)
+        return EngineStats.of(stats)
 
     async def clear_cache(self) -> None:
         """Empty the prefix cache. Requests sent after this returns reuse no earlier prompt."""

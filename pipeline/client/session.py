@@ -12,7 +12,7 @@ import itertools
 import reprlib
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ipc.codec import encode
@@ -120,11 +120,16 @@ class Session:
         else:
             self._connect().send(encode(Cancel(request_id=request_id)))
 
-    async def ask(self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None) -> Any:
+    async def ask(
+        self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None, arrays: Sequence[str] = ()
+    ) -> Any:
         """Send a query and return the engine's answer. Raises EngineUnavailable after `timeout_s`; None = no limit."""
         connection = self._connect()
         query_id = next(self._query_ids)
-        frame = encode(ClearCache(query_id=query_id) if what == "clear_cache" else Query(query_id=query_id, what=what))
+        if what == "clear_cache":
+            frame = encode(ClearCache(query_id=query_id))
+        else:
+            frame = encode(Query(query_id=query_id, what=what, arrays=list(arrays)))
         answer = self._pending.queries[query_id] = self.bind().create_future()
         if connection.is_up:
             connection.send(frame)

@@ -251,4 +251,5 @@ def _tracks(process: Process) -> dict[str, str]:
 
 
 def _stats(process: Process, place: Callable[[str], int]) -> StatsHandle:
-    return StatsHandle(process.name, place(stats_key(process.name)), process.role.counters)
+    role = process.role
+    return StatsHandle(process.name, place(stats_key(process.name)), role.counters, role.arrays)

@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
-from ipc.messages import ClientGone, FinalOutput, FinishReason, Generate, Route, Tokenize
+from ipc.messages import ClientGone, FinalOutput, FinishReason, Generate, RequestTimes, Route, Tokenize
 from ipc.sampling_params import MAX_SEED
 from ipc.scheduling_params import SchedulingParams
 from workers.gateway.client_flow import ClientFlow
@@ -225,7 +225,8 @@ class RequestLifecycle:
             if reason in ("deadline", "queue_timeout"):
                 self.num_out_of_time[reason] += 1
             if request.client is not None:
-                answers[request.client].append((request.request_id, FinalOutput(reason, request.num_prompt_tokens, 0)))
+                final = FinalOutput(reason, request.num_prompt_tokens, 0, times=RequestTimes(request.arrived_ns))
+                answers[request.client].append((request.request_id, final))
         for client, finals in answers.items():
             self._flow.send_finals(client, finals, now)
         for request, _ in ends:

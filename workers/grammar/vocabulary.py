@@ -5,6 +5,7 @@ Built from the tokenizer that the other host processes load, so that tokens decl
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from llguidance import LLTokenizer
@@ -28,6 +29,8 @@ class Vocabulary:
             end-of-sequence ids.
         padding_ids: bits of a mask's last word that stand for no token of the model.
         special_ids: text of each special token -> its id. Free text cannot produce them.
+        broken_tokens: bytes of each other token that begins or ends inside a character, by id. Free text, which is
+            UTF-8, may be made of them and cannot end behind each of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos_token_id: int | None = None) -> None:
@@ -52,8 +55,22 @@ class Vocabulary:
             text: token_id for token_id, text in added.items() if text and self.tokens.is_special_token(token_id)
         }
 
+    @functools.cached_property
+    def broken_tokens(self) -> dict[int, bytes]:
+        special = set(self.special_ids.values())
+        all_bytes = {each: self.tokens.decode_bytes([each]) for each in range(self.size) if each not in special}
+        return {token_id: text for token_id, text in all_bytes.items() if not _is_utf8(text)}
+
     @classmethod
     def of_folder(cls, folder: str, size: int) -> Vocabulary:
         """The vocabulary of a model folder, whose model has `size` logits. Raises ModelUnsupported."""
         loaded = load_tokenizer(folder)
         return cls(loaded.tokenizer, size, loaded.eos_token_id)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _AddedToken(msgspec.Struct):
+    id: int
     content: str
     special: bool = False
 
@@ -47,6 +48,7 @@ class _ModelFiles:
     template: str  # all its chat templates
     tokens: frozenset[str]  # added tokens
     special: frozenset[str]  # those of them that are special
+    ids: dict[str, int]  # of added tokens in tokenizer.json
     model_type: str
     response_template: dict[str, Any] | None
 
@@ -59,7 +61,8 @@ class _ModelFiles:
             except InvalidRequest as error:  # the tokenizer refuses chats with the same text
                 logger.warning("%s", error)
                 template = ""
-        tokens = _tokens_of(folder)
+        added = _added_tokens(folder)
+        tokens = {token.content: token.special for token in added}
         declared = config.get("added_tokens_decoder")
         for token in declared.values() if isinstance(declared, dict) else ():
             if isinstance(token, dict) and isinstance(token.get("content"), str):
@@ -68,6 +71,7 @@ class _ModelFiles:
         return cls(
             template=template,
             tokens=frozenset(tokens),
+            ids={token.content: token.id for token in added},
             special=frozenset(text for text, is_special in tokens.items() if is_special and text),
             model_type=str(read_object(folder / "config.json").get("model_type") or ""),
             response_template=own if isinstance(own, dict) else None,
@@ -78,16 +82,15 @@ class _ModelFiles:
         return all(text in self.template for text in texts)
 
 
-def _tokens_of(folder: Path) -> dict[str, bool]:
-    """The added tokens of tokenizer.json, and whether each is special."""
+def _added_tokens(folder: Path) -> list[_AddedToken]:
+    """The added tokens of tokenizer.json."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        return {}
+        return []
     try:
-        added = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile).added_tokens
+        return msgspec.json.decode(file.read_bytes(), type=_TokenizerFile).added_tokens
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
-    return {token.content: token.special for token in added}
 
 
 # The first that holds is the family. A template that renders a family's calls holds its markers.
@@ -143,7 +146,9 @@ def choose_format(
         reasoning = tools if tools in _READ_BOTH else found if reads_both else _find_reasoning(model)
     tools, reasoning = (None if name == "none" else name for name in (tools, reasoning))
     _check_pair(tools, reasoning)
-    chosen = OutputFormat(tools, reasoning, reasoning_tags=_tags(reasoning, model))
+    tags = _tags(reasoning, model)
+    begin_id, end_id = (model.ids.get(tag) for tag in tags) if tags else (None, None)
+    chosen = OutputFormat(tools, reasoning, reasoning_tags=tags, reasoning_begin_id=begin_id, reasoning_end_id=end_id)
     if RESPONSE_TEMPLATE in (tools, reasoning):
         chosen = replace(chosen, response_template=_checked_template(Path(folder), model))
     return replace(chosen, needs_special_tokens=_needs_special_tokens(chosen, model))

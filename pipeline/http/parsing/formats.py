@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from pipeline.http.generation.events import Event
+from pipeline.http.generation.events import Content, Event
 from pipeline.http.parsing import json_families
 from pipeline.http.parsing.families import ALWAYS_REASON, CALL_SCRIPTS, HARMONY
 from pipeline.http.parsing.harmony import harmony
@@ -32,6 +32,16 @@ class OutputParser(Protocol):
         """The text has ended: the events of the text that was held back."""
 
 
+class PlainText:
+    """The parser of text that holds neither calls nor reasoning. It runs for each token of most streams."""
+
+    def push(self, text: str) -> list[Event]:
+        return [Content(text)]
+
+    def finish(self) -> list[Event]:
+        return []
+
+
 def _text(s: Scanner) -> Steps[None]:
     """Reads no calls."""
     yield from s.rest(s.out.plain)
@@ -50,7 +60,7 @@ class OutputFormat:
     `needs_special_tokens`: the markers are special tokens, so the engine must give their text.
     `reasoning_tags`: the texts that begin and end the reasoning.
     `always_reasons`: the text begins inside the reasoning even where the prompt does not open it. A grammar then holds
-    behind the end tag alone.
+    behind the end tag alone. `reasoning_begin_id`, `reasoning_end_id`: the tags as tokens, where each is one token.
     `response_template`: of the model's tokenizer_config.json, where `tool_parser` or `reasoning_parser` is that.
     """
 
@@ -58,6 +68,8 @@ class OutputFormat:
     reasoning_parser: str | None = None
     needs_special_tokens: bool = False
     reasoning_tags: tuple[str, str] | None = None
+    reasoning_begin_id: int | None = None
+    reasoning_end_id: int | None = None
     response_template: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
@@ -83,6 +95,8 @@ class OutputFormat:
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
+        if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
+            return PlainText()
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
             return TemplateParser(
