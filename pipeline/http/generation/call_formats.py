@@ -24,7 +24,7 @@ FINAL_ANSWER: Final = {HARMONY: "<|channel|>final<|message|>"}  # text that a fa
 _ANY_OBJECT: Final = {"type": "object"}
 _INDEX: Final = "[0-9]{1,3}"
 _LIKE_CALLS: Final = {  # texts that parsers read as calls, of families without a marker
-    "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/ | /(?s:.*)<\|python_tag\|>(?s:.*)/',
+    "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/ | /(?s:.*)<\|python_(tag|start)\|>(?s:.*)/',
     "python": r"/\s*\[\s*[\w.:\/-]+\s*\((?s:.*)/ | /(?s:.*)<\|python_start\|>(?s:.*)/",
 }
 

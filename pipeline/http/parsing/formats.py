@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
@@ -16,8 +14,6 @@ from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
 from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
-
-_LETTERS: Final = string.ascii_letters + string.digits
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
 
@@ -36,7 +32,7 @@ class PlainText:
     """The parser of text that holds neither calls nor reasoning. It runs for each token of most streams."""
 
     def push(self, text: str) -> list[Event]:
-        return [Content(text)]
+        return [Content(text)] if text else []
 
     def finish(self) -> list[Event]:
         return []
@@ -76,16 +72,6 @@ class OutputFormat:
     def always_reasons(self) -> bool:
         return self.reasoning_parser in ALWAYS_REASON
 
-    def opens_reasoning(self, prompt: str) -> bool:
-        """Whether the prompt ends with the begin tag of a reasoning. It is the value for `starts_in_reasoning`."""
-        return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
-
-    def draw_call_id(self) -> str:
-        """A new id for a call that has none. Mistral's chat templates take only ids of nine letters and digits."""
-        if self.tool_parser in ("mistral", "mistral_list"):
-            return "".join(secrets.choice(_LETTERS) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"
-
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser:
         """A parser for one sample.
 
@@ -105,7 +91,9 @@ class OutputFormat:
                 reads_calls=reads_calls == "native" and self.tool_parser is not None,
                 begin_of_reasoning=begin,
             )
-        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
+        form = NATIVE_FORMS.get(self.tool_parser or "")
+        call_id_length = form.call_id_length if form else 0
+        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools, call_id_length)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
         if HARMONY in (self.tool_parser, self.reasoning_parser):

@@ -50,6 +50,7 @@ class NativeForm:
     xml: XmlArguments | None = None
     allows_parallel_calls: bool = True
     more_markers: tuple[str, ...] = ()  # special tokens that the family writes at times, and a grammar need not
+    call_id_length: int = 0  # of the ids that the family's chat templates take, of letters and digits; 0: any
     ends_reasoning: bool = False  # models of this family call tools within the reasoning, and leave its end tag out
 
     @property
@@ -145,10 +146,16 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         end="}",
         separator=", ",
         section_end="]",
+        call_id_length=9,
     ),
     # [TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}
     "mistral": NativeForm(
-        trigger="[TOOL_CALLS]", begin="[TOOL_CALLS]", middle="[ARGS]", end="", more_markers=("[CALL_ID]",)
+        trigger="[TOOL_CALLS]",
+        begin="[TOOL_CALLS]",
+        middle="[ARGS]",
+        end="",
+        more_markers=("[CALL_ID]",),
+        call_id_length=9,
     ),
     # <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>
     # <｜tool▁calls▁end｜> (without the line break)

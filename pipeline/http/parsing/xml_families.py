@@ -55,7 +55,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
     middle, (close, *more_ends) = form.middle.strip(), form.end.split("\n")
     if not name or (middle and not (yield from s.accept(middle))):
         return False
-    properties = _properties(s.tools.get(name))
+    tool = s.tools.get(name)
     has_begun = False
     while True:
         yield from s.skip_space()
@@ -73,7 +73,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
             return True
         s.out.arguments((", " if has_begun else "") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
         has_begun = True
-        types = _types(properties.get(key.strip()), _MAX_SCHEMA_DEPTH) or ({"string"} if untyped_is_text else set())
+        types = _argument_types(tool, key.strip()) or ({"string"} if untyped_is_text else set())
         if not (yield from _value(s, form.xml, types)):
             return True
     if tag or not (yield from s.accept_end(form.xml.key_begin, close)):
@@ -153,18 +153,27 @@ def _type_of(value: Any) -> set[str]:
     return {kinds.get(type(value), "null")}
 
 
-def _types(schema: Any, depth: int) -> set[str]:
-    """The types that a schema allows, as far as it names them."""
+def _argument_types(tool: Tool | None, key: str) -> set[str]:
+    """The types that a tool's schema allows for one argument; empty if it does not say."""
+    parameters = tool.get("parameters") if tool else None
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    return _types(properties.get(key), parameters, _MAX_SCHEMA_DEPTH) if isinstance(properties, dict) else set()
+
+
+def _types(schema: Any, root: Any, depth: int) -> set[str]:
+    """The types that a schema allows, as far as it names them. `root` holds the definitions that it refers to."""
     if not isinstance(schema, dict) or not depth:
         return set()
     declared = schema.get("type")
     types = {declared} if isinstance(declared, str) else {each for each in declared or () if isinstance(each, str)}
     if schema.get("nullable") is True:
         types.add("null")
+    if isinstance(reference := schema.get("$ref"), str):
+        types |= _types(_referred(reference, root), root, depth - 1)
     for union in ("anyOf", "oneOf", "allOf"):
         choices = schema.get(union)
         for choice in choices if isinstance(choices, list) else ():
-            types |= _types(choice, depth - 1)
+            types |= _types(choice, root, depth - 1)
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
     if not types and isinstance(values, list):
         for value in values:
@@ -172,19 +181,16 @@ def _types(schema: Any, depth: int) -> set[str]:
     return types
 
 
+def _referred(reference: str, root: Any) -> Any:
+    """The schema that a reference such as #/$defs/Place names; None if there is none."""
+    for name in reference.removeprefix("#").split("/")[1:]:
+        root = root.get(name) if isinstance(root, dict) else None
+    return root
+
+
 def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments, with the values that the tool's schema asks for in the place of texts."""
-    schemas = _properties(tool)
     return {
-        key: _typed(value, _types(schemas[key], _MAX_SCHEMA_DEPTH))
-        if key in schemas and isinstance(value, str)
-        else value
+        key: _typed(value, types) if isinstance(value, str) and (types := _argument_types(tool, key)) else value
         for key, value in arguments.items()
     }
-
-
-def _properties(tool: Tool | None) -> dict[str, Any]:
-    """The schemas of a tool's arguments; empty if the tool or its schema is not known."""
-    parameters = tool.get("parameters") if tool else None
-    properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    return properties if isinstance(properties, dict) else {}

@@ -73,15 +73,6 @@ def test_tags_that_are_tokens_tell_the_reasoning(tmp_path: Path) -> None:
     chosen = choose_format(model(tmp_path, "{{ x }}", ("[THINK]", "[/THINK]")))
     assert chosen.reasoning_tags == ("[THINK]", "[/THINK]")
     assert chosen.needs_special_tokens
-    assert chosen.opens_reasoning("[INST]x[/INST][THINK]\n")
-    assert not chosen.opens_reasoning("[INST]x[/INST][THINK][/THINK]\n")
-
-
-def test_a_drawn_id_fits_the_chat_templates_of_the_family() -> None:
-    drawn = {OutputFormat(tool_parser="mistral").draw_call_id() for _ in range(50)}
-    assert len(drawn) == 50
-    assert all(len(call_id) == 9 and call_id.isalnum() for call_id in drawn)
-    assert OutputFormat().draw_call_id().startswith("call_")
 
 
 def test_only_markers_that_are_special_tokens_need_their_text(tmp_path: Path) -> None:
