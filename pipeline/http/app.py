@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from pipeline.http.engine_api import live, status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
+from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, completions, models
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
@@ -43,6 +44,7 @@ ROUTES: Final = [
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
+    _route("GET", "/metrics", endpoint.metrics),
 ]
 
 

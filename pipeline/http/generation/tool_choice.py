@@ -52,13 +52,13 @@ def constrain(
     format: OutputFormat,
     starts_in_reasoning: bool,
 ) -> Constraint:
-    """What a request's fields ask of the answers of a model with this format. The fields are JSON values.
+    """Choose the grammar of a request's answers from its fields, which are JSON values.
 
     - A call that is required or named follows the schema of its tool, and there is no text beside it. So
       `response_format`, which is about text, has no effect then.
     - With "auto", calls of tools that are `strict` follow their schemas. If an answer format is given, the answer is
-      calls or has that format. A grammar also holds if only some tools are allowed, or only one call. Without any of
-      these there is none.
+      calls or has that format. A grammar also holds if only some tools are allowed, or only one call. Otherwise the
+      answer is free.
 
     Raises InvalidRequest, naming the field.
     """

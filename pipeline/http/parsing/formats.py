@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
@@ -16,8 +14,6 @@ from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
 from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
-
-_LETTERS: Final = string.ascii_letters + string.digits
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
 
@@ -76,22 +72,12 @@ class OutputFormat:
     def always_reasons(self) -> bool:
         return self.reasoning_parser in ALWAYS_REASON
 
-    def opens_reasoning(self, prompt: str) -> bool:
-        """Whether the prompt ends with the begin tag of a reasoning: what `starts_in_reasoning` should be."""
-        return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
-
-    def draw_call_id(self) -> str:
-        """A new id for a call that has none. Mistral's chat templates take only ids of nine letters and digits."""
-        if self.tool_parser in ("mistral", "mistral_list"):
-            return "".join(secrets.choice(_LETTERS) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"
-
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser:
         """A parser for one sample.
 
         `reads_calls` "none": text only. "native": calls in the family's own form; without a known family, an answer
-        that is a JSON call of one of the tools. "json_list", "json_arguments": what a grammar made, the latter for the
-        only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
+        that is a JSON call of one of the tools. "json_list", "json_arguments": the JSON that a grammar made, the
+        latter for the only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
@@ -106,7 +92,9 @@ class OutputFormat:
                 reads_calls=reads_calls == "native" and self.tool_parser is not None,
                 begin_of_reasoning=begin,
             )
-        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
+        form = NATIVE_FORMS.get(self.tool_parser or "")
+        call_id_length = form.call_id_length if form else 0
+        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools, call_id_length)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
         if HARMONY in (self.tool_parser, self.reasoning_parser):

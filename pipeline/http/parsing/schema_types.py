@@ -1,4 +1,4 @@
-"""What a JSON schema says of the types of a value, as far as it names them. Parsers and grammars must agree on it."""
+"""Reads the types of a value from its JSON schema. Parsers and grammars of calls must agree on them."""
 
 from __future__ import annotations
 

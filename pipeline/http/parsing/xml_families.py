@@ -22,6 +22,7 @@ def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
 
     `untyped_is_text`: a value that the schema says nothing of is a text. Otherwise it is JSON if it can be.
 
+    GLM 4.7:      <tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>
     GLM 4.5:      <tool_call>f\\n<arg_key>a</arg_key>\\n<arg_value>1</arg_value>\\n</tool_call>
     MiniMax M2:   <minimax:tool_call>\\n<invoke name="f">\\n<parameter name="a">1</parameter>\\n</invoke>\\n
                   </minimax:tool_call>  (without the line break)

@@ -125,6 +125,12 @@ XML = [
             *call("now", "{}"),
         ],
     ),
+    Case(
+        "glm47",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>北京</arg_value><arg_key>days</arg_key><arg_value>2"
+        "</arg_value></tool_call><tool_call>now</tool_call>",
+        [*call("get_weather", '{"city": "北京", "days": 2}'), *call("now", "{}")],
+    ),
     Case("glm45", "<tool_call>what is this?</tool_call>", [Content("<tool_call>what is this?</tool_call>")]),
     Case(
         "glm45",
@@ -164,6 +170,12 @@ LLAMA = [
         "llama3_json",
         'Look: <|python_tag|>{"name": "now", "parameters": {}}; then',
         [Content("Look: "), *call("now", "{}"), Content("; then")],
+    ),
+    Case(
+        "llama3_json",
+        '<|python_start|>{"name": "now", "parameters": {}}<|python_end|>\n<|python_start|>'
+        '{"name": "now", "parameters": {}}',
+        [*call("now", "{}"), *call("now", "{}")],
     ),
     Case("llama3_json", ' {"name": "Bob", "age": 3}', [Content(' {"name": "Bob", "age": 3}')]),
     Case("llama3_json", '{"name": "Bob"}', [Content('{"name": "Bob"}')]),
@@ -218,6 +230,11 @@ MISTRAL = [
         "mistral_list",
         '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"oops": 1}]',
         [*call("now", "{}"), Content(', {"oops": 1}]')],
+    ),
+    Case(
+        "nemotron",
+        'Ok <TOOLCALL>[{"name": "get_weather", "arguments": {"days": 1}}]</TOOLCALL> then',
+        [Content("Ok "), *call("get_weather", '{"days": 1}'), Content(" then")],
     ),
     Case(
         "granite",

@@ -9,28 +9,13 @@ from typing import Any
 import pytest
 
 from ipc.errors import ConfigError
-from pipeline.http.generation.events import Content, Reasoning, ToolArguments, ToolCallBegin
+from pipeline.http.generation.events import Content
 from pipeline.http.parsing.choose import choose_format
 from pipeline.http.parsing.families import TOOL_PARSERS
 from pipeline.http.parsing.formats import OutputFormat
+from tests.unit.pipeline.http.parsing.test_response_template import ACTIONS
 
 ROOT = Path(__file__).parents[5]
-
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|assistant|>",
-    "fields": {
-        "thinking": {"open": "<|START_THINKING|>", "close": "<|END_THINKING|>", "content": "text"},
-        "content": {"open": "<|START_RESPONSE|>", "close": "<|END_RESPONSE|>", "content": "text"},
-        "tool_calls": {
-            "open": "<|START_ACTION|>",
-            "close": "<|END_ACTION|>",
-            "content": "json",
-            "transform_each": True,
-            "transform": {"type": "function", "function": {"name": "{tool_name}", "arguments": "{parameters}"}},
-        },
-    },
-}
 
 
 def model(folder: Path, template: str = "", special: tuple[str, ...] = (), **config: Any) -> Path:
@@ -55,6 +40,8 @@ def model(folder: Path, template: str = "", special: tuple[str, ...] = (), **con
         ('Respond in the format {"name": function name, "parameters": dictionary', "llama3_json", None),
         ("{{ '<|python_tag|>' }}", "llama3_json", None),
         ("[func_name1(params_name1=params_value1)]", "pythonic", None),
+        ("<tool_call>{{ name }}<arg_key>{{ k }}</arg_key><arg_value>", "glm47", None),
+        ("<TOOLCALL>[", "nemotron", None),
         ("[TOOL_CALLS] [", "mistral_list", None),
         ("[TOOL_CALLS]{{ name }}[ARGS][THINK][/THINK]", "mistral", "mistral"),
         ("<｜tool▁calls▁begin｜><｜tool▁sep｜>{{ name }}\n```json", "deepseek_v3", None),
@@ -86,15 +73,6 @@ def test_tags_that_are_tokens_tell_the_reasoning(tmp_path: Path) -> None:
     chosen = choose_format(model(tmp_path, "{{ x }}", ("[THINK]", "[/THINK]")))
     assert chosen.reasoning_tags == ("[THINK]", "[/THINK]")
     assert chosen.needs_special_tokens
-    assert chosen.opens_reasoning("[INST]x[/INST][THINK]\n")
-    assert not chosen.opens_reasoning("[INST]x[/INST][THINK][/THINK]\n")
-
-
-def test_a_drawn_id_fits_the_chat_templates_of_the_family() -> None:
-    drawn = {OutputFormat(tool_parser="mistral").draw_call_id() for _ in range(50)}
-    assert len(drawn) == 50
-    assert all(len(call_id) == 9 and call_id.isalnum() for call_id in drawn)
-    assert OutputFormat().draw_call_id().startswith("call_")
 
 
 def test_only_markers_that_are_special_tokens_need_their_text(tmp_path: Path) -> None:
@@ -125,7 +103,7 @@ def test_calls_of_a_model_with_channels_can_be_left_unread(tmp_path: Path) -> No
 
 
 def test_a_model_of_no_known_family_is_read_by_its_response_template(tmp_path: Path) -> None:
-    chosen = choose_format(model(tmp_path, "{{ x }}", ("<|START_ACTION|>",), response_template=RESPONSE_TEMPLATE))
+    chosen = choose_format(model(tmp_path, "{{ x }}", ("<|START_ACTION|>",), response_template=ACTIONS))
     assert chosen.tool_parser == chosen.reasoning_parser == "response_template"
     assert chosen.needs_special_tokens
     assert chosen.reasoning_tags == ("<|START_THINKING|>", "<|END_THINKING|>")
@@ -136,25 +114,3 @@ def test_a_response_template_that_cannot_be_read_is_refused_at_the_start(tmp_pat
         choose_format(model(tmp_path, response_template={"fields": {"content": {}}}))
     with pytest.raises(ConfigError, match="has no response_template"):
         choose_format(model(tmp_path), "response_template")
-
-
-def test_a_response_template_gives_reasoning_content_and_calls(tmp_path: Path) -> None:
-    chosen = choose_format(model(tmp_path, response_template=RESPONSE_TEMPLATE))
-    tool = {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}
-    reader = chosen.parser(reads_calls="native", tools=[tool], starts_in_reasoning=True)
-    text = '{"tool_name": "f", "parameters": {"n": "1", "s": "北"}}'
-    events = [
-        event for char in f"I see<|END_THINKING|><|START_ACTION|>[{text}]<|END_ACTION|>" for event in reader.push(char)
-    ]
-    assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "I see"
-    assert events[-2:] == [ToolCallBegin("f"), ToolArguments('{"n": 1, "s": "北"}')]
-    assert reader.push("<|START_RESPONSE|>Hi") == [Content("Hi")]
-    assert reader.finish() == []
-
-
-def test_a_broken_call_of_a_response_template_is_content(tmp_path: Path) -> None:
-    chosen = choose_format(model(tmp_path, response_template=RESPONSE_TEMPLATE))
-    reader = chosen.parser(reads_calls="native", tools=[], starts_in_reasoning=False)
-    assert reader.push("<|START_ACTION|>[{oops<|END_ACTION|>") == [Content("[{oops")]
-    unread = chosen.parser(reads_calls="none", tools=[], starts_in_reasoning=False)
-    assert unread.push("<|START_ACTION|>[]<|END_ACTION|>") == [Content("[]")]
