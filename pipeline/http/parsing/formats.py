@@ -81,7 +81,8 @@ class OutputFormat:
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
-        if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
+        families = (self.tool_parser if self.tool_parser == HARMONY else None, self.reasoning_parser)
+        if reads_calls == "none" and families == (None, None) and self.reasoning_tags is None:
             return PlainText()
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""

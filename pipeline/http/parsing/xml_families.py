@@ -12,9 +12,9 @@ from typing import Any, Final
 from pipeline.http.parsing.json_families import skip_end
 from pipeline.http.parsing.native_forms import NATIVE_FORMS, NativeForm, XmlArguments
 from pipeline.http.parsing.scanner import Scanner, Script, Steps, Tool
+from pipeline.http.parsing.schema_types import type_of, types_of
 
 _WORDS: Final = {"True": True, "False": False, "None": None}
-_MAX_SCHEMA_DEPTH: Final = 8
 
 
 def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
@@ -126,7 +126,7 @@ def _typed(text: str, types: set[str]) -> Any:
         value = int(value)
     if isinstance(value, str) and "string" in types:
         return text
-    return value if not types or _type_of(value) & types else text
+    return value if not types or type_of(value) & types else text
 
 
 def _refuse(constant: str) -> None:
@@ -143,49 +143,11 @@ def _python_value(plain: str, text: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _type_of(value: Any) -> set[str]:
-    """The names of a value's types in JSON Schema."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int):
-        return {"integer", "number"}
-    kinds = {float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
-    return {kinds.get(type(value), "null")}
-
-
 def _argument_types(tool: Tool | None, key: str) -> set[str]:
     """The types that a tool's schema allows for one argument; empty if it does not say."""
     parameters = tool.get("parameters") if tool else None
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    return _types(properties.get(key), parameters, _MAX_SCHEMA_DEPTH) if isinstance(properties, dict) else set()
-
-
-def _types(schema: Any, root: Any, depth: int) -> set[str]:
-    """The types that a schema allows, as far as it names them. `root` holds the definitions that it refers to."""
-    if not isinstance(schema, dict) or not depth:
-        return set()
-    declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else {each for each in declared or () if isinstance(each, str)}
-    if schema.get("nullable") is True:
-        types.add("null")
-    if isinstance(reference := schema.get("$ref"), str):
-        types |= _types(_referred(reference, root), root, depth - 1)
-    for union in ("anyOf", "oneOf", "allOf"):
-        choices = schema.get(union)
-        for choice in choices if isinstance(choices, list) else ():
-            types |= _types(choice, root, depth - 1)
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    if not types and isinstance(values, list):
-        for value in values:
-            types |= _type_of(value)
-    return types
-
-
-def _referred(reference: str, root: Any) -> Any:
-    """The schema that a reference such as #/$defs/Place names; None if there is none."""
-    for name in reference.removeprefix("#").split("/")[1:]:
-        root = root.get(name) if isinstance(root, dict) else None
-    return root
+    return types_of(properties.get(key), parameters) if isinstance(properties, dict) else set()
 
 
 def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
