@@ -1,4 +1,4 @@
-"""What a JSON schema says of the types of a value, as far as it names them. Parsers and grammars must agree on it."""
+"""Finds the types that a JSON schema allows, as far as it names them. Parsers and grammars must agree on them."""
 
 from __future__ import annotations
 

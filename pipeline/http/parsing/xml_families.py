@@ -49,7 +49,7 @@ def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
 
 
 def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
-    """Read a call from its name on. False: it is none, and the caller rewinds."""
+    """Read a call from its name on. False: this is no call, and the caller rewinds."""
     assert form.xml is not None, "the form writes arguments between tags"
     name = yield from s.name()
     middle, (close, *more_ends) = form.middle.strip(), form.end.split("\n")
