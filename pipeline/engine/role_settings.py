@@ -151,6 +151,7 @@ def http(facts: EngineFacts, worker: WorkerBootstrap) -> HttpBootstrap:
         endpoint=connectable(facts.endpoint),
         model_name=facts.model.name,
         model_folder=facts.model.folder,
+        chat_template=facts.config.tokenizer.chat_template,
         max_model_len=facts.model.max_model_len,
         drain_timeout_s=facts.config.frontend.drain_timeout_s,
     )

@@ -28,6 +28,7 @@ from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
 from workers.gpu.config import COMPLETION
 from workers.gpu.config import COUNTERS as GPU_COUNTERS
 from workers.grammar.config import COUNTERS as GRAMMAR_COUNTERS
+from workers.scheduler.config import ARRAYS as SCHEDULER_ARRAYS
 from workers.scheduler.config import COUNTERS as SCHEDULER_COUNTERS
 from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
 
@@ -147,7 +148,7 @@ ENGINE: Final = Table(
         # Above the GPU process: a timeline that has read of a step's end finds its launch.
         Role(
             name=SCHEDULER, module="workers.scheduler", bootstrap=role_settings.scheduler, counters=SCHEDULER_COUNTERS,
-            start_order=2, starts_after=(GPU, TOKENIZER),
+            arrays=SCHEDULER_ARRAYS, start_order=2, starts_after=(GPU, TOKENIZER),
         ),
         Role(
             name=GRAMMAR, module="workers.grammar", bootstrap=role_settings.grammar, counters=GRAMMAR_COUNTERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -16,10 +17,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.http.engine_api import status
+from pipeline.http.engine_api import live, status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.metrics import endpoint
-from pipeline.http.openai import chat_completions, models
+from pipeline.http.openai import chat_completions, completions, models
+from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
 
@@ -33,8 +35,11 @@ def _route(method: str, path: str, handler: Handler, dialect: Dialect = OPENAI, 
 
 
 ROUTES: Final = [
+    _route("GET", "/", static.page),
+    _route("GET", "/live", live.live),
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
+    _route("POST", "/v1/completions", completions.create, generates=True),
     _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
@@ -80,10 +85,15 @@ class Bookkeeping:
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
+        service: Service = scope["app"].state.service
+        traced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if service.tracer is not None and scope["path"].startswith("/v1/"):
+            traced = service.tracer.request(scope["method"], scope["path"], Headers(scope=scope), scope)
         try:
-            await self._app(scope, receive, send_with_id)
+            with traced:
+                await self._app(scope, receive, send_with_id)
         finally:
-            _count(scope["app"].state.service.stats, scope.get("status", 499))
+            _count(service.stats, scope.get("status", 499))
 
 
 def _count(stats: Any, status: int) -> None:

@@ -125,5 +125,6 @@ class HttpBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str  # of the engine, for its client
     model_name: str
     model_folder: str
+    chat_template: str | None  # a file that replaces the model's own templates
     max_model_len: int
     drain_timeout_s: float

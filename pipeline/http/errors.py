@@ -67,7 +67,7 @@ def http_error(error: Exception) -> HttpError | None:
     message = str(error)
     if isinstance(error, InvalidRequest | TokensExcluded):
         found = _PARAM.match(message)
-        code = "context_length_exceeded" if "max_model_len" in message or "model's length" in message else None
+        code = "context_length_exceeded" if "longest sequence of this engine" in message else None
         return HttpError(400, message, param=found[1] if found else None, code=code)
     if isinstance(error, QueueFull):
         return HttpError(429, message, code="queue_full", retry_after_s=max(error.retry_after_s, 1.0))

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import socket
+from pathlib import Path
 from typing import Any, Final
 
 import uvloop
@@ -22,9 +23,10 @@ from pipeline.http.generation.defaults import SamplingDefaults
 from pipeline.http.generation.reasoning_start import ReasoningStart
 from pipeline.http.generation.template_tools import template_reads_tools
 from pipeline.http.listener import read_keys
-from pipeline.http.parsing.formats import OutputFormat
+from pipeline.http.parsing.choose import choose_format
 from pipeline.http.server import Server
 from pipeline.http.service import Service
+from pipeline.http.tracing import RequestTracer
 from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class HttpWorker:
             self._look()
             listener = socket.socket(fileno=bootstrap.worker.kept[HTTP_LISTENER])
             await self._server.run_on(listener)
+            if self._service.tracer is not None:
+                self._service.tracer.close()
 
     def _look(self) -> None:
         try:
@@ -86,7 +90,10 @@ class HttpWorker:
 
 def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> Service:
     """The service of one process. Reads the model's files."""
-    format = OutputFormat()
+    template = None if bootstrap.chat_template is None else Path(bootstrap.chat_template).read_text("utf-8")
+    format = choose_format(
+        bootstrap.model_folder, bootstrap.http.tool_parser, bootstrap.http.reasoning_parser, template=template
+    )
     return Service(
         client=client,
         config=bootstrap.http,
@@ -95,7 +102,8 @@ def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> S
         max_model_len=bootstrap.max_model_len,
         format=format,
         reasoning_start=ReasoningStart(client, format.reasoning_tags),
-        template_reads_tools=template_reads_tools(bootstrap.model_folder),
+        template_reads_tools=template_reads_tools(bootstrap.model_folder, bootstrap.chat_template),
         defaults=SamplingDefaults.of_model(bootstrap.model_folder),
         stats=stats,
+        tracer=RequestTracer.from_environment(bootstrap.model_name),
     )

@@ -25,6 +25,7 @@ class LarkParts:
         self._vocabulary: Final = vocabulary
         self._lines: Final = ["TEXT: /(?s:.*)/"]
         self._subgrammars: Final[list[str]] = []
+        self._schemas: Final[dict[str, str]] = {}  # expression -> its rule
         longest_first = sorted(vocabulary.special_ids, key=len, reverse=True)
         self._special: Final = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -56,14 +57,21 @@ class LarkParts:
 
     def text_until(self, literal: Literal) -> str:
         """Free text up to the first occurrence of a fixed text, which it includes."""
+        return self._until("TEXT", literal)
+
+    def regex_until(self, pattern: str, literal: Literal) -> str:
+        """Text that a regular expression matches, up to the first fixed text that may follow it, which it includes."""
+        return self._until(f"/{regex_to_lark(pattern, '')}/", literal)
+
+    def _until(self, content: str, literal: Literal) -> str:
         found = []
         for first, *rest in self._spellings(literal):
             if isinstance(first, int):
-                found.append(f"TEXT {_joined(first, *rest)}")
+                found.append(f"{content} {_joined(first, *rest)}")
             elif not rest:
-                found.append(self.rule(f"TEXT {_quoted(first)}", "[lazy]"))
+                found.append(self.rule(f"{content} {_quoted(first)}", "[lazy]"))
             else:  # the special token in `rest` ends the text, not the first occurrence of `first`
-                found.append(f"{self._terminal(f'TEXT {_quoted(first)}')} {_joined(*rest)}")
+                found.append(f"{self._terminal(f'{content} {_quoted(first)}')} {_joined(*rest)}")
         return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
     def first_token(self, literal: Literal) -> int | None:
@@ -108,7 +116,10 @@ class LarkParts:
                 f"structural_tag has the schema {str(schema)[:100]}: it must be a JSON object, or true"
             )
         prepare_schema(schema, self._spec)
-        return f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+        expression = f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+        if expression not in self._schemas:  # in most grammars of calls, each schema occurs several times
+            self._schemas[expression] = self.rule(expression)
+        return self._schemas[expression]
 
     def subgrammar(self, text: str) -> str:
         name = f"g{len(self._subgrammars)}"

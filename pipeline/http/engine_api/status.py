@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import cache
 from typing import Any
 
 from ipc.errors import RingfeedError
@@ -23,11 +24,16 @@ async def ready(call: Call) -> Reply:
 
 async def version(_: Call) -> Reply:
     """The version of ringfeed."""
+    return Reply({"version": version_number()})
+
+
+@cache
+def version_number() -> str:
+    """The version of the installed package; "unknown" in a checkout that is not installed."""
     try:
-        number = importlib.metadata.version("ringfeed")
+        return importlib.metadata.version("ringfeed")
     except importlib.metadata.PackageNotFoundError:
-        number = "unknown"
-    return Reply({"version": number})
+        return "unknown"
 
 
 async def _state(call: Call) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import jinja2.meta
 
 from ipc.errors import InvalidRequest
 from pipeline.http.generation.tool_definitions import read_tools
+from pipeline.http.parsing.scanner import Tool
 from workers.tokenizer.template_files import read_templates
 from workers.tokenizer.template_sandbox import TemplateSandbox
 
@@ -68,7 +69,7 @@ def messages_for(messages: list[Message], tools: Any, template_reads_tools: bool
     return _described(shown, "\n".join([_HEAD, *map(_line, definitions)])) if definitions else shown
 
 
-def _line(definition: dict[str, Any]) -> str:
+def _line(definition: Tool) -> str:
     shown = {key: definition[key] for key in ("name", "description", "parameters") if definition.get(key) is not None}
     return json.dumps(shown, ensure_ascii=False)
 
@@ -115,9 +116,17 @@ def _joined(first: Any, second: Any, separator: str = "\n\n") -> Any:
     """Two contents as one. Each is a text, a list of parts, or None."""
     if not first or not second:
         return first or second or ""
-    if isinstance(first, str) and isinstance(second, str):
-        return f"{first}{separator}{second}"
-    return [*_parts(first), {"type": "text", "text": separator}, *_parts(second)]
+    texts = [_plain(first), _plain(second)]
+    if None in texts:  # parts that are no text: the engine's tokenizer refuses them by name
+        return [*_parts(first), *_parts(second)]
+    return separator.join(map(str, texts))
+
+
+def _plain(content: Any) -> str | None:
+    """The text of a content, with its parts on lines of their own; None if it holds anything else."""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in _parts(content)]
+    plain = [text for text in texts if isinstance(text, str)]
+    return "\n".join(plain) if len(plain) == len(texts) else None
 
 
 def _parts(content: Any) -> list[Any]:

@@ -16,6 +16,9 @@ from pipeline.http.parsing.scanner import Tool
 _NAME: Final = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _NAME_RULE: Final = "1 to 64 letters, digits, underscores, dots or hyphens"
 _MODES: Final[tuple[Literal["auto", "none", "required"], ...]] = ("auto", "none", "required")
+_MAPS_OF_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_DATA: Final = ("const", "enum", "required")
+_ANNOTATIONS: Final = ("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly")
 NO_PARAMETERS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -73,11 +76,31 @@ def read_tool_use(tools: Any, tool_choice: Any) -> ToolUse:
 
 
 def parameters_of(tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a function's arguments, which are an object. Without a schema there are none."""
+    """The JSON schema of a function's arguments, which are an object. Without a schema there are none.
+
+    The schema has no descriptions: a grammar does not need them, and its size is limited.
+    """
     parameters = tool.get("parameters")
     if parameters is None:
         return NO_PARAMETERS
-    return parameters if "type" in parameters or "$ref" in parameters else {"type": "object", **parameters}
+    bare: dict[str, Any] = _bare(parameters)
+    return bare if "type" in bare or "$ref" in bare else {"type": "object", **bare}
+
+
+def _bare(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_bare(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    bare = {}
+    for key, value in schema.items():
+        if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
+            bare[key] = {name: _bare(each) for name, each in value.items()}
+        elif key in _DATA:
+            bare[key] = value
+        elif key not in _ANNOTATIONS:
+            bare[key] = _bare(value)
+    return bare
 
 
 def checked_name(name: Any, where: str) -> str:

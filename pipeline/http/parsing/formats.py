@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 from pipeline.http.generation.events import Content, Event
 from pipeline.http.parsing import json_families
@@ -12,6 +12,7 @@ from pipeline.http.parsing.families import ALWAYS_REASON, CALL_SCRIPTS, HARMONY
 from pipeline.http.parsing.harmony import harmony
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.reasoning import with_reasoning
+from pipeline.http.parsing.response_template import TemplateParser
 from pipeline.http.parsing.scanner import Scanner, Script, ScriptParser, Steps, Tool
 
 CallForm = Literal["none", "native", "json_list", "json_arguments"]
@@ -31,7 +32,7 @@ class PlainText:
     """The parser of text that holds neither calls nor reasoning. It runs for each token of most streams."""
 
     def push(self, text: str) -> list[Event]:
-        return [Content(text)]
+        return [Content(text)] if text else []
 
     def finish(self) -> list[Event]:
         return []
@@ -56,6 +57,7 @@ class OutputFormat:
     `reasoning_tags`: the texts that begin and end the reasoning.
     `always_reasons`: the text begins inside the reasoning even where the prompt does not open it. A grammar then holds
     behind the end tag alone. `reasoning_begin_id`, `reasoning_end_id`: the tags as tokens, where each is one token.
+    `response_template`: of the model's tokenizer_config.json, where `tool_parser` or `reasoning_parser` is that.
     """
 
     tool_parser: str | None = None
@@ -64,34 +66,42 @@ class OutputFormat:
     reasoning_tags: tuple[str, str] | None = None
     reasoning_begin_id: int | None = None
     reasoning_end_id: int | None = None
+    response_template: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def always_reasons(self) -> bool:
         return self.reasoning_parser in ALWAYS_REASON
 
-    def opens_reasoning(self, prompt: str) -> bool:
-        """Whether the prompt ends with the begin tag of a reasoning: what `starts_in_reasoning` should be."""
-        return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
-
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser:
         """A parser for one sample.
 
         `reads_calls` "none": text only. "native": calls in the family's own form; without a known family, an answer
-        that is a JSON call of one of the tools. "json_list", "json_arguments": what a grammar made, the latter for the
-        only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
+        that is a JSON call of one of the tools. "json_list", "json_arguments": the JSON that a grammar made, the
+        latter for the only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
-        if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
+        families = (self.tool_parser if self.tool_parser == HARMONY else None, self.reasoning_parser)
+        if reads_calls == "none" and families == (None, None) and self.reasoning_tags is None:
             return PlainText()
-        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
+        if self.response_template is not None and reads_calls in ("none", "native"):
+            begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
+            return TemplateParser(
+                self.response_template,
+                tools,
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
+                begin_of_reasoning=begin,
+            )
+        form = NATIVE_FORMS.get(self.tool_parser or "")
+        call_id_length = form.call_id_length if form else 0
+        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools, call_id_length)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
         if HARMONY in (self.tool_parser, self.reasoning_parser):
             return harmony(
                 _GRAMMAR_SCRIPTS.get(reads_calls),
                 starts_inside=starts_in_reasoning,
-                reads_calls=reads_calls == "native",
+                reads_calls=reads_calls == "native" and self.tool_parser is not None,
             )
         if reads_calls == "native":
             answer = CALL_SCRIPTS[self.tool_parser] if self.tool_parser else json_families.any_json
