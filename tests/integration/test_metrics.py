@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -9,10 +10,12 @@ import pytest
 from prometheus_client import parser
 
 from pipeline import Pipeline, SamplingParams
+from pipeline.http.metrics.table import HISTOGRAM_METRICS
 from tests.integration.conftest import TINY_CONFIG
 
 pytestmark = pytest.mark.slow
 
+OF_DETOKENIZER = (*(metric.name for metric in HISTOGRAM_METRICS), "ringfeed_samples_finished_total")
 PROMPTS = ["A class", "A list", "The json module"]
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -46,15 +49,18 @@ def test_every_request_is_measured_once_and_every_http_process_says_the_same(eng
     assert value(series, "ringfeed_time_to_first_token_seconds_count") == 5
     assert value(series, "ringfeed_samples_finished_total", finished_reason="length") == 5
     assert value(series, "ringfeed_inter_token_latency_seconds_count") == 3 * 5 + 2 * 4
-    assert value(series, "ringfeed_generation_tokens_total") == 3 * 6 + 2 * 5
     assert value(series, "ringfeed_request_generation_tokens_sum") == sum(usage.completion_tokens for usage in usages)
     assert value(series, "ringfeed_request_prompt_tokens_sum") == sum(usage.prompt_tokens for usage in usages)
-    changing = ("ringfeed_http", "ringfeed_process", "ringfeed_client")  # each scrape counts there
-    own = {name: found for name, found in series.items() if not name[0].startswith(changing)}
+    # The detokenizer counts before it sends a final answer; the scheduler may count a moment after.
+    own = {key: found for key, found in series.items() if key[0].startswith(OF_DETOKENIZER)}
+    assert len(own) > 100
     for _ in range(8):  # the kernel gives connections to both processes
         again = scrape(engine)
-        assert {name: again[name] for name in own} == own
+        assert {key: again[key] for key in own} == own
     assert value(again, "ringfeed_http_responses_total", status="2xx") >= 8
+    deadline = time.monotonic() + 20
+    while value(scrape(engine), "ringfeed_generation_tokens_total") != 3 * 6 + 2 * 5:
+        assert time.monotonic() < deadline
 
 
 def test_the_times_of_a_request_are_in_the_order_of_its_stages(engine: Pipeline) -> None:
