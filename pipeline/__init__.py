@@ -30,7 +30,7 @@ from ipc.scheduling_params import SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.chat_input import Chat
-from pipeline.client.outputs import Completion, Health, Output, TokenLogprob, Usage
+from pipeline.client.outputs import Completion, Health, Output, TokenizedPrompt, TokenLogprob, Usage
 from pipeline.client.streams import OutputStream
 from pipeline.client.sync_client import Client, Stream
 
@@ -62,6 +62,7 @@ __all__ = [
     "Stream",
     "StructuredOutputs",
     "TokenLogprob",
+    "TokenizedPrompt",
     "TokensExcluded",
     "Usage",
 ]

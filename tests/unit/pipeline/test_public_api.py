@@ -21,8 +21,7 @@ PUBLIC = [
     "AsyncClient", "Chat", "Client", "Completion", "Config", "ConfigError", "EngineUnavailable", "Health",
     "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream", "Pipeline", "ProtocolError",
     "QueueFull", "RequestFailed", "RingfeedError", "SamplingParams", "SchedulingParams", "Stream",
-    "StructuredOutputs", "TokenLogprob", "TokensExcluded",
-    "Usage",
+    "StructuredOutputs", "TokenLogprob", "TokenizedPrompt", "TokensExcluded", "Usage",
 ]  # fmt: skip
 
 
