@@ -121,6 +121,7 @@ class Query(Message, frozen=True):
 
     query_id: int
     what: Literal["health", "stats"]
+    arrays: BoundedList[str] = []  # names of the arrays that `Stats` shall have; the gateway ignores unknown names
 
 
 class ClearCache(Message, frozen=True):
@@ -219,6 +220,27 @@ class PromptLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: TokenLogprobs  # of these tokens
 
 
+class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
+    """When one sample of a request passed each stage, in nanoseconds of the engine machine's CLOCK_MONOTONIC.
+
+    Only differences between these times have a meaning on another machine.
+
+    Args:
+        arrived_ns: the gateway received the request.
+        tokenized_ns: a tokenizer finished encoding the prompt; None if the request ended before.
+        admitted_ns: the scheduler first admitted the sample; None if the sample ended in the queue. A preempted sample
+            keeps this time when it resumes.
+        first_token_ns: the sample's first token reached the detokenizer; None if it has no token.
+        last_token_ns: the same of its last token.
+    """
+
+    arrived_ns: int
+    tokenized_ns: int | None = None
+    admitted_ns: int | None = None
+    first_token_ns: int | None = None
+    last_token_ns: int | None = None
+
+
 class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The end of a sample. With `num_open` 0 it is the request's final answer and ends samples that are still open."""
 
@@ -230,6 +252,7 @@ class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_cached_tokens: int = 0  # prompt tokens found in the cache when sample 0 was admitted
     num_open: int = 0  # samples of the request that have not ended
     retry_after_s: float = 0.0  # of a full queue: when to try again
+    times: RequestTimes | None = None  # of the sample; None with an error that the gateway reports
 
 
 class Outputs(Message, frozen=True):
@@ -271,6 +294,13 @@ class Health(Message, frozen=True):
     max_open_requests: int  # of one client; the gateway refuses more at once
 
 
+class StatsArray(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A copy of an array of integers on a statistics page."""
+
+    shape: BoundedList[int]
+    values: bytes  # int64, of this shape
+
+
 class Stats(Message, frozen=True):
     """gateway -> client, answers a `Query`: counters and gauges of every process by role.
 
@@ -279,6 +309,7 @@ class Stats(Message, frozen=True):
 
     query_id: int
     roles: NameMap[NameMap[float]]
+    arrays: NameMap[NameMap[StatsArray]] = {}  # of each role that has arrays of the names in the query
 
 
 class CacheCleared(Message, frozen=True):
@@ -374,6 +405,7 @@ class Tokenized(Message, frozen=True):
     deadline_ns: int = 0
     error_code: str = ""
     error_message: str = ""
+    tokenized_ns: int = 0  # when the prompt was encoded, CLOCK_MONOTONIC
 
 
 class TokenizerQuery(Message, frozen=True):
@@ -484,6 +516,8 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     logprob_token_ids: BoundedList[int] = []  # of SamplingParams
     num_samples: int = 1  # a request that the scheduler refuses has one, which ends at once
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
+    arrived_ns: int = 0  # see RequestTimes
+    tokenized_ns: int = 0
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -514,7 +548,8 @@ class StepOutputs(Message, frozen=True):
     """
 
     opened: BoundedList[Opened] = []
-    cached: BoundedList[tuple[int, int]] = []  # (key, prompt tokens found in the cache), only if there are any
+    # Sequences that were admitted: (key, when by CLOCK_MONOTONIC in ns, prompt tokens found in the cache).
+    admitted: BoundedList[tuple[int, int, int]] = []
     prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (key of sample 0, next part of its prompt)
     keys: bytes = b""  # int64 [n]
     token_ids: bytes = b""  # int32 [n]

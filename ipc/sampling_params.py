@@ -159,6 +159,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         msgspec.structs.force_setattr(copied, "seed", seed)
         return copied
 
+    def with_special_tokens(self) -> Self:
+        """A copy whose output has the text of special tokens."""
+        copied = copy.copy(self)
+        copied._set(skip_special_tokens=False)
+        return copied
+
     def without_long_values(self) -> Self:
         """These parameters without the fields that travel as long values (`ipc/long_values.py`)."""
         if self.logit_bias is None and self.allowed_token_ids is None and not self.bad_words:

@@ -33,6 +33,10 @@ def _is_choice(value: object) -> bool:
     )
 
 
+def _is_tags(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= 2 and all(isinstance(tag, str) and tag for tag in value)
+
+
 _TEXT: Final[Rule] = (_is_text_or_none, "must be a string that is not empty, or None")
 _FLAG: Final[Rule] = (lambda value: isinstance(value, bool), "must be true or false")
 _RULES: Final[dict[str, Rule]] = {
@@ -45,6 +49,7 @@ _RULES: Final[dict[str, Rule]] = {
     "disable_any_whitespace": _FLAG,
     "disable_additional_properties": _FLAG,
     "whitespace_pattern": _TEXT,
+    "after_reasoning": (_is_tags, "must be a list of at most 2 strings that are not empty: [], [end] or [begin, end]"),
 }
 
 
@@ -63,9 +68,15 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             an indentation of at most 40 characters, wherever JSON allows whitespace.
         disable_additional_properties: true = objects whose schema lists properties have no others.
         whitespace_pattern: a regular expression of whitespace that replaces that default.
+        after_reasoning: the tags of a reasoning that comes first and is free text. [end] = the text begins inside the
+            reasoning, and the constraint holds behind `end`. [begin, end] = a text that begins with `begin` has a
+            reasoning up to `end`; the constraint holds behind it, and otherwise from the first token. [] = the text has
+            no reasoning. A reasoning may hold any token but those that end the sequence, since there would be no answer
+            then, and the special tokens that a `structural_tag` names.
 
-    The last three apply to JSON: with `json`, `json_object` and the schemas of `structural_tag`. All text together may
-    have 256 KiB. Raises InvalidRequest, naming field and value, for anything else.
+    The options of whitespace and of additional properties apply to JSON: with `json`, `json_object` and the schemas of
+    `structural_tag`. All text together may have 256 KiB. Raises InvalidRequest, naming field and value, for anything
+    else.
     """
 
     json: Schema | None = None
@@ -77,6 +88,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    after_reasoning: BoundedList[str] = []
 
     def __post_init__(self) -> None:
         if isinstance(self.json, dict):
@@ -108,7 +120,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     def num_bytes(self) -> int:
         """The size of all text as UTF-8. A lone surrogate counts as 3 bytes; the codec refuses it."""
         texts = (self.json, self.regex, *(self.choice or ()), self.grammar, self.structural_tag)
-        given = [text for text in (*texts, self.whitespace_pattern) if isinstance(text, str)]
+        given = [text for text in (*texts, self.whitespace_pattern, *self.after_reasoning) if isinstance(text, str)]
         return sum(len(text.encode("utf-8", "surrogatepass")) for text in given)
 
 

@@ -25,12 +25,13 @@ from ipc.errors import (
     RingfeedError,
     TokensExcluded,
 )
+from ipc.messages import RequestTimes
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.chat_input import Chat
-from pipeline.client.outputs import Completion, Health, Output, TokenizedPrompt, TokenLogprob, Usage
+from pipeline.client.outputs import Completion, EngineStats, Health, Output, TokenizedPrompt, TokenLogprob, Usage
 from pipeline.client.streams import OutputStream
 from pipeline.client.sync_client import Client, Stream
 
@@ -45,6 +46,7 @@ __all__ = [
     "Completion",
     "Config",
     "ConfigError",
+    "EngineStats",
     "EngineUnavailable",
     "Health",
     "InvalidRequest",
@@ -56,6 +58,7 @@ __all__ = [
     "ProtocolError",
     "QueueFull",
     "RequestFailed",
+    "RequestTimes",
     "RingfeedError",
     "SamplingParams",
     "SchedulingParams",

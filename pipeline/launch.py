@@ -15,7 +15,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -23,7 +23,7 @@ from ipc.block_hash import SEED_BYTES
 from ipc.errors import ConfigError, EngineUnavailable
 from pipeline.cli import run_module
 from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint, runtime_folder
-from pipeline.engine.announcer import Announcer
+from pipeline.engine.announcer import Announcer, HttpFront
 from pipeline.engine.config import Config, config_from_dict, find_origin, load_config, to_toml
 from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
 from pipeline.engine.role_settings import EngineFacts
@@ -33,6 +33,8 @@ from pipeline.engine.supervisor import Supervisor
 from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, Table
 from pipeline.engine.wiring import Wiring
 from pipeline.environment.descriptors import check_room, raise_descriptor_limit
+from pipeline.http.config import HTTP_LISTENER
+from pipeline.http.listener import open_listener, read_keys, url_of
 from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
 from workers.process import LOG_FORMAT
@@ -65,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.set_defaults(run=run)
     add_engine_options(parser)
+    parser.add_argument(
+        "--no-http", action="store_true", help="with --model: no HTTP server; only ringfeed's own clients can connect"
+    )
     parser.add_argument("--check", action="store_true", help="check and print the resolved configuration, run nothing")
     parser.add_argument(
         "--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"), help="of standard error"
@@ -93,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
         source, config = options.config, load_config(options.config, options.set)
     else:
         source = f"--model {options.model}"
-        config = config_from_dict({"model": {"path": options.model}}, source, overrides=options.set)
+        given: dict[str, Any] = {"model": {"path": options.model}} | ({} if options.no_http else {"http": {}})
+        config = config_from_dict(given, source, overrides=options.set)
     try:
         if options.check:
             _print_resolved(config)
@@ -135,8 +141,15 @@ def launch(
     check_room(_NUM_DESCRIPTORS + _NUM_PER_WORKER * num_workers, "this engine")
     check_device(config.model.device)
     model = find_model(config)
+    if config.http is not None:
+        read_keys(config.http)  # a fault in the file is an error of the configuration, and not of an HTTP process
     endpoint = config.frontend.endpoint or default_endpoint()
     with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
+        lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}
+        url = None
+        if config.http is not None:
+            listener = stack.enter_context(open_listener(config.http))
+            lent[HTTP_LISTENER], url = listener.fileno(), url_of(config.http, listener)
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
         facts = EngineFacts(
             config=config,
@@ -147,7 +160,7 @@ def launch(
             log_level=log_level,
             traced=recorder is not None,
             cache_seed=secrets.token_bytes(SEED_BYTES) if config.cache.prefix_caching else None,
-            lent={} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd},
+            lent=lent,
         )
         wiring = Wiring(table, facts)
         resources = stack.enter_context(closing(SharedResources(wiring)))  # the supervisor closes it first
@@ -156,12 +169,18 @@ def launch(
         supervisor = Supervisor(
             wiring,
             resources,
-            Announcer(endpoint, model.name, _describe(config, model), status_fd),
+            Announcer(endpoint, model.name, _describe(config, model), status_fd, front=_front(config, model, url)),
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,
             lifeline_fd=lifeline_fd,
         )
         return supervisor.run()
+
+
+def _front(config: Config, model: ServedModel, url: str | None) -> HttpFront | None:
+    if config.http is None or url is None:
+        return None
+    return HttpFront(url, (config.http.served_model_names or [model.name])[0], needs_key=bool(config.http.api_key_file))
 
 
 def _describe(config: Config, model: ServedModel) -> str:

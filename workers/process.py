@@ -56,6 +56,7 @@ class WorkerProcess:
         self.stats_page = StatsPage(bootstrap.stats)
         self.stats = self.stats_page.values
         self.stats.pid[0] = os.getpid()
+        self.stats.num_starts[0] += 1
         self.trace = self.tracer_of(MAIN)
         self._awake_since_ns = time.monotonic_ns()
         self._control = self.connect("control")
@@ -75,6 +76,16 @@ class WorkerProcess:
     def tracer_of(self, thread: str) -> Tracer:
         """The tracer of a thread that the table names. It belongs to that thread alone."""
         return tracer(self._bootstrap.traces.get(thread))
+
+    @property
+    def control_fd(self) -> int:
+        """A descriptor that is readable when the launcher may have sent a message, for a role with an event loop.
+
+        It is edge-triggered: after each event, and once after it is first watched, call `wait(0)`.
+        """
+        fd = self._control.getsockopt(zmq.FD)
+        assert isinstance(fd, int), "ZeroMQ's descriptor is an integer"
+        return fd
 
     def watch(self, source: zmq.Socket[Any] | int) -> None:
         """Wake from `wait()` when this socket or descriptor is readable."""

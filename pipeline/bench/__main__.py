@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from pipeline.bench import grammar, host, idle, overload, prefix, scheduler, throughput
+from pipeline.bench import grammar, host, http, idle, overload, prefix, scheduler, throughput
 from pipeline.cli import run_module
 
 _EXAMPLES: Final = """\
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each benchmark."""
     parser.epilog = _EXAMPLES
     commands = parser.add_subparsers(required=True, metavar="NAME", title="benchmarks")
-    for module in (grammar, host, idle, overload, prefix, scheduler, throughput):
+    for module in (grammar, host, http, idle, overload, prefix, scheduler, throughput):
         name = module.__name__.rpartition(".")[2]
         text = module.__doc__ or ""
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)

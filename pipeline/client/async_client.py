@@ -29,7 +29,7 @@ from pipeline.client.inputs import (
     scheduling_params,
     tokenize_frame,
 )
-from pipeline.client.outputs import Health, Output, TokenizedPrompt, tokenized_prompt
+from pipeline.client.outputs import EngineStats, Health, Output, TokenizedPrompt, tokenized_prompt
 from pipeline.client.session import Session, new_id
 from pipeline.client.streams import OutputStream
 from pipeline.terminal.progress_bar import progress_bar
@@ -187,6 +187,14 @@ class AsyncClient:
         stats: Stats = await self._session.query("stats", self._timeout_s)
         return stats.roles
 
+    async def stats_with_arrays(self, names: Sequence[str]) -> EngineStats:
+        """`stats()`, and those arrays of the processes' statistics that have one of these names.
+
+        Raises EngineUnavailable if no engine answers within `timeout_s`.
+        """
+        stats: Stats = await self._session.query("stats", self._timeout_s, names)
+        return EngineStats.of(stats)
+
     async def clear_cache(self) -> None:
         """Empty the prefix cache. Requests sent after this returns reuse no earlier prompt."""
         await self._session.query("clear_cache", self._timeout_s)
@@ -205,8 +213,7 @@ class AsyncClient:
                 effect on a chat, whose template writes them, and on token ids.
             scheduling: as of `generate`.
 
-        Raises InvalidRequest, QueueFull, EngineUnavailable or RequestFailed, and QueueFull if the query waits longer
-        than its queue time-out.
+        Raises the errors of `generate`, and QueueFull if the query waits longer than its queue time-out.
         """
         request_id = new_id()
         frame = tokenize_frame(request_id, prompt, add_special_tokens, scheduling_params(scheduling))
@@ -218,8 +225,7 @@ class AsyncClient:
         """The text of tokens, as the model's tokenizer decodes them.
 
         Args:
-            token_ids: ids, as a list or a 1-dimensional integer array; at most as many as the model's longest sequence
-                has.
+            token_ids: a list or a 1-dimensional integer array; no more ids than the model's longest sequence has.
             skip_special_tokens: whether special tokens have no text; otherwise their text is their name.
             scheduling: as of `generate`.
 
@@ -243,8 +249,7 @@ class AsyncClient:
     async def recall(self, key: str) -> bytes | None:
         """The value that a client has kept under this key; None if there is none, or the engine has forgotten it.
 
-        Raises InvalidRequest if the engine keeps no values, and QueueFull if this or other clients leave too many
-        answers unread.
+        Raises InvalidRequest if the engine keeps no values, and QueueFull if clients leave too many answers unread.
         """
         answer = await self._recall(key, forget=False)
         return answer.value if answer.found else None

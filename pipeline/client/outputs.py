@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from ipc.messages import FinishReason, PromptLogprobs, PromptTokens, TokenBytes, TokenLogprobs
+from ipc.messages import FinishReason, PromptLogprobs, PromptTokens, RequestTimes, Stats, TokenBytes, TokenLogprobs
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +29,26 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     max_model_len: int
     max_open_requests: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The statistics of every process of an engine, by role.
+
+    Args:
+        roles: counters and gauges: {"scheduler": {"num_steps": 12, ...}, "tokenizer.0": {...}, ...}.
+        arrays: arrays of 64-bit integers by role and name; `tolist()` gives nested lists.
+    """
+
+    roles: dict[str, dict[str, float]]
+    arrays: dict[str, dict[str, memoryview]]
+
+    @classmethod
+    def of(cls, stats: Stats) -> EngineStats:
+        """From the engine's answer."""
+        return cls(stats.roles, {
+            role: {name: memoryview(array.values).cast("q", array.shape) for name, array in of_role.items()}
+            for role, of_role in stats.arrays.items()
+        })  # fmt: skip
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -110,6 +130,7 @@ class Completion(msgspec.Struct, kw_only=True):
         token_ids: the generated tokens; they may end with the tokens of a stop string.
         finish_reason: "stop", "length", "cancelled", "deadline" or "queue_timeout".
         logprobs: one entry per token if the request asked for them; otherwise None.
+        times: when the sample passed each stage of the engine; None if it was cancelled before it was sent.
     """
 
     index: int
@@ -117,6 +138,7 @@ class Completion(msgspec.Struct, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
+    times: RequestTimes | None = None
 
 
 class Output(msgspec.Struct, kw_only=True):
@@ -141,6 +163,8 @@ class Output(msgspec.Struct, kw_only=True):
         prompt_logprobs: one entry per token of the prompt if the request asked for them; otherwise None. The first is
             None, because nothing precedes it. In a stream, the entries come before the first token of sample 0 or with
             it. A request that ends before its prompt is computed has only those computed until then.
+        times: when the sample passed each stage of the engine, in the Output that has its `finish_reason`; otherwise
+            None.
     """
 
     request_id: str
@@ -154,6 +178,7 @@ class Output(msgspec.Struct, kw_only=True):
     error: str | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    times: RequestTimes | None = None
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> Output:

@@ -12,6 +12,7 @@ import itertools
 import reprlib
 import uuid
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from ipc.codec import encode
@@ -120,10 +121,15 @@ class Session:
         else:
             self._connect().send(encode(Cancel(request_id=request_id)))
 
-    async def query(self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None) -> Any:
+    async def query(
+        self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None, arrays: Sequence[str] = ()
+    ) -> Any:
         """Ask for the engine's state, its statistics, or an empty cache. Waits for the answer as `ask` does."""
         query_id = next(self._query_ids)
-        frame = encode(ClearCache(query_id=query_id) if what == "clear_cache" else Query(query_id=query_id, what=what))
+        if what == "clear_cache":
+            frame = encode(ClearCache(query_id=query_id))
+        else:
+            frame = encode(Query(query_id=query_id, what=what, arrays=list(arrays)))
         return await self.ask(query_id, frame, timeout_s)
 
     async def ask(self, query_id: int | str, frame: bytes, timeout_s: float | None, *, is_queued: bool = False) -> Any:

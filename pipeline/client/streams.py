@@ -45,11 +45,12 @@ class Sample:
         output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
         if self.logprobs:
             output.logprobs = token_logprobs(self.token_ids, self.logprobs)
-        output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)] or None
+        if self.prompt_logprobs or self.without_logprob:
+            output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)]
+            self.prompt_logprobs, self.without_logprob = [], []
         if self.final is not None:
-            output.finish_reason = self.final.finish_reason
+            output.finish_reason, output.times = self.final.finish_reason, self.final.times
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
-        self.prompt_logprobs, self.without_logprob = [], []
         return output
 
 
@@ -163,6 +164,7 @@ class OpenRequest:
                     token_ids=output.token_ids,
                     finish_reason=output.finish_reason,
                     logprobs=output.logprobs,
+                    times=output.times,
                 )
             )
         return whole

@@ -11,7 +11,7 @@ from ipc.sampling_params import SamplingParams
 from pipeline.client.async_client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
 from pipeline.client.inputs import Prompt, SchedulingOptions
 from pipeline.client.loop_thread import LoopThread
-from pipeline.client.outputs import Health, Output, TokenizedPrompt
+from pipeline.client.outputs import EngineStats, Health, Output, TokenizedPrompt
 from pipeline.client.streams import OutputStream
 
 
@@ -120,6 +120,13 @@ class Client:
         engine answers within `timeout_s`.
         """
         return self._thread.run(self._client.stats())
+
+    def stats_with_arrays(self, names: Sequence[str]) -> EngineStats:
+        """`stats()`, and those arrays of the processes' statistics that have one of these names.
+
+        Raises EngineUnavailable if no engine answers within `timeout_s`.
+        """
+        return self._thread.run(self._client.stats_with_arrays(names))
 
     def clear_cache(self) -> None:
         """Empty the prefix cache. Requests sent after this returns reuse no earlier prompt."""

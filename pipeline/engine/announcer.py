@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ipc.messages import Progress
@@ -16,15 +18,44 @@ logger = logging.getLogger(__name__)
 _LOG_EVERY: Final = 0.25  # share of a stage between two log lines, without a terminal
 
 
+@dataclass(frozen=True)
+class HttpFront:
+    """Where the HTTP server listens, and the name under which it serves the model."""
+
+    url: str
+    model: str
+    needs_key: bool
+
+    def curl(self) -> str:
+        """A command that asks for a chat completion, for a POSIX shell."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}]}
+        words = ["curl", f"{self.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+        if self.needs_key:
+            words += ["-H", "Authorization: Bearer KEY"]
+        if self.url.startswith("https"):
+            words.insert(1, "--insecure")
+        return shlex.join([*words, "-d", json.dumps(body, ensure_ascii=False)])
+
+
 class Announcer:
     """Reports the stages of one engine's start.
 
     `status_fd`, if given, gets one JSON object a line: {"event": "spawned", "endpoint": ..., "pids": {role: pid}} and
-    {"event": "ready", "endpoint": ..., "info": {...}}. `close()` closes it.
+    {"event": "ready", "endpoint": ..., "http_url": ..., "info": {...}}. `close()` closes it. `front`: of the HTTP
+    server, if there is one.
     """
 
-    def __init__(self, endpoint: str, model_name: str, details: str, status_fd: int | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        model_name: str,
+        details: str,
+        status_fd: int | None = None,
+        *,
+        front: HttpFront | None = None,
+    ) -> None:
         self._endpoint = endpoint
+        self._front = front
         self._model_name = model_name
         self._details = details
         self._status_fd = status_fd
@@ -63,7 +94,12 @@ class Announcer:
             info["num_blocks"],
             self._details,
         )
-        self._tell_program(event="ready", endpoint=self._endpoint, info=info)
+        url = None
+        if self._front is not None:
+            url = self._front.url
+            logger.info("serving %s (a page for browsers, and the APIs of OpenAI and Anthropic); try:", url)
+            logger.info("  %s", self._front.curl())
+        self._tell_program(event="ready", endpoint=self._endpoint, http_url=url, info=info)
 
     def close(self) -> None:
         """Remove the progress bar and close the pipe."""

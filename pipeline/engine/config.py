@@ -19,10 +19,12 @@ import msgspec
 import pipeline.environment.own_workers  # noqa: F401
 from ipc.errors import ConfigError
 from pipeline.client.endpoint import check_endpoint
+from pipeline.engine.config_combinations import COMBINED, check_combinations
 from pipeline.engine.config_fields import fields_of, toml_value
 from pipeline.engine.config_paths import file_path, model_path
+from pipeline.http.config import HttpConfig
 from workers.gateway.config import FrontendConfig
-from workers.gpu.config import VARLEN_BLOCK_TOKENS, CacheConfig, ModelConfig
+from workers.gpu.config import CacheConfig, ModelConfig
 from workers.grammar.config import GrammarConfig
 from workers.scheduler.config import RingConfig, SchedulerConfig
 from workers.tokenizer.config import TokenizerConfig
@@ -35,8 +37,9 @@ _BAD_TOML: Final = (ValueError, RecursionError)  # tomllib's own is a ValueError
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of one engine, immutable. Only `model.path` has no default.
 
-    Each attribute is a section of the file: `model`, `scheduler`, `cache`, `ring`, `tokenizer`, `grammar`, `frontend`.
-    Make one with `Config.load` or `Config.from_dict`, which check it.
+    Each attribute is a section of the file: `model`, `scheduler`, `cache`, `ring`, `tokenizer`, `grammar`, `frontend`,
+    `http`. `http` is None if the file does not have it: the engine then has no HTTP server. Make one with `Config.load`
+    or `Config.from_dict`, which check it.
     """
 
     model: ModelConfig
@@ -46,6 +49,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerConfig = TokenizerConfig()
     grammar: GrammarConfig = GrammarConfig()
     frontend: FrontendConfig = FrontendConfig()
+    http: HttpConfig | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -69,7 +73,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return config_from_dict(values, overrides=override_strings(overrides))
 
 
-SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
+SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
+    field.name: HttpConfig if field.name == "http" else field.type for field in msgspec.structs.fields(Config)
+}
+_OPTIONAL: Final = ("http",)  # sections that have no effect unless they are given
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
@@ -150,13 +157,20 @@ def to_toml(config: Config) -> str:
     """The whole configuration, defaults included, as TOML that `load_config` reads back; unset keys are comments."""
     lines: list[str] = []
     for section in SECTIONS:
+        values = getattr(config, section)
+        if values is None:
+            lines += ["", f"# [{section}] is not set"]
+            continue
         lines += ["", f"[{section}]"]
-        for key, value in msgspec.structs.asdict(getattr(config, section)).items():
+        for key, value in msgspec.structs.asdict(values).items():
             lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}")
     return "\n".join(lines[1:]) + "\n"
 
 
-_PATHS: Final = {("model", "path"): model_path, ("tokenizer", "chat_template"): file_path}
+_PATHS: Final = {
+    ("model", "path"): model_path, ("tokenizer", "chat_template"): file_path, ("http", "api_key_file"): file_path,
+    ("http", "tls_cert"): file_path, ("http", "tls_key"): file_path,
+}  # fmt: skip
 
 
 class _Builder:
@@ -164,12 +178,13 @@ class _Builder:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        self._values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS if section not in _OPTIONAL}
         self._origins: dict[str, str] = {}
 
     def check_section(self, section: str, origin: str) -> None:
         if section not in SECTIONS:
             raise ConfigError(f"{origin}: there is no section [{section}]{_suggest(section, SECTIONS)}")
+        self._values.setdefault(section, {})
 
     def set(self, section: str, key: str, value: Any, origin: str) -> None:
         self.check_section(section, origin)
@@ -191,7 +206,7 @@ class _Builder:
 
     def find_path(self, section: str, key: str, folder: Path) -> None:
         """Make this value absolute, seen from `folder`, if it is a path."""
-        absolute, path = _PATHS.get((section, key)), self._values[section].get(key)
+        absolute, path = _PATHS.get((section, key)), self._values.get(section, {}).get(key)
         if absolute is None or path is None:
             return
         try:
@@ -209,56 +224,16 @@ class _Builder:
             value = self._values[section][key]
             if not _is_utf8(str(value)):
                 raise ConfigError(f"{origin}: {name} ({value!r}) is not UTF-8 text")
-        sections: dict[str, Any] = {section: make(**self._values[section]) for section, make in SECTIONS.items()}
+        sections: dict[str, Any] = {section: SECTIONS[section](**values) for section, values in self._values.items()}
         config = Config(**sections)
-        origins = {self._origins.get(name, self._source) for name in _COMBINED}
+        origins = {self._origins.get(name, self._source) for name in COMBINED}
         # One value of a pair that came from the command line is the one to name.
         origin = next((o for o in sorted(origins) if o != self._source), self._source)
         try:
-            check_combinations(config)
+            check_combinations(scheduler=config.scheduler, cache=config.cache, model=config.model, http=config.http)
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from None
         return config
-
-
-_COMBINED: Final = (
-    "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens", "scheduler.max_model_len", "cache.num_blocks",
-    "cache.block_size", "model.load_format", "model.null_step_ms", "model.attention",
-)  # fmt: skip
-
-
-def check_combinations(config: Config) -> None:
-    """Raise ConfigError for values that are right one by one and cannot work together."""
-    scheduler, cache, model = config.scheduler, config.cache, config.model
-    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
-        raise ConfigError(
-            f"scheduler.max_num_batched_tokens ({scheduler.max_num_batched_tokens}) is smaller than "
-            f"scheduler.max_num_seqs ({scheduler.max_num_seqs}): a full decode step would not fit; "
-            "raise the first or lower the second"
-        )
-    if scheduler.max_model_len is not None and cache.num_blocks is not None:
-        check_cache_holds_one_sequence(cache.num_blocks, cache.block_size, scheduler.max_model_len)
-    if model.null_step_ms and model.load_format != "null":
-        raise ConfigError(
-            f"model.null_step_ms ({model.null_step_ms}) has no effect with model.load_format "
-            f'("{model.load_format}"): leave it out, or set load_format = "null"'
-        )
-    if model.attention == "varlen" and cache.block_size % VARLEN_BLOCK_TOKENS:
-        raise ConfigError(
-            f'model.attention ("varlen") reads KV blocks of {VARLEN_BLOCK_TOKENS} tokens or a multiple of that, not of '
-            f"cache.block_size ({cache.block_size}): set cache.block_size to {VARLEN_BLOCK_TOKENS}, or model.attention "
-            'to "auto"'
-        )
-
-
-def check_cache_holds_one_sequence(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Raise ConfigError if the longest sequence could never be computed to its end."""
-    if num_blocks * block_size < max_model_len:
-        raise ConfigError(
-            f"the KV cache (cache.num_blocks {num_blocks} x cache.block_size {block_size} = "
-            f"{num_blocks * block_size} tokens) cannot hold one sequence of scheduler.max_model_len "
-            f"({max_model_len}) tokens: lower max_model_len or give the cache more blocks"
-        )
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:

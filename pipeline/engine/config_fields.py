@@ -63,6 +63,8 @@ def describe_type(kind: Any) -> str:
     arguments = [argument for argument in typing.get_args(kind) if argument is not types.NoneType]
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(f'"{argument}"' for argument in arguments)
+    if typing.get_origin(kind) is list:
+        return f"a list of {describe_type(arguments[0]).split(' ', 1)[1]}s"
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(describe_type(argument) for argument in arguments)
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
@@ -72,6 +74,8 @@ def toml_value(value: Any) -> str:
     """A value of a configuration as TOML."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value)

@@ -14,12 +14,13 @@ import msgspec
 
 from pipeline.engine.config import SECTIONS, Config, to_toml
 from pipeline.engine.config_fields import ConfigField, describe_type, fields_of, toml_value
+from pipeline.http.config import HttpConfig
 from workers.gpu.config import ModelConfig
 
 _HEAD: Final = """\
 # Configuration
 
-<!-- Made by `make configuration` from the structs in workers/*/config.py: edit those. -->
+<!-- Made by `make configuration` from the structs in workers/*/config.py and pipeline/http/config.py: edit those. -->
 
 An engine reads one TOML file. Only `model.path` is required:
 
@@ -32,6 +33,8 @@ path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a hub id, or a folder
 - `--set section.key=value` overrides a value, as often as you like. The value is TOML, or else a plain string.
 - `--check` validates the configuration and prints all keys with their values. It starts nothing.
 - In Python, `Pipeline` takes a file or a dictionary: `Pipeline({"model": {"path": "my-model"}})`.
+
+An engine without the section `[http]` has no HTTP server. Every other section has its defaults without being named.
 
 An unknown key, a value of a wrong type or out of range, or an impossible combination is one error. It names the file
 (or the `--set` option), the key, the value and the cure.
@@ -52,6 +55,7 @@ Some values are valid on their own and cannot work together. The engine refuses 
   names no limit.
 - `model.null_step_ms` needs `model.load_format = "null"`.
 - `model.attention = "varlen"` needs a `cache.block_size` of 256 or a multiple of it.
+- `http.tls_cert` and `http.tls_key` belong together.
 
 ## All keys with their defaults
 
@@ -66,7 +70,7 @@ def page() -> str:
         lines += [f"## [{section}]", "", (struct.__doc__ or "").strip(), ""]
         for field in fields_of(struct).values():
             lines += [f"### {section}.{field.key}", "", f"*{_facts(field)}*", "", field.description, ""]
-    example = to_toml(Config(model=ModelConfig(path="PATH")))
+    example = to_toml(Config(model=ModelConfig(path="PATH"), http=HttpConfig()))
     return "\n".join(lines).rstrip() + "\n" + _COMBINATIONS + example + "```\n"
 
 

@@ -52,7 +52,8 @@ class Pipeline:
         timeline: a file for a trace of all processes and the device (`ringfeed serve --timeline`).
 
     A relative model path starts at the current folder; in a TOML file it starts at the file's folder. Without
-    `frontend.endpoint` the engine gets a private endpoint.
+    `frontend.endpoint` the engine gets a private endpoint. Without `http.port` its HTTP server takes a free port;
+    `http_url` has the server's URL once the engine is ready, and is None without a server.
 
     Raises ConfigError for a configuration that cannot work, and EngineUnavailable, with the last lines of the engine's
     log, if the engine does not start. The engine also ends if this process is killed, or when the last reference to the
@@ -81,6 +82,7 @@ class Pipeline:
         self._process: EngineProcess | None = None
         self._client: Client | None = None
         self.endpoint = connectable(self.config.frontend.endpoint or "")
+        self.http_url: str | None = None
         self.pids: dict[str, int] = {}  # role -> process id, "launcher" included
 
     @property
@@ -110,6 +112,8 @@ class Pipeline:
             config = msgspec.structs.replace(
                 config, frontend=msgspec.structs.replace(config.frontend, endpoint=self.endpoint)
             )
+        if config.http is not None and config.http.port is None:
+            config = msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, port=0))
         timeline = () if self._timeline is None else ("--timeline", os.fspath(self._timeline))
         hold_standard_descriptors()
         self._log = _open_log(self._log_path)
@@ -181,6 +185,7 @@ class Pipeline:
             for event in engine.events(self._startup_timeout_s):
                 self.pids |= event.get("pids", {})
                 if event["event"] == "ready":
+                    self.http_url = event["http_url"]
                     return
         except TimeoutError:
             raise self._startup_error(f"is not ready after startup_timeout_s ({self._startup_timeout_s} s)") from None
@@ -217,7 +222,8 @@ def _resolve(
         if not isinstance(model, str | os.PathLike):
             raise ConfigError(f"model ({model!r}) must be a folder or a hub id")
         source = f"model={os.fspath(model)!r}"
-        return source, config_from_dict({"model": {"path": os.fspath(model)}}, source, overrides=overrides)
+        given = {"model": {"path": os.fspath(model)}, "http": {}}
+        return source, config_from_dict(given, source, overrides=overrides)
     if config is None:
         raise ConfigError(
             'config (None) and model (None) are both missing: give a TOML file, Pipeline("engine.toml"), or a model, '
@@ -227,6 +233,7 @@ def _resolve(
         config = {
             section: {key: value for key, value in values.items() if value is not None}
             for section, values in msgspec.to_builtins(config).items()
+            if values is not None
         }
     if isinstance(config, Mapping):
         return "config", config_from_dict(config, "config", overrides=overrides)

@@ -20,7 +20,8 @@ import msgspec
 
 from ipc.errors import ConfigError
 from ipc.records import MAX_EOS_TOKEN_IDS
-from pipeline.engine.config import Config, check_cache_holds_one_sequence
+from pipeline.engine.config import Config
+from pipeline.engine.config_combinations import check_cache_holds_one_sequence
 from pipeline.environment.module_search import module_command, module_environment
 from workers.gpu.model.max_length import num_positions, unfit_rope_value
 from workers.gpu.model.weight_files import check_pointers, other_contents, weight_files

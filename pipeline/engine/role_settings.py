@@ -14,9 +14,10 @@ from typing import Final
 import msgspec
 
 from ipc.records import PROMPT_RECORD_TOKENS, StepShape
-from pipeline.client.endpoint import own_folder
+from pipeline.client.endpoint import connectable, own_folder
 from pipeline.engine.config import Config
 from pipeline.engine.model_files import ServedModel
+from pipeline.http.config import HttpBootstrap
 from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import GatewayBootstrap
@@ -139,4 +140,18 @@ def gpu(facts: EngineFacts, worker: WorkerBootstrap) -> GpuBootstrap:
         shape=facts.shape,
         depth=facts.config.ring.depth,
         mask_timeout_s=facts.config.grammar.mask_timeout_s,
+    )
+
+
+def http(facts: EngineFacts, worker: WorkerBootstrap) -> HttpBootstrap:
+    assert facts.config.http is not None, "without the section there is no process of this role"
+    return HttpBootstrap(
+        worker=worker,
+        http=facts.config.http,
+        endpoint=connectable(facts.endpoint),
+        model_name=facts.model.name,
+        model_folder=facts.model.folder,
+        chat_template=facts.config.tokenizer.chat_template,
+        max_model_len=facts.model.max_model_len,
+        drain_timeout_s=facts.config.frontend.drain_timeout_s,
     )

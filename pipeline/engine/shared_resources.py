@@ -61,7 +61,8 @@ class SharedResources:
     def _open(self, wiring: Wiring) -> None:
         for process in wiring.processes:
             self._keep(doorbell_key(process.name), Doorbell.create().fd)
-            self._keep(stats_key(process.name), StatsPage.create(process.name, process.role.counters).fd)
+            page = StatsPage.create(process.name, process.role.counters, process.role.arrays)
+            self._keep(stats_key(process.name), page.fd)
         for ring in wiring.rings:
             row, facts = ring.row, wiring.facts
             made = Ring.create(ring.name, row.layout(facts), row.num_records(facts), wiring.epoch(ring.name))

@@ -24,7 +24,7 @@ from ipc.errors import ConfigError
 from ipc.messages import Abort, Drain, Drained, Failed, Lost, Progress, Ready, Start, Stop, WorkerToLauncher
 from pipeline.engine.announcer import Announcer
 from pipeline.engine.child_process import ChildProcess
-from pipeline.engine.config import check_cache_holds_one_sequence
+from pipeline.engine.config_combinations import check_cache_holds_one_sequence
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.signals import EndRequests
 from pipeline.engine.topology import CONTROL, Role

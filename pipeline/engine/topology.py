@@ -15,15 +15,20 @@ from typing import Any, Final
 from ipc.mask_records import mask_layout, mask_request_layout
 from ipc.record_layout import Layout
 from ipc.records import prompt_layout, result_layout, step_layout
+from ipc.stats_page import ArrayShapes
 from pipeline.engine import role_settings
 from pipeline.engine.config import Config
 from pipeline.engine.role_settings import EngineFacts
+from pipeline.http.config import COUNTERS as HTTP_COUNTERS
+from pipeline.http.config import HTTP_LISTENER
 from workers.bootstrap import WorkerBootstrap
+from workers.detokenizer.config import ARRAYS as DETOKENIZER_ARRAYS
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
 from workers.gpu.config import COMPLETION
 from workers.gpu.config import COUNTERS as GPU_COUNTERS
 from workers.grammar.config import COUNTERS as GRAMMAR_COUNTERS
+from workers.scheduler.config import ARRAYS as SCHEDULER_ARRAYS
 from workers.scheduler.config import COUNTERS as SCHEDULER_COUNTERS
 from workers.tokenizer.config import COUNTERS as TOKENIZER_COUNTERS
 
@@ -47,6 +52,7 @@ class Role:
     Args:
         bootstrap: makes the role's bootstrap from the engine's facts and the worker's part in rings and sockets.
         counters: of its statistics page.
+        arrays: of its statistics page.
         start_order: lower numbers are spawned first.
         count: how many; None = one, without a number in its name.
         is_numbered: the first process has a number too: "tokenizer.0". Otherwise "gpu", "gpu.1", ...
@@ -56,6 +62,7 @@ class Role:
             Abort.
         is_dispensable: a running engine goes on without processes of this role that have died. The other processes are
             told `Lost`.
+        is_traced: the timeline shows when its main thread is awake.
         threads: further threads that are traced, besides the main one.
         keeps: descriptors that the launcher lends (`EngineFacts.lent`), as long as the process lives.
     """
@@ -65,6 +72,7 @@ class Role:
     bootstrap: Callable[[EngineFacts, WorkerBootstrap], Any]
     counters: tuple[str, ...]
     start_order: int
+    arrays: ArrayShapes = ()
     count: Callable[[Config], int] | None = None
     is_numbered: bool = False
     restart: Restart = Restart.ENGINE
@@ -73,6 +81,7 @@ class Role:
     is_dispensable: bool = False
     outlives_launcher: bool = False
     reads_statistics: bool = False
+    is_traced: bool = True
     threads: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
 
@@ -120,7 +129,7 @@ class Table:
 
 
 GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER = "gateway", "tokenizer", "detokenizer", "scheduler"
-GRAMMAR, GPU = "grammar", "gpu"
+GRAMMAR, GPU, HTTP = "grammar", "gpu", "http"
 
 ENGINE: Final = Table(
     roles=(
@@ -136,12 +145,12 @@ ENGINE: Final = Table(
         ),
         Role(
             name=DETOKENIZER, module="workers.detokenizer", bootstrap=role_settings.detokenizer,
-            counters=DETOKENIZER_COUNTERS, start_order=3,
+            counters=DETOKENIZER_COUNTERS, arrays=DETOKENIZER_ARRAYS, start_order=3,
         ),
         # Above the GPU process: a timeline that has read of a step's end finds its launch.
         Role(
             name=SCHEDULER, module="workers.scheduler", bootstrap=role_settings.scheduler, counters=SCHEDULER_COUNTERS,
-            start_order=2, starts_after=(GPU, TOKENIZER),
+            arrays=SCHEDULER_ARRAYS, start_order=2, starts_after=(GPU, TOKENIZER),
         ),
         Role(
             name=GRAMMAR, module="workers.grammar", bootstrap=role_settings.grammar, counters=GRAMMAR_COUNTERS,
@@ -151,6 +160,12 @@ ENGINE: Final = Table(
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
             restart=Restart.ROLE, threads=(COMPLETION,),
+        ),
+        # A client of the gateway, so it starts after it. It answers "starting" from the moment when it can.
+        Role(
+            name=HTTP, module="pipeline.http", bootstrap=role_settings.http, counters=HTTP_COUNTERS, start_order=6,
+            count=lambda config: 0 if config.http is None else config.http.num_workers, is_numbered=True,
+            restart=Restart.ALONE, is_front=True, is_traced=False, keeps=(HTTP_LISTENER,),
         ),
     ),
     rings=(

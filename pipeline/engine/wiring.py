@@ -247,8 +247,11 @@ def _processes(role: Role, facts: EngineFacts) -> tuple[Process, ...]:
 
 def _tracks(process: Process) -> dict[str, str]:
     """A process's traced threads, and the track of each."""
+    if not process.role.is_traced:
+        return {}
     return {MAIN: process.name} | {thread: f"{process.name}.{thread}" for thread in process.role.threads}
 
 
 def _stats(process: Process, place: Callable[[str], int]) -> StatsHandle:
-    return StatsHandle(process.name, place(stats_key(process.name)), process.role.counters)
+    role = process.role
+    return StatsHandle(process.name, place(stats_key(process.name)), role.counters, role.arrays)

@@ -93,6 +93,7 @@ class ScheduledEngine:
         self.num_planned = self.num_run = self.num_applied = 0
         self.opened: dict[int, Any] = {}
         self.cached: dict[int, int] = {}
+        self.admitted_ns: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
         self.prompt_parts: dict[int, list[PromptLogprobs]] = {}
         self.ends: dict[int, str] = {}  # finish reasons
@@ -193,9 +194,12 @@ class ScheduledEngine:
                 assert key not in self.opened, f"sequence {key} was opened twice"
                 self.opened[key] = opened
                 self.tokens[key] = []
-        for key, num_cached in outputs.cached:
+        for key, admitted_ns, num_cached in outputs.admitted:
             assert not self.tokens[key], f"request {key} was admitted after its first token"
-            assert self.cached.setdefault(key, num_cached) == num_cached, f"request {key} was admitted twice"
+            assert key not in self.admitted_ns, f"request {key} was admitted twice"
+            self.admitted_ns[key] = admitted_ns
+            if num_cached:
+                self.cached[key] = num_cached
         for key, part in outputs.prompt_logprobs:
             assert key not in self.ends, f"request {key} got log-probabilities after its end"
             assert not self.tokens[key], f"request {key} got log-probabilities of its prompt after its first token"

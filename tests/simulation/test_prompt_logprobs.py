@@ -145,7 +145,7 @@ class Served:
 
     def _hear(self) -> None:
         while (outputs := self.scheduler.take_outputs()) is not None:
-            self.cached |= dict(outputs.cached)
+            self.cached |= {key: num_cached for key, _, num_cached in outputs.admitted if num_cached}
             for key, part in outputs.prompt_logprobs:
                 assert not self.tokens[key], f"log-probabilities of a prompt after the first token of {key}"
                 self.parts[key].append(part)

@@ -301,7 +301,7 @@ class Trace:
         while (outputs := self.scheduler.take_outputs()) is not None:
             for opened in outputs.opened:
                 self.opened |= set(range(opened.key, opened.key + opened.num_samples))
-            self.cached |= dict(outputs.cached)
+            self.cached |= {key: num_cached for key, _, num_cached in outputs.admitted if num_cached}
             for key, part in outputs.prompt_logprobs:
                 self._take_scores(key, part)
             keys, token_ids = np.frombuffer(outputs.keys, np.int64), np.frombuffer(outputs.token_ids, np.int32)

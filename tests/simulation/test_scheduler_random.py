@@ -259,7 +259,7 @@ def ask_early(requests: MaskRequests, batch: Any, samples: Any, plan: Any = Mask
     """As if a step's masks did not depend on the results of the steps in flight."""
     masks = plan(requests, batch, samples)
     if masks is not None:
-        requests.send(PlannedStep(1, batch, samples, 0, [], masks))
+        requests.send(PlannedStep(1, 0, 0, batch, samples, 0, [], masks))
     return None if masks is None else StepMasks(masks.tickets, {})
 
 

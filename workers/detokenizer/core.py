@@ -9,7 +9,8 @@ credit, tokens collect as plain ints and are sent as one item later. So a slow c
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,7 @@ from ipc.messages import (
 from ipc.records import FinishCode
 from workers.detokenizer import frames as frame_bounds
 from workers.detokenizer.frames import FrameBuilder
+from workers.detokenizer.request_metrics import RequestMetrics
 from workers.detokenizer.request_state import NO_DECODER, Client, Request, Sequence
 from workers.detokenizer.stop_strings import SpecialTokens
 from workers.detokenizer.text_decoding import Decoding
@@ -46,13 +48,22 @@ STOP: Final = int(FinishCode.STOP)
 class Detokenizer:
     """The whole behaviour of the role. Pass it messages, then collect `deliveries()` and `take_cancels()`."""
 
-    def __init__(self, decoding: Decoding, client_window: int) -> None:
+    def __init__(
+        self,
+        decoding: Decoding,
+        client_window: int,
+        metrics: RequestMetrics | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._decoding = decoding
         self._special_tokens = SpecialTokens(decoding.special_tokens, decoding.shown_text)
         self._window = client_window
         self._open: dict[int, Sequence] = {}
         self._clients: dict[bytes, Client] = {}
         self._cancels: list[int] = []
+        self.metrics = RequestMetrics() if metrics is None else metrics
+        self._clock = clock
+        self._now_ns = 0  # when the newest step arrived
         self.num_tokens = 0
         self.num_outputs = 0
         self.num_finished = 0
@@ -88,6 +99,7 @@ class Detokenizer:
     # A step
 
     def _step(self, step: StepOutputs) -> None:
+        self._now_ns = self._clock()
         for opened in step.opened:
             name = opened.route.client
             client = self._clients.get(name)
@@ -95,24 +107,44 @@ class Detokenizer:
                 client = self._clients[name] = Client(name, self._window)
             client.num_open += opened.num_samples
             self._open_request(opened, Request(opened, client))
-        for key, num_cached in step.cached:
+        for key, admitted_ns, num_cached in step.admitted:
             sequence = self._open.get(key)
-            if sequence is not None and sequence.sample == 0:  # the others find the blocks that it computed
-                sequence.request.num_cached_tokens = num_cached
+            if sequence is not None:
+                self.metrics.admitted(sequence, admitted_ns)
+                if sequence.sample == 0:  # the others find the blocks that it computed
+                    sequence.request.num_cached_tokens = num_cached
         for key, part in step.prompt_logprobs:
             sequence = self._open.get(key)
             if sequence is not None:
                 sequence.prompt_parts.append(part)
                 sequence.has_news()
+        self._add_tokens(step)
+        for ended in step.ended:
+            sequence = self._open.get(ended.key)
+            if sequence is not None:
+                try:
+                    sequence.finish_text()
+                except BaseException as error:
+                    self._fail(sequence, _problem_of(error))
+                else:
+                    self._end(sequence, ended)
+
+    def _add_tokens(self, step: StepOutputs) -> None:
         keys = np.frombuffer(step.keys, "<i8").tolist()
         token_ids = np.frombuffer(step.token_ids, "<i4").tolist()
         self.num_tokens += len(keys)
-        find = self._open.get
+        find, now_ns = self._open.get, self._now_ns
+        previous_ns: list[int] = []  # when each sequence that has a token had one before
         for index, (key, token_id, code) in enumerate(zip(keys, token_ids, step.finish, strict=True)):
             sequence = find(key)
             if sequence is None:  # a stop string ended it, or its client has gone
                 continue
             sequence.token_ids.append(token_id)
+            if sequence.last_token_ns:
+                previous_ns.append(sequence.last_token_ns)
+            else:
+                self.metrics.first_token(sequence, now_ns)
+            sequence.last_token_ns = now_ns
             if sequence.idle:
                 sequence.idle = False
                 sequence.client.ready.append(sequence)
@@ -121,15 +153,7 @@ class Detokenizer:
                     self._look_closer(sequence, token_id, code, step.logprobs, index)
                 except BaseException as error:
                     self._fail(sequence, _problem_of(error))
-        for ended in step.ended:
-            sequence = find(ended.key)
-            if sequence is not None:
-                try:
-                    sequence.finish_text()
-                except BaseException as error:
-                    self._fail(sequence, _problem_of(error))
-                else:
-                    self._end(sequence, ended)
+        self.metrics.next_tokens(previous_ns, now_ns)
 
     def _open_request(self, opened: Opened, request: Request) -> None:
         prompt_tail = np.frombuffer(opened.prompt_tail, "<i4").tolist()
@@ -178,6 +202,7 @@ class Detokenizer:
 
     def _end(self, sequence: Sequence, ended: Ended) -> None:
         sequence.end = ended
+        self.metrics.ended(sequence, ended.finish_reason, self._now_ns)
         sequence.client.num_open -= 1
         del self._open[sequence.key]
         if sequence.idle or not sequence.request.stream:
@@ -192,6 +217,7 @@ class Detokenizer:
             return
         client.ready.clear()  # breaks the reference cycle client -> sequence -> client
         if client.num_open:
+            self.metrics.client_gone(client.num_open)
             for key in [key for key, sequence in self._open.items() if sequence.client is client]:
                 del self._open[key]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs
+from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs, RequestTimes
 from workers.detokenizer.logprob_columns import LogprobColumns, words_of
 from workers.detokenizer.stop_strings import StopMatcher
 from workers.detokenizer.text_decoding import TextDecoder
@@ -24,7 +24,8 @@ class Request:
     """The state that the samples of one request share."""
 
     __slots__ = (
-        "client", "key", "num_cached_tokens", "num_open", "num_prompt_tokens", "num_samples", "request_id", "stream",
+        "arrived_ns", "client", "has_failed", "key", "num_cached_tokens", "num_generated", "num_open",
+        "num_prompt_tokens", "num_running", "num_samples", "request_id", "stream", "tokenized_ns", "was_admitted",
     )  # fmt: skip
 
     def __init__(self, opened: Opened, client: Client) -> None:
@@ -36,14 +37,21 @@ class Request:
         self.num_cached_tokens = 0
         self.num_samples = opened.num_samples
         self.num_open = opened.num_samples  # samples whose end is not delivered
+        self.num_running = opened.num_samples  # samples that have not ended
+        self.num_generated = 0  # tokens of the samples that have ended
+        self.arrived_ns = opened.arrived_ns
+        self.tokenized_ns = opened.tokenized_ns
+        self.was_admitted = False  # one of its samples, at least
+        self.has_failed = False
 
 
 class Sequence:
     """One sample of a request, between `Opened` and the delivery of its end."""
 
     __slots__ = (
-        "client", "decoder", "end", "hides_last", "idle", "is_plain", "key", "logprobs", "matcher", "min_tokens",
-        "num_sent", "prompt_parts", "request", "sample", "shows_last", "text", "token_ids",
+        "admitted_ns", "client", "decoder", "end", "first_token_ns", "hides_last", "idle", "is_plain", "key",
+        "last_token_ns", "logprobs", "matcher", "min_tokens", "num_sent", "prompt_parts", "request", "sample",
+        "shows_last", "text", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +74,7 @@ class Sequence:
         self.idle = request.stream  # not in client.ready; the next token adds it
         self.end: Ended | None = None
         self.hides_last = False  # the last token ended the sequence and has no text
+        self.admitted_ns = self.first_token_ns = self.last_token_ns = 0  # CLOCK_MONOTONIC; 0 = not yet
 
     def has_news(self) -> None:
         """Wait for credit with what is not sent yet, unless it waits already or its request is answered as a whole."""
@@ -134,6 +143,16 @@ class Sequence:
             request.num_cached_tokens,
             request.num_open,
             end.retry_after_s,
+            self._times(),
+        )
+
+    def _times(self) -> RequestTimes:
+        return RequestTimes(
+            self.request.arrived_ns,
+            self.request.tokenized_ns or None,
+            self.admitted_ns or None,
+            self.first_token_ns or None,
+            self.last_token_ns or None,
         )
 
 

@@ -8,6 +8,7 @@ from ipc.messages import CancelRequests, ToDetokenizer, split_keys
 from ipc.trace import Span
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.detokenizer.core import Detokenizer
+from workers.detokenizer.request_metrics import RequestMetrics
 from workers.detokenizer.text_decoding import Decoding
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
@@ -16,7 +17,8 @@ from workers.process import WorkerProcess
 def run(process: WorkerProcess, bootstrap: DetokenizerBootstrap) -> None:
     """Serve until Stop."""
     process.progress("loading tokenizer", 0.0)
-    core = Detokenizer(Decoding.of(load_tokenizer(bootstrap.model_path).tokenizer), bootstrap.client_window)
+    decoding = Decoding.of(load_tokenizer(bootstrap.model_path).tokenizer)
+    core = Detokenizer(decoding, bootstrap.client_window, RequestMetrics(vars(process.stats)))
     inbox = process.bind("detokenize")
     scheduler = process.connect("schedule")
     gateway = process.connect("deliver")

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed, RingfeedError
@@ -37,8 +37,10 @@ from ipc.messages import (
     Received,
     Refused,
     Stats,
+    StatsArray,
     TokenizeDone,
 )
+from ipc.record_layout import HostArray
 from workers.gateway.cache_clears import CacheClears
 from workers.gateway.client_flow import PROBE_INTERVAL_S, ClientFlow
 from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
@@ -50,15 +52,21 @@ from workers.gateway.request_table import RequestTable
 
 logger = logging.getLogger(__name__)
 
+RoleStats = dict[str, dict[str, float]]  # of each role, its counters by name
+RoleArrays = dict[str, dict[str, HostArray]]  # of each role that has any, its arrays by name, int64
+
 
 class Gateway:
     """The role's whole behaviour. Times are seconds of one monotonic clock.
 
     After every event the owner sends the messages of `take_outbox()`. It reports a client that cannot be reached with
-    `client_gone()`, and a message for which a client's queue has no room with `client_full()`.
+    `client_gone()`, and a message for which a client's queue has no room with `client_full()`. `snapshot_stats` reads
+    the statistics of all roles, and their arrays of the given names.
     """
 
-    def __init__(self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[], dict[str, dict[str, float]]]) -> None:
+    def __init__(
+        self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[Sequence[str]], tuple[RoleStats, RoleArrays]]
+    ) -> None:
         self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
         self.table = RequestTable()
         self._outbox = Outbox()
@@ -166,7 +174,8 @@ class Gateway:
 
     def _answer(self, query: Query) -> Health | Stats:
         if query.what == "stats":
-            return Stats(query_id=query.query_id, roles=self._snapshot_stats())
+            roles, arrays = self._snapshot_stats(query.arrays)
+            return Stats(query_id=query.query_id, roles=roles, arrays=_encoded(arrays))
         return Health(
             query_id=query.query_id,
             state=self.state,
@@ -280,3 +289,10 @@ class Gateway:
             self._flow.send_errors(client, error)
             self.requests.drop_client(client)
             self._flow.suspend(client.identity)
+
+
+def _encoded(arrays: RoleArrays) -> dict[str, dict[str, StatsArray]]:
+    return {
+        role: {name: StatsArray(list(array.shape), array.tobytes()) for name, array in of_role.items()}
+        for role, of_role in arrays.items()
+    }

@@ -35,6 +35,7 @@ from ipc.messages import (
     FinalOutput,
     FinishReason,
     Generate,
+    RequestTimes,
     Route,
     Tokenize,
     TokenizeDone,
@@ -254,7 +255,8 @@ class RequestLifecycle:
             if reason in ("deadline", "queue_timeout"):
                 self.num_out_of_time[reason] += 1
             if request.client is not None:
-                answers[request.client].append((request.request_id, FinalOutput(reason, request.num_prompt_tokens, 0)))
+                final = FinalOutput(reason, request.num_prompt_tokens, 0, times=RequestTimes(request.arrived_ns))
+                answers[request.client].append((request.request_id, final))
         for client, finals in answers.items():
             self._flow.send_finals(client, finals, now)
         for request, _ in ends:

@@ -21,16 +21,24 @@ class Request:
     """An open request. `client` is None if its client was dropped; then it is cancelled as soon as possible."""
 
     __slots__ = (
-        "client", "is_cancelled", "is_query", "key", "keys", "num_prompt_tokens", "request_id", "state", "withdrawn_as",
+        "arrived_ns", "client", "is_cancelled", "is_query", "key", "keys", "num_prompt_tokens", "request_id", "state",
+        "withdrawn_as",
     )  # fmt: skip
 
     def __init__(
-        self, key: int, num_samples: int, client: ClientSession, request_id: str, num_prompt_tokens: int
+        self,
+        key: int,
+        num_samples: int,
+        client: ClientSession,
+        request_id: str,
+        num_prompt_tokens: int,
+        arrived_ns: int,
     ) -> None:
         self.key = key
         self.keys = range(key, key + num_samples)  # of its samples
         self.client: ClientSession | None = client
         self.request_id = request_id
+        self.arrived_ns = arrived_ns
         self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens are not counted yet
         self.state = RequestState.QUEUED
         self.is_cancelled = False
@@ -99,7 +107,7 @@ class RequestTable:
             self._by_identity[identity] = self._by_name[client.name] = client
         if not client.num_samples:
             client.departures.begin(now_ns)
-        request = Request(self._last_key + 1, num_samples, client, request_id, num_prompt_tokens)
+        request = Request(self._last_key + 1, num_samples, client, request_id, num_prompt_tokens, now_ns)
         self._last_key += num_samples
         self._requests[request.key] = request
         client.keys[request_id] = request.key

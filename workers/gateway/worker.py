@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, max_unread_messages
 from workers.gateway.connection_limit import Doorkeeper
-from workers.gateway.core import Gateway
+from workers.gateway.core import Gateway, RoleArrays, RoleStats
 from workers.gateway.outbox import Peer
 from workers.process import StopWorker, WorkerProcess
 
@@ -75,7 +76,7 @@ class GatewayWorker:
         self.bootstrap = bootstrap
         self.launcher_fd = launcher_fd
         self._pages = [StatsPage(handle) for handle in bootstrap.worker.all_stats]
-        self.core = Gateway(bootstrap, lambda: {page.role: page.snapshot() for page in self._pages})
+        self.core = Gateway(bootstrap, self._snapshot_stats)
         if bootstrap.endpoint_folder is not None:
             _keep_folder(Path(bootstrap.endpoint_folder))
         self.clients = _bind_frontend(process, bootstrap)
@@ -141,6 +142,10 @@ class GatewayWorker:
                 core.client_frames(frames[0], frames[1:], now)
             if time.monotonic() >= turn_ends:
                 break
+
+    def _snapshot_stats(self, names: Sequence[str]) -> tuple[RoleStats, RoleArrays]:
+        arrays = {page.role: page.copy_arrays(names) for page in self._pages} if names else {}
+        return {page.role: page.snapshot() for page in self._pages}, {role: of for role, of in arrays.items() if of}
 
     def _on_control(self, message: Start | Drain | Abort | Lost) -> None:
         if isinstance(message, Start):

@@ -7,7 +7,6 @@ masks of other requests.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import time
@@ -18,8 +17,9 @@ from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from workers.grammar.grammar_text import OPTIONS, lark_of, quoted
+from workers.grammar.grammar_text import joined, lark_of, listed, quoted
 from workers.grammar.json_schemas import json_options, prepared_schema
+from workers.grammar.reasoning import behind_reasoning
 from workers.grammar.structural_tags import structural_tag_grammar
 from workers.grammar.vocabulary import Vocabulary
 
@@ -70,29 +70,33 @@ class Compiler:
 
         The constraint may be malformed, exceed the limits, or allow no text; or llguidance cannot enforce it exactly.
         """
-        matcher = LLMatcher(self._vocabulary.tokens, self._grammar(spec), log_level=0, limits=LIMITS)
+        grammar = self._grammar(spec)
+        matcher = self._tried_out(spec, grammar)
+        if spec.after_reasoning:  # random tokens would not get behind the reasoning, so the answer is tried out alone
+            matcher = self._tried_out(spec, behind_reasoning(grammar, spec, self._vocabulary))
+        return Prototype(matcher)
+
+    def _tried_out(self, spec: StructuredOutputs, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._vocabulary.tokens, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise refusal(spec, matcher.get_error())
         if warnings := matcher.get_grammar_warnings():
             raise refusal(spec, warnings[0])
         try_out(spec, matcher, self._vocabulary.tokens.vocab_size)
-        return Prototype(matcher)
+        return matcher
 
     def _grammar(self, spec: StructuredOutputs) -> str:
         """The constraint as llguidance takes it."""
         if spec.structural_tag is not None:
             return structural_tag_grammar(spec, self._vocabulary)
         if spec.json is None and not spec.json_object:
-            return LLMatcher.grammar_from_lark(f"{self._lark(spec)}\n{OPTIONS}")
+            return joined(self._lark(spec))
         schema = ANY_OBJECT if spec.json is None else prepared_schema(str(spec.json), spec)
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=json_options(spec))  # type: ignore[arg-type]
         except ValueError as error:
             raise refusal(spec, str(error)) from None
-        head, only = '{"grammars":[', '{"name":"json_schema",'
-        assert grammar.startswith(head + only), "llguidance writes the grammar of a schema in another way"
-        main = json.dumps({"lark_grammar": f"start: @json_schema\n{OPTIONS}"})
-        return f"{head}{main},{grammar.removeprefix(head)}"
+        return joined("start: @json_schema", listed(grammar))
 
     def _lark(self, spec: StructuredOutputs) -> str:
         if spec.regex is not None:

@@ -10,7 +10,7 @@ from llguidance import regex_to_lark
 
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
-from workers.grammar.grammar_text import OPTIONS, lark_of, quoted
+from workers.grammar.grammar_text import joined, lark_of, quoted
 from workers.grammar.json_schemas import json_options, prepare_schema
 from workers.grammar.vocabulary import Vocabulary
 
@@ -24,14 +24,14 @@ class LarkParts:
         self._spec: Final = spec
         self._vocabulary: Final = vocabulary
         self._lines: Final = ["TEXT: /(?s:.*)/"]
-        self._subgrammars: Final[list[dict[str, str]]] = []
+        self._subgrammars: Final[list[str]] = []
+        self._schemas: Final[dict[str, str]] = {}  # expression -> its rule
         longest_first = sorted(vocabulary.special_ids, key=len, reverse=True)
         self._special: Final = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def grammar(self, start: str) -> str:
-        """The whole grammar, as llguidance takes it."""
-        main = {"lark_grammar": "\n".join([f"start: {start}", *self._lines, OPTIONS])}
-        return json.dumps({"grammars": [main, *self._subgrammars]})
+    def grammar(self, start: str, *named: str) -> str:
+        """The whole grammar, as llguidance takes it. `named` are the texts of further grammars that `start` names."""
+        return joined("\n".join([f"start: {start}", *self._lines]), *self._subgrammars, *named)
 
     def rule(self, expression: str, options: str = "") -> str:
         name = f"r{len(self._lines)}"
@@ -44,16 +44,39 @@ class LarkParts:
 
     def literal(self, literal: Literal) -> str:
         """Fixed text. Where it names special tokens it may be those tokens, or be spelled out."""
-        spellings = [" ".join(map(_quoted, each)) for each in self._spellings(literal)]
+        spellings = [_joined(*each) for each in self._spellings(literal)]
         return spellings[0] if len(spellings) == 1 else f"({' | '.join(spellings)})"
+
+    def at_once(self, literal: Literal) -> str:
+        """Fixed text that ends as soon as it is complete, even if something longer that begins with it is allowed."""
+        found = [
+            self.rule(_quoted(first), "[lazy]") if isinstance(first, str) and not rest else _joined(first, *rest)
+            for first, *rest in self._spellings(literal)
+        ]
+        return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
     def text_until(self, literal: Literal) -> str:
         """Free text up to the first occurrence of a fixed text, which it includes."""
+        return self._until("TEXT", literal)
+
+    def regex_until(self, pattern: str, literal: Literal) -> str:
+        """Text that a regular expression matches, up to the first fixed text that may follow it, which it includes."""
+        return self._until(f"/{regex_to_lark(pattern, '')}/", literal)
+
+    def _until(self, content: str, literal: Literal) -> str:
         found = []
         for first, *rest in self._spellings(literal):
-            head = f"TEXT {_quoted(first)}"
-            found.append(" ".join([self.rule(head, "[lazy]") if isinstance(first, str) else head, *map(_quoted, rest)]))
+            if isinstance(first, int):
+                found.append(f"{content} {_joined(first, *rest)}")
+            elif not rest:
+                found.append(self.rule(f"{content} {_quoted(first)}", "[lazy]"))
+            else:  # the special token in `rest` ends the text, not the first occurrence of `first`
+                found.append(f"{self._terminal(f'{content} {_quoted(first)}')} {_joined(*rest)}")
         return found[0] if len(found) == 1 else f"({' | '.join(found)})"
+
+    def first_token(self, literal: Literal) -> int | None:
+        """The first special token in fixed text that is spelled with special tokens; None: it has none."""
+        return next((part for part in self._spellings(literal)[-1] if isinstance(part, int)), None)
 
     def triggered(self, trigger: str, begins: list[str]) -> list[tuple[str, list[str | None]]]:
         """Free text up to a trigger that begins all of `begins`: expressions, and what each leaves of the beginnings.
@@ -83,8 +106,7 @@ class LarkParts:
         return token_id
 
     def regex(self, pattern: str) -> str:
-        self._lines.append(f"R{len(self._lines)}: /{regex_to_lark(pattern, '')}/")
-        return f"R{len(self._lines) - 1}"
+        return self._terminal(f"/{regex_to_lark(pattern, '')}/")
 
     def json(self, schema: Any) -> str:
         """JSON that a schema describes; true = any JSON."""
@@ -94,12 +116,20 @@ class LarkParts:
                 f"structural_tag has the schema {str(schema)[:100]}: it must be a JSON object, or true"
             )
         prepare_schema(schema, self._spec)
-        return f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+        expression = f"%json {json.dumps({**schema, 'x-guidance': json_options(self._spec)})}"
+        if expression not in self._schemas:  # in most grammars of calls, each schema occurs several times
+            self._schemas[expression] = self.rule(expression)
+        return self._schemas[expression]
 
     def subgrammar(self, text: str) -> str:
         name = f"g{len(self._subgrammars)}"
-        self._subgrammars.append({"name": name, "lark_grammar": lark_of(text, "structural_tag.grammar")})
+        self._subgrammars.append(json.dumps({"name": name, "lark_grammar": lark_of(text, "structural_tag.grammar")}))
         return f"@{name}"
+
+    def _terminal(self, expression: str) -> str:
+        name = f"R{len(self._lines)}"
+        self._lines.append(f"{name}: {expression}")
+        return name
 
     def _spellings(self, literal: Literal) -> list[tuple[Literal, ...]]:
         if isinstance(literal, int):
@@ -117,3 +147,7 @@ class LarkParts:
 def _quoted(part: Literal) -> str:
     """A part of a literal as Lark writes it."""
     return quoted(part) if isinstance(part, str) else f"<[{part}]>"
+
+
+def _joined(*parts: Literal) -> str:
+    return " ".join(map(_quoted, parts))

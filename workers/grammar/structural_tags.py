@@ -83,7 +83,8 @@ class _Formats:
 
     def _regex(self, node: dict[str, Any], ends: Ends, depth: int) -> str:
         _only(node, "pattern", excludes=[])
-        return self._closed(self._parts.regex(_text(node, "pattern")), ends)
+        pattern = _text(node, "pattern")
+        return _one_of([self._parts.regex_until(pattern, end) for end in ends]) if ends else self._parts.regex(pattern)
 
     def _grammar(self, node: dict[str, Any], ends: Ends, depth: int) -> str:
         _only(node, "grammar")

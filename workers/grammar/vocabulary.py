@@ -28,6 +28,8 @@ class Vocabulary:
             end-of-sequence ids.
         padding_ids: bits of a mask's last word that stand for no token of the model.
         special_ids: text of each special token -> its id. Free text cannot produce them.
+        broken_tokens: bytes of each other token that begins or ends inside a character, by id. Free text, which is
+            UTF-8, may be made of them and cannot end behind each of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos_token_id: int | None = None) -> None:
@@ -51,9 +53,23 @@ class Vocabulary:
         self.special_ids: Final = {
             text: token_id for token_id, text in added.items() if text and self.tokens.is_special_token(token_id)
         }
+        texts = ((token_id, self.tokens.decode_bytes([token_id])) for token_id in range(size))
+        self.broken_tokens: Final = {
+            token_id: text
+            for token_id, text in texts
+            if not _is_utf8(text) and not self.tokens.is_special_token(token_id)
+        }
 
     @classmethod
     def of_folder(cls, folder: str, size: int) -> Vocabulary:
         """The vocabulary of a model folder, whose model has `size` logits. Raises ModelUnsupported."""
         loaded = load_tokenizer(folder)
         return cls(loaded.tokenizer, size, loaded.eos_token_id)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from ipc.records import StepShape
+from ipc.stats_page import ArrayShapes
 from workers.bootstrap import WorkerBootstrap
 from workers.queueing.config import PolicyConfig
 
@@ -30,6 +31,13 @@ COUNTERS: Final = (
     "device_last_end_ns",
 )  # fmt: skip
 
+# Times are CLOCK_MONOTONIC; `results/device_time.py` explains them. A step without masks has no pause: both are 0.
+RECENT_STEP_FIELDS: Final = (
+    "ticket", "work_since_ns", "plan_ns", "planned_ns", "received_ns", "start_ns", "end_ns", "pause_ns", "resume_ns",
+    "apply_ns", "applied_ns", "num_seqs", "num_tokens",
+)  # fmt: skip
+RECENT_STEPS: Final = "recent_steps"  # see `results/step_times.py`
+ARRAYS: Final[ArrayShapes] = ((RECENT_STEPS, (2_048, len(RECENT_STEP_FIELDS))),)
 
 MAX_MODEL_LEN: Final = 16_777_216
 

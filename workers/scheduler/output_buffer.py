@@ -34,7 +34,7 @@ class OutputBuffer:
     def __init__(self) -> None:
         self.opened: list[Opened] = []
         self.ended: list[Ended] = []
-        self.cached: list[tuple[int, int]] = []  # (key, number of cached tokens) of admitted sequences
+        self.admitted: list[tuple[int, int, int]] = []  # (key, when in ns, number of cached tokens)
         self.prompt_logprobs: list[tuple[int, PromptLogprobs]] = []  # (key, next part of its prompt)
         self._keys: list[bytes] = []  # of each applied step, int64
         self._token_ids: list[bytes] = []  # of each applied step, int32
@@ -59,16 +59,16 @@ class OutputBuffer:
             return StepOutputs(opened=opened)
         if not (opened or self._keys or self.ended or self.prompt_logprobs):
             return None
-        cached, self.cached = self.cached[:MAX_ITEMS], self.cached[MAX_ITEMS:]
-        if self.cached:
-            return StepOutputs(opened=opened, cached=cached)
+        admitted, self.admitted = self.admitted[:MAX_ITEMS], self.admitted[MAX_ITEMS:]
+        if self.admitted:
+            return StepOutputs(opened=opened, admitted=admitted)
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs[:MAX_PARTS], self.prompt_logprobs[MAX_PARTS:]
         if self.prompt_logprobs:
             return StepOutputs(opened=opened, prompt_logprobs=prompt_logprobs)
         ended, self.ended = self.ended[:MAX_ITEMS], self.ended[MAX_ITEMS:]
         outputs = StepOutputs(
             opened=opened,
-            cached=cached,
+            admitted=admitted,
             prompt_logprobs=prompt_logprobs,
             keys=b"".join(self._keys),
             token_ids=b"".join(self._token_ids),

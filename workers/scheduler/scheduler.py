@@ -34,6 +34,7 @@ from ipc.messages import (
     StepOutputs,
     Tokenized,
 )
+from ipc.record_layout import HostArray
 from ipc.records import ResultRecord, StepRecord, StepShape
 from ipc.ring import Ring
 from workers.queueing.policies import make_policy
@@ -50,8 +51,8 @@ from workers.scheduler.planning.chunk_limit import ChunkLimit
 from workers.scheduler.planning.mask_requests import MaskRequests
 from workers.scheduler.planning.planner import Planner
 from workers.scheduler.planning.step import PlannedStep
-from workers.scheduler.results.device_time import DeviceTime
 from workers.scheduler.results.step_results import StepResults
+from workers.scheduler.results.step_times import StepTimes
 from workers.scheduler.sequence import Sequence
 from workers.scheduler.sequence_table import SequenceTable
 
@@ -78,6 +79,7 @@ class Scheduler:
         *,
         mask_rings: Iterable[Ring[MaskRequestRecord]] = (),
         grammar: GrammarLimits = _DEFAULT_LIMITS,
+        recent_steps: HostArray | None = None,
     ) -> None:
         if not prompts.can_upload(shape.max_model_len, max_long_words(shape) if shape.vocab_size else 0):
             raise ConfigError(
@@ -100,7 +102,7 @@ class Scheduler:
         queue = WaitingQueue(config, make_policy(config, shape.max_num_seqs), clock)
         self._admission = Admission(
             checks, queue, prompts, self._table, self._open, self._grammar_workers, eos_token_ids, self._outputs,
-            self.counts,
+            self.counts, clock,
         )  # fmt: skip
         self._chunk_limit = ChunkLimit(None if config.max_itl_ms is None else config.max_itl_ms / 1e3)
         self._planner = Planner(
@@ -108,7 +110,7 @@ class Scheduler:
             clock,
         )  # fmt: skip
         self._results = StepResults(self._table, self._outputs, self.counts, grammar.mask_timeout_s)
-        self._device_time = DeviceTime()
+        self._step_times = StepTimes(recent_steps)
         self._in_flight: deque[tuple[PlannedStep, int]] = deque()  # with `_work_since_ns` when each was planned
         self._work_since_ns = 0  # since when there has always been something to plan
 
@@ -223,6 +225,7 @@ class Scheduler:
 
     def apply(self, result: ResultRecord) -> None:
         """Apply the result record of the oldest step in flight. Keeps no reference to it."""
+        started_ns = self._clock()
         step, work_since_ns = self._in_flight.popleft()
         ends = self._results.apply(step, result)
         if ends is not None:
@@ -236,10 +239,8 @@ class Scheduler:
         self._table.step_applied(step.ticket)
         for lease in step.leases:
             self.prompts.release(lease)
-        start_ns, end_ns = int(result.device_start_ns[0]), int(result.device_end_ns[0])
-        pause_ns = 0 if step.masks is None else int(result.device_pause_ns[1] - result.device_pause_ns[0])
-        self._device_time.add_step(start_ns, end_ns, work_since_ns, int(result.received_at_ns[0]), pause_ns)
-        self._chunk_limit.add_step(step.num_prompt_tokens, (end_ns - start_ns) / 1e9)
+        device_s = self._step_times.add(step, work_since_ns, result, started_ns, self._clock())
+        self._chunk_limit.add_step(step.num_prompt_tokens, device_s)
 
     def take_outputs(self) -> StepOutputs | None:
         """The detokenizer's next message. Call until None: a large burst takes several messages."""
@@ -279,7 +280,7 @@ class Scheduler:
 
     def gauges(self) -> dict[str, int]:
         """Statistics by their names in `ipc/stats_page.py`. The worker adds the host's times and the rings' records."""
-        queue, pool, device_time = self._admission.queue, self._kv_cache.pool, self._device_time
+        queue, pool = self._admission.queue, self._kv_cache.pool
         return {
             **self.counts,
             "num_waiting": queue.num_waiting,
@@ -290,10 +291,5 @@ class Scheduler:
             "num_free_blocks": pool.num_free,
             "num_free_rows": self._table.num_free,
             "num_cached_blocks": pool.num_cached,
-            "device_busy_ns": device_time.busy_ns,
-            "device_no_work_ns": device_time.no_work_ns,
-            "device_scheduler_ns": device_time.scheduler_ns,
-            "device_copies_ns": device_time.copies_ns,
-            "device_masks_ns": device_time.masks_ns,
-            "device_last_end_ns": device_time.last_end_ns,
+            **self._step_times.device.gauges(),
         }

@@ -87,6 +87,7 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         PromptRings([end.attach(prompt_layout()) for end in prompts]),
         mask_rings=[end.attach(mask_request_layout(bootstrap.shape)) for end in mask_request_ends(bootstrap)],
         grammar=bootstrap.grammar,
+        recent_steps=process.stats.recent_steps,
     )
     steps = StepChannel(scheduler, process, bootstrap)
     process.on_control(lambda message: lose_grammar(scheduler, message))

@@ -37,7 +37,11 @@ PARAMS = st.builds(
 )
 STRUCTURED_OUTPUTS = st.one_of(
     st.builds(StructuredOutputs, json=st.just("{}") | st.just({"const": "é"}), disable_any_whitespace=st.booleans()),
-    st.builds(StructuredOutputs, choice=st.lists(st.sampled_from(["a", "é"]), min_size=1, max_size=3)),
+    st.builds(
+        StructuredOutputs,
+        choice=st.lists(st.sampled_from(["a", "é"]), min_size=1, max_size=3),
+        after_reasoning=st.lists(st.sampled_from(["</think>", "é"]), max_size=2),
+    ),
 )
 SCHEDULING = st.builds(
     SchedulingParams,

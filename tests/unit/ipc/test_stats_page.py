@@ -27,6 +27,19 @@ def test_a_counter_of_any_role_is_read_through_another_mapping(role):
     os.close(handle.fd)
 
 
+def test_an_array_of_a_page_is_read_by_its_name_and_is_no_counter():
+    handle = StatsPage.create("scheduler", COUNTERS, arrays=(("recent_steps", (3, 2)), ("other", (4,))))
+    writer, reader = StatsPage(handle), StatsPage(handle)
+    writer.values.recent_steps[1] = (5, -6)
+    writer.values.num_steps[0] = 7
+    copies = reader.copy_arrays(["recent_steps", "num_steps", "unknown"])
+    writer.values.recent_steps[1] = 0
+    assert {name: array.tolist() for name, array in copies.items()} == {"recent_steps": [[0, 0], [5, -6], [0, 0]]}
+    assert set(reader.snapshot()) > set(COUNTERS)
+    assert reader.snapshot().keys().isdisjoint({"recent_steps", "other"})
+    os.close(handle.fd)
+
+
 def test_counters_outlive_the_process_that_counted():
     handle = StatsPage.create("gpu", COUNTERS)
     pid = os.fork()

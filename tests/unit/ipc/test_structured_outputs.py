@@ -40,6 +40,13 @@ ONE_OF = (
             {"regex": "é" * (MAX_STRUCTURE_BYTES // 2 + 1)},
             "regex has 262,146 bytes of text, more than the 262,144 that a request may have: make it smaller",
         ),
+        ({"regex": "a", "after_reasoning": "</think>"}, "after_reasoning ('</think>') must be a list of at most 2"),
+        ({"regex": "a", "after_reasoning": ["a", "b", "c"]}, "after_reasoning (['a', 'b', 'c']) must be a list of at"),
+        (
+            {"regex": "a", "after_reasoning": [""]},
+            "after_reasoning (['']) must be a list of at most 2 strings that are",
+        ),
+        ({"regex": "a", "after_reasoning": ["x" * MAX_STRUCTURE_BYTES]}, "regex has 262,145 bytes of text"),
         ({"choice": ["x" * 1000] * 300}, "choice has 300,000 bytes of text, more than the 262,144"),
     ],
 )
@@ -56,6 +63,7 @@ def test_a_bad_constraint_is_refused_with_field_value_and_cure(fields, text):
         {"json": {"type": "object", "properties": {"b": {}, "a": {}}}},
         {"json": '{"type":"string"}', "disable_any_whitespace": True, "disable_additional_properties": True},
         {"regex": "x" * MAX_STRUCTURE_BYTES},
+        {"regex": "x", "after_reasoning": ["◁think▷", "◁/think▷"]},
         {"choice": ["yes", "no", ""]},
         {"grammar": 'start: "a"'},
         {"json_object": True, "whitespace_pattern": r"[ \n]*"},

@@ -18,10 +18,10 @@ from ipc.messages import Health as HealthMessage
 from pipeline.environment.module_search import module_environment
 
 PUBLIC = [
-    "AsyncClient", "Chat", "Client", "Completion", "Config", "ConfigError", "EngineUnavailable", "Health",
-    "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream", "Pipeline", "ProtocolError",
-    "QueueFull", "RequestFailed", "RingfeedError", "SamplingParams", "SchedulingParams", "Stream",
-    "StructuredOutputs", "TokenLogprob", "TokenizedPrompt", "TokensExcluded", "Usage",
+    "AsyncClient", "Chat", "Client", "Completion", "Config", "ConfigError", "EngineStats", "EngineUnavailable",
+    "Health", "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream", "Pipeline",
+    "ProtocolError", "QueueFull", "RequestFailed", "RequestTimes", "RingfeedError", "SamplingParams",
+    "SchedulingParams", "Stream", "StructuredOutputs", "TokenLogprob", "TokenizedPrompt", "TokensExcluded", "Usage",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ of a step's tokens: the planner decides whether they suffice for the next sequen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum, auto
 
 from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, TextOptions, Tokenized
@@ -53,6 +54,7 @@ class Admission:
         eos_token_ids: list[int],
         outputs: OutputBuffer,
         counts: dict[str, int],
+        clock: Callable[[], int],
     ) -> None:
         self.queue = queue
         self._checks = checks
@@ -63,6 +65,7 @@ class Admission:
         self._eos_token_ids = eos_token_ids
         self._outputs = outputs
         self._counts = counts
+        self._clock = clock
         self._withdrawn: set[int] = set()  # keys of requests to drop when they arrive
 
     @property
@@ -131,9 +134,8 @@ class Admission:
         self.queue.leave_for_row(sequence)
         self._counts["num_admitted"] += 1
         self._counts["num_prompt_tokens"] += sequence.num_prompt
-        if num_cached:
-            self._counts["num_cached_tokens"] += num_cached
-            self._outputs.cached.append((sequence.key, num_cached))
+        self._counts["num_cached_tokens"] += num_cached
+        self._outputs.admitted.append((sequence.key, self._clock(), num_cached))
         return leases
 
     def resume(self, sequence: Sequence) -> None:
@@ -178,4 +180,6 @@ def _opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None =
         logprob_token_ids=params.logprob_token_ids or [],
         num_samples=num_samples,
         prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
+        arrived_ns=message.arrived_ns,
+        tokenized_ns=message.tokenized_ns,
     )

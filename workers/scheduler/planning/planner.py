@@ -71,12 +71,13 @@ class Planner:
 
     def plan(self, record: StepRecord) -> PlannedStep | None:
         """Fill a step record for the caller to publish. None: nothing can run, and the record is unchanged."""
+        plan_ns = self._clock()
         writer = StepWriter(record, self._shape)
         rows, counts, budget = self._schedule_running(writer)
         new_rows, new_counts = self._schedule_admissions(writer, budget, self._num_prompt_positions_left(rows, counts))
         if new_rows.size:
             rows, counts = np.concatenate((rows, new_rows)), np.concatenate((counts, new_counts))
-        return self._finish_step(writer, rows, counts) if rows.size else None
+        return self._finish_step(writer, rows, counts, plan_ns) if rows.size else None
 
     def stop(self, rows: list[int]) -> None:
         """Let running rows run no more, and free their blocks."""
@@ -225,7 +226,7 @@ class Planner:
         if total:
             writer.append_blocks(*self._tables.extend(rows, counts, total))
 
-    def _finish_step(self, writer: StepWriter, rows: IntArray, counts: IntArray) -> PlannedStep:
+    def _finish_step(self, writer: StepWriter, rows: IntArray, counts: IntArray, plan_ns: int) -> PlannedStep:
         """Write the sequences, and advance the planned columns to the state after this step."""
         table = self._table
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
@@ -243,10 +244,14 @@ class Planner:
         if rows is not self._batch.rows:
             self._batch = Batch.of(rows, table)
         masks = None if self._batch.grammar_workers is None else self._mask_requests.plan(self._batch, samples)
-        num_tokens = writer.finish(self._batch, counts, samples, masks, self._clock())
+        planned_ns = self._clock()
+        num_tokens = writer.finish(self._batch, counts, samples, masks, planned_ns)
         self._admission.queue.sampled(rows[samples])
         self._prefixes.offer_full(rows)  # before `stop` frees blocks of some of these rows
-        step = PlannedStep(ticket, self._batch, samples, num_tokens - len(rows), writer.leases, masks, prompt_chunks)
+        step = PlannedStep(
+            ticket, plan_ns, planned_ns, self._batch, samples, num_tokens - len(rows), writer.leases, masks,
+            prompt_chunks,
+        )  # fmt: skip
         self._counts["num_steps"] += 1
         self._counts["num_prefill_steps"] += step.num_prompt_tokens > 0
         is_planned_out = planned == table.max_len[rows]

@@ -54,6 +54,8 @@ class PlannedStep:
     """A step in flight: what is needed to apply its result."""
 
     ticket: int
+    plan_ns: int  # when its planning began
+    planned_ns: int
     batch: Batch
     samples: BoolArray  # [num_seqs], whether the step samples a token for the sequence
     num_prompt_tokens: int  # tokens beyond one for each sequence

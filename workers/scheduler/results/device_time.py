@@ -42,3 +42,14 @@ class DeviceTime:
         self.masks_ns += pause_ns
         self.busy_ns += end_ns - start_ns - pause_ns
         self.last_end_ns = end_ns
+
+    def gauges(self) -> dict[str, int]:
+        """The sums by their names on the statistics page."""
+        return {
+            "device_busy_ns": self.busy_ns,
+            "device_no_work_ns": self.no_work_ns,
+            "device_scheduler_ns": self.scheduler_ns,
+            "device_copies_ns": self.copies_ns,
+            "device_masks_ns": self.masks_ns,
+            "device_last_end_ns": self.last_end_ns,
+        }

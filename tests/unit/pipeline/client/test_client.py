@@ -7,6 +7,7 @@ import gc
 import os
 import queue
 import reprlib
+import struct
 import subprocess
 import sys
 import threading
@@ -38,7 +39,9 @@ from ipc.messages import (
     Query,
     Recall,
     Refused,
+    RequestTimes,
     Stats,
+    StatsArray,
     TokenBytes,
     TokenizeQuery,
     TokenLogprobs,
@@ -137,8 +140,11 @@ class FakeGateway(threading.Thread):
                     query_id=query_id, state=self.state, detail="", protocol_version=PROTOCOL_VERSION, model="m",
                     max_model_len=64, max_open_requests=self.max_open_requests,
                 )]  # fmt: skip
-            case Query(query_id=query_id):
-                return [Stats(query_id=query_id, roles={"scheduler": {"num_steps": 12.0}})]
+            case Query(query_id=query_id, arrays=names):
+                arrays = {name: StatsArray([2, 2], struct.pack("4q", 1, 2, 3, -4)) for name in names}
+                return [Stats(
+                    query_id=query_id, roles={"scheduler": {"num_steps": 12.0}}, arrays={"scheduler": arrays},
+                )]  # fmt: skip
             case Delivered(count=count):
                 self.num_delivered += count
                 return []
@@ -518,6 +524,9 @@ def test_no_connection_is_missed_however_quickly_it_stands(gateway: FakeGateway)
 def test_health_stats_and_readiness(gateway: FakeGateway, client: Client) -> None:
     assert client.health().state == "ready"
     assert client.stats() == {"scheduler": {"num_steps": 12.0}}
+    stats = client.stats_with_arrays(["recent_steps"])
+    assert stats.roles == client.stats()
+    assert stats.arrays["scheduler"]["recent_steps"].tolist() == [[1, 2], [3, -4]]
     gateway.state = "starting"
     with pytest.raises(EngineUnavailable, match="is starting"):
         client.wait_ready(0.2)
@@ -631,7 +640,13 @@ def both(
 
 
 def end_of(num_completion_tokens: int, num_open: int, reason: Any = "length") -> FinalOutput:
-    return FinalOutput(reason, 3, num_completion_tokens, num_cached_tokens=2, num_open=num_open)
+    return FinalOutput(
+        reason, 3, num_completion_tokens, num_cached_tokens=2, num_open=num_open, times=times_of(num_open)
+    )
+
+
+def times_of(num_open: int) -> RequestTimes:
+    return RequestTimes(1, 2, 3, 10 - num_open, 20 - num_open)
 
 
 def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: FakeGateway, client: Client) -> None:
@@ -646,6 +661,8 @@ def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: F
         (0, "zero!", [10, 12], "length"),
         (1, "one", [11], "stop"),
     ]
+    assert [completion.times for completion in output.completions] == [times_of(0), times_of(1)]
+    assert output.times == times_of(0)
     assert (output.text, output.token_ids, output.finish_reason, output.finished) == ("zero!", [10, 12], "length", True)
     assert output.usage is not None
     assert (output.usage.prompt_tokens, output.usage.completion_tokens, output.usage.num_cached_tokens) == (3, 3, 2)
@@ -663,6 +680,7 @@ def test_a_stream_says_of_which_sample_its_news_are_and_ends_with_the_last(
     first, second = next(stream), next(stream)
     assert (first.index, first.text, first.finish_reason, first.finished) == (1, "a", "stop", False)
     assert (second.index, second.text, second.finish_reason, second.finished) == (0, "b", None, False)
+    assert (first.times, second.times) == (times_of(1), None)
     gateway.say(news("r", "c", (5,), end_of(2, 0)))
     [last] = list(stream)
     assert (last.index, last.text, last.finish_reason, last.finished) == (0, "c", "length", True)

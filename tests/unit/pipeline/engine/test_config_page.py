@@ -30,7 +30,7 @@ def test_every_key_has_a_description_and_every_number_a_range_that_holds_its_def
 
 def test_the_example_with_all_keys_reads_back_as_the_defaults() -> None:
     text = PAGE.read_text(encoding="utf-8").rsplit("```toml\n")[-1].removesuffix("```\n")
-    bare = config_from_toml('[model]\npath = "PATH"\n', "text", Path("/"))
+    bare = config_from_toml('[model]\npath = "PATH"\n[http]\n', "text", Path("/"))
     assert config_from_toml(text, "text", Path("/")) == bare
     for section, struct in SECTIONS.items():
         part = text.split(f"[{section}]\n")[1].split("\n[")[0]

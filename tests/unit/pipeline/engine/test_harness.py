@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import Config, ConfigError, Pipeline
+from pipeline.http.config import HttpConfig
 from workers.gpu.config import ModelConfig
 
 ROOT = Path(__file__).parents[4]
@@ -16,7 +17,7 @@ TINY = ROOT / "configs" / "tiny.toml"
 def test_a_model_alone_has_the_default_of_every_other_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert Pipeline(model="m").config == Config(model=ModelConfig(path=str(tmp_path / "m")))
+    assert Pipeline(model="m").config == Config(model=ModelConfig(path=str(tmp_path / "m")), http=HttpConfig())
     assert Pipeline(model=tmp_path / "m").config == Pipeline(model="m").config
     assert Pipeline(model="organization/name").config.model.path == "organization/name"
     changed = Pipeline(model="m", overrides={"ring.depth": 3, "model.device": "cpu"}).config

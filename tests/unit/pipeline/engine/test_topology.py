@@ -24,8 +24,8 @@ from workers.gpu.config import GpuBootstrap
 
 MODEL = ServedModel(name="m", folder="/m", vocab_size=32, eos_token_ids=[1], max_model_len=64)
 OF_GPU = {"step", "result", "mask_request.0", "mask_request.1", "mask.0", "mask.1"}  # rings that live as long as it
-HTTP = Role(
-    name="http", module="pipeline.http", bootstrap=lambda _, worker: worker, counters=("num_connections",),
+EXTRA = Role(
+    name="extra", module="pipeline.extra", bootstrap=lambda _, worker: worker, counters=("num_connections",),
     start_order=9, count=lambda _: 2, is_numbered=True, is_front=True,
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def facts(folder: Path = Path("/run/e"), **changes: Any) -> EngineFacts:
 
 def two_gpus() -> Table:
     roles = [dataclasses.replace(role, count=lambda _: 2) if role.name == GPU else role for role in ENGINE.roles]
-    return dataclasses.replace(ENGINE, roles=(*roles, HTTP))
+    return dataclasses.replace(ENGINE, roles=(*roles, EXTRA))
 
 
 class Given:
@@ -169,14 +169,14 @@ def test_what_has_been_replaced_carries_its_epoch() -> None:
 
 def test_an_extra_role_of_another_package_is_one_row() -> None:
     wiring = Wiring(two_gpus(), facts(traced=True))
-    assert wiring.fronts == ("gateway", "http.0", "http.1")
-    assert wiring.start_sequence[-1].name == "http.1"
-    http = Given(wiring, "http.1")
-    assert http.plan.module == "pipeline.http"
-    assert http.worker.stats.counters == ("num_connections",)
-    assert set(http.worker.endpoints) == {"control"}
-    assert http.keys([http.worker.traces["main"].fd]) == ["trace.http.1"]
-    assert [page.role for page in Given(wiring, "gateway").worker.all_stats][-2:] == ["http.0", "http.1"]
+    assert wiring.fronts == ("gateway", "extra.0", "extra.1")
+    assert wiring.start_sequence[-1].name == "extra.1"
+    extra = Given(wiring, "extra.1")
+    assert extra.plan.module == "pipeline.extra"
+    assert extra.worker.stats.counters == ("num_connections",)
+    assert set(extra.worker.endpoints) == {"control"}
+    assert extra.keys([extra.worker.traces["main"].fd]) == ["trace.extra.1"]
+    assert [page.role for page in Given(wiring, "gateway").worker.all_stats][-2:] == ["extra.0", "extra.1"]
 
 
 def test_a_ring_between_other_roles_is_one_row() -> None:

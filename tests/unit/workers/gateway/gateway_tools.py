@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import msgspec
+import numpy as np
 
 from ipc.codec import decode, encode
 from ipc.messages import (
@@ -16,6 +20,7 @@ from ipc.messages import (
     Outputs,
     PromptTokens,
     Refused,
+    RequestTimes,
     TokenBytes,
     Tokenize,
     TokenizeDone,
@@ -25,7 +30,7 @@ from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsHandle
 from workers.bootstrap import WorkerBootstrap
 from workers.gateway.config import COUNTERS, FrontendConfig, GatewayBootstrap
-from workers.gateway.core import Gateway
+from workers.gateway.core import Gateway, RoleArrays, RoleStats
 from workers.gateway.outbox import Peer
 from workers.queueing.config import PolicyConfig
 
@@ -84,17 +89,23 @@ def answer_to(message: TokenizerQuery, text: str = "x") -> TokenizeDone:
     return TokenizeDone(key=message.key, answer=answer)
 
 
+def snapshot_stats(names: Sequence[str]) -> tuple[RoleStats, RoleArrays]:
+    arrays = {"scheduler": {"recent": np.arange(6).reshape(3, 2)}} if "recent" in names else {}
+    return {"gateway": {"num_open": 0.0}}, arrays
+
+
 class Harness:
     """The core, and the frames that it sent to each peer. Sends to `unreachable` clients fail, and sends to `full`
     clients find no room."""
 
     def __init__(self, *, started: bool = True, **changes: Any) -> None:
-        self.core = Gateway(bootstrap(**changes), lambda: {"gateway": {"num_open": 0.0}})
+        self.core = Gateway(bootstrap(**changes), snapshot_stats)
         self.now = 100.0
         self.sent: dict[Peer, list[tuple[bytes, Any]]] = {peer: [] for peer in Peer}
         self.unreachable: set[bytes] = set()
         self.full: set[bytes] = set()
-        self.finals: dict[tuple[bytes, str], list[FinalOutput]] = {}
+        self.finals: dict[tuple[bytes, str], list[FinalOutput]] = {}  # without their times
+        self.times: dict[tuple[bytes, str], RequestTimes | None] = {}
         if started:
             self.core.start()
             for tokenizer in TOKENIZERS:
@@ -118,7 +129,9 @@ class Harness:
             message = decode(message, GatewayToClient)
         if isinstance(message, Outputs):
             for index, final in message.finals:
-                self.finals.setdefault((identity, message.request_ids[index]), []).append(final)
+                request = (identity, message.request_ids[index])
+                self.finals.setdefault(request, []).append(msgspec.structs.replace(final, times=None))
+                self.times[request] = final.times
 
     def client(self, message: ClientMessage | bytes, identity: bytes = b"c") -> None:
         frame = message if isinstance(message, bytes) else encode(message)

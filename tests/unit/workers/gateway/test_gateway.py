@@ -26,6 +26,7 @@ from ipc.messages import (
     Outputs,
     Query,
     Refused,
+    RequestTimes,
     Stats,
     Withdraw,
 )
@@ -219,6 +220,7 @@ def test_a_queued_request_is_cancelled_here() -> None:
         gateway.client(generate(f"r{number}"))
     gateway.client(Cancel(request_id="r4"))
     assert gateway.finals == {(b"c", "r4"): [FinalOutput("cancelled", 0, 0)]}
+    assert gateway.times == {(b"c", "r4"): RequestTimes(arrived_ns=100_000_000_000)}
     assert [request.route.request_id for request in gateway.pass_on()] == ["r0", "r1", "r2", "r3"]
 
 
@@ -468,6 +470,13 @@ def test_health_and_stats_answer_by_their_query_id() -> None:
     assert (starting.query_id, starting.state, ready.query_id, ready.state) == (1, "starting", 2, "ready")
     assert (ready.model, ready.max_model_len, ready.max_open_requests) == ("tiny", 128, 100)
     assert gateway.answers(Stats)[0] == Stats(query_id=3, roles={"gateway": {"num_open": 0.0}})
+
+
+def test_stats_have_the_arrays_that_the_query_names() -> None:
+    gateway = Harness()
+    gateway.client(Query(query_id=1, what="stats", arrays=["recent", "unknown"]))
+    array = gateway.answers(Stats)[0].arrays["scheduler"]["recent"]
+    assert memoryview(array.values).cast("q", array.shape).tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_a_starting_engine_refuses_requests() -> None:

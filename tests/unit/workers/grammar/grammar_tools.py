@@ -106,7 +106,7 @@ def walk(spec: StructuredOutputs, seed: int, max_tokens: int = 60) -> tuple[str,
         token_ids.append(int(draw.choice([each for each in choices if each != END])))
         matchers.advance(1, token_ids[-1])
         assert matchers.problem(1) == ""
-    return _text(token_ids), False
+    return _text(token_ids, "replace"), False
 
 
 @cache
@@ -115,5 +115,5 @@ def _closing() -> frozenset[int]:
     return frozenset(each for each in ids if each is not None)
 
 
-def _text(token_ids: list[int]) -> str:
-    return vocabulary().tokens.decode_bytes(token_ids).decode()
+def _text(token_ids: list[int], errors: str = "strict") -> str:
+    return vocabulary().tokens.decode_bytes(token_ids).decode(errors=errors)

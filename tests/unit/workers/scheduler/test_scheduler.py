@@ -558,7 +558,8 @@ def test_the_detokenizer_hears_only_of_what_differs_from_a_plain_text() -> None:
     engine.send(2, [2], shown)
     first, second = engine.hear().opened
     assert first.text is PLAIN_TEXT
-    assert set(msgspec.msgpack.decode(encode(first))) == {"key", "route", "num_prompt_tokens", "prompt_tail"}
+    sent = set(msgspec.msgpack.decode(encode(first)))
+    assert sent == {"key", "route", "num_prompt_tokens", "prompt_tail", "arrived_ns"}
     assert second.text == TextOptions(stop=["x"], min_tokens=2, skip_special_tokens=False)
     assert (second.num_logprobs, second.logprob_token_ids) == (0, [4])
 
@@ -580,11 +581,11 @@ def test_no_message_carries_a_longer_list_than_the_codec_takes() -> None:
     while (outputs := engine.hear()) is not None:
         sizes.append((len(outputs.opened), len(outputs.ended)))
     assert sizes == [(MAX_ITEMS, 0), (10, MAX_ITEMS), (0, 10)]
-    engine.scheduler._outputs.cached += [(key, 1) for key in range(MAX_ITEMS + 1)]
+    engine.scheduler._outputs.admitted += [(key, 1, 0) for key in range(MAX_ITEMS + 1)]
     engine.send_error(MAX_ITEMS + 11, "invalid_request", "no")
     counts = []
-    while (outputs := engine.hear()) is not None:
-        counts.append(len(outputs.cached))
+    while (outputs := engine.scheduler.take_outputs()) is not None:
+        counts.append(len(outputs.admitted))
     assert counts == [MAX_ITEMS, 1]
 
 

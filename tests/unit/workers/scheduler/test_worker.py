@@ -41,7 +41,7 @@ from tests.simulation.scheduled_engine import ScheduledEngine
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.process import StopWorker, WorkerProcess
 from workers.scheduler import worker
-from workers.scheduler.config import COUNTERS, SchedulerBootstrap, SchedulerConfig
+from workers.scheduler.config import ARRAYS, COUNTERS, SchedulerBootstrap, SchedulerConfig
 from workers.scheduler.worker import eos_token_ids, run
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
@@ -63,7 +63,7 @@ class Surroundings:
         self.results = Ring.create("result", result_layout(SHAPE), 2 * DEPTH, 1)
         self.prompts = [Ring.create(f"prompt.{i}", prompt_layout(), 8, 1) for i in range(2)]
         self.gpu = FakeGpu(SHAPE, NUM_BLOCKS, self.prompts)
-        stats = StatsPage.create("scheduler", COUNTERS)
+        stats = StatsPage.create("scheduler", COUNTERS, ARRAYS)
         self.stats = StatsPage(stats)
         common = WorkerBootstrap(
             role="scheduler",

@@ -47,6 +47,7 @@ from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import bootstrap as gateway_bootstrap
 from tests.unit.workers.gateway.gateway_tools import endpoints
 from workers.bootstrap import RingEnd, WorkerBootstrap
+from workers.detokenizer.config import ARRAYS as DETOKENIZER_ARRAYS
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
@@ -56,6 +57,7 @@ from workers.tokenizer.config import TokenizerBootstrap, TokenizerConfig
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 30.0
 COUNTERS = {"gateway": GATEWAY_COUNTERS, "tokenizer.0": TOKENIZER_COUNTERS, "detokenizer": DETOKENIZER_COUNTERS}
+ARRAYS = {"detokenizer": DETOKENIZER_ARRAYS}
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> None:
@@ -206,7 +208,9 @@ class TextEngine:
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = bind_router(self.context, f"ipc://{folder}/control")
         self.said: list[Any] = []
-        self.stats = {role: StatsPage.create(role, counters) for role, counters in COUNTERS.items()}
+        self.stats = {
+            role: StatsPage.create(role, counters, ARRAYS.get(role, ())) for role, counters in COUNTERS.items()
+        }
         self.doorbells = {role: Doorbell.create() for role in self.stats}
         self.ring = Ring.create("prompts", prompt_layout(), 3, 1)
         prompts = RingEnd(handle=msgspec.structs.replace(self.ring.handle, index=1), writes=True)

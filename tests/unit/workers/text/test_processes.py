@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def engine(folder: Path, model: Path) -> Iterator[TextEngine]:
 
 
 def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
-    client = engine.client()
+    client, sent_ns = engine.client(), time.monotonic_ns()
     long_text = "the quick brown fox " * 1_500  # several records of a ring that has three
     prompts = {f"p{i}": text for i, text in enumerate([*CORPUS, *CORPUS, *CORPUS])}
     for request_id, prompt in prompts.items():
@@ -116,6 +117,7 @@ def test_texts_go_round_through_all_three(engine: TextEngine) -> None:
     assert (client.texts["stop"], client.finals["stop"].finish_reason) == ("the fo", "stop")
     assert client.texts["named"] == "<s> brown</s>"
     asked = engine.scheduler.tokenized["named"]
+    assert sent_ns < asked.arrived_ns < asked.tokenized_ns < time.monotonic_ns()
     assert asked.params == named.without_long_values().with_seed(asked.params.seed or 0)
     assert asked.params.bad_words == []
     bits = long_columns_of(np.frombuffer(asked.long_values, "<i4"))

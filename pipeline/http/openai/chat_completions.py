@@ -1,0 +1,161 @@
+"""`/v1/chat/completions`: a chat in, a message out, whole or as a stream of chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from pipeline.http.bodies import read_body
+from pipeline.http.errors import HttpError
+from pipeline.http.generation.chat_request import ChatRequest, make_run
+from pipeline.http.generation.chat_run import Answer, ChatRun, RunUsage, stream_parts, whole_answer
+from pipeline.http.generation.sampling_fields import (
+    MAX_TOP_LOGPROBS,
+    SamplingFields,
+    sampling_params,
+    scheduling_params,
+    structured_fields,
+)
+from pipeline.http.openai.chat_chunks import ChunkWriter
+from pipeline.http.openai.wire import DONE, StreamOptions, chat_logprobs, prompt_logprobs_value, usage_value
+from pipeline.http.service import Service, new_id
+from pipeline.http.transport import Call, EventStream, Reply
+
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "audio": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "web_search_options": (), "echo": (False,), "best_of": (1,), "use_beam_search": (False,), "length_penalty": (1.0,),
+    "mm_processor_kwargs": ({},), "kv_transfer_params": (),
+}  # fmt: skip
+_HARMLESS: Final = ("include_reasoning", "moderation")
+
+
+class ChatCompletionBody(SamplingFields, kw_only=True):
+    """The body of a request. Names and meanings are those of OpenAI's API, and of vLLM's additions to it."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_ids: bool | None = None
+
+
+async def create(call: Call) -> Reply | EventStream:
+    """Answer a chat."""
+    body = read_body(call.body, ChatCompletionBody, harmless=_HARMLESS, neutral=_NEUTRAL)
+    service = call.service
+    model = service.check_model(body.model)
+    run = await make_run(service, _chat_request(call, body))
+    head = {"id": run.request_id, "object": "chat.completion", "created": int(time.time()), "model": model}
+    role = _role(body)
+    if not body.stream:
+        answers, usage = await whole_answer(service, run)
+        return Reply(_completion(head, answers, usage, role=role, with_token_ids=bool(body.return_token_ids)))
+    options = body.stream_options or StreamOptions()
+    writer = ChunkWriter(
+        head | {"object": "chat.completion.chunk"}, reports_usage=options.include_usage,
+        with_token_ids=bool(body.return_token_ids), role=role,
+    )  # fmt: skip
+    return EventStream(_events(service, run, writer, options))
+
+
+async def _events(service: Service, run: ChatRun, writer: ChunkWriter, options: StreamOptions) -> AsyncIterator[bytes]:
+    async for part in stream_parts(service, run):
+        usage = part.usage
+        event = writer.write(part)
+        if usage is None:
+            if event:
+                yield event
+            continue
+        if options.include_usage:
+            event += writer.write_usage(usage_value(usage))
+        yield event + DONE
+
+
+def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise HttpError(400, "top_logprobs is given without logprobs: set logprobs to true", param="top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise HttpError(
+            400, f"top_logprobs ({body.top_logprobs}) must lie in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs"
+        )
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = sampling_params(
+        body, call.service.defaults, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+    )
+    return ChatRequest(
+        messages=body.messages,
+        params=params,
+        request_id=new_id("chatcmpl-"),
+        tools=body.tools or [],
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        response_format=body.response_format,
+        structured_outputs=structured_fields(body),
+        reasoning_effort=body.reasoning_effort,
+        documents=body.documents,
+        chat_template=body.chat_template,
+        chat_template_kwargs=body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        cache_salt=body.cache_salt or "",
+        scheduling=scheduling_params(body, call.headers),
+    )
+
+
+def _role(body: ChatCompletionBody) -> str:
+    """The role of the answer: that of the message which it continues, as in vLLM."""
+    if body.continue_final_message and body.messages:
+        role = body.messages[-1].get("role")
+        return role if isinstance(role, str) else "assistant"
+    return "assistant"
+
+
+def _completion(
+    head: dict[str, Any], answers: list[Answer], usage: RunUsage, *, role: str, with_token_ids: bool
+) -> dict[str, Any]:
+    value = {
+        **head,
+        "choices": [_choice(answer, role, with_token_ids=with_token_ids) for answer in answers],
+        "usage": usage_value(usage),
+        "system_fingerprint": None,
+    }
+    if answers[0].prompt_logprobs is not None:
+        value["prompt_logprobs"] = prompt_logprobs_value(answers[0].prompt_logprobs)
+    return value
+
+
+def _choice(answer: Answer, role: str, *, with_token_ids: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": role, "content": answer.content, "refusal": None, "annotations": []}
+    if answer.reasoning is not None:
+        message["reasoning_content"] = message["reasoning"] = answer.reasoning
+    if answer.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": each.call_id or new_id("call_"),
+                "type": "function",
+                "function": {"name": each.name, "arguments": each.arguments},
+            }
+            for each in answer.tool_calls
+        ]
+    choice = {
+        "index": answer.index,
+        "message": message,
+        "logprobs": None if answer.logprobs is None else chat_logprobs(answer.logprobs),
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+    }
+    if with_token_ids:
+        choice["token_ids"] = answer.token_ids
+    return choice

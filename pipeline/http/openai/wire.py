@@ -1,0 +1,73 @@
+"""Values that several of OpenAI's endpoints write: usage and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from pipeline.client.outputs import TokenLogprob
+from pipeline.http.generation.chat_run import RunUsage
+
+DONE: Final = b"data: [DONE]\n\n"  # the last event of a stream
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """`stream_options` of a request. `continuous_usage_stats` is vLLM's: every chunk has the usage so far."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers; accepted, without effect
+
+
+def usage_value(usage: RunUsage) -> dict[str, Any]:
+    """`usage` of an answer."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def chat_logprobs(rows: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """`logprobs` of a choice of a chat completion."""
+    return {
+        "content": [
+            _chat_logprob(row, row.token_id, row.logprob)
+            | {"top_logprobs": [_chat_logprob(row, token_id, value) for token_id, value in row.top.items()]}
+            for row in rows
+        ],
+        "refusal": None,
+    }
+
+
+def prompt_logprobs_value(rows: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs`, vLLM's field: for each token of the prompt, token id to log-probability, rank and text."""
+    return [None if row is None else _prompt_row(row) for row in rows]
+
+
+def _chat_logprob(row: TokenLogprob, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": row.text_of(token_id),
+        "logprob": finite(logprob),
+        "bytes": list(row.token_bytes.get(token_id, b"")),
+    }
+
+
+def _prompt_row(row: TokenLogprob) -> dict[str, Any]:
+    ranked = {token_id: rank for rank, token_id in enumerate(row.top, start=1)}
+    found = row.top if row.token_id in row.top else {**row.top, row.token_id: row.logprob}
+    return {
+        str(token_id): {
+            "logprob": finite(logprob), "rank": ranked.get(token_id), "decoded_token": row.text_of(token_id),
+        }
+        for token_id, logprob in found.items()
+    }  # fmt: skip
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity. OpenAI writes -9999 for a token that cannot be sampled."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,1 @@
+"""The page at `/`: one static file, index.html, and the endpoint that serves it."""

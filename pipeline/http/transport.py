@@ -1,0 +1,204 @@
+"""One HTTP request: its body is read, its handler runs, and its answer goes out, whole or as a stream of events.
+
+A client that disconnects cancels the task of its request. The cancellation leaves `AsyncClient.generate`, which cancels
+the request in the engine, so no handler needs to watch for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import msgspec
+from starlette.datastructures import Headers, QueryParams
+
+from pipeline.http.errors import Dialect, HttpError, http_error
+from pipeline.http.service import Service
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+JSON: Final = "application/json"
+_EVENT_STREAM: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect events otherwise
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request as a handler sees it.
+
+    Args:
+        body: all bytes of the body, at most `http.max_body_bytes`.
+        request_id: the client's `X-Request-Id`, or a new one. It goes back in the answer's header.
+    """
+
+    service: Service
+    method: str
+    path_params: Mapping[str, Any]
+    headers: Headers
+    body: bytes
+    request_id: str
+    scope: Scope = field(repr=False)
+
+    @cached_property
+    def query(self) -> QueryParams:
+        """The parameters of the URL's query."""
+        return QueryParams(self.scope.get("query_string", b""))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer. `value` is bytes as they are, or anything else as JSON."""
+
+    value: Any
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content_type: str = JSON
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """An answer of server-sent events, each with its field names and the empty line at its end.
+
+    The status line waits for the first event: a request that fails earlier is answered with the status of its error.
+    """
+
+    events: AsyncIterator[bytes]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[[Call], Awaitable[Reply | EventStream]]
+
+
+class Endpoint:
+    """A handler as an ASGI application. `generates` = it holds a place in the engine, so a drain waits for it."""
+
+    def __init__(self, handler: Handler, dialect: Dialect, *, generates: bool = False) -> None:
+        self.handler = handler
+        self.dialect = dialect
+        self.generates = generates
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service: Service = scope["app"].state.service
+        try:
+            body = await _read_body(receive, Headers(scope=scope), service.config.max_body_bytes)
+        except HttpError as error:
+            await self._send_error(error, send)
+            return
+        if body is None:  # the client left before it had sent everything
+            service.stats.num_disconnects[0] += 1
+            return
+        call = Call(
+            service=service, method=scope["method"], path_params=scope.get("path_params", {}),
+            headers=Headers(scope=scope), body=body, request_id=scope["request_id"], scope=scope,
+        )  # fmt: skip
+        work = asyncio.current_task()
+        assert work is not None, "an ASGI application runs in a task"
+        watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work))
+        with service.open_request() if self.generates else contextlib.nullcontext():
+            try:
+                await self._answer(call, send)
+            except asyncio.CancelledError:
+                if not watcher.done() or watcher.cancelled():
+                    raise  # the server ends
+                work.uncancel()
+                service.note_disconnect(scope)
+            finally:
+                watcher.cancel()
+
+    async def _answer(self, call: Call, send: Send) -> None:
+        try:
+            reply = await self.handler(call)
+            if isinstance(reply, Reply):
+                await _send_whole(reply, send)
+                return
+            first = await anext(reply.events)
+        except Exception as error:
+            await self._send_error(self._translate(error, call), send)
+            return
+        with call.service.open_stream():
+            await self._send_events(reply, first, call, send)
+
+    async def _send_events(self, reply: EventStream, first: bytes, call: Call, send: Send) -> None:
+        headers = [*_EVENT_STREAM, *_encoded(reply.headers)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        send = call.scope["send"]  # past the middleware, which only looks at the start of an answer
+        num_events = call.service.stats.num_stream_events
+        event = {"type": "http.response.body", "body": first, "more_body": True}
+        try:
+            await send(event)
+            num_events[0] += 1
+            async for event["body"] in reply.events:
+                await send(event)
+                num_events[0] += 1
+        except Exception as error:
+            event["body"] = self.dialect.error_event(self._translate(error, call))
+            await send(event)
+        finally:
+            await reply.events.aclose()  # type: ignore[attr-defined]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _translate(self, error: Exception, call: Call) -> HttpError:
+        known = http_error(error)
+        if known is not None:
+            return known
+        logger.error("request %s to %s failed", call.request_id, call.scope["path"], exc_info=error)
+        return HttpError(500, f"internal error; the server's log has it under request id {call.request_id}")
+
+    async def _send_error(self, error: HttpError, send: Send) -> None:
+        await _send_whole(Reply(self.dialect.error_body(error), error.status, error.headers), send)
+
+
+async def _send_whole(reply: Reply, send: Send) -> None:
+    body = reply.value if isinstance(reply.value, bytes) else msgspec.json.encode(reply.value)
+    headers = [
+        (b"content-type", reply.content_type.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *_encoded(reply.headers),
+    ]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
+
+
+async def _read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes | None:
+    """The whole body; None if the client has left. Raises HttpError 413 without reading further."""
+    too_large = HttpError(
+        413, f"the body has more than {max_bytes:,} bytes: send less, or raise http.max_body_bytes of the server"
+    )
+    length = headers.get("content-length", "")
+    if length.isdigit() and int(length[:20]) > max_bytes:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    work.cancel()

@@ -1,0 +1,109 @@
+"""One HTTP process: its event loop, its server, and the launcher's messages.
+
+It serves from the moment when it has loaded. Until the engine is ready, requests of the engine get status 503. A drain
+waits until the last open request has its answer; meanwhile new ones get 503 too, because the engine refuses them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from ipc.messages import Abort, Drain, Drained, Lost, Ready, Start
+from pipeline.client.async_client import AsyncClient
+from pipeline.http.app import make_app
+from pipeline.http.config import HTTP_LISTENER, HttpBootstrap
+from pipeline.http.generation.defaults import SamplingDefaults
+from pipeline.http.generation.reasoning_start import ReasoningStart
+from pipeline.http.generation.template_tools import template_reads_tools
+from pipeline.http.listener import read_keys
+from pipeline.http.parsing.choose import choose_format
+from pipeline.http.server import Server
+from pipeline.http.service import Service
+from pipeline.http.tracing import RequestTracer
+from workers.process import StopWorker, WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+_GC_THRESHOLD: Final = 50_000  # new containers before a collection: requests leave few cycles
+_ENGINE_TIMEOUT_S: Final = 5.0  # for the gateway to be reachable
+
+
+def run(process: WorkerProcess, bootstrap: HttpBootstrap) -> None:
+    """Serve until Stop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(HttpWorker(process, bootstrap).serve())
+
+
+class HttpWorker:
+    """Connects the server, the engine's client and the launcher's control channel on one event loop."""
+
+    def __init__(self, process: WorkerProcess, bootstrap: HttpBootstrap) -> None:
+        self._process = process
+        self._bootstrap = bootstrap
+        self._drains: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Serve until the launcher says Stop."""
+        bootstrap, process = self._bootstrap, self._process
+        async with AsyncClient(bootstrap.endpoint, timeout_s=_ENGINE_TIMEOUT_S) as client:
+            self._service = make_service(bootstrap, client, process.stats)
+            app = make_app(self._service, read_keys(bootstrap.http))
+            self._server = Server(app, bootstrap.http, process.stats)
+            process.on_control(self._on_control)
+            process.ready()
+            gc.enable()  # asyncio has no idle moment that could be told from a busy one
+            gc.set_threshold(_GC_THRESHOLD, 20, 100)
+            asyncio.get_running_loop().add_reader(process.control_fd, self._look)
+            self._look()
+            listener = socket.socket(fileno=bootstrap.worker.kept[HTTP_LISTENER])
+            await self._server.run_on(listener)
+            if self._service.tracer is not None:
+                self._service.tracer.close()
+
+    def _look(self) -> None:
+        try:
+            self._process.wait(0)
+        except StopWorker:
+            self._server.should_exit = True
+
+    def _on_control(self, message: Start | Drain | Abort | Lost) -> None:
+        if isinstance(message, Start):
+            self._process.say(Ready(role=self._process.role))
+        elif isinstance(message, Drain | Abort):
+            # After Abort the gateway fails all open requests, so this soon ends too.
+            task = asyncio.ensure_future(self._drain())
+            self._drains.add(task)
+            task.add_done_callback(self._drains.discard)
+
+    async def _drain(self) -> None:
+        await self._service.wait_idle()
+        self._process.say(Drained())
+        self._look()  # the send may have used up the edge of the control channel's descriptor
+
+
+def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> Service:
+    """The service of one process. Reads the model's files."""
+    template = None if bootstrap.chat_template is None else Path(bootstrap.chat_template).read_text("utf-8")
+    format = choose_format(
+        bootstrap.model_folder, bootstrap.http.tool_parser, bootstrap.http.reasoning_parser, template=template
+    )
+    return Service(
+        client=client,
+        config=bootstrap.http,
+        model_names=tuple(bootstrap.http.served_model_names) or (bootstrap.model_name,),
+        model_folder=bootstrap.model_folder,
+        max_model_len=bootstrap.max_model_len,
+        format=format,
+        reasoning_start=ReasoningStart(client, format.reasoning_tags),
+        template_reads_tools=template_reads_tools(bootstrap.model_folder, bootstrap.chat_template),
+        defaults=SamplingDefaults.of_model(bootstrap.model_folder),
+        stats=stats,
+        tracer=RequestTracer.from_environment(bootstrap.model_name),
+    )

@@ -1,0 +1,310 @@
+"""The server on a real socket: bounds on connections, and what happens to a client that misbehaves or leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
+from pipeline.http.app import Bookkeeping
+from pipeline.http.config import COUNTERS, HttpConfig
+from pipeline.http.errors import OPENAI
+from pipeline.http.listener import open_listener
+from pipeline.http.server import MAX_HEADER_BYTES, Server
+from pipeline.http.service import Service
+from pipeline.http.transport import Call, Endpoint, EventStream, Handler, Reply
+
+DEADLINE_S = 10.0
+
+
+@dataclass
+class Running:
+    """A server with one endpoint at /, and its counters."""
+
+    port: int
+    service: Service
+    stats: Any
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
+
+    async def ask(self, body: bytes = b"{}", headers: bytes = b"") -> bytes:
+        """Send a request on a new connection that is closed after it, and return everything that comes back."""
+        reader, writer = await self.connect()
+        with contextlib.closing(writer):
+            writer.write(request(body, headers + b"connection: close\r\n"))
+            return await asyncio.wait_for(reader.read(), DEADLINE_S)
+
+
+def request(body: bytes = b"{}", headers: bytes = b"") -> bytes:
+    return b"POST / HTTP/1.1\r\nhost: here\r\n%bcontent-length: %d\r\n\r\n%b" % (headers, len(body), body)
+
+
+@contextlib.asynccontextmanager
+async def serve(handler: Handler, **settings: Any) -> AsyncIterator[Running]:
+    stats = SimpleNamespace(**{name: [0] for name in COUNTERS})
+    config = HttpConfig(port=0, **settings)
+    service: Any = Service(
+        client=None, config=config, model_names=("m",), model_folder="", max_model_len=8, format=None,
+        reasoning_start=None, template_reads_tools=False, defaults=None, stats=stats,
+    )  # type: ignore[arg-type]  # fmt: skip
+    app = Starlette(
+        routes=[Route("/", Endpoint(handler, OPENAI, generates=True), methods=["POST"])],
+        middleware=[Middleware(Bookkeeping)],
+    )
+    app.state.service = service
+    with open_listener(config) as listener:
+        server = Server(app, config, stats)
+        task = asyncio.create_task(server.run_on(listener))
+        try:
+            yield Running(listener.getsockname()[1], service, stats)
+        finally:
+            server.should_exit = True
+            await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(test())  # type: ignore[arg-type]
+
+
+async def echo(call: Call) -> Reply:
+    return Reply({"size": len(call.body)})
+
+
+def test_a_request_is_answered_and_its_id_comes_back() -> None:
+    async def test() -> None:
+        async with serve(echo) as running:
+            answer = await running.ask(b"x" * 100_000, b"X-Request-Id: mine\r\n")
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"x-request-id: mine\r\n" in answer
+            assert answer.endswith(b'{"size":100000}')
+            assert running.stats.num_responses_2xx[0] == 1
+            assert running.stats.num_open_requests[0] == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (InvalidRequest("top_p (3) must lie in (0, 1]"), 400, b'"param":"top_p"'),
+        (QueueFull("the queue is full", 2.2), 429, b"retry-after: 3\r\n"),
+        (EngineUnavailable("the engine is draining"), 503, b"retry-after: 1\r\n"),
+        (ZeroDivisionError("secret"), 500, b"internal error"),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_error_before_the_first_output_has_its_own_status(
+    error: Exception, status: int, expected: bytes, streams: bool
+) -> None:
+    async def handler(call: Call) -> Reply | EventStream:
+        async def events() -> AsyncIterator[bytes]:
+            raise error
+            yield b""
+
+        if streams:
+            return EventStream(events())
+        raise error
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            answer = await running.ask()
+            assert answer.startswith(b"HTTP/1.1 %d" % status)
+            assert expected in answer
+            assert b"secret" not in answer
+
+    run(test)
+
+
+def test_an_error_after_the_first_output_is_an_event_of_the_stream() -> None:
+    async def handler(call: Call) -> EventStream:
+        async def events() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+            raise EngineUnavailable("the engine is gone")
+
+        return EventStream(events())
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            answer = await running.ask()
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"data: 1\n\n" in answer
+            assert b'"message":"the engine is gone"' in answer
+            assert b"data: [DONE]\n\n" in answer
+
+    run(test)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("is_abrupt", [False, True])
+def test_a_client_that_disconnects_cancels_its_request_within_50_ms(streams: bool, is_abrupt: bool) -> None:
+    async def test() -> None:
+        started, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            started.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        async def handler(call: Call) -> Reply | EventStream:
+            async def events() -> AsyncIterator[bytes]:
+                yield b"data: 1\n\n"
+                await work()
+
+            if streams:
+                return EventStream(events())
+            await work()
+            return Reply({})
+
+        async with serve(handler) as running:
+            _, writer = await running.connect()
+            writer.write(request())
+            await asyncio.wait_for(started.wait(), DEADLINE_S)
+            if is_abrupt:
+                writer.transport.abort()
+            else:
+                writer.close()
+            await asyncio.wait_for(cancelled.wait(), DEADLINE_S)
+            await eventually(lambda: running.stats.num_responses_499[0] == 1)
+            assert running.stats.num_disconnects[0] == 1
+            assert running.stats.num_open_requests[0] == running.stats.num_open_streams[0] == 0
+
+    run(test)
+
+
+def test_headers_without_end_are_refused_and_cost_no_more_memory_than_their_bound() -> None:
+    async def test() -> None:
+        async with serve(echo) as running:
+            for flood in (b"POST / HTTP/1.1\r\nx: ", b"POST /", b"POST / HTTP/1.1\r\n" + b"a: b\r\n" * 400):
+                reader, writer = await running.connect()
+                writer.write(flood)
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(200):
+                        writer.write(b"x" * MAX_HEADER_BYTES)
+                        await writer.drain()
+                with contextlib.suppress(ConnectionError):
+                    answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
+                    assert answer == b"" or answer.startswith(b"HTTP/1.1 431")
+                writer.transport.abort()
+            assert running.stats.num_headers_too_large[0] == 3
+            assert (await running.ask()).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_above_the_limit_is_refused_with_413(is_chunked: bool) -> None:
+    async def test() -> None:
+        async with serve(echo, max_body_bytes=1_024) as running:
+            reader, writer = await running.connect()
+            if is_chunked:
+                writer.write(b"POST / HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n")
+                writer.write(b"400\r\n" + b"x" * 1_024 + b"\r\n1\r\nx\r\n0\r\n\r\n")
+            else:
+                writer.write(request(b"x" * 1_025))
+            answer = await asyncio.wait_for(reader.readuntil(b"}}"), DEADLINE_S)
+            assert answer.startswith(b"HTTP/1.1 413")
+            writer.write(request())
+            assert b'{"size":2}' in await asyncio.wait_for(reader.readuntil(b"}"), DEADLINE_S), (
+                "the connection lives on"
+            )
+            writer.close()
+
+    run(test)
+
+
+def test_a_client_that_sends_too_slowly_is_cut_off_and_a_steady_one_is_not() -> None:
+    async def test() -> None:
+        async with serve(echo, receive_timeout_s=0.15) as running:
+            silent, begun, trickling = [await running.connect() for _ in range(3)]
+            begun[1].write(b"POST / HTTP/1.1\r\nx: y\r\n")
+            trickling[1].write(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\nx")
+            for reader, writer in (silent, begun, trickling):
+                assert await asyncio.wait_for(reader.read(), DEADLINE_S) == b""
+                writer.close()
+            assert running.stats.num_header_timeouts[0] == 3
+            assert running.stats.num_open_requests[0] == 0
+            reader, writer = await running.connect()
+            writer.write(request(b"x" * 100_000)[:-50_000])
+            for _ in range(10):  # longer than the time-out, at a good pace
+                await asyncio.sleep(0.03)
+                writer.write(b"x" * 5_000)
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"}"), DEADLINE_S)
+            writer.close()
+
+    run(test)
+
+
+def test_connections_above_the_limit_are_closed_at_once_and_counted() -> None:
+    async def test() -> None:
+        async with serve(echo, max_connections=2) as running:
+            held = [await running.connect() for _ in range(2)]
+            await eventually(lambda: running.stats.num_connections[0] == 2)
+            reader, writer = await running.connect()
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), DEADLINE_S) == b""
+            writer.close()
+            assert running.stats.num_connections_refused[0] == 1
+            for _, held_writer in held:
+                held_writer.close()
+            await eventually(lambda: running.stats.num_connections[0] == 0)
+            assert (await running.ask()).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+def test_bytes_that_are_not_http_are_refused() -> None:
+    async def test() -> None:
+        async with serve(echo) as running:
+            for garbage in (
+                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+                b"GET\r\n\r\n",
+                b"\r\n" * 50 + b"\0" * 100,
+            ):
+                reader, writer = await running.connect()
+                writer.write(garbage)
+                answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
+                assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+                writer.close()
+            assert (await running.ask()).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+def test_a_drain_waits_for_the_last_open_request() -> None:
+    async def test() -> None:
+        release = asyncio.Event()
+
+        async def handler(call: Call) -> Reply:
+            await release.wait()
+            return Reply({})
+
+        async with serve(handler) as running:
+            asked = asyncio.create_task(running.ask())
+            await eventually(lambda: running.stats.num_open_requests[0] == 1)
+            drained = asyncio.create_task(running.service.wait_idle())
+            await asyncio.sleep(0)
+            assert not drained.done()
+            release.set()
+            await asyncio.wait_for(drained, DEADLINE_S)
+            assert (await asked).startswith(b"HTTP/1.1 200")
+
+    run(test)
