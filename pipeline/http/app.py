@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pipeline.http.anthropic import messages
-from pipeline.http.engine_api import live, status
+from pipeline.http.engine_api import live, status, tokenizing
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.openai import chat_completions, models
 from pipeline.http.page import static
@@ -42,6 +42,8 @@ ROUTES: Final = [
     _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
     _route("POST", "/v1/messages", messages.create, ANTHROPIC, generates=True),
     _route("POST", "/v1/messages/count_tokens", messages.count_tokens, ANTHROPIC),
+    _route("POST", "/tokenize", tokenizing.tokenize),
+    _route("POST", "/detokenize", tokenizing.detokenize),
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),

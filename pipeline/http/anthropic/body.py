@@ -109,13 +109,13 @@ def message_request(body: MessagesBody, service: Service, headers: Mapping[str, 
             400, f"temperature ({body.temperature}) must lie in [0, {MAX_TEMPERATURE:g}]", param="temperature"
         )
     fields = SamplingFields(
-        max_tokens=body.max_tokens, stop=body.stop_sequences, temperature=body.temperature, top_p=body.top_p,
+        stop=body.stop_sequences, temperature=body.temperature, top_p=body.top_p,
         top_k=body.top_k, priority=body.priority, deadline_s=body.deadline_s, queue_timeout_s=body.queue_timeout_s,
         tenant=body.tenant,
     )  # fmt: skip
     has_thinking_tokens = service.format.reasoning_end_id is not None
     budget = _budget(body.thinking) if has_thinking_tokens else None
-    params = sampling_params(fields, service.defaults, thinking_token_budget=budget)
+    params = sampling_params(fields, service.defaults, max_tokens=body.max_tokens, thinking_token_budget=budget)
     return chat_request(
         body,
         params=params,

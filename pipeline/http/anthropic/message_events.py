@@ -73,12 +73,7 @@ class EventWriter:
                     yield from self._text("thinking", text if self._shows_thinking else "", block)
                 case ToolCallBegin(name, call_id):
                     self._has_calls = True
-                    call: dict[str, Any] = {
-                        "type": "tool_use",
-                        "id": call_id or new_call_id(),
-                        "name": name,
-                        "input": {},
-                    }
+                    call = tool_use_value(call_id or new_call_id(), name, {})
                     yield from self._begin("tool_use", call)
                 case ToolArguments(text):
                     yield self._delta(text)

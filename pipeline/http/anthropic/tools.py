@@ -57,7 +57,7 @@ def _function(tool: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         body = convert(tool, ToolBody, harmless=_HARMLESS, neutral=_NEUTRAL)
     except HttpError as error:
-        raise HttpError(400, f"{where}: {error.message}", param=where) from None
+        raise HttpError(400, f"{where}: {error.message.removeprefix('the body: ')}", param=where) from None
     function: dict[str, Any] = {"name": body.name, "parameters": body.input_schema}
     if body.description is not None:
         function["description"] = body.description
