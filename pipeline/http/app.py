@@ -20,7 +20,8 @@ from starlette.routing import Route
 from pipeline.http.anthropic import messages
 from pipeline.http.engine_api import live, status, tokenizing
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
-from pipeline.http.openai import chat_completions, models
+from pipeline.http.metrics import endpoint
+from pipeline.http.openai import chat_completions, completions, models
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
@@ -39,6 +40,7 @@ ROUTES: Final = [
     _route("GET", "/live", live.live),
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
+    _route("POST", "/v1/completions", completions.create, generates=True),
     _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
     _route("POST", "/v1/messages", messages.create, ANTHROPIC, generates=True),
     _route("POST", "/v1/messages/count_tokens", messages.count_tokens, ANTHROPIC),
@@ -47,6 +49,7 @@ ROUTES: Final = [
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
+    _route("GET", "/metrics", endpoint.metrics),
 ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
@@ -49,6 +49,14 @@ class RunUsage:
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Self:
+        """Of an answer without reasoning."""
+        return cls(
+            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, cached_tokens=cached_tokens,
+            reasoning_tokens=0,
+        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)
