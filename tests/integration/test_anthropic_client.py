@@ -84,7 +84,7 @@ def test_a_message_and_its_stream_say_the_same(client: anthropic.Anthropic) -> N
     assert [(each.type, getattr(each, "text", None)) for each in streamed.content] == [("text", block.text)]
     assert (streamed.stop_reason, streamed.usage.output_tokens) == ("max_tokens", 12)
     size = client.messages.count_tokens(model="small", messages=MESSAGES, system="Be brief.").input_tokens
-    for each in (usage, streamed.usage, events[0].message.usage):  # type: ignore[union-attr]
+    for each in (usage, streamed.usage, events[0].message.usage):
         assert each.input_tokens + (each.cache_read_input_tokens or 0) == size
     last = [event for event in events if event.type == "message_delta"]
     assert [event.usage.output_tokens for event in last] == [12]
@@ -99,7 +99,7 @@ def test_a_stop_sequence_is_named_and_an_answer_is_continued_behind_its_beginnin
     begun = [*MESSAGES, {"role": "assistant", "content": "The weather in"}]
     more = client.messages.create(**{**request, "messages": begun})
     assert [block.type for block in more.content] == ["text"]
-    assert not more.content[0].text.startswith("The weather in")  # type: ignore[union-attr]
+    assert not more.content[0].text.startswith("The weather in")
     counted = client.messages.count_tokens(model="small", messages=begun).input_tokens
     assert counted == more.usage.input_tokens + (more.usage.cache_read_input_tokens or 0)
 
@@ -138,6 +138,16 @@ def test_errors_are_of_the_clients_classes(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="max_tokens") as raised:
         client.messages.create(**request | {"max_tokens": 5_000}, stream=True)
     assert raised.value.request_id
+
+
+def test_the_tokens_of_a_text_become_the_same_text_again(client: anthropic.Anthropic) -> None:
+    text = "Größe: 3 µm\n"
+    tokens = httpx2.post(f"{client.base_url}tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert (tokens["count"], tokens["max_model_len"]) == (len(tokens["tokens"]), 1024)
+    assert len(tokens["token_strs"]) == tokens["count"] > 3
+    assert httpx2.post(f"{client.base_url}detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
+    chat = httpx2.post(f"{client.base_url}tokenize", json={"messages": MESSAGES}).json()
+    assert chat["count"] == client.messages.count_tokens(model="small", messages=MESSAGES).input_tokens
 
 
 # An engine whose answers are written here
@@ -197,7 +207,7 @@ def test_an_error_of_the_engine_has_a_class_before_and_in_a_stream(pieces: list[
 
 def test_a_wrong_key_is_an_authentication_error() -> None:
     async def use(client: anthropic.AsyncAnthropic) -> AsyncIterator[Any]:
-        return await client.with_options(api_key="x").messages.create(**REQUEST)  # type: ignore[no-any-return]
+        return await client.with_options(api_key="x").messages.create(**REQUEST)
 
     with pytest.raises(anthropic.AuthenticationError, match="not one of this server"):
         asyncio.run(in_front_of(FakeEngine(), use))

@@ -16,8 +16,11 @@ from pipeline.http.generation.sampling_fields import SamplingFields, sampling_pa
 from pipeline.http.service import Service
 
 MAX_TEMPERATURE: Final = 1.0  # Anthropic's bound
-# Fields that ask for nothing which this server could do: billing, speed, and edits of long conversations.
-HARMLESS: Final = ("context_management", "diagnostics", "speed", "user_profile_id", "workspace_id")
+# Fields about billing, speed, other models and edits of long conversations: this server has one answer to a prompt.
+HARMLESS: Final = (
+    "billing_policy", "context_management", "diagnostics", "fallback_credit_token", "fallbacks", "speed",
+    "user_profile_id", "workspace_id",
+)  # fmt: skip
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"mcp_servers": ([],)}
 _NO_PARAMS: Final = SamplingParams()
 _EFFORTS: Final = {"xhigh": "high", "max": "high"}  # chat templates know low, medium and high

@@ -63,6 +63,7 @@ def test_a_whole_answer_has_thinking_text_calls_and_its_usage() -> None:
 def test_a_stream_has_the_same_blocks_one_after_the_other() -> None:
     answer = ask(app_of(FakeEngine(ANSWER), QWEN), PATH, body(tools=[WEATHER], stream=True))
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
     events = events_of(answer.text)
     assert [name for name, _ in events[:2]] == ["message_start", "ping"]
     message = events[0][1]["message"]
