@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 from ipc.errors import InvalidRequest
 from pipeline.http.parsing.scanner import Tool
 
-_NAME: Final = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_NAME_RULE: Final = "1 to 64 letters, digits, underscores, dots or hyphens"
+_NAME: Final = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_NAME_RULE: Final = "1 to 128 letters, digits, underscores, dots or hyphens"
 _MODES: Final[tuple[Literal["auto", "none", "required"], ...]] = ("auto", "none", "required")
 _MAPS_OF_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _DATA: Final = ("const", "enum", "required")

@@ -179,8 +179,8 @@ def test_every_grammar_holds_behind_the_reasoning(reasoning: str | None, starts:
         ({"tools": [5]}, "tools", "tools[0] (5) must be an object"),
         ({"tools": [{"type": "web_search"}]}, "tools", "tools[0].type ('web_search') must be 'function'"),
         ({"tools": [{"type": "function"}]}, "tools", "tools[0].function (None) must be an object with a name"),
-        ({"tools": [*TOOLS, tool("a b")]}, "tools", "tools[2].function.name ('a b') must be 1 to 64 letters, digits"),
-        ({"tools": [tool("x" * 65)]}, "tools", "tools[0].function.name ('xxx"),
+        ({"tools": [*TOOLS, tool("a b")]}, "tools", "tools[2].function.name ('a b') must be 1 to 128 letters, digits"),
+        ({"tools": [tool("x" * 129)]}, "tools", "tools[0].function.name ('xxx"),
         ({"tools": [tool("f", parameters=[])]}, "tools", "tools[0].function.parameters ([]) must be an object with a"),
         ({"tools": [tool("f", parameters={"type": "array"})]}, "tools", "tools[0].function.parameters.type ('array')"),
         ({"tools": [tool("f", strict=1)]}, "tools", "tools[0].function.strict (1) must be true or false"),
@@ -214,7 +214,7 @@ def test_every_grammar_holds_behind_the_reasoning(reasoning: str | None, starts:
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n n", "schema": {}}}},
-            "response_format", "response_format.json_schema.name ('n n') must be 1 to 64",
+            "response_format", "response_format.json_schema.name ('n n') must be 1 to 128",
         ),
         (
             {"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}},
