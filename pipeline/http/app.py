@@ -19,6 +19,8 @@ from starlette.routing import Route
 from pipeline.http.engine_api import live, status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.openai import chat_completions, models
+from pipeline.http.openai.responses import create as responses
+from pipeline.http.openai.responses import input_tokens, stored
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
@@ -38,6 +40,12 @@ ROUTES: Final = [
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
     _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
+    _route("POST", "/v1/responses", responses.create, generates=True),
+    _route("POST", "/v1/responses/input_tokens", input_tokens.count),
+    _route("GET", "/v1/responses/{response_id}", stored.retrieve),
+    _route("DELETE", "/v1/responses/{response_id}", stored.delete),
+    _route("GET", "/v1/responses/{response_id}/input_items", stored.list_input_items),
+    _route("POST", "/v1/responses/{response_id}/cancel", stored.cancel),
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
