@@ -85,6 +85,8 @@ class Output:
             match event:
                 case Content(text):
                     item = self._item_of("message", changes)
+                    if not item.texts:
+                        self._logprobs = _last_of(self._logprobs, text)
                     rows = self._take_logprobs()
                     item.logprobs += rows
                 case Reasoning(text):
@@ -142,3 +144,12 @@ class Output:
         rows: list[dict[str, Any]] = chat_logprobs(self._logprobs)["content"]
         self._logprobs.clear()
         return rows
+
+
+def _last_of(logprobs: list[TokenLogprob], text: str) -> list[TokenLogprob]:
+    """The last tokens, those that a text came with. Tokens before them belong to the tag that ends the reasoning."""
+    num_bytes, begin = len(text.encode()), len(logprobs)
+    while begin and num_bytes > 0:
+        begin -= 1
+        num_bytes -= len(logprobs[begin].bytes)
+    return logprobs[begin:]
