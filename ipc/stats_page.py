@@ -21,8 +21,9 @@ import msgspec
 from ipc.record_layout import HostArray, Layout
 from ipc.shared_memory import create_segment, map_segment
 
-# The writer's pid; its wake-ups from poll; garbage collections since it was loaded; objects in cycles that they found.
-_COMMON: Final = ("pid", "num_wakeups", "num_collections", "num_garbage")
+# The writer's pid; how many processes have been the writer, one after the other; their wake-ups from poll; garbage
+# collections after loading; objects in cycles that these found.
+_COMMON: Final = ("pid", "num_starts", "num_wakeups", "num_collections", "num_garbage")
 
 ArrayShapes = tuple[tuple[str, tuple[int, ...]], ...]
 """Name and shape of each array of a page."""

@@ -71,8 +71,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         after_reasoning: the tags of a reasoning that comes first and is free text. [end] = the text begins inside the
             reasoning, and the constraint holds behind `end`. [begin, end] = a text that begins with `begin` has a
             reasoning up to `end`; the constraint holds behind it, and otherwise from the first token. [] = the text has
-            no reasoning. A reasoning may hold any token that does not end the sequence. The sequence cannot end inside
-            it, because there would be no answer then.
+            no reasoning. A reasoning may hold any token but those that end the sequence, since there would be no answer
+            then, and the special tokens that a `structural_tag` names.
 
     The options of whitespace and of additional properties apply to JSON: with `json`, `json_object` and the schemas of
     `structural_tag`. All text together may have 256 KiB. Raises InvalidRequest, naming field and value, for anything

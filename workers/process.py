@@ -56,6 +56,7 @@ class WorkerProcess:
         self.stats_page = StatsPage(bootstrap.stats)
         self.stats = self.stats_page.values
         self.stats.pid[0] = os.getpid()
+        self.stats.num_starts[0] += 1
         self.trace = self.tracer_of(MAIN)
         self._awake_since_ns = time.monotonic_ns()
         self._control = self.connect("control")

@@ -62,6 +62,7 @@ class Role:
             Abort.
         is_dispensable: a running engine goes on without processes of this role that have died. The other processes are
             told `Lost`.
+        is_traced: the timeline shows when its main thread is awake.
         threads: further threads that are traced, besides the main one.
         keeps: descriptors that the launcher lends (`EngineFacts.lent`), as long as the process lives.
     """
@@ -80,6 +81,7 @@ class Role:
     is_dispensable: bool = False
     outlives_launcher: bool = False
     reads_statistics: bool = False
+    is_traced: bool = True
     threads: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
 
@@ -163,7 +165,7 @@ ENGINE: Final = Table(
         Role(
             name=HTTP, module="pipeline.http", bootstrap=role_settings.http, counters=HTTP_COUNTERS, start_order=6,
             count=lambda config: 0 if config.http is None else config.http.num_workers, is_numbered=True,
-            restart=Restart.ALONE, is_front=True, keeps=(HTTP_LISTENER,),
+            restart=Restart.ALONE, is_front=True, is_traced=False, keeps=(HTTP_LISTENER,),
         ),
     ),
     rings=(

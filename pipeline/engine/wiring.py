@@ -247,6 +247,8 @@ def _processes(role: Role, facts: EngineFacts) -> tuple[Process, ...]:
 
 def _tracks(process: Process) -> dict[str, str]:
     """A process's traced threads, and the track of each."""
+    if not process.role.is_traced:
+        return {}
     return {MAIN: process.name} | {thread: f"{process.name}.{thread}" for thread in process.role.threads}
 
 

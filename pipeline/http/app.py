@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -18,7 +19,8 @@ from starlette.routing import Route
 
 from pipeline.http.engine_api import live, status
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
-from pipeline.http.openai import chat_completions, models
+from pipeline.http.metrics import endpoint
+from pipeline.http.openai import chat_completions, completions, models
 from pipeline.http.openai.responses import create as responses
 from pipeline.http.openai.responses import input_tokens, stored
 from pipeline.http.page import static
@@ -39,6 +41,7 @@ ROUTES: Final = [
     _route("GET", "/live", live.live),
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
+    _route("POST", "/v1/completions", completions.create, generates=True),
     _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
     _route("POST", "/v1/responses", responses.create, generates=True),
     _route("POST", "/v1/responses/input_tokens", input_tokens.count),
@@ -49,6 +52,7 @@ ROUTES: Final = [
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
+    _route("GET", "/metrics", endpoint.metrics),
 ]
 
 
@@ -89,10 +93,15 @@ class Bookkeeping:
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
+        service: Service = scope["app"].state.service
+        traced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if service.tracer is not None and scope["path"].startswith("/v1/"):
+            traced = service.tracer.request(scope["method"], scope["path"], Headers(scope=scope), scope)
         try:
-            await self._app(scope, receive, send_with_id)
+            with traced:
+                await self._app(scope, receive, send_with_id)
         finally:
-            _count(scope["app"].state.service.stats, scope.get("status", 499))
+            _count(service.stats, scope.get("status", 499))
 
 
 def _count(stats: Any, status: int) -> None:

@@ -16,6 +16,7 @@ from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
 from pipeline.http.generation.reasoning_start import ReasoningStart
 from pipeline.http.parsing.formats import OutputFormat
+from pipeline.http.tracing import RequestTracer
 
 
 @dataclass(kw_only=True)
@@ -32,6 +33,7 @@ class Service:
         reasoning_start: tells whether a prompt ends inside the reasoning.
         template_reads_tools: the model's chat template can show tools.
         defaults: values of sampling parameters that a request leaves out.
+        tracer: sends traces of requests; None = they are not traced.
         stats: counters of this process (`config.COUNTERS`), each an array [1] int64.
     """
 
@@ -45,6 +47,7 @@ class Service:
     template_reads_tools: bool
     defaults: SamplingDefaults
     stats: Any
+    tracer: RequestTracer | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))
     _num_open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -26,6 +26,7 @@ from pipeline.http.listener import read_keys
 from pipeline.http.parsing.choose import choose_format
 from pipeline.http.server import Server
 from pipeline.http.service import Service
+from pipeline.http.tracing import RequestTracer
 from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class HttpWorker:
             self._look()
             listener = socket.socket(fileno=bootstrap.worker.kept[HTTP_LISTENER])
             await self._server.run_on(listener)
+            if self._service.tracer is not None:
+                self._service.tracer.close()
 
     def _look(self) -> None:
         try:
@@ -102,4 +105,5 @@ def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> S
         template_reads_tools=template_reads_tools(bootstrap.model_folder, bootstrap.chat_template),
         defaults=SamplingDefaults.of_model(bootstrap.model_folder),
         stats=stats,
+        tracer=RequestTracer.from_environment(bootstrap.model_name),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 
 from ipc.histogram import Bounds, histogram_arrays
+from ipc.messages import FinishReason
 from workers.bootstrap import WorkerBootstrap
 
 COUNTERS: Final = ("num_open", "num_tokens", "num_outputs", "num_finished", "num_undelivered")
@@ -38,7 +39,9 @@ HISTOGRAMS: Final = {  # in microseconds, or tokens; `request_metrics.py` says w
     "prompt_tokens": _TOKENS,
     "generated_tokens": _TOKENS,
 }  # fmt: skip
-ARRAYS: Final = histogram_arrays(HISTOGRAMS)
+ENDS: Final = "ends"  # samples that ended, by reason
+END_REASONS: Final[tuple[FinishReason, ...]] = get_args(FinishReason)
+ARRAYS: Final = (*histogram_arrays(HISTOGRAMS), (ENDS, (len(END_REASONS),)))
 
 
 class DetokenizerBootstrap(msgspec.Struct, frozen=True, kw_only=True):

@@ -217,6 +217,7 @@ class Detokenizer:
             return
         client.ready.clear()  # breaks the reference cycle client -> sequence -> client
         if client.num_open:
+            self.metrics.client_gone(client.num_open)
             for key in [key for key, sequence in self._open.items() if sequence.client is client]:
                 del self._open[key]
 

@@ -21,21 +21,21 @@ from typing import Final
 
 import numpy as np
 
-from ipc.histogram import Histogram, histogram_arrays
+from ipc.histogram import Histogram
 from ipc.messages import FinishReason
 from ipc.record_layout import HostArray
-from workers.detokenizer.config import HISTOGRAMS
+from workers.detokenizer.config import ARRAYS, END_REASONS, ENDS, HISTOGRAMS
 from workers.detokenizer.request_state import Sequence
 
 _NS_PER_US: Final = 1_000
 
 
 class RequestMetrics:
-    """The histograms of `HISTOGRAMS`. `arrays`: those of the statistics page, by name; None = arrays of its own."""
+    """The arrays of `ARRAYS`. `arrays`: those of the statistics page, by name; None = arrays of its own."""
 
     def __init__(self, arrays: Mapping[str, HostArray] | None = None) -> None:
         if arrays is None:
-            arrays = {name: np.zeros(shape, np.int64) for name, shape in histogram_arrays(HISTOGRAMS)}
+            arrays = {name: np.zeros(shape, np.int64) for name, shape in ARRAYS}
         self.arrays = arrays
         histograms = {name: Histogram(bounds, arrays[name]) for name, bounds in HISTOGRAMS.items()}
         self._first_token = histograms["time_to_first_token_us"]
@@ -46,6 +46,7 @@ class RequestMetrics:
         self._decode = histograms["decode_us"]
         self._prompt_tokens = histograms["prompt_tokens"]
         self._generated_tokens = histograms["generated_tokens"]
+        self._ends = arrays[ENDS]
 
     def admitted(self, sequence: Sequence, admitted_ns: int) -> None:
         """The scheduler has admitted a sequence."""
@@ -73,6 +74,7 @@ class RequestMetrics:
         request = sequence.request
         request.num_generated += sequence.num_sent + len(sequence.token_ids)
         request.num_running -= 1
+        self._ends[END_REASONS.index(reason)] += 1
         if reason == "error":
             request.has_failed = True
         elif sequence.first_token_ns:
@@ -81,6 +83,10 @@ class RequestMetrics:
             self._end_to_end.add(_us(now_ns - request.arrived_ns))
             self._prompt_tokens.add(request.num_prompt_tokens)
             self._generated_tokens.add(request.num_generated)
+
+    def client_gone(self, num_open: int) -> None:
+        """A client has gone, and its open samples with it: the gateway cancels them."""
+        self._ends[END_REASONS.index("cancelled")] += num_open
 
 
 def _us(ns: int) -> int:

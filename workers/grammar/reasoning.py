@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
+from typing import Final
+
 from ipc.structured_outputs import StructuredOutputs
 from workers.grammar.grammar_text import listed
 from workers.grammar.lark_parts import LarkParts
 from workers.grammar.vocabulary import Vocabulary
+
+_TOKEN: Final = re.compile(r"<\[(\d{1,9})\]>")  # as lark_parts.py writes it
 
 
 def behind_reasoning(grammar: str, spec: StructuredOutputs, vocabulary: Vocabulary) -> str:
@@ -17,7 +23,9 @@ def behind_reasoning(grammar: str, spec: StructuredOutputs, vocabulary: Vocabula
     *begins, end = spec.after_reasoning
     parts = LarkParts(spec, vocabulary)
     reasoning = parts.text_until(end)
-    if others := _other_tokens(end, parts.first_token(end), vocabulary):
+    # A special token of the answer ends a reasoning for some parsers, so it is no part of one.
+    of_answer = {int(token_id) for token_id in _TOKEN.findall(grammar)}
+    if others := _other_tokens(end, {*of_answer, parts.first_token(end)}, vocabulary):
         reasoning = f"({parts.text()} {others})* {reasoning}"
     if begins:
         reasoning = f"({parts.at_once(begins[0])} {reasoning})?"
@@ -25,16 +33,16 @@ def behind_reasoning(grammar: str, spec: StructuredOutputs, vocabulary: Vocabula
     return parts.grammar(f"{reasoning} @answer", named)
 
 
-def _other_tokens(end: str, end_id: int | None, vocabulary: Vocabulary) -> str:
+def _other_tokens(end: str, excluded: Container[int | None], vocabulary: Vocabulary) -> str:
     """Tokens that a reasoning may hold beside whole characters; empty: there are none.
 
-    They are the special tokens, and tokens that begin or end inside a character: a budget of thinking tokens may force
-    the end of the reasoning behind such a token. llguidance cannot find the end tag across a token of this list, so
-    a token that may be a part of the tag is not in it.
+    They are the special tokens that are not `excluded`, and tokens that begin or end inside a character: a budget of
+    thinking tokens may force the end of the reasoning behind such a token. llguidance cannot find the end tag across a
+    token of this list, so a token that may be a part of the tag is not in it.
     """
     tag = end.encode("utf-8", "surrogatepass")
     broken = [token_id for token_id, text in vocabulary.broken_tokens.items() if not _may_be_part(text, tag)]
-    special = [token_id for token_id in vocabulary.special_ids.values() if token_id != end_id]
+    special = [token_id for token_id in vocabulary.special_ids.values() if token_id not in excluded]
     return f"<[{_ranges([*broken, *special])}]>" if broken or special else ""
 
 

@@ -5,7 +5,6 @@ Built from the tokenizer that the other host processes load, so that tokens decl
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 from llguidance import LLTokenizer
@@ -54,12 +53,12 @@ class Vocabulary:
         self.special_ids: Final = {
             text: token_id for token_id, text in added.items() if text and self.tokens.is_special_token(token_id)
         }
-
-    @functools.cached_property
-    def broken_tokens(self) -> dict[int, bytes]:
-        special = set(self.special_ids.values())
-        all_bytes = {each: self.tokens.decode_bytes([each]) for each in range(self.size) if each not in special}
-        return {token_id: text for token_id, text in all_bytes.items() if not _is_utf8(text)}
+        texts = ((token_id, self.tokens.decode_bytes([token_id])) for token_id in range(size))
+        self.broken_tokens: Final = {
+            token_id: text
+            for token_id, text in texts
+            if not _is_utf8(text) and not self.tokens.is_special_token(token_id)
+        }
 
     @classmethod
     def of_folder(cls, folder: str, size: int) -> Vocabulary:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 from pipeline.http.generation.answer_formats import Node
 from pipeline.http.parsing.native_forms import XmlArguments
+from pipeline.http.parsing.schema_types import resolved, types_of
 
 _MAX_DEPTH: Final = 8  # of values inside values; deeper ones are written as JSON
 _DEFINITIONS: Final = ("$defs", "definitions")
@@ -41,36 +43,76 @@ def json_value(schema: Any) -> Node:
 
 
 def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
-    """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON.
-
-    A text ends at the end tag. Its pattern is certain, or else its length; its `format` is not.
-    """
-    tail = xml.value_end[len(xml.value_end.rstrip()) :]
-
-    def text_up_to_end(begin: str, text: Node) -> list[Node]:
-        return [{"type": "tag", "begin": begin, "content": text, "end": xml.value_end.strip()}, const(tail)]
-
+    """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON."""
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         if schema.get("additionalProperties") is False:
             return const("")
         name = {"type": "regex", "pattern": _ANY_NAME}
-        value = text_up_to_end(xml.key_end + xml.value_begin, {"type": "any_text"})
-        return {"type": "star", "content": sequence(const(xml.key_begin), name, *value)}
+        return {
+            "type": "star",
+            "content": sequence(const(xml.key_begin), name, _xml_text(xml.key_end + xml.value_begin, {}, xml)),
+        }
     arguments = []
-    for key, value_schema in properties.items():
+    for key, value in properties.items():
         begin = f"{xml.key_begin}{key}{xml.key_end}{xml.value_begin}"
-        value_schema = _resolved(value_schema, schema)
-        texts, others = _alternatives(value_schema)
-        if texts is None:
-            argument = sequence(*text_up_to_end(begin, _text(value_schema)))
+        values = _xml_values(value, schema, _MAX_DEPTH)
+        if values is None:
+            argument = _xml_text(begin, resolved(value, schema), xml)
         else:
-            values = [*map(const, texts)]
-            if others:
-                values.append(json_value(_with_definitions(others, schema)))
             argument = sequence(const(begin), one_of(*values), const(xml.value_end))
         arguments.append(argument if key in schema.get("required", ()) else optional(argument))
     return sequence(*arguments)
+
+
+def _xml_values(schema: Any, root: dict[str, Any], depth: int) -> list[Node] | None:
+    """The values that a schema allows, one or the other; None if they may be texts that it does not list."""
+    schema = resolved(schema, root)
+    if (listed := _listed_values(schema)) is not None:
+        others = [value for value in listed if not isinstance(value, str)]
+        texts = [const(value) for value in listed if isinstance(value, str)]
+        return [*texts, json_value({"enum": others})] if others else texts
+    for union in ("anyOf", "oneOf"):
+        if depth and isinstance(choices := schema.get(union), list) and choices:
+            values = [_xml_values(each, root, depth - 1) for each in choices]
+            return None if None in values else [node for nodes in values for node in nodes or ()]
+    types = types_of(schema, root)
+    return None if not types or "string" in types else [json_value(_with_definitions(schema, root))]
+
+
+def _xml_text(begin: str, schema: dict[str, Any], xml: XmlArguments) -> Node:
+    """A text between `begin` and the end of a value. Its pattern and its length hold; a `format` does not."""
+    end = xml.value_end.strip()
+    patterns = []
+    if isinstance(pattern := schema.get("pattern"), str):
+        patterns.append(_whole(pattern))
+    if "minLength" in schema or "maxLength" in schema:
+        patterns.append(f"(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})")
+    if not patterns or schema.get("type") != "string":
+        free = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": end}
+        return sequence(free, const(xml.value_end[len(xml.value_end.rstrip()) :]))
+    # One terminal, because a lexer does not come back to the end tag if the text can go on with its beginning.
+    text = " & ".join(f"/{_in_lark(each)}/" for each in patterns)
+    lark = f"start: TEXT\nTEXT: ({text} & ~/(?s:.*{_in_lark(re.escape(end))}.*)/) {json.dumps(xml.value_end)}"
+    return sequence(const(begin), {"type": "grammar", "grammar": lark})
+
+
+def _whole(pattern: str) -> str:
+    """A pattern of a schema, which may match anywhere in a text, as one that matches the whole text."""
+    is_end = pattern.endswith("$") and not pattern.endswith("\\$")
+    inner = pattern.removeprefix("^").removesuffix("$" if is_end else "")
+    return f"{'' if pattern.startswith('^') else '(?s:.*)'}(?:{inner}){'' if is_end else '(?s:.*)'}"
+
+
+def _in_lark(pattern: str) -> str:
+    """A regular expression as it stands between slashes."""
+    return re.sub(r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern)
+
+
+def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
 def python_arguments(schema: dict[str, Any]) -> Node:
@@ -110,10 +152,9 @@ def _listed(element: Node) -> Node:
 
 def _python_value(schema: Any, root: dict[str, Any], depth: int) -> Node:
     """A value as a Python literal. A schema that says nothing of the type allows any JSON."""
-    schema = _resolved(schema, root)
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        values = [schema["const"]] if "const" in schema else schema["enum"]
-        return one_of(*(const(_literal(value)) for value in values))
+    schema = resolved(schema, root)
+    if (listed := _listed_values(schema)) is not None:
+        return one_of(*(const(_literal(value)) for value in listed))
     for union in ("anyOf", "oneOf"):
         if depth and isinstance(choices := schema.get(union), list) and choices:
             return one_of(*(_python_value(each, root, depth - 1) for each in choices))
@@ -145,45 +186,6 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)}: {_literal(each)}" for key, each in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-def _alternatives(schema: dict[str, Any]) -> tuple[list[str] | None, dict[str, Any] | None]:
-    """The texts that a schema lists, and a schema of its other values. (None, None): it allows texts of any kind."""
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        values = [schema["const"]] if "const" in schema else schema["enum"]
-        others = [value for value in values if not isinstance(value, str)]
-        return [value for value in values if isinstance(value, str)], {"enum": others} if others else None
-    types = schema.get("type")
-    if types is None or types == "string" or (isinstance(types, list) and "string" in types):
-        return None, None
-    return [], schema
-
-
-def _text(schema: dict[str, Any]) -> Node:
-    """A text as it stands between tags. Where other types are allowed too, nothing more is certain."""
-    pattern, low, high = schema.get("pattern"), schema.get("minLength", 0), schema.get("maxLength", "")
-    if schema.get("type") == "string" and isinstance(pattern, str):
-        begin = "" if pattern.startswith("^") else ".*"
-        end = "" if pattern.endswith("$") and not pattern.endswith("\\$") else ".*"
-        inner = pattern.removeprefix("^").removesuffix("" if end else "$")
-        return {"type": "regex", "pattern": f"(?s:{begin})(?:{inner})(?s:{end})"}
-    if schema.get("type") == "string" and (low or high != ""):
-        return {"type": "regex", "pattern": f"(?s:.{{{low},{high}}})"}
-    return {"type": "any_text"}
-
-
-def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
-    """The schema that a reference into the definitions names; any other schema as it is."""
-    for _ in range(_MAX_DEPTH):
-        reference = schema.get("$ref") if isinstance(schema, dict) else None
-        if not isinstance(reference, str):
-            break
-        kind, _, name = reference.removeprefix("#/").partition("/")
-        target = root.get(kind, {}).get(name) if kind in _DEFINITIONS else None
-        if not isinstance(target, dict):
-            break
-        schema = target
-    return schema if isinstance(schema, dict) else {}
 
 
 def _with_definitions(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from pipeline.http.generation.answer_formats import Node
@@ -24,7 +25,7 @@ FINAL_ANSWER: Final = {HARMONY: "<|channel|>final<|message|>"}  # text that a fa
 _ANY_OBJECT: Final = {"type": "object"}
 _INDEX: Final = "[0-9]{1,3}"
 _LIKE_CALLS: Final = {  # texts that parsers read as calls, of families without a marker
-    "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/ | /(?s:.*)<\|python_tag\|>(?s:.*)/',
+    "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/ | /(?s:.*)<\|python_(tag|start)\|>(?s:.*)/',
     "python": r"/\s*\[\s*[\w.:\/-]+\s*\((?s:.*)/ | /(?s:.*)<\|python_start\|>(?s:.*)/",
 }
 
@@ -60,16 +61,19 @@ class CallFormats:
         if final_answer:
             return one_of(self.calls(), sequence(const(final_answer), {"type": "any_text"}))
         if not form.trigger:
-            lark = f"start: TEXT\nTEXT: /(?s:.*)/ & ~({_LIKE_CALLS[form.arguments]})"
+            like_calls = [_LIKE_CALLS[form.arguments]]
+            like_calls += [f"/(?s:.*{re.escape(each)}.*)/" for each in form.more_markers]
+            lark = f"start: TEXT\nTEXT: /(?s:.*)/ & ~({' | '.join(like_calls)})"
             return one_of(self._calls_told_from_text(), {"type": "grammar", "grammar": lark})
         triggers, tags = [form.trigger], self._tags
         if form.section_begin:
             tags = [{"type": "tag", "begin": form.section_begin, "content": self._listed(), "end": form.section_end}]
-        elif form.arguments == "xml" and (inner := form.begin.removeprefix(form.trigger).strip()):
+        if form.arguments == "xml" and (inner := form.begin.removeprefix(form.trigger).strip()):
             # Its parser also reads calls without the trigger.
             triggers.append(inner)
             outer, end = form.begin.removesuffix(inner), form.end.split("\n")[0]
-            tags = [*tags, *({**tag, "begin": tag["begin"].removeprefix(outer), "end": end} for tag in tags)]
+            bare = ({**tag, "begin": tag["begin"].removeprefix(outer), "end": end} for tag in self._tags)
+            tags = [*tags, *bare]
         return {
             "type": "triggered_tags", "triggers": triggers, "tags": tags,
             "stop_after_first": bool(form.section_begin) or not self._is_parallel,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
@@ -18,6 +18,7 @@ from pipeline.http.generation.events import Content, Event, Reasoning, ToolArgum
 from pipeline.http.parsing.formats import CallForm, OutputFormat, OutputParser
 from pipeline.http.parsing.scanner import Tool
 from pipeline.http.service import Service
+from pipeline.http.tracing import note_sample, note_usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,14 @@ class RunUsage:
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Self:
+        """Of an answer without reasoning."""
+        return cls(
+            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, cached_tokens=cached_tokens,
+            reasoning_tokens=0,
+        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,6 +158,7 @@ class _SampleReader:
         if self._call_form != "none" and not self._has_calls:
             self._has_calls = any(isinstance(event, ToolCallBegin) for event in events)
         if reason is not None:
+            note_sample(output.times)
             part.finish_reason, part.stop_reason = finish_reason(reason, has_tokens=self._num_tokens > 0)
             # OpenAI's API says "stop" for a function that the request names.
             if part.finish_reason == "stop" and self._has_calls and self._call_form != "json_arguments":
@@ -192,6 +202,7 @@ def _params_of(service: Service, run: ChatRun) -> SamplingParams:
 
 
 def _usage(usage: Usage, readers: Sequence[_SampleReader]) -> RunUsage:
+    note_usage(usage.prompt_tokens, usage.completion_tokens)
     return RunUsage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

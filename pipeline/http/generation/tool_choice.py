@@ -98,8 +98,11 @@ def _of_either(
     is_bound = use.is_limited or not is_parallel or any(tool.get("strict") for tool in use.tools)
     if (answer is None and not is_bound) or (answer is not None and answer.structural_tag is not None):
         return answer  # a structural tag says itself how calls are written
-    # A bare call is the whole answer, so there is one only.
-    form, is_parallel = _form(format) or BARE_CALL, is_parallel and _form(format) is not None
+    form = _form(format)
+    if form is None and format.tool_parser is not None:
+        return answer  # the model's own files say how it writes calls, which no grammar knows
+    if form is None:
+        form, is_parallel = BARE_CALL, False  # a bare call is the whole answer
     formats = CallFormats(form, use.tools, follows_schemas=False, is_parallel=is_parallel)
     final = FINAL_ANSWER.get(_family(format), "")
     if answer is None:

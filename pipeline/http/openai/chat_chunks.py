@@ -17,8 +17,6 @@ from pipeline.http.generation.events import Content, Event, Reasoning, ToolArgum
 from pipeline.http.openai.wire import chat_logprobs
 from pipeline.http.service import new_id
 
-DONE: Final = b"data: [DONE]\n\n"
-
 _encode: Final = msgspec.json.Encoder().encode
 
 

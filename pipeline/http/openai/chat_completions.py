@@ -17,8 +17,8 @@ from pipeline.http.generation.sampling_fields import (
     scheduling_params,
     structured_fields,
 )
-from pipeline.http.openai.chat_chunks import DONE, ChunkWriter
-from pipeline.http.openai.wire import StreamOptions, chat_logprobs, prompt_logprobs_value, usage_value
+from pipeline.http.openai.chat_chunks import ChunkWriter
+from pipeline.http.openai.wire import DONE, StreamOptions, chat_logprobs, prompt_logprobs_value, usage_value
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import Call, EventStream, Reply
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from pipeline.client.outputs import TokenLogprob
 from pipeline.http.generation.chat_run import RunUsage
+
+DONE: Final = b"data: [DONE]\n\n"  # the last event of a stream
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):

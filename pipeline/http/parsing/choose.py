@@ -99,6 +99,7 @@ _FAMILIES: Final[tuple[tuple[str, Callable[[_ModelFiles], bool]], ...]] = (
     ("deepseek_v3", lambda m: m.writes("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", lambda m: m.writes("<｜tool▁calls▁begin｜>")),
     ("kimi_k2", lambda m: m.writes("<|tool_calls_section_begin|>")),
+    ("glm47", lambda m: m.writes("<tool_call>", "</arg_key><arg_value>")),
     ("glm45", lambda m: m.writes("<tool_call>", "<arg_key>")),
     ("qwen3_coder", lambda m: m.writes("<tool_call>", "<function=", "<parameter=")),
     ("seed_oss", lambda m: m.writes("<seed:tool_call>")),
@@ -108,8 +109,10 @@ _FAMILIES: Final[tuple[tuple[str, Callable[[_ModelFiles], bool]], ...]] = (
     ("lfm2", lambda m: m.writes("<|tool_call_start|>")),
     ("granite", lambda m: m.writes("<|tool_call|>")),
     ("hermes", lambda m: m.writes("<tool_call>")),
-    ("pythonic", lambda m: m.writes("func_name1(params_name1") or "<|python_start|>" in m.tokens),
+    ("nemotron", lambda m: m.writes("<TOOLCALL>")),
+    ("pythonic", lambda m: m.writes("func_name1(params_name1")),
     ("llama3_json", lambda m: m.writes("<|python_tag|>") or m.writes('{"name": function name, "parameters"')),
+    ("pythonic", lambda m: "<|python_start|>" in m.tokens),
     (RESPONSE_TEMPLATE, lambda m: m.response_template is not None),
 )
 

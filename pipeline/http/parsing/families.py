@@ -29,7 +29,9 @@ CALL_SCRIPTS: Final[Mapping[str, Script]] = {
     "deepseek_v3": deepseek(),
     "deepseek_v31": deepseek(),
     "glm45": xml_calls("glm45", untyped_is_text=False),
+    "glm47": xml_calls("glm47", untyped_is_text=False),
     "kimi_k2": kimi_k2(),
+    "nemotron": tagged_json("<TOOLCALL>", "</TOOLCALL>"),
     "granite": tagged_json("<|tool_call|>"),
 }
 TOOL_PARSERS: Final = (*NATIVE_FORMS, RESPONSE_TEMPLATE)

@@ -32,7 +32,7 @@ class PlainText:
     """The parser of text that holds neither calls nor reasoning. It runs for each token of most streams."""
 
     def push(self, text: str) -> list[Event]:
-        return [Content(text)]
+        return [Content(text)] if text else []
 
     def finish(self) -> list[Event]:
         return []
@@ -72,20 +72,17 @@ class OutputFormat:
     def always_reasons(self) -> bool:
         return self.reasoning_parser in ALWAYS_REASON
 
-    def opens_reasoning(self, prompt: str) -> bool:
-        """Whether the prompt ends with the begin tag of a reasoning: what `starts_in_reasoning` should be."""
-        return self.reasoning_tags is not None and prompt.rstrip().endswith(self.reasoning_tags[0])
-
     def parser(self, *, reads_calls: CallForm, tools: Sequence[Tool], starts_in_reasoning: bool) -> OutputParser:
         """A parser for one sample.
 
         `reads_calls` "none": text only. "native": calls in the family's own form; without a known family, an answer
-        that is a JSON call of one of the tools. "json_list", "json_arguments": what a grammar made, the latter for the
-        only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
+        that is a JSON call of one of the tools. "json_list", "json_arguments": the JSON that a grammar made, the
+        latter for the only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
             raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
-        if reads_calls == "none" and self.reasoning_parser is None and self.reasoning_tags is None:
+        families = (self.tool_parser if self.tool_parser == HARMONY else None, self.reasoning_parser)
+        if reads_calls == "none" and families == (None, None) and self.reasoning_tags is None:
             return PlainText()
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""
@@ -95,7 +92,9 @@ class OutputFormat:
                 reads_calls=reads_calls == "native" and self.tool_parser is not None,
                 begin_of_reasoning=begin,
             )
-        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools)
+        form = NATIVE_FORMS.get(self.tool_parser or "")
+        call_id_length = form.call_id_length if form else 0
+        return ScriptParser(self._script(reads_calls, starts_in_reasoning), tools, call_id_length)
 
     def _script(self, reads_calls: CallForm, starts_in_reasoning: bool) -> Script:
         if HARMONY in (self.tool_parser, self.reasoning_parser):

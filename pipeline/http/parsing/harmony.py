@@ -16,7 +16,7 @@ from pipeline.http.parsing.scanner import Emit, Scanner, Script, ScriptParser, S
 
 TAGS: Final = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
 
-_HEADERS: Final = ("<|start|>", "<|channel|>", " to=")  # what a message begins with, behind the prompt
+_HEADERS: Final = ("<|start|>", "<|channel|>", " to=")  # the beginnings of a message, behind the prompt
 _MESSAGE: Final = "<|message|>"
 _ENDS: Final = ("<|end|>", "<|return|>", "<|call|>")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")

@@ -1,6 +1,7 @@
 """Calls that are JSON objects: {"name": "f", "arguments": {...}}. The text of the arguments streams as it arrives.
 
-Arguments are not checked: if they are broken JSON, the client gets them as the model wrote them.
+Arguments are not checked: if they are broken JSON, the client gets them as the model wrote them. An "id" in the object
+is not used: models write the same one again in the next answer.
 """
 
 from __future__ import annotations
@@ -97,7 +98,6 @@ class _CallReader:
     def __init__(self, s: Scanner, is_bare: bool, knows_names: bool) -> None:
         self._s, self._is_bare, self._knows_names = s, is_bare, knows_names
         self._name: str | None = None
-        self._call_id: str | None = None
         self._early: list[str] | None = None  # arguments that stand before the name
         self.has_begun = False
 
@@ -135,15 +135,12 @@ class _CallReader:
         if key == "name" and self._name is None:
             self._name = yield from json_string(s)
             return bool(self._name) and (not self._knows_names or self._name in s.tools)
-        if key == "id" and (yield from s.peek()) == '"':
-            self._call_id = yield from json_string(s)
-            return self._call_id is not None
         return (yield from json_value(s, lambda text: None))
 
     def _begin(self, name: str) -> None:
         self.has_begun = True
         self._s.release()
-        self._s.out.begin_call(name, self._call_id)
+        self._s.out.begin_call(name)
 
 
 def call_object(s: Scanner, *, is_bare: bool = False, knows_names: bool = False) -> Steps[bool]:

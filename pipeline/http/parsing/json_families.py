@@ -8,7 +8,7 @@ from pipeline.http.parsing.json_calls import arguments_value, call_objects
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from pipeline.http.parsing.scanner import Scanner, Script, Steps
 
-(_PYTHON_TAG,) = NATIVE_FORMS["llama3_json"].more_markers
+*_PYTHON_TAGS, _PYTHON_END = NATIVE_FORMS["llama3_json"].more_markers
 _TOOL_CALLS: Final = NATIVE_FORMS["mistral"].begin
 (_CALL_ID,) = NATIVE_FORMS["mistral"].more_markers
 _ARGS: Final = NATIVE_FORMS["mistral"].middle
@@ -18,6 +18,7 @@ def tagged_json(begin: str, end: str = "") -> Script:
     """A call object, or a list of them, between two markers. The end may be missing.
 
     Hermes and Qwen:  <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n</tool_call>
+    Nemotron:         <TOOLCALL>[{"name": "f", "arguments": {"a": 1}}]</TOOLCALL>
     Granite:          <|tool_call|>[{"name": "f", "arguments": {"a": 1}}]
     """
 
@@ -45,14 +46,16 @@ def skip_end(s: Scanner, end: str) -> Steps[None]:
 
 
 def llama3_json(s: Scanner) -> Steps[None]:
-    """Call objects at the start of the answer or behind <|python_tag|>, with ";" or white space between them.
+    """Call objects at the start of the answer or behind a tag, with ";" or white space between them.
+
+    The tags are <|python_tag|>, and Llama 4's <|python_start|>, which <|python_end|> follows.
 
     {"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}
     """
     yield from _bare_objects(s)
-    while (yield from s.text_until(s.out.content, _PYTHON_TAG)):
+    while tag := (yield from s.text_until(s.out.content, *_PYTHON_TAGS)):
         if not (yield from _bare_objects(s)):
-            s.out.content(_PYTHON_TAG)
+            s.out.content(tag)
 
 
 def _bare_objects(s: Scanner) -> Steps[bool]:
@@ -63,11 +66,12 @@ def _bare_objects(s: Scanner) -> Steps[bool]:
         yield from s.skip_space()
         if num_calls and (yield from s.accept(";")):
             yield from s.skip_space()
-        yield from s.accept(_PYTHON_TAG)
+        yield from s.accept(*_PYTHON_TAGS)
         yield from s.skip_space()
         if not (yield from call_objects(s, is_bare=True)):
             s.rewind()
             return num_calls > 0
+        yield from skip_end(s, _PYTHON_END)
         num_calls += 1
 
 

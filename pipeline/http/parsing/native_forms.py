@@ -50,6 +50,7 @@ class NativeForm:
     xml: XmlArguments | None = None
     allows_parallel_calls: bool = True
     more_markers: tuple[str, ...] = ()  # special tokens that the family writes at times, and a grammar need not
+    call_id_length: int = 0  # of the ids that the family's chat templates take, of letters and digits; 0: any
     ends_reasoning: bool = False  # models of this family call tools within the reasoning, and leave its end tag out
 
     @property
@@ -111,7 +112,7 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         middle='", "parameters": ',
         end="}",
         separator="; ",
-        more_markers=("<|python_tag|>",),
+        more_markers=("<|python_tag|>", "<|python_start|>", "<|python_end|>"),
     ),
     # [f(a=1, b="x"), g()]
     "pythonic": NativeForm(
@@ -145,10 +146,16 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         end="}",
         separator=", ",
         section_end="]",
+        call_id_length=9,
     ),
     # [TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}
     "mistral": NativeForm(
-        trigger="[TOOL_CALLS]", begin="[TOOL_CALLS]", middle="[ARGS]", end="", more_markers=("[CALL_ID]",)
+        trigger="[TOOL_CALLS]",
+        begin="[TOOL_CALLS]",
+        middle="[ARGS]",
+        end="",
+        more_markers=("[CALL_ID]",),
+        call_id_length=9,
     ),
     # <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>
     # <｜tool▁calls▁end｜> (without the line break)
@@ -182,6 +189,17 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
             key_begin="<arg_key>", key_end="</arg_key>", value_begin="\n<arg_value>", value_end="</arg_value>\n"
         ),
     ),
+    # <tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>
+    "glm47": NativeForm(
+        trigger="<tool_call>",
+        begin="<tool_call>",
+        middle="",
+        end="</tool_call>",
+        arguments="xml",
+        xml=XmlArguments(
+            key_begin="<arg_key>", key_end="</arg_key>", value_begin="<arg_value>", value_end="</arg_value>"
+        ),
+    ),
     # <|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>
     # <|tool_calls_section_end|> (without the line break)
     "kimi_k2": NativeForm(
@@ -201,6 +219,16 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
         end="<|call|>",
         allows_parallel_calls=False,  # <|call|> ends the answer
     ),
+    # <TOOLCALL>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]</TOOLCALL>
+    "nemotron": NativeForm(
+        trigger="<TOOLCALL>",
+        section_begin="<TOOLCALL>[",
+        begin='{"name": "',
+        middle='", "arguments": ',
+        end="}",
+        separator=", ",
+        section_end="]</TOOLCALL>",
+    ),
     # <|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
     "granite": NativeForm(
         trigger="<|tool_call|>",
@@ -213,7 +241,7 @@ NATIVE_FORMS: Final[dict[str, NativeForm]] = {
     ),
 }
 
-# What a grammar makes of a model without a known family: [{"name": "f", "parameters": {"a": 1}}, ...]
+# The form that a grammar gives to a model of no known family: [{"name": "f", "parameters": {"a": 1}}, ...]
 JSON_LIST: Final = NativeForm(
     trigger="",
     section_begin="[",

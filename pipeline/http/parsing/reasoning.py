@@ -10,7 +10,7 @@ def with_reasoning(answer: Script, tags: tuple[str, str], *, starts_inside: bool
 
     `starts_inside`: the prompt has opened the reasoning. The first tag may still come and is skipped. If the last
     one never comes, all the text is reasoning. Otherwise, reasoning begins only with the first tag at the start of the
-    text, behind white space at most. Later tags are content.
+    text, behind white space at most. Later tags are content. A reasoning of white space alone is none.
 
     `also_ends_at`: a text of the answer that ends a reasoning without the last tag.
     """
@@ -26,7 +26,14 @@ def with_reasoning(answer: Script, tags: tuple[str, str], *, starts_inside: bool
             s.rewind()
         if has_tag or starts_inside:
             ends = (end, also_ends_at) if also_ends_at else (end,)
-            marker = yield from s.text_until(s.out.reasoning, *ends)
+            space = yield from s.skip_space()
+
+            def emit(text: str) -> None:
+                nonlocal space
+                s.out.reasoning(space + text)
+                space = ""
+
+            marker = yield from s.text_until(emit, *ends)
             if marker and marker == also_ends_at:
                 s.at -= len(marker)
         yield from answer(s)

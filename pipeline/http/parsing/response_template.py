@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _REASONING: Final = ("thinking", "reasoning", "reasoning_content")
 _CALLS: Final = "tool_calls"
+_BORDERS: Final = ("open", "open_pattern", "close", "close_pattern")
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)[\w.]*\}")
 
 
@@ -45,7 +46,10 @@ def _first_text(anchor: Any) -> str | None:
 
 def check_template(template: Any) -> None:
     """Raise ValueError if transformers cannot read the template."""
-    from transformers.utils.chat_parsing.response_templates import load_response_template
+    try:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+    except ImportError as error:
+        raise ValueError(f"the installed transformers reads no response templates: {error}") from None
 
     load_response_template(template)
 
@@ -67,7 +71,7 @@ class TemplateParser:
         self._tools = {str(tool.get("name")): tool for tool in tools}
         self._reads_calls = reads_calls
         self._out = Output()
-        self._parser = ResponseParser(_with_raw_calls(template), prefix=begin_of_reasoning)
+        self._parser = ResponseParser(_with_raw_fields(template), prefix=begin_of_reasoning)
         self._convert(self._parser.initial_events)
 
     def push(self, text: str) -> list[Event]:
@@ -110,23 +114,18 @@ class TemplateParser:
             self._out.arguments(arguments if isinstance(arguments, str) else json.dumps(arguments))
 
 
-def _with_raw_calls(template: dict[str, Any]) -> dict[str, Any]:
-    """The template with calls as raw text: a broken call then raises nothing in the middle of the stream."""
-    field = template["fields"].get(_CALLS)
-    if field is None:
-        return template
-    groups = {name for name in _PLACEHOLDER.findall(json.dumps(field.get("transform", ""))) if name in _groups(field)}
-    raw = {key: field[key] for key in ("open", "open_pattern", "close", "close_pattern") if key in field} | {
-        "content": "text",
+def _with_raw_fields(template: dict[str, Any]) -> dict[str, Any]:
+    """The template with every field as raw text: a broken field then raises nothing in the middle of the stream."""
+    fields = {name: _raw(field, name == _CALLS) for name, field in template["fields"].items()}
+    return template | {"defaults": {}, "fields": fields}
+
+
+def _raw(field: dict[str, Any], keeps_groups: bool) -> dict[str, Any]:
+    """A field with the same borders, whose value holds its text and the groups that its transform uses."""
+    names = re.findall(r"\(\?P<(\w+)>", f"{field.get('open_pattern', '')}{field.get('close_pattern', '')}")
+    used = _PLACEHOLDER.findall(json.dumps(field.get("transform", ""))) if keeps_groups else []
+    return {key: field[key] for key in _BORDERS if key in field} | {
         "content_args": {"strip": False},
         "repeats": True,
-        "transform": {"content": "{content}"} | {name: "{" + name + "}" for name in groups},
+        "transform": {"content": "{content}"} | {name: "{" + name + "}" for name in names if name in used},
     }
-    defaults = {key: value for key, value in template.get("defaults", {}).items() if key != _CALLS}
-    fields = {name: each | {"optional": True} for name, each in template["fields"].items()}
-    return template | {"defaults": defaults, "fields": fields | {_CALLS: raw}}
-
-
-def _groups(field: dict[str, Any]) -> set[str]:
-    """The named groups of a field's patterns."""
-    return set(re.findall(r"\(\?P<(\w+)>", f"{field.get('open_pattern', '')}{field.get('close_pattern', '')}"))

@@ -10,6 +10,8 @@ can be the beginning of the marker.
 from __future__ import annotations
 
 import re
+import secrets
+import string
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeVar
@@ -21,6 +23,7 @@ Steps = Generator[None, None, T]  # pauses for more text; returns a T
 Tool = Mapping[str, Any]  # the definition of a function: name, description, parameters, strict
 Emit = Callable[[str], object]
 
+_ID_CHARACTERS: Final = string.ascii_letters + string.digits
 _SPACE: Final = re.compile(r"\s*")
 _NAME: Final = re.compile(r"[\w.:/-]*")  # of functions; also ids of calls
 
@@ -30,9 +33,12 @@ class Output:
 
     White space between the start of the answer or a call and the next call is part of no event. So white space waits
     there until other text arrives.
+
+    `call_id_length`: of the ids to draw for calls that have none, of letters and digits; 0: the API draws them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call_id_length: int = 0) -> None:
+        self._call_id_length = call_id_length
         self._events: list[Event] = []
         self._space: str | None = ""  # white space that waits; None: text came before
         self.num_calls = 0
@@ -58,6 +64,8 @@ class Output:
         self._space = ""
         self.num_calls += 1
         self.is_call_empty = True
+        if call_id is None and self._call_id_length:
+            call_id = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(self._call_id_length))
         self._events.append(ToolCallBegin(name, call_id))
 
     def arguments(self, text: str) -> None:
@@ -113,9 +121,9 @@ def markers_of(texts: tuple[str, ...]) -> Markers:
 class Scanner:
     """The text of one sample: what has arrived and is not read yet."""
 
-    def __init__(self, tools: Sequence[Tool] = ()) -> None:
+    def __init__(self, tools: Sequence[Tool] = (), call_id_length: int = 0) -> None:
         self.tools = {str(tool.get("name")): tool for tool in tools}
-        self.out = Output()
+        self.out = Output(call_id_length)
         self.text = ""
         self.at = 0  # the next character to read
         self.has_ended = False
@@ -235,8 +243,8 @@ Script = Callable[[Scanner], Steps[None]]
 class ScriptParser:
     """Runs a script over the text of one sample. An OutputParser."""
 
-    def __init__(self, script: Script, tools: Sequence[Tool] = ()) -> None:
-        self._scanner = Scanner(tools)
+    def __init__(self, script: Script, tools: Sequence[Tool] = (), call_id_length: int = 0) -> None:
+        self._scanner = Scanner(tools, call_id_length)
         self._steps = script(self._scanner)
         next(self._steps, None)
 
@@ -247,7 +255,7 @@ class ScriptParser:
         return self._scanner.out.take()
 
     def finish(self) -> list[Event]:
-        """The text has ended: the events of whatever was held back."""
+        """The text has ended: the events of the text that was held back."""
         self._scanner.has_ended = True
         next(self._steps, None)
         self._scanner.out.finish()

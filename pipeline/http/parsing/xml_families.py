@@ -12,9 +12,9 @@ from typing import Any, Final
 from pipeline.http.parsing.json_families import skip_end
 from pipeline.http.parsing.native_forms import NATIVE_FORMS, NativeForm, XmlArguments
 from pipeline.http.parsing.scanner import Scanner, Script, Steps, Tool
+from pipeline.http.parsing.schema_types import type_of, types_of
 
 _WORDS: Final = {"True": True, "False": False, "None": None}
-_MAX_SCHEMA_DEPTH: Final = 8
 
 
 def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
@@ -22,6 +22,7 @@ def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
 
     `untyped_is_text`: a value that the schema says nothing of is a text. Otherwise it is JSON if it can be.
 
+    GLM 4.7:      <tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>
     GLM 4.5:      <tool_call>f\\n<arg_key>a</arg_key>\\n<arg_value>1</arg_value>\\n</tool_call>
     MiniMax M2:   <minimax:tool_call>\\n<invoke name="f">\\n<parameter name="a">1</parameter>\\n</invoke>\\n
                   </minimax:tool_call>  (without the line break)
@@ -54,7 +55,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
     middle, (close, *more_ends) = form.middle.strip(), form.end.split("\n")
     if not name or (middle and not (yield from s.accept(middle))):
         return False
-    properties = _properties(s.tools.get(name))
+    parameters, properties = _parameters(s.tools.get(name))
     has_begun = False
     while True:
         yield from s.skip_space()
@@ -72,7 +73,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
             return True
         s.out.arguments((", " if has_begun else "") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
         has_begun = True
-        types = _types(properties.get(key.strip()), _MAX_SCHEMA_DEPTH) or ({"string"} if untyped_is_text else set())
+        types = types_of(properties.get(key.strip()), parameters) or ({"string"} if untyped_is_text else set())
         if not (yield from _value(s, form.xml, types)):
             return True
     if tag or not (yield from s.accept_end(form.xml.key_begin, close)):
@@ -91,6 +92,11 @@ def _value(s: Scanner, xml: XmlArguments, types: set[str]) -> Steps[bool]:
     if xml.value_begin:
         yield from s.accept(opening or xml.value_begin)
     ends = (xml.value_end.rstrip(), xml.value_end.strip())
+    if types == {"string", "null"}:
+        if (yield from s.accept(*(null + end for null in ("null", "None") for end in ends))):
+            s.out.arguments("null")
+            return True
+        types = {"string"}
     if types == {"string"}:
         s.out.arguments('"')
         end = yield from s.text_until(lambda text: s.out.arguments(_escaped(text)), *ends)
@@ -120,7 +126,7 @@ def _typed(text: str, types: set[str]) -> Any:
         value = int(value)
     if isinstance(value, str) and "string" in types:
         return text
-    return value if not types or _type_of(value) & types else text
+    return value if not types or type_of(value) & types else text
 
 
 def _refuse(constant: str) -> None:
@@ -137,48 +143,17 @@ def _python_value(plain: str, text: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _type_of(value: Any) -> set[str]:
-    """The names of a value's types in JSON Schema."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int):
-        return {"integer", "number"}
-    kinds = {float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
-    return {kinds.get(type(value), "null")}
-
-
-def _types(schema: Any, depth: int) -> set[str]:
-    """The types that a schema allows, as far as it names them."""
-    if not isinstance(schema, dict) or not depth:
-        return set()
-    declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else {each for each in declared or () if isinstance(each, str)}
-    if schema.get("nullable") is True:
-        types.add("null")
-    for union in ("anyOf", "oneOf", "allOf"):
-        choices = schema.get(union)
-        for choice in choices if isinstance(choices, list) else ():
-            types |= _types(choice, depth - 1)
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    if not types and isinstance(values, list):
-        for value in values:
-            types |= _type_of(value)
-    return types
-
-
 def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments, with the values that the tool's schema asks for in the place of texts."""
-    schemas = _properties(tool)
+    parameters, schemas = _parameters(tool)
     return {
-        key: _typed(value, _types(schemas[key], _MAX_SCHEMA_DEPTH))
-        if key in schemas and isinstance(value, str)
-        else value
+        key: _typed(value, types_of(schemas[key], parameters)) if key in schemas and isinstance(value, str) else value
         for key, value in arguments.items()
     }
 
 
-def _properties(tool: Tool | None) -> dict[str, Any]:
-    """The schemas of a tool's arguments; empty if the tool or its schema is not known."""
+def _parameters(tool: Tool | None) -> tuple[Any, dict[str, Any]]:
+    """A tool's schema, and the schemas of its arguments; empty if the tool or its schema is not known."""
     parameters = tool.get("parameters") if tool else None
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    return properties if isinstance(properties, dict) else {}
+    return parameters, properties if isinstance(properties, dict) else {}

@@ -58,7 +58,9 @@ def _message(item: Item, where: str) -> Item:
         raise item_error(f"{where}.role", f"({str(role)[:100]!r}) must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}")
     kind = "output_text" if role == "assistant" else "input_text"
     content = _parts(item.get("content"), kind, f"{where}.content")
-    return {"type": "message", "role": role, "content": content, "status": "completed"}
+    message: Item = {"type": "message", "role": role, "content": content, "status": "completed"}
+    phase = _optional_string(item, "phase", where)  # of the assistant's messages; templates do not read it
+    return message if phase is None else message | {"phase": phase}
 
 
 def _parts(content: Any, kind: str, where: str) -> list[Item]:

@@ -12,7 +12,7 @@ from ipc.histogram import read_histogram
 from ipc.messages import ClientCredit, ClientGone, Ended, Opened, Outputs, RequestTimes, Route, StepOutputs, TextOptions
 from ipc.records import FinishCode
 from tests.unit.workers.text.tools import byte_level_tokenizer
-from workers.detokenizer.config import HISTOGRAMS
+from workers.detokenizer.config import END_REASONS, ENDS, HISTOGRAMS
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.text_decoding import Decoding
 
@@ -61,8 +61,13 @@ class Engine:
 
     def seen(self) -> dict[str, tuple[int, int]]:
         """The number of values and their sum, of each histogram that has any."""
-        read = {name: read_histogram(array.tolist()) for name, array in self.core.metrics.arrays.items()}
+        read = {name: read_histogram(self.core.metrics.arrays[name].tolist()) for name in HISTOGRAMS}
         return {name: (sum(buckets), total) for name, (buckets, total) in read.items() if any(buckets)}
+
+    def ends(self) -> dict[str, int]:
+        """How many samples ended, by reason."""
+        counts = self.core.metrics.arrays[ENDS].tolist()
+        return {reason: count for reason, count in zip(END_REASONS, counts, strict=True) if count}
 
 
 def ns(ms: float) -> int:
@@ -103,6 +108,7 @@ def test_samples_have_times_of_their_own_and_their_request_counts_once() -> None
     assert seen["decode_us"] == (2, 3_000)
     assert seen["end_to_end_us"] == (1, 18_000)
     assert seen["generated_tokens"] == (1, 3)
+    assert engine.ends() == {"length": 2}
 
 
 def test_every_sequence_has_its_own_time_between_tokens() -> None:
@@ -147,6 +153,7 @@ def test_a_request_that_ends_in_the_queue_has_its_arrival_and_is_in_no_histogram
     engine.step(50, ended=[Ended(1, reason)])
     assert engine.times == {("r1", 0): RequestTimes(ARRIVED_NS, ns(1))}
     assert engine.seen() == {}
+    assert engine.ends() == {reason: 1}
 
 
 def test_a_cancelled_request_that_was_admitted_counts_and_a_failed_one_does_not() -> None:
@@ -170,3 +177,4 @@ def test_a_client_that_has_gone_leaves_its_requests_unmeasured() -> None:
     engine.admit(1, at_ms=11)
     engine.step(12, (1, LENGTH))
     assert set(engine.seen()) == {"queue_us", "prefill_us", "time_to_first_token_us"}
+    assert engine.ends() == {"cancelled": 1}

@@ -106,6 +106,13 @@ def test_a_constraint_that_cannot_be_used_is_refused_behind_a_reasoning_too(
         matchers_of(StructuredOutputs(**constraint, after_reasoning=["</think>"]))
 
 
+def test_special_tokens_of_the_answer_are_no_part_of_the_reasoning() -> None:
+    tag = {"type": "structural_tag", "format": {"type": "const_string", "value": "<|system|>x"}}
+    spec = StructuredOutputs(structural_tag=json.dumps(tag), after_reasoning=["</think>"])
+    assert accepts(spec, "hm <|user|></think><|system|>x")
+    assert not accepts(spec, "hm <|system|></think><|system|>x")
+
+
 # ---- at every split into tokens, with a vocabulary whose tokens lie across all borders
 
 PIECES: Final = ("<th", "hm<", "ink", "k>", "</t", 'k>{"', '>{"a', "é<", ">y", "k>yes")

@@ -111,6 +111,11 @@ VLLM: Final = {
             ['<{"a":1}>', '<{"a":1}><{"a":2}><{"a":3}><{"a":4}>'],
         ),
         (
+            {"format": tag("<n>", {"type": "regex", "pattern": ".*"}, ["</n>", "<|user|>"])},
+            ["<n>a<b</n>", "<n></n>", "<n>x<|user|>"],
+            ["<n>a\n</n>", "<n>a</n></n>", "<n>a"],
+        ),
+        (
             {"format": sequence({"type": "optional", "content": CALL}, {"type": "const_string", "value": "."})},
             [".", '<f=a>{"a":1}</f>.'],
             ["", '<f=a>{"a":1}</f><f=a>{"a":1}</f>.'],

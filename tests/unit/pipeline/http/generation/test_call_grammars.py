@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from ipc.structured_outputs import StructuredOutputs
 from pipeline.http.generation.events import Content, Reasoning, ToolArguments, ToolCallBegin
 from pipeline.http.generation.tool_choice import Constraint, constrain
-from pipeline.http.parsing.families import HARMONY, REASONING_TAGS, TOOL_PARSERS
+from pipeline.http.parsing.families import HARMONY, REASONING_TAGS
 from pipeline.http.parsing.formats import OutputFormat
 from pipeline.http.parsing.native_forms import NATIVE_FORMS
 from tests.unit.workers.grammar.grammar_tools import TINY, accepts, walk
@@ -41,7 +41,15 @@ PLACE: Final = {
 NOW: Final = {"name": "now", "strict": True}
 TOOLS: Final = [{"type": "function", "function": each} for each in (PLACE, NOW)]
 CALLS: Final = [("get.place-1", {"name": "Łódź", "days": 3, "exact": True}), ("now", {})]
-FAMILIES: Final = [*TOOL_PARSERS, None]
+FAMILIES: Final = [*NATIVE_FORMS, None]
+FAST: Final = ("hermes", "pythonic", "glm45", HARMONY, None)  # one of each kind of form
+
+
+def families(*fast: str | None, among: Any = FAMILIES) -> list[Any]:
+    """The families as parameters of a test, of which only some are not slow."""
+    return [pytest.param(each, marks=() if each in fast else pytest.mark.slow) for each in among]
+
+
 NAMED: Final = {"type": "function", "function": {"name": "get.place-1"}}
 
 
@@ -106,6 +114,11 @@ def written(family: str | None, calls: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def literal(value: Any) -> str:
+    """A value in Python, with double quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)}: {literal(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
@@ -114,7 +127,7 @@ def is_valid(name: str, arguments: Any) -> bool:
     return bool(jsonschema.Draft202012Validator(tools[name]).is_valid(arguments))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAST))
 def test_a_required_call_is_written_in_the_family_s_form_and_read_back(family: str | None) -> None:
     constraint, format = constrained(family, "required"), format_of(family)
     assert constraint.call_form == ("json_list" if family is None else "native")
@@ -133,7 +146,7 @@ def test_a_required_call_is_written_in_the_family_s_form_and_read_back(family: s
     assert not accepts(spec, "Hello " + written(family, CALLS[:1]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAST))
 def test_a_named_call_is_one_call_of_that_function(family: str | None) -> None:
     constraint, format = constrained(family, NAMED), format_of(family)
     spec, calls = grammar_of(constraint), CALLS[:1]
@@ -146,7 +159,7 @@ def test_a_named_call_is_one_call_of_that_function(family: str | None) -> None:
 
 
 @pytest.mark.parametrize("tool_choice", ["required", NAMED, "auto"], ids=["required", "named", "auto"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("pythonic"))
 def test_whatever_a_grammar_allows_is_read_as_valid_calls_or_as_text(family: str | None, tool_choice: Any) -> None:
     """Random texts. Most texts of "auto" are free, so an answer format leaves calls as the only other choice there."""
     format_given = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "free"}}}
@@ -157,8 +170,8 @@ def test_whatever_a_grammar_allows_is_read_as_valid_calls_or_as_text(family: str
     spec = StructuredOutputs(structural_tag=constraint.structured.structural_tag, json=constraint.structured.json,
                              disable_any_whitespace=True)  # fmt: skip
     num_calls = 0
-    for seed in range(6):
-        text, has_ended = walk(spec, seed, max_tokens=150)
+    for seed in range(8):
+        text, has_ended = walk(spec, seed, max_tokens=200)
         if has_ended:
             calls, content, reasoning = read(constraint, format_of(family), text)
             assert [call for call in calls if not is_valid(*call)] == [], text
@@ -169,11 +182,70 @@ def test_whatever_a_grammar_allows_is_read_as_valid_calls_or_as_text(family: str
     assert num_calls > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+DEFINITIONS: Final = {
+    "Object": {"type": "object", "properties": {"k": {"type": "string"}}, "required": ["k"]},
+    "Colour": {"enum": ["r", "g"]},
+    "Number": {"type": "integer"},
+    "Tree": {"type": "object", "properties": {"c": {"$ref": "#/$defs/Tree"}}},
+}
+OBJECTS: Final = {
+    "type": "array", "items": {
+        "type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "string"}}, "required": ["a"],
+    },
+}  # fmt: skip
+# Schemas of one argument, values that they allow, and values that they do not.
+ARGUMENTS: Final[list[tuple[dict[str, Any], list[Any], list[Any]]]] = [
+    ({"$ref": "#/$defs/Object"}, [{"k": "x"}], [{"j": 1}]),
+    ({"$ref": "#/$defs/Colour"}, ["r"], ["z"]),
+    ({"$ref": "#/$defs/Number"}, [5], ["x"]),
+    ({"$ref": "#/$defs/Tree"}, [{"c": {"c": {}}}], [{"c": 1}]),
+    ({"allOf": [{"$ref": "#/$defs/Colour"}], "title": "T"}, ["r"], ["z"]),
+    ({"anyOf": [{"$ref": "#/$defs/Colour"}, {"type": "null"}]}, ["r", None], ["z"]),
+    ({"anyOf": [{"$ref": "#/$defs/Object"}, {"type": "null"}]}, [{"k": "x"}, None], [{"j": 1}]),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["hello there", None], []),
+    ({"type": ["string", "null"]}, ["null x", None], []),
+    ({"type": ["integer", "null"]}, [3, None], ["x"]),
+    ({"anyOf": [{"type": "integer"}, {"type": "number"}]}, [3, 2.5], ["x"]),
+    ({"enum": ["a", 1, None, True]}, ["a", 1, None, True], ["b"]),
+    ({"const": "only"}, ["only"], ["b"]),
+    ({"type": "number"}, [1.5, -2], ["x"]),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, ["abc", "ab", "a<b"], ["abcd", "a", ""]),
+    ({"type": "string", "pattern": "^a+/$"}, ["aaa/"], ["b", "a", "a/a"]),
+    ({"type": "string", "pattern": "b|d", "maxLength": 4}, ["abc"], ["c", "abcde"]),
+    ({"type": "string"}, ['line\nbreak "q" \\ é 日', "  x ", "<b>", ""], []),
+    (OBJECTS, [[], [{"a": True}, {"a": False, "b": "x"}]], [[{"b": "x"}]]),
+    ({"type": "array", "items": {"type": "integer"}, "minItems": 1}, [[1]], [[]]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, [{"x": 1}, {}], [{"x": "y"}]),
+    ({"type": "object"}, [{"x": [1, {"y": "z"}]}], []),
+    ({}, ["x"], []),
+]
+
+
+@pytest.mark.parametrize("schema", ARGUMENTS, ids=lambda case: json.dumps(case[0])[:40])
+@pytest.mark.parametrize(
+    "family", families("glm45", among=["hermes", "qwen3_coder", "minimax_m2", "glm45", "pythonic"])
+)
+def test_an_argument_of_every_kind_follows_its_schema_and_is_read_back(family: str, schema: Any) -> None:
+    argument, good, bad = schema
+    parameters = {
+        "type": "object", "properties": {"v": argument, "o": {"type": "boolean"}}, "required": ["v"],
+        "additionalProperties": False, "$defs": DEFINITIONS,
+    }  # fmt: skip
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    constraint, format = constrained(family, "required", tools=[tool]), format_of(family)
+    for value in [*good, *bad]:
+        for arguments in ({"v": value}, {"v": value, "o": True}):
+            text = written(family, [("f", arguments)])
+            assert accepts(grammar_of(constraint), text) is any(value is each for each in good), text
+            if any(value is each for each in good):
+                assert read(constraint, format, text) == ([("f", arguments)], "", "")
+
+
+@pytest.mark.parametrize("family", families(*FAST))
 def test_calls_of_strict_tools_follow_their_schemas_in_the_midst_of_free_text(family: str | None) -> None:
     constraint, format = constrained(family, "auto"), format_of(family)
     spec, text = grammar_of(constraint), "What { a [day] < it is"
-    has_marker = family in TOOL_PARSERS and NATIVE_FORMS[family].trigger != "" and family != HARMONY
+    has_marker = family is not None and NATIVE_FORMS[family].trigger != "" and family != HARMONY
     final = "<|channel|>final<|message|>" if family == HARMONY else ""
     calls = CALLS[:1]
     call = written(family, calls) if family else '{"name": "get.place-1", "parameters": {"name": "Rio", "days": 1}}'
@@ -208,25 +280,25 @@ def test_without_a_marker_a_text_that_reads_as_no_call_is_free(family: str | Non
         assert not accepts(grammar_of(constraint), call)
 
 
-def test_an_answer_format_under_auto_lets_the_model_choose_between_calls_and_that_format() -> None:
+@pytest.mark.parametrize("family", families(*FAST, "llama3_json"))
+def test_an_answer_format_under_auto_lets_the_model_choose_between_calls_and_that_format(family: str | None) -> None:
     schema = {
         "type": "object", "properties": {"name": {"$ref": "#/$defs/N"}}, "required": ["name"],
         "$defs": {"N": {"type": "string"}}, "additionalProperties": False,
     }  # fmt: skip
     answer = '{"name": "Ann"}'
-    for family in FAMILIES:
-        constraint = constrained(
-            family, "auto", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        )
-        final = "<|channel|>final<|message|>" if family == HARMONY else ""
-        assert accepts(grammar_of(constraint), final + answer)
-        assert read(constraint, format_of(family), final + answer) == ([], answer, "")
-        assert not accepts(grammar_of(constraint), final + answer.replace("name", "game"))
-        assert not accepts(grammar_of(constraint), "text")
-        call = written(family, CALLS[:1]).removeprefix("[") if family is None else written(family, CALLS[:1])
-        call = call.removesuffix("]") if family is None else call
-        assert accepts(grammar_of(constraint), call)
-        assert read(constraint, format_of(family), call) == (CALLS[:1], "", "")
+    constraint = constrained(
+        family, "auto", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    )
+    final = "<|channel|>final<|message|>" if family == HARMONY else ""
+    assert accepts(grammar_of(constraint), final + answer)
+    assert read(constraint, format_of(family), final + answer) == ([], answer, "")
+    assert not accepts(grammar_of(constraint), final + answer.replace("name", "game"))
+    assert not accepts(grammar_of(constraint), "text")
+    call = written(family, CALLS[:1]).removeprefix("[") if family is None else written(family, CALLS[:1])
+    call = call.removesuffix("]") if family is None else call
+    assert accepts(grammar_of(constraint), call)
+    assert read(constraint, format_of(family), call) == (CALLS[:1], "", "")
 
 
 # ---- with the families' markers as special tokens, and behind a reasoning
@@ -248,7 +320,7 @@ def with_markers() -> tuple[Tokenizer, Vocabulary]:
 
 
 @pytest.mark.parametrize("starts", [False, True], ids=["outside", "inside"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("hermes", "deepseek_v3", HARMONY))
 def test_a_call_may_follow_a_reasoning_with_special_tokens_as_markers(family: str | None, starts: bool) -> None:
     tokenizer, vocabulary = with_markers()
     if family == HARMONY:

@@ -123,6 +123,14 @@ def test_calls_are_constrained_as_far_as_the_request_asks(fields: Any, good: lis
     assert [text for text in bad if accepts(constraint.structured, text)] == []
 
 
+def test_a_form_that_only_the_model_s_files_know_has_a_grammar_where_a_call_is_required() -> None:
+    forms = {"required": "json_list", "auto": "native"}
+    for tool_choice, call_form in forms.items():
+        constraint = constrained("response_template", tools=STRICT, tool_choice=tool_choice)
+        assert constraint.call_form == call_form
+        assert (constraint.structured is None) is (tool_choice == "auto")
+
+
 def test_a_structural_tag_of_the_request_holds_as_it_is_beside_tools() -> None:
     tag = {"type": "structural_tag", "format": {"type": "const_string", "value": "x"}}
     for fields in ({"response_format": tag}, {"structured_outputs": {"structural_tag": tag}}):

@@ -33,7 +33,7 @@ HERMES = [
     Case(
         "hermes",
         '<tool_call>\n{"id": "c1", "name": "now", "extra": {"a": "}"}, "arguments": null}\n</tool_call>',
-        call("now", "{}", "c1"),
+        call("now", "{}"),
     ),
     Case(
         "hermes",
@@ -87,11 +87,12 @@ XML = [
     ),
     Case(
         "qwen3_coder",
-        "<tool_call>\n<function=now>\n</function>\n</tool_call>\n<function=get_weather><parameter=unit>C</parameter>"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>\n<function=get_weather>"
+        '<parameter=unit>nullable "C"</parameter>'
         "<parameter=days>many</parameter><parameter=range>{'a': (1, None)}</parameter></function></tool_call>\nBye",
         [
             *call("now", "{}"),
-            *call("get_weather", '{"unit": "C", "days": "many", "range": {"a": [1, null]}}'),
+            *call("get_weather", '{"unit": "nullable \\"C\\"", "days": "many", "range": {"a": [1, null]}}'),
             Content("\nBye"),
         ],
     ),
@@ -123,6 +124,12 @@ XML = [
             *call("now", "{}"),
             *call("now", "{}"),
         ],
+    ),
+    Case(
+        "glm47",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>北京</arg_value><arg_key>days</arg_key><arg_value>2"
+        "</arg_value></tool_call><tool_call>now</tool_call>",
+        [*call("get_weather", '{"city": "北京", "days": 2}'), *call("now", "{}")],
     ),
     Case("glm45", "<tool_call>what is this?</tool_call>", [Content("<tool_call>what is this?</tool_call>")]),
     Case(
@@ -163,6 +170,12 @@ LLAMA = [
         "llama3_json",
         'Look: <|python_tag|>{"name": "now", "parameters": {}}; then',
         [Content("Look: "), *call("now", "{}"), Content("; then")],
+    ),
+    Case(
+        "llama3_json",
+        '<|python_start|>{"name": "now", "parameters": {}}<|python_end|>\n<|python_start|>'
+        '{"name": "now", "parameters": {}}',
+        [*call("now", "{}"), *call("now", "{}")],
     ),
     Case("llama3_json", ' {"name": "Bob", "age": 3}', [Content(' {"name": "Bob", "age": 3}')]),
     Case("llama3_json", '{"name": "Bob"}', [Content('{"name": "Bob"}')]),
@@ -217,6 +230,11 @@ MISTRAL = [
         "mistral_list",
         '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"oops": 1}]',
         [*call("now", "{}"), Content(', {"oops": 1}]')],
+    ),
+    Case(
+        "nemotron",
+        'Ok <TOOLCALL>[{"name": "get_weather", "arguments": {"days": 1}}]</TOOLCALL> then',
+        [Content("Ok "), *call("get_weather", '{"days": 1}'), Content(" then")],
     ),
     Case(
         "granite",
@@ -316,6 +334,8 @@ HARMONY = [
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 REASONING = [
     Case("hermes", f"<think>\n想 {TEXT}</think>\n\nYes.", [Reasoning(f"\n想 {TEXT}"), Content("\n\nYes.")], "think"),
+    Case("hermes", "<think>\n\n</think>\n\nHi", [Content("\n\nHi")], "think"),
+    Case("hermes", "\n\n</think>Hi", [Content("Hi")], "think", True),
     Case("hermes", f"\n<think>a</think>\n\n{CALL}", [Reasoning("a"), *call("now", "{}")], "think"),
     Case("hermes", f"a {CALL} b</think>{CALL}", [Reasoning(f"a {CALL} b"), *call("now", "{}")], "think", True),
     Case("hermes", "<think>\na</think>b", [Reasoning("\na"), Content("b")], "think", True),

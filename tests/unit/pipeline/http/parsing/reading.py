@@ -21,8 +21,9 @@ WEATHER = {
             "exact": {"type": "boolean"},
             "places": {"type": "array"},
             "unit": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-            "range": {"type": "object"},
+            "range": {"$ref": "#/$defs/Range"},
         },
+        "$defs": {"Range": {"anyOf": [{"type": "object"}, {"$ref": "#/$defs/Range"}]}},
     },
 }
 CLOCK = {"name": "now", "parameters": {"type": "object", "properties": {}}}
@@ -65,13 +66,22 @@ def merged(events: Iterable[Event]) -> list[Event]:
     return whole
 
 
+def without_drawn_id(event: Event, text: str) -> Event:
+    """The event, without an id that does not stand in the text."""
+    return (
+        event._replace(call_id=None)
+        if isinstance(event, ToolCallBegin) and event.call_id and event.call_id not in text
+        else event
+    )
+
+
 def events_of(case: Case, pieces: Iterable[str]) -> list[Event]:
     parser = output_format(case).parser(
         reads_calls=case.form, tools=case.tools, starts_in_reasoning=case.starts_in_reasoning
     )
     events = [event for piece in pieces for event in parser.push(piece)]
     assert all(not isinstance(event, Content | Reasoning | ToolArguments) or event.text for event in events)
-    return merged([*events, *parser.finish()])
+    return merged(without_drawn_id(event, case.text) for event in [*events, *parser.finish()])
 
 
 def arguments(events: Iterable[Event]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a grammar makes from a family's form is what the family's parser reads."""
+"""The parser of a family reads every text that a grammar makes from the family's form."""
 
 from __future__ import annotations
 

@@ -1,0 +1,234 @@
+"""`/v1/completions`: texts or token ids in, their continuations out, whole or as a stream of chunks.
+
+Choice `i * n + s` is sample `s` of prompt `i`. The prompts of one request run at the same time; if one fails, the
+others are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from pipeline.client.outputs import Completion, Output, TokenLogprob, Usage
+from pipeline.http.bodies import read_body
+from pipeline.http.generation.chat_run import RunUsage
+from pipeline.http.generation.endings import finish_reason
+from pipeline.http.openai.completion_body import NEUTRAL, CompletionBody, CompletionRequest, Prompt, read_request
+from pipeline.http.openai.completion_logprobs import LogprobWriter, joined
+from pipeline.http.openai.wire import DONE, StreamOptions, prompt_logprobs_value, usage_value
+from pipeline.http.service import Service, new_id
+from pipeline.http.tracing import note_sample, note_usage
+from pipeline.http.transport import Call, EventStream, Reply
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+async def create(call: Call) -> Reply | EventStream:
+    """Continue the prompts."""
+    body = read_body(call.body, CompletionBody, neutral=NEUTRAL)
+    service = call.service
+    model = service.check_model(body.model)
+    request = read_request(call, body)
+    echoes = await asyncio.gather(*(_echo(service, request, prompt) for prompt in request.prompts))
+    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model}
+    choices = [
+        [Choice(i * request.params.n + sample, request, body, echoes[i]) for sample in range(request.params.n)]
+        for i in range(len(request.prompts))
+    ]
+    if body.stream:
+        return EventStream(_events(service, request, choices, head, body.stream_options or StreamOptions()))
+    outputs = await _all(service, request)
+    values = [
+        choice.whole(sample, output.prompt_logprobs)
+        for output, of_prompt in zip(outputs, choices, strict=True)
+        for choice, sample in zip(of_prompt, output.completions, strict=True)
+    ]
+    usage = _sum_usage([output.usage for output in outputs], request)
+    return Reply({**head, "choices": values, "usage": usage_value(usage)})
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What an answer repeats of its prompt: its text, and the text of its first token."""
+
+    text: str = ""
+    first_token: str = ""
+
+
+async def _echo(service: Service, request: CompletionRequest, prompt: Prompt) -> Echo:
+    if not request.echo:
+        return Echo()
+    if isinstance(prompt, str) and request.logprobs is None:
+        return Echo(prompt)
+    tokens = (await service.client.tokenize(prompt)).token_bytes
+    text = prompt if isinstance(prompt, str) else b"".join(tokens).decode("utf-8", "replace")
+    return Echo(text, tokens[0].decode("utf-8", "replace"))
+
+
+@dataclass
+class Choice:
+    """One choice of the answer. It writes a whole one, or the chunks of one."""
+
+    index: int
+    request: CompletionRequest
+    body: CompletionBody
+    echo: Echo
+    num_tokens: int = 0
+    _has_begun: bool = False
+    _logprobs: LogprobWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        as_ids = bool(self.body.return_tokens_as_token_ids)
+        self._logprobs = LogprobWriter(self.request.logprobs or 0, as_ids=as_ids)
+
+    def whole(self, sample: Completion, prompt_rows: list[TokenLogprob | None] | None) -> dict[str, Any]:
+        """The choice of a request without streaming."""
+        value = self.chunk(sample, prompt_rows)
+        if self.body.prompt_logprobs is not None and prompt_rows is not None:
+            value["prompt_logprobs"] = prompt_logprobs_value(prompt_rows)
+        return value
+
+    def chunk(self, new: Output | Completion, prompt_rows: list[TokenLogprob | None] | None) -> dict[str, Any]:
+        """What is new. The first chunk begins with the prompt, if the answer repeats it."""
+        value: dict[str, Any] = {"index": self.index, "text": new.text, "logprobs": None}
+        rows: Sequence[TokenLogprob] | None = new.logprobs
+        if not self.request.generates:
+            value["text"], rows = "", rows and []
+        logprobs = None
+        if not self._has_begun:
+            self._has_begun = True
+            value["text"] = self.echo.text + value["text"]
+            if self.request.echo and self.request.logprobs is not None and prompt_rows is not None:
+                logprobs = self._logprobs.write(prompt_rows, self.echo.first_token)
+        if rows is not None:
+            value["logprobs"] = joined(logprobs, self._logprobs.write(rows))
+        self.num_tokens += len(new.token_ids)
+        value["finish_reason"] = value["stop_reason"] = None
+        if new.finish_reason is not None:
+            note_sample(new.times)
+            reason, stop = finish_reason(new.finish_reason, has_tokens=self.num_tokens > 0)
+            value["finish_reason"], value["stop_reason"] = (
+                (reason, stop) if self.request.generates else ("length", None)
+            )
+        if self.body.return_token_ids:
+            value["token_ids"] = new.token_ids if self.request.generates else []
+        return value
+
+
+async def _all(service: Service, request: CompletionRequest) -> list[Output]:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_whole(service, request, prompt)) for prompt in request.prompts]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _whole(service: Service, request: CompletionRequest, prompt: Prompt) -> Output:
+    return await service.client.generate(
+        prompt, request.params, request_id=new_id("cmpl-"), cache_salt=request.cache_salt,
+        scheduling=request.scheduling,
+    )  # fmt: skip
+
+
+async def _events(
+    service: Service,
+    request: CompletionRequest,
+    choices: list[list[Choice]],
+    head: dict[str, Any],
+    options: StreamOptions,
+) -> AsyncIterator[bytes]:
+    begin = b"data: " + _encode(head)[:-1] + b',"choices":['
+    plain_end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+    usages: list[Usage | None] = [None] * len(request.prompts)
+    num_prompt_tokens = 0
+    # With one prompt there is nothing to merge, and each token saves a pass through a queue.
+    outputs = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
+    async with aclosing(outputs) as merged:
+        async for i, output in merged:
+            if output.usage is not None:
+                usages[i] = output.usage
+                num_prompt_tokens += output.usage.prompt_tokens
+            chunk = choices[i][output.index].chunk(output, output.prompt_logprobs)
+            if not (chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")):
+                continue
+            end = plain_end
+            if options.continuous_usage_stats:
+                done = sum(choice.num_tokens for of_prompt in choices for choice in of_prompt)
+                end = b'],"usage":' + _encode(usage_value(RunUsage.of(num_prompt_tokens, done))) + b"}\n\n"
+            yield begin + _encode(chunk) + end
+    final = b""
+    usage = _sum_usage(usages, request)
+    if options.include_usage:
+        final = b"data: " + _encode({**head, "choices": [], "usage": usage_value(usage)}) + b"\n\n"
+    yield final + DONE
+
+
+async def _stream(service: Service, request: CompletionRequest, i: int) -> AsyncGenerator[tuple[int, Output]]:
+    """The Outputs of prompt `i`. With several samples, none comes before the scores of the prompt that it repeats."""
+    stream = service.client.generate(
+        request.prompts[i], request.params, stream=True, request_id=new_id("cmpl-"), cache_salt=request.cache_salt,
+        scheduling=request.scheduling,
+    )  # fmt: skip
+    waits = request.params.n > 1 and request.echo and request.logprobs is not None
+    held: list[Output] = []
+    rows: list[TokenLogprob | None] = []
+    async with stream:
+        async for output in stream:
+            if not waits:
+                yield i, output
+                continue
+            held.append(output)
+            rows += output.prompt_logprobs or []
+            if output.index == 0 and (output.token_ids or output.finish_reason is not None):
+                waits = False
+                for each in held:
+                    each.prompt_logprobs = rows
+                    yield i, each
+    assert not waits, "sample 0 has ended"
+
+
+async def _merged(service: Service, request: CompletionRequest) -> AsyncGenerator[tuple[int, Output]]:
+    """The Outputs of all prompts as they arrive. An error of one ends the others."""
+    queue: asyncio.Queue[tuple[int, Output] | BaseException | None] = asyncio.Queue(maxsize=len(request.prompts))
+
+    async def read(i: int) -> None:
+        try:
+            async for item in _stream(service, request, i):
+                await queue.put(item)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.ensure_future(read(i)) for i in range(len(request.prompts))]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _sum_usage(usages: Sequence[Usage | None], request: CompletionRequest) -> RunUsage:
+    known = [usage for usage in usages if usage is not None]
+    total = RunUsage.of(
+        sum(usage.prompt_tokens for usage in known),
+        sum(usage.completion_tokens for usage in known) if request.generates else 0,
+        sum(usage.num_cached_tokens for usage in known),
+    )
+    note_usage(total.prompt_tokens, total.completion_tokens)
+    return total
