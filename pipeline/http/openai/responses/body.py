@@ -159,4 +159,4 @@ def text_value(text: TextOptions | None) -> dict[str, Any]:
     format = (text.format if text is not None else None) or {"type": "text"}
     if format["type"] == "json_schema":
         format = {"description": None, **format, "strict": bool(format.get("strict"))}
-    return {"format": format, "verbosity": None if text is None else text.verbosity}
+    return {"format": format} | ({} if text is None or text.verbosity is None else {"verbosity": text.verbosity})

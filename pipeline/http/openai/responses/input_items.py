@@ -109,7 +109,6 @@ def _reasoning(item: Item, where: str) -> Item:
         "type": "reasoning",
         "summary": [] if summary is None else _parts(summary, "summary_text", f"{where}.summary"),
         "content": [] if content is None else _parts(content, "reasoning_text", f"{where}.content"),
-        "encrypted_content": None,
     }
 
 

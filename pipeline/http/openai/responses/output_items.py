@@ -50,7 +50,7 @@ class OutputItem:
         if self.kind == "function_call":
             return {**head, "call_id": self.call_id, "name": self.name, "arguments": self.text}
         if self.kind == "reasoning":
-            return {**head, "summary": [], "content": parts, "encrypted_content": None}
+            return {**head, "summary": [], "content": parts}
         return {**head, "role": "assistant", "content": parts}
 
 
