@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ from pipeline.http.openai.responses.store import (
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import Call, EventStream, Reply, as_http_error
 
-# The engine's errors name fields of chat completions. These are their names here.
+# Fields of chat completions, and their names here.
 _PLACES: Final = (
     ("].function", "]"), ("tool_choice.function", "tool_choice"), ("tool_choice.allowed_tools", "tool_choice"),
     ("response_format.json_schema", "text.format"), ("response_format", "text.format"),
@@ -69,14 +70,15 @@ async def create(call: Call) -> Reply | EventStream:
     if turn.body.stream:
         return EventStream(_events(call, turn, response))
     output = Output(turn.response_id.removeprefix(PREFIX))
-    if turn.body.with_logprobs:  # only a stream tells which part of the text a token belongs to
-        async for part in stream_parts(call.service, turn.run):
-            output.add(part.events, part.logprobs)
-            reason, usage = part.finish_reason or "stop", part.usage
-    else:
-        (answer,), usage = await whole_answer(call.service, turn.run)
-        output.add(_events_of(answer), None)
-        reason = answer.finish_reason
+    with _own_names():
+        if turn.body.with_logprobs:  # only a stream tells which part of the text a token belongs to
+            async for part in stream_parts(call.service, turn.run):
+                output.add(part.events, part.logprobs)
+                reason, usage = part.finish_reason, part.usage
+        else:
+            (answer,), usage = await whole_answer(call.service, turn.run)
+            output.add(_events_of(answer), None)
+            reason = answer.finish_reason
     status = _status(reason)
     output.finish(status)
     return Reply(await _finished(call.service, turn, response, output, status, usage))
@@ -91,13 +93,8 @@ async def make_turn(call: Call, body: ResponseBody) -> Turn:
     conversation = await recall_conversation(service, body.previous_response_id)
     items = await resolve_references(service, items, conversation)
     messages = chat_messages(body.instructions, [*conversation.items, *items])
-    try:
+    with _own_names():
         run = await make_run(service, _chat_request(call, body, messages, response_id))
-    except InvalidRequest as error:
-        message = str(error)
-        for theirs, ours in _PLACES:
-            message = message.replace(theirs, ours)
-        raise InvalidRequest(message) from None
     return Turn(body=body, response_id=response_id, conversation=conversation, input_items=items, run=run)
 
 
@@ -126,29 +123,37 @@ def _chat_request(call: Call, body: ResponseBody, messages: list[dict[str, Any]]
 
 async def _events(call: Call, turn: Turn, response: dict[str, Any]) -> AsyncIterator[bytes]:
     writer, output = EventWriter(), Output(turn.response_id.removeprefix(PREFIX))
-    begin = writer.begin(response)
-    has_begun = False
+    begin = writer.begin(response)  # waits for the first part: an error before it has a status of its own
     try:
-        async for part in stream_parts(call.service, turn.run):
-            changes = output.add(part.events, part.logprobs)
-            if part.finish_reason is None:
-                if changes or not has_begun:
-                    yield begin + writer.write(changes)
-                    begin, has_begun = b"", True
-                continue
-            status = _status(part.finish_reason)
-            events = begin + writer.write([*changes, *output.finish(status)])
-            finished = await _finished(call.service, turn, response, output, status, part.usage)
-            yield events + writer.end(finished)
-            has_begun = True
+        with _own_names():
+            async for part in stream_parts(call.service, turn.run):
+                changes = output.add(part.events, part.logprobs)
+                if part.finish_reason is None and (events := begin + writer.write(changes)):
+                    begin = b""
+                    yield events
+        status = _status(part.finish_reason)
+        events = begin + writer.write([*changes, *output.finish(status)])
+        yield events + writer.end(await _finished(call.service, turn, response, output, status, part.usage))
     except Exception as error:
-        if not has_begun:
+        if begin:
             raise
         failure = as_http_error(error, call)
         output.finish("incomplete")
         code = {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(failure.status, "server_error")
         failed = {"status": "failed", "error": {"code": code, "message": failure.message}, "output": output.value()}
         yield writer.fail(response | failed, failure)
+
+
+@contextlib.contextmanager
+def _own_names() -> Iterator[None]:
+    """Errors of the engine name fields of chat completions. Here they get the names that this API has."""
+    try:
+        yield
+    except InvalidRequest as error:
+        message = str(error)
+        for theirs, ours in _PLACES:
+            message = message.replace(theirs, ours)
+        raise InvalidRequest(message) from None
 
 
 async def _finished(
@@ -221,7 +226,7 @@ def _usage_value(usage: RunUsage) -> dict[str, Any]:
     }
 
 
-def _status(finish_reason: str) -> Any:
+def _status(finish_reason: str | None) -> Any:
     return "incomplete" if finish_reason == "length" else "completed"
 
 
