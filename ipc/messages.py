@@ -12,11 +12,16 @@ If the request has structured outputs, the scheduler first has their grammar com
                                                                                                |
                                                                  GPU process <=== masks =======+
 
+A client may also ask for token ids or text only. The scheduler does not see these queries:
+
+    client --TokenizeQuery, DetokenizeQuery--> gateway --TokenizerQuery--> tokenizer
+    client <--PromptTokens, DetokenizedText--- gateway <--TokenizeDone---- tokenizer
+
 Each socket pair is one ROUTER and the DEALERs that connect to it. Messages travel in both directions:
 
     ROUTER      bound by     connected by                      to the ROUTER                    from the ROUTER
     frontend    gateway      clients                           ClientMessage                    GatewayToClient
-    tokenize    gateway      tokenizers                        TokenizeDone                     Tokenize
+    tokenize    gateway      tokenizers                        TokenizeDone                     GatewayToTokenizer
     schedule    scheduler    tokenizers, gateway, detokenizer  ToScheduler                      SchedulerToGateway
                              grammar processes                 ToScheduler                      SchedulerToGrammar
     detokenize  detokenizer  scheduler, gateway                ToDetokenizer                    -
@@ -60,6 +65,7 @@ PROTOCOL_VERSION = 4
 MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
 EOS_TOKEN_ID = "eos_token_id"  # a key of Ready.info
 PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens, which a text decoder needs to continue the text
+MAX_KEPT_KEY_CHARS = 256  # of the name of a kept value
 MAX_NAMES = 1_024  # in one map: roles of an engine, statistics of a role, facts of a worker
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "queue_timeout"]
@@ -127,7 +133,62 @@ class ClearCache(Message, frozen=True):
     query_id: int  # towards the scheduler, a number that the gateway draws
 
 
-ClientMessage = Generate | Cancel | Delivered | Query | ClearCache
+class TokenizeQuery(Message, frozen=True):
+    """client -> gateway, at any time: the token ids of exactly one of `prompt`, `chat` and `token_ids`.
+
+    To the gateway it is a request like `Generate`: it counts as an open request, waits for a tokenizer, and `Cancel`
+    ends it. The answer is `PromptTokens`, or the error of a final answer in `Outputs`.
+    """
+
+    request_id: str  # as of Generate
+    prompt: str | None = None
+    chat: EncodedChat | None = None
+    token_ids: bytes | None = None  # int32 [num_prompt_tokens]
+    add_special_tokens: bool = True  # of a prompt; a chat's template writes its special tokens itself
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
+
+
+class DetokenizeQuery(Message, frozen=True):
+    """client -> gateway, at any time: the text of these tokens. Like `TokenizeQuery`, answered by `DetokenizedText`."""
+
+    request_id: str  # as of Generate
+    token_ids: bytes  # int32 [n]
+    skip_special_tokens: bool = False
+    scheduling: SchedulingParams = DEFAULT_SCHEDULING
+
+
+class Keep(Message, frozen=True):
+    """client -> gateway, at any time: keep a value for any client. The answer is `KeptValue`, or `Refused`.
+
+    The gateway forgets the values that were not used for longest, within `frontend.max_kept_bytes`.
+    """
+
+    request_id: str  # of the client's choice, for the answer; no other open request of this client may have it
+    key: str  # 1 to MAX_KEPT_KEY_CHARS characters; replaces an earlier value
+    value: bytes
+
+
+class Recall(Message, frozen=True):
+    """client -> gateway, at any time: read a kept value, or forget it. The answer is `KeptValue`, or `Refused`."""
+
+    request_id: str  # as of Keep
+    key: str
+    forget: bool = False  # True: the gateway forgets the value and does not send it
+
+
+class Received(Message, frozen=True):
+    """client -> gateway, after the client has read answers with a receipt: the gateway may send it more of these.
+
+    Only the answer itself names the receipt, so the gateway knows that the answer waits in no queue any more.
+    """
+
+    receipts: BoundedList[int]
+
+
+ClientMessage = (
+    Generate | Cancel | Delivered | Query | ClearCache | TokenizeQuery | DetokenizeQuery | Keep | Recall | Received
+)
+ClientRequest = Generate | TokenizeQuery | DetokenizeQuery  # those that wait for a tokenizer
 
 
 # ---- gateway -> client
@@ -257,6 +318,32 @@ class CacheCleared(Message, frozen=True):
     query_id: int
 
 
+class PromptTokens(Message, frozen=True):
+    """gateway -> client, answers a `TokenizeQuery`: its only answer. The client answers `Received`."""
+
+    request_id: str
+    receipt: int
+    token_ids: bytes  # int32 [n]
+    token_bytes: TokenBytes  # of these tokens
+
+
+class DetokenizedText(Message, frozen=True):
+    """gateway -> client, answers a `DetokenizeQuery`: its only answer. The client answers `Received`."""
+
+    request_id: str
+    receipt: int
+    text: str
+
+
+class KeptValue(Message, frozen=True):
+    """gateway -> client, answers `Keep` and `Recall`. The client answers `Received` if there is a receipt."""
+
+    request_id: str
+    found: bool  # whether a value with this key was kept before the message
+    receipt: int = 0  # 0: there is no value here, and the client owes no answer
+    value: bytes = b""  # only for `Recall` without `forget`
+
+
 class Alive(Message, frozen=True):
     """gateway -> client, every few seconds to a known client that received nothing else. The client ignores it.
 
@@ -264,7 +351,7 @@ class Alive(Message, frozen=True):
     """
 
 
-GatewayToClient = Outputs | Refused | Health | Stats | CacheCleared | Alive
+GatewayToClient = Outputs | Refused | Health | Stats | CacheCleared | PromptTokens | DetokenizedText | KeptValue | Alive
 
 
 # ---- a request inside the engine
@@ -321,13 +408,35 @@ class Tokenized(Message, frozen=True):
     tokenized_ns: int = 0  # when the prompt was encoded, CLOCK_MONOTONIC
 
 
-class TokenizeDone(Message, frozen=True):
-    """tokenizer -> gateway, after the request's `Tokenized`: credit for one more `Tokenize`.
+class TokenizerQuery(Message, frozen=True):
+    """gateway -> tokenizer, in the same order and with the same credit as `Tokenize`: answer this query.
 
-    Key 0, once after the tokenizer has connected: the gateway may send it prompts.
+    The tokenizer sends the answer in `TokenizeDone`, and the scheduler nothing.
     """
 
     key: int
+    query: TokenizeQuery | DetokenizeQuery
+    arrived_ns: int  # as of Tokenize
+
+    @property
+    def scheduling(self) -> SchedulingParams:
+        return self.query.scheduling
+
+
+GatewayToTokenizer = Tokenize | TokenizerQuery
+
+
+class TokenizeDone(Message, frozen=True):
+    """tokenizer -> gateway, after the request's `Tokenized`, or with a query's answer: credit for one more message.
+
+    Key 0, once after the tokenizer has connected: the gateway may send it prompts. If the query's client has gone, the
+    gateway drops the answer.
+    """
+
+    key: int
+    answer: PromptTokens | DetokenizedText | None = None  # of a TokenizerQuery; the gateway sets the receipt
+    error_code: str = ""  # a TokenizerQuery ends with this error
+    error_message: str = ""
 
 
 class Accepted(Message, frozen=True):

@@ -31,7 +31,7 @@ from ipc.scheduling_params import SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.chat_input import Chat
-from pipeline.client.outputs import Completion, EngineStats, Health, Output, TokenLogprob, Usage
+from pipeline.client.outputs import Completion, EngineStats, Health, Output, TokenizedPrompt, TokenLogprob, Usage
 from pipeline.client.streams import OutputStream
 from pipeline.client.sync_client import Client, Stream
 
@@ -65,6 +65,7 @@ __all__ = [
     "Stream",
     "StructuredOutputs",
     "TokenLogprob",
+    "TokenizedPrompt",
     "TokensExcluded",
     "Usage",
 ]

@@ -13,7 +13,16 @@ from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.chat import EncodedChat
 from ipc.codec import encode
 from ipc.errors import InvalidRequest, ProtocolError
-from ipc.messages import MAX_REQUEST_ID_CHARS, Generate
+from ipc.messages import (
+    MAX_KEPT_KEY_CHARS,
+    MAX_REQUEST_ID_CHARS,
+    DetokenizeQuery,
+    Generate,
+    Keep,
+    Message,
+    Recall,
+    TokenizeQuery,
+)
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 from pipeline.client.chat_input import Chat, encode_chat
@@ -51,18 +60,74 @@ def generate_frame(
         )
     if not isinstance(cache_salt, str):
         raise InvalidRequest(f"cache_salt ({cache_salt!r}) must be a string")
+    fields = _prompt_fields(prompt)
+    if not any(fields.values()):
+        raise InvalidRequest("prompt is empty")
     message = Generate(
         request_id=request_id,
         params=params,
         stream=stream,
         cache_salt=cache_salt,
         scheduling=scheduling,
-        **_prompt_fields(prompt),
+        **fields,
     )
+    return client_frame(message, "prompt")
+
+
+def client_frame(message: Message, large_part: str) -> bytes:
+    """The encoded message. Raises InvalidRequest, which names `large_part`, if the engine would refuse its size."""
     try:
         return encode(message, max_bytes=MAX_CLIENT_FRAME_BYTES)
     except ProtocolError as error:
-        raise InvalidRequest(f"prompt is too large: {error}") from None
+        raise InvalidRequest(f"{large_part} is too large: {error}") from None
+
+
+def tokenize_frame(request_id: str, prompt: Prompt, add_special_tokens: bool, scheduling: SchedulingParams) -> bytes:
+    """The encoded query for the tokens of a prompt, which may be empty. Raises InvalidRequest."""
+    if not isinstance(add_special_tokens, bool):
+        raise InvalidRequest(f"add_special_tokens ({reprlib.repr(add_special_tokens)}) must be True or False")
+    message = TokenizeQuery(
+        request_id=request_id, add_special_tokens=add_special_tokens, scheduling=scheduling, **_prompt_fields(prompt)
+    )
+    return client_frame(message, "prompt")
+
+
+def detokenize_frame(
+    request_id: str, token_ids: Sequence[int], skip_special_tokens: bool, scheduling: SchedulingParams
+) -> bytes:
+    """The encoded query for the text of tokens. Raises InvalidRequest."""
+    if not isinstance(skip_special_tokens, bool):
+        raise InvalidRequest(f"skip_special_tokens ({reprlib.repr(skip_special_tokens)}) must be True or False")
+    name, kinds = "token_ids", "a list of token ids"
+    if _is_array(token_ids, name):
+        token_ids = cast(Any, token_ids).tolist()
+    elif not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes | bytearray | memoryview):
+        raise InvalidRequest(f"{name} must be {kinds}, not {type(token_ids).__name__}")
+    message = DetokenizeQuery(
+        request_id=request_id,
+        token_ids=_token_id_bytes(token_ids, name, kinds),
+        skip_special_tokens=skip_special_tokens,
+        scheduling=scheduling,
+    )
+    return client_frame(message, name)
+
+
+def keep_frame(request_id: str, key: str, value: bytes) -> bytes:
+    """The encoded message that keeps a value. Raises InvalidRequest."""
+    if not isinstance(value, bytes):
+        raise InvalidRequest(f"value must be bytes, not {type(value).__name__}")
+    return client_frame(Keep(request_id=request_id, key=_checked_key(key), value=value), "value")
+
+
+def recall_frame(request_id: str, key: str, *, forget: bool) -> bytes:
+    """The encoded message that reads or forgets a value. Raises InvalidRequest."""
+    return encode(Recall(request_id=request_id, key=_checked_key(key), forget=forget))
+
+
+def _checked_key(key: object) -> str:
+    if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEPT_KEY_CHARS:
+        raise InvalidRequest(f"key ({reprlib.repr(key)}) must be a string of 1 to {MAX_KEPT_KEY_CHARS} characters")
+    return key
 
 
 def scheduling_params(options: SchedulingOptions) -> SchedulingParams:
@@ -115,7 +180,7 @@ _PROMPT_KINDS: Final = "a string, a Chat, a list of chat messages or a list of t
 
 
 class _PromptFields(TypedDict, total=False):
-    """The field of Generate that holds the prompt."""
+    """The field of Generate or TokenizeQuery that holds the prompt."""
 
     prompt: str
     chat: EncodedChat
@@ -123,42 +188,37 @@ class _PromptFields(TypedDict, total=False):
 
 
 def _prompt_fields(prompt: Prompt) -> _PromptFields:
-    fields: _PromptFields
     if isinstance(prompt, str):
-        fields = {"prompt": prompt}
-    elif isinstance(prompt, Chat):
+        return {"prompt": prompt}
+    if isinstance(prompt, Chat):
         return {"chat": encode_chat(prompt)}
-    elif _is_array(prompt):
-        fields = {"token_ids": _token_id_bytes(cast(Any, prompt).tolist())}
-    elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+    if _is_array(prompt, "prompt"):
+        return {"token_ids": _token_id_bytes(cast(Any, prompt).tolist(), "prompt", _PROMPT_KINDS)}
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}, not {type(prompt).__name__}")
-    elif prompt and isinstance(prompt[0], Mapping):
+    if prompt and isinstance(prompt[0], Mapping):
         return {"chat": encode_chat(Chat(cast(Any, prompt)))}
-    else:
-        fields = {"token_ids": _token_id_bytes(cast(Sequence[int], prompt))}
-    if len(cast(Any, prompt)) == 0:
-        raise InvalidRequest("prompt is empty")
-    return fields
+    return {"token_ids": _token_id_bytes(cast(Sequence[int], prompt), "prompt", _PROMPT_KINDS)}
 
 
-def _is_array(prompt: object) -> bool:
+def _is_array(value: object, name: str) -> bool:
     """A numpy array or something like it, without importing numpy."""
-    if not hasattr(prompt, "dtype") or not hasattr(prompt, "tolist"):
+    if not hasattr(value, "dtype") or not hasattr(value, "tolist"):
         return False
-    if getattr(prompt, "ndim", None) != 1 or getattr(prompt.dtype, "kind", "") not in ("i", "u"):
-        raise InvalidRequest("prompt is an array: it must be 1-dimensional and hold integers")
+    if getattr(value, "ndim", None) != 1 or getattr(value.dtype, "kind", "") not in ("i", "u"):
+        raise InvalidRequest(f"{name} is an array: it must be 1-dimensional and hold integers")
     return True
 
 
-def _token_id_bytes(token_ids: Sequence[int]) -> bytes:
+def _token_id_bytes(token_ids: Sequence[int], name: str, kinds: str) -> bytes:
     try:
         if bool in map(type, token_ids):  # Python takes them for 0 and 1
             raise TypeError
         packed = array("i", token_ids)
     except TypeError:
-        raise InvalidRequest(f"prompt must be {_PROMPT_KINDS}; this list holds something else") from None
+        raise InvalidRequest(f"{name} must be {kinds}; this list holds something else") from None
     except OverflowError:
-        raise InvalidRequest("prompt: token ids must lie in [0, 2**31)") from None
+        raise InvalidRequest(f"{name}: token ids must lie in [0, 2**31)") from None
     if packed and min(packed) < 0:
-        raise InvalidRequest(f"prompt: token id {min(packed)} is negative")
+        raise InvalidRequest(f"{name}: token id {min(packed)} is negative")
     return packed.tobytes()

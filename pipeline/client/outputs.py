@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from ipc.messages import FinishReason, PromptLogprobs, RequestTimes, Stats, TokenBytes, TokenLogprobs
+from ipc.messages import FinishReason, PromptLogprobs, PromptTokens, RequestTimes, Stats, TokenBytes, TokenLogprobs
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +103,24 @@ class TokenLogprob(msgspec.Struct, frozen=True):
         return self.token_bytes.get(token_id, b"").decode("utf-8", "replace")
 
 
+class TokenizedPrompt(msgspec.Struct, frozen=True):
+    """The tokens of a prompt.
+
+    Args:
+        token_ids: the ids, in order.
+        token_bytes: the bytes of each of these tokens. In a byte-level vocabulary, a token can be a part of a
+            character. The bytes of a special token are its name.
+    """
+
+    token_ids: list[int]
+    token_bytes: list[builtins.bytes]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids)
+
+
 class Completion(msgspec.Struct, kw_only=True):
     """One whole sample of a request.
 
@@ -173,6 +191,13 @@ LogprobPart = tuple[TokenLogprobs, Mapping[int, bytes]]
 
 PromptPart = tuple[PromptLogprobs, Mapping[int, bytes]]
 """The same of consecutive tokens of a prompt."""
+
+
+def tokenized_prompt(answer: PromptTokens) -> TokenizedPrompt:
+    """Unpack the answer to a `TokenizeQuery`."""
+    token_ids: list[int] = memoryview(answer.token_ids).cast("i").tolist()
+    bytes_of = read_token_bytes(answer.token_bytes)
+    return TokenizedPrompt(token_ids, [bytes_of[token_id] for token_id in token_ids])
 
 
 def prompt_logprobs(parts: Sequence[PromptPart]) -> list[TokenLogprob]:

@@ -10,8 +10,18 @@ import logging
 from typing import Any
 
 from ipc.codec import decode
-from ipc.errors import ProtocolError, RingfeedError, error_from_code
-from ipc.messages import Alive, FinalOutput, GatewayToClient, Outputs, Refused
+from ipc.errors import ProtocolError, QueueFull, RequestFailed, RingfeedError, error_from_code
+from ipc.messages import (
+    Alive,
+    DetokenizedText,
+    FinalOutput,
+    GatewayToClient,
+    KeptValue,
+    Message,
+    Outputs,
+    PromptTokens,
+    Refused,
+)
 from pipeline.client.outputs import read_token_bytes
 from pipeline.client.streams import OpenRequest
 
@@ -23,7 +33,7 @@ class PendingAnswers:
 
     def __init__(self, endpoint: str) -> None:
         self.requests: dict[str, OpenRequest] = {}
-        self.queries: dict[int, asyncio.Future[Any]] = {}
+        self.queries: dict[int | str, asyncio.Future[Any]] = {}  # by query id; those that can be refused, by request id
         self.unsent: dict[str | int, bytes] = {}  # the frames of those that wait for an engine
         self._endpoint = endpoint
 
@@ -32,12 +42,13 @@ class PendingAnswers:
         """Whether a caller still waits for any of them."""
         return bool(self.queries) or any(not request.abandoned for request in self.requests.values())
 
-    def take_frames(self, frames: list[bytes]) -> int:
+    def take_frames(self, frames: list[bytes]) -> tuple[int, list[int]]:
         """Give messages of the engine to the requests and queries that wait for them.
 
-        Returns the number of Outputs messages among them, which the caller acknowledges.
+        Returns the number of Outputs messages and the receipts of other messages. The caller acknowledges both.
         """
         num_outputs = 0
+        receipts: list[int] = []
         for frame in frames:
             try:
                 message: GatewayToClient = decode(frame, GatewayToClient)
@@ -52,11 +63,25 @@ class PendingAnswers:
                     self._take_refusal(message)
                 case Alive():
                     pass  # the gateway only tests whether it can reach this client
+                case PromptTokens() | DetokenizedText() | KeptValue():
+                    if message.receipt:
+                        receipts.append(message.receipt)
+                    self._answer_query(message.request_id, message)
                 case _:
-                    query = self.queries.pop(message.query_id, None)
-                    if query is not None and not query.done():
-                        query.set_result(message)
-        return num_outputs
+                    self._answer_query(message.query_id, message)
+        return num_outputs, receipts
+
+    def _answer_query(self, query_id: int | str, answer: Message) -> None:
+        query = self.queries.pop(query_id, None)
+        if query is not None and not query.done():
+            query.set_result(answer)
+
+    def _fail_query(self, query_id: str, error: RingfeedError) -> bool:
+        """Whether there is such a query. It ends with this error."""
+        query = self.queries.pop(query_id, None)
+        if query is not None and not query.done():
+            query.set_exception(error)
+        return query is not None
 
     def _take_outputs(self, outputs: Outputs) -> None:
         num_token_ids = memoryview(outputs.num_token_ids).cast("i").tolist()
@@ -81,16 +106,20 @@ class PendingAnswers:
             if request is not None and not request.abandoned:
                 request.add_prompt_logprobs(samples[index], (part, bytes_of))
         for index, final in outputs.finals:
-            request = find(outputs.request_ids[index])
+            request_id = outputs.request_ids[index]
+            request = find(request_id)
             if request is not None:
                 self.end_sample(request, samples[index], final)
+            else:
+                self._fail_query(request_id, _error_of_query(final))
 
     def _take_refusal(self, refused: Refused) -> None:
         request = self.requests.pop(refused.request_id, None)
-        if request is None:
+        error = error_from_code(refused.error_code, refused.error_message, refused.retry_after_s)
+        if request is not None:
+            request.fail(error)
+        elif not self._fail_query(refused.request_id, error):
             logger.warning("the engine refused a message: %s", refused.error_message)
-        else:
-            request.fail(error_from_code(refused.error_code, refused.error_message, refused.retry_after_s))
 
     def end_sample(self, request: OpenRequest, sample: int, final: FinalOutput) -> None:
         """A sample has ended. If no other sample is open, the request has ended too."""
@@ -109,3 +138,12 @@ class PendingAnswers:
         for query in queries:
             if not query.done() and not query.get_loop().is_closed():
                 query.set_exception(type(error)(*error.args))
+
+
+def _error_of_query(final: FinalOutput) -> RingfeedError:
+    """The error of a query that ended without an answer."""
+    if final.finish_reason == "error":
+        return error_from_code(final.error_code, final.error_message, final.retry_after_s)
+    if final.finish_reason == "queue_timeout":
+        return QueueFull("the query waited for a tokenizer longer than its queue time-out: try again later")
+    return RequestFailed(f"the query ended without an answer ({final.finish_reason})")

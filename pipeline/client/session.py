@@ -12,14 +12,15 @@ import itertools
 import reprlib
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from ipc.codec import encode
 from ipc.errors import EngineUnavailable, InvalidRequest
-from ipc.messages import Cancel, ClearCache, Delivered, FinalOutput, Query
+from ipc.messages import Cancel, ClearCache, Delivered, FinalOutput, Query, Received
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from pipeline.client.callbacks import wake, weakly
 from pipeline.client.connection import Connection
 from pipeline.client.endpoint import where_else
 from pipeline.client.inputs import Prompt, generate_frame
@@ -94,7 +95,7 @@ class Session:
         else:
             self._pending.unsent[request_id] = frame
             if self._timeout_s is not None:
-                self.bind().call_later(self._timeout_s, _weakly(self._fail_if_unsent), request)
+                self.bind().call_later(self._timeout_s, weakly(self._fail_if_unsent), request)
         return request
 
     def abandon(self, request: OpenRequest) -> None:
@@ -120,29 +121,39 @@ class Session:
         else:
             self._connect().send(encode(Cancel(request_id=request_id)))
 
-    async def ask(
+    async def query(
         self, what: Literal["health", "stats", "clear_cache"], timeout_s: float | None, arrays: Sequence[str] = ()
     ) -> Any:
-        """Send a query and return the engine's answer. Raises EngineUnavailable after `timeout_s`; None = no limit."""
-        connection = self._connect()
+        """Ask for the engine's state, its statistics, or an empty cache. Waits for the answer as `ask` does."""
         query_id = next(self._query_ids)
         if what == "clear_cache":
             frame = encode(ClearCache(query_id=query_id))
         else:
             frame = encode(Query(query_id=query_id, what=what, arrays=list(arrays)))
-        answer = self._pending.queries[query_id] = self.bind().create_future()
+        return await self.ask(query_id, frame, timeout_s)
+
+    async def ask(self, query_id: int | str, frame: bytes, timeout_s: float | None, *, is_queued: bool = False) -> Any:
+        """Send a query and return the engine's answer, or raise its error.
+
+        Raises EngineUnavailable after `timeout_s` seconds; None = no limit. If the query waits in the engine's queue
+        (`is_queued`), `timeout_s` limits only the time until an engine is reachable. Cancelling the task cancels it.
+        """
+        connection, pending = self._connect(), self._pending
+        answer = pending.queries[query_id] = self.bind().create_future()
         if connection.is_up:
             connection.send(frame)
         else:
-            self._pending.unsent[query_id] = frame
+            pending.unsent[query_id] = frame
         try:
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        except TimeoutError:
-            raise self._no_engine(timeout_s) from None
+            await asyncio.wait([answer], timeout=timeout_s)
+            if not answer.done() and not (is_queued and query_id not in pending.unsent):
+                raise self._no_engine(timeout_s)
+            return await answer
         finally:
-            self._pending.queries.pop(query_id, None)
-            self._pending.unsent.pop(query_id, None)
+            was_open = pending.queries.pop(query_id, None) is not None
+            was_unsent = pending.unsent.pop(query_id, None) is not None
+            if is_queued and was_open and not was_unsent and self._connection is not None:
+                self._connection.send(encode(Cancel(request_id=str(query_id))))
 
     async def pause(self, seconds: float) -> None:
         """Sleep. Raises EngineUnavailable if the client is closed or gets closed meanwhile."""
@@ -197,10 +208,14 @@ class Session:
     # Messages of the engine, and its end
 
     def _take_frames(self, frames: list[bytes]) -> None:
-        num_outputs = self._pending.take_frames(frames)
-        if num_outputs and self._connection is not None:
+        num_outputs, receipts = self._pending.take_frames(frames)
+        if self._connection is None:
+            return
+        if num_outputs:
             # Acknowledge at once: what a slow reader leaves unread is merged into one Output per sample.
             self._connection.send(encode(Delivered(count=num_outputs)))
+        if receipts:
+            self._connection.send(encode(Received(receipts=receipts)))
 
     def _lose_engine(self) -> None:
         self._pending.fail_all(EngineUnavailable(f"the engine at {self._endpoint} is gone"))
@@ -229,9 +244,9 @@ class Session:
             self._connection = Connection(
                 self._endpoint,
                 loop,
-                on_frames=_weakly(self._take_frames),
-                on_up=_weakly(self._send_unsent),
-                on_down=_weakly(self._lose_engine),
+                on_frames=weakly(self._take_frames),
+                on_up=weakly(self._send_unsent),
+                on_down=weakly(self._lose_engine),
             )
             self._finalizer = weakref.finalize(self, self._connection.drop)
             self._finalizer.atexit = False  # at exit the process ends anyway
@@ -248,7 +263,7 @@ class Session:
                 self._connection.send(encode(Cancel(request_id=request_id)))
         self._pending.fail_all(EngineUnavailable(CLOSED))
         for pause in self._pauses:
-            _wake(pause)
+            wake(pause)
         self._disconnect(flush=True)
         self._connection = None
 
@@ -262,22 +277,6 @@ class Session:
         within = "" if timeout_s is None else f" within {timeout_s:g} s"
         text = f"no engine answers at {self._endpoint}{within}: is it started, and is this its endpoint?"
         return EngineUnavailable(f"{text} {where_else(self._endpoint)}" if self._is_default else text)
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A callback for the method that does not keep its object alive, and does nothing once the object is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: object) -> None:
-        if (found := reference()) is not None:
-            found(*arguments)
-
-    return call
-
-
-def _wake(sleeper: asyncio.Future[None]) -> None:
-    if not sleeper.done() and not sleeper.get_loop().is_closed():
-        sleeper.set_result(None)
 
 
 def new_id() -> str:

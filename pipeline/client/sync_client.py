@@ -11,7 +11,7 @@ from ipc.sampling_params import SamplingParams
 from pipeline.client.async_client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
 from pipeline.client.inputs import Prompt, SchedulingOptions
 from pipeline.client.loop_thread import LoopThread
-from pipeline.client.outputs import EngineStats, Health, Output
+from pipeline.client.outputs import EngineStats, Health, Output, TokenizedPrompt
 from pipeline.client.streams import OutputStream
 
 
@@ -131,6 +131,38 @@ class Client:
     def clear_cache(self) -> None:
         """Empty the prefix cache. Requests sent after this returns reuse no earlier prompt."""
         self._thread.run(self._client.clear_cache())
+
+    def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, **scheduling: Unpack[SchedulingOptions]
+    ) -> TokenizedPrompt:
+        """The tokens of a prompt, as `generate` would give them to the model. Nothing is generated.
+
+        Arguments and errors are those of AsyncClient.tokenize.
+        """
+        return self._thread.run(self._client.tokenize(prompt, add_special_tokens=add_special_tokens, **scheduling))
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, **scheduling: Unpack[SchedulingOptions]
+    ) -> str:
+        """The text of tokens, as the model's tokenizer decodes them.
+
+        Arguments and errors are those of AsyncClient.detokenize.
+        """
+        return self._thread.run(
+            self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens, **scheduling)
+        )
+
+    def keep(self, key: str, value: bytes) -> None:
+        """Keep a value in the engine, where any client can `recall` it. Limits and errors as of AsyncClient.keep."""
+        self._thread.run(self._client.keep(key, value))
+
+    def recall(self, key: str) -> bytes | None:
+        """The value that a client has kept under this key; None if there is none, or the engine has forgotten it."""
+        return self._thread.run(self._client.recall(key))
+
+    def forget(self, key: str) -> bool:
+        """Forget a kept value. Returns whether there was one."""
+        return self._thread.run(self._client.forget(key))
 
     def wait_ready(self, timeout_s: float | None = 60.0) -> Health:
         """Wait until the engine accepts requests.

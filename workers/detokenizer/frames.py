@@ -8,8 +8,9 @@ from typing import Final
 import numpy as np
 
 from ipc.messages import FinalOutput, Outputs, PromptLogprobs, TokenLogprobs
-from workers.detokenizer.logprob_columns import token_bytes, words_of
+from workers.detokenizer.logprob_columns import words_of
 from workers.detokenizer.request_state import Sequence
+from workers.model_tokenizer.token_bytes import token_bytes_table
 
 MAX_FRAME_ITEMS: Final = 8_192  # in one Outputs
 MAX_FRAME_WORDS: Final = 131_072  # token ids and log-probabilities in one Outputs, before its last item
@@ -76,7 +77,7 @@ class FrameBuilder:
             token_ids=token_ids,
             finals=self._finals,
             logprobs=self._logprobs,
-            token_bytes=token_bytes([*self._sampled(), *columns], bytes_of) if columns else None,
+            token_bytes=token_bytes_table([*self._sampled(), *columns], bytes_of) if columns else None,
             samples=np.array(self._samples, "<i4").tobytes() if any(self._samples) else b"",
             prompt_logprobs=self._prompt_parts,
         )

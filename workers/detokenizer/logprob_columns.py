@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from ipc.messages import Opened, PromptLogprobs, StepLogprobs, TokenBytes, TokenLogprobs
+from ipc.messages import Opened, PromptLogprobs, StepLogprobs, TokenLogprobs
 
 
 class LogprobColumns:
@@ -57,14 +57,6 @@ def words_of(part: PromptLogprobs) -> int:
     """Size of the log-probabilities of a prompt's tokens, in units of 4 bytes."""
     num_tokens = len(part.token_ids) // 4
     return num_tokens * (2 + 2 * part.columns.num_top)
-
-
-def token_bytes(id_columns: Sequence[bytes], bytes_of: Callable[[int], bytes]) -> TokenBytes:
-    """The bytes of all tokens in these int32 columns, each token once."""
-    ids = np.unique(np.frombuffer(b"".join(id_columns), "<i4"))
-    ids = ids[ids >= 0]  # places beyond the vocabulary hold NO_TOKEN
-    parts = [bytes_of(i) for i in ids.tolist()]
-    return TokenBytes(ids.tobytes(), np.array([len(part) for part in parts], "<i4").tobytes(), b"".join(parts))
 
 
 def _row(column: bytes, index: int, width: int, wanted: int) -> bytes:

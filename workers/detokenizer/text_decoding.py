@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol
 from tokenizers import Tokenizer
 
 from ipc.messages import PLAIN_TEXT, TextOptions
-from workers.detokenizer.piece_decoding import PieceDecoder, PieceTexts, Vocabulary, WindowDecoder
-from workers.detokenizer.token_bytes import TokenBytes, byte_level_bytes
+from workers.detokenizer.piece_decoding import PieceDecoder, PieceTexts, WindowDecoder
+from workers.model_tokenizer.token_bytes import TokenBytes, byte_level_bytes
+from workers.model_tokenizer.vocabulary import Vocabulary
 
 
 class TextDecoder(Protocol):

@@ -4,18 +4,32 @@ Every `Outputs` message costs a client one credit until the client acknowledges 
 keeps within `client_window`. An untrusted client may ignore flow control: it never acknowledges, or it never reads.
 Such a client is suspended. Its requests are cancelled, and it may send no new ones until it acknowledges something;
 otherwise each new request could leave another window of outputs unread. Knows requests only by their ids.
+
+Large answers to queries cost no credit. Each has a receipt, by which `unread_answers.py` bounds them.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from ipc.errors import InvalidRequest, QueueFull, RingfeedError
-from ipc.messages import Alive, ClientCredit, FinalOutput, Outputs
+import msgspec
+
+from ipc.errors import InvalidRequest, QueueFull, RingfeedError, error_from_code
+from ipc.messages import (
+    Alive,
+    ClientCredit,
+    DetokenizedText,
+    FinalOutput,
+    KeptValue,
+    Outputs,
+    PromptTokens,
+    TokenizeDone,
+)
 from workers.gateway.client_frames import MAX_ERROR_CHARS
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.outbox import Outbox, Peer
 from workers.gateway.request_table import ClientSession, RequestTable
+from workers.gateway.unread_answers import UnreadAnswers
 
 PROBE_INTERVAL_S: Final = 1.0
 MAX_ANSWERED: Final = 8_192  # requests in one Outputs message of the gateway's own
@@ -31,10 +45,11 @@ class ClientFlow:
         self._outbox = outbox
         # Suspended clients by identity, each with the outputs for which its queue had no room.
         self._suspended: dict[bytes, list[Outputs | bytes]] = {}
+        self._unread = UnreadAnswers()
 
     @property
     def needs_probes(self) -> bool:
-        return bool(self._table.clients or self._suspended)
+        return bool(self._table.clients or self._suspended or self._unread.clients)
 
     # Outputs
 
@@ -65,7 +80,31 @@ class ClientFlow:
         final = FinalOutput("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
         self.send_finals(client, [(request_id, final) for request_id in client.keys], client.last_progress)
 
+    def send_answer(self, identity: bytes, answer: PromptTokens | DetokenizedText | KeptValue) -> None:
+        """Send a large answer, with a new receipt. Raises QueueFull if the client has left too much unread."""
+        receipt = self._unread.add(identity, _num_bytes(answer))
+        self._outbox.add(Peer.CLIENT, msgspec.structs.replace(answer, receipt=receipt), identity)
+
+    def answer_query(self, client: ClientSession, request_id: str, done: TokenizeDone, now: float) -> None:
+        """Send a tokenizer's answer to a query, or the error that ends the query."""
+        error: RingfeedError
+        if done.answer is None:
+            error = error_from_code(done.error_code, done.error_message)
+        else:
+            try:
+                self.send_answer(client.identity, done.answer)
+            except QueueFull as full:
+                error = full
+            else:
+                return
+        final = FinalOutput("error", 0, 0, error.code, str(error), retry_after_s=error.retry_after_s)
+        self.send_finals(client, [(request_id, final)], now)
+
     # Acknowledgements
+
+    def received(self, identity: bytes, receipts: list[int]) -> None:
+        """A client has read the answers with these receipts."""
+        self._unread.received(identity, receipts)
 
     def acknowledge(self, identity: bytes, count: int, now: float) -> None:
         """A client has received `count` Outputs messages. It gets no credit for more than were sent."""
@@ -107,8 +146,9 @@ class ClientFlow:
             kept.append(unsent)
 
     def forget(self, identity: bytes) -> None:
-        """A client has gone, so its suspension ends."""
+        """A client has gone, so its suspension ends, and its unread answers are gone too."""
         self._suspended.pop(identity, None)
+        self._unread.forget(identity)
 
     def slow_clients(self, now: float) -> list[ClientSession]:
         """Clients with a full window of outputs that have acknowledged nothing for `slow_client_timeout_s`."""
@@ -128,3 +168,14 @@ class ClientFlow:
             for message in kept or (Alive(),):
                 self._outbox.add(Peer.CLIENT, message, identity)
             kept.clear()
+        for identity in self._unread.clients - self._suspended.keys():
+            if self._table.client(identity) is None:
+                self._outbox.add(Peer.CLIENT, Alive(), identity)
+
+
+def _num_bytes(answer: PromptTokens | DetokenizedText | KeptValue) -> int:
+    """About the size of the answer's frame."""
+    if isinstance(answer, PromptTokens):
+        table = answer.token_bytes
+        return sum(map(len, (answer.token_ids, table.token_ids, table.lengths, table.data)))
+    return len(answer.value if isinstance(answer, KeptValue) else answer.text.encode())

@@ -7,7 +7,16 @@ from typing import Final
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.codec import decode_untrusted
 from ipc.errors import InvalidRequest, ProtocolError, RingfeedError
-from ipc.messages import MAX_REQUEST_ID_CHARS, ClientMessage, Generate
+from ipc.messages import (
+    MAX_KEPT_KEY_CHARS,
+    MAX_REQUEST_ID_CHARS,
+    ClientMessage,
+    DetokenizeQuery,
+    Generate,
+    Keep,
+    Recall,
+    TokenizeQuery,
+)
 
 MAX_ERROR_CHARS: Final = 1_000
 MAX_CACHE_SALT_CHARS: Final = 256
@@ -23,7 +32,7 @@ class UnreadableFrame(Exception):
 
 
 def read_client_frames(frames: list[bytes]) -> ClientMessage:
-    """Decode and check one message; a `Generate` is complete and consistent afterwards. Raises UnreadableFrame."""
+    """Decode and check one message; it is complete and consistent afterwards. Raises UnreadableFrame."""
     if len(frames) != 1:
         error = ProtocolError(f"a message must be one frame and not {len(frames)}: use a DEALER socket, not a REQ")
         raise UnreadableFrame("", error)
@@ -34,27 +43,47 @@ def read_client_frames(frames: list[bytes]) -> ClientMessage:
         )
     try:
         message: ClientMessage = decode_untrusted(frame, ClientMessage)
-        if isinstance(message, Generate):
-            _check(message)
+        _check(message)
     except (ProtocolError, InvalidRequest) as error:
         raise UnreadableFrame(_request_id(frame), error) from None
     return message
 
 
-def _check(message: Generate) -> None:
-    if not 1 <= len(message.request_id) <= MAX_REQUEST_ID_CHARS:
-        raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters")
-    if len(message.cache_salt) > MAX_CACHE_SALT_CHARS:
-        raise InvalidRequest(f"cache_salt must have at most {MAX_CACHE_SALT_CHARS} characters")
+def _check(message: ClientMessage) -> None:
+    if isinstance(message, Generate | TokenizeQuery | DetokenizeQuery | Keep | Recall):
+        _check_length("request_id", message.request_id, MAX_REQUEST_ID_CHARS)
+    if isinstance(message, Keep | Recall):
+        _check_length("key", message.key, MAX_KEPT_KEY_CHARS)
+    if isinstance(message, Generate | TokenizeQuery):
+        _check_prompt(message)
+    elif isinstance(message, DetokenizeQuery):
+        _check_token_ids(message.token_ids)
+
+
+def _check_length(name: str, text: str, max_chars: int) -> None:
+    if not 1 <= len(text) <= max_chars:
+        raise InvalidRequest(f"{name} must have 1 to {max_chars} characters")
+
+
+def _check_prompt(message: Generate | TokenizeQuery) -> None:
     inputs = {"prompt": message.prompt, "chat": message.chat, "token_ids": message.token_ids}
     given = [name for name, value in inputs.items() if value is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise InvalidRequest(f"exactly one of prompt, chat and token_ids must be given, not {found}")
+    if message.token_ids is not None:
+        _check_token_ids(message.token_ids)
+    if not isinstance(message, Generate):
+        return
     if not (message.prompt or message.token_ids or (message.chat is not None and message.chat.messages)):
         raise InvalidRequest(f"{given[0]} is empty")
-    if message.token_ids is not None and len(message.token_ids) % 4:
-        raise InvalidRequest(f"token_ids must be int32 values: {len(message.token_ids)} bytes are not a multiple of 4")
+    if len(message.cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise InvalidRequest(f"cache_salt must have at most {MAX_CACHE_SALT_CHARS} characters")
+
+
+def _check_token_ids(token_ids: bytes) -> None:
+    if len(token_ids) % 4:
+        raise InvalidRequest(f"token_ids must be int32 values: {len(token_ids)} bytes are not a multiple of 4")
 
 
 def _request_id(frame: bytes) -> str:

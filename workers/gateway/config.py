@@ -17,7 +17,7 @@ COUNTERS: Final = (
     # Like the scheduler's counters, for requests that have not reached it: requests that wait for a tokenizer, requests
     # refused because a queue was full, and requests that ran out of time.
     "num_waiting", "num_queue_full", "num_deadline", "num_queue_timeout",
-    "num_connections", "num_connections_refused",
+    "num_connections", "num_connections_refused", "num_kept_bytes",
 )  # fmt: skip
 MAX_UNREAD_ANSWERS: Final = 1_024  # answers that need no credit: to queries, probes, refusals
 
@@ -64,6 +64,16 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             "try again. The default is 256 MiB; the least value is the size of the largest message, 16 MiB.",
         ),
     ] = 256 << 20
+    max_kept_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 40,
+            description="Memory for values that clients keep in the engine (`Client.keep`), in bytes; the HTTP server "
+            "keeps its stored responses there. The engine forgets the values that were not used for longest. The "
+            "default is 64 MiB. 0: the engine keeps none.",
+        ),
+    ] = 64 << 20
     slow_client_timeout_s: Annotated[
         float,
         Meta(
@@ -105,6 +115,6 @@ def max_unread_messages(bootstrap: GatewayBootstrap) -> int:
 
     A client that keeps to flow control never reaches this bound. It allows one answer or refusal for every request that
     the client may have open, a full window of outputs, and some answers that need no credit. So it only limits the cost
-    of a client that never reads. Outputs are the only large messages, and flow control bounds them as well.
+    of a client that never reads. Flow control bounds large messages as well: outputs, and answers with a receipt.
     """
     return bootstrap.frontend.max_open_requests + bootstrap.client_window + MAX_UNREAD_ANSWERS

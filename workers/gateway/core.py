@@ -5,6 +5,7 @@
     requests' states, cancellation and time-outs    to request_lifecycle.py, which draws the state diagram,
     prompts that wait for or are at a tokenizer     to prompt_dispatch.py,
     outputs, acknowledgements, slow clients         to client_flow.py,
+    values that clients keep                        to kept_values.py,
     the checks of clients' frames                   to client_frames.py.
 """
 
@@ -21,22 +22,30 @@ from ipc.messages import (
     Cancel,
     ClearCache,
     ClientGone,
+    ClientRequest,
     Delivered,
     Delivery,
+    DetokenizedText,
     Drained,
-    Generate,
     Health,
+    Keep,
+    KeptValue,
     Outputs,
+    PromptTokens,
     Query,
+    Recall,
+    Received,
     Refused,
     Stats,
     StatsArray,
+    TokenizeDone,
 )
 from ipc.record_layout import HostArray
 from workers.gateway.cache_clears import CacheClears
 from workers.gateway.client_flow import PROBE_INTERVAL_S, ClientFlow
 from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
 from workers.gateway.config import GatewayBootstrap
+from workers.gateway.kept_values import KeptValues
 from workers.gateway.outbox import Outbox, Peer, Send
 from workers.gateway.request_lifecycle import RequestLifecycle, to_ns
 from workers.gateway.request_table import RequestTable
@@ -70,6 +79,7 @@ class Gateway:
         self._snapshot_stats = snapshot_stats
         self._detail = "the engine's workers are starting"
         self._clears = CacheClears()
+        self.kept = KeptValues(bootstrap.frontend.max_kept_bytes)
         self._next_probe = 0.0
         self._drain_deadline = float("inf")
         self._has_drained = False
@@ -107,9 +117,12 @@ class Gateway:
         request_id = ""
         try:
             message = read_client_frames(frames)
-            if isinstance(message, Generate):
+            if isinstance(message, ClientRequest | Keep | Recall):
                 request_id = message.request_id
-                self._generate(identity, message, len(frames[0]), now)
+            if isinstance(message, ClientRequest):
+                self._open(identity, message, len(frames[0]), now)
+            elif isinstance(message, Keep | Recall):
+                self._keep_or_recall(identity, message)
             else:
                 self._client_message(identity, message, now)
         except UnreadableFrame as unreadable:
@@ -117,7 +130,7 @@ class Gateway:
         except RingfeedError as error:
             self._refuse(identity, request_id, error)
 
-    def _generate(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
+    def _open(self, identity: bytes, message: ClientRequest, frame_bytes: int, now: float) -> None:
         if self.state != "ready":
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         self._flow.check_not_suspended(identity)
@@ -129,7 +142,24 @@ class Gateway:
             )
         self.requests.open(identity, message, frame_bytes, now)
 
-    def _client_message(self, identity: bytes, message: Cancel | Query | ClearCache | Delivered, now: float) -> None:
+    def _keep_or_recall(self, identity: bytes, message: Keep | Recall) -> None:
+        """Engines of any state do this: a server stores the answers of its last requests while the engine drains."""
+        request_id = message.request_id
+        if isinstance(message, Keep):
+            answer = KeptValue(request_id=request_id, found=self.kept.keep(message.key, message.value))
+        elif message.forget:
+            answer = KeptValue(request_id=request_id, found=self.kept.forget(message.key))
+        else:
+            value = self.kept.recall(message.key)
+            if value:
+                self._flow.send_answer(identity, KeptValue(request_id=request_id, found=True, value=value))
+                return
+            answer = KeptValue(request_id=request_id, found=value is not None)
+        self._outbox.add(Peer.CLIENT, answer, identity)
+
+    def _client_message(
+        self, identity: bytes, message: Cancel | Query | ClearCache | Delivered | Received, now: float
+    ) -> None:
         if isinstance(message, Cancel):
             self.requests.cancel(identity, message.request_id, now)
         elif isinstance(message, Query):
@@ -137,6 +167,8 @@ class Gateway:
         elif isinstance(message, ClearCache):
             clear_id = self._clears.add(identity, message.query_id, to_ns(now))
             self._outbox.add(Peer.SCHEDULER, ClearCache(query_id=clear_id))
+        elif isinstance(message, Received):
+            self._flow.received(identity, message.receipts)
         else:
             self._flow.acknowledge(identity, message.count, now)
 
@@ -176,6 +208,8 @@ class Gateway:
     def client_full(self, identity: bytes, message: Any) -> None:
         """A client's queue is full of unread messages and has no room for `message`. Suspend the client."""
         client = self.table.client(identity)
+        if isinstance(message, PromptTokens | DetokenizedText | KeptValue):
+            self._flow.received(identity, [message.receipt])  # it is in no queue
         if client is not None or isinstance(message, Outputs | bytes):  # else: an answer that needs no credit is lost
             self._flow.suspend(identity, message)
         if client is not None:
@@ -189,6 +223,10 @@ class Gateway:
         """A tokenizer has passed on a request, or (key 0) has connected."""
         self.requests.prompts.done(identity, key)
         self.requests.dispatch(now)
+
+    def answered(self, done: TokenizeDone, now: float) -> None:
+        """A tokenizer has answered a query; `tokenizer_done` was called for it too."""
+        self.requests.answered(done, now)
 
     def accepted(self, keys: Iterable[int]) -> None:
         """The scheduler has these requests."""

@@ -22,7 +22,7 @@ from operator import attrgetter
 from typing import Final
 
 from ipc.errors import QueueFull
-from ipc.messages import Generate, Tokenize
+from ipc.messages import ClientRequest, DetokenizeQuery, GatewayToTokenizer, Generate
 from workers.gateway.config import GatewayBootstrap
 from workers.queueing.drain_rate import DrainRate
 from workers.queueing.policies import NO_ROW, Policy, make_policy
@@ -47,8 +47,8 @@ class Prompt:
     )  # fmt: skip
     row = NO_ROW
 
-    def __init__(self, message: Tokenize, frame_bytes: int, held_bytes: int) -> None:
-        self.message: Tokenize | None = message  # None: it has been sent to a tokenizer
+    def __init__(self, message: GatewayToTokenizer, frame_bytes: int, held_bytes: int) -> None:
+        self.message: GatewayToTokenizer | None = message  # None: it has been sent to a tokenizer
         self.key = message.key
         self.priority = message.scheduling.priority
         self.tenant = message.scheduling.tenant
@@ -99,15 +99,20 @@ class PromptDispatcher:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def held_bytes(self, message: Generate, frame_bytes: int) -> int:
+    def held_bytes(self, message: ClientRequest, frame_bytes: int) -> int:
         """About how many bytes of memory a request takes while it waits; rounded up.
 
         Counts its frame, or its text if that is larger: a string is as wide as its widest character, up to four times
         the frame. Adds the memory of its Python objects, which even the smallest request has.
         """
-        params, chat = message.params, message.chat
-        texts = [message.prompt or "", *params.stop, *params.bad_words]
-        overhead = self._overhead_bytes + sum(len(getattr(params, name) or ()) for name in _LISTS) * ITEM_OVERHEAD_BYTES
+        overhead = self._overhead_bytes
+        if isinstance(message, DetokenizeQuery):
+            return frame_bytes + overhead
+        chat, texts = message.chat, [message.prompt or ""]
+        if isinstance(message, Generate):
+            params = message.params
+            texts += *params.stop, *params.bad_words
+            overhead += sum(len(getattr(params, name) or ()) for name in _LISTS) * ITEM_OVERHEAD_BYTES
         if chat is not None:
             overhead += CHAT_OVERHEAD_BYTES
             if chat.template is not None:  # JSON is bytes, which take as much as in the frame
@@ -124,7 +129,7 @@ class PromptDispatcher:
                 retry_s,
             )
 
-    def add(self, message: Tokenize, frame_bytes: int, held_bytes: int) -> None:
+    def add(self, message: GatewayToTokenizer, frame_bytes: int, held_bytes: int) -> None:
         """A prompt begins to wait. `frame_bytes` is the length of the client's message."""
         if not self._waiting:
             self._departures.begin(message.arrived_ns)
@@ -138,7 +143,7 @@ class PromptDispatcher:
         self.num_bytes -= prompt.held_bytes
         self._policy.end(prompt)
 
-    def dispatch(self, now_ns: int) -> Iterator[tuple[bytes, Tokenize]]:
+    def dispatch(self, now_ns: int) -> Iterator[tuple[bytes, GatewayToTokenizer]]:
         """Yield waiting prompts in the policy's order while a tokenizer has room, each with its tokenizer's identity.
 
         A prompt goes to the tokenizer with the fewest bytes under way.
@@ -147,7 +152,7 @@ class PromptDispatcher:
             load = min(self._with_room.values(), key=_num_bytes)
             yield load.identity, self._send_next(load, now_ns)
 
-    def _send_next(self, load: TokenizerLoad, now_ns: int) -> Tokenize:
+    def _send_next(self, load: TokenizerLoad, now_ns: int) -> GatewayToTokenizer:
         prompt = self._policy.next()
         assert prompt is not None, "prompts wait, and the policy has none"
         self._policy.dequeue(prompt)

@@ -9,6 +9,9 @@
     closed,             Withdrawn: closed, answered here
     answered here       Accepted:  ACCEPTED; a cancel is now sent as CancelRequests
 
+A query (`TokenizeQuery`, `DetokenizeQuery`) never becomes ACCEPTED: its answer comes from the tokenizer and closes it.
+If it ends earlier, it is closed and answered here at once, and the tokenizer's answer is dropped.
+
 If a client is dropped, all its requests are cancelled, and no Delivery for them is awaited.
 
 Final answers come from the detokenizer, in frames that the gateway passes on without reading them. The gateway itself
@@ -26,7 +29,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
-from ipc.messages import ClientGone, FinalOutput, FinishReason, Generate, RequestTimes, Route, Tokenize
+from ipc.messages import (
+    ClientGone,
+    ClientRequest,
+    FinalOutput,
+    FinishReason,
+    Generate,
+    RequestTimes,
+    Route,
+    Tokenize,
+    TokenizeDone,
+    TokenizerQuery,
+)
 from ipc.sampling_params import MAX_SEED
 from ipc.scheduling_params import SchedulingParams
 from workers.gateway.client_flow import ClientFlow
@@ -56,27 +70,34 @@ class RequestLifecycle:
 
     # A request begins
 
-    def open(self, identity: bytes, message: Generate, frame_bytes: int, now: float) -> None:
+    def open(self, identity: bytes, message: ClientRequest, frame_bytes: int, now: float) -> None:
         """A client's valid request arrives. Raises InvalidRequest or QueueFull if the gateway cannot take it."""
         now_ns = to_ns(now)
-        self._check_open_requests(identity, message, now_ns)
+        num_samples = message.params.n if isinstance(message, Generate) else 1
+        self._check_open_requests(identity, message.request_id, num_samples, now_ns)
         held_bytes = self.prompts.held_bytes(message, frame_bytes)
         self.prompts.check_room(held_bytes, now_ns)
         num_prompt_tokens = len(message.token_ids or b"") // 4
-        request = self._table.open(identity, message.request_id, message.params.n, now_ns, num_prompt_tokens)
-        self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, held_bytes)
+        request = self._table.open(identity, message.request_id, num_samples, now_ns, num_prompt_tokens)
+        if isinstance(message, Generate):
+            self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, held_bytes)
+        else:
+            request.is_query = True
+            self._set_timers(request.key, message.scheduling, now_ns)
+            query = TokenizerQuery(key=request.key, query=message, arrived_ns=now_ns)
+            self.prompts.add(query, frame_bytes, held_bytes)
         self.dispatch(now)
 
-    def _check_open_requests(self, identity: bytes, message: Generate, now_ns: int) -> None:
-        num_samples, limit = message.params.n, self._max_open_requests
+    def _check_open_requests(self, identity: bytes, request_id: str, num_samples: int, now_ns: int) -> None:
+        limit = self._max_open_requests
         if num_samples > limit:
             raise InvalidRequest(f"n ({num_samples}) is more than frontend.max_open_requests ({limit})")
         client = self._table.client(identity)
         if client is None:
             return
-        if message.request_id in client.keys:
+        if request_id in client.keys:
             raise InvalidRequest(
-                f"request_id ({message.request_id!r}) belongs to a request that is still open: choose another one"
+                f"request_id ({request_id!r}) belongs to a request that is still open: choose another one"
             )
         num_excess = client.num_samples + num_samples - limit
         if num_excess > 0:
@@ -147,6 +168,13 @@ class RequestLifecycle:
             if request is not None:
                 self._close(request, now)
 
+    def answered(self, done: TokenizeDone, now: float) -> None:
+        """A tokenizer has answered a query. If the query has ended already, the answer is dropped."""
+        request = self._table.request(done.key)
+        if request is not None and request.client is not None:
+            self._flow.answer_query(request.client, request.request_id, done, now)
+            self._close(request, now)
+
     # Requests are stopped
 
     def cancel(self, identity: bytes, request_id: str, now: float) -> None:
@@ -204,7 +232,7 @@ class RequestLifecycle:
         return self._stop([(request, "cancelled")])
 
     def _stop(self, ends: Ends) -> Ends:
-        """Stop QUEUED and TOKENIZING requests. Returns those that have ended now.
+        """Stop QUEUED and TOKENIZING requests. Returns those that have ended now, among them all queries.
 
         For the others, the scheduler's answer to Withdraw decides.
         """
@@ -212,6 +240,8 @@ class RequestLifecycle:
         for request, reason in ends:
             if request.state is RequestState.QUEUED:
                 self.prompts.remove(request.key)
+                ended.append((request, reason))
+            elif request.is_query:
                 ended.append((request, reason))
             elif request.withdrawn_as is None:  # the first reason stands
                 request.withdrawn_as = reason

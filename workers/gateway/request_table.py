@@ -21,7 +21,7 @@ class Request:
     """An open request. `client` is None if its client was dropped; then it is cancelled as soon as possible."""
 
     __slots__ = (
-        "arrived_ns", "client", "is_cancelled", "key", "keys", "num_prompt_tokens", "request_id", "state",
+        "arrived_ns", "client", "is_cancelled", "is_query", "key", "keys", "num_prompt_tokens", "request_id", "state",
         "withdrawn_as",
     )  # fmt: skip
 
@@ -42,6 +42,7 @@ class Request:
         self.num_prompt_tokens = num_prompt_tokens  # 0 for a text, whose tokens are not counted yet
         self.state = RequestState.QUEUED
         self.is_cancelled = False
+        self.is_query = False  # a tokenizer answers it, and the scheduler never sees it
         self.withdrawn_as: FinishReason | None = None  # the reason, if a Withdraw was sent
 
 

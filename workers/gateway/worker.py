@@ -131,6 +131,8 @@ class GatewayWorker:
                 core.cache_cleared(message.query_id, now)
         for identity, done in receive_from(self.tokenizers, TokenizeDone):
             core.tokenizer_done(identity, done.key, now)
+            if done.answer is not None or done.error_code:
+                core.answered(done, now)
 
     def _read_clients(self, now: float) -> None:
         core, trace = self.core, self.process.trace
@@ -182,6 +184,7 @@ class GatewayWorker:
         stats.num_cancelled[0] = requests.num_cancelled
         stats.num_waiting[0] = requests.prompts.num_waiting
         stats.num_queue_full[0] = core.num_queue_full
+        stats.num_kept_bytes[0] = core.kept.num_bytes
         stats.num_deadline[0] = requests.num_out_of_time["deadline"]
         stats.num_queue_timeout[0] = requests.num_out_of_time["queue_timeout"]
 

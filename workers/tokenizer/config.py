@@ -10,7 +10,7 @@ from msgspec import Meta
 from ipc.records import StepShape
 from workers.bootstrap import WorkerBootstrap
 
-COUNTERS: Final = ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records")
+COUNTERS: Final = ("num_requests", "num_tokens", "num_rejected", "encode_ns", "num_prompt_records", "num_queries")
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

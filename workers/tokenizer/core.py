@@ -1,4 +1,4 @@
-"""Turns one request into token ids or an error. Knows no sockets and no rings.
+"""Turns one request into token ids or an error, and answers queries. Knows no sockets and no rings.
 
 Prompts are untrusted: an error that a prompt causes in the template or the tokenizer ends only that request.
 """
@@ -14,9 +14,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ipc.errors import InvalidRequest, RequestFailed, RingfeedError
-from ipc.messages import Tokenize
+from ipc.messages import (
+    DetokenizedText,
+    DetokenizeQuery,
+    PromptTokens,
+    Tokenize,
+    TokenizeDone,
+    TokenizeQuery,
+    TokenizerQuery,
+)
 from ipc.records import StepShape
 from workers.model_tokenizer.loading import is_foreign_failure
+from workers.model_tokenizer.token_bytes import TokenBytes, token_bytes_table
+from workers.model_tokenizer.vocabulary import Vocabulary
 from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.token_parameters import NOTHING_ASKED, Asked, TokenParameters
 
@@ -24,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
+MAX_ERROR_CHARS: Final = 1_000  # a template's error may quote the whole chat
+MAX_ANSWER_BYTES: Final = 16 << 20  # of an answer to a query: as much as a client may send
 _NO_IDS: Final = np.empty(0, np.int32)
 _SHRINK: Final = 4  # normalisers may shorten a text (decomposed characters, runs of spaces), hardly by more than this
 # Most characters of a text that will be truncated. All of them are encoded: the tokens at the end of a text can depend
@@ -72,8 +84,9 @@ class PromptEncoder:
         """Encode and check one request. Returns errors that the request causes, and never raises them."""
         try:
             asked = self._parameters.check(request.params)
-            token_ids = self._token_ids(request)
-            if request.params.truncate_prompt_tokens is not None:
+            is_truncated = request.params.truncate_prompt_tokens is not None
+            token_ids = self._token_ids(request, add_special_tokens=True, is_truncated=is_truncated)
+            if is_truncated:
                 token_ids = self._truncated(token_ids, request)
             self._check(token_ids, request)
         except RingfeedError as error:
@@ -86,22 +99,72 @@ class PromptEncoder:
             return self._failed(request, error)
         return Encoded(request, token_ids, None, asked)
 
-    def _token_ids(self, request: Tokenize) -> Ids:
-        if request.token_ids is not None:
-            token_ids = np.frombuffer(request.token_ids, "<i4")
-            outside = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
-            if outside.size:
-                raise InvalidRequest(f"token_ids holds {outside[0]}; the model's ids are 0 to {self._vocab_size - 1}")
-            return token_ids
-        if request.chat is not None:
-            # The template has written the special tokens already.
-            text = self._templates.render(request.chat, max(self._max_chars, MAX_TRUNCATED_CHARS))
-            return self._encode(text, request, add_special_tokens=False)
-        return self._encode(request.prompt or "", request, add_special_tokens=True)
+    def answer(self, message: TokenizerQuery) -> TokenizeDone:
+        """Answer a query. Returns errors that the query causes, and never raises them."""
+        try:
+            return TokenizeDone(key=message.key, answer=self._answer(message.query))
+        except RingfeedError as error:
+            return _ended_by(error, message)
+        except BaseException as error:
+            if not is_foreign_failure(error):
+                raise
+            logger.warning("query %d cannot be answered", message.key, exc_info=error)
+            return _ended_by(RequestFailed(f"the tokenizer failed: {error or type(error).__name__}"), message)
 
-    def _encode(self, text: str, request: Tokenize, *, add_special_tokens: bool) -> Ids:
+    def _answer(self, query: TokenizeQuery | DetokenizeQuery) -> PromptTokens | DetokenizedText:
+        if isinstance(query, DetokenizeQuery):
+            return DetokenizedText(request_id=query.request_id, receipt=0, text=self._text(query))
+        token_ids = self._token_ids(query, add_special_tokens=query.add_special_tokens, is_truncated=False)
+        self._check_highest(token_ids)
+        packed = token_ids.tobytes()
+        table = token_bytes_table([packed], self._token_bytes.__getitem__)
+        num_bytes = len(packed) + 2 * len(table.token_ids) + len(table.data)
+        if num_bytes > MAX_ANSWER_BYTES:
+            raise InvalidRequest(
+                f"the prompt has {token_ids.size} tokens; they take {num_bytes} bytes, and an answer has at most "
+                f"{MAX_ANSWER_BYTES}: send the prompt in parts"
+            )
+        return PromptTokens(request_id=query.request_id, receipt=0, token_ids=packed, token_bytes=table)
+
+    def _text(self, query: DetokenizeQuery) -> str:
+        token_ids = self._given_ids(query.token_ids)
+        if token_ids.size > self._max_model_len:
+            raise InvalidRequest(
+                f"token_ids holds {token_ids.size} ids; the longest sequence of this engine has {self._max_model_len}: "
+                "send the ids in parts"
+            )
+        if not token_ids.size:
+            return ""  # some decoders panic on an empty list
+        text: str = self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=query.skip_special_tokens)
+        if (num_bytes := len(text.encode())) > MAX_ANSWER_BYTES:
+            raise InvalidRequest(
+                f"the text takes {num_bytes} bytes, and an answer has at most {MAX_ANSWER_BYTES}: send the ids in parts"
+            )
+        return text
+
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(Vocabulary(self._tokenizer).with_special_tokens())
+
+    def _given_ids(self, packed: bytes) -> Ids:
+        token_ids = np.frombuffer(packed, "<i4")
+        outside = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
+        if outside.size:
+            raise InvalidRequest(f"token_ids holds {outside[0]}; the model's ids are 0 to {self._vocab_size - 1}")
+        return token_ids
+
+    def _token_ids(self, source: Tokenize | TokenizeQuery, *, add_special_tokens: bool, is_truncated: bool) -> Ids:
+        if source.token_ids is not None:
+            return self._given_ids(source.token_ids)
+        if source.chat is not None:
+            # The template has written the special tokens already.
+            text = self._templates.render(source.chat, max(self._max_chars, MAX_TRUNCATED_CHARS))
+            return self._encode(text, add_special_tokens=False, is_truncated=is_truncated)
+        return self._encode(source.prompt or "", add_special_tokens=add_special_tokens, is_truncated=is_truncated)
+
+    def _encode(self, text: str, *, add_special_tokens: bool, is_truncated: bool) -> Ids:
         # Encoding takes about 150 bytes of memory per token, so refuse a far too long text before encoding it.
-        if request.params.truncate_prompt_tokens is None:
+        if not is_truncated:
             if len(text) > self._max_chars:
                 raise InvalidRequest(
                     f"the prompt ({len(text)} characters) is far longer than {self._max_model_len} tokens, the longest "
@@ -141,9 +204,7 @@ class PromptEncoder:
     def _check(self, token_ids: Ids, request: Tokenize) -> None:
         if token_ids.size == 0:
             raise InvalidRequest("the prompt has no tokens")
-        highest = int(token_ids.max())
-        if highest >= self._vocab_size:
-            raise InvalidRequest(f"the prompt holds token {highest}, which the model does not have")
+        self._check_highest(token_ids)
         max_tokens = request.params.max_tokens
         if token_ids.size + (max_tokens or 1) > self._max_model_len:
             longest = f"the longest sequence of this engine ({self._max_model_len} tokens)"
@@ -153,9 +214,18 @@ class PromptEncoder:
                 )
             raise InvalidRequest(f"the prompt ({token_ids.size} tokens) and max_tokens ({max_tokens}) exceed {longest}")
 
+    def _check_highest(self, token_ids: Ids) -> None:
+        highest = int(token_ids.max(initial=0))
+        if highest >= self._vocab_size:
+            raise InvalidRequest(f"the prompt holds token {highest}, which the model does not have")
+
     @staticmethod
     def _failed(request: Tokenize, error: BaseException) -> Encoded:
         logger.warning("request %d cannot be encoded", request.key, exc_info=error)
         return Encoded(
             request, _NO_IDS, RequestFailed(f"the prompt cannot be encoded: {error or type(error).__name__}")
         )
+
+
+def _ended_by(error: RingfeedError, message: TokenizerQuery) -> TokenizeDone:
+    return TokenizeDone(key=message.key, error_code=error.code, error_message=str(error)[:MAX_ERROR_CHARS])

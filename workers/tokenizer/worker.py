@@ -6,24 +6,29 @@ import gc
 import logging
 import time
 from collections import deque
-from typing import Final
 
 from ipc.block_hash import chain_hashes, root_hash
 from ipc.channels import receive, send
 from ipc.errors import RequestFailed
-from ipc.messages import EOS_TOKEN_ID, Tokenize, Tokenized, TokenizeDone
+from ipc.messages import (
+    EOS_TOKEN_ID,
+    GatewayToTokenizer,
+    PromptTokens,
+    Tokenize,
+    Tokenized,
+    TokenizeDone,
+    TokenizerQuery,
+)
 from ipc.records import PROMPT_RECORD_TOKENS, prompt_layout
 from ipc.trace import Span
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.process import WorkerProcess
 from workers.tokenizer.chat_template import ChatTemplates
 from workers.tokenizer.config import TokenizerBootstrap
-from workers.tokenizer.core import Encoded, PromptEncoder
+from workers.tokenizer.core import MAX_ERROR_CHARS, Encoded, PromptEncoder
 from workers.tokenizer.thinking_tokens import find_thinking_tokens
 
 logger = logging.getLogger(__name__)
-
-MAX_ERROR_CHARS: Final = 1_000  # a template's error may quote the whole chat
 
 
 def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
@@ -67,18 +72,22 @@ class TokenizerWorker:
         process.watch(self.gateway)
 
     def serve(self) -> None:
-        waiting: deque[Tokenize] = deque()  # the gateway bounds how many
+        waiting: deque[GatewayToTokenizer] = deque()  # the gateway bounds how many
         encoded: Encoded | None = None  # waits for the scheduler to free records
         trace = self.process.trace
         send(self.gateway, TokenizeDone(key=0))
         while True:
             # While a prompt waits for records, sleep until a message or the scheduler's doorbell arrives.
-            self.process.wait(0 if waiting and encoded is None else None)
-            waiting.extend(receive(self.gateway, Tokenize))
-            if encoded is None and waiting:
+            self.process.wait(0 if waiting and self._can_take(waiting[0], encoded) else None)
+            waiting.extend(receive(self.gateway, GatewayToTokenizer))
+            if waiting and self._can_take(waiting[0], encoded):
+                message = waiting.popleft()
                 with trace[Span.ENCODE] as span:
-                    encoded = self._encode(waiting.popleft())
-                    span.set(encoded.token_ids.size)
+                    if isinstance(message, TokenizerQuery):
+                        span.set(self._answer(message))
+                    else:
+                        encoded = self._encode(message)
+                        span.set(encoded.token_ids.size)
             if encoded is not None and self.ring.num_free() >= self._num_records(encoded):
                 with trace[Span.HAND_OVER] as span:
                     span.set(self.ring.next_ticket, encoded.token_ids.size)
@@ -101,6 +110,22 @@ class TokenizerWorker:
         stats.num_tokens[0] += encoded.token_ids.size
         stats.num_rejected[0] += encoded.error is not None
         return encoded
+
+    @staticmethod
+    def _can_take(message: GatewayToTokenizer, encoded: Encoded | None) -> bool:
+        """Whether the next message can be handled now. While a prompt waits for records, only a query can."""
+        return encoded is None or isinstance(message, TokenizerQuery)
+
+    def _answer(self, message: TokenizerQuery) -> int:
+        """Answer a query. Returns the number of tokens in the answer; 0 for a text or an error."""
+        started = time.monotonic_ns()
+        done = self.encoder.answer(message)
+        stats = self.process.stats
+        stats.encode_ns[0] += time.monotonic_ns() - started
+        stats.num_queries[0] += 1
+        stats.num_rejected[0] += bool(done.error_code)
+        send(self.gateway, done)
+        return len(done.answer.token_ids) // 4 if isinstance(done.answer, PromptTokens) else 0
 
     @staticmethod
     def _num_records(encoded: Encoded) -> int:

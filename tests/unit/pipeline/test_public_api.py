@@ -21,7 +21,7 @@ PUBLIC = [
     "AsyncClient", "Chat", "Client", "Completion", "Config", "ConfigError", "EngineStats", "EngineUnavailable",
     "Health", "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream", "Pipeline",
     "ProtocolError", "QueueFull", "RequestFailed", "RequestTimes", "RingfeedError", "SamplingParams",
-    "SchedulingParams", "Stream", "StructuredOutputs", "TokenLogprob", "TokensExcluded", "Usage",
+    "SchedulingParams", "Stream", "StructuredOutputs", "TokenLogprob", "TokenizedPrompt", "TokensExcluded", "Usage",
 ]  # fmt: skip
 
 

@@ -29,17 +29,21 @@ from ipc.messages import (
     Cancel,
     ClientMessage,
     Delivered,
+    DetokenizeQuery,
     FinalOutput,
     Generate,
     Health,
+    Keep,
     Outputs,
     PromptLogprobs,
     Query,
+    Recall,
     Refused,
     RequestTimes,
     Stats,
     StatsArray,
     TokenBytes,
+    TokenizeQuery,
     TokenLogprobs,
 )
 from ipc.scheduling_params import SchedulingParams
@@ -72,13 +76,14 @@ CANCELLED = FinalOutput(finish_reason="cancelled", num_prompt_tokens=3, num_comp
 
 
 class FakeGateway(threading.Thread):
-    """Answers queries itself. Its other frames come from `on_generate` and from the test."""
+    """Answers `Query` itself. Its other frames come from `on_generate`, `on_question` and the test."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(daemon=True)
         self.endpoint = endpoint
         self.heard: queue.Queue[Any] = queue.Queue()
         self.on_generate: Callable[[Generate], list[Any]] = lambda _: []
+        self.on_question: Callable[[Any], list[Any]] = lambda _: []  # TokenizeQuery, Keep and the like
         self.max_open_requests = 100
         self.state: Any = "ready"
         self.num_delivered = 0
@@ -144,6 +149,8 @@ class FakeGateway(threading.Thread):
                 self.num_delivered += count
                 return []
         self.heard.put(message)
+        if isinstance(message, TokenizeQuery | DetokenizeQuery | Keep | Recall):
+            return self.on_question(message)
         return self.on_generate(message) if isinstance(message, Generate) else []
 
 

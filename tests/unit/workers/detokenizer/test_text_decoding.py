@@ -20,8 +20,9 @@ from tests.unit.workers.text.tools import (
     metaspace_tokenizer,
     word_piece_tokenizer,
 )
-from workers.detokenizer.piece_decoding import PieceDecoder, Vocabulary, WindowDecoder
+from workers.detokenizer.piece_decoding import PieceDecoder, WindowDecoder
 from workers.detokenizer.text_decoding import Decoding, NewDecoder
+from workers.model_tokenizer.vocabulary import Vocabulary
 
 TOKENIZERS: dict[str, Tokenizer] = {
     "byte_level": byte_level_tokenizer(),

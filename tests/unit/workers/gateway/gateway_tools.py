@@ -12,13 +12,19 @@ from ipc.codec import decode, encode
 from ipc.messages import (
     ClientMessage,
     Delivery,
+    DetokenizedText,
+    DetokenizeQuery,
     FinalOutput,
     GatewayToClient,
     Generate,
     Outputs,
+    PromptTokens,
     Refused,
     RequestTimes,
+    TokenBytes,
     Tokenize,
+    TokenizeDone,
+    TokenizerQuery,
 )
 from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsHandle
@@ -71,6 +77,16 @@ def generate(request_id: str, **changes: Any) -> Generate:
     if not {"prompt", "chat", "token_ids"} & set(changes):
         fields["prompt"] = "hello"
     return Generate(request_id=request_id, **fields)
+
+
+def answer_to(message: TokenizerQuery, text: str = "x") -> TokenizeDone:
+    """A tokenizer's answer to a query: one token, or a text."""
+    request_id = message.query.request_id
+    if isinstance(message.query, DetokenizeQuery):
+        return TokenizeDone(key=message.key, answer=DetokenizedText(request_id=request_id, receipt=0, text=text))
+    table = TokenBytes(token_ids=bytes(4), lengths=bytes([1, 0, 0, 0]), data=b"x")
+    answer = PromptTokens(request_id=request_id, receipt=0, token_ids=bytes(4), token_bytes=table)
+    return TokenizeDone(key=message.key, answer=answer)
 
 
 def snapshot_stats(names: Sequence[str]) -> tuple[RoleStats, RoleArrays]:
@@ -137,11 +153,20 @@ class Harness:
     def tokenized(self) -> list[tuple[bytes, Tokenize]]:
         return self.sent[Peer.TOKENIZER]
 
+    def answer(self, tokenizer: bytes, done: TokenizeDone) -> None:
+        """A tokenizer has answered a query."""
+        self.core.tokenizer_done(tokenizer, done.key, self.now)
+        self.core.answered(done, self.now)
+        self.flush()
+
     def pass_on(self) -> list[Tokenize]:
-        """The tokenizers pass on all their requests, and the scheduler accepts them."""
+        """The tokenizers answer all their queries and pass on all their requests, and the scheduler accepts these."""
         taken = []
         while self.sent[Peer.TOKENIZER]:
             tokenizer, message = self.sent[Peer.TOKENIZER].pop(0)
+            if isinstance(message, TokenizerQuery):
+                self.answer(tokenizer, answer_to(message))
+                continue
             self.core.tokenizer_done(tokenizer, message.key, self.now)
             self.core.accepted([message.key])
             self.flush()

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 
 from ipc.codec import encode
-from ipc.messages import Cancel, Delivered, Query
+from ipc.messages import Cancel, Delivered, DetokenizeQuery, Keep, Query, Recall, Received, TokenizeQuery
 from ipc.sampling_params import SamplingParams
 from tests.unit.workers.gateway.gateway_tools import generate
 from tests.unit.workers.text.tools import user_chat
@@ -23,6 +23,13 @@ GOOD = [
         Cancel(request_id="x1"),
         Delivered(count=1),
         Query(query_id=3, what="health"),
+        TokenizeQuery(request_id="x4", prompt="hi"),
+        TokenizeQuery(request_id="x5", chat=user_chat("hi"), add_special_tokens=False),
+        DetokenizeQuery(request_id="x6", token_ids=bytes(16), skip_special_tokens=True),
+        Keep(request_id="x7", key="k", value=b"abc"),
+        Recall(request_id="x8", key="k"),
+        Recall(request_id="x9", key="k", forget=True),
+        Received(receipts=[1, 2]),
     )
 ]
 _PLAIN = [msgpack.unpackb(frame) for frame in GOOD]

@@ -17,22 +17,28 @@ from ipc.codec import decode, encode
 from ipc.messages import (
     Cancel,
     CancelRequests,
+    ClientRequest,
     Delivered,
     Ended,
     FinishReason,
     GatewayToClient,
     Opened,
     Outputs,
+    PromptTokens,
+    Received,
     Refused,
     StepOutputs,
     TextOptions,
     Tokenize,
+    TokenizeDone,
+    TokenizeQuery,
+    TokenizerQuery,
     Withdraw,
     Withdrawn,
 )
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
-from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, bootstrap, generate
+from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, answer_to, bootstrap, generate
 from tests.unit.workers.text.tools import byte_level_tokenizer
 from workers.detokenizer.core import Detokenizer
 from workers.detokenizer.text_decoding import Decoding
@@ -59,6 +65,7 @@ class Engine:
         self.deadlines: list[tuple[int, range]] = []  # there
         self.clients = [bytes([number]) for number in range(NUM_CLIENTS)]  # those that are there
         self.unread = dict.fromkeys(self.clients, 0)
+        self.receipts: dict[bytes, list[int]] = {client: [] for client in self.clients}
         self.unreachable: set[bytes] = set()
         self.num_sent = 0
         self.waiting: dict[str, bytes] = {}  # open requests (sent, not refused, not ended) and their clients
@@ -66,7 +73,7 @@ class Engine:
         self.lost: set[str] = set()  # requests of clients that were away at some time
         self.gateway.start()
         for tokenizer in TOKENIZERS:
-            self.put("tokenizer>gateway", (tokenizer, 0))
+            self.put("tokenizer>gateway", (tokenizer, TokenizeDone(key=0)))
 
     def put(self, arrow: str, message: Any) -> None:
         self.arrows.setdefault(arrow, deque()).append(message)
@@ -84,8 +91,12 @@ class Engine:
             tenant=self.draw.choice("ab"),
             deadline_s=self.draw.choice([None, 0.5, 20]),
         )
-        stream, prompt = self.draw.random() < 0.7, "" if bad else "x"
-        message = generate(request_id, params=params, scheduling=scheduling, stream=stream, prompt=prompt)
+        message: ClientRequest
+        if self.draw.random() < 0.3:
+            message = TokenizeQuery(request_id=request_id, prompt=None if bad else "x", scheduling=scheduling)
+        else:
+            stream, prompt = self.draw.random() < 0.7, "" if bad else "x"
+            message = generate(request_id, params=params, scheduling=scheduling, stream=stream, prompt=prompt)
         self.put(f"client>gateway {client!r}", (client, encode(message)))
 
     def cancel(self, client: bytes) -> None:
@@ -99,6 +110,9 @@ class Engine:
             count = self.draw.randint(1, self.unread[client])
             self.unread[client] -= count
             self.put(f"client>gateway {client!r}", (client, encode(Delivered(count=count))))
+        if self.receipts[client]:
+            self.put(f"client>gateway {client!r}", (client, encode(Received(receipts=self.receipts[client]))))
+            self.receipts[client] = []
 
     def leave(self, client: bytes) -> None:
         """Another client replaces it. Its last messages may still arrive."""
@@ -107,11 +121,16 @@ class Engine:
         newcomer = bytes([max(max(self.clients + list(self.unreachable))) + 1])
         self.clients[self.clients.index(client)] = newcomer
         self.unread[newcomer] = 0
+        self.receipts[newcomer] = []
 
     def receive(self, client: bytes, frame: bytes) -> None:
         message = decode(frame, GatewayToClient)
         if isinstance(message, Refused):
             del self.waiting[message.request_id]
+        if isinstance(message, PromptTokens):
+            self.receipts[client].append(message.receipt)
+            self.num_finals[message.request_id] = self.num_finals.get(message.request_id, 0) + 1
+            self.waiting.pop(message.request_id, None)
         if isinstance(message, Outputs):
             self.unread[client] += 1
             for index, final in message.finals:
@@ -146,7 +165,10 @@ class Engine:
         if source == "client":
             self.gateway.client_frames(message[0], [message[1]], self.now)
         elif arrow == "tokenizer>gateway":
-            self.gateway.tokenizer_done(*message, self.now)
+            tokenizer, done = message
+            self.gateway.tokenizer_done(tokenizer, done.key, self.now)
+            if done.answer is not None or done.error_code:
+                self.gateway.answered(done, self.now)
         elif arrow == "scheduler>gateway":
             if isinstance(message, Withdrawn):
                 self.gateway.withdrawn(message.keys, self.now)
@@ -156,8 +178,12 @@ class Engine:
             self.gateway.delivery(*message, self.now)
         elif target.startswith("tokenizer."):
             tokenizer, request = message
-            self.put(f"{target}>scheduler", request)
-            self.put("tokenizer>gateway", (tokenizer, request.key))
+            if isinstance(request, TokenizerQuery):
+                done = self.answer(request)
+            else:
+                self.put(f"{target}>scheduler", request)
+                done = TokenizeDone(key=request.key)
+            self.put("tokenizer>gateway", (tokenizer, done))
         elif target == "detokenizer":
             self.detokenizer.handle(message)
         elif isinstance(message, CancelRequests):
@@ -171,7 +197,12 @@ class Engine:
             self.admit(message)
         self.flush()
 
-    # Scheduler and detokenizer
+    # Tokenizer, scheduler and detokenizer
+
+    def answer(self, message: TokenizerQuery) -> TokenizeDone:
+        if self.draw.random() < 0.1:
+            return TokenizeDone(key=message.key, error_code="invalid_request", error_message="too long")
+        return answer_to(message)
 
     def admit(self, request: Tokenize) -> None:
         if request.key in self.withdrawn:
@@ -280,6 +311,7 @@ def test_every_request_gets_exactly_one_final_answer_whatever_comes_late(block: 
         assert not engine.withdrawn, f"seed {seed}: the scheduler waits for requests that will not come"
         engine.come_to_rest()
         assert len(engine.gateway.table.clients) == 0, f"seed {seed}: clients are left"
+        assert not engine.gateway._flow._unread.clients, f"seed {seed}: answers count as unread"
         assert engine.detokenizer.num_clients == 0, f"seed {seed}: clients are left in the detokenizer"
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,17 +25,22 @@ from ipc.long_values import BAD_WORDS, BIAS_IDS, BIAS_VALUES, LOGPROB_IDS, long_
 from ipc.messages import (
     EOS_TOKEN_ID,
     Abort,
+    Alive,
     Cancel,
+    DetokenizeQuery,
     Drain,
     Drained,
     Health,
+    Keep,
     Opened,
     Query,
     Ready,
+    Recall,
     Route,
     Stats,
     StepOutputs,
     TextOptions,
+    TokenizeQuery,
 )
 from ipc.records import FinishCode
 from ipc.sampling_params import SamplingParams
@@ -187,6 +193,56 @@ def test_the_tokenizers_counter_says_what_its_ring_holds_until_the_scheduler_has
     engine.scheduler.may_release.set()
     client.finish("r")
     wait_until(lambda: counters.snapshot()["num_prompt_records"] == 0, "the tokenizer to hear of their release")
+
+
+def test_queries_are_answered_while_a_prompt_waits_for_the_scheduler_to_release_records(engine: TextEngine) -> None:
+    client, counters = engine.client(), StatsPage(engine.stats["tokenizer.0"])
+    engine.scheduler.may_release.clear()
+    for number in range(2):  # together they need one record more than the ring has
+        client.say(generate(f"long{number}", prompt="the quick brown fox " * 1_500, params=ONE))
+    wait_until(lambda: counters.snapshot()["num_requests"] == 2, "the second prompt to be encoded")
+    token_ids = np.array(TOKENIZER.encode(CORPUS[4]).ids, "<i4").tobytes()
+    endless = encoded_chat([{"role": "user", "content": "x"}], template="endless")
+    client.say(TokenizeQuery(request_id="endless", chat=endless))
+    client.say(TokenizeQuery(request_id="unknown", token_ids=b"\xff\xff\xff\xff"))
+    client.say(Keep(request_id="keep", key="k", value=b"v"))
+    client.say(TokenizeQuery(request_id="tokens", prompt=CORPUS[4]))
+    client.say(DetokenizeQuery(request_id="text", token_ids=token_ids))
+    client.finish("endless", "unknown")
+
+    def answers() -> dict[str, Any]:
+        client.read()
+        return {answer.request_id: answer for answer in client.others if not isinstance(answer, Alive)}
+
+    wait_until(lambda: len(answers()) == 3, "the answers")
+    assert answers()["tokens"].token_ids == token_ids
+    assert answers()["text"].text == "<s>" + CORPUS[4]
+    assert not answers()["keep"].found
+    assert "takes more than 0.2 s of processor time" in client.finals["endless"].error_message
+    assert "token_ids holds -1" in client.finals["unknown"].error_message
+    assert (counters.snapshot()["num_queries"], counters.snapshot()["num_rejected"]) == (4, 2)
+    assert engine.count("num_kept_bytes") > 0
+    engine.scheduler.may_release.set()
+    client.finish("long0", "long1")
+
+
+@pytest.mark.slow
+def test_a_client_that_asks_for_large_answers_and_never_reads_costs_little_memory(engine: TextEngine) -> None:
+    flooding, good = engine.client(read_ahead=1), engine.client()
+    gateway = psutil.Process(engine.workers["gateway"].pid)
+    flooding.say(Keep(request_id="keep", key="k", value=bytes(8 << 20)))
+    wait_until(lambda: engine.count("num_kept_bytes") > 0, "the value to be kept")
+    before = gateway.memory_info().rss
+    for number in range(500):
+        flooding.say(Recall(request_id=f"r{number}", key="k"))
+        flooding.say(TokenizeQuery(request_id=f"t{number}", prompt="the quick brown fox " * 2_000))
+    wait_until(lambda: engine.count("num_received") == 1_001, "the flood to pass")
+    wait_until(lambda: engine.count("num_open") == 0, "the queries to be answered")
+    assert gateway.memory_info().rss - before < 128 << 20  # the answers are 4 GB
+    assert engine.count("num_queue_full") > 400
+    good.say(Recall(request_id="r", key="k"))
+    wait_until(lambda: good.read() or good.others, "the other client's answer")
+    assert len(good.others[0].value) == 8 << 20
 
 
 def test_a_vanished_clients_requests_are_cancelled_within_seconds(engine: TextEngine) -> None:

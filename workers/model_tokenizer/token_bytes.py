@@ -1,9 +1,17 @@
-"""Each token's own bytes, which log-probabilities carry. They do not depend on the tokens around it."""
+"""Each token's own bytes, which log-probabilities and `PromptTokens` carry.
+
+They do not depend on the tokens around it.
+"""
 
 from __future__ import annotations
 
-from workers.detokenizer.piece_decoding import Vocabulary
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ipc.messages import TokenBytes as TokenBytesTable
 from workers.model_tokenizer.loading import is_foreign_failure
+from workers.model_tokenizer.vocabulary import Vocabulary
 
 
 class TokenBytes(dict[int, bytes]):
@@ -47,6 +55,14 @@ class TokenBytes(dict[int, bytes]):
                 raise
             return ""
         return text[len(self._prefix) :]
+
+
+def token_bytes_table(id_columns: Sequence[bytes], bytes_of: Callable[[int], bytes]) -> TokenBytesTable:
+    """The bytes of all tokens in these int32 columns, each token once."""
+    ids = np.unique(np.frombuffer(b"".join(id_columns), "<i4"))
+    ids = ids[ids >= 0]  # places beyond the vocabulary hold NO_TOKEN
+    parts = [bytes_of(i) for i in ids.tolist()]
+    return TokenBytesTable(ids.tobytes(), np.array([len(part) for part in parts], "<i4").tobytes(), b"".join(parts))
 
 
 def byte_level_bytes(token: str) -> bytes:
