@@ -27,7 +27,7 @@ WEATHER: Any = {
         "additionalProperties": False,
     },
 }
-GREEDY: Any = {"model": "", "temperature": 0, "max_output_tokens": 24}
+GREEDY: Any = {"model": "tiny-model", "temperature": 0, "max_output_tokens": 24}
 
 
 class Vote(pydantic.BaseModel):
@@ -63,7 +63,7 @@ def test_a_stream_gives_the_text_of_the_whole_response(client: openai.OpenAI) ->
 
 
 def test_an_answer_follows_the_schema_of_a_model(client: openai.OpenAI) -> None:
-    parsed = client.responses.parse(model="", input="Vote", text_format=Vote, max_output_tokens=200)
+    parsed = client.responses.parse(model="tiny-model", input="Vote", text_format=Vote, max_output_tokens=200)
     assert parsed.output_parsed is not None
     assert parsed.output_parsed.choice in ("yes", "no")
 
@@ -71,7 +71,7 @@ def test_an_answer_follows_the_schema_of_a_model(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
 def test_a_call_is_valid_and_its_output_continues_the_conversation(client: openai.OpenAI, choice: Any) -> None:
     first = client.responses.create(
-        model="",
+        model="tiny-model",
         input="Weather?",
         tools=[WEATHER],
         tool_choice=choice,
@@ -115,7 +115,7 @@ def test_log_probabilities_come_with_each_token_of_the_text(client: openai.OpenA
 
 
 def test_a_stream_that_cannot_begin_has_the_status_of_its_error(client: openai.OpenAI) -> None:
-    too_long: Any = {"model": "", "input": "word " * 2_000}
+    too_long: Any = {"model": "tiny-model", "input": "word " * 2_000}
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**too_long, stream=True)
     assert caught.value.code == "context_length_exceeded"

@@ -60,7 +60,7 @@ class TextOptions(msgspec.Struct, kw_only=True):
 class ResponseBody(SamplingFields, kw_only=True):
     """Names and meanings are those of OpenAI's API, and of vLLM's additions to it. None = left out."""
 
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = msgspec.field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None

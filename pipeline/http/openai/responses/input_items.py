@@ -27,7 +27,7 @@ def read_items(given: str | list[dict[str, Any]], response_hex: str) -> list[Ite
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not given:
-        raise item_error("input", "is empty: give a string, or a list of at least one item")
+        raise item_error("input", "is missing or empty: give a string, or a list of at least one item")
     items = []
     for i, item in enumerate(given):
         where = f"input[{i}]"

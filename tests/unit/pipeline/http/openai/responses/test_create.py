@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.http.parsing.formats import OutputFormat
 from tests.unit.pipeline.http.openai.responses.scripted_server import THINKING, Server
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -54,6 +55,12 @@ def test_reasoning_text_and_calls_of_an_answer_are_items_in_their_order(thinker:
     assert len({item["id"] for item in response["output"]}) == 3
     assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == 3
     assert response["tools"] == [{**ADD, "strict": False, "description": None}]
+
+
+def test_reasoning_without_tokens_of_its_own_is_counted_by_its_share_of_the_text() -> None:
+    server = Server(OutputFormat(reasoning_parser="think", reasoning_tags=("<think>", "</think>")))
+    usage = server.create("<think>", "ab", "cd", "</think>", "efgh", "ijkl")["usage"]
+    assert usage["output_tokens_details"] == {"reasoning_tokens": 2}  # 4 of 12 characters, of 6 tokens
 
 
 def test_a_tool_loop_sends_the_call_and_its_output_as_messages(thinker: Server) -> None:
@@ -142,6 +149,7 @@ def test_vllms_fields_reach_the_engine(server: Server) -> None:
         ({"include": ["everything"]}, "include", "must be one of"),
         ({"instruction": "x"}, "instruction", "instructions"),
         ({"input": []}, "input", "empty"),
+        ({"input": None}, "input", "expected"),
         ({"input": [{"type": "computer_call"}]}, "input[0].type", "function_call_output"),
         ({"input": [{"role": "boss", "content": "x"}]}, "input[0].role", "developer"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "reads text"),
