@@ -22,6 +22,8 @@ from pipeline.http.engine_api import live, status, tokenizing
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, completions, models
+from pipeline.http.openai.responses import create as responses
+from pipeline.http.openai.responses import input_tokens, stored
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
@@ -46,6 +48,12 @@ ROUTES: Final = [
     _route("POST", "/v1/messages/count_tokens", messages.count_tokens, ANTHROPIC),
     _route("POST", "/tokenize", tokenizing.tokenize),
     _route("POST", "/detokenize", tokenizing.detokenize),
+    _route("POST", "/v1/responses", responses.create, generates=True),
+    _route("POST", "/v1/responses/input_tokens", input_tokens.count),
+    _route("GET", "/v1/responses/{response_id}", stored.retrieve),
+    _route("DELETE", "/v1/responses/{response_id}", stored.delete),
+    _route("GET", "/v1/responses/{response_id}/input_items", stored.list_input_items),
+    _route("POST", "/v1/responses/{response_id}/cancel", stored.cancel),
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),

@@ -125,7 +125,7 @@ class Endpoint:
                 return
             first = await anext(reply.events)
         except Exception as error:
-            await self._send_error(self._translate(error, call), send)
+            await self._send_error(as_http_error(error, call), send)
             return
         with call.service.open_stream():
             await self._send_events(reply, first, call, send)
@@ -143,21 +143,23 @@ class Endpoint:
                 await send(event)
                 num_events[0] += 1
         except Exception as error:
-            event["body"] = self.dialect.error_event(self._translate(error, call))
+            event["body"] = self.dialect.error_event(as_http_error(error, call))
             await send(event)
         finally:
             await reply.events.aclose()  # type: ignore[attr-defined]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _translate(self, error: Exception, call: Call) -> HttpError:
-        known = http_error(error)
-        if known is not None:
-            return known
-        logger.error("request %s to %s failed", call.request_id, call.scope["path"], exc_info=error)
-        return HttpError(500, f"internal error; the server's log has it under request id {call.request_id}")
-
     async def _send_error(self, error: HttpError, send: Send) -> None:
         await _send_whole(Reply(self.dialect.error_body(error), error.status, error.headers), send)
+
+
+def as_http_error(error: Exception, call: Call) -> HttpError:
+    """The answer for any error of a request. The log gets an error that nobody raises on purpose."""
+    known = http_error(error)
+    if known is not None:
+        return known
+    logger.error("request %s to %s failed", call.request_id, call.scope["path"], exc_info=error)
+    return HttpError(500, f"internal error; the server's log has it under request id {call.request_id}")
 
 
 async def _send_whole(reply: Reply, send: Send) -> None:

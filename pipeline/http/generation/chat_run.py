@@ -177,8 +177,8 @@ class _SampleReader:
 class ReasoningCounter:
     """Counts the tokens of a sample's reasoning, tags included.
 
-    The token that ends the reasoning tells exactly if it is one token of the vocabulary. Otherwise a token counts if
-    reasoning arrived with it.
+    The token that ends the reasoning tells exactly if it is one token of the vocabulary. Otherwise tokens count by the
+    share of reasoning in the text that arrived with them: exact for one token, an estimate for a whole answer.
     """
 
     def __init__(self, format: OutputFormat, starts_in_reasoning: bool) -> None:
@@ -190,13 +190,22 @@ class ReasoningCounter:
     def count(self, token_ids: Sequence[int], events: Sequence[Event]) -> None:
         """More tokens have arrived, and the events that their text gave."""
         if self._end_id is None:
-            if any(isinstance(event, Reasoning) for event in events):
-                self.num_tokens += len(token_ids)
+            self.num_tokens += round(len(token_ids) * _share_of_reasoning(events))
             return
         for token_id in token_ids:
             if self._is_inside or token_id == self._begin_id:
                 self.num_tokens += 1
                 self._is_inside = token_id != self._end_id
+
+
+def _share_of_reasoning(events: Sequence[Event]) -> float:
+    num_chars = num_reasoning_chars = 0
+    for event in events:
+        length = len(event[0])  # the text, or a function's name
+        num_chars += length
+        if isinstance(event, Reasoning):
+            num_reasoning_chars += length
+    return num_reasoning_chars / num_chars if num_chars else 0.0
 
 
 def _params_of(service: Service, run: ChatRun) -> SamplingParams:
