@@ -253,6 +253,7 @@ class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_open: int = 0  # samples of the request that have not ended
     retry_after_s: float = 0.0  # of a full queue: when to try again
     times: RequestTimes | None = None  # of the sample; None with an error that the gateway reports
+    stop_string: str = ""  # the one of SamplingParams.stop that ended the text; "" = none did
 
 
 class Outputs(Message, frozen=True):
@@ -271,6 +272,8 @@ class Outputs(Message, frozen=True):
     token_bytes: TokenBytes | None = None  # of every token that has a log-probability here; None: there are none
     samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
     prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (index into request_ids, next part of its prompt)
+    # (index into request_ids, tokens of the prompt, those found in the cache), with the first tokens of a stream.
+    prompts: BoundedList[tuple[int, int, int]] = []
 
 
 class Refused(Message, frozen=True):

@@ -131,6 +131,7 @@ class Completion(msgspec.Struct, kw_only=True):
         finish_reason: "stop", "length", "cancelled", "deadline" or "queue_timeout".
         logprobs: one entry per token if the request asked for them; otherwise None.
         times: when the sample passed each stage of the engine; None if it was cancelled before it was sent.
+        stop_reason: the one of `SamplingParams.stop` that ended the text; None if none did.
     """
 
     index: int
@@ -139,6 +140,7 @@ class Completion(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None = None
     times: RequestTimes | None = None
+    stop_reason: str | None = None
 
 
 class Output(msgspec.Struct, kw_only=True):
@@ -165,6 +167,9 @@ class Output(msgspec.Struct, kw_only=True):
             it. A request that ends before its prompt is computed has only those computed until then.
         times: when the sample passed each stage of the engine, in the Output that has its `finish_reason`; otherwise
             None.
+        stop_reason: the one of `SamplingParams.stop` that ended the sample's text; None if none did.
+        prompt_usage: tokens of the prompt, without generated ones, in the first Output of a stream that has tokens of
+            sample 0; otherwise None.
     """
 
     request_id: str
@@ -179,6 +184,8 @@ class Output(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     times: RequestTimes | None = None
+    stop_reason: str | None = None
+    prompt_usage: Usage | None = None
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> Output:

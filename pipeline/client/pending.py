@@ -22,7 +22,7 @@ from ipc.messages import (
     PromptTokens,
     Refused,
 )
-from pipeline.client.outputs import read_token_bytes
+from pipeline.client.outputs import Usage, read_token_bytes
 from pipeline.client.streams import OpenRequest
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,10 @@ class PendingAnswers:
             request = find(outputs.request_ids[index])
             if request is not None and not request.abandoned:
                 request.add_prompt_logprobs(samples[index], (part, bytes_of))
+        for index, num_prompt_tokens, num_cached_tokens in outputs.prompts:
+            request = find(outputs.request_ids[index])
+            if request is not None and not request.abandoned:
+                request.samples[samples[index]].prompt_usage = Usage(num_prompt_tokens, 0, num_cached_tokens)
         for index, final in outputs.finals:
             request_id = outputs.request_ids[index]
             request = find(request_id)

@@ -27,7 +27,10 @@ from pipeline.environment import forks
 class Sample:
     """One sample of a request, with the text and tokens that have arrived and are unread."""
 
-    __slots__ = ("final", "index", "is_unread", "logprobs", "prompt_logprobs", "texts", "token_ids", "without_logprob")
+    __slots__ = (
+        "final", "index", "is_unread", "logprobs", "prompt_logprobs", "prompt_usage", "texts", "token_ids",
+        "without_logprob",
+    )  # fmt: skip
 
     def __init__(self, index: int, *, has_prompt_logprobs: bool = False) -> None:
         self.index = index
@@ -37,6 +40,7 @@ class Sample:
         self.prompt_logprobs: list[PromptPart] = []
         # The prompt's first token, before it is taken. It has no log-probability.
         self.without_logprob: list[None] = [None] if has_prompt_logprobs else []
+        self.prompt_usage: Usage | None = None  # arrived and not taken
         self.final: FinalOutput | None = None
         self.is_unread = False
 
@@ -45,11 +49,14 @@ class Sample:
         output = Output(request_id=request_id, index=self.index, text="".join(self.texts), token_ids=self.token_ids)
         if self.logprobs:
             output.logprobs = token_logprobs(self.token_ids, self.logprobs)
+        if self.prompt_usage is not None:
+            output.prompt_usage, self.prompt_usage = self.prompt_usage, None
         if self.prompt_logprobs or self.without_logprob:
             output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)]
             self.prompt_logprobs, self.without_logprob = [], []
         if self.final is not None:
             output.finish_reason, output.times = self.final.finish_reason, self.final.times
+            output.stop_reason = self.final.stop_string or None
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
         return output
 
@@ -163,6 +170,7 @@ class OpenRequest:
                     text=output.text,
                     token_ids=output.token_ids,
                     finish_reason=output.finish_reason,
+                    stop_reason=output.stop_reason,
                     logprobs=output.logprobs,
                     times=output.times,
                 )

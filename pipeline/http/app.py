@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.http.engine_api import live, status
+from pipeline.http.anthropic import messages
+from pipeline.http.engine_api import live, status, tokenizing
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, completions, models
@@ -49,6 +50,10 @@ ROUTES: Final = [
     _route("DELETE", "/v1/responses/{response_id}", stored.delete),
     _route("GET", "/v1/responses/{response_id}/input_items", stored.list_input_items),
     _route("POST", "/v1/responses/{response_id}/cancel", stored.cancel),
+    _route("POST", "/v1/messages", messages.create, ANTHROPIC, generates=True),
+    _route("POST", "/v1/messages/count_tokens", messages.count_tokens, ANTHROPIC),
+    _route("POST", "/tokenize", tokenizing.tokenize),
+    _route("POST", "/detokenize", tokenizing.detokenize),
     _route("GET", "/health", status.health),
     _route("GET", "/ready", status.ready),
     _route("GET", "/version", status.version),
@@ -63,7 +68,7 @@ def make_app(service: Service, keys: Sequence[str]) -> Starlette:
         middleware.append(
             Middleware(
                 CORSMiddleware, allow_origins=service.config.cors_origins, allow_methods=["*"], allow_headers=["*"],
-                expose_headers=["x-request-id", "retry-after"], max_age=600,
+                expose_headers=["x-request-id", "request-id", "retry-after"], max_age=600,
             )
         )  # fmt: skip
     if keys:
@@ -83,14 +88,17 @@ class Bookkeeping:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= _MAX_REQUEST_ID_BYTES and given.isprintable() else new_id("req_")
         scope["request_id"] = request_id
-        header = (REQUEST_ID, request_id.encode("latin-1", "replace"))
+        value = request_id.encode("latin-1", "replace")
+        added = [(REQUEST_ID, value)]
+        if is_anthropic(scope["path"]):
+            added.append((b"request-id", value))
 
         scope["send"] = send  # for the events of a stream: each wrapper around it costs time for each token
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
-                message["headers"] = [*message["headers"], header]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         service: Service = scope["app"].state.service
@@ -151,6 +159,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether the path belongs to Anthropic's API."""
+    return f"{path}/".startswith("/v1/messages/")
+
+
 def _error_response(path: str, error: HttpError) -> Response:
-    dialect = ANTHROPIC if path.startswith("/v1/messages") else OPENAI
+    dialect = ANTHROPIC if is_anthropic(path) else OPENAI
     return Response(msgspec.json.encode(dialect.error_body(error)), error.status, error.headers, JSON)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pipeline.client.async_client import AsyncClient
@@ -15,7 +16,9 @@ from pipeline.http.config import HttpConfig
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
 from pipeline.http.generation.reasoning_start import ReasoningStart
+from pipeline.http.live_reading import MAX_AGE_S, LiveReading, read_engine
 from pipeline.http.parsing.formats import OutputFormat
+from pipeline.http.shared_answer import SharedAnswer
 from pipeline.http.tracing import RequestTracer
 
 
@@ -51,6 +54,11 @@ class Service:
     started_at: int = field(default_factory=lambda: int(time.time()))
     _num_open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @cached_property
+    def live(self) -> SharedAnswer[LiveReading]:
+        """The engine's present figures, for the page."""
+        return SharedAnswer(lambda: read_engine(self.client), MAX_AGE_S)
 
     def check_model(self, name: str | None) -> str:
         """The model's name for the answer. Raises HttpError 404 for a model that this engine does not serve."""

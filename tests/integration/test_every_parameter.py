@@ -196,3 +196,26 @@ def test_the_prompts_log_probabilities_are_those_of_one_plain_forward(served: Se
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in params.__struct_fields__}
+
+
+def test_a_thinking_budget_ends_the_reasoning_before_a_grammar(served: Served, engine: Pipeline) -> None:
+    """The random model writes many tokens that begin a character, so the budget often ends inside one."""
+    choices, budget, end = ["a fox", "the dog"], 5, served.id("</think>")
+    spec = StructuredOutputs(choice=choices, after_reasoning=["</think>"])
+    prompt = [*served.tokenizer.encode("fox", add_special_tokens=False).ids, served.id("<think>")]
+    params = [
+        SamplingParams(
+            max_tokens=40,
+            temperature=1.0,
+            seed=seed,
+            structured_outputs=spec,
+            thinking_token_budget=budget * (seed > 0),
+        )
+        for seed in range(12)
+    ]
+    for output, asked_for in zip(engine.client.generate_batch([prompt] * 12, params), params, strict=True):
+        assert output.finish_reason == "stop", output.error
+        at = output.token_ids.index(end)
+        assert at <= (asked_for.thinking_token_budget or 0)
+        answer = [token_id for token_id in output.token_ids[at + 1 :] if token_id != served.id(EOS)]
+        assert served.tokenizer.decode(answer) in choices

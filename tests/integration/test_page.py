@@ -182,6 +182,26 @@ def test_a_key_is_asked_for_in_words_and_the_question_can_be_sent_again(visit: C
     assert len(opened.bodies[1]["messages"]) == 1
 
 
+def test_a_refusal_is_shown_in_words_and_does_not_end_the_chat(visit: Callable[..., Visit]) -> None:
+    opened = visit()
+    opened.give_key()
+    opened.page.get_by_label("Temperature").fill("9")
+    opened.ask(QUESTION)
+    expect(opened.page.get_by_role("alert")).to_contain_text("The server refused the request. (400: temperature")
+    opened.page.get_by_label("Temperature").fill("0")
+    opened.ask("What is a list?")
+    opened.expect_answers(1)
+    assert [message["content"] for message in opened.bodies[1]["messages"]] == ["What is a list?"]
+
+
+def test_the_page_says_that_the_engine_does_not_answer_and_goes_on_when_it_does(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    page.route("**/live?*", lambda route: route.abort())
+    expect(page.locator("#state")).to_have_text("no answer", timeout=DEADLINE_S * 1e3)
+    page.unroute("**/live?*")
+    expect(page.locator("#state")).to_have_text("ready", timeout=DEADLINE_S * 1e3)
+
+
 def test_everything_works_with_the_keyboard_alone(visit: Callable[..., Visit]) -> None:
     opened = visit()
     page, keyboard = opened.page, opened.page.keyboard
@@ -209,6 +229,12 @@ def test_everything_works_with_the_keyboard_alone(visit: Callable[..., Visit]) -
     page.locator("#canvas").focus()
     eventually(lambda: keyboard.press("ArrowLeft") is None and page.locator("#step-tip").is_visible(), page)
     expect(page.locator("#step-text")).to_contain_text(re.compile(r"Step \d+: .* on the device"))
+    shown = page.locator("#canvas").get_attribute("aria-label") or ""
+    assert re.fullmatch(r"Timeline of steps, .* shown", shown)
+    keyboard.press("+")
+    expect(page.locator("#canvas")).not_to_have_attribute("aria-label", shown)
+    keyboard.press("-")
+    expect(page.locator("#canvas")).to_have_attribute("aria-label", shown)
     keyboard.press("Escape")
     expect(page.locator("#follow")).to_have_attribute("aria-pressed", "true")
     plot = page.locator(".plot").first
@@ -241,6 +267,7 @@ def test_a_phone_scrolls_in_one_direction_and_text_has_contrast(scheme: str, vis
     for tab in ("curl", "Python", "JavaScript"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") == 320
+    assert page.evaluate("(log => log.scrollWidth - log.clientWidth)(document.getElementById('log'))") == 0
     faint = [text for text, contrast in page.evaluate(CONTRASTS) if contrast < 4.5]
     assert not faint
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")

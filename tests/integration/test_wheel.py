@@ -43,6 +43,7 @@ def test_the_wheel_holds_the_three_packages_and_the_command(wheel: Path) -> None
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"ipc", "workers", "pipeline", "ringfeed.py"}
+    assert "pipeline/http/page/index.html" in names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "ringfeed = ringfeed:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 

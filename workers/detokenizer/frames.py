@@ -22,8 +22,8 @@ class FrameBuilder:
     """Collects items, each with the new text and tokens of one sequence."""
 
     __slots__ = (
-        "_counts", "_finals", "_logprobs", "_num_words", "_prompt_parts", "_request_ids", "_samples", "_texts",
-        "_token_ids",
+        "_counts", "_finals", "_logprobs", "_num_words", "_prompt_parts", "_prompts", "_request_ids", "_samples",
+        "_texts", "_token_ids",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -35,6 +35,7 @@ class FrameBuilder:
         self._finals: list[tuple[int, FinalOutput]] = []
         self._logprobs: list[tuple[int, TokenLogprobs]] = []
         self._prompt_parts: list[tuple[int, PromptLogprobs]] = []
+        self._prompts: list[tuple[int, int, int]] = []
         self._num_words = 0
 
     @property
@@ -52,13 +53,16 @@ class FrameBuilder:
         for part in prompt_parts:
             self._prompt_parts.append((index, part))
             self._num_words += words_of(part)
+        request = sequence.request
+        if not sequence.num_sent and new and request.stream and sequence.sample == 0:
+            self._prompts.append((index, request.num_prompt_tokens, request.num_cached_tokens))
         sequence.num_sent += len(new)
         if sequence.logprobs is not None and new:
             self._logprobs.append((index, sequence.logprobs.take(len(new))))
             self._num_words += len(new) * sequence.logprobs.words_per_token
         if is_last:
             self._finals.append((index, sequence.take_final()))
-        self._request_ids.append(sequence.request.request_id)
+        self._request_ids.append(request.request_id)
         self._samples.append(sequence.sample)
         self._texts.append(text)
         self._counts.append(len(new))
@@ -80,6 +84,7 @@ class FrameBuilder:
             token_bytes=token_bytes_table([*self._sampled(), *columns], bytes_of) if columns else None,
             samples=np.array(self._samples, "<i4").tobytes() if any(self._samples) else b"",
             prompt_logprobs=self._prompt_parts,
+            prompts=self._prompts,
         )
 
     def _sampled(self) -> list[bytes]:

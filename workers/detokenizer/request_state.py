@@ -109,14 +109,14 @@ class Sequence:
             self.text += matcher.feed(self.decoder.flush(), may_match=may_match)
             if not matcher.matched:
                 self.text += matcher.feed_hidden(matcher.names.get(token_id, ""), may_match=may_match)
-            return matcher.matched
+            return bool(matcher.matched)
         text = self.decoder.push([token_id])
         if matcher.marks:
             text += matcher.marks.get(token_id, "")
         self.text += matcher.feed(text, may_match=may_match)
         if is_last and not matcher.matched:
             self.finish_text()
-        return matcher.matched
+        return bool(matcher.matched)
 
     def finish_text(self) -> None:
         """Decode the end of a text that is decoded eagerly; a stop string may be complete only here."""
@@ -144,6 +144,7 @@ class Sequence:
             request.num_open,
             end.retry_after_s,
             self._times(),
+            stop_string=self.matcher.matched if self.matcher is not None and reason == "stop" else "",
         )
 
     def _times(self) -> RequestTimes:

@@ -13,6 +13,7 @@ from ipc.messages import TextOptions
 
 _ALL_MARKS: Final = dict.fromkeys(range(0xDC00, 0xE000))  # lone surrogates: decoded text never contains one
 _NO_MARKS: Final[dict[int, str]] = {}
+_NONE_REPLACED: Final[dict[str, str]] = {}
 
 
 class SpecialTokens:
@@ -40,27 +41,35 @@ class SpecialTokens:
         if not options.skip_special_tokens:
             shown = [pattern.sub(lambda match: self._shown_text(self._ids[match[0]]), stop) for stop in stops]
             kept = [stop for stop in dict.fromkeys(stops + shown) if stop]
-            return StopMatcher(kept, names=self._names, includes_stop=includes)
+            requested = dict(zip(shown, stops, strict=True))
+            return StopMatcher(kept, names=self._names, includes_stop=includes, requested=requested)
         found = dict.fromkeys(content for stop in stops for content in pattern.findall(stop))
         marks = {content: chr(mark) for content, mark in zip(found, _ALL_MARKS, strict=False)}
         marked = [pattern.sub(lambda match: marks.get(match[0], match[0]), stop) for stop in stops]
         by_id = {self._ids[content]: mark for content, mark in marks.items()}
-        return StopMatcher(list(dict.fromkeys(stops + marked)), by_id, by_id, includes_stop=includes)
+        requested = dict(zip(marked, stops, strict=True))
+        return StopMatcher(
+            list(dict.fromkeys(stops + marked)), by_id, by_id, includes_stop=includes, requested=requested
+        )
 
 
 class StopMatcher:
     """One sequence's stop strings, each with the Knuth-Morris-Pratt automaton: time linear in the text.
 
     The string that is complete first ends the text, however the text is cut into pieces. If several strings end at the
-    same character, the longest one counts. `matched` says that a string was found.
+    same character, the longest one counts. `matched` is the string that was found, as the
+    request has it; "" = none yet.
 
     Args:
         marks: by token id, the mark to feed for a special token; output text never contains marks.
         names: by token id, the text to feed for a special token that ends the sequence and is not shown.
         includes_stop: the text ends behind the stop string, not before it.
+        requested: by stop string, the request's own one, where `stops` has another text for its special tokens.
     """
 
-    __slots__ = ("_fallbacks", "_includes_stop", "_matched_chars", "_stops", "held", "marks", "matched", "names")
+    __slots__ = (
+        "_fallbacks", "_includes_stop", "_matched_chars", "_requested", "_stops", "held", "marks", "matched", "names",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -69,15 +78,17 @@ class StopMatcher:
         names: Mapping[int, str] = _NO_MARKS,
         *,
         includes_stop: bool = False,
+        requested: Mapping[str, str] = _NONE_REPLACED,
     ) -> None:
         self._stops = stops
         self._includes_stop = includes_stop
+        self._requested = requested
         self.marks = marks
         self.names = names
         self._fallbacks = [_fallback(stop) for stop in stops]
         self._matched_chars = [0] * len(stops)  # how many leading characters of each end the text so far
         self.held = ""  # end of the text that may be the beginning of a stop string
-        self.matched = False
+        self.matched = ""
 
     def feed(self, piece: str, *, may_match: bool = True) -> str:
         """Add a piece of text. Returns the text that the output is certain to contain; after a match, no text.
@@ -87,14 +98,14 @@ class StopMatcher:
         if self.matched:
             return ""
         text = self.held + piece
-        end, length = len(piece) + 1, 0
+        end, longest = len(piece) + 1, ""
         for which, stop in enumerate(self._stops):
             found = self._advance(which, stop, piece, may_match)
-            if found and (found < end or (found == end and len(stop) > length)):
-                end, length = found, len(stop)
-        if length:
-            self.matched = True
-            text = text[: len(self.held) + end - (0 if self._includes_stop else length)]
+            if found and (found < end or (found == end and len(stop) > len(longest))):
+                end, longest = found, stop
+        if longest:
+            self.matched = self._requested.get(longest, longest)
+            text = text[: len(self.held) + end - (0 if self._includes_stop else len(longest))]
             self.held = ""
             return self._visible(text)
         num_certain = len(text) - (0 if self._includes_stop else max(self._matched_chars))

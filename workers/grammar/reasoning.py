@@ -34,11 +34,11 @@ def behind_reasoning(grammar: str, spec: StructuredOutputs, vocabulary: Vocabula
 
 
 def _other_tokens(end: str, excluded: Container[int | None], vocabulary: Vocabulary) -> str:
-    """Tokens that a reasoning may hold beside whole characters; empty: there are none.
+    """The tokens that a reasoning may hold beside whole characters, as an expression; "" if there is no such token.
 
-    They are the special tokens that are not `excluded`, and tokens that begin or end inside a character: a budget of
-    thinking tokens may force the end of the reasoning behind such a token. llguidance cannot find the end tag across a
-    token of this list, so a token that may be a part of the tag is not in it.
+    These are the special tokens that are not `excluded`, and tokens that begin or end inside a character. A budget of
+    thinking tokens may force the end of the reasoning behind one of the latter. llguidance cannot find the end tag
+    across a token of this list. So the list leaves out tokens that may be a part of the tag.
     """
     tag = end.encode("utf-8", "surrogatepass")
     broken = [token_id for token_id, text in vocabulary.broken_tokens.items() if not _may_be_part(text, tag)]

@@ -1,13 +1,11 @@
 """`/live`: the figures that the page at `/` draws, once a second: counters, gauges, and the latest steps.
 
 All come from the engine's statistics, so every server process gives the same. Like `/metrics`, it needs no key: it has
-sums over all requests, and no text, no token and no name of any one.
+sums over all requests, and no text, no token and no name of any one. Requests within a moment share one reading.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import Any, Final
 
 import numpy as np
@@ -36,8 +34,7 @@ async def live(call: Call) -> Reply:
     Times are microseconds of this machine's CLOCK_MONOTONIC; those of the steps count from `base_us`.
     """
     after = _after(call)
-    client = call.service.client
-    health, stats = await asyncio.gather(client.health(), client.stats_with_arrays([RECENT_STEPS]))
+    now_us, health, stats = await call.service.live.get()
     scheduler = stats.roles["scheduler"]
     answer: dict[str, Any] = {
         "model": call.service.model_names[0],
@@ -46,10 +43,11 @@ async def live(call: Call) -> Reply:
         "state": health.state,
         "detail": health.detail,
         "needs_key": call.service.config.api_key_file is not None,
-        "now_us": time.monotonic_ns() // 1_000,
+        "now_us": now_us,
         "counters": {name: scheduler[name] for name in _COUNTERS},
         "gauges": {name: scheduler[name] for name in _GAUGES},
         "device_ns": {cause.replace("_", " "): scheduler[f"device_{cause}_ns"] for cause in _CAUSES},
+        "device_last_end_us": int(scheduler["device_last_end_ns"]) // 1_000,
         "cpu_ns": {role: counters["cpu_ns"] for role, counters in stats.roles.items()},
         "steps": steps_after(np.asarray(stats.arrays["scheduler"][RECENT_STEPS]), after),
     }

@@ -29,7 +29,7 @@ def read_answer_format(response_format: Any, structured_outputs: Any) -> Structu
 
 
 def as_node(spec: StructuredOutputs) -> Node:
-    """The constraint as a part of a structural tag. A structural tag has none that could stand beside others."""
+    """The constraint as a part of a structural tag. It must not be a structural tag itself."""
     if spec.choice is not None:
         # One terminal, because a choice may begin another one.
         lark = f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, spec.choice))}"

@@ -61,7 +61,7 @@ def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
             argument = _xml_text(begin, resolved(value, schema), xml)
         else:
             argument = sequence(const(begin), one_of(*values), const(xml.value_end))
-        arguments.append(argument if key in schema.get("required", ()) else optional(argument))
+        arguments.append(argument if key in _required(schema) else optional(argument))
     return sequence(*arguments)
 
 
@@ -109,6 +109,11 @@ def _in_lark(pattern: str) -> str:
     return re.sub(r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern)
 
 
+def _required(schema: dict[str, Any]) -> list[Any]:
+    required = schema.get("required")
+    return required if isinstance(required, list) else []
+
+
 def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
     if "const" in schema:
         return [schema["const"]]
@@ -123,7 +128,7 @@ def python_arguments(schema: dict[str, Any]) -> Node:
             return const("")
         argument = sequence({"type": "regex", "pattern": _ANY_NAME}, const("="), json_value({}))
         return optional(_listed(argument))
-    required = [key for key in properties if key in schema.get("required", ())]
+    required = [key for key in properties if key in _required(schema)]
     others = [key for key in properties if key not in required]
     nodes = {
         key: sequence(const(f"{key}="), _python_value(value, schema, _MAX_DEPTH)) for key, value in properties.items()
@@ -173,7 +178,7 @@ def _python_value(schema: Any, root: dict[str, Any], depth: int) -> Node:
             key: sequence(const(f"{json.dumps(key)}: "), _python_value(value, root, depth - 1))
             for key, value in properties.items()
         }
-        required = [key for key in properties if key in schema.get("required", ())]
+        required = [key for key in properties if key in _required(schema)]
         inner = _with_optional([nodes[key] for key in required], [nodes[key] for key in nodes if key not in required])
         return sequence(const("{"), inner, const("}"))
     return json_value(_with_definitions(schema, root))

@@ -24,9 +24,9 @@ BARE_CALL: Final = NativeForm(trigger="", begin='{"name": "', middle='", "parame
 FINAL_ANSWER: Final = {HARMONY: "<|channel|>final<|message|>"}  # text that a family writes before an answer
 _ANY_OBJECT: Final = {"type": "object"}
 _INDEX: Final = "[0-9]{1,3}"
-_LIKE_CALLS: Final = {  # texts that parsers read as calls, of families without a marker
-    "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/ | /(?s:.*)<\|python_(tag|start)\|>(?s:.*)/',
-    "python": r"/\s*\[\s*[\w.:\/-]+\s*\((?s:.*)/ | /(?s:.*)<\|python_start\|>(?s:.*)/",
+_LIKE_CALLS: Final = {  # beginnings that parsers read as calls, of families without a marker
+    "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/',
+    "python": r"/\s*\[\s*[\w.:\/-]+\s*\((?s:.*)/",
 }
 
 
@@ -55,7 +55,7 @@ class CallFormats:
     def calls_or_text(self, final_answer: str = "") -> Node:
         """Free text with calls in it. Where the family has no marker that begins a call, one or the other.
 
-        `final_answer`: what the family writes before a text.
+        `final_answer`: text that the family writes before an answer.
         """
         form = self._form
         if final_answer:

@@ -46,10 +46,10 @@ class ChatRequest:
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
 
 
-async def make_run(service: Service, request: ChatRequest) -> ChatRun:
-    """Raises InvalidRequest for a request that contradicts itself, and what `AsyncClient.tokenize` raises."""
+def chat_of(service: Service, request: ChatRequest) -> Chat:
+    """The chat whose rendering is the prompt of a request. Raises InvalidRequest."""
     tools = [] if request.tool_choice == "none" else request.tools
-    chat = Chat(
+    return Chat(
         messages_for(request.messages, tools, service.template_reads_tools),
         tools=tools if tools and service.template_reads_tools else None,
         documents=request.documents,
@@ -58,6 +58,11 @@ async def make_run(service: Service, request: ChatRequest) -> ChatRun:
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
     )
+
+
+async def make_run(service: Service, request: ChatRequest) -> ChatRun:
+    """Raises InvalidRequest for a request that contradicts itself, and what `AsyncClient.tokenize` raises."""
+    chat = chat_of(service, request)
     starts_in_reasoning = await service.reasoning_start.is_inside(chat)
     constraint = constrain(
         tools=request.tools,

@@ -61,7 +61,11 @@ class RunUsage:
 
 @dataclass(slots=True, kw_only=True)
 class Part:
-    """What is new of one sample. `finish_reason` is set in a sample's last part, `usage` in the request's last one."""
+    """What is new of one sample. `finish_reason` is set in a sample's last part, `usage` in the request's last one.
+
+    `stop_reason`: the stop string that ended the sample, or "deadline". `prompt_usage`: the usage without generated
+    tokens, in the first part of sample 0 that has tokens.
+    """
 
     index: int
     events: list[Event]
@@ -70,6 +74,7 @@ class Part:
     finish_reason: OpenAIFinish | None = None
     stop_reason: str | None = None
     usage: RunUsage | None = None
+    prompt_usage: RunUsage | None = None
 
 
 @dataclass(slots=True)
@@ -108,6 +113,8 @@ async def stream_parts(service: Service, run: ChatRun) -> AsyncIterator[Part]:
             part = readers[output.index].read(output)
             if output.usage is not None:
                 part.usage = _usage(output.usage, readers)
+            if output.prompt_usage is not None:
+                part.prompt_usage = _usage(output.prompt_usage, readers=[])
             yield part
 
 
@@ -159,7 +166,8 @@ class _SampleReader:
             self._has_calls = any(isinstance(event, ToolCallBegin) for event in events)
         if reason is not None:
             note_sample(output.times)
-            part.finish_reason, part.stop_reason = finish_reason(reason, has_tokens=self._num_tokens > 0)
+            part.finish_reason, why = finish_reason(reason, has_tokens=self._num_tokens > 0)
+            part.stop_reason = why or output.stop_reason
             # OpenAI's API says "stop" for a function that the request names.
             if part.finish_reason == "stop" and self._has_calls and self._call_form != "json_arguments":
                 part.finish_reason = "tool_calls"

@@ -34,7 +34,7 @@ def template_reads_tools(folder: str, file: str | None = None) -> bool:
         folder: of the model's files.
         file: a template that replaces the folder's (`tokenizer.chat_template`).
 
-    False without a template that can be read: a chat fails then, whatever its messages say.
+    False if there is no template that can be read. Every chat fails then.
     """
     try:
         templates = read_templates(Path(folder)) if file is None else {_DEFAULT: Path(file).read_text("utf-8")}
@@ -47,9 +47,9 @@ def template_reads_tools(folder: str, file: str | None = None) -> bool:
 def messages_for(messages: list[Message], tools: Any, template_reads_tools: bool) -> list[Message]:
     """The messages of a chat as the model's template can show them. Those given are not changed.
 
-    A template that ignores tools gets their descriptions in the system message, which is made if there is none. Calls
-    become text of the assistant, and results text of the user, because such a template knows no other roles. Raises
-    InvalidRequest for tools that are not well-formed.
+    For a template that ignores tools, their descriptions are added to the system message; a chat without one gets one.
+    Calls become text of the assistant, and results become text of the user: such a template knows no other roles.
+    Raises InvalidRequest for tools that are not well-formed.
     """
     definitions = read_tools(tools)
     if template_reads_tools:
@@ -123,7 +123,7 @@ def _joined(first: Any, second: Any, separator: str = "\n\n") -> Any:
 
 
 def _plain(content: Any) -> str | None:
-    """The text of a content, with its parts on lines of their own; None if it holds anything else."""
+    """The text of a content, with one line for each part. None: a part is no text."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in _parts(content)]
     plain = [text for text in texts if isinstance(text, str)]
     return "\n".join(plain) if len(plain) == len(texts) else None

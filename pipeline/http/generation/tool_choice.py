@@ -52,13 +52,13 @@ def constrain(
     format: OutputFormat,
     starts_in_reasoning: bool,
 ) -> Constraint:
-    """What a request's fields ask of the answers of a model with this format. The fields are JSON values.
+    """Choose the grammar of a request's answers from its fields, which are JSON values.
 
     - A call that is required or named follows the schema of its tool, and there is no text beside it. So
       `response_format`, which is about text, has no effect then.
     - With "auto", calls of tools that are `strict` follow their schemas. If an answer format is given, the answer is
-      calls or has that format. A grammar also holds if only some tools are allowed, or only one call. Without any of
-      these there is none.
+      calls or has that format. A grammar also holds if only some tools are allowed, or only one call. Otherwise the
+      answer is free.
 
     Raises InvalidRequest, naming the field.
     """
@@ -66,21 +66,26 @@ def constrain(
     answer = read_answer_format(response_format, structured_outputs)
     if not isinstance(parallel_tool_calls, bool | None):
         raise InvalidRequest(f"parallel_tool_calls ({reprlib.repr(parallel_tool_calls)}) must be true or false")
-    is_parallel = parallel_tool_calls is not False
-    spec: StructuredOutputs | None
-    call_form: CallForm
-    if use.mode == "required" or use.mode == "named":
-        if structured_outputs is not None and answer is not None:
-            raise InvalidRequest(
-                f"structured_outputs (with {answer.constraint}) cannot be honoured beside tool_choice "
-                f"({reprlib.repr(tool_choice)}): the answer is a call then; leave one of them out"
-            )
-        spec, call_form = _of_calls(use, format, is_parallel)
-    elif use.mode == "auto":
-        spec, call_form = _of_either(use, answer, format, is_parallel), "native"
-    else:
-        spec, call_form = _of_answer(answer, format), "none"
+    if use.mode in ("required", "named") and structured_outputs is not None and answer is not None:
+        raise InvalidRequest(
+            f"structured_outputs (with {answer.constraint}) cannot be honoured beside tool_choice "
+            f"({reprlib.repr(tool_choice)}): the answer is a call then; leave one of them out"
+        )
+    try:
+        spec, call_form = _grammar(use, answer, format, parallel_tool_calls is not False)
+    except RecursionError:
+        raise InvalidRequest("tools has parameters that are nested too deeply") from None
     return Constraint(_behind_reasoning(spec, format, starts_in_reasoning), call_form, use.tools)
+
+
+def _grammar(
+    use: ToolUse, answer: StructuredOutputs | None, format: OutputFormat, is_parallel: bool
+) -> tuple[StructuredOutputs | None, CallForm]:
+    if use.mode == "required" or use.mode == "named":
+        return _of_calls(use, format, is_parallel)
+    if use.mode == "auto":
+        return _of_either(use, answer, format, is_parallel), "native"
+    return _of_answer(answer, format), "none"
 
 
 def _of_calls(use: ToolUse, format: OutputFormat, is_parallel: bool) -> tuple[StructuredOutputs, CallForm]:

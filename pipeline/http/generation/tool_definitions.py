@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 from ipc.errors import InvalidRequest
 from pipeline.http.parsing.scanner import Tool
 
-_NAME: Final = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_NAME_RULE: Final = "1 to 64 letters, digits, underscores, dots or hyphens"
+_NAME: Final = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_NAME_RULE: Final = "1 to 128 letters, digits, underscores, dots or hyphens"
 _MODES: Final[tuple[Literal["auto", "none", "required"], ...]] = ("auto", "none", "required")
 _MAPS_OF_SCHEMAS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _DATA: Final = ("const", "enum", "required")
@@ -24,7 +24,7 @@ NO_PARAMETERS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "add
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
-    """What a request says about tools.
+    """The tools of a request, and its choice among them.
 
     Args:
         mode: the model may call tools, must not, must call at least one, or must call the one in `tools`.
@@ -76,7 +76,7 @@ def read_tool_use(tools: Any, tool_choice: Any) -> ToolUse:
 
 
 def parameters_of(tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a function's arguments, which are an object. Without a schema there are none.
+    """The JSON schema of a function's arguments, which are an object. A function without a schema takes no arguments.
 
     The schema has no descriptions: a grammar does not need them, and its size is limited.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.http.metrics.exposition import exposition
+import asyncio
+
+from pipeline.http.metrics.exposition import exposition_pieces
 from pipeline.http.metrics.readings import ARRAYS
 from pipeline.http.transport import Call, Reply
 
@@ -11,5 +13,9 @@ async def metrics(call: Call) -> Reply:
     """The engine's metrics for Prometheus."""
     service = call.service
     stats = await service.client.stats_with_arrays(ARRAYS)
-    body, content_type = exposition(stats, service.model_names[0], call.headers.get("accept", ""))
-    return Reply(body, content_type=content_type)
+    pieces, content_type = exposition_pieces(stats, service.model_names[0], call.headers.get("accept", ""))
+    body = []
+    for piece in pieces:
+        body.append(piece)
+        await asyncio.sleep(0)  # events of streams go out in between
+    return Reply(b"".join(body), content_type=content_type)

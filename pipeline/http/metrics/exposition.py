@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric as Family
@@ -18,7 +18,9 @@ from prometheus_client.registry import Collector
 
 from pipeline.client.outputs import EngineStats
 from pipeline.http.metrics.readings import Reading
-from pipeline.http.metrics.table import HISTOGRAM_METRICS, METRICS, HistogramMetric, Metric
+from pipeline.http.metrics.table import HISTOGRAM_METRICS, METRICS, HistogramMetric
+
+_END: Final = b"# EOF\n"  # of OpenMetrics
 
 
 def exposition(stats: EngineStats, model_name: str, accept: str = "") -> tuple[bytes, str]:
@@ -29,37 +31,51 @@ def exposition(stats: EngineStats, model_name: str, accept: str = "") -> tuple[b
         model_name: the value of the label of this name.
         accept: the request's Accept header. OpenMetrics 1.0.0 if it names that, otherwise text format 0.0.4.
     """
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_EngineCollector(Reading(stats), model_name))
+    pieces, content_type = exposition_pieces(stats, model_name, accept)
+    return b"".join(pieces), content_type
+
+
+def exposition_pieces(stats: EngineStats, model_name: str, accept: str = "") -> tuple[Iterator[bytes], str]:
+    """The same in pieces: one for each metric. The whole takes milliseconds, for which streams should not wait."""
+    families = _families(Reading(stats), model_name)
     media_types = (part.split(";")[0].strip().lower() for part in accept.split(","))
     if "application/openmetrics-text" in media_types:
-        body: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
-        return body, openmetrics.CONTENT_TYPE_LATEST
-    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+        return _open_metrics(families), openmetrics.CONTENT_TYPE_LATEST
+    return (generate_latest(_One(family)) for family in families), CONTENT_TYPE_PLAIN_0_0_4
 
 
-class _EngineCollector(Collector):
-    def __init__(self, reading: Reading, model_name: str) -> None:
-        self._reading = reading
-        self._model_name = model_name
+def _open_metrics(families: Iterator[Family]) -> Iterator[bytes]:
+    for family in families:
+        text: bytes = openmetrics.generate_latest(_One(family))  # type: ignore[no-untyped-call]
+        yield text.removesuffix(_END)
+    yield _END
+
+
+class _One(Collector):
+    """What the library writes as one text."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
 
     def collect(self) -> Iterator[Family]:
-        for metric in METRICS:
-            yield self._family(metric)
-        for histogram in HISTOGRAM_METRICS:
-            yield self._histogram(histogram)
+        yield self._family
 
-    def _family(self, metric: Metric) -> Family:
+
+def _families(reading: Reading, model_name: str) -> Iterator[Family]:
+    for metric in METRICS:
         kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
         family = kind(metric.name, metric.help, labels=("model_name", *metric.labels))
-        for labels, value in metric.read(self._reading):
-            family.add_metric((self._model_name, *labels), value)
-        return family
+        for labels, value in metric.read(reading):
+            family.add_metric((model_name, *labels), value)
+        yield family
+    for each in HISTOGRAM_METRICS:
+        yield _histogram(each, reading, model_name)
 
-    def _histogram(self, metric: HistogramMetric) -> Family:
-        family = HistogramMetricFamily(metric.name, metric.help, labels=("model_name",))
-        if (found := self._reading.histogram(metric.source)) is not None:
-            cumulated, total = found
-            buckets = [("+Inf" if math.isinf(le) else repr(le), num) for le, num in cumulated]
-            family.add_metric((self._model_name,), buckets, total)
-        return family
+
+def _histogram(metric: HistogramMetric, reading: Reading, model_name: str) -> Family:
+    family = HistogramMetricFamily(metric.name, metric.help, labels=("model_name",))
+    if (found := reading.histogram(metric.source)) is not None:
+        cumulated, total = found
+        buckets = [("+Inf" if math.isinf(le) else repr(le), num) for le, num in cumulated]
+        family.add_metric((model_name,), buckets, total)
+    return family

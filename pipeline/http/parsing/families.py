@@ -15,7 +15,7 @@ from pipeline.http.parsing.xml_families import xml_calls
 HARMONY: Final = "harmony"
 RESPONSE_TEMPLATE: Final = "response_template"  # the model's own: see response_template.py
 
-# The families whose calls stand in the answer. Harmony has calls and reasoning in one form: see harmony.py.
+# Each script reads the calls in an answer. Harmony has calls and reasoning in one form: see harmony.py.
 CALL_SCRIPTS: Final[Mapping[str, Script]] = {
     "hermes": tagged_json("<tool_call>", "</tool_call>"),
     "qwen3_coder": xml_calls("qwen3_coder", untyped_is_text=True),
@@ -36,7 +36,7 @@ CALL_SCRIPTS: Final[Mapping[str, Script]] = {
 }
 TOOL_PARSERS: Final = (*NATIVE_FORMS, RESPONSE_TEMPLATE)
 
-# The tags around the reasoning, by the name of the reasoning parser.
+# These tags surround the reasoning. The keys are the names of the reasoning parsers.
 REASONING_TAGS: Final[Mapping[str, tuple[str, str]]] = {
     "think": ("<think>", "</think>"),  # Qwen3, GLM, Kimi, DeepSeek and many others
     "deepseek_r1": ("<think>", "</think>"),  # reasons always, and may leave the first tag out

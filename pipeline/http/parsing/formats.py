@@ -22,10 +22,10 @@ class OutputParser(Protocol):
     """Reads the text of one sample."""
 
     def push(self, text: str) -> list[Event]:
-        """More text of the sample, cut anywhere."""
+        """Read more text of the sample, cut anywhere."""
 
     def finish(self) -> list[Event]:
-        """The text has ended: the events of the text that was held back."""
+        """End the text. Returns the events of the text that was held back."""
 
 
 class PlainText:
@@ -77,12 +77,13 @@ class OutputFormat:
 
         `reads_calls` "none": text only. "native": calls in the family's own form; without a known family, an answer
         that is a JSON call of one of the tools. "json_list", "json_arguments": the JSON that a grammar made, the
-        latter for the only one of `tools`. Raises ValueError if "json_arguments" has not exactly one tool.
+        latter for the only one of `tools`. Raises ValueError if "json_arguments" comes with no
+        tool or with several.
         """
         if reads_calls == "json_arguments" and len(tools) != 1:
-            raise ValueError(f"reads_calls 'json_arguments' needs exactly one tool, the one to call, not {len(tools)}")
-        families = (self.tool_parser if self.tool_parser == HARMONY else None, self.reasoning_parser)
-        if reads_calls == "none" and families == (None, None) and self.reasoning_tags is None:
+            raise ValueError(f"reads_calls 'json_arguments' takes exactly one tool, which is called, not {len(tools)}")
+        has_reasoning = self.reasoning_parser is not None or self.reasoning_tags is not None
+        if reads_calls == "none" and not has_reasoning and self.tool_parser != HARMONY:
             return PlainText()
         if self.response_template is not None and reads_calls in ("none", "native"):
             begin = self.reasoning_tags[0] if self.reasoning_tags and starts_in_reasoning else ""

@@ -39,7 +39,7 @@ def json_value(s: Scanner, emit: Emit) -> Steps[bool]:
             if char == "\\":
                 if at == len(s.text) and not s.has_ended:
                     at -= 1
-                    break  # the escaped character has not arrived
+                    break  # the escaped character is still to come
                 at += 1
             elif char == '"':
                 in_string = not in_string
@@ -92,6 +92,14 @@ def arguments_value(s: Scanner, emit: Emit) -> Steps[bool]:
     return is_complete
 
 
+def _plain_name(s: Scanner) -> Steps[str | None]:
+    """Read a string that can name a function. None at the first character that shows that it does not."""
+    if not (yield from s.accept('"')):
+        return None
+    name = yield from s.name()
+    return name if (yield from s.accept('"')) else None
+
+
 class _CallReader:
     """Reads one call object. `is_bare`: no marker stands before it, so an object with other keys is no call."""
 
@@ -133,7 +141,7 @@ class _CallReader:
             self._early = []
             return (yield from arguments_value(s, self._early.append))
         if key == "name" and self._name is None:
-            self._name = yield from json_string(s)
+            self._name = yield from (_plain_name(s) if self._is_bare else json_string(s))
             return bool(self._name) and (not self._knows_names or self._name in s.tools)
         return (yield from json_value(s, lambda text: None))
 
@@ -144,7 +152,7 @@ class _CallReader:
 
 
 def call_object(s: Scanner, *, is_bare: bool = False, knows_names: bool = False) -> Steps[bool]:
-    """Read one call object, which begins here. False: it is none; the caller has set a mark and rewinds.
+    """Read one call object, which begins here. False: this is no call; the caller has set a mark and rewinds.
 
     `knows_names`: only an object that names one of the request's tools is a call.
     """
@@ -154,7 +162,7 @@ def call_object(s: Scanner, *, is_bare: bool = False, knows_names: bool = False)
 
 
 def call_objects(s: Scanner, *, is_bare: bool = False, knows_names: bool = False) -> Steps[bool]:
-    """Read one call object or a list of them. False: there is none; the caller has set a mark and rewinds.
+    """Read one call object or a list of them. False: no call comes; the caller has set a mark and rewinds.
 
     In a list, text behind the last call that is no call is left to read.
     """

@@ -59,7 +59,7 @@ def llama3_json(s: Scanner) -> Steps[None]:
 
 
 def _bare_objects(s: Scanner) -> Steps[bool]:
-    """Read call objects that follow each other. False: there is none."""
+    """Read call objects that follow each other. False: no call comes."""
     num_calls = 0
     while True:
         s.mark()

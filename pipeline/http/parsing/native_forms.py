@@ -35,8 +35,8 @@ class NativeForm:
     """The text of a family's calls.
 
     `begin` and `end` surround one call. `trigger` is the first text that only a call has; without one (""), calls are
-    the whole answer. `middle` stands between the name and the arguments; "{index}" in it is the number of the call,
-    counted from 0. `arguments` says how they are written: a JSON object, Python's `name=value, ...`, or as `xml` says.
+    the whole answer. `middle` stands between the name and the arguments. "{index}" in it is the number of the call,
+    counted from 0. `arguments` is their notation: a JSON object, Python's `name=value, ...`, or the tags of `xml`.
     """
 
     trigger: str
@@ -49,7 +49,7 @@ class NativeForm:
     arguments: ArgumentsForm = "json"
     xml: XmlArguments | None = None
     allows_parallel_calls: bool = True
-    more_markers: tuple[str, ...] = ()  # special tokens that the family writes at times, and a grammar need not
+    more_markers: tuple[str, ...] = ()  # special tokens that parsers read, too, and grammars do not use
     call_id_length: int = 0  # of the ids that the family's chat templates take, of letters and digits; 0: any
     ends_reasoning: bool = False  # models of this family call tools within the reasoning, and leave its end tag out
 

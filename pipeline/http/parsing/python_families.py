@@ -48,7 +48,7 @@ def pythonic(begin: str, end: str, *, needs_begin: bool) -> Script:
 
 
 def _calls(s: Scanner) -> Steps[bool]:
-    """Read a list of calls. False: there is none; the caller rewinds. Text behind the last call is left to read."""
+    """Read a list of calls. False: no call comes; the caller rewinds. Text behind the last call is left to read."""
     yield from s.skip_space()
     if not (yield from s.accept("[")):
         return False
@@ -71,7 +71,7 @@ def _calls(s: Scanner) -> Steps[bool]:
 
 
 def _call(s: Scanner) -> Steps[bool]:
-    """Read one call. False: it is none. The call is certain at its first `name=`, or at `)` if it has no arguments."""
+    """Read one call. False: this is no call. A call is certain at its first `name=`, or at `)`."""
     name = yield from s.name()
     if not name or not (yield from s.accept("(")):
         return False

@@ -1,8 +1,9 @@
 """Reads the text of a model as the `response_template` of its tokenizer_config.json says, with transformers' parser.
 
-Source: transformers' `utils/chat_parsing`. The template names fields and the texts or patterns around each. Thinking
-and content stream as they arrive. A call is held back until its field has ended: a template may rebuild calls from any
-text, so their arguments cannot be read before. transformers is imported at the first use; it does not load torch.
+Source: transformers' `utils/chat_parsing`. The template names fields and the texts or patterns around each. The
+parser streams thinking and content as they arrive. It holds a call back until the call's field has ended: a template
+may rebuild calls from any text, so their arguments cannot be read before. The first use imports transformers, which
+does not load torch then.
 
 The older `response_schema`, which transformers no longer reads, is not read here either.
 """

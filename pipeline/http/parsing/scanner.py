@@ -34,7 +34,7 @@ class Output:
     White space between the start of the answer or a call and the next call is part of no event. So white space waits
     there until other text arrives.
 
-    `call_id_length`: of the ids to draw for calls that have none, of letters and digits; 0: the API draws them.
+    `call_id_length`: the number of letters and digits in the ids of calls that have none; 0: the API draws those ids.
     """
 
     def __init__(self, call_id_length: int = 0) -> None:
@@ -54,7 +54,7 @@ class Output:
         self._add(Content(text))
 
     def plain(self, text: str) -> None:
-        """Content in which no call is looked for: its white space need not wait."""
+        """Content in which no call is looked for: its white space leaves at once."""
         self._add(Content(text))
 
     def reasoning(self, text: str) -> None:
@@ -119,7 +119,7 @@ def markers_of(texts: tuple[str, ...]) -> Markers:
 
 
 class Scanner:
-    """The text of one sample: what has arrived and is not read yet."""
+    """The text of one sample that has arrived and is not read yet."""
 
     def __init__(self, tools: Sequence[Tool] = (), call_id_length: int = 0) -> None:
         self.tools = {str(tool.get("name")): tool for tool in tools}
@@ -145,7 +145,7 @@ class Scanner:
         self.at, self._mark = self._mark, None
 
     def release(self) -> None:
-        """Forget the mark: what was read since then is settled."""
+        """Forget the mark: the text that was read since then is settled."""
         self._mark = None
 
     def more(self) -> Steps[bool]:
@@ -249,13 +249,13 @@ class ScriptParser:
         next(self._steps, None)
 
     def push(self, text: str) -> list[Event]:
-        """More text of the sample, cut anywhere."""
+        """Read more text of the sample, cut anywhere."""
         self._scanner.feed(text)
         next(self._steps, None)
         return self._scanner.out.take()
 
     def finish(self) -> list[Event]:
-        """The text has ended: the events of the text that was held back."""
+        """End the text. Returns the events of the text that was held back."""
         self._scanner.has_ended = True
         next(self._steps, None)
         self._scanner.out.finish()

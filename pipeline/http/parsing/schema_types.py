@@ -1,4 +1,4 @@
-"""What a JSON schema says of the types of a value, as far as it names them. Parsers and grammars must agree on it."""
+"""Reads the types of a value from its JSON schema. Parsers and grammars of calls must agree on them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def _types(schema: Any, root: Any, depth: int) -> set[str]:
         return set()
     schema = resolved(schema, root)
     declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else {each for each in declared or () if isinstance(each, str)}
+    names = declared if isinstance(declared, list) else [declared]
+    types = {each for each in names if isinstance(each, str)}
     if schema.get("nullable") is True:
         types.add("null")
     for union in ("anyOf", "oneOf", "allOf"):

@@ -20,7 +20,7 @@ _INDEX: Final = re.compile(r":\d+$")
 def section(begin: str, call_begin: str, end: str, read_call: Callable[[Scanner], Steps[bool]]) -> Script:
     """Calls that each begin with `call_begin`, between `begin` and `end`. Both may be missing.
 
-    `read_call` reads a call behind `call_begin`. It returns False if there is none, and the script rewinds.
+    `read_call` reads a call behind `call_begin`. It returns False if no call comes, and the script rewinds.
     """
 
     def script(s: Scanner) -> Steps[None]:

@@ -49,13 +49,13 @@ def xml_calls(family: str, *, untyped_is_text: bool) -> Script:
 
 
 def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
-    """Read a call from its name on. False: it is none, and the caller rewinds."""
+    """Read a call from its name on. False: this is no call, and the caller rewinds."""
     assert form.xml is not None, "the form writes arguments between tags"
     name = yield from s.name()
     middle, (close, *more_ends) = form.middle.strip(), form.end.split("\n")
     if not name or (middle and not (yield from s.accept(middle))):
         return False
-    parameters, properties = _parameters(s.tools.get(name))
+    tool = s.tools.get(name)
     has_begun = False
     while True:
         yield from s.skip_space()
@@ -73,7 +73,7 @@ def _call(s: Scanner, form: NativeForm, untyped_is_text: bool) -> Steps[bool]:
             return True
         s.out.arguments((", " if has_begun else "") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
         has_begun = True
-        types = types_of(properties.get(key.strip()), parameters) or ({"string"} if untyped_is_text else set())
+        types = _argument_types(tool, key.strip()) or ({"string"} if untyped_is_text else set())
         if not (yield from _value(s, form.xml, types)):
             return True
     if tag or not (yield from s.accept_end(form.xml.key_begin, close)):
@@ -143,17 +143,16 @@ def _python_value(plain: str, text: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with the values that the tool's schema asks for in the place of texts."""
-    parameters, schemas = _parameters(tool)
-    return {
-        key: _typed(value, types_of(schemas[key], parameters)) if key in schemas and isinstance(value, str) else value
-        for key, value in arguments.items()
-    }
-
-
-def _parameters(tool: Tool | None) -> tuple[Any, dict[str, Any]]:
-    """A tool's schema, and the schemas of its arguments; empty if the tool or its schema is not known."""
+def _argument_types(tool: Tool | None, key: str) -> set[str]:
+    """The types that a tool's schema allows for one argument; empty if it does not say."""
     parameters = tool.get("parameters") if tool else None
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
-    return parameters, properties if isinstance(properties, dict) else {}
+    return types_of(properties.get(key), parameters) if isinstance(properties, dict) else set()
+
+
+def typed_arguments(tool: Tool | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with the values that the tool's schema asks for in the place of texts."""
+    return {
+        key: _typed(value, types) if isinstance(value, str) and (types := _argument_types(tool, key)) else value
+        for key, value in arguments.items()
+    }

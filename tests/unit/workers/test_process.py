@@ -75,6 +75,13 @@ def test_garbage_of_a_process_that_never_idles_is_bounded(
     assert counted(process)["num_garbage"] >= 6_000
 
 
+def test_a_process_that_is_started_again_counts_that_on_the_page_of_its_predecessor(process: WorkerProcess) -> None:
+    assert counted(process)["num_starts"] == 1
+    successor = WorkerProcess(process._bootstrap)
+    successor.context.destroy(linger=0)
+    assert counted(process)["num_starts"] == 2
+
+
 def test_what_was_there_before_the_first_request_is_never_looked_at(process: WorkerProcess) -> None:
     loaded = [Cycle() for _ in range(1_000)]
     process.ready()

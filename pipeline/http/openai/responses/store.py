@@ -137,7 +137,7 @@ def response_not_found(response_id: str) -> HttpError:
     """The error of the endpoints for one response."""
     return HttpError(
         404,
-        f"the response {response_id[:100]!r} is not kept by this server: it may be old, deleted, or created with "
+        f"the server does not keep the response {response_id[:100]!r}, which may be old, deleted, or created with "
         "store false",
         param="response_id",
         code="response_not_found",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -48,6 +49,7 @@ from ipc.messages import (
 )
 from ipc.scheduling_params import SchedulingParams
 from pipeline import AsyncClient, Chat, Client, Output, SamplingParams
+from pipeline.client.outputs import Usage
 from pipeline.environment.module_search import module_environment
 
 WAIT_S = 20.0
@@ -653,7 +655,7 @@ def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: F
     logprobs = TokenLogprobs(num_top=0, logprobs=array("f", [-1.0]).tobytes(), top_ids=b"", top_logprobs=b"")
     gateway.on_generate = lambda g: [
         both(g.request_id, ("one", "zero"), ((0, end_of(1, 1, "stop")),), logprobs=[(0, logprobs)]),
-        news(g.request_id, "!", (12,), end_of(2, 0)),
+        news(g.request_id, "!", (12,), msgspec.structs.replace(end_of(2, 0), stop_string="?")),
     ]
     output = client.generate("hi", SamplingParams(n=2))
     assert gateway.expect(Generate).params.n == 2
@@ -661,6 +663,7 @@ def test_a_whole_answer_holds_every_sample_and_counts_the_prompt_once(gateway: F
         (0, "zero!", [10, 12], "length"),
         (1, "one", [11], "stop"),
     ]
+    assert [completion.stop_reason for completion in output.completions] == ["?", None]
     assert [completion.times for completion in output.completions] == [times_of(0), times_of(1)]
     assert output.times == times_of(0)
     assert (output.text, output.token_ids, output.finish_reason, output.finished) == ("zero!", [10, 12], "length", True)
@@ -676,13 +679,15 @@ def test_a_stream_says_of_which_sample_its_news_are_and_ends_with_the_last(
 ) -> None:
     stream = client.generate("hi", SamplingParams(n=2), stream=True, request_id="r")
     gateway.expect(Generate)
-    gateway.say(both("r", ("a", "b"), ((0, end_of(1, 1, "stop")),)))
+    gateway.say(both("r", ("a", "b"), ((0, end_of(1, 1, "stop")),), prompts=[(1, 3, 2)]))
     first, second = next(stream), next(stream)
+    assert (first.prompt_usage, second.prompt_usage) == (None, Usage(3, 0, 2))
     assert (first.index, first.text, first.finish_reason, first.finished) == (1, "a", "stop", False)
     assert (second.index, second.text, second.finish_reason, second.finished) == (0, "b", None, False)
     assert (first.times, second.times) == (times_of(1), None)
     gateway.say(news("r", "c", (5,), end_of(2, 0)))
     [last] = list(stream)
+    assert (last.stop_reason, last.prompt_usage) == (None, None)
     assert (last.index, last.text, last.finish_reason, last.finished) == (0, "c", "length", True)
     assert last.usage is not None
     assert last.usage.completion_tokens == 3

@@ -192,7 +192,7 @@ def test_a_stop_string_cuts_the_text_ends_the_request_at_once_and_stops_the_sche
     assert core.take_cancels() == [1]
     assert reader.texts["r1"] == "quick "
     assert reader.token_ids["r1"] == token_ids[:num_counted]
-    assert reader.finals["r1"] == FinalOutput("stop", 5, num_counted)
+    assert reader.finals["r1"] == FinalOutput("stop", 5, num_counted, stop_string="fox j")
     core.handle(step(ended=[Ended(1, "cancelled")]))  # the scheduler's answer to the cancellation
     assert reader.collect() == 0
     assert core.num_open == 0
@@ -206,6 +206,15 @@ def test_a_stop_string_complete_with_the_last_token_wins_and_needs_no_cancellati
     assert reader.texts["r1"] == "lazy "
     assert reader.finals["r1"].finish_reason == "stop"
     assert core.take_cancels() == []
+
+
+def test_the_first_tokens_of_a_stream_come_with_the_size_of_its_prompt() -> None:
+    core, reader = new_core(window=100)
+    core.handle(step(opened=[opened(1), opened(2, stream=False)], admitted=[(1, 7, 4)]))
+    for finish in (FinishCode.RUNNING, FinishCode.LENGTH):
+        core.handle(step([(key, ids_of("fox")[0], finish) for key in (1, 2)]))
+        reader.collect()
+    assert [outputs.prompts for _, outputs in reader.frames] == [[(0, 5, 4)], []]
 
 
 def test_text_that_was_held_back_comes_with_the_end() -> None:
@@ -242,6 +251,7 @@ def test_a_stop_string_may_hold_special_tokens(stop: list[str], text: str, num_t
     run_text(core, 1, [*the_fox, EOS, *the_fox])
     reader.collect()
     assert reader.texts["r1"] == text
+    assert reader.finals["r1"].stop_string == (stop[-1] if stop[0] == "zzz" else stop[0]) * bool(num_tokens)
     assert len(reader.token_ids["r1"]) == num_tokens or reader.finals["r1"].finish_reason == "length"
     assert bool(core.take_cancels()) == (0 < num_tokens < 5)
 

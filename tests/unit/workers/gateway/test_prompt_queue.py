@@ -16,19 +16,24 @@ from ipc.errors import InvalidRequest, QueueFull, error_from_code
 from ipc.messages import (
     Cancel,
     CancelRequests,
+    ClientRequest,
     Delivered,
     Drained,
     FinalOutput,
+    GatewayToTokenizer,
     Generate,
     Outputs,
+    PromptTokens,
     Refused,
     Route,
     Tokenize,
+    TokenizeQuery,
+    TokenizerQuery,
     Withdraw,
 )
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
-from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, Harness, generate
+from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, Harness, answer_to, generate
 from workers.gateway.outbox import Outbox, Peer
 from workers.gateway.prompt_dispatch import Prompt, PromptDispatcher
 from workers.gateway.request_lifecycle import RequestLifecycle
@@ -62,10 +67,10 @@ class Trace:
             policy=config, tokenizer_window=self.max_ahead, tokenizer_window_bytes=self.max_ahead_bytes
         )
         self.core = self.gateway.core
-        self.waiting: dict[int, tuple[Generate, float]] = {}  # by key, in order of arrival
-        self.sent: dict[str, tuple[bytes, Generate, float]] = {}  # everything, by request id
+        self.waiting: dict[int, tuple[ClientRequest, float]] = {}  # by key, in order of arrival
+        self.sent: dict[str, tuple[bytes, ClientRequest, float]] = {}  # everything, by request id
         self.keys: dict[int, str] = {}
-        self.to_tokenizer: dict[bytes, deque[Tokenize]] = {name: deque() for name in TOKENIZERS}
+        self.to_tokenizer: dict[bytes, deque[GatewayToTokenizer]] = {name: deque() for name in TOKENIZERS}
         self.to_scheduler: dict[str, deque[Any]] = {name.decode(): deque() for name in TOKENIZERS} | {
             "gateway": deque()
         }
@@ -74,19 +79,24 @@ class Trace:
         self.declined: set[int] = set()  # there, when they arrive
         self.withdrawn: set[int] = set()  # the gateway has asked for that
         self.gone: set[bytes] = set()
+        self.counted: set[str] = set()  # queries with an answer
 
     # Clients
 
     def send(self) -> None:
         rng = self.rng
         client = rng.choice([name for name in (b"a", b"b", b"c") if name not in self.gone])
-        message = generate(
-            f"r{len(self.sent)}", prompt="x" * rng.choice([1, 30, 1_000]), params=SamplingParams(n=rng.choice([1, 3])),
-            scheduling=SchedulingParams(
-                priority=rng.randint(-2, 2) if self.policy == "priority" else 0, tenant=rng.choice("pqr"),
-                deadline_s=rng.choice([None, None, 0.5, 3.0]), queue_timeout_s=rng.choice([None, None, 1.0]),
-            ),
+        request_id, prompt = f"r{len(self.sent)}", "x" * rng.choice([1, 30, 1_000])
+        scheduling = SchedulingParams(
+            priority=rng.randint(-2, 2) if self.policy == "priority" else 0, tenant=rng.choice("pqr"),
+            deadline_s=rng.choice([None, None, 0.5, 3.0]), queue_timeout_s=rng.choice([None, None, 1.0]),
         )  # fmt: skip
+        message: ClientRequest
+        if rng.random() < 0.3:
+            message = TokenizeQuery(request_id=request_id, prompt=prompt, scheduling=scheduling)
+        else:
+            params = SamplingParams(n=rng.choice([1, 3]))
+            message = generate(request_id, prompt=prompt, params=params, scheduling=scheduling)
         key = self.core.table._last_key + 1
         self.sent[message.request_id] = client, message, self.gateway.now
         self.keys[key] = message.request_id
@@ -127,15 +137,19 @@ class Trace:
 
     def is_over(self, request_id: str) -> bool:
         client = self.sent[request_id][0]
-        return client in self.gone or (client, request_id) in self.gateway.finals
+        is_answered = (client, request_id) in self.gateway.finals or request_id in self.counted
+        return client in self.gone or is_answered
 
     # The other processes
 
     def tokenize(self) -> None:
-        """A tokenizer hands on its oldest prompt."""
+        """A tokenizer hands on its oldest prompt, or answers its oldest query."""
         name = self.rng.choice(TOKENIZERS)
         if self.to_tokenizer[name]:
             message = self.to_tokenizer[name].popleft()
+            if isinstance(message, TokenizerQuery):
+                self.gateway.answer(name, answer_to(message))
+                return
             self.to_scheduler[name.decode()].append(message)
             self.core.tokenizer_done(name, message.key, self.gateway.now)
             self.gateway.flush()
@@ -201,9 +215,18 @@ class Trace:
         for message in (message for queue in self.to_tokenizer.values() for message in queue):
             ends = self.ends_at(self.keys[message.key]).values()
             late = any(at < self.gateway.now - 1e-6 for at in ends)
-            assert message.key in self.withdrawn or not late, "a tokenizer has it, and no timer ends it"
+            ended = message.key in self.withdrawn or (
+                isinstance(message, TokenizerQuery) and not table.request(message.key)
+            )
+            assert ended or not late, "a tokenizer has it, and no timer ends it"
         for (_, request_id), finals in self.gateway.finals.items():
             assert len(finals) == 1, f"{request_id} has {len(finals)} answers"
+        for client, answer in sent[Peer.CLIENT]:
+            if isinstance(answer, PromptTokens):
+                assert answer.request_id not in self.counted, "a query has two answers"
+                assert (client, answer.request_id) not in self.gateway.finals, "a query has an answer after its end"
+                self.counted.add(answer.request_id)
+        sent[Peer.CLIENT].clear()
         self.waiting = {
             key: waits for key, waits in self.waiting.items()
             if (request := table.request(key)) is not None and request.state is RequestState.QUEUED
@@ -216,13 +239,13 @@ class Trace:
         under_way = [prompt for load in prompts._loads.values() for prompt in load.prompts.values()]
         assert not any(prompt.message for prompt in under_way), "a message is kept that is not needed"
 
-    def check_turn(self, message: Tokenize) -> None:
+    def check_turn(self, message: GatewayToTokenizer) -> None:
         """The request that goes to a tokenizer is the policy's next, and has time left."""
         mine, at = self.waiting.pop(message.key)
         assert all(end > self.gateway.now for end in self.ends_at(mine.request_id).values()), "out of time"
-        assert (message.arrived_ns, message.deadline_ns) == (
-            round(at * 1e9), round((at + (mine.scheduling.deadline_s or -at)) * 1e9)
-        )  # fmt: skip
+        assert message.arrived_ns == round(at * 1e9)
+        if isinstance(message, Tokenize):
+            assert message.deadline_ns == round((at + (mine.scheduling.deadline_s or -at)) * 1e9)
         table = self.core.table
         others = {
             key: waits for key, waits in self.waiting.items()
@@ -273,7 +296,7 @@ class Trace:
         if isinstance(prompts._policy, FairShare):
             assert not prompts._policy._tenants, "a tenant is remembered"
         assert not any(load.prompts or load.num_bytes for load in prompts._loads.values())
-        answered = {request_id for _, request_id in self.gateway.finals}
+        answered = {request_id for _, request_id in self.gateway.finals} | self.counted
         assert {name for name, (client, _, _) in self.sent.items() if client not in self.gone} <= answered
         for (_, request_id), [final] in self.gateway.finals.items():
             if final.finish_reason in OUT_OF_TIME:
@@ -321,6 +344,17 @@ def forget_bytes(prompts: PromptDispatcher, key: int, remove: Any = PromptDispat
     prompts.num_bytes = num_bytes
 
 
+def keep_queries(requests: RequestLifecycle, done: Any, now: float) -> None:
+    """A query stays open after its answer."""
+
+
+def withdraw_queries(requests: RequestLifecycle, ends: Any, stop: Any = RequestLifecycle._stop) -> Any:
+    """The gateway asks the scheduler about queries too, which has never heard of them."""
+    for request, _ in ends:
+        request.is_query = False
+    return stop(requests, ends)
+
+
 def count_twice(prompts: PromptDispatcher, load: Any, now_ns: int, send_next: Any = PromptDispatcher._send_next) -> Any:
     """A tokenizer's window never empties again."""
     before = load.num_bytes
@@ -339,6 +373,8 @@ def newest_first(ranked: RankedRequests[Any]) -> Any:
     [
         (RequestLifecycle, "_stop", answer_at_once),
         (RequestLifecycle, "_take_due", forget_timers),
+        (RequestLifecycle, "answered", keep_queries),
+        (RequestLifecycle, "_stop", withdraw_queries),
         (Outbox, "withdraw", forget_withdrawals),
         (PromptDispatcher, "remove", keep_messages),
         (PromptDispatcher, "remove", forget_bytes),

@@ -16,6 +16,7 @@ from pipeline.client.outputs import EngineStats
 from pipeline.http.config import HttpConfig
 from pipeline.http.engine_api.live import MAX_STEPS, live, steps_after
 from pipeline.http.errors import HttpError
+from pipeline.http.live_reading import LiveReading, read_engine
 from pipeline.http.transport import Call
 from workers.scheduler.config import COUNTERS, RECENT_STEP_FIELDS, RECENT_STEPS
 
@@ -102,8 +103,13 @@ class FakeClient:
         return EngineStats(roles, {"scheduler": {RECENT_STEPS: memoryview(log_of(3, 4))}})
 
 
+class FakeReading:
+    async def get(self) -> LiveReading:
+        return await read_engine(FakeClient())  # type: ignore[arg-type]
+
+
 def ask(query: bytes, **settings: Any) -> dict[str, Any]:
-    service: Any = SimpleNamespace(client=FakeClient(), model_names=("m",), config=HttpConfig(**settings))
+    service: Any = SimpleNamespace(live=FakeReading(), model_names=("m",), config=HttpConfig(**settings))
     call = Call(
         service=service, method="GET", path_params={}, headers=Headers({}), body=b"", request_id="r",
         scope={"query_string": query},

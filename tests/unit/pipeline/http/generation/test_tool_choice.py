@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, Final
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ipc.errors import InvalidRequest
 from pipeline.http.errors import http_error
@@ -27,6 +30,10 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+KEYWORDS: Final = [
+    "type", "properties", "required", "enum", "const", "anyOf", "allOf", "oneOf", "items", "$ref", "$defs", "a",
+    "pattern", "minLength", "maxLength", "additionalProperties", "nullable", "description",
+]  # fmt: skip
 TOOLS: Final = [tool("f", parameters=SCHEMA), tool("g")]
 STRICT: Final = [tool("f", parameters=SCHEMA, strict=True), tool("g")]
 
@@ -172,8 +179,8 @@ def test_every_grammar_holds_behind_the_reasoning(reasoning: str | None, starts:
         ({"tools": [5]}, "tools", "tools[0] (5) must be an object"),
         ({"tools": [{"type": "web_search"}]}, "tools", "tools[0].type ('web_search') must be 'function'"),
         ({"tools": [{"type": "function"}]}, "tools", "tools[0].function (None) must be an object with a name"),
-        ({"tools": [*TOOLS, tool("a b")]}, "tools", "tools[2].function.name ('a b') must be 1 to 64 letters, digits"),
-        ({"tools": [tool("x" * 65)]}, "tools", "tools[0].function.name ('xxx"),
+        ({"tools": [*TOOLS, tool("a b")]}, "tools", "tools[2].function.name ('a b') must be 1 to 128 letters, digits"),
+        ({"tools": [tool("x" * 129)]}, "tools", "tools[0].function.name ('xxx"),
         ({"tools": [tool("f", parameters=[])]}, "tools", "tools[0].function.parameters ([]) must be an object with a"),
         ({"tools": [tool("f", parameters={"type": "array"})]}, "tools", "tools[0].function.parameters.type ('array')"),
         ({"tools": [tool("f", strict=1)]}, "tools", "tools[0].function.strict (1) must be true or false"),
@@ -207,7 +214,7 @@ def test_every_grammar_holds_behind_the_reasoning(reasoning: str | None, starts:
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n n", "schema": {}}}},
-            "response_format", "response_format.json_schema.name ('n n') must be 1 to 64",
+            "response_format", "response_format.json_schema.name ('n n') must be 1 to 128",
         ),
         (
             {"response_format": JSON_SCHEMA, "structured_outputs": {"regex": "a"}},
@@ -248,3 +255,42 @@ def test_grammars_leave_out_the_descriptions_of_a_schema_but_no_property_of_that
         "properties": {"description": {"type": "string"}, "title": {"anyOf": [
             {"$ref": "#/$defs/title"}, {"type": "null"}]}},
     }  # fmt: skip
+
+
+def test_an_answer_format_of_harmony_holds_in_the_channel_of_the_answer() -> None:
+    format = OutputFormat(tool_parser="harmony", reasoning_parser="harmony")
+    constraint = constrained(format=format, response_format=JSON_SCHEMA)
+    assert constraint.structured is not None
+    answer = '<|channel|>final<|message|>{"a": 1}'
+    assert accepts(constraint.structured, answer)
+    reasoning = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    assert accepts(constraint.structured, reasoning + answer, spelled_out=True)  # <|end|> ends the tiny model's texts
+    assert not accepts(constraint.structured, '{"a": 1}')
+    assert not accepts(constraint.structured, "<|channel|>final<|message|>text")
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_schema_that_is_none_is_refused_and_never_an_error_of_ours(data: st.DataObject) -> None:
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers(-2, 9) | st.sampled_from(["string", "#/$defs/a", "^a$", "[", "é\n"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4),
+        max_leaves=12,
+    )
+    schema = data.draw(st.dictionaries(st.sampled_from(KEYWORDS), values, max_size=5))
+    family = data.draw(st.sampled_from(["hermes", "glm45", "pythonic", "llama3_json", None]))
+    choice = data.draw(st.sampled_from(["auto", "required", named("f")]))
+    answer = data.draw(st.sampled_from([None, {"type": "json_object"}]))
+    tools = [tool("f", parameters=schema, strict=True)]
+    with contextlib.suppress(InvalidRequest):
+        constraint = constrained(family, tools=tools, tool_choice=choice, response_format=answer)
+        assert constraint.structured is not None
+
+
+def test_parameters_that_are_nested_too_deeply_are_refused() -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(2_000):
+        schema = {"type": "object", "properties": {"a": schema}}
+    for family in ("hermes", "glm45", "pythonic", None):
+        with pytest.raises(InvalidRequest, match="nested too deeply"):
+            constrained(family, tools=[tool("f", parameters=schema)], tool_choice="required")

@@ -67,7 +67,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
 
 
 def without_drawn_id(event: Event, text: str) -> Event:
-    """The event, without an id that does not stand in the text."""
+    """The event. An id that is not in the text is left out."""
     return (
         event._replace(call_id=None)
         if isinstance(event, ToolCallBegin) and event.call_id and event.call_id not in text

@@ -28,9 +28,8 @@ def fragments(family: str | None) -> list[str]:
     return [*ANY, *filter(None, texts), *(text[:-1] for text in texts if len(text) > 1)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=12, deadline=None)
-@given(st.data())
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(FAMILIES), st.data())
 def test_any_text_gives_the_same_events_however_it_is_cut(family: str | None, data: st.DataObject) -> None:
     text = "".join(data.draw(st.lists(st.sampled_from(fragments(family)), max_size=25)))
     form: CallForm = data.draw(st.sampled_from(("native", "native", "json_list", "json_arguments", "none")))
@@ -42,9 +41,8 @@ def test_any_text_gives_the_same_events_however_it_is_cut(family: str | None, da
     assert events_of(case, [text[:at], text[at:]]) == whole
 
 
-@pytest.mark.parametrize("family", [*CALL_SCRIPTS, None])
-@settings(max_examples=12, deadline=None)
-@given(st.data())
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([*CALL_SCRIPTS, None]), st.data())
 def test_any_text_without_a_call_is_content_byte_for_byte(family: str | None, data: st.DataObject) -> None:
     text = "".join(data.draw(st.lists(st.sampled_from(fragments(family)), max_size=25)))
     events = events_of(Case(family, text, []), [text])

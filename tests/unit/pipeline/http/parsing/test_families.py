@@ -16,18 +16,14 @@ by_text = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family
 
 
 @by_text
-def test_a_text_gives_its_events(case: Case) -> None:
-    assert events_of(case, [case.text]) == case.events
-
-
-@by_text
 def test_a_text_cut_at_any_place_gives_the_same_events(case: Case) -> None:
     for at in range(len(case.text) + 1):
         assert events_of(case, [case.text[:at], case.text[at:]]) == case.events, f"cut at {at}"
 
 
 @by_text
-def test_a_text_that_arrives_by_characters_gives_the_same_events(case: Case) -> None:
+def test_a_text_gives_its_events_whole_and_by_characters(case: Case) -> None:
+    assert events_of(case, [case.text]) == case.events
     assert events_of(case, case.text) == case.events
 
 

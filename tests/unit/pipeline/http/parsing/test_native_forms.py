@@ -33,7 +33,7 @@ def test_calls_in_the_form_of_a_family_are_read_by_its_parser(family: str | None
 
     assert arguments(events) == [VALUES, {}][: len(calls)]
     assert [event.name for event in events if hasattr(event, "name")] == ["get_weather", "now"][: len(calls)]
-    assert len(events) == 2 * len(calls), "nothing but calls"
+    assert len(events) == 2 * len(calls), "all the text is calls"
 
 
 def test_every_form_has_a_parser_and_every_parser_a_form() -> None:

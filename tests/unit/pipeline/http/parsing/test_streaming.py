@@ -1,4 +1,4 @@
-"""Nothing is held back for longer than it must be."""
+"""Parsers hold back only the text that they cannot judge yet."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def test_texts_among_arguments_stream_as_they_arrive(family: str) -> None:
     assert events[1:] == [ToolArguments('{"city": "A')]
     for piece in (" long", " text", " 北京"):
         assert reader.push(piece) == [ToolArguments(piece)]
+
+
+@pytest.mark.parametrize("family", ["llama3_json", None])
+def test_json_that_turns_out_to_be_no_call_leaves_at_that_place(family: str | None) -> None:
+    reader = parser(family)
+    assert reader.push('{"name": "Ada') == []
+    assert reader.push(" Lovelace") == [Content('{"name": "Ada Lovelace')]
+    assert reader.push('", "born": 1815}') == [Content('", "born": 1815}')]
 
 
 @pytest.mark.parametrize("tags", REASONING_TAGS.values())
