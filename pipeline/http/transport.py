@@ -27,6 +27,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON: Final = "application/json"
+_SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -96,6 +97,9 @@ class Endpoint:
         except HttpError as error:
             await self._send_error(error, send)
             return
+        except asyncio.CancelledError:
+            await self._end_early(scope, send)
+            raise
         if body is None:  # the client left before it had sent everything
             service.stats.num_disconnects[0] += 1
             return
@@ -111,7 +115,8 @@ class Endpoint:
                 await self._answer(call, send)
             except asyncio.CancelledError:
                 if not watcher.done() or watcher.cancelled():
-                    raise  # the server ends
+                    await self._end_early(scope, send)
+                    raise
                 work.uncancel()
                 service.note_disconnect(scope)
             finally:
@@ -148,6 +153,14 @@ class Endpoint:
         finally:
             await reply.events.aclose()  # type: ignore[attr-defined]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _end_early(self, scope: Scope, send: Send) -> None:
+        """The server ends while a request is open: its client gets an error instead of a broken connection."""
+        error = HttpError(503, _SERVER_ENDS, code="unavailable", retry_after_s=1.0)
+        if "status" not in scope:  # the answer has not begun
+            await self._send_error(error, send)
+        else:
+            await send({"type": "http.response.body", "body": self.dialect.error_event(error), "more_body": False})
 
     async def _send_error(self, error: HttpError, send: Send) -> None:
         await _send_whole(Reply(self.dialect.error_body(error), error.status, error.headers), send)
