@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,6 +19,7 @@ from pipeline.client.outputs import Completion, Output, TokenLogprob, Usage
 from pipeline.http.bodies import read_body
 from pipeline.http.generation.chat_run import RunUsage
 from pipeline.http.generation.endings import finish_reason
+from pipeline.http.generation.sampling_fields import answer_id, check_streams
 from pipeline.http.openai.completion_body import NEUTRAL, CompletionBody, CompletionRequest, Prompt, read_request
 from pipeline.http.openai.completion_logprobs import LogprobWriter, joined
 from pipeline.http.openai.wire import DONE, StreamOptions, prompt_logprobs_value, usage_value
@@ -35,8 +36,10 @@ async def create(call: Call) -> Reply | EventStream:
     service = call.service
     model = service.check_model(body.model)
     request = read_request(call, body)
+    check_streams(body, streams=bool(body.stream))
+    head_id = answer_id("cmpl-", body)
     echoes = await asyncio.gather(*(_echo(service, request, prompt) for prompt in request.prompts))
-    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model}
+    head = {"id": head_id, "object": "text_completion", "created": int(time.time()), "model": model}
     choices = [
         [Choice(i * request.params.n + sample, request, body, echoes[i]) for sample in range(request.params.n)]
         for i in range(len(request.prompts))
@@ -147,21 +150,22 @@ async def _events(
     begin = b"data: " + _encode(head)[:-1] + b',"choices":['
     plain_end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
     usages: list[Usage | None] = [None] * len(request.prompts)
-    num_prompt_tokens = 0
+    prompt_usages: dict[int, Usage] = {}
     # With one prompt there is nothing to merge, and each token saves a pass through a queue.
     outputs = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
     async with aclosing(outputs) as merged:
         async for i, output in merged:
             if output.usage is not None:
                 usages[i] = output.usage
-                num_prompt_tokens += output.usage.prompt_tokens
+            if output.prompt_usage is not None:
+                prompt_usages[i] = output.prompt_usage
             chunk = choices[i][output.index].chunk(output, output.prompt_logprobs)
             if not (chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")):
                 continue
             end = plain_end
             if options.continuous_usage_stats:
                 done = sum(choice.num_tokens for of_prompt in choices for choice in of_prompt)
-                end = b'],"usage":' + _encode(usage_value(RunUsage.of(num_prompt_tokens, done))) + b"}\n\n"
+                end = b'],"usage":' + _encode(usage_value(_usage_so_far(prompt_usages.values(), done))) + b"}\n\n"
             yield begin + _encode(chunk) + end
     final = b""
     usage = _sum_usage(usages, request)
@@ -221,6 +225,13 @@ async def _merged(service: Service, request: CompletionRequest) -> AsyncGenerato
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _usage_so_far(prompt_usages: Iterable[Usage], num_tokens: int) -> RunUsage:
+    known = list(prompt_usages)
+    return RunUsage.of(
+        sum(usage.prompt_tokens for usage in known), num_tokens, sum(usage.num_cached_tokens for usage in known)
+    )
 
 
 def _sum_usage(usages: Sequence[Usage | None], request: CompletionRequest) -> RunUsage:
