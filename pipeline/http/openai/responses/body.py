@@ -20,10 +20,10 @@ _INCLUDES: Final = (  # besides logprobs: parts of items that this server never 
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "background": (False,), "conversation": (), "prompt": (), "context_management": ([],), "modalities": (["text"],),
     "audio": (), "enable_response_messages": (False,), "previous_input_messages": ([],), "kv_transfer_params": (),
-    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "personality": (),
 }  # fmt: skip
 _HARMLESS: Final = (
-    "moderation", "image", "access_programs", "background_options", "prompt_cache_options", "vllm_xargs",
+    "moderation", "image", "access_programs", "background_options", "vllm_xargs",
     "include_obfuscation",
 )  # fmt: skip
 # Fields of chat completions, and what stands for them in this API.
