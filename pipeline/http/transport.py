@@ -18,6 +18,7 @@ import msgspec
 from starlette.datastructures import Headers, QueryParams
 
 from pipeline.http.errors import Dialect, HttpError, http_error
+from pipeline.http.operation import Operation
 from pipeline.http.service import Service
 
 logger = logging.getLogger(__name__)
@@ -82,12 +83,12 @@ Handler = Callable[[Call], Awaitable[Reply | EventStream]]
 
 
 class Endpoint:
-    """A handler as an ASGI application. `generates` = it holds a place in the engine, so a drain waits for it."""
+    """A handler as an ASGI application."""
 
-    def __init__(self, handler: Handler, dialect: Dialect, *, generates: bool = False) -> None:
+    def __init__(self, handler: Handler, dialect: Dialect, operation: Operation) -> None:
         self.handler = handler
         self.dialect = dialect
-        self.generates = generates
+        self.operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service: Service = scope["app"].state.service
@@ -106,7 +107,7 @@ class Endpoint:
         work = asyncio.current_task()
         assert work is not None, "an ASGI application runs in a task"
         watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work))
-        with service.open_request() if self.generates else contextlib.nullcontext():
+        with service.open_request() if self.operation.generates else contextlib.nullcontext():
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:

@@ -19,6 +19,7 @@ from pipeline.http.app import Bookkeeping
 from pipeline.http.config import COUNTERS, HttpConfig
 from pipeline.http.errors import OPENAI
 from pipeline.http.listener import open_listener
+from pipeline.http.operation import Operation
 from pipeline.http.server import MAX_HEADER_BYTES, Server
 from pipeline.http.service import Service
 from pipeline.http.transport import Call, Endpoint, EventStream, Handler, Reply
@@ -59,7 +60,7 @@ async def serve(handler: Handler, **settings: Any) -> AsyncIterator[Running]:
         reasoning_start=None, template_reads_tools=False, defaults=None, stats=stats,
     )  # type: ignore[arg-type]  # fmt: skip
     app = Starlette(
-        routes=[Route("/", Endpoint(handler, OPENAI, generates=True), methods=["POST"])],
+        routes=[Route("/", Endpoint(handler, OPENAI, Operation(generates=True)), methods=["POST"])],
         middleware=[Middleware(Bookkeeping)],
     )
     app.state.service = service
