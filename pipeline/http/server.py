@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any, Final
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -26,6 +27,7 @@ MAX_HEADERS: Final = 256  # of one request, trailers included
 MIN_BODY_BYTES_PER_S: Final = 4 << 10  # a client that sends less is cut off
 MAX_PIPELINED: Final = 16  # requests of a connection that wait for the answer to the one before them
 _STOP_TIMEOUT_S: Final = 1
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
 _TOO_LARGE: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"content-length: 22\r\nconnection: close\r\n\r\nthe headers are large\n"
@@ -56,6 +58,7 @@ class Connection(HttpToolsProtocol):
         self._in_headers = True
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
+        self._repeats_head = False
         self._present: RequestResponseCycle | None = None  # the request that is being answered
         self._expect_request()
 
@@ -74,7 +77,7 @@ class Connection(HttpToolsProtocol):
         if self.flow is None or self._is_refused:
             return
         self._num_received += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._is_refused:
             return
         overhead = self._num_received - self._num_body
@@ -84,20 +87,51 @@ class Connection(HttpToolsProtocol):
             self._is_refused = True
             self._close()
 
+    def _feed(self, data: bytes) -> None:
+        """Parse. A request to change the protocol is ignored, as HTTP allows: Java's client sends one each time.
+
+        The parser stops at the end of such a request's headers. A new one goes on at its body. It learns from a
+        head of its own how long the body is.
+        """
+        self._unset_keepalive_if_required()
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self.parser = httptools.HttpRequestParser(self)
+                self._repeats_head = True
+                framing = (b"%b: %b\r\n" % each for each in self.headers if each[0] in _FRAMING)
+                self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
+                self._repeats_head = False
+                if rest := data[upgrade.args[0] :]:
+                    self._feed(rest)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
     def on_message_begin(self) -> None:
+        if self._repeats_head:
+            return
         super().on_message_begin()
         self._num_received = self._num_body = 0
         self._in_headers = True
         if self._deadline is None:
             self._expect_request()
 
+    def on_url(self, url: bytes) -> None:
+        if not self._repeats_head:
+            super().on_url(url)
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._repeats_head:
+            return
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
             self._refuse_headers()
             raise ValueError("the headers are too large")
 
     def on_headers_complete(self) -> None:
+        if self._repeats_head:
+            return
         self._in_headers = False
         self.stats.num_requests[0] += 1
         super().on_headers_complete()
@@ -118,6 +152,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the body follows
         self._stop_deadline()
         super().on_message_complete()
 

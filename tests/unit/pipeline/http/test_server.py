@@ -414,7 +414,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(stream
             return EventStream(events()) if streams else Reply(b"x" * 20_000_000)
 
         async with serve(handler, receive_timeout_s=0.1) as running:
-            reader, writer = await running.connect()
+            _, writer = await running.connect()
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(request())
             await eventually(lambda: running.stats.num_send_timeouts[0] == 1)
@@ -439,6 +439,29 @@ def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
                 await asyncio.sleep(0.001)
             assert size > 20_000_000
             assert running.stats.num_send_timeouts[0] == 0
+            writer.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_request_to_change_the_protocol_is_ignored(is_chunked: bool, is_split: bool) -> None:
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+    chunked = b"POST / HTTP/1.1\r\n%btransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n" % upgrade
+    one = chunked if is_chunked else request(b"abcdefg", upgrade)
+
+    async def test() -> None:
+        async with serve(echo) as running:
+            reader, writer = await running.connect()
+            sent = one + one + request(b"x") + one
+            for i in range(0, len(sent), 7 if is_split else len(sent)):
+                writer.write(sent[i : i + (7 if is_split else len(sent))])
+                await asyncio.sleep(0)
+            for size in (7, 7, 1, 7):
+                answer = await asyncio.wait_for(reader.readuntil(b"}"), DEADLINE_S)
+                assert answer.startswith(b"HTTP/1.1 200")
+                assert answer.endswith(b'{"size":%d}' % size)
             writer.close()
 
     run(test)
