@@ -28,6 +28,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON: Final = "application/json"
+_STOPS: Final = HttpError(503, "this server stops: send the request again", code="unavailable", retry_after_s=1.0)
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -111,10 +112,14 @@ class Endpoint:
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:
-                if not watcher.done() or watcher.cancelled():
-                    raise  # the server ends
-                work.uncancel()
-                service.note_disconnect(scope)
+                if watcher.done() and not watcher.cancelled():
+                    work.uncancel()
+                    service.note_disconnect(scope)
+                elif "status" in scope:
+                    raise  # the server ends, and uvicorn closes the connection
+                else:
+                    work.uncancel()
+                    await self._send_error(_STOPS, send)
             finally:
                 watcher.cancel()
 

@@ -465,3 +465,21 @@ def test_a_request_to_change_the_protocol_is_ignored(is_chunked: bool, is_split:
             writer.close()
 
     run(test)
+
+
+def test_a_server_that_stops_answers_open_requests_with_503() -> None:
+    async def test() -> None:
+        async with serve(until_cancelled_reply) as running:
+            asked = asyncio.create_task(running.ask())
+            await eventually(lambda: running.stats.num_open_requests[0] == 1)
+        answer = await asked
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1\r\n" in answer
+        assert running.stats.num_responses_503[0] == 1
+
+    run(test)
+
+
+async def until_cancelled_reply(call: Call) -> Reply:
+    await asyncio.Event().wait()
+    return Reply({})
