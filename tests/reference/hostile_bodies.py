@@ -98,6 +98,9 @@ _FIELDS: Final = {  # path: the names of all fields of its body
 }
 
 
+PROMPTS: Final = ("A class", "A list", "The json module", "def f(")  # of good requests
+
+
 class Text(str):
     """JSON text that is no JSON value of Python, such as NaN or a lone surrogate."""
 
@@ -325,11 +328,12 @@ class Report:
 
     statuses: Counter[int] = field(default_factory=Counter)
     faults: list[tuple[Request, Answer]] = field(default_factory=list)
-    slowest_s: float = 0.0
+    slowest: tuple[float, Request | None] = (0.0, None)  # seconds
 
     def add(self, request: Request, answer: Answer, seconds: float) -> None:
         self.statuses[answer.status] += 1
-        self.slowest_s = max(self.slowest_s, seconds)
+        if seconds > self.slowest[0]:
+            self.slowest = (seconds, request)
         is_fault = answer.status < 200 or (answer.status >= 500 and answer.status != 503)
         if is_fault or b"internal error" in answer.body:  # also as an event of a stream
             self.faults.append((request, answer))
@@ -360,9 +364,9 @@ class GoodClient:
     faults: list[str] = field(default_factory=list)
     _first: dict[str, list[int]] = field(default_factory=dict)
 
-    async def run(self, prompts: tuple[str, ...] = ("A class", "A list", "The json module", "def f(")) -> None:
+    async def run(self) -> None:
         """Until cancelled. Prompt by prompt, the first answer is what all later ones must be."""
-        await asyncio.gather(*(self._repeat(prompt) for prompt in prompts))
+        await asyncio.gather(*(self._repeat(prompt) for prompt in PROMPTS))
 
     async def _repeat(self, prompt: str) -> None:
         body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -395,19 +399,13 @@ def main() -> None:
     url, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     begin = time.monotonic()
     report, good = asyncio.run(send_beside_good_ones(int(url.rsplit(":", 1)[1]), seed, count))
-    print(f"{count} requests in {time.monotonic() - begin:.0f} s; slowest {report.slowest_s:.2f} s")
-    print("statuses", dict(sorted(report.statuses.items())), "good", good.num_answers, "good faults", good.faults[:5])
+    print(f"{count} requests in {time.monotonic() - begin:.0f} s", dict(sorted(report.statuses.items())))
+    print(f"{good.num_answers} good requests, faults: {good.faults[:5]}")
+    seconds, slowest = report.slowest
+    print(f"the slowest took {seconds:.2f} s:", str(slowest)[:1_000])
     print(len(report.faults), "faults")
     for request, answer in report.faults[:20]:
-        print(
-            request.method,
-            request.target[:100],
-            request.headers,
-            request.body[:600],
-            "->",
-            answer.status,
-            answer.body[:300],
-        )
+        print(str(request)[:1_000], "->", answer.status, answer.body[:300])
 
 
 if __name__ == "__main__":
