@@ -35,6 +35,7 @@ from pipeline.engine.wiring import Wiring
 from pipeline.environment.descriptors import check_room, raise_descriptor_limit
 from pipeline.http.config import HTTP_LISTENER
 from pipeline.http.listener import open_listener, read_keys, url_of
+from pipeline.http.parsing.choose import choose_format
 from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
 from workers.process import LOG_FORMAT
@@ -142,7 +143,9 @@ def launch(
     check_device(config.model.device)
     model = find_model(config)
     if config.http is not None:
-        read_keys(config.http)  # a fault in the file is an error of the configuration, and not of an HTTP process
+        # Faults of these are errors of the configuration, and not of an HTTP process.
+        read_keys(config.http)
+        choose_format(model.folder, config.http.tool_parser, config.http.reasoning_parser)
     endpoint = config.frontend.endpoint or default_endpoint()
     with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
         lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}

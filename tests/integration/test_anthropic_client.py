@@ -142,11 +142,11 @@ def test_errors_are_of_the_clients_classes(client: anthropic.Anthropic) -> None:
 
 def test_the_tokens_of_a_text_become_the_same_text_again(client: anthropic.Anthropic) -> None:
     text = "Größe: 3 µm\n"
-    tokens = httpx2.post(f"{client.base_url}tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    tokens = httpx2.post(f"{client.base_url}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert (tokens["count"], tokens["max_model_len"]) == (len(tokens["tokens"]), 1024)
     assert len(tokens["token_strs"]) == tokens["count"] > 3
-    assert httpx2.post(f"{client.base_url}detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
-    chat = httpx2.post(f"{client.base_url}tokenize", json={"messages": MESSAGES}).json()
+    assert httpx2.post(f"{client.base_url}/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
+    chat = httpx2.post(f"{client.base_url}/tokenize", json={"messages": MESSAGES}).json()
     assert chat["count"] == client.messages.count_tokens(model="small", messages=MESSAGES).input_tokens
 
 

@@ -100,7 +100,7 @@ def test_every_process_continues_reads_and_deletes_a_response(client: openai.Ope
     assert len(texts) == 8 * NUM_PROCESSES + 1
     client.responses.delete(response.id)
     for _ in range(2 * NUM_PROCESSES):
-        with pytest.raises(openai.NotFoundError, match="is not kept"):
+        with pytest.raises(openai.NotFoundError, match="does not keep"):
             client.responses.create(input="And?", previous_response_id=response.id, **GREEDY)
 
 

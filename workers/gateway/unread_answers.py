@@ -15,12 +15,13 @@ from ipc.errors import QueueFull
 
 MAX_UNREAD_BYTES_OF_CLIENT: Final = 64 << 20
 MAX_UNREAD_BYTES: Final = 256 << 20  # of all clients
+ANSWER_OVERHEAD_BYTES: Final = 512  # of an answer in a queue and of its receipt here, rounded up
 RECEIPT_BITS: Final = 63
 RETRY_AFTER_S: Final = 1.0
 
 
 class UnreadAnswers:
-    """The sizes of the unread answers by client and receipt."""
+    """The sizes of the unread answers by client and receipt, each with its overhead."""
 
     def __init__(self) -> None:
         self._answers: defaultdict[bytes, dict[int, int]] = defaultdict(dict)  # bytes by receipt, by client's identity
@@ -33,6 +34,7 @@ class UnreadAnswers:
 
     def add(self, identity: bytes, num_bytes: int) -> int:
         """An answer is about to be sent. Returns its receipt. Raises QueueFull if too much is unread."""
+        num_bytes += ANSWER_OVERHEAD_BYTES
         for unread, limit, whose in (
             (self._num_bytes[identity], MAX_UNREAD_BYTES_OF_CLIENT, "this client"),
             (self._num_bytes.total(), MAX_UNREAD_BYTES, "all clients together"),

@@ -44,6 +44,7 @@ def run(process: WorkerProcess, bootstrap: TokenizerBootstrap) -> None:
         bootstrap.model_path, loaded.tokenizer, loaded.special_tokens, bootstrap.shape.vocab_size
     )
     encoder = PromptEncoder(loaded.tokenizer, templates, bootstrap.shape, thinking)
+    encoder.prepare_queries()
     if bootstrap.worker.index == 0:  # all tokenizers would log the same
         for note in loaded.notes:
             logger.info("%s", note)

@@ -166,8 +166,9 @@ class _SampleReader:
             self._has_calls = any(isinstance(event, ToolCallBegin) for event in events)
         if reason is not None:
             note_sample(output.times)
-            part.finish_reason, why = finish_reason(reason, has_tokens=self._num_tokens > 0)
-            part.stop_reason = why or output.stop_reason
+            part.finish_reason, part.stop_reason = finish_reason(
+                reason, output.stop_reason, has_tokens=self._num_tokens > 0
+            )
             # OpenAI's API says "stop" for a function that the request names.
             if part.finish_reason == "stop" and self._has_calls and self._call_form != "json_arguments":
                 part.finish_reason = "tool_calls"

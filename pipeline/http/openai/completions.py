@@ -111,7 +111,7 @@ class Choice:
         value["finish_reason"] = value["stop_reason"] = None
         if new.finish_reason is not None:
             note_sample(new.times)
-            reason, stop = finish_reason(new.finish_reason, has_tokens=self.num_tokens > 0)
+            reason, stop = finish_reason(new.finish_reason, new.stop_reason, has_tokens=self.num_tokens > 0)
             value["finish_reason"], value["stop_reason"] = (
                 (reason, stop) if self.request.generates else ("length", None)
             )

@@ -3,6 +3,7 @@
     body.py          the request
     input_items.py   its input as checked items; chat_messages.py: items as the messages of a chat
     output_items.py  the items of an answer, which grow with the sample's events
+    response_object.py  the response without its items
     events.py        a stream's events
     store.py         responses that the engine's gateway keeps
     create.py, stored.py, input_tokens.py   the endpoints

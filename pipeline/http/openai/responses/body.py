@@ -119,7 +119,7 @@ def _check_values(body: ResponseBody) -> None:
 
 
 def response_format(text: TextOptions | None) -> dict[str, Any] | None:
-    """`text.format` as `response_format` of chat completions, where the schema has an object of its own."""
+    """`text.format` as `response_format` of chat completions, where the schema is in an inner object."""
     if text is None or text.format is None:
         return None
     if text.format.get("type") != "json_schema":
@@ -141,19 +141,3 @@ def chat_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
         {"type": "function", "function": {key: each for key, each in tool.items() if key != "type"}}
         for tool in tools or []
     ]
-
-
-def tools_value(body: ResponseBody) -> list[dict[str, Any]]:
-    """`tools` of the answer."""
-    return [
-        {"description": None, "parameters": None, **tool, "strict": bool(tool.get("strict"))}
-        for tool in body.tools or []
-    ]
-
-
-def text_value(text: TextOptions | None) -> dict[str, Any]:
-    """`text` of the answer."""
-    format = (text.format if text is not None else None) or {"type": "text"}
-    if format["type"] == "json_schema":
-        format = {"description": None, **format, "strict": bool(format.get("strict"))}
-    return {"format": format} | ({} if text is None or text.verbosity is None else {"verbosity": text.verbosity})

@@ -13,7 +13,7 @@ Message = dict[str, Any]
 def chat_messages(instructions: str | None, items: Sequence[Item]) -> list[Message]:
     """The messages. Raises HttpError 400 for the result of a call that the conversation does not have.
 
-    The reasoning, the text and the calls of one turn are items of their own, and one message of a chat. Messages of
+    Reasoning, text and calls of one turn are separate items, and they become one message. Messages of
     the developer have the role "system". `instructions` and the system messages at the beginning are one message,
     because many templates read the first system message only.
     """
@@ -64,8 +64,8 @@ def _tool_message(item: Item, names: dict[str, str]) -> Message:
     if call_id not in names:
         raise item_error(
             "input",
-            f"has the output of the call {call_id[:100]!r}, which the conversation does not have: send its "
-            "function_call too, or the previous_response_id of the response with the call",
+            f"has the output of the unknown call {call_id[:100]!r}: send its function_call too, or give the "
+            "previous_response_id of the response that has the call",
         )
     text = output if isinstance(output, str) else text_of(output)
     return {"role": "tool", "tool_call_id": call_id, "name": names[call_id], "content": text}

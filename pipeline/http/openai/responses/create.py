@@ -20,13 +20,12 @@ from pipeline.http.openai.responses.body import (
     chat_tools,
     read_response_body,
     response_format,
-    text_value,
-    tools_value,
 )
 from pipeline.http.openai.responses.chat_messages import chat_messages
 from pipeline.http.openai.responses.events import EventWriter
 from pipeline.http.openai.responses.input_items import Item, read_items
 from pipeline.http.openai.responses.output_items import Output
+from pipeline.http.openai.responses.response_object import response_in_progress, usage_value
 from pipeline.http.openai.responses.store import (
     PREFIX,
     Conversation,
@@ -66,7 +65,9 @@ class Turn:
 async def create(call: Call) -> Reply | EventStream:
     """Answer a turn of a conversation."""
     turn = await make_turn(call, read_response_body(call.body))
-    response = _response(call.service, turn)
+    response = response_in_progress(
+        turn.response_id, call.service.check_model(turn.body.model), turn.body, turn.run.params
+    )
     if turn.body.stream:
         return EventStream(_events(call, turn, response))
     output = Output(turn.response_id.removeprefix(PREFIX))
@@ -123,7 +124,7 @@ def _chat_request(call: Call, body: ResponseBody, messages: list[dict[str, Any]]
 
 async def _events(call: Call, turn: Turn, response: dict[str, Any]) -> AsyncIterator[bytes]:
     writer, output = EventWriter(), Output(turn.response_id.removeprefix(PREFIX))
-    begin = writer.begin(response)  # waits for the first part: an error before it has a status of its own
+    begin = writer.begin(response)  # waits for the first part, because an earlier error has its own status
     try:
         with _own_names():
             async for part in stream_parts(call.service, turn.run):
@@ -166,7 +167,7 @@ async def _finished(
         "completed_at": int(time.time()) if status == "completed" else None,
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "output": output.value(),
-        "usage": _usage_value(usage),
+        "usage": usage_value(usage),
     }
     if finished["store"]:
         kept = KeptResponse(
@@ -174,56 +175,6 @@ async def _finished(
         )
         finished["store"] = await keep_response(service, turn.response_id, kept)
     return finished
-
-
-def _response(service: Service, turn: Turn) -> dict[str, Any]:
-    """The response in progress. Values left out of the request have those that the engine uses."""
-    body, params = turn.body, turn.run.params
-    return {
-        "id": turn.response_id,
-        "object": "response",
-        "created_at": int(time.time()),
-        "completed_at": None,
-        "status": "in_progress",
-        "background": False,
-        "error": None,
-        "incomplete_details": None,
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": body.max_tool_calls,
-        "model": service.check_model(body.model),
-        "output": [],
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": body.previous_response_id,
-        "prompt_cache_key": body.prompt_cache_key,
-        "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
-        "safety_identifier": body.safety_identifier,
-        "service_tier": "default",
-        "store": body.store is not False,
-        "temperature": params.temperature,
-        "text": text_value(body.text),
-        "tool_choice": body.tool_choice or "auto",
-        "tools": tools_value(body),
-        "top_logprobs": body.top_logprobs or 0,
-        "top_p": params.top_p,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "truncation": body.truncation or "disabled",
-        "usage": None,
-        "user": body.user,
-        "metadata": body.metadata or {},
-    }
-
-
-def _usage_value(usage: RunUsage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        # The prefix cache takes every prompt, and nobody pays for that, so no tokens count as written.
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
 
 
 def _status(finish_reason: str | None) -> Any:

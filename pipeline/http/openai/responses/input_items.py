@@ -48,7 +48,7 @@ def text_of(parts: list[Item]) -> str:
 
 
 def item_error(where: str, problem: str, *, status: int = 400, code: str | None = None) -> HttpError:
-    """The error of one place in the input."""
+    """Name one place of the input in an error's message and its `param`."""
     return HttpError(status, f"{where} {problem}", param=where, code=code)
 
 

@@ -38,7 +38,7 @@ class OutputItem:
         return "".join(self.texts)
 
     def part(self) -> dict[str, Any]:
-        """The one part of a message or of a reasoning."""
+        """A message or a reasoning has one part, which holds all of its text."""
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
@@ -98,7 +98,7 @@ class Output:
                     item, rows, text = self._item_of("function_call", changes), [], event.text
             item.texts.append(text)
             changes.append(Change("grown", item, text, rows))
-        if events:  # what is left belongs to tokens of the reasoning or of calls
+        if events:  # the others belong to tokens of the reasoning or of calls
             self._logprobs.clear()
         return changes
 

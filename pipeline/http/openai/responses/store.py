@@ -21,13 +21,13 @@ from pipeline.http.service import Service
 logger = logging.getLogger(__name__)
 
 PREFIX: Final = "resp_"
-_NUM_AT_ONCE: Final = 16  # turns asked for together; the gateway bounds the answers that a client has not read
+_NUM_AT_ONCE: Final = 16  # turns asked for together, because the gateway limits unread answers
 _ID: Final = re.compile(PREFIX + "[0-9a-f]{32}")
 _ITEM_ID: Final = re.compile("[a-z]+_([0-9a-f]{32})i?[0-9]+")
 
 
 class KeptResponse(msgspec.Struct, kw_only=True):
-    """What the gateway keeps of a response.
+    """A response and its input, as the gateway keeps them.
 
     Args:
         response: JSON, as the client got it.
@@ -72,7 +72,7 @@ async def keep_response(service: Service, response_id: str, kept: KeptResponse) 
 
 
 async def recall_response(service: Service, response_id: str) -> KeptResponse | None:
-    """A response that was kept; None if there is none, or no more."""
+    """A response that the gateway keeps; None if it keeps no response of this id."""
     if not _ID.fullmatch(response_id):
         return None
     value = await service.client.recall(response_id)
@@ -126,8 +126,8 @@ async def _recall_item(service: Service, item_id: str) -> Item | None:
 def _previous_not_found(response_id: str) -> HttpError:
     return HttpError(
         404,
-        f"previous_response_id: the response {response_id[:100]!r} is not kept by this server (it may be old, deleted, "
-        "or created with store false): send the whole conversation as input",
+        f"previous_response_id: the server does not keep the response {response_id[:100]!r}, which may be old, "
+        "deleted, or created with store false: send the whole conversation as input",
         param="previous_response_id",
         code="previous_response_not_found",
     )
@@ -137,7 +137,7 @@ def response_not_found(response_id: str) -> HttpError:
     """The error of the endpoints for one response."""
     return HttpError(
         404,
-        f"the response {response_id[:100]!r} is not kept by this server: it may be old, deleted, or created with "
+        f"the server does not keep the response {response_id[:100]!r}, which may be old, deleted, or created with "
         "store false",
         param="response_id",
         code="response_not_found",

@@ -47,7 +47,7 @@ async def delete(call: Call) -> Reply:
 
 
 async def cancel(call: Call) -> Reply:
-    """Only a response in the background can be cancelled, and this server has none."""
+    """Refuse: a client can cancel only a response in the background, and this server runs every response at once."""
     await _find(call)
     raise HttpError(
         400,

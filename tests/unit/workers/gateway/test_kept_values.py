@@ -130,7 +130,7 @@ def test_a_draining_engine_still_keeps_the_answers_of_its_last_requests() -> Non
 
 def test_a_client_that_recalls_without_reading_is_refused_and_its_memory_stays_bounded() -> None:
     gateway = gateway_that_keeps()
-    gateway.client(keep("k", bytes(8 << 20)), b"a")
+    gateway.client(keep("k", bytes((8 << 20) - unread_answers.ANSWER_OVERHEAD_BYTES)), b"a")
     for number in range(100):
         gateway.client(recall("k", f"r{number}"))
     values = [answer for answer in gateway.answers(KeptValue) if answer.value]

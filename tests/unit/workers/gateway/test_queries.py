@@ -210,7 +210,7 @@ def test_an_empty_prompt_has_tokens_to_ask_for() -> None:
 
 def test_a_client_that_reads_nothing_gets_errors_instead_of_large_answers() -> None:
     gateway = Harness()
-    half = "x" * (unread_answers.MAX_UNREAD_BYTES_OF_CLIENT // 2)
+    half = "x" * (unread_answers.MAX_UNREAD_BYTES_OF_CLIENT // 2 - unread_answers.ANSWER_OVERHEAD_BYTES)
     for number in range(3):
         gateway.client(detokenize(f"q{number}"))
         answer_next(gateway, half)
@@ -236,7 +236,7 @@ def test_a_client_that_reads_nothing_gets_errors_instead_of_large_answers() -> N
 
 def test_all_clients_together_cannot_leave_more_unread_than_a_bound_and_those_that_go_free_theirs() -> None:
     gateway = Harness()
-    with patch.multiple(unread_answers, MAX_UNREAD_BYTES_OF_CLIENT=10, MAX_UNREAD_BYTES=25):
+    with patch.multiple(unread_answers, MAX_UNREAD_BYTES_OF_CLIENT=600, MAX_UNREAD_BYTES=1_500):
         for client in (b"a", b"b", b"c"):
             gateway.client(detokenize("q"), client)
             answer_next(gateway, "x" * 10)
@@ -247,6 +247,16 @@ def test_all_clients_together_cannot_leave_more_unread_than_a_bound_and_those_th
         answer_next(gateway, "x" * 10)
     assert len(gateway.answers(DetokenizedText, b"c")) == 1
     assert gateway.answers(Alive, b"b") != []
+
+
+def test_a_client_that_never_says_what_it_has_read_leaves_a_bounded_number_of_receipts() -> None:
+    gateway = Harness()
+    with patch.object(unread_answers, "MAX_UNREAD_BYTES_OF_CLIENT", 10_000):
+        for number in range(100):
+            gateway.client(detokenize(f"q{number}"))
+            answer_next(gateway, "")
+    assert len(gateway.answers(DetokenizedText)) == 10_000 // unread_answers.ANSWER_OVERHEAD_BYTES
+    assert only_final(gateway, "q99").error_code == "queue_full"
 
 
 def test_an_answer_that_finds_no_room_in_its_clients_queue_does_not_count_as_unread() -> None:

@@ -42,7 +42,7 @@ class Script:
 
 @dataclass
 class ScriptedClient:
-    """What `AsyncClient` is to the server. Each request takes the next script; requests are recorded."""
+    """Stands for `AsyncClient`. Each request takes the next script, and the client records it."""
 
     scripts: deque[Script] = field(default_factory=deque)
     requests: list[SimpleNamespace] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Responses from a scripted engine: what the engine is asked, and what the answer says."""
+"""Responses from a scripted engine: the engine's requests, and the answers."""
 
 from __future__ import annotations
 
