@@ -23,7 +23,7 @@ import psutil
 from pipeline import AsyncClient, Pipeline
 from tests.reference.hostile_bodies import PROMPTS, Connection, GoodClient, Request
 
-DEADLINE_S: Final = 40.0
+DEADLINE_S: Final = 90.0
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 LONG: Final = {"prompt": "A class", "max_tokens": 900, "ignore_eos": True, "stream": True, "temperature": 0}
 
@@ -225,8 +225,8 @@ async def _run_all(pipeline: Pipeline) -> None:
             begin = time.monotonic()
             statuses = await clients.large_bodies([body] * 16)
             await report(f"16 of {len(body) >> 20} MiB of {name}: {set(statuses)} in {time.monotonic() - begin:.1f} s")
-        await clients.read_nothing(24)
-        await report("24 that read nothing")
+        await clients.read_nothing(8)
+        await report("8 that read nothing")
         print("pipelined answers", [len(each) for each in await clients.pipeline(16)])
         assert task is not None
         task.cancel()

@@ -22,7 +22,7 @@ from pipeline.http.listener import open_listener
 from pipeline.http.operation import Operation
 from pipeline.http.server import MAX_HEADER_BYTES, MAX_PIPELINED, Server
 from pipeline.http.service import Service
-from pipeline.http.transport import Call, Endpoint, EventStream, Handler, Reply
+from pipeline.http.transport import MAX_ARRIVING_BODIES, Call, Endpoint, EventStream, Handler, Reply
 
 DEADLINE_S = 10.0
 
@@ -483,3 +483,25 @@ def test_a_server_that_stops_answers_open_requests_with_503() -> None:
 async def until_cancelled_reply(call: Call) -> Reply:
     await asyncio.Event().wait()
     return Reply({})
+
+
+def test_bodies_that_arrive_together_take_a_bounded_part_of_memory() -> None:
+    async def test() -> None:
+        async with serve(echo, max_body_bytes=100_000) as running:
+            whole = request(b"x" * 100_000)
+            writers = []
+            for _ in range(MAX_ARRIVING_BODIES):
+                _, writer = await running.connect()
+                writer.write(whole[:-1])
+                writers.append(writer)
+            await eventually(lambda: running.service.num_arriving_bytes == MAX_ARRIVING_BODIES * 99_999)
+            assert (await running.ask(b"small")).startswith(b"HTTP/1.1 200"), "a body that is complete needs no place"
+            reader, writer = await running.connect()
+            writer.write(whole[:-1])
+            answer = await asyncio.wait_for(reader.readuntil(b"}}"), DEADLINE_S)
+            assert answer.startswith(b"HTTP/1.1 503")
+            for each in (*writers, writer):
+                each.close()
+            await eventually(lambda: running.service.num_arriving_bytes == 0)
+
+    run(test)
