@@ -167,7 +167,7 @@ class RequestMaker:
                 # Copies of copies would grow without bound.
                 holder[key] = [old] * (2 if isinstance(old, dict | list) else draw.choice((0, 1, 2, 20, 100)))
             case _:
-                holder[key] = {str(draw.choice(("a", "type", "$ref", "role", "", "\0", "content"))): old}
+                holder[key] = {str(draw.choice(("a", "type", "$ref", "role", "", "\0", "5", "9" * 5_000))): old}
         return value
 
     def _junk(self, old: Any) -> Any:

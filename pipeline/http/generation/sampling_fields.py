@@ -7,11 +7,12 @@ Names and meanings are those of OpenAI's API and of vLLM's additions to it. A fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
-from ipc.sampling_params import MAX_LOGPROBS, SamplingParams
+from ipc.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from ipc.scheduling_params import MAX_PRIORITY, SchedulingParams
 from pipeline.http.body_schemas import ResponseFormat
 from pipeline.http.errors import HttpError
@@ -41,7 +42,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     min_tokens: int | None = None
