@@ -93,12 +93,15 @@ class OpenRequest:
             self._waiter = None
 
     def add(self, index: int, text: str, token_ids: list[int]) -> None:
-        """New text and tokens of a sample have arrived; both are empty if the sample only ends."""
+        """New text and tokens of a sample have arrived; both are empty if the sample only ends. Keeps `token_ids`."""
         if text or token_ids:
             sample = self.samples[index]
             if text:
                 sample.texts.append(text)
-            sample.token_ids += token_ids
+            if sample.token_ids:
+                sample.token_ids += token_ids
+            else:
+                sample.token_ids = token_ids
             self._has_news(sample)
 
     def add_prompt_logprobs(self, index: int, part: PromptPart) -> None:
@@ -217,14 +220,7 @@ class OutputStream:
         return self
 
     async def __anext__(self) -> Output:
-        output = await self.next()
-        if output is None:
-            raise StopAsyncIteration
-        return output
-
-    async def next(self) -> Output | None:
-        """The next Output; None after the last, or after `aclose()`."""
-        request = self._request
+        request = self._request  # no further coroutine is called: each costs time for each token
         if self._generation != forks.generation:
             raise InvalidRequest(
                 f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
@@ -233,13 +229,17 @@ class OutputStream:
         while not self._exhausted and not request.has_unread and not request.ended:
             await request.news(self._loop)
         if self._exhausted:
-            return None
+            raise StopAsyncIteration
         if request.error is not None and not request.has_unread:
             self._exhausted = True
             raise request.take_error()
         output = request.take()
         self._exhausted = output.finished
         return output
+
+    async def next(self) -> Output | None:
+        """The next Output; None after the last, or after `aclose()`."""
+        return await anext(self, None)
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended. A second call does nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -143,7 +143,7 @@ async def _events(
     choices: list[list[Choice]],
     head: dict[str, Any],
     options: StreamOptions,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     begin = b"data: " + _encode(head)[:-1] + b',"choices":['
     plain_end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
     usages: list[Usage | None] = [None] * len(request.prompts)
