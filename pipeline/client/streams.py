@@ -67,7 +67,7 @@ class OpenRequest:
     It has `ended` when all its samples have ended, or when it has failed.
     """
 
-    __slots__ = ("_unread", "_waiter", "abandoned", "ended", "error", "request_id", "samples")
+    __slots__ = ("_waiter", "abandoned", "ended", "error", "request_id", "samples", "unread")
 
     def __init__(self, request_id: str, params: SamplingParams) -> None:
         self.request_id = request_id
@@ -78,12 +78,8 @@ class OpenRequest:
         self.ended = False
         self.error: RingfeedError | None = None
         self.abandoned = False  # its reader has gone: everything that still arrives is discarded
-        self._unread: deque[Sample] = deque()  # samples with unread news, in order of its arrival
+        self.unread: deque[Sample] = deque()  # samples with unread news, in order of its arrival
         self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
-
-    @property
-    def has_unread(self) -> bool:
-        return bool(self._unread)
 
     def wake(self) -> None:
         """Wake the reader, if it sleeps."""
@@ -155,8 +151,8 @@ class OpenRequest:
 
     def take(self) -> Output:
         """Take everything unread of one sample. The last Output of a request without error is `finished`."""
-        output = self._unread.popleft().take(self.request_id)
-        if self.ended and self.error is None and not self._unread:
+        output = self.unread.popleft().take(self.request_id)
+        if self.ended and self.error is None and not self.unread:
             output.finished, output.usage = True, self._usage()
         return output
 
@@ -183,8 +179,9 @@ class OpenRequest:
     def _has_news(self, sample: Sample) -> None:
         if not sample.is_unread:
             sample.is_unread = True
-            self._unread.append(sample)
-        self.wake()
+            self.unread.append(sample)
+        if self._waiter is not None:
+            self.wake()
 
     def _usage(self) -> Usage:
         finals = [sample.final for sample in self.samples if sample.final is not None]
@@ -226,11 +223,11 @@ class OutputStream:
                 f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
                 "open one in this process"
             )
-        while not self._exhausted and not request.has_unread and not request.ended:
+        while not (self._exhausted or request.unread or request.ended):
             await request.news(self._loop)
         if self._exhausted:
             raise StopAsyncIteration
-        if request.error is not None and not request.has_unread:
+        if request.error is not None and not request.unread:
             self._exhausted = True
             raise request.take_error()
         output = request.take()
