@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
                 )
                 raise
     if num_failed:
-        print(f"failed requests: {num_failed:,}; their lines say why, and --retry-failed asks them again", file=sys.stderr)
+        print(f"failed requests: {num_failed:,}; their lines say why; --retry-failed asks them again", file=sys.stderr)
     return 1 if num_failed else 0
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
+from pipeline.client.outputs import Output
 from pipeline.http.bodies import read_body
 from pipeline.http.body_schemas import ChatMessages, FunctionTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, make_run
-from pipeline.http.generation.chat_run import Answer, ChatRun, RunUsage, stream_parts, whole_answer
+from pipeline.http.generation.chat_run import Answer, RunUsage, StreamReader, whole_answer
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
     CompletionFields,
@@ -20,7 +20,7 @@ from pipeline.http.generation.sampling_fields import (
 )
 from pipeline.http.openai.chat_chunks import ChunkWriter
 from pipeline.http.openai.wire import DONE, StreamOptions, chat_logprobs, prompt_logprobs_value, usage_value
-from pipeline.http.service import Service, new_id
+from pipeline.http.service import new_id
 from pipeline.http.transport import Call, EventStream, Reply
 
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -68,20 +68,18 @@ async def create(call: Call) -> Reply | EventStream:
         head | {"object": "chat.completion.chunk"}, reports_usage=options.include_usage,
         with_token_ids=bool(body.return_token_ids), role=role,
     )  # fmt: skip
-    return EventStream(_events(service, run, writer, options))
+    reader = StreamReader(service, run)
 
-
-async def _events(service: Service, run: ChatRun, writer: ChunkWriter, options: StreamOptions) -> AsyncIterator[bytes]:
-    async for part in stream_parts(service, run):
-        usage = part.usage
+    def write(output: Output) -> bytes:
+        part = reader.read(output)
         event = writer.write(part)
-        if usage is None:
-            if event:
-                yield event
-            continue
+        if part.usage is None:
+            return event
         if options.include_usage:
-            event += writer.write_usage(usage_value(usage))
-        yield event + DONE
+            event += writer.write_usage(usage_value(part.usage))
+        return event + DONE
+
+    return EventStream(reader.start(), write)
 
 
 def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:

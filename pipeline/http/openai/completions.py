@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -42,7 +41,9 @@ async def create(call: Call) -> Reply | EventStream:
         for i in range(len(request.prompts))
     ]
     if body.stream:
-        return EventStream(_events(service, request, choices, head, body.stream_options or StreamOptions()))
+        # With one prompt there is nothing to merge, and each token saves a pass through a queue.
+        stream = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
+        return EventStream(stream, _ChunkWriter(request, choices, head, body.stream_options or StreamOptions()).write)
     outputs = await _all(service, request)
     values = [
         choice.whole(sample, output.prompt_logprobs)
@@ -136,37 +137,44 @@ async def _whole(service: Service, request: CompletionRequest, prompt: Prompt) -
     )  # fmt: skip
 
 
-async def _events(
-    service: Service,
-    request: CompletionRequest,
-    choices: list[list[Choice]],
-    head: dict[str, Any],
-    options: StreamOptions,
-) -> AsyncIterator[bytes]:
-    begin = b"data: " + _encode(head)[:-1] + b',"choices":['
-    plain_end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
-    usages: list[Usage | None] = [None] * len(request.prompts)
-    num_prompt_tokens = 0
-    # With one prompt there is nothing to merge, and each token saves a pass through a queue.
-    outputs = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
-    async with aclosing(outputs) as merged:
-        async for i, output in merged:
-            if output.usage is not None:
-                usages[i] = output.usage
-                num_prompt_tokens += output.usage.prompt_tokens
-            chunk = choices[i][output.index].chunk(output, output.prompt_logprobs)
-            if not (chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")):
-                continue
-            end = plain_end
-            if options.continuous_usage_stats:
-                done = sum(choice.num_tokens for of_prompt in choices for choice in of_prompt)
-                end = b'],"usage":' + _encode(usage_value(RunUsage.of(num_prompt_tokens, done))) + b"}\n\n"
-            yield begin + _encode(chunk) + end
-    final = b""
-    usage = _sum_usage(usages, request)
-    if options.include_usage:
-        final = b"data: " + _encode({**head, "choices": [], "usage": usage_value(usage)}) + b"\n\n"
-    yield final + DONE
+class _ChunkWriter:
+    """Writes the chunks of one request, one server-sent event each."""
+
+    def __init__(
+        self, request: CompletionRequest, choices: list[list[Choice]], head: dict[str, Any], options: StreamOptions
+    ) -> None:
+        self._request = request
+        self._choices = choices
+        self._head = head
+        self._options = options
+        self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+        self._usages: list[Usage | None] = [None] * len(request.prompts)  # of prompts that have ended
+
+    def write(self, item: tuple[int, Output]) -> bytes:
+        """The chunk of an Output of prompt `i`; b"" if it has no news. The last Output ends the stream."""
+        i, output = item
+        if output.usage is not None:
+            self._usages[i] = output.usage
+        chunk = self._choices[i][output.index].chunk(output, output.prompt_logprobs)
+        has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")
+        event = self._begin + _encode(chunk) + self._ending() if has_news else b""
+        if output.usage is None or None in self._usages:
+            return event
+        return event + self._final()
+
+    def _ending(self) -> bytes:
+        if not self._options.continuous_usage_stats:
+            return self._end
+        num_prompt_tokens = sum(usage.prompt_tokens for usage in self._usages if usage is not None)
+        done = sum(choice.num_tokens for of_prompt in self._choices for choice in of_prompt)
+        return b'],"usage":' + _encode(usage_value(RunUsage.of(num_prompt_tokens, done))) + b"}\n\n"
+
+    def _final(self) -> bytes:
+        usage = _sum_usage(self._usages, self._request)
+        if not self._options.include_usage:
+            return DONE
+        return b"data: " + _encode({**self._head, "choices": [], "usage": usage_value(usage)}) + b"\n\n" + DONE
 
 
 async def _stream(service: Service, request: CompletionRequest, i: int) -> AsyncGenerator[tuple[int, Output]]:
