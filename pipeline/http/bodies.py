@@ -22,8 +22,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # Fields of OpenAI's and Anthropic's APIs that say nothing about the text of an answer.
 HARMLESS: Final = frozenset({
-    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "verbosity", "store", "inference_geo", "container", "cache_control", "client_metadata",
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "prediction", "verbosity", "store", "inference_geo", "container", "cache_control",
+    "client_metadata",
 })  # fmt: skip
 _logged: Final[set[str]] = set()
 _PLACE: Final = re.compile(r"^(?P<rule>.*?)(?: - at `\$?\.?(?P<place>[^`]*)`)?$", re.DOTALL)
@@ -62,7 +63,7 @@ def convert(
     neutral: Mapping[str, Collection[Any]] | None = None,
 ) -> T:
     """The same for a decoded object."""
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = frozenset(kind.__struct_encode_fields__)
     if unknown := values.keys() - known:
         for name in sorted(unknown):
             _check_unknown(name, values[name], known, harmless, neutral or {})

@@ -12,12 +12,13 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from starlette.datastructures import Headers, QueryParams
 
 from pipeline.http.errors import Dialect, HttpError, http_error
+from pipeline.http.operation import Operation
 from pipeline.http.service import Service
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,11 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON: Final = "application/json"
-_SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
+MAX_ARRIVING_BODIES: Final = 16  # of the largest size: more bytes may not wait for the rest of their bodies
+_BODIES_FULL: Final = HttpError(
+    503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
+)
+_STOPS: Final = HttpError(503, "this server stops: send the request again", code="unavailable", retry_after_s=1.0)
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -68,14 +73,32 @@ class Reply:
     content_type: str = JSON
 
 
+class Closable(Protocol):
+    """An async iterator that can be closed early: an async generator, or the client's OutputStream."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    def __anext__(self) -> Awaitable[Any]: ...
+    async def aclose(self) -> None: ...
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
 @dataclass(frozen=True)
 class EventStream:
     """An answer of server-sent events, each with its field names and the empty line at its end.
 
     The status line waits for the first event: a request that fails earlier is answered with the status of its error.
+
+    Args:
+        items: of the stream. They are read as fast as the client reads events, and closed at the end.
+        write: makes the event of an item, or several; b"" = none. A function instead of a generator around `items`,
+            because a generator costs time for each token.
     """
 
-    events: AsyncIterator[bytes]
+    items: Closable
+    write: Callable[[Any], bytes] = _as_it_is
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,23 +106,20 @@ Handler = Callable[[Call], Awaitable[Reply | EventStream]]
 
 
 class Endpoint:
-    """A handler as an ASGI application. `generates` = it holds a place in the engine, so a drain waits for it."""
+    """A handler as an ASGI application."""
 
-    def __init__(self, handler: Handler, dialect: Dialect, *, generates: bool = False) -> None:
+    def __init__(self, handler: Handler, dialect: Dialect, operation: Operation) -> None:
         self.handler = handler
         self.dialect = dialect
-        self.generates = generates
+        self.operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service: Service = scope["app"].state.service
         try:
-            body = await _read_body(receive, Headers(scope=scope), service.config.max_body_bytes)
+            body = await _read_body(receive, Headers(scope=scope), service)
         except HttpError as error:
             await self._send_error(error, send)
             return
-        except asyncio.CancelledError:
-            await self._end_early(scope, send)
-            raise
         if body is None:  # the client left before it had sent everything
             service.stats.num_disconnects[0] += 1
             return
@@ -110,15 +130,18 @@ class Endpoint:
         work = asyncio.current_task()
         assert work is not None, "an ASGI application runs in a task"
         watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work))
-        with service.open_request() if self.generates else contextlib.nullcontext():
+        with service.open_request() if self.operation.generates else contextlib.nullcontext():
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:
-                if not watcher.done() or watcher.cancelled():
-                    await self._end_early(scope, send)
-                    raise
-                work.uncancel()
-                service.note_disconnect(scope)
+                if watcher.done() and not watcher.cancelled():
+                    work.uncancel()
+                    service.note_disconnect(scope)
+                elif "status" in scope:
+                    raise  # the server ends, and uvicorn closes the connection
+                else:
+                    work.uncancel()
+                    await self._send_error(_STOPS, send)
             finally:
                 watcher.cancel()
 
@@ -128,39 +151,44 @@ class Endpoint:
             if isinstance(reply, Reply):
                 await _send_whole(reply, send)
                 return
-            first = await anext(reply.events)
+        except Exception as error:
+            await self._send_error(as_http_error(error, call), send)
+            return
+        try:
+            await self._stream(reply, call, send)
+        finally:
+            await reply.items.aclose()
+
+    async def _stream(self, reply: EventStream, call: Call, send: Send) -> None:
+        try:
+            first = b""
+            while not first:
+                first = reply.write(await anext(reply.items))
         except Exception as error:
             await self._send_error(as_http_error(error, call), send)
             return
         with call.service.open_stream():
-            await self._send_events(reply, first, call, send)
+            # In a task of its own, an event resumes the few coroutines below, and not those of the middleware too.
+            await asyncio.create_task(self._send_events(reply, first, call, send))
 
     async def _send_events(self, reply: EventStream, first: bytes, call: Call, send: Send) -> None:
         headers = [*_EVENT_STREAM, *_encoded(reply.headers)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         send = call.scope["send"]  # past the middleware, which only looks at the start of an answer
-        num_events = call.service.stats.num_stream_events
+        num_events, write = call.service.stats.num_stream_events, reply.write
         event = {"type": "http.response.body", "body": first, "more_body": True}
         try:
             await send(event)
             num_events[0] += 1
-            async for event["body"] in reply.events:
-                await send(event)
-                num_events[0] += 1
+            async for item in reply.items:
+                if body := write(item):
+                    event["body"] = body
+                    await send(event)
+                    num_events[0] += 1
         except Exception as error:
             event["body"] = self.dialect.error_event(as_http_error(error, call))
             await send(event)
-        finally:
-            await reply.events.aclose()  # type: ignore[attr-defined]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _end_early(self, scope: Scope, send: Send) -> None:
-        """The server ends while a request is open: its client gets an error instead of a broken connection."""
-        error = HttpError(503, _SERVER_ENDS, code="unavailable", retry_after_s=1.0)
-        if "status" not in scope:  # the answer has not begun
-            await self._send_error(error, send)
-        else:
-            await send({"type": "http.response.body", "body": self.dialect.error_event(error), "more_body": False})
 
     async def _send_error(self, error: HttpError, send: Send) -> None:
         await _send_whole(Reply(self.dialect.error_body(error), error.status, error.headers), send)
@@ -190,8 +218,12 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
 
 
-async def _read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes | None:
-    """The whole body; None if the client has left. Raises HttpError 413 without reading further."""
+async def _read_body(receive: Receive, headers: Headers, service: Service) -> bytes | None:
+    """The whole body; None if the client has left.
+
+    Raises HttpError 413 without reading further, and 503 if the bodies that are arriving take too much memory.
+    """
+    max_bytes = service.config.max_body_bytes
     too_large = HttpError(
         413, f"the body has more than {max_bytes:,} bytes: send less, or raise http.max_body_bytes of the server"
     )
@@ -200,17 +232,23 @@ async def _read_body(receive: Receive, headers: Headers, max_bytes: int) -> byte
         raise too_large
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            service.num_arriving_bytes += len(part)
+            if size > max_bytes:
+                raise too_large
+            parts.append(part)
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            if service.num_arriving_bytes > MAX_ARRIVING_BODIES * max_bytes:
+                raise _BODIES_FULL
+    finally:
+        service.num_arriving_bytes -= size
 
 
 async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any]) -> None:

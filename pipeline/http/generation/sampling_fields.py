@@ -7,12 +7,14 @@ Names and meanings are those of OpenAI's API and of vLLM's additions to it. A fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
-from ipc.sampling_params import MAX_LOGPROBS, SamplingParams
+from ipc.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from ipc.scheduling_params import MAX_PRIORITY, SchedulingParams
+from pipeline.http.body_schemas import ResponseFormat
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
 from pipeline.http.service import new_id
@@ -32,10 +34,9 @@ _SAME_NAME: Final = (  # fields whose value goes into the engine's parameters as
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """Fields that completions and chat completions share. None = left out."""
+    """Fields that completions, chat completions and responses share. None = left out."""
 
     model: str | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -43,7 +44,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     min_tokens: int | None = None
@@ -57,10 +58,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     logprob_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
     logprobs_mode: str | None = None
-    n: int | None = None
-    response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
@@ -72,6 +70,15 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     deadline_s: float | None = None
     queue_timeout_s: float | None = None
     tenant: str | None = None
+
+
+class CompletionFields(SamplingFields, kw_only=True):
+    """Further fields that completions and chat completions share. None = left out."""
+
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
@@ -87,7 +94,7 @@ def sampling_params(body: SamplingFields, defaults: SamplingDefaults, **forced: 
         )
     values: dict[str, Any] = dict(defaults.values)
     for name in _SAME_NAME:
-        value = getattr(body, name)
+        value = getattr(body, name, None)  # not every body has all of them
         if value is not None:
             values[name] = value
     if isinstance(body.seed, int) and body.seed < 0:
@@ -96,7 +103,7 @@ def sampling_params(body: SamplingFields, defaults: SamplingDefaults, **forced: 
     return SamplingParams(**values)
 
 
-def answer_id(prefix: str, body: SamplingFields) -> str:
+def answer_id(prefix: str, body: CompletionFields) -> str:
     """The id of an answer: a new one, or `prefix` and the body's `request_id`, as in vLLM.
 
     Raises HttpError 400 for one of more than 256 characters.
@@ -109,7 +116,7 @@ def answer_id(prefix: str, body: SamplingFields) -> str:
     return prefix + body.request_id
 
 
-def check_streams(body: SamplingFields, *, streams: bool) -> None:
+def check_streams(body: CompletionFields, *, streams: bool) -> None:
     """Raises HttpError 400 for a field that a stream cannot honour."""
     if streams and body.prompt_logprobs is not None:
         message = "prompt_logprobs cannot be given in a stream: set stream to false, or leave prompt_logprobs out"

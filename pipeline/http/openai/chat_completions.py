@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
+from pipeline.client.outputs import Output
 from pipeline.http.bodies import read_body
+from pipeline.http.body_schemas import ChatMessages, FunctionTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, make_run
-from pipeline.http.generation.chat_run import Answer, ChatRun, RunUsage, stream_parts, whole_answer
+from pipeline.http.generation.chat_run import Answer, RunUsage, StreamReader, whole_answer
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
-    SamplingFields,
+    CompletionFields,
     answer_id,
     check_streams,
     sampling_params,
@@ -20,8 +21,15 @@ from pipeline.http.generation.sampling_fields import (
     structured_fields,
 )
 from pipeline.http.openai.chat_chunks import ChunkWriter
-from pipeline.http.openai.wire import DONE, StreamOptions, chat_logprobs, prompt_logprobs_value, usage_value
-from pipeline.http.service import Service, new_id
+from pipeline.http.openai.wire import (
+    DONE,
+    StreamOptions,
+    UsageCounter,
+    chat_logprobs,
+    prompt_logprobs_value,
+    usage_value,
+)
+from pipeline.http.service import new_id
 from pipeline.http.transport import Call, EventStream, Reply
 
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -32,16 +40,16 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 _HARMLESS: Final = ("include_reasoning", "moderation")
 
 
-class ChatCompletionBody(SamplingFields, kw_only=True):
+class ChatCompletionBody(CompletionFields, kw_only=True):
     """The body of a request. Names and meanings are those of OpenAI's API, and of vLLM's additions to it."""
 
-    messages: list[dict[str, Any]]
+    messages: ChatMessages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: FunctionTools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -71,28 +79,22 @@ async def create(call: Call) -> Reply | EventStream:
         head | {"object": "chat.completion.chunk"}, reports_usage=options.include_usage,
         with_token_ids=bool(body.return_token_ids), as_ids=bool(body.return_tokens_as_token_ids), role=role,
     )  # fmt: skip
-    return EventStream(_events(service, run, writer, options))
+    reader = StreamReader(service, run)
 
+    counter = UsageCounter() if options.continuous_usage_stats else None
 
-async def _events(service: Service, run: ChatRun, writer: ChunkWriter, options: StreamOptions) -> AsyncIterator[bytes]:
-    num_tokens = 0
-    prompt_usage: RunUsage | None = None
-    async for part in stream_parts(service, run):
-        usage = part.usage
-        if options.continuous_usage_stats:
-            num_tokens += len(part.token_ids)
-            prompt_usage = part.prompt_usage or prompt_usage
-            if prompt_usage is not None:
-                so_far = RunUsage.of(prompt_usage.prompt_tokens, num_tokens, prompt_usage.cached_tokens)
-                writer.set_usage(usage_value(so_far))
+    def write(output: Output) -> bytes:
+        part = reader.read(output)
+        if counter is not None:
+            writer.set_usage(usage_value(counter.add(output)))
         event = writer.write(part)
-        if usage is None:
-            if event:
-                yield event
-            continue
+        if part.usage is None:
+            return event
         if options.include_usage:
-            event += writer.write_usage(usage_value(usage))
-        yield event + DONE
+            event += writer.write_usage(usage_value(part.usage))
+        return event + DONE
+
+    return EventStream(reader.start(), write)
 
 
 def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from pipeline.http.generation.endings import finish_reason
 from pipeline.http.generation.sampling_fields import answer_id, check_streams
 from pipeline.http.openai.completion_body import NEUTRAL, CompletionBody, CompletionRequest, Prompt, read_request
 from pipeline.http.openai.completion_logprobs import LogprobWriter, joined
-from pipeline.http.openai.wire import DONE, StreamOptions, prompt_logprobs_value, usage_value
+from pipeline.http.openai.wire import DONE, StreamOptions, UsageCounter, prompt_logprobs_value, usage_value
 from pipeline.http.service import Service, new_id
 from pipeline.http.tracing import note_sample, note_usage
 from pipeline.http.transport import Call, EventStream, Reply
@@ -45,7 +44,9 @@ async def create(call: Call) -> Reply | EventStream:
         for i in range(len(request.prompts))
     ]
     if body.stream:
-        return EventStream(_events(service, request, choices, head, body.stream_options or StreamOptions()))
+        # With one prompt there is nothing to merge, and each token saves a pass through a queue.
+        stream = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
+        return EventStream(stream, _ChunkWriter(request, choices, head, body.stream_options or StreamOptions()).write)
     outputs = await _all(service, request)
     values = [
         choice.whole(sample, output.prompt_logprobs)
@@ -109,8 +110,7 @@ class Choice:
             value["text"] = self.echo.text + value["text"]
             if self.request.echo and self.request.logprobs is not None and prompt_rows is not None:
                 logprobs = self._logprobs.write(prompt_rows, self.echo.first_token)
-        if rows is not None:
-            value["logprobs"] = joined(logprobs, self._logprobs.write(rows))
+        value["logprobs"] = joined(logprobs, None if rows is None else self._logprobs.write(rows))
         self.num_tokens += len(new.token_ids)
         value["finish_reason"] = value["stop_reason"] = None
         if new.finish_reason is not None:
@@ -140,47 +140,49 @@ async def _whole(service: Service, request: CompletionRequest, prompt: Prompt) -
     )  # fmt: skip
 
 
-async def _events(
-    service: Service,
-    request: CompletionRequest,
-    choices: list[list[Choice]],
-    head: dict[str, Any],
-    options: StreamOptions,
-) -> AsyncIterator[bytes]:
-    begin = b"data: " + _encode(head)[:-1] + b',"choices":['
-    plain_end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
-    usages: list[Usage | None] = [None] * len(request.prompts)
-    prompt_usages: dict[int, Usage] = {}
-    # With one prompt there is nothing to merge, and each token saves a pass through a queue.
-    outputs = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
-    async with aclosing(outputs) as merged:
-        async for i, output in merged:
-            if output.usage is not None:
-                usages[i] = output.usage
-            if output.prompt_usage is not None:
-                prompt_usages[i] = output.prompt_usage
-            chunk = choices[i][output.index].chunk(output, output.prompt_logprobs)
-            if not (chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")):
-                continue
-            end = plain_end
-            if options.continuous_usage_stats:
-                done = sum(choice.num_tokens for of_prompt in choices for choice in of_prompt)
-                end = b'],"usage":' + _encode(usage_value(_usage_so_far(prompt_usages.values(), done))) + b"}\n\n"
-            yield begin + _encode(chunk) + end
-    final = b""
-    usage = _sum_usage(usages, request)
-    if options.include_usage:
-        final = b"data: " + _encode({**head, "choices": [], "usage": usage_value(usage)}) + b"\n\n"
-    yield final + DONE
+class _ChunkWriter:
+    """Writes the chunks of one request, one server-sent event each."""
+
+    def __init__(
+        self, request: CompletionRequest, choices: list[list[Choice]], head: dict[str, Any], options: StreamOptions
+    ) -> None:
+        self._request = request
+        self._choices = choices
+        self._head = head
+        self._options = options
+        self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+        self._counter = UsageCounter() if options.continuous_usage_stats else None
+        self._usages: list[Usage | None] = [None] * len(request.prompts)  # of prompts that have ended
+
+    def write(self, item: tuple[int, Output]) -> bytes:
+        """The chunk of an Output of prompt `i`; b"" if it has no news. The last Output ends the stream."""
+        i, output = item
+        if output.usage is not None:
+            self._usages[i] = output.usage
+        if self._counter is not None:
+            self._end = b'],"usage":' + _encode(usage_value(self._counter.add(output))) + b"}\n\n"
+        chunk = self._choices[i][output.index].chunk(output, output.prompt_logprobs)
+        has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")
+        event = self._begin + _encode(chunk) + self._end if has_news else b""
+        if output.usage is None or None in self._usages:
+            return event
+        return event + self._final()
+
+    def _final(self) -> bytes:
+        usage = _sum_usage(self._usages, self._request)
+        if not self._options.include_usage:
+            return DONE
+        return b"data: " + _encode({**self._head, "choices": [], "usage": usage_value(usage)}) + b"\n\n" + DONE
 
 
 async def _stream(service: Service, request: CompletionRequest, i: int) -> AsyncGenerator[tuple[int, Output]]:
-    """The Outputs of prompt `i`. With several samples, none comes before the scores of the prompt that it repeats."""
+    """The Outputs of prompt `i`. None comes before all scores of the prompt, if the answer repeats them."""
     stream = service.client.generate(
         request.prompts[i], request.params, stream=True, request_id=new_id("cmpl-"), cache_salt=request.cache_salt,
         scheduling=request.scheduling,
     )  # fmt: skip
-    waits = request.params.n > 1 and request.echo and request.logprobs is not None
+    waits = request.echo and request.logprobs is not None
     held: list[Output] = []
     rows: list[TokenLogprob | None] = []
     async with stream:
@@ -225,13 +227,6 @@ async def _merged(service: Service, request: CompletionRequest) -> AsyncGenerato
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _usage_so_far(prompt_usages: Iterable[Usage], num_tokens: int) -> RunUsage:
-    known = list(prompt_usages)
-    return RunUsage.of(
-        sum(usage.prompt_tokens for usage in known), num_tokens, sum(usage.num_cached_tokens for usage in known)
-    )
 
 
 def _sum_usage(usages: Sequence[Usage | None], request: CompletionRequest) -> RunUsage:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.client.outputs import TokenLogprob
+from pipeline.client.outputs import Output, TokenLogprob
 from pipeline.http.generation.chat_run import RunUsage
 
 DONE: Final = b"data: [DONE]\n\n"  # the last event of a stream
@@ -19,6 +19,22 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers; accepted, without effect
+
+
+class UsageCounter:
+    """The usage of a stream so far, all samples of all its prompts together."""
+
+    def __init__(self) -> None:
+        self._usage = RunUsage.of(0, 0)
+
+    def add(self, output: Output) -> RunUsage:
+        """Count the tokens of the next Output."""
+        usage = self._usage
+        usage.completion_tokens += len(output.token_ids)
+        if output.prompt_usage is not None:
+            usage.prompt_tokens += output.prompt_usage.prompt_tokens
+            usage.cached_tokens += output.prompt_usage.num_cached_tokens
+        return usage
 
 
 def usage_value(usage: RunUsage) -> dict[str, Any]:
