@@ -32,7 +32,6 @@ MAX_ARRIVING_BODIES: Final = 16  # of the largest size: more bytes may not wait 
 _BODIES_FULL: Final = HttpError(
     503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
 )
-_STOPS: Final = HttpError(503, "this server stops: send the request again", code="unavailable", retry_after_s=1.0)
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -116,14 +115,10 @@ class Endpoint:
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:
-                if watcher.done() and not watcher.cancelled():
-                    work.uncancel()
-                    service.note_disconnect(scope)
-                elif "status" in scope:
-                    raise  # the server ends, and uvicorn closes the connection
-                else:
-                    work.uncancel()
-                    await self._send_error(_STOPS, send)
+                if not watcher.done() or watcher.cancelled():
+                    raise  # the server ends
+                work.uncancel()
+                service.note_disconnect(scope)
             finally:
                 watcher.cancel()
 

@@ -467,15 +467,20 @@ def test_a_request_to_change_the_protocol_is_ignored(is_chunked: bool, is_split:
     run(test)
 
 
-def test_a_server_that_stops_answers_open_requests_with_503() -> None:
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_a_server_that_stops_answers_open_requests_with_503(is_complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.http.server._STOP_TIMEOUT_S", 0.05)
+
     async def test() -> None:
         async with serve(until_cancelled_reply) as running:
-            asked = asyncio.create_task(running.ask())
-            await eventually(lambda: running.stats.num_open_requests[0] == 1)
-        answer = await asked
+            reader, writer = await running.connect()
+            writer.write(request() if is_complete else request()[:-1])
+            await eventually(lambda: running.stats.num_requests[0] == 1)
+        answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1\r\n" in answer
         assert running.stats.num_responses_503[0] == 1
+        writer.close()
 
     run(test)
 
