@@ -419,7 +419,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(stream
             writer.write(request())
             await eventually(lambda: running.stats.num_send_timeouts[0] == 1)
             await eventually(lambda: running.stats.num_connections[0] == 0)
-            assert running.stats.num_open_requests[0] == running.stats.num_open_streams[0] == 0
+            await eventually(lambda: running.stats.num_open_requests[0] == running.stats.num_open_streams[0] == 0)
             writer.close()
 
     run(test)
