@@ -22,7 +22,7 @@ HARMLESS: Final = (
     "billing_policy", "context_management", "diagnostics", "fallback_credit_token", "fallbacks", "speed",
     "user_profile_id", "workspace_id",
 )  # fmt: skip
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"mcp_servers": ([],)}
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"mcp_servers": ([],), "compaction": (), "thread": ()}
 _NO_PARAMS: Final = SamplingParams()
 _EFFORTS: Final = {"xhigh": "high", "max": "high"}  # chat templates know low, medium and high
 

@@ -29,7 +29,7 @@ _FOREIGN: Final = {
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "background": (False,), "conversation": (), "prompt": (), "context_management": ([],), "modalities": (["text"],),
     "audio": (), "enable_response_messages": (False,), "previous_input_messages": ([],), "kv_transfer_params": (),
-    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), **dict.fromkeys(_FOREIGN, ()), "n": (1,),
+    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "personality": (), **dict.fromkeys(_FOREIGN, ()), "n": (1,),
 }  # fmt: skip
 _HARMLESS: Final = (
     "moderation", "image", "access_programs", "background_options", "prompt_cache_options", "vllm_xargs",
