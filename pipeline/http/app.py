@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -22,7 +23,7 @@ from pipeline.http import openapi
 from pipeline.http.anthropic import messages
 from pipeline.http.anthropic.body import MessagesBody, PromptBody
 from pipeline.http.engine_api import live, status, tokenizing
-from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
+from pipeline.http.errors import ANTHROPIC, OPENAI, SERVER_STOPS, Dialect, HttpError
 from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, completions, models
 from pipeline.http.openai.chat_completions import ChatCompletionBody
@@ -126,6 +127,12 @@ class Bookkeeping:
         try:
             with traced:
                 await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends, and its last second is over
+            task = asyncio.current_task()
+            if "status" in scope or task is None:
+                raise
+            task.uncancel()
+            await _error_response(scope["path"], SERVER_STOPS)(scope, receive, send_with_id)
         finally:
             _count(service.stats, scope.get("status", 499))
 
