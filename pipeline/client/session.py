@@ -150,6 +150,8 @@ class Session:
                 raise self._no_engine(timeout_s)
             return await answer
         finally:
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # asyncio would log it if the task was cancelled at the same moment
             was_open = pending.queries.pop(query_id, None) is not None
             was_unsent = pending.unsent.pop(query_id, None) is not None
             if is_queued and was_open and not was_unsent and self._connection is not None:

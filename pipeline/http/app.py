@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -33,6 +34,8 @@ from pipeline.http.operation import Operation
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = b"x-request-id"
 _MAX_REQUEST_ID_BYTES: Final = 256
@@ -82,7 +85,7 @@ def make_app(service: Service, keys: Sequence[str]) -> Starlette:
         )  # fmt: skip
     if keys:
         middleware.append(Middleware(KeyGuard, keys=keys))
-    app = Application(routes=ROUTES, middleware=middleware, exception_handlers={HTTPException: _on_http_exception})
+    app = Application(routes=ROUTES, middleware=middleware, exception_handlers=HANDLERS)
     app.state.service = service
     return app
 
@@ -172,6 +175,17 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     response = _error_response(path, HttpError(error.status_code, message))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    """The middleware failed. Endpoints answer and log their own errors."""
+    request_id = request.scope.get("request_id", "-")
+    logger.error("request %s to %s failed", request_id, request.url.path[:200], exc_info=error)
+    message = f"internal error; the server's log has it under request id {request_id}"
+    return _error_response(request.url.path, HttpError(500, message))
+
+
+HANDLERS: Final[Any] = {HTTPException: _on_http_exception, Exception: _on_exception}
 
 
 def is_anthropic(path: str) -> bool:

@@ -32,7 +32,7 @@ MAX_ARRIVING_BODIES: Final = 16  # of the largest size: more bytes may not wait 
 _BODIES_FULL: Final = HttpError(
     503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
 )
-_STOPS: Final = HttpError(503, "this server stops: send the request again", code="unavailable", retry_after_s=1.0)
+_SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -120,6 +120,9 @@ class Endpoint:
         except HttpError as error:
             await self._send_error(error, send)
             return
+        except asyncio.CancelledError:
+            await self._end_early(scope, send)
+            raise
         if body is None:  # the client left before it had sent everything
             service.stats.num_disconnects[0] += 1
             return
@@ -134,14 +137,11 @@ class Endpoint:
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:
+                work.uncancel()
                 if watcher.done() and not watcher.cancelled():
-                    work.uncancel()
                     service.note_disconnect(scope)
-                elif "status" in scope:
-                    raise  # the server ends, and uvicorn closes the connection
                 else:
-                    work.uncancel()
-                    await self._send_error(_STOPS, send)
+                    await self._end_early(scope, send)
             finally:
                 watcher.cancel()
 
@@ -189,6 +189,14 @@ class Endpoint:
             event["body"] = self.dialect.error_event(as_http_error(error, call))
             await send(event)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _end_early(self, scope: Scope, send: Send) -> None:
+        """The server ends while a request is open: its client gets an error instead of a broken connection."""
+        error = HttpError(503, _SERVER_ENDS, code="unavailable", retry_after_s=1.0)
+        if "status" not in scope:  # the answer has not begun
+            await self._send_error(error, send)
+        else:
+            await send({"type": "http.response.body", "body": self.dialect.error_event(error), "more_body": False})
 
     async def _send_error(self, error: HttpError, send: Send) -> None:
         await _send_whole(Reply(self.dialect.error_body(error), error.status, error.headers), send)

@@ -17,9 +17,11 @@ from ipc.scheduling_params import MAX_PRIORITY, SchedulingParams
 from pipeline.http.body_schemas import ResponseFormat
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
+from pipeline.http.service import new_id
 
 MAX_TEMPERATURE: Final = 2.0  # OpenAI's bound
 MAX_TOP_LOGPROBS: Final = MAX_LOGPROBS
+MAX_REQUEST_ID_CHARS: Final = 256
 TENANT_HEADER: Final = "x-tenant"
 
 _SAME_NAME: Final = (  # fields whose value goes into the engine's parameters as it is
@@ -99,6 +101,26 @@ def sampling_params(body: SamplingFields, defaults: SamplingDefaults, **forced: 
         values["seed"] = body.seed % 2**63  # OpenAI's API takes negative seeds
     values |= {name: value for name, value in forced.items() if value is not None}
     return SamplingParams(**values)
+
+
+def answer_id(prefix: str, body: SamplingFields) -> str:
+    """The id of an answer: a new one, or `prefix` and the body's `request_id`, as in vLLM.
+
+    Raises HttpError 400 for one of more than 256 characters.
+    """
+    if not body.request_id:
+        return new_id(prefix)
+    if len(body.request_id) > MAX_REQUEST_ID_CHARS:
+        message = f"request_id has {len(body.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
+        raise HttpError(400, message, param="request_id")
+    return prefix + body.request_id
+
+
+def check_streams(body: CompletionFields, *, streams: bool) -> None:
+    """Raises HttpError 400 for a field that a stream cannot honour."""
+    if streams and body.prompt_logprobs is not None:
+        message = "prompt_logprobs cannot be given in a stream: set stream to false, or leave prompt_logprobs out"
+        raise HttpError(400, message, param="prompt_logprobs")
 
 
 def structured_fields(body: SamplingFields) -> dict[str, Any] | None:

@@ -27,14 +27,18 @@ class ChunkWriter:
         head: the fields that all chunks share: id, object, created, model.
         reports_usage: the stream ends with a chunk that has the usage; all others have `usage` null.
         with_token_ids: chunks have `token_ids`, vLLM's further field.
+        as_ids: log-probabilities name tokens by their ids, as of `token_name`.
         role: of the message, in the first chunk of each sample.
     """
 
-    def __init__(self, head: dict[str, Any], *, reports_usage: bool, with_token_ids: bool, role: str) -> None:
+    def __init__(
+        self, head: dict[str, Any], *, reports_usage: bool, with_token_ids: bool, as_ids: bool, role: str
+    ) -> None:
         self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if reports_usage else b"]}\n\n"
         self._head = head
         self._with_token_ids = with_token_ids
+        self._as_ids = as_ids
         self._role = _encode(role)
         self._begun: set[int] = set()  # samples that have a chunk
         self._num_calls: defaultdict[int, int] = defaultdict(int)  # by sample
@@ -50,7 +54,7 @@ class ChunkWriter:
         if index not in self._begun:
             self._begun.add(index)
             chunks.append(self._chunk(index, b'{"role":' + self._role + b',"content":""}'))
-        logprobs = chat_logprobs(part.logprobs) if part.logprobs else None
+        logprobs = chat_logprobs(part.logprobs, as_ids=self._as_ids) if part.logprobs else None
         token_ids = part.token_ids if self._with_token_ids else None
         if not deltas and (logprobs or token_ids or part.finish_reason is not None):
             deltas = [b"{}"]
@@ -61,6 +65,10 @@ class ChunkWriter:
             else:  # the tokens of the part belong to its last delta
                 chunks.append(self._chunk(index, delta, logprobs, part.finish_reason, part.stop_reason, token_ids))
         return b"".join(chunks)
+
+    def set_usage(self, usage: dict[str, Any]) -> None:
+        """The usage so far, for the chunks that follow."""
+        self._end = b'],"usage":' + _encode(usage) + b"}\n\n"
 
     def write_usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk that ends a stream with its usage."""

@@ -14,6 +14,8 @@ from pipeline.http.generation.chat_run import Answer, RunUsage, StreamReader, wh
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
     CompletionFields,
+    answer_id,
+    check_streams,
     sampling_params,
     scheduling_params,
     structured_fields,
@@ -57,21 +59,33 @@ async def create(call: Call) -> Reply | EventStream:
     body = read_body(call.body, ChatCompletionBody, harmless=_HARMLESS, neutral=_NEUTRAL)
     service = call.service
     model = service.check_model(body.model)
+    check_streams(body, streams=bool(body.stream))
+    head_id = answer_id("chatcmpl-", body)
     run = await make_run(service, _chat_request(call, body))
-    head = {"id": run.request_id, "object": "chat.completion", "created": int(time.time()), "model": model}
+    head = {"id": head_id, "object": "chat.completion", "created": int(time.time()), "model": model}
     role = _role(body)
     if not body.stream:
         answers, usage = await whole_answer(service, run)
-        return Reply(_completion(head, answers, usage, role=role, with_token_ids=bool(body.return_token_ids)))
+        return Reply(_completion(head, answers, usage, body, role))
     options = body.stream_options or StreamOptions()
     writer = ChunkWriter(
         head | {"object": "chat.completion.chunk"}, reports_usage=options.include_usage,
-        with_token_ids=bool(body.return_token_ids), role=role,
+        with_token_ids=bool(body.return_token_ids), as_ids=bool(body.return_tokens_as_token_ids), role=role,
     )  # fmt: skip
     reader = StreamReader(service, run)
 
+    num_tokens = 0
+    prompt_usage: RunUsage | None = None
+
     def write(output: Output) -> bytes:
+        nonlocal num_tokens, prompt_usage
         part = reader.read(output)
+        if options.continuous_usage_stats:
+            num_tokens += len(part.token_ids)
+            prompt_usage = part.prompt_usage or prompt_usage
+            if prompt_usage is not None:
+                so_far = RunUsage.of(prompt_usage.prompt_tokens, num_tokens, prompt_usage.cached_tokens)
+                writer.set_usage(usage_value(so_far))
         event = writer.write(part)
         if part.usage is None:
             return event
@@ -122,11 +136,11 @@ def _role(body: ChatCompletionBody) -> str:
 
 
 def _completion(
-    head: dict[str, Any], answers: list[Answer], usage: RunUsage, *, role: str, with_token_ids: bool
+    head: dict[str, Any], answers: list[Answer], usage: RunUsage, body: ChatCompletionBody, role: str
 ) -> dict[str, Any]:
     value = {
         **head,
-        "choices": [_choice(answer, role, with_token_ids=with_token_ids) for answer in answers],
+        "choices": [_choice(answer, role, body) for answer in answers],
         "usage": usage_value(usage),
         "system_fingerprint": None,
     }
@@ -135,7 +149,7 @@ def _completion(
     return value
 
 
-def _choice(answer: Answer, role: str, *, with_token_ids: bool) -> dict[str, Any]:
+def _choice(answer: Answer, role: str, body: ChatCompletionBody) -> dict[str, Any]:
     message: dict[str, Any] = {"role": role, "content": answer.content, "refusal": None, "annotations": []}
     if answer.reasoning is not None:
         message["reasoning_content"] = message["reasoning"] = answer.reasoning
@@ -148,13 +162,14 @@ def _choice(answer: Answer, role: str, *, with_token_ids: bool) -> dict[str, Any
             }
             for each in answer.tool_calls
         ]
+    as_ids = bool(body.return_tokens_as_token_ids)
     choice = {
         "index": answer.index,
         "message": message,
-        "logprobs": None if answer.logprobs is None else chat_logprobs(answer.logprobs),
+        "logprobs": None if answer.logprobs is None else chat_logprobs(answer.logprobs, as_ids=as_ids),
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
     }
-    if with_token_ids:
+    if body.return_token_ids:
         choice["token_ids"] = answer.token_ids
     return choice

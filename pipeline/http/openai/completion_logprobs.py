@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.client.outputs import TokenLogprob
-from pipeline.http.openai.wire import finite
+from pipeline.http.openai.wire import finite, token_name
 
 
 class LogprobWriter:
@@ -14,7 +14,7 @@ class LogprobWriter:
 
     Args:
         num_top: how many alternatives each row shows.
-        as_ids: tokens are written "token_id:7", vLLM's `return_tokens_as_token_ids`.
+        as_ids: as of `token_name`.
     """
 
     def __init__(self, num_top: int, *, as_ids: bool) -> None:
@@ -46,7 +46,7 @@ class LogprobWriter:
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _name(self, row: TokenLogprob, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._as_ids else row.text_of(token_id)
+        return token_name(row, token_id, as_ids=self._as_ids)
 
 
 def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:

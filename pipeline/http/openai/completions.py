@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from pipeline.client.outputs import Completion, Output, TokenLogprob, Usage
 from pipeline.http.bodies import read_body
 from pipeline.http.generation.chat_run import RunUsage
 from pipeline.http.generation.endings import finish_reason
+from pipeline.http.generation.sampling_fields import answer_id, check_streams
 from pipeline.http.openai.completion_body import NEUTRAL, CompletionBody, CompletionRequest, Prompt, read_request
 from pipeline.http.openai.completion_logprobs import LogprobWriter, joined
 from pipeline.http.openai.wire import DONE, StreamOptions, prompt_logprobs_value, usage_value
@@ -34,8 +35,10 @@ async def create(call: Call) -> Reply | EventStream:
     service = call.service
     model = service.check_model(body.model)
     request = read_request(call, body)
+    check_streams(body, streams=bool(body.stream))
+    head_id = answer_id("cmpl-", body)
     echoes = await asyncio.gather(*(_echo(service, request, prompt) for prompt in request.prompts))
-    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model}
+    head = {"id": head_id, "object": "text_completion", "created": int(time.time()), "model": model}
     choices = [
         [Choice(i * request.params.n + sample, request, body, echoes[i]) for sample in range(request.params.n)]
         for i in range(len(request.prompts))
@@ -150,12 +153,15 @@ class _ChunkWriter:
         self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
         self._usages: list[Usage | None] = [None] * len(request.prompts)  # of prompts that have ended
+        self._prompt_usages: dict[int, Usage] = {}  # of prompts that have begun
 
     def write(self, item: tuple[int, Output]) -> bytes:
         """The chunk of an Output of prompt `i`; b"" if it has no news. The last Output ends the stream."""
         i, output = item
         if output.usage is not None:
             self._usages[i] = output.usage
+        if output.prompt_usage is not None:
+            self._prompt_usages[i] = output.prompt_usage
         chunk = self._choices[i][output.index].chunk(output, output.prompt_logprobs)
         has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")
         event = self._begin + _encode(chunk) + self._ending() if has_news else b""
@@ -166,9 +172,8 @@ class _ChunkWriter:
     def _ending(self) -> bytes:
         if not self._options.continuous_usage_stats:
             return self._end
-        num_prompt_tokens = sum(usage.prompt_tokens for usage in self._usages if usage is not None)
         done = sum(choice.num_tokens for of_prompt in self._choices for choice in of_prompt)
-        return b'],"usage":' + _encode(usage_value(RunUsage.of(num_prompt_tokens, done))) + b"}\n\n"
+        return b'],"usage":' + _encode(usage_value(_usage_so_far(self._prompt_usages.values(), done))) + b"}\n\n"
 
     def _final(self) -> bytes:
         usage = _sum_usage(self._usages, self._request)
@@ -228,6 +233,13 @@ async def _merged(service: Service, request: CompletionRequest) -> AsyncGenerato
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _usage_so_far(prompt_usages: Iterable[Usage], num_tokens: int) -> RunUsage:
+    known = list(prompt_usages)
+    return RunUsage.of(
+        sum(usage.prompt_tokens for usage in known), num_tokens, sum(usage.num_cached_tokens for usage in known)
+    )
 
 
 def _sum_usage(usages: Sequence[Usage | None], request: CompletionRequest) -> RunUsage:

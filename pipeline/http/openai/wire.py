@@ -32,12 +32,12 @@ def usage_value(usage: RunUsage) -> dict[str, Any]:
     }
 
 
-def chat_logprobs(rows: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """`logprobs` of a choice of a chat completion."""
+def chat_logprobs(rows: Sequence[TokenLogprob], *, as_ids: bool = False) -> dict[str, Any]:
+    """`logprobs` of a choice of a chat completion. `as_ids`: as of `token_name`."""
     return {
         "content": [
-            _chat_logprob(row, row.token_id, row.logprob)
-            | {"top_logprobs": [_chat_logprob(row, token_id, value) for token_id, value in row.top.items()]}
+            _chat_logprob(row, row.token_id, row.logprob, as_ids=as_ids)
+            | {"top_logprobs": [_chat_logprob(row, each, value, as_ids=as_ids) for each, value in row.top.items()]}
             for row in rows
         ],
         "refusal": None,
@@ -49,9 +49,14 @@ def prompt_logprobs_value(rows: Sequence[TokenLogprob | None]) -> list[dict[str,
     return [None if row is None else _prompt_row(row) for row in rows]
 
 
-def _chat_logprob(row: TokenLogprob, token_id: int, logprob: float) -> dict[str, Any]:
+def token_name(row: TokenLogprob, token_id: int, *, as_ids: bool) -> str:
+    """A token's text. `as_ids`: "token_id:7" instead, vLLM's `return_tokens_as_token_ids`."""
+    return f"token_id:{token_id}" if as_ids else row.text_of(token_id)
+
+
+def _chat_logprob(row: TokenLogprob, token_id: int, logprob: float, *, as_ids: bool) -> dict[str, Any]:
     return {
-        "token": row.text_of(token_id),
+        "token": token_name(row, token_id, as_ids=as_ids),
         "logprob": finite(logprob),
         "bytes": list(row.token_bytes.get(token_id, b"")),
     }

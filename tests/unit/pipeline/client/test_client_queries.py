@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -241,3 +242,21 @@ def test_an_engine_that_goes_ends_its_open_queries(gateway: FakeGateway) -> None
                 await counting
 
     asyncio.run(ask())
+
+
+def test_a_task_that_is_cancelled_while_its_query_fails_leaves_nothing_for_asyncio_to_log(gateway: FakeGateway) -> None:
+    logged: list[str] = []
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
+        async with AsyncClient(gateway.endpoint) as client:
+            counting = asyncio.create_task(client.tokenize("hi"))
+            await asyncio.to_thread(gateway.expect, TokenizeQuery)
+            client._session._pending.fail_all(EngineUnavailable("gone"))
+            counting.cancel()
+            await asyncio.wait([counting])
+            assert counting.cancelled()
+        gc.collect()
+
+    asyncio.run(ask())
+    assert logged == []

@@ -22,6 +22,7 @@ from pipeline.http.operation import Operation
 from pipeline.http.server import MAX_HEADER_BYTES, MAX_PIPELINED, Server
 from pipeline.http.service import Service
 from pipeline.http.transport import MAX_ARRIVING_BODIES, Call, Endpoint, EventStream, Handler, Reply
+from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
 
 DEADLINE_S = 10.0
 
@@ -463,6 +464,38 @@ def test_a_request_to_change_the_protocol_is_ignored(is_chunked: bool, is_split:
                 assert answer.endswith(b'{"size":%d}' % size)
             writer.close()
 
+
+@pytest.mark.parametrize("sends_all", [True, False])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_request_that_is_open_when_the_server_ends_gets_an_error(
+    streams: bool, sends_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.http.server._STOP_TIMEOUT_S", 0)
+
+    async def handler(call: Call) -> Reply | EventStream:
+        async def events() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+            await asyncio.Event().wait()
+
+        if streams:
+            return EventStream(events())
+        await asyncio.Event().wait()
+        return Reply({})
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            reader, writer = await running.connect()
+            writer.write(request() if sends_all else request()[:-1])
+            await eventually(lambda: running.stats.num_requests[0] == 1)
+            if sends_all:
+                await eventually(lambda: running.stats.num_stream_events[0] == int(streams))
+        answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200" if streams and sends_all else b"HTTP/1.1 503")
+        assert b'{"error":{"message":"this server ends before the request is done' in answer
+        if streams and sends_all:
+            assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
     run(test)
 
 
@@ -504,3 +537,11 @@ def test_bodies_that_arrive_together_take_a_bounded_part_of_memory() -> None:
             await eventually(lambda: running.service.num_arriving_bytes == 0)
 
     run(test)
+
+
+def test_an_error_of_the_middleware_is_answered_in_json_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    app = app_of(FakeEngine())
+    del app.state.service.stats.num_responses_2xx
+    with pytest.raises(AttributeError, match="num_responses_2xx"):
+        ask(app, "/tokenize", {"prompt": "x"})
+    assert any("failed" in record.getMessage() and record.exc_info for record in caplog.records)
