@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -33,10 +34,11 @@ from pipeline.http.openai.responses.body import ResponseBody
 from pipeline.http.operation import Operation
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
-from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
+from pipeline.http.transport import JSON, SERVER_ENDS, Endpoint, Handler, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
+_STOPS: Final = HttpError(503, SERVER_ENDS, code="unavailable", retry_after_s=1.0)
 REQUEST_ID: Final = b"x-request-id"
 _MAX_REQUEST_ID_BYTES: Final = 256
 _GUARDED: Final = ("/v1/", "/tokenize", "/detokenize")
@@ -126,6 +128,12 @@ class Bookkeeping:
         try:
             with traced:
                 await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends, and its last second is over
+            task = asyncio.current_task()
+            if "status" in scope or task is None:
+                raise
+            task.uncancel()
+            await _error_response(scope["path"], _STOPS)(scope, receive, send_with_id)
         finally:
             _count(service.stats, scope.get("status", 499))
 

@@ -32,7 +32,7 @@ MAX_ARRIVING_BODIES: Final = 16  # of the largest size: more bytes may not wait 
 _BODIES_FULL: Final = HttpError(
     503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
 )
-_SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
+SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -192,7 +192,7 @@ class Endpoint:
 
     async def _end_early(self, scope: Scope, send: Send) -> None:
         """The server ends while a request is open: its client gets an error instead of a broken connection."""
-        error = HttpError(503, _SERVER_ENDS, code="unavailable", retry_after_s=1.0)
+        error = HttpError(503, SERVER_ENDS, code="unavailable", retry_after_s=1.0)
         if "status" not in scope:  # the answer has not begun
             await self._send_error(error, send)
         else:

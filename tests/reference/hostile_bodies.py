@@ -286,10 +286,10 @@ class Connection:
 
     async def ask(self, request: Request) -> Answer:
         """Send a request and read its whole answer."""
-        if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
-        reader, writer = self._streams
         try:
+            if self._streams is None:
+                self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
+            reader, writer = self._streams
             writer.write(request.encoded())
             answer = await asyncio.wait_for(_read_answer(reader, request.method), DEADLINE_S)
         except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError) as error:

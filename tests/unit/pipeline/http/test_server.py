@@ -419,7 +419,7 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(stream
             writer.write(request())
             await eventually(lambda: running.stats.num_send_timeouts[0] == 1)
             await eventually(lambda: running.stats.num_connections[0] == 0)
-            assert running.stats.num_open_requests[0] == running.stats.num_open_streams[0] == 0
+            await eventually(lambda: running.stats.num_open_requests[0] == running.stats.num_open_streams[0] == 0)
             writer.close()
 
     run(test)
@@ -499,15 +499,20 @@ def test_a_request_that_is_open_when_the_server_ends_gets_an_error(
     run(test)
 
 
-def test_a_server_that_stops_answers_open_requests_with_503() -> None:
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_a_server_that_stops_answers_open_requests_with_503(is_complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.http.server._STOP_TIMEOUT_S", 0.05)
+
     async def test() -> None:
         async with serve(until_cancelled_reply) as running:
-            asked = asyncio.create_task(running.ask())
-            await eventually(lambda: running.stats.num_open_requests[0] == 1)
-        answer = await asked
+            reader, writer = await running.connect()
+            writer.write(request() if is_complete else request()[:-1])
+            await eventually(lambda: running.stats.num_requests[0] == 1)
+        answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1\r\n" in answer
         assert running.stats.num_responses_503[0] == 1
+        writer.close()
 
     run(test)
 
