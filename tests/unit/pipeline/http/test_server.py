@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -148,6 +149,35 @@ def test_an_error_after_the_first_output_is_an_event_of_the_stream() -> None:
             assert b"data: 1\n\n" in answer
             assert b'"message":"the engine is gone"' in answer
             assert b"data: [DONE]\n\n" in answer
+
+    run(test)
+
+
+def test_an_item_without_an_event_sends_nothing_and_the_items_are_closed_at_an_error() -> None:
+    closed: list[bool] = []
+
+    async def handler(call: Call) -> EventStream:
+        async def items() -> AsyncGenerator[int]:
+            try:
+                for number in range(5):
+                    yield number
+            finally:
+                closed.append(True)
+
+        def write(number: int) -> bytes:
+            if number == 4:
+                raise EngineUnavailable("the engine is gone")
+            return b"data: %d\n\n" % number if number % 2 else b""
+
+        return EventStream(items(), write)
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            answer = await running.ask()
+            assert re.findall(rb"data: (\d)\n", answer) == [b"1", b"3"]
+            assert b'"message":"the engine is gone"' in answer
+            assert running.stats.num_stream_events == [2]
+            assert closed == [True]
 
     run(test)
 
