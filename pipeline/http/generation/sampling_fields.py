@@ -122,3 +122,10 @@ def scheduling_params(body: SamplingFields, headers: Mapping[str, str]) -> Sched
         deadline_s=body.deadline_s,
         queue_timeout_s=body.queue_timeout_s,
     )
+
+
+def max_prompt_tokens(params: SamplingParams, max_model_len: int) -> int | None:
+    """How many tokens of a prompt `truncate_prompt_tokens` keeps, by the engine's rule. None = all."""
+    if params.truncate_prompt_tokens == -1:
+        return max(1, max_model_len - (params.max_tokens or 1))
+    return params.truncate_prompt_tokens
