@@ -190,6 +190,7 @@ async def _stream(service: Service, request: CompletionRequest, i: int) -> Async
     async with stream:
         async for output in stream:
             if not waits:
+                output.prompt_logprobs = rows or output.prompt_logprobs  # a sample may begin only now
                 yield i, output
                 continue
             held.append(output)
