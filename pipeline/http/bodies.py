@@ -22,8 +22,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 # Fields of OpenAI's and Anthropic's APIs that say nothing about the text of an answer.
 HARMLESS: Final = frozenset({
-    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "verbosity", "store", "inference_geo", "container", "cache_control", "client_metadata",
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "prediction", "verbosity", "store", "inference_geo", "container", "cache_control",
+    "client_metadata",
 })  # fmt: skip
 _logged: Final[set[str]] = set()
 _PLACE: Final = re.compile(r"^(?P<rule>.*?)(?: - at `\$?\.?(?P<place>[^`]*)`)?$", re.DOTALL)

@@ -19,6 +19,7 @@ COUNTERS: Final = (
     "num_connections",  # open ones
     "num_connections_refused",  # closed at once because too many were open
     "num_header_timeouts",  # connections closed because a request's headers or body took too long
+    "num_send_timeouts",  # connections closed because the client read nothing of its answer for too long
     "num_headers_too_large",
     "num_requests",  # requests whose headers have arrived
     "num_open_requests",
@@ -98,7 +99,8 @@ class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             gt=0,
             le=MAX_WAIT_S,
             description="How long a client may take to send a request: its headers, then its body. The server closes a "
-            "slower connection, and one that sends no further request for this long.",
+            "slower connection, one that sends no further request for this long, and one that reads nothing of its "
+            "answer for this long.",
         ),
     ] = 30.0
     tool_parser: Annotated[

@@ -12,6 +12,7 @@ import msgspec
 
 from ipc.errors import EngineUnavailable, InvalidRequest, ProtocolError, QueueFull, RingfeedError, TokensExcluded
 
+_TOO_LONG: Final = "context_length_exceeded"
 _PARAM: Final = re.compile(r"([a-z_]+)(?:\[[^\]]*\]|\.\w+)*(?:: | \(| is | has | must | cannot )")
 _OPENAI_TYPES: Final = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -67,7 +68,7 @@ def http_error(error: Exception) -> HttpError | None:
     message = str(error)
     if isinstance(error, InvalidRequest | TokensExcluded):
         found = _PARAM.match(message)
-        code = "context_length_exceeded" if "longest sequence of this engine" in message else None
+        code = _TOO_LONG if "longest sequence of this engine" in message else None
         return HttpError(400, message, param=found[1] if found else None, code=code)
     if isinstance(error, QueueFull):
         return HttpError(429, message, code="queue_full", retry_after_s=max(error.retry_after_s, 1.0))
@@ -79,13 +80,22 @@ def http_error(error: Exception) -> HttpError | None:
 def openai_body(error: HttpError) -> dict[str, Any]:
     """{"error": {...}} as OpenAI's clients read it."""
     kind = _OPENAI_TYPES.get(error.status, "server_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    message = error.message
+    if error.code == _TOO_LONG:  # LiteLLM and others look for this phrase, and not at the code
+        message = f"this model's maximum context length is exceeded: {message}"
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def anthropic_body(error: HttpError) -> dict[str, Any]:
     """{"type": "error", ...} as Anthropic's clients read it."""
     kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.message
+    if error.code == _TOO_LONG:  # Anthropic's errors have no code, so its clients look for these phrases
+        by_room = "max_tokens (" in message
+        message = (
+            f"{'input length and `max_tokens` exceed context limit' if by_room else 'prompt is too long'}: {message}"
+        )
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 @dataclass(frozen=True)

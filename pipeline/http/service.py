@@ -52,6 +52,7 @@ class Service:
     stats: Any
     tracer: RequestTracer | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))
+    num_arriving_bytes: int = 0  # of bodies that are not complete
     _num_open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -18,6 +18,7 @@ import msgspec
 from starlette.datastructures import Headers, QueryParams
 
 from pipeline.http.errors import Dialect, HttpError, http_error
+from pipeline.http.operation import Operation
 from pipeline.http.service import Service
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,11 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON: Final = "application/json"
+MAX_ARRIVING_BODIES: Final = 16  # of the largest size: more bytes may not wait for the rest of their bodies
+_BODIES_FULL: Final = HttpError(
+    503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
+)
+_STOPS: Final = HttpError(503, "this server stops: send the request again", code="unavailable", retry_after_s=1.0)
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -82,17 +88,17 @@ Handler = Callable[[Call], Awaitable[Reply | EventStream]]
 
 
 class Endpoint:
-    """A handler as an ASGI application. `generates` = it holds a place in the engine, so a drain waits for it."""
+    """A handler as an ASGI application."""
 
-    def __init__(self, handler: Handler, dialect: Dialect, *, generates: bool = False) -> None:
+    def __init__(self, handler: Handler, dialect: Dialect, operation: Operation) -> None:
         self.handler = handler
         self.dialect = dialect
-        self.generates = generates
+        self.operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service: Service = scope["app"].state.service
         try:
-            body = await _read_body(receive, Headers(scope=scope), service.config.max_body_bytes)
+            body = await _read_body(receive, Headers(scope=scope), service)
         except HttpError as error:
             await self._send_error(error, send)
             return
@@ -106,14 +112,18 @@ class Endpoint:
         work = asyncio.current_task()
         assert work is not None, "an ASGI application runs in a task"
         watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work))
-        with service.open_request() if self.generates else contextlib.nullcontext():
+        with service.open_request() if self.operation.generates else contextlib.nullcontext():
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:
-                if not watcher.done() or watcher.cancelled():
-                    raise  # the server ends
-                work.uncancel()
-                service.note_disconnect(scope)
+                if watcher.done() and not watcher.cancelled():
+                    work.uncancel()
+                    service.note_disconnect(scope)
+                elif "status" in scope:
+                    raise  # the server ends, and uvicorn closes the connection
+                else:
+                    work.uncancel()
+                    await self._send_error(_STOPS, send)
             finally:
                 watcher.cancel()
 
@@ -177,8 +187,12 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
 
 
-async def _read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes | None:
-    """The whole body; None if the client has left. Raises HttpError 413 without reading further."""
+async def _read_body(receive: Receive, headers: Headers, service: Service) -> bytes | None:
+    """The whole body; None if the client has left.
+
+    Raises HttpError 413 without reading further, and 503 if the bodies that are arriving take too much memory.
+    """
+    max_bytes = service.config.max_body_bytes
     too_large = HttpError(
         413, f"the body has more than {max_bytes:,} bytes: send less, or raise http.max_body_bytes of the server"
     )
@@ -187,17 +201,23 @@ async def _read_body(receive: Receive, headers: Headers, max_bytes: int) -> byte
         raise too_large
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            service.num_arriving_bytes += len(part)
+            if size > max_bytes:
+                raise too_large
+            parts.append(part)
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            if service.num_arriving_bytes > MAX_ARRIVING_BODIES * max_bytes:
+                raise _BODIES_FULL
+    finally:
+        service.num_arriving_bytes -= size
 
 
 async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any]) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from ipc.sampling_params import SamplingParams
 from pipeline.http.anthropic.conversation import chat_messages, continues_answer
 from pipeline.http.anthropic.tools import ToolChoiceBody, function_tools
+from pipeline.http.body_schemas import AnthropicMessages, AnthropicTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest
 from pipeline.http.generation.sampling_fields import SamplingFields, sampling_params, scheduling_params
@@ -21,7 +22,7 @@ HARMLESS: Final = (
     "billing_policy", "context_management", "diagnostics", "fallback_credit_token", "fallbacks", "speed",
     "user_profile_id", "workspace_id",
 )  # fmt: skip
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"mcp_servers": ([],)}
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {"mcp_servers": ([],), "compaction": (), "thread": ()}
 _NO_PARAMS: Final = SamplingParams()
 _EFFORTS: Final = {"xhigh": "high", "max": "high"}  # chat templates know low, medium and high
 
@@ -55,10 +56,10 @@ class PromptBody(msgspec.Struct, kw_only=True):
     `chat_template_kwargs` is vLLM's addition.
     """
 
-    messages: list[dict[str, Any]]
+    messages: AnthropicMessages
     model: str | None = None
     system: str | list[Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: AnthropicTools | None = None
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfig | None = None

@@ -13,10 +13,12 @@ import numpy as np
 from ipc.record_layout import HostArray
 from pipeline.http.engine_api.status import version_number
 from pipeline.http.errors import HttpError
+from pipeline.http.operation import QueryParameter
 from pipeline.http.transport import Call, Reply
 from workers.scheduler.config import RECENT_STEP_FIELDS, RECENT_STEPS
 
 MAX_STEPS: Final = 1_000  # in one answer
+QUERY: Final = (QueryParameter("after", {"type": "integer", "minimum": 0}, "Steps after the one with this ticket."),)
 _COUNTERS: Final = (
     "num_steps", "num_prefill_steps", "num_sampled_tokens", "num_prompt_tokens", "num_cached_tokens", "num_admitted",
     "num_finished", "num_cancelled", "num_refused", "num_preemptions",

@@ -9,6 +9,7 @@ import msgspec
 from ipc.sampling_params import SamplingParams
 from pipeline.client.chat_input import Chat
 from pipeline.http.bodies import read_body
+from pipeline.http.body_schemas import ChatMessages, FunctionTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, chat_of
 from pipeline.http.service import Service
@@ -25,14 +26,14 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: ChatMessages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: FunctionTools | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):

@@ -7,12 +7,14 @@ Names and meanings are those of OpenAI's API and of vLLM's additions to it. A fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
-from ipc.sampling_params import MAX_LOGPROBS, SamplingParams
+from ipc.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from ipc.scheduling_params import MAX_PRIORITY, SchedulingParams
+from pipeline.http.body_schemas import ResponseFormat
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
 
@@ -30,10 +32,9 @@ _SAME_NAME: Final = (  # fields whose value goes into the engine's parameters as
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """Fields that completions and chat completions share. None = left out."""
+    """Fields that completions, chat completions and responses share. None = left out."""
 
     model: str | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -41,7 +42,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     min_tokens: int | None = None
@@ -55,10 +56,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     logprob_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
     logprobs_mode: str | None = None
-    n: int | None = None
-    response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
@@ -70,6 +68,15 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     deadline_s: float | None = None
     queue_timeout_s: float | None = None
     tenant: str | None = None
+
+
+class CompletionFields(SamplingFields, kw_only=True):
+    """Further fields that completions and chat completions share. None = left out."""
+
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
@@ -85,7 +92,7 @@ def sampling_params(body: SamplingFields, defaults: SamplingDefaults, **forced: 
         )
     values: dict[str, Any] = dict(defaults.values)
     for name in _SAME_NAME:
-        value = getattr(body, name)
+        value = getattr(body, name, None)  # not every body has all of them
         if value is not None:
             values[name] = value
     if isinstance(body.seed, int) and body.seed < 0:

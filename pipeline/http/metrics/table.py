@@ -187,6 +187,10 @@ METRICS: Final = (
         total("http", "num_header_timeouts"),
     ),
     Metric(
+        "ringfeed_http_send_timeouts_total", "HTTP connections closed because the client read nothing of its answer.",
+        total("http", "num_send_timeouts"),
+    ),
+    Metric(
         "ringfeed_http_headers_too_large_total", "HTTP requests refused for their headers' size.",
         total("http", "num_headers_too_large"),
     ),

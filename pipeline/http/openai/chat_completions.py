@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from pipeline.http.bodies import read_body
+from pipeline.http.body_schemas import ChatMessages, FunctionTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, make_run
 from pipeline.http.generation.chat_run import Answer, ChatRun, stream_parts, whole_answer
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
-    SamplingFields,
+    CompletionFields,
     max_prompt_tokens,
     sampling_params,
     scheduling_params,
@@ -39,16 +40,16 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 _HARMLESS: Final = ("include_reasoning", "moderation")
 
 
-class ChatCompletionBody(SamplingFields, kw_only=True):
+class ChatCompletionBody(CompletionFields, kw_only=True):
     """The body of a request. Names and meanings are those of OpenAI's API, and of vLLM's additions to it."""
 
-    messages: list[dict[str, Any]]
+    messages: ChatMessages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: FunctionTools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None

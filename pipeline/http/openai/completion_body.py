@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
+from pipeline.http.body_schemas import Prompts
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.answer_formats import read_answer_format
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
-    SamplingFields,
+    CompletionFields,
     sampling_params,
     scheduling_params,
     structured_fields,
@@ -29,10 +30,10 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 Prompt = str | list[int]
 
 
-class CompletionBody(SamplingFields, kw_only=True):
+class CompletionBody(CompletionFields, kw_only=True):
     """Names and meanings are those of OpenAI's API, and of vLLM's additions to it."""
 
-    prompt: str | list[Any]
+    prompt: str | Prompts
     echo: bool | None = None
     add_special_tokens: bool | None = None
     best_of: int | None = None

@@ -111,8 +111,7 @@ class Choice:
                 value["prompt_token_ids"] = self.prompt.token_ids
             if self.request.echo and self.request.logprobs is not None and prompt_rows is not None:
                 logprobs = self._logprobs.write(prompt_rows, self.prompt.first_token)
-        if rows is not None:
-            value["logprobs"] = joined(logprobs, self._logprobs.write(rows))
+        value["logprobs"] = joined(logprobs, None if rows is None else self._logprobs.write(rows))
         self.num_tokens += len(new.token_ids)
         value["finish_reason"] = value["stop_reason"] = None
         if new.finish_reason is not None:
@@ -179,12 +178,12 @@ async def _events(
 
 
 async def _stream(service: Service, request: CompletionRequest, i: int) -> AsyncGenerator[tuple[int, Output]]:
-    """The Outputs of prompt `i`. With several samples, none comes before the scores of the prompt that it repeats."""
+    """The Outputs of prompt `i`. None comes before all scores of the prompt, if the answer repeats them."""
     stream = service.client.generate(
         request.prompts[i], request.params, stream=True, request_id=new_id("cmpl-"), cache_salt=request.cache_salt,
         scheduling=request.scheduling,
     )  # fmt: skip
-    waits = request.params.n > 1 and request.echo and request.logprobs is not None
+    waits = request.echo and request.logprobs is not None
     held: list[Output] = []
     rows: list[TokenLogprob | None] = []
     async with stream:

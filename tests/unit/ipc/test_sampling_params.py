@@ -51,6 +51,12 @@ def test_a_bad_value_is_refused_with_field_value_and_cure(fields, text):
     assert str(caught.value) == text
 
 
+@pytest.mark.parametrize("bias", [{"9" * 5_000: 1.0}, {str(i): 1.0 for i in range(2_000)}])
+def test_a_logit_bias_that_is_too_long_is_refused(bias):
+    with pytest.raises(InvalidRequest, match=r"^logit_bias \(.{1,200}\) must map at most 1024 token ids"):
+        SamplingParams(logit_bias=bias)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -17,15 +17,6 @@ _INCLUDES: Final = (  # besides logprobs: parts of items that this server never 
     "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
     "reasoning.encrypted_content",
 )  # fmt: skip
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "background": (False,), "conversation": (), "prompt": (), "context_management": ([],), "modalities": (["text"],),
-    "audio": (), "enable_response_messages": (False,), "previous_input_messages": ([],), "kv_transfer_params": (),
-    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},),
-}  # fmt: skip
-_HARMLESS: Final = (
-    "moderation", "image", "access_programs", "background_options", "prompt_cache_options", "vllm_xargs",
-    "include_obfuscation",
-)  # fmt: skip
 # Fields of chat completions, and what stands for them in this API.
 _FOREIGN: Final = {
     "max_tokens": "give max_output_tokens",
@@ -35,10 +26,20 @@ _FOREIGN: Final = {
     "return_token_ids": "use /v1/completions or /v1/chat/completions",
     "return_tokens_as_token_ids": "use /v1/completions or /v1/chat/completions",
 }
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "background": (False,), "conversation": (), "prompt": (), "context_management": ([],), "modalities": (["text"],),
+    "audio": (), "enable_response_messages": (False,), "previous_input_messages": ([],), "kv_transfer_params": (),
+    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "personality": (), **dict.fromkeys(_FOREIGN, ()), "n": (1,),
+}  # fmt: skip
+_HARMLESS: Final = (
+    "moderation", "image", "access_programs", "background_options", "prompt_cache_options", "vllm_xargs",
+    "include_obfuscation",
+)  # fmt: skip
 _NOT_HERE: Final = {
     "background": "background (true) is not supported by this server: leave it out, and read the answer or its stream",
     "prompt": "prompt is not supported, because this server keeps no prompt templates: give instructions and input",
     "conversation": "conversation is not supported by this server: continue a response with previous_response_id",
+    **{name: f"{name} is no field of this request: {instead}" for name, instead in _FOREIGN.items()},
 }
 
 
@@ -97,10 +98,6 @@ def read_response_body(body: bytes) -> ResponseBody:
         if error.param in _NOT_HERE:
             raise HttpError(400, _NOT_HERE[error.param], param=error.param) from None
         raise
-    for name, instead in _FOREIGN.items():
-        value = getattr(read, name)
-        if value is not None and not (name == "n" and value == 1):
-            raise HttpError(400, f"{name} is no field of this request: {instead}", param=name)
     _check_values(read)
     return read
 

@@ -13,10 +13,20 @@ from pipeline.http.openai.responses.store import (
     response_not_found,
     response_value,
 )
+from pipeline.http.operation import QueryParameter
 from pipeline.http.transport import Call, Reply
 
 _DEFAULT_LIMIT: Final = 20
 _MAX_LIMIT: Final = 100
+_ORDERS: Final = ("asc", "desc")
+RETRIEVE_QUERY: Final = (QueryParameter("stream", {"enum": ["false"]}, "A response that has ended has no stream."),)
+LIST_QUERY: Final = (
+    QueryParameter("order", {"enum": [*_ORDERS], "default": "desc"}, "Whether the oldest or the newest item is first."),
+    QueryParameter("after", {"type": "string"}, "The id of the last item of the page before."),
+    QueryParameter(
+        "limit", {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT}, "Items of a page."
+    ),
+)
 
 
 async def retrieve(call: Call) -> Reply:
@@ -54,7 +64,7 @@ async def list_input_items(call: Call) -> Reply:
     earlier = await recall_conversation(call.service, value["previous_response_id"])
     items = [*earlier.items, *kept.input_items]
     order = call.query.get("order", "desc")
-    if order not in ("asc", "desc"):
+    if order not in _ORDERS:
         raise HttpError(400, f"order ({order[:100]!r}) must be 'asc' or 'desc'", param="order")
     if order == "desc":
         items.reverse()

@@ -103,7 +103,7 @@ def text_of(prompt: Any) -> str:
         return str(prompt)
     texts = []
     for message in prompt.messages:
-        content = message["content"]
+        content = message["content"] or ""
         texts += [content] if isinstance(content, str) else [part["text"] for part in content]
     return "".join(texts)
 

@@ -19,9 +19,10 @@ from pipeline.http.app import Bookkeeping
 from pipeline.http.config import COUNTERS, HttpConfig
 from pipeline.http.errors import OPENAI
 from pipeline.http.listener import open_listener
-from pipeline.http.server import MAX_HEADER_BYTES, Server
+from pipeline.http.operation import Operation
+from pipeline.http.server import MAX_HEADER_BYTES, MAX_PIPELINED, Server
 from pipeline.http.service import Service
-from pipeline.http.transport import Call, Endpoint, EventStream, Handler, Reply
+from pipeline.http.transport import MAX_ARRIVING_BODIES, Call, Endpoint, EventStream, Handler, Reply
 
 DEADLINE_S = 10.0
 
@@ -59,7 +60,7 @@ async def serve(handler: Handler, **settings: Any) -> AsyncIterator[Running]:
         reasoning_start=None, template_reads_tools=False, defaults=None, stats=stats,
     )  # type: ignore[arg-type]  # fmt: skip
     app = Starlette(
-        routes=[Route("/", Endpoint(handler, OPENAI, generates=True), methods=["POST"])],
+        routes=[Route("/", Endpoint(handler, OPENAI, Operation(generates=True)), methods=["POST"])],
         middleware=[Middleware(Bookkeeping)],
     )
     app.state.service = service
@@ -306,5 +307,201 @@ def test_a_drain_waits_for_the_last_open_request() -> None:
             release.set()
             await asyncio.wait_for(drained, DEADLINE_S)
             assert (await asked).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+async def until_cancelled(cancelled: asyncio.Event) -> None:
+    try:
+        await asyncio.Event().wait()
+    finally:
+        cancelled.set()
+
+
+@pytest.mark.parametrize("is_abrupt", [False, True])
+def test_a_client_that_leaves_cancels_its_request_even_if_further_requests_wait_behind_it(is_abrupt: bool) -> None:
+    async def test() -> None:
+        cancelled = asyncio.Event()
+
+        async def handler(call: Call) -> Reply:
+            await until_cancelled(cancelled)
+            return Reply({})
+
+        async with serve(handler) as running:
+            _, writer = await running.connect()
+            writer.write(request() * 3)
+            await eventually(lambda: running.stats.num_requests[0] == 3)
+            assert running.stats.num_open_requests[0] == 1
+            if is_abrupt:
+                writer.transport.abort()
+            else:
+                writer.close()
+            await asyncio.wait_for(cancelled.wait(), DEADLINE_S)
+            await eventually(lambda: running.stats.num_open_requests[0] == 0)
+            assert running.stats.num_disconnects[0] == 1
+
+    run(test)
+
+
+def test_a_client_that_ends_its_sending_side_has_left() -> None:
+    async def test() -> None:
+        cancelled = asyncio.Event()
+
+        async def handler(call: Call) -> Reply:
+            await until_cancelled(cancelled)
+            return Reply({})
+
+        async with serve(handler) as running:
+            reader, writer = await running.connect()
+            writer.write(request())
+            await eventually(lambda: running.stats.num_open_requests[0] == 1)
+            writer.write_eof()
+            await asyncio.wait_for(cancelled.wait(), DEADLINE_S)
+            assert await asyncio.wait_for(reader.read(), DEADLINE_S) == b""
+            writer.close()
+
+    run(test)
+
+
+def test_pipelined_requests_are_answered_in_order_and_too_many_close_the_connection() -> None:
+    async def test() -> None:
+        async with serve(echo, receive_timeout_s=0.2) as running:
+            reader, writer = await running.connect()
+            sizes = [1, 100_000, 3, 200_000, 5]
+            writer.write(b"".join(request(b"x" * size) for size in sizes))
+            for size in sizes:
+                answer = await asyncio.wait_for(reader.readuntil(b"}"), DEADLINE_S)
+                assert answer.endswith(b'{"size":%d}' % size)
+            writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" * 5_000)
+            with contextlib.suppress(ConnectionError):
+                assert (await asyncio.wait_for(reader.read(), DEADLINE_S)).count(b"HTTP/1.1") < 5_000
+            writer.close()
+            await eventually(lambda: running.stats.num_connections[0] == 0)
+            assert running.stats.num_requests[0] < 2 * MAX_PIPELINED
+
+    run(test)
+
+
+def test_a_body_that_waits_behind_a_long_request_is_not_taken_for_a_slow_client() -> None:
+    async def test() -> None:
+        release = asyncio.Event()
+
+        async def handler(call: Call) -> Reply:
+            await release.wait()
+            return await echo(call)
+
+        async with serve(handler, receive_timeout_s=0.05) as running:
+            reader, writer = await running.connect()
+            writer.write(request(b"first") + request(b"x" * 3_000_000))
+            await eventually(lambda: running.stats.num_requests[0] == 2)
+            await asyncio.sleep(0.15)  # three times the limit
+            release.set()
+            await asyncio.wait_for(reader.readuntil(b'{"size":5}'), DEADLINE_S)
+            await asyncio.wait_for(reader.readuntil(b'{"size":3000000}'), DEADLINE_S)
+            writer.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_reads_nothing_is_cut_off_and_its_request_cancelled(streams: bool) -> None:
+    async def test() -> None:
+        async def handler(call: Call) -> Reply | EventStream:
+            async def events() -> AsyncIterator[bytes]:
+                while True:
+                    yield b"data: " + b"x" * 10_000 + b"\n\n"
+
+            return EventStream(events()) if streams else Reply(b"x" * 20_000_000)
+
+        async with serve(handler, receive_timeout_s=0.1) as running:
+            _, writer = await running.connect()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(request())
+            await eventually(lambda: running.stats.num_send_timeouts[0] == 1)
+            await eventually(lambda: running.stats.num_connections[0] == 0)
+            assert running.stats.num_open_requests[0] == running.stats.num_open_streams[0] == 0
+            writer.close()
+
+    run(test)
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
+    async def test() -> None:
+        async def handler(call: Call) -> Reply:
+            return Reply(b"x" * 20_000_000)
+
+        async with serve(handler, receive_timeout_s=0.1) as running:
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)  # buffers little
+            writer.write(request(headers=b"connection: close\r\n"))
+            size = 0
+            while chunk := await asyncio.wait_for(reader.read(100_000), DEADLINE_S):
+                size += len(chunk)
+                await asyncio.sleep(0.001)
+            assert size > 20_000_000
+            assert running.stats.num_send_timeouts[0] == 0
+            writer.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_request_to_change_the_protocol_is_ignored(is_chunked: bool, is_split: bool) -> None:
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+    chunked = b"POST / HTTP/1.1\r\n%btransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n" % upgrade
+    one = chunked if is_chunked else request(b"abcdefg", upgrade)
+
+    async def test() -> None:
+        async with serve(echo) as running:
+            reader, writer = await running.connect()
+            sent = one + one + request(b"x") + one
+            for i in range(0, len(sent), 7 if is_split else len(sent)):
+                writer.write(sent[i : i + (7 if is_split else len(sent))])
+                await asyncio.sleep(0)
+            for size in (7, 7, 1, 7):
+                answer = await asyncio.wait_for(reader.readuntil(b"}"), DEADLINE_S)
+                assert answer.startswith(b"HTTP/1.1 200")
+                assert answer.endswith(b'{"size":%d}' % size)
+            writer.close()
+
+    run(test)
+
+
+def test_a_server_that_stops_answers_open_requests_with_503() -> None:
+    async def test() -> None:
+        async with serve(until_cancelled_reply) as running:
+            asked = asyncio.create_task(running.ask())
+            await eventually(lambda: running.stats.num_open_requests[0] == 1)
+        answer = await asked
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1\r\n" in answer
+        assert running.stats.num_responses_503[0] == 1
+
+    run(test)
+
+
+async def until_cancelled_reply(call: Call) -> Reply:
+    await asyncio.Event().wait()
+    return Reply({})
+
+
+def test_bodies_that_arrive_together_take_a_bounded_part_of_memory() -> None:
+    async def test() -> None:
+        async with serve(echo, max_body_bytes=100_000) as running:
+            whole = request(b"x" * 100_000)
+            writers = []
+            for _ in range(MAX_ARRIVING_BODIES):
+                _, writer = await running.connect()
+                writer.write(whole[:-1])
+                writers.append(writer)
+            await eventually(lambda: running.service.num_arriving_bytes == MAX_ARRIVING_BODIES * 99_999)
+            assert (await running.ask(b"small")).startswith(b"HTTP/1.1 200"), "a body that is complete needs no place"
+            reader, writer = await running.connect()
+            writer.write(whole[:-1])
+            answer = await asyncio.wait_for(reader.readuntil(b"}}"), DEADLINE_S)
+            assert answer.startswith(b"HTTP/1.1 503")
+            for each in (*writers, writer):
+                each.close()
+            await eventually(lambda: running.service.num_arriving_bytes == 0)
 
     run(test)

@@ -167,9 +167,9 @@ def test_what_is_left_beside_the_cache_grows_with_what_is_allocated_later() -> N
     assert reserved(captures=False) == (1 << 30) + table_bytes(SHAPE, 1000) + mask_bytes(SHAPE) + 8 * 4 * 1000
     assert reserved() - reserved(captures=False) > 1 << 30, "all of so small a step may be captured"
     assert reserved(layers=4) > reserved()
-    large = StepShape(max_num_seqs=4, max_num_batched_tokens=5120, max_model_len=64, block_size=4)
+    large = StepShape(max_num_seqs=4, max_num_batched_tokens=20_480, max_model_len=64, block_size=4)
     pool = reserved(1 << 30, shape=large) - reserved(0, shape=large) - (1 << 30)
-    assert pool == (1 << 30) // 10, "512 of 5120 tokens"
+    assert pool == (1 << 30) // 10, "2,048 of 20,480 tokens"
     assert reserved_bytes(SHAPE, 2, 1000, 1 << 30, torch.device("cpu"), captures=True) == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from typing import Any
 
 import pytest
@@ -54,6 +56,36 @@ def test_a_device_that_gets_slower_gets_smaller_chunks() -> None:
         limit.add_step(num_tokens, BASE_S + num_tokens * 3 * TOKEN_S)
         limit.add_step(0, BASE_S)
     assert limit.max_tokens(8_192) == pytest.approx(100, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bound_is_kept_while_step_times_vary_and_the_batch_grows(seed: int) -> None:
+    """Prompts of 500 to 2,000 tokens arrive at random. Pure decode takes 5 to 9 ms, each step by up to 10 % more."""
+    draw = random.Random(seed)
+    bound_s, token_s = 0.025, 20e-6
+    limit = ChunkLimit(bound_s)
+    times, chunks, waiting = [], [], 0
+    for i in range(6_000):
+        if draw.random() < 0.05:
+            waiting += draw.randint(500, 2_000)
+        chunk = min(waiting, limit.max_tokens(8_192))
+        waiting -= chunk
+        duration_s = (0.005 + 0.004 * i / 6_000) * draw.uniform(1.0, 1.1) + chunk * token_s * draw.uniform(1.0, 1.05)
+        limit.add_step(chunk, duration_s)
+        if i > 200 and chunk:
+            times.append(duration_s)
+            chunks.append(chunk)
+    assert sorted(times)[int(len(times) * 0.99)] <= bound_s * 1.06
+    assert statistics.mean(times) >= 0.8 * bound_s, "the chunks use the time that they may take"
+
+
+def test_a_batch_that_grows_without_a_pure_decode_step_keeps_the_bound() -> None:
+    limit = taught(0.025, [0, 1_000])
+    for i in range(200):
+        chunk = limit.max_tokens(8_192)
+        duration_s = BASE_S + 0.00005 * i + chunk * TOKEN_S
+        limit.add_step(chunk, duration_s)
+        assert duration_s <= 0.0262
 
 
 def run_beside_streams(max_itl_ms: float | None) -> tuple[list[float], Any]:
