@@ -29,13 +29,6 @@ from pipeline.http.transport import Call, EventStream, Reply
 
 T = TypeVar("T")
 
-_NEWS: Final = (
-    "text",
-    "logprobs",
-    "finish_reason",
-    "token_ids",
-    "prompt_token_ids",
-)  # a chunk without them says nothing
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -162,7 +155,8 @@ async def _events(
             usages[i] = output.usage or output.prompt_usage or usages[i]
             num_generated += len(output.token_ids)
             chunk = choices[i][output.index].chunk(output, output.prompt_logprobs)
-            if not any(chunk.get(name) for name in _NEWS):
+            has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"]
+            if not (has_news or chunk.get("token_ids") or chunk.get("prompt_token_ids")):
                 continue
             end = plain_end
             if options.continuous_usage_stats:
