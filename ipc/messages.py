@@ -295,6 +295,8 @@ class Health(Message, frozen=True):
     model: str
     max_model_len: int
     max_open_requests: int  # of one client; the gateway refuses more at once
+    model_folder: str = ""  # of the model's files, on the engine's machine
+    chat_template: str | None = None  # a file there that replaces the model's own templates
 
 
 class StatsArray(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -39,6 +39,7 @@ class _Command(NamedTuple):
 COMMANDS: Final = {
     "serve": _Command("pipeline.launch", "run an engine until it is told to end"),
     "chat": _Command("pipeline.chat", "talk to a model in the terminal or in a pipe"),
+    "batch": _Command("pipeline.batch_file.command", "answer a file of requests, and go on where it stopped"),
     "demo": _Command("pipeline.demo", "tour: launch an engine, stream a chat, run a batch, show the figures"),
     "metrics": _Command("pipeline.metrics.watch", "show what a running engine does, live"),
     "bench": _Command("pipeline.bench.__main__", "measure ringfeed on this machine"),

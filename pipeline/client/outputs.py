@@ -21,6 +21,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
         model: name of the model: the folder's name, or the hub id.
         max_model_len: most tokens, prompt and output together, of one sequence.
         max_open_requests: most requests that one client may have open, each of `n` samples counted.
+        model_folder: the folder of the model's files, on the engine's machine.
+        chat_template: a file there that replaces the model's own chat templates; None = there is none.
     """
 
     state: Literal["starting", "ready", "draining", "failed"]
@@ -29,6 +31,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     max_model_len: int
     max_open_requests: int
+    model_folder: str = ""
+    chat_template: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -67,7 +67,7 @@ class OpenRequest:
     It has `ended` when all its samples have ended, or when it has failed.
     """
 
-    __slots__ = ("_unread", "_waiter", "abandoned", "ended", "error", "request_id", "samples")
+    __slots__ = ("_waiter", "abandoned", "ended", "error", "request_id", "samples", "unread")
 
     def __init__(self, request_id: str, params: SamplingParams) -> None:
         self.request_id = request_id
@@ -78,12 +78,8 @@ class OpenRequest:
         self.ended = False
         self.error: RingfeedError | None = None
         self.abandoned = False  # its reader has gone: everything that still arrives is discarded
-        self._unread: deque[Sample] = deque()  # samples with unread news, in order of its arrival
+        self.unread: deque[Sample] = deque()  # samples with unread news, in order of its arrival
         self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
-
-    @property
-    def has_unread(self) -> bool:
-        return bool(self._unread)
 
     def wake(self) -> None:
         """Wake the reader, if it sleeps."""
@@ -93,12 +89,15 @@ class OpenRequest:
             self._waiter = None
 
     def add(self, index: int, text: str, token_ids: list[int]) -> None:
-        """New text and tokens of a sample have arrived; both are empty if the sample only ends."""
+        """New text and tokens of a sample have arrived; both are empty if the sample only ends. Keeps `token_ids`."""
         if text or token_ids:
             sample = self.samples[index]
             if text:
                 sample.texts.append(text)
-            sample.token_ids += token_ids
+            if sample.token_ids:
+                sample.token_ids += token_ids
+            else:
+                sample.token_ids = token_ids
             self._has_news(sample)
 
     def add_prompt_logprobs(self, index: int, part: PromptPart) -> None:
@@ -152,8 +151,8 @@ class OpenRequest:
 
     def take(self) -> Output:
         """Take everything unread of one sample. The last Output of a request without error is `finished`."""
-        output = self._unread.popleft().take(self.request_id)
-        if self.ended and self.error is None and not self._unread:
+        output = self.unread.popleft().take(self.request_id)
+        if self.ended and self.error is None and not self.unread:
             output.finished, output.usage = True, self._usage()
         return output
 
@@ -180,8 +179,9 @@ class OpenRequest:
     def _has_news(self, sample: Sample) -> None:
         if not sample.is_unread:
             sample.is_unread = True
-            self._unread.append(sample)
-        self.wake()
+            self.unread.append(sample)
+        if self._waiter is not None:
+            self.wake()
 
     def _usage(self) -> Usage:
         finals = [sample.final for sample in self.samples if sample.final is not None]
@@ -217,29 +217,26 @@ class OutputStream:
         return self
 
     async def __anext__(self) -> Output:
-        output = await self.next()
-        if output is None:
-            raise StopAsyncIteration
-        return output
-
-    async def next(self) -> Output | None:
-        """The next Output; None after the last, or after `aclose()`."""
-        request = self._request
+        request = self._request  # no further coroutine is called: each costs time for each token
         if self._generation != forks.generation:
             raise InvalidRequest(
                 f"the stream of request {request.request_id} was opened by process {self._pid}, before a fork: "
                 "open one in this process"
             )
-        while not self._exhausted and not request.has_unread and not request.ended:
+        while not (self._exhausted or request.unread or request.ended):
             await request.news(self._loop)
         if self._exhausted:
-            return None
-        if request.error is not None and not request.has_unread:
+            raise StopAsyncIteration
+        if request.error is not None and not request.unread:
             self._exhausted = True
             raise request.take_error()
         output = request.take()
         self._exhausted = output.finished
         return output
+
+    async def next(self) -> Output | None:
+        """The next Output; None after the last, or after `aclose()`."""
+        return await anext(self, None)
 
     async def aclose(self) -> None:
         """Cancel the request if it has not ended. A second call does nothing."""

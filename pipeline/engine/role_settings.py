@@ -88,6 +88,8 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
         endpoint_folder=None if folder is None else str(folder),
         run_dir=str(facts.run_folder),
         model_name=facts.model.name,
+        model_folder=facts.model.folder,
+        chat_template=facts.config.tokenizer.chat_template,
         max_model_len=facts.model.max_model_len,
         policy=PolicyConfig(**{name: getattr(scheduler, name) for name in PolicyConfig.__struct_fields__}),
         tokenizer_window=TOKENIZER_WINDOW,

@@ -82,9 +82,17 @@ def make_app(service: Service, keys: Sequence[str]) -> Starlette:
         )  # fmt: skip
     if keys:
         middleware.append(Middleware(KeyGuard, keys=keys))
-    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers={HTTPException: _on_http_exception})
+    app = Application(routes=ROUTES, middleware=middleware, exception_handlers={HTTPException: _on_http_exception})
     app.state.service = service
     return app
+
+
+class Application(Starlette):
+    """Keeps the server's own `send` for the events of streams: each wrapper around it costs time for each token."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["send"] = send
+        await super().__call__(scope, receive, send)
 
 
 class Bookkeeping:
@@ -101,8 +109,6 @@ class Bookkeeping:
         added = [(REQUEST_ID, value)]
         if is_anthropic(scope["path"]):
             added.append((b"request-id", value))
-
-        scope["send"] = send  # for the events of a stream: each wrapper around it costs time for each token
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":

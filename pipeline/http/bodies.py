@@ -63,7 +63,7 @@ def convert(
     neutral: Mapping[str, Collection[Any]] | None = None,
 ) -> T:
     """The same for a decoded object."""
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = frozenset(kind.__struct_encode_fields__)
     if unknown := values.keys() - known:
         for name in sorted(unknown):
             _check_unknown(name, values[name], known, harmless, neutral or {})

@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from starlette.datastructures import Headers, QueryParams
@@ -73,14 +73,32 @@ class Reply:
     content_type: str = JSON
 
 
+class Closable(Protocol):
+    """An async iterator that can be closed early: an async generator, or the client's OutputStream."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    def __anext__(self) -> Awaitable[Any]: ...
+    async def aclose(self) -> None: ...
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
 @dataclass(frozen=True)
 class EventStream:
     """An answer of server-sent events, each with its field names and the empty line at its end.
 
     The status line waits for the first event: a request that fails earlier is answered with the status of its error.
+
+    Args:
+        items: of the stream. They are read as fast as the client reads events, and closed at the end.
+        write: makes the event of an item, or several; b"" = none. A function instead of a generator around `items`,
+            because a generator costs time for each token.
     """
 
-    events: AsyncIterator[bytes]
+    items: Closable
+    write: Callable[[Any], bytes] = _as_it_is
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -133,30 +151,43 @@ class Endpoint:
             if isinstance(reply, Reply):
                 await _send_whole(reply, send)
                 return
-            first = await anext(reply.events)
+        except Exception as error:
+            await self._send_error(as_http_error(error, call), send)
+            return
+        try:
+            await self._stream(reply, call, send)
+        finally:
+            await reply.items.aclose()
+
+    async def _stream(self, reply: EventStream, call: Call, send: Send) -> None:
+        try:
+            first = b""
+            while not first:
+                first = reply.write(await anext(reply.items))
         except Exception as error:
             await self._send_error(as_http_error(error, call), send)
             return
         with call.service.open_stream():
-            await self._send_events(reply, first, call, send)
+            # In a task of its own, an event resumes the few coroutines below, and not those of the middleware too.
+            await asyncio.create_task(self._send_events(reply, first, call, send))
 
     async def _send_events(self, reply: EventStream, first: bytes, call: Call, send: Send) -> None:
         headers = [*_EVENT_STREAM, *_encoded(reply.headers)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         send = call.scope["send"]  # past the middleware, which only looks at the start of an answer
-        num_events = call.service.stats.num_stream_events
+        num_events, write = call.service.stats.num_stream_events, reply.write
         event = {"type": "http.response.body", "body": first, "more_body": True}
         try:
             await send(event)
             num_events[0] += 1
-            async for event["body"] in reply.events:
-                await send(event)
-                num_events[0] += 1
+            async for item in reply.items:
+                if body := write(item):
+                    event["body"] = body
+                    await send(event)
+                    num_events[0] += 1
         except Exception as error:
             event["body"] = self.dialect.error_event(as_http_error(error, call))
             await send(event)
-        finally:
-            await reply.events.aclose()  # type: ignore[attr-defined]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_error(self, error: HttpError, send: Send) -> None:

@@ -10,8 +10,7 @@ import asyncio
 import gc
 import logging
 import socket
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvloop
 
@@ -19,14 +18,9 @@ from ipc.messages import Abort, Drain, Drained, Lost, Ready, Start
 from pipeline.client.async_client import AsyncClient
 from pipeline.http.app import make_app
 from pipeline.http.config import HTTP_LISTENER, HttpBootstrap
-from pipeline.http.generation.defaults import SamplingDefaults
-from pipeline.http.generation.reasoning_start import ReasoningStart
-from pipeline.http.generation.template_tools import template_reads_tools
 from pipeline.http.listener import read_keys
-from pipeline.http.parsing.choose import choose_format
+from pipeline.http.make_service import make_service
 from pipeline.http.server import Server
-from pipeline.http.service import Service
-from pipeline.http.tracing import RequestTracer
 from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -53,7 +47,11 @@ class HttpWorker:
         """Serve until the launcher says Stop."""
         bootstrap, process = self._bootstrap, self._process
         async with AsyncClient(bootstrap.endpoint, timeout_s=_ENGINE_TIMEOUT_S) as client:
-            self._service = make_service(bootstrap, client, process.stats)
+            self._service = make_service(
+                client, bootstrap.http, process.stats, model_name=bootstrap.model_name,
+                model_folder=bootstrap.model_folder, chat_template=bootstrap.chat_template,
+                max_model_len=bootstrap.max_model_len,
+            )  # fmt: skip
             app = make_app(self._service, read_keys(bootstrap.http))
             self._server = Server(app, bootstrap.http, process.stats)
             process.on_control(self._on_control)
@@ -86,24 +84,3 @@ class HttpWorker:
         await self._service.wait_idle()
         self._process.say(Drained())
         self._look()  # the send may have used up the edge of the control channel's descriptor
-
-
-def make_service(bootstrap: HttpBootstrap, client: AsyncClient, stats: Any) -> Service:
-    """The service of one process. Reads the model's files."""
-    template = None if bootstrap.chat_template is None else Path(bootstrap.chat_template).read_text("utf-8")
-    format = choose_format(
-        bootstrap.model_folder, bootstrap.http.tool_parser, bootstrap.http.reasoning_parser, template=template
-    )
-    return Service(
-        client=client,
-        config=bootstrap.http,
-        model_names=tuple(bootstrap.http.served_model_names) or (bootstrap.model_name,),
-        model_folder=bootstrap.model_folder,
-        max_model_len=bootstrap.max_model_len,
-        format=format,
-        reasoning_start=ReasoningStart(client, format.reasoning_tags),
-        template_reads_tools=template_reads_tools(bootstrap.model_folder, bootstrap.chat_template),
-        defaults=SamplingDefaults.of_model(bootstrap.model_folder),
-        stats=stats,
-        tracer=RequestTracer.from_environment(bootstrap.model_name),
-    )

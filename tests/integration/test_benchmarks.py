@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from pipeline.bench import grammar, overload, prefix
+from pipeline.bench import grammar, http, overload, prefix
 from tests.integration.conftest import TINY_CONFIG
 
 pytestmark = pytest.mark.slow
@@ -42,3 +44,16 @@ def test_masks_come_while_the_model_runs() -> None:
     assert figures["mask_wait_share"] < 0.5, "masks take far less than 20 ms"
     none = grammar.measure(TINY_CONFIG, [], num_seqs=2, step_ms=5.0, share=0.0, seconds=0.5)
     assert none.as_dict()["num_masked_steps"] == none.figures.device.masks_ns == 0
+
+
+def test_every_token_of_a_stream_is_an_event() -> None:
+    found = http.measure(TINY_CONFIG, [], num_streams=2, step_ms=20.0, seconds=1.0)
+    assert found.events_per_s > 20, "two streams with 50 tokens/s each"
+    assert 0.8 < found.tokens_per_event < 1.5, "the two counters are read one after the other"
+    assert found.us_per_event > 0
+    assert found.us_per_request is not None
+    assert 0 < found.us_per_request < 20_000
+    assert found.added_ttft_p50_ms is not None
+    bare = asyncio.run(http.measure_bare(num_streams=2, step_ms=20.0, seconds=0.5))
+    assert bare.events_per_s > 20
+    assert bare.us_per_event > 0

@@ -103,6 +103,8 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_folder: str | None  # the endpoint's folder, removed when empty; None: it belongs to the user
     run_dir: str  # the engine's private folder; the gateway removes it if the launcher dies
     model_name: str
+    model_folder: str = ""
+    chat_template: str | None = None
     max_model_len: int
     policy: PolicyConfig
     tokenizer_window: int  # Tokenize messages under way to one tokenizer

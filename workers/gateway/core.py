@@ -182,6 +182,8 @@ class Gateway:
             detail=self._detail,
             protocol_version=PROTOCOL_VERSION,
             model=self._bootstrap.model_name,
+            model_folder=self._bootstrap.model_folder,
+            chat_template=self._bootstrap.chat_template,
             max_model_len=self._bootstrap.max_model_len,
             max_open_requests=self._bootstrap.frontend.max_open_requests,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 from pipeline.http.anthropic.answer import content_blocks, ending, message_value, usage_value
 from pipeline.http.anthropic.body import (
     HARMLESS,
@@ -16,8 +14,8 @@ from pipeline.http.anthropic.body import (
 from pipeline.http.anthropic.message_events import EventWriter
 from pipeline.http.bodies import read_body
 from pipeline.http.generation.chat_request import chat_of, make_run
-from pipeline.http.generation.chat_run import ChatRun, stream_parts, whole_answer
-from pipeline.http.service import Service, new_id
+from pipeline.http.generation.chat_run import StreamReader, whole_answer
+from pipeline.http.service import new_id
 from pipeline.http.transport import Call, EventStream, Reply
 
 
@@ -29,17 +27,13 @@ async def create(call: Call) -> Reply | EventStream:
     run = await make_run(service, message_request(body, service, call.headers, new_id("msg_")))
     shows_thinking = body.thinking is None or body.thinking.display != "omitted"
     if body.stream:
-        return EventStream(_events(service, run, EventWriter(run.request_id, model, shows_thinking=shows_thinking)))
+        reader = StreamReader(service, run)
+        writer = EventWriter(run.request_id, model, shows_thinking=shows_thinking)
+        return EventStream(reader.start(), lambda output: writer.write(reader.read(output)))
     (answer,), usage = await whole_answer(service, run)
     end = ending(answer.finish_reason, answer.stop_reason, has_calls=bool(answer.tool_calls))
     content = content_blocks(answer, shows_thinking=shows_thinking)
     return Reply(message_value(run.request_id, model, content, end, usage_value(usage)))
-
-
-async def _events(service: Service, run: ChatRun, writer: EventWriter) -> AsyncIterator[bytes]:
-    async for part in stream_parts(service, run):
-        if events := writer.write(part):
-            yield events
 
 
 async def count_tokens(call: Call) -> Reply:

@@ -9,10 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import msgspec
+
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 from pipeline.client.chat_input import Chat
-from pipeline.client.outputs import TokenLogprob, Usage
+from pipeline.client.outputs import Output, TokenLogprob, Usage
+from pipeline.client.streams import OutputStream
 from pipeline.http.generation.endings import OpenAIFinish, finish_reason
 from pipeline.http.generation.events import Content, Event, Reasoning, ToolArguments, ToolCallBegin
 from pipeline.http.parsing.formats import CallForm, OutputFormat, OutputParser
@@ -59,8 +62,7 @@ class RunUsage:
         )  # fmt: skip
 
 
-@dataclass(slots=True, kw_only=True)
-class Part:
+class Part(msgspec.Struct, kw_only=True):
     """What is new of one sample. `finish_reason` is set in a sample's last part, `usage` in the request's last one.
 
     `stop_reason`: the stop string that ended the sample, or "deadline". `prompt_usage`: the usage without generated
@@ -103,19 +105,36 @@ class Answer:
 
 async def stream_parts(service: Service, run: ChatRun) -> AsyncIterator[Part]:
     """The parts of all samples as they are generated. Raises HttpError, and what `AsyncClient.generate` raises."""
-    readers = [_SampleReader(service.format, run, index) for index in range(run.params.n)]
-    stream = service.client.generate(
-        run.chat, _params_of(service, run), stream=True, request_id=run.request_id, cache_salt=run.cache_salt,
-        scheduling=run.scheduling,
-    )  # fmt: skip
-    async with stream:
+    reader = StreamReader(service, run)
+    async with reader.start() as stream:
         async for output in stream:
-            part = readers[output.index].read(output)
-            if output.usage is not None:
-                part.usage = _usage(output.usage, readers)
-            if output.prompt_usage is not None:
-                part.prompt_usage = _usage(output.prompt_usage, readers=[])
-            yield part
+            yield reader.read(output)
+
+
+class StreamReader:
+    """Reads the Outputs of a run that is streamed, of all its samples."""
+
+    def __init__(self, service: Service, run: ChatRun) -> None:
+        self._service = service
+        self._run = run
+        self._samples = [_SampleReader(service.format, run, index) for index in range(run.params.n)]
+
+    def start(self) -> OutputStream:
+        """Send the request. Raises InvalidRequest; the stream raises what `AsyncClient.generate` raises."""
+        run = self._run
+        return self._service.client.generate(
+            run.chat, _params_of(self._service, run), stream=True, request_id=run.request_id, cache_salt=run.cache_salt,
+            scheduling=run.scheduling,
+        )  # fmt: skip
+
+    def read(self, output: Output) -> Part:
+        """The part of an Output. Raises HttpError if the request has run out of time without a token."""
+        part = self._samples[output.index].read(output)
+        if output.usage is not None:
+            part.usage = _usage(output.usage, self._samples)
+        if output.prompt_usage is not None:
+            part.prompt_usage = _usage(output.prompt_usage, readers=[])
+        return part
 
 
 async def whole_answer(service: Service, run: ChatRun) -> tuple[list[Answer], RunUsage]:

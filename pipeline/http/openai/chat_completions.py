@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
+from pipeline.client.outputs import Output
 from pipeline.http.bodies import read_body
 from pipeline.http.body_schemas import ChatMessages, FunctionTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, make_run
-from pipeline.http.generation.chat_run import Answer, ChatRun, stream_parts, whole_answer
+from pipeline.http.generation.chat_run import Answer, ChatRun, StreamReader, whole_answer
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
     CompletionFields,
@@ -88,22 +88,20 @@ async def create(call: Call) -> Reply | EventStream:
         head | {"object": "chat.completion.chunk"}, reports_usage=options.include_usage,
         prompt_token_ids=prompt_token_ids, role=role, tokens_as_ids=bool(body.return_tokens_as_token_ids),
     )  # fmt: skip
-    return EventStream(_events(service, run, writer, options))
+    reader = StreamReader(service, run)
 
-
-async def _events(service: Service, run: ChatRun, writer: ChunkWriter, options: StreamOptions) -> AsyncIterator[bytes]:
-    async for part in stream_parts(service, run):
-        usage = part.usage
+    def write(output: Output) -> bytes:
+        part = reader.read(output)
         if options.continuous_usage_stats:
             writer.count(part)
         event = writer.write(part)
-        if usage is None:
-            if event:
-                yield event
-            continue
+        if part.usage is None:
+            return event
         if options.include_usage:
-            event += writer.write_usage(usage_value(usage))
-        yield event + DONE
+            event += writer.write_usage(usage_value(part.usage))
+        return event + DONE
+
+    return EventStream(reader.start(), write)
 
 
 async def _prompt_token_ids(service: Service, run: ChatRun) -> list[int]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
@@ -51,7 +50,9 @@ async def create(call: Call) -> Reply | EventStream:
         for i in range(len(request.prompts))
     ]
     if body.stream:
-        return EventStream(_events(service, request, choices, head, body.stream_options or StreamOptions()))
+        # With one prompt there is nothing to merge, and each token saves a pass through a queue.
+        stream = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
+        return EventStream(stream, _ChunkWriter(request, choices, head, body.stream_options or StreamOptions()).write)
     outputs = await _gathered([_whole(service, request, prompt) for prompt in request.prompts])
     values = [
         choice.whole(sample, output.prompt_logprobs)
@@ -137,38 +138,51 @@ async def _whole(service: Service, request: CompletionRequest, prompt: Prompt) -
     )  # fmt: skip
 
 
-async def _events(
-    service: Service,
-    request: CompletionRequest,
-    choices: list[list[Choice]],
-    head: dict[str, Any],
-    options: StreamOptions,
-) -> AsyncIterator[bytes]:
-    begin = b"data: " + _encode(head)[:-1] + b',"choices":['
-    plain_end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
-    usages: list[Usage | None] = [None] * len(request.prompts)
-    num_generated = 0
-    # With one prompt there is nothing to merge, and each token saves a pass through a queue.
-    outputs = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
-    async with aclosing(outputs) as merged:
-        async for i, output in merged:
-            usages[i] = output.usage or output.prompt_usage or usages[i]
-            num_generated += len(output.token_ids)
-            chunk = choices[i][output.index].chunk(output, output.prompt_logprobs)
-            has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"]
-            if not (has_news or chunk.get("token_ids") or chunk.get("prompt_token_ids")):
-                continue
-            end = plain_end
-            if options.continuous_usage_stats:
-                so_far = replace(_sum_usage(usages, request), completion_tokens=num_generated * request.generates)
-                end = b'],"usage":' + _encode(usage_value(so_far)) + b"}\n\n"
-            yield begin + _encode(chunk) + end
-    final = b""
-    usage = _sum_usage(usages, request)
-    note_usage(usage.prompt_tokens, usage.completion_tokens)
-    if options.include_usage:
-        final = b"data: " + _encode({**head, "choices": [], "usage": usage_value(usage)}) + b"\n\n"
-    yield final + DONE
+class _ChunkWriter:
+    """Writes the chunks of one request, one server-sent event each."""
+
+    def __init__(
+        self, request: CompletionRequest, choices: list[list[Choice]], head: dict[str, Any], options: StreamOptions
+    ) -> None:
+        self._request = request
+        self._choices = choices
+        self._head = head
+        self._options = options
+        self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+        self._usages: list[Usage | None] = [None] * len(request.prompts)  # so far
+        self._num_generated = 0
+        self._num_open = len(request.prompts)
+
+    def write(self, item: tuple[int, Output]) -> bytes:
+        """The chunk of an Output of prompt `i`; b"" if it has no news. The last Output ends the stream."""
+        i, output = item
+        self._num_generated += len(output.token_ids)
+        if output.usage is not None or output.prompt_usage is not None:
+            self._usages[i] = output.usage or output.prompt_usage
+        chunk = self._choices[i][output.index].chunk(output, output.prompt_logprobs)
+        has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"]
+        if self._request.shows_token_ids:
+            has_news = has_news or chunk["token_ids"] or "prompt_token_ids" in chunk
+        event = self._begin + _encode(chunk) + self._ending() if has_news else b""
+        if output.usage is None:
+            return event
+        self._num_open -= 1
+        return event if self._num_open else event + self._final()
+
+    def _ending(self) -> bytes:
+        if not self._options.continuous_usage_stats:
+            return self._end
+        usage = _sum_usage(self._usages, self._request)
+        usage.completion_tokens = self._num_generated if self._request.generates else 0
+        return b'],"usage":' + _encode(usage_value(usage)) + b"}\n\n"
+
+    def _final(self) -> bytes:
+        usage = _sum_usage(self._usages, self._request)
+        note_usage(usage.prompt_tokens, usage.completion_tokens)
+        if not self._options.include_usage:
+            return DONE
+        return b"data: " + _encode({**self._head, "choices": [], "usage": usage_value(usage)}) + b"\n\n" + DONE
 
 
 async def _stream(service: Service, request: CompletionRequest, i: int) -> AsyncGenerator[tuple[int, Output]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -122,7 +122,7 @@ def _chat_request(call: Call, body: ResponseBody, messages: list[dict[str, Any]]
     )
 
 
-async def _events(call: Call, turn: Turn, response: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _events(call: Call, turn: Turn, response: dict[str, Any]) -> AsyncGenerator[bytes]:
     writer, output = EventWriter(), Output(turn.response_id.removeprefix(PREFIX))
     begin = writer.begin(response)  # waits for the first part, because an earlier error has its own status
     try:

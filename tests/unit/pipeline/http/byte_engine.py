@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,7 @@ class ByteEngine(FakeEngine):
         leading = self.begins_with if isinstance(prompt, str) and add_special_tokens else []
         return [*leading, *text_of(prompt).encode()]
 
-    async def _samples(self, prompt: Any, params: SamplingParams) -> AsyncIterator[Output]:
+    async def _samples(self, prompt: Any, params: SamplingParams) -> AsyncGenerator[Output]:
         name, has_ended = b"".join(map(bytes_of, self._ids(prompt, False))).decode(), False
         try:
             if name in self.failing:
@@ -68,7 +68,7 @@ class ByteEngine(FakeEngine):
             if not has_ended and name not in self.failing:
                 self.cancelled.append(name)
 
-    async def _said(self, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Output]:
+    async def _said(self, prompt_ids: list[int], params: SamplingParams) -> AsyncGenerator[Output]:
         last, num_generated = len(self.pieces) - 1, 0
         for i, piece in enumerate(self.pieces):
             for sample in range(params.n):
@@ -92,11 +92,11 @@ class ByteEngine(FakeEngine):
                     output.usage = Usage(len(prompt_ids), num_generated, CACHED_TOKENS)
                 yield output
 
-    async def _joined(self, outputs: AsyncIterator[Output], n: int) -> Output:
+    async def _joined(self, outputs: AsyncGenerator[Output], n: int) -> Output:
         """As the client joins a request's Outputs without streaming."""
         samples: list[list[Output]] = [[] for _ in range(n)]
         prompt_rows = None
-        async with aclosing(outputs) as stream:  # type: ignore[type-var]
+        async with aclosing(outputs) as stream:
             async for output in stream:
                 samples[output.index].append(output)
                 prompt_rows = output.prompt_logprobs or prompt_rows
@@ -109,7 +109,7 @@ class ClosedStream(FakeStream):
     """A stream that cancels its request when its caller leaves it, as OutputStream does."""
 
     async def __aexit__(self, *_: object) -> None:
-        await self._outputs.aclose()  # type: ignore[attr-defined]
+        await self.aclose()
 
 
 def bytes_of(token_id: int) -> bytes:

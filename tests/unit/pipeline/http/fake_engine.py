@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,7 +53,7 @@ class FakeEngine:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
-    async def _outputs(self, chat: Chat) -> AsyncIterator[Output]:
+    async def _outputs(self, chat: Chat) -> AsyncGenerator[Output]:
         size, last = len(text_of(chat)), len(self.pieces) - 1
         for i, piece in enumerate(self.pieces):
             await asyncio.sleep(0)
@@ -84,7 +84,7 @@ class FakeEngine:
 class FakeStream:
     """As OutputStream."""
 
-    def __init__(self, outputs: AsyncIterator[Output]) -> None:
+    def __init__(self, outputs: AsyncGenerator[Output]) -> None:
         self._outputs = outputs
 
     async def __aenter__(self) -> FakeStream:
@@ -93,8 +93,14 @@ class FakeStream:
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    def __aiter__(self) -> AsyncIterator[Output]:
-        return self._outputs
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> Output:
+        return await anext(self._outputs)
+
+    async def aclose(self) -> None:
+        await self._outputs.aclose()
 
 
 def text_of(prompt: Any) -> str:

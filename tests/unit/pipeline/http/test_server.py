@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
-from pipeline.http.app import Bookkeeping
+from pipeline.http.app import Application, Bookkeeping
 from pipeline.http.config import COUNTERS, HttpConfig
 from pipeline.http.errors import OPENAI
 from pipeline.http.listener import open_listener
@@ -59,7 +58,7 @@ async def serve(handler: Handler, **settings: Any) -> AsyncIterator[Running]:
         client=None, config=config, model_names=("m",), model_folder="", max_model_len=8, format=None,
         reasoning_start=None, template_reads_tools=False, defaults=None, stats=stats,
     )  # type: ignore[arg-type]  # fmt: skip
-    app = Starlette(
+    app = Application(
         routes=[Route("/", Endpoint(handler, OPENAI, Operation(generates=True)), methods=["POST"])],
         middleware=[Middleware(Bookkeeping)],
     )
@@ -115,7 +114,7 @@ def test_an_error_before_the_first_output_has_its_own_status(
     error: Exception, status: int, expected: bytes, streams: bool
 ) -> None:
     async def handler(call: Call) -> Reply | EventStream:
-        async def events() -> AsyncIterator[bytes]:
+        async def events() -> AsyncGenerator[bytes]:
             raise error
             yield b""
 
@@ -135,7 +134,7 @@ def test_an_error_before_the_first_output_has_its_own_status(
 
 def test_an_error_after_the_first_output_is_an_event_of_the_stream() -> None:
     async def handler(call: Call) -> EventStream:
-        async def events() -> AsyncIterator[bytes]:
+        async def events() -> AsyncGenerator[bytes]:
             yield b"data: 1\n\n"
             raise EngineUnavailable("the engine is gone")
 
@@ -166,7 +165,7 @@ def test_a_client_that_disconnects_cancels_its_request_within_50_ms(streams: boo
                 cancelled.set()
 
         async def handler(call: Call) -> Reply | EventStream:
-            async def events() -> AsyncIterator[bytes]:
+            async def events() -> AsyncGenerator[bytes]:
                 yield b"data: 1\n\n"
                 await work()
 

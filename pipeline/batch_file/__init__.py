@@ -1,0 +1,1 @@
+"""`ringfeed batch`: answers a file of requests, in the form of OpenAI's Batch API."""
