@@ -116,13 +116,6 @@ def answer_id(prefix: str, body: SamplingFields) -> str:
     return prefix + body.request_id
 
 
-def check_streams(body: CompletionFields, *, streams: bool) -> None:
-    """Raises HttpError 400 for a field that a stream cannot honour."""
-    if streams and body.prompt_logprobs is not None:
-        message = "prompt_logprobs cannot be given in a stream: set stream to false, or leave prompt_logprobs out"
-        raise HttpError(400, message, param="prompt_logprobs")
-
-
 def structured_fields(body: SamplingFields) -> dict[str, Any] | None:
     """The fields of StructuredOutputs that a body asks for, in vLLM's present or earlier names; None for none.
 
@@ -151,3 +144,10 @@ def scheduling_params(body: SamplingFields, headers: Mapping[str, str]) -> Sched
         deadline_s=body.deadline_s,
         queue_timeout_s=body.queue_timeout_s,
     )
+
+
+def max_prompt_tokens(params: SamplingParams, max_model_len: int) -> int | None:
+    """How many tokens of a prompt `truncate_prompt_tokens` keeps, by the engine's rule. None = all."""
+    if params.truncate_prompt_tokens == -1:
+        return max(1, max_model_len - (params.max_tokens or 1))
+    return params.truncate_prompt_tokens
