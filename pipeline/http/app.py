@@ -23,7 +23,7 @@ from pipeline.http import openapi
 from pipeline.http.anthropic import messages
 from pipeline.http.anthropic.body import MessagesBody, PromptBody
 from pipeline.http.engine_api import live, status, tokenizing
-from pipeline.http.errors import ANTHROPIC, OPENAI, SERVER_STOPS, Dialect, HttpError
+from pipeline.http.errors import ANTHROPIC, OPENAI, Dialect, HttpError
 from pipeline.http.metrics import endpoint
 from pipeline.http.openai import chat_completions, completions, models
 from pipeline.http.openai.chat_completions import ChatCompletionBody
@@ -34,10 +34,11 @@ from pipeline.http.openai.responses.body import ResponseBody
 from pipeline.http.operation import Operation
 from pipeline.http.page import static
 from pipeline.http.service import Service, new_id
-from pipeline.http.transport import JSON, Endpoint, Handler, Receive, Scope, Send
+from pipeline.http.transport import JSON, SERVER_ENDS, Endpoint, Handler, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
+_STOPS: Final = HttpError(503, SERVER_ENDS, code="unavailable", retry_after_s=1.0)
 REQUEST_ID: Final = b"x-request-id"
 _MAX_REQUEST_ID_BYTES: Final = 256
 _GUARDED: Final = ("/v1/", "/tokenize", "/detokenize")
@@ -132,7 +133,7 @@ class Bookkeeping:
             if "status" in scope or task is None:
                 raise
             task.uncancel()
-            await _error_response(scope["path"], SERVER_STOPS)(scope, receive, send_with_id)
+            await _error_response(scope["path"], _STOPS)(scope, receive, send_with_id)
         finally:
             _count(service.stats, scope.get("status", 499))
 

@@ -121,4 +121,3 @@ def _anthropic_event(error: HttpError) -> bytes:
 
 OPENAI: Final = Dialect(openai_body, _openai_event)
 ANTHROPIC: Final = Dialect(anthropic_body, _anthropic_event)
-SERVER_STOPS: Final = HttpError(503, "this server stops: send the request again", code="unavailable", retry_after_s=1.0)

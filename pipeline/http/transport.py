@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 import msgspec
 from starlette.datastructures import Headers, QueryParams
 
-from pipeline.http.errors import SERVER_STOPS, Dialect, HttpError, http_error
+from pipeline.http.errors import Dialect, HttpError, http_error
 from pipeline.http.operation import Operation
 from pipeline.http.service import Service
 
@@ -32,7 +32,7 @@ MAX_ARRIVING_BODIES: Final = 16  # of the largest size: more bytes may not wait 
 _BODIES_FULL: Final = HttpError(
     503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
 )
-_IS_ANSWERED: Final = "ringfeed.is_answered"  # in the scope: the last event of the stream is on its way
+SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -120,6 +120,9 @@ class Endpoint:
         except HttpError as error:
             await self._send_error(error, send)
             return
+        except asyncio.CancelledError:
+            await self._end_early(scope, send)
+            raise
         if body is None:  # the client left before it had sent everything
             service.stats.num_disconnects[0] += 1
             return
@@ -129,15 +132,16 @@ class Endpoint:
         )  # fmt: skip
         work = asyncio.current_task()
         assert work is not None, "an ASGI application runs in a task"
-        watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work, scope))
+        watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work))
         with service.open_request() if self.operation.generates else contextlib.nullcontext():
             try:
                 await self._answer(call, send)
             except asyncio.CancelledError:
-                if not watcher.done() or watcher.cancelled():
-                    raise  # the server ends
                 work.uncancel()
-                service.note_disconnect(scope)
+                if watcher.done() and not watcher.cancelled():
+                    service.note_disconnect(scope)
+                else:
+                    await self._end_early(scope, send)
             finally:
                 watcher.cancel()
 
@@ -165,12 +169,7 @@ class Endpoint:
             return
         with call.service.open_stream():
             # In a task of its own, an event resumes the few coroutines below, and not those of the middleware too.
-            sending = asyncio.create_task(self._send_events(reply, first, call, send))
-            try:
-                await sending
-            except asyncio.CancelledError:
-                await self._end_early(call.scope)
-                raise
+            await asyncio.create_task(self._send_events(reply, first, call, send))
 
     async def _send_events(self, reply: EventStream, first: bytes, call: Call, send: Send) -> None:
         headers = [*_EVENT_STREAM, *_encoded(reply.headers)]
@@ -189,15 +188,15 @@ class Endpoint:
         except Exception as error:
             event["body"] = self.dialect.error_event(as_http_error(error, call))
             await send(event)
-        call.scope[_IS_ANSWERED] = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _end_early(self, scope: Scope) -> None:
-        """The server ends during a stream, which says so; or the client has left, and nobody reads this."""
-        if "status" in scope and _IS_ANSWERED not in scope:
-            scope[_IS_ANSWERED] = True
-            body = self.dialect.error_event(SERVER_STOPS)
-            await scope["send"]({"type": "http.response.body", "body": body, "more_body": False})
+    async def _end_early(self, scope: Scope, send: Send) -> None:
+        """The server ends while a request is open: its client gets an error instead of a broken connection."""
+        error = HttpError(503, SERVER_ENDS, code="unavailable", retry_after_s=1.0)
+        if "status" not in scope:  # the answer has not begun
+            await self._send_error(error, send)
+        else:
+            await send({"type": "http.response.body", "body": self.dialect.error_event(error), "more_body": False})
 
     async def _send_error(self, error: HttpError, send: Send) -> None:
         await _send_whole(Reply(self.dialect.error_body(error), error.status, error.headers), send)
@@ -260,8 +259,7 @@ async def _read_body(receive: Receive, headers: Headers, service: Service) -> by
         service.num_arriving_bytes -= size
 
 
-async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any], scope: Scope) -> None:
+async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    if _IS_ANSWERED not in scope:  # uvicorn also says "disconnect" once the answer is complete
-        work.cancel()
+    work.cancel()

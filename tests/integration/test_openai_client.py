@@ -79,9 +79,10 @@ def client(engine: Pipeline) -> Iterator[openai.OpenAI]:
 
 
 def wait_idle(engine: Pipeline) -> None:
-    """Wait until the engine runs no sequence."""
+    """Wait until the engine runs no sequence, and the gateway has answered every request."""
     deadline = time.monotonic() + 10
-    while any(engine.client.stats()["scheduler"][name] for name in ("num_running", "num_waiting")):
+    busy = {"scheduler": ("num_running", "num_waiting"), "gateway": ("num_open",)}
+    while any((stats := engine.client.stats()) and stats[role][name] for role in busy for name in busy[role]):
         assert time.monotonic() < deadline, "the engine is still busy"
 
 

@@ -103,7 +103,7 @@ def sampling_params(body: SamplingFields, defaults: SamplingDefaults, **forced: 
     return SamplingParams(**values)
 
 
-def answer_id(prefix: str, body: CompletionFields) -> str:
+def answer_id(prefix: str, body: SamplingFields) -> str:
     """The id of an answer: a new one, or `prefix` and the body's `request_id`, as in vLLM.
 
     Raises HttpError 400 for one of more than 256 characters.
@@ -114,13 +114,6 @@ def answer_id(prefix: str, body: CompletionFields) -> str:
         message = f"request_id has {len(body.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
         raise HttpError(400, message, param="request_id")
     return prefix + body.request_id
-
-
-def check_streams(body: CompletionFields, *, streams: bool) -> None:
-    """Raises HttpError 400 for a field that a stream cannot honour."""
-    if streams and body.prompt_logprobs is not None:
-        message = "prompt_logprobs cannot be given in a stream: set stream to false, or leave prompt_logprobs out"
-        raise HttpError(400, message, param="prompt_logprobs")
 
 
 def structured_fields(body: SamplingFields) -> dict[str, Any] | None:
@@ -151,3 +144,10 @@ def scheduling_params(body: SamplingFields, headers: Mapping[str, str]) -> Sched
         deadline_s=body.deadline_s,
         queue_timeout_s=body.queue_timeout_s,
     )
+
+
+def max_prompt_tokens(params: SamplingParams, max_model_len: int) -> int | None:
+    """How many tokens of a prompt `truncate_prompt_tokens` keeps, by the engine's rule. None = all."""
+    if params.truncate_prompt_tokens == -1:
+        return max(1, max_model_len - (params.max_tokens or 1))
+    return params.truncate_prompt_tokens

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.http.generation.chat_run import Part
+from pipeline.http.generation.chat_run import Part, RunUsage
 from pipeline.http.generation.events import Content, Event, Reasoning, ToolArguments, ToolCallBegin
-from pipeline.http.openai.wire import chat_logprobs
+from pipeline.http.openai.wire import chat_logprobs, usage_value
 from pipeline.http.service import new_id
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -26,22 +26,45 @@ class ChunkWriter:
     Args:
         head: the fields that all chunks share: id, object, created, model.
         reports_usage: the stream ends with a chunk that has the usage; all others have `usage` null.
-        with_token_ids: chunks have `token_ids`, vLLM's further field.
-        as_ids: log-probabilities name tokens by their ids, as of `token_name`.
+        prompt_token_ids: the first chunk of each sample has these, and each chunk has its `token_ids`: vLLM's further
+            fields. None = neither.
         role: of the message, in the first chunk of each sample.
+        tokens_as_ids: log-probabilities name a token "token_id:7".
     """
 
     def __init__(
-        self, head: dict[str, Any], *, reports_usage: bool, with_token_ids: bool, as_ids: bool, role: str
+        self,
+        head: dict[str, Any],
+        *,
+        reports_usage: bool,
+        role: str,
+        prompt_token_ids: list[int] | None = None,
+        tokens_as_ids: bool = False,
     ) -> None:
         self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if reports_usage else b"]}\n\n"
         self._head = head
-        self._with_token_ids = with_token_ids
-        self._as_ids = as_ids
+        self._with_token_ids = prompt_token_ids is not None
+        self._prompt = b"" if prompt_token_ids is None else b',"prompt_token_ids":' + _encode(prompt_token_ids)
+        self._tokens_as_ids = tokens_as_ids
+        self._usage_so_far = RunUsage.of(0, 0)
         self._role = _encode(role)
         self._begun: set[int] = set()  # samples that have a chunk
         self._num_calls: defaultdict[int, int] = defaultdict(int)  # by sample
+
+    def count(self, part: Part) -> None:
+        """Put the usage, with this part, into the chunks from now on: vLLM's `continuous_usage_stats`."""
+        so_far = self._usage_so_far
+        if part.prompt_usage is not None:
+            so_far.prompt_tokens, so_far.cached_tokens = (
+                part.prompt_usage.prompt_tokens,
+                part.prompt_usage.cached_tokens,
+            )
+        so_far.completion_tokens += len(part.token_ids)
+        value = usage_value(part.usage or so_far)
+        if part.usage is None:
+            del value["completion_tokens_details"]  # the tokens of reasoning are known at the end
+        self._end = b'],"usage":' + _encode(value) + b"}\n\n"
 
     def write(self, part: Part) -> bytes:
         """The events of a part: a chunk for each kind of delta in it, at least one. b"" if the part has no news."""
@@ -53,8 +76,9 @@ class ChunkWriter:
         chunks = []
         if index not in self._begun:
             self._begun.add(index)
-            chunks.append(self._chunk(index, b'{"role":' + self._role + b',"content":""}'))
-        logprobs = chat_logprobs(part.logprobs, as_ids=self._as_ids) if part.logprobs else None
+            role = self._chunk(index, b'{"role":' + self._role + b',"content":""}')
+            chunks.append(role.removesuffix(self._end) + b"]" + self._prompt + self._end[1:])
+        logprobs = chat_logprobs(part.logprobs, as_ids=self._tokens_as_ids) if part.logprobs else None
         token_ids = part.token_ids if self._with_token_ids else None
         if not deltas and (logprobs or token_ids or part.finish_reason is not None):
             deltas = [b"{}"]
@@ -65,10 +89,6 @@ class ChunkWriter:
             else:  # the tokens of the part belong to its last delta
                 chunks.append(self._chunk(index, delta, logprobs, part.finish_reason, part.stop_reason, token_ids))
         return b"".join(chunks)
-
-    def set_usage(self, usage: dict[str, Any]) -> None:
-        """The usage so far, for the chunks that follow."""
-        self._end = b'],"usage":' + _encode(usage) + b"}\n\n"
 
     def write_usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk that ends a stream with its usage."""

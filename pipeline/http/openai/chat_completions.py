@@ -10,12 +10,12 @@ from pipeline.http.bodies import read_body
 from pipeline.http.body_schemas import ChatMessages, FunctionTools
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_request import ChatRequest, make_run
-from pipeline.http.generation.chat_run import Answer, RunUsage, StreamReader, whole_answer
+from pipeline.http.generation.chat_run import Answer, ChatRun, StreamReader, whole_answer
 from pipeline.http.generation.sampling_fields import (
     MAX_TOP_LOGPROBS,
     CompletionFields,
     answer_id,
-    check_streams,
+    max_prompt_tokens,
     sampling_params,
     scheduling_params,
     structured_fields,
@@ -24,12 +24,12 @@ from pipeline.http.openai.chat_chunks import ChunkWriter
 from pipeline.http.openai.wire import (
     DONE,
     StreamOptions,
-    UsageCounter,
     chat_logprobs,
+    check_prompt_logprobs,
     prompt_logprobs_value,
     usage_value,
 )
-from pipeline.http.service import new_id
+from pipeline.http.service import Service, new_id
 from pipeline.http.transport import Call, EventStream, Reply
 
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -66,27 +66,34 @@ async def create(call: Call) -> Reply | EventStream:
     body = read_body(call.body, ChatCompletionBody, harmless=_HARMLESS, neutral=_NEUTRAL)
     service = call.service
     model = service.check_model(body.model)
-    check_streams(body, streams=bool(body.stream))
-    head_id = answer_id("chatcmpl-", body)
     run = await make_run(service, _chat_request(call, body))
-    head = {"id": head_id, "object": "chat.completion", "created": int(time.time()), "model": model}
+    head = {
+        "id": answer_id("chatcmpl-", body), "object": "chat.completion", "created": int(time.time()),
+        "model": model,
+    }  # fmt: skip
     role = _role(body)
+    prompt_token_ids = await _prompt_token_ids(service, run) if body.return_token_ids else None
     if not body.stream:
         answers, usage = await whole_answer(service, run)
-        return Reply(_completion(head, answers, usage, body, role))
+        value = {**head, "choices": [_choice(answer, role, body) for answer in answers], "usage": usage_value(usage)}
+        value["system_fingerprint"] = None
+        rows = answers[0].prompt_logprobs
+        if rows is not None and body.prompt_logprobs is not None:
+            value["prompt_logprobs"] = prompt_logprobs_value(rows, body.prompt_logprobs)
+        if prompt_token_ids is not None:
+            value["prompt_token_ids"] = prompt_token_ids
+        return Reply(value)
     options = body.stream_options or StreamOptions()
     writer = ChunkWriter(
         head | {"object": "chat.completion.chunk"}, reports_usage=options.include_usage,
-        with_token_ids=bool(body.return_token_ids), as_ids=bool(body.return_tokens_as_token_ids), role=role,
+        prompt_token_ids=prompt_token_ids, role=role, tokens_as_ids=bool(body.return_tokens_as_token_ids),
     )  # fmt: skip
     reader = StreamReader(service, run)
 
-    counter = UsageCounter() if options.continuous_usage_stats else None
-
     def write(output: Output) -> bytes:
         part = reader.read(output)
-        if counter is not None:
-            writer.set_usage(usage_value(counter.add(output)))
+        if options.continuous_usage_stats:
+            writer.count(part)
         event = writer.write(part)
         if part.usage is None:
             return event
@@ -97,6 +104,12 @@ async def create(call: Call) -> Reply | EventStream:
     return EventStream(reader.start(), write)
 
 
+async def _prompt_token_ids(service: Service, run: ChatRun) -> list[int]:
+    """The tokens of the prompt, as the engine gets them. Raises as `AsyncClient.tokenize` does."""
+    ids = (await service.client.tokenize(run.chat)).token_ids
+    return ids[-(max_prompt_tokens(run.params, service.max_model_len) or 0) :]
+
+
 def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:
     if body.top_logprobs is not None and not body.logprobs:
         raise HttpError(400, "top_logprobs is given without logprobs: set logprobs to true", param="top_logprobs")
@@ -104,6 +117,7 @@ def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:
         raise HttpError(
             400, f"top_logprobs ({body.top_logprobs}) must lie in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs"
         )
+    check_prompt_logprobs(body.prompt_logprobs, is_stream=bool(body.stream))
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = sampling_params(
         body, call.service.defaults, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None
@@ -136,20 +150,6 @@ def _role(body: ChatCompletionBody) -> str:
     return "assistant"
 
 
-def _completion(
-    head: dict[str, Any], answers: list[Answer], usage: RunUsage, body: ChatCompletionBody, role: str
-) -> dict[str, Any]:
-    value = {
-        **head,
-        "choices": [_choice(answer, role, body) for answer in answers],
-        "usage": usage_value(usage),
-        "system_fingerprint": None,
-    }
-    if answers[0].prompt_logprobs is not None:
-        value["prompt_logprobs"] = prompt_logprobs_value(answers[0].prompt_logprobs)
-    return value
-
-
 def _choice(answer: Answer, role: str, body: ChatCompletionBody) -> dict[str, Any]:
     message: dict[str, Any] = {"role": role, "content": answer.content, "refusal": None, "annotations": []}
     if answer.reasoning is not None:
@@ -163,11 +163,13 @@ def _choice(answer: Answer, role: str, body: ChatCompletionBody) -> dict[str, An
             }
             for each in answer.tool_calls
         ]
-    as_ids = bool(body.return_tokens_as_token_ids)
+    logprobs = None
+    if answer.logprobs is not None:
+        logprobs = chat_logprobs(answer.logprobs, as_ids=bool(body.return_tokens_as_token_ids))
     choice = {
         "index": answer.index,
         "message": message,
-        "logprobs": None if answer.logprobs is None else chat_logprobs(answer.logprobs, as_ids=as_ids),
+        "logprobs": logprobs,
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
     }

@@ -17,14 +17,14 @@ from pipeline.http.generation.sampling_fields import (
     scheduling_params,
     structured_fields,
 )
-from pipeline.http.openai.wire import StreamOptions
+from pipeline.http.openai.wire import StreamOptions, check_prompt_logprobs
 from pipeline.http.transport import Call
 
 DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 MAX_PROMPTS: Final = 1_024  # of one request
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "suffix": ("",), "use_beam_search": (False,), "length_penalty": (1.0,), "kv_transfer_params": (),
-    "prompt_embeds": (), "add_special_tokens": (True,),
+    "prompt_embeds": (),
 }  # fmt: skip
 
 Prompt = str | list[int]
@@ -35,6 +35,7 @@ class CompletionBody(CompletionFields, kw_only=True):
 
     prompt: str | Prompts
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
     stream: bool | None = None
@@ -49,6 +50,8 @@ class CompletionRequest:
         prompts: texts or token ids, at least one.
         logprobs: how many alternatives of each token are reported; None = no log-probabilities.
         echo: the answer begins with the prompt.
+        add_special_tokens: the tokenizer adds its special tokens to a text.
+        shows_token_ids: the answer has the token ids of prompt and output.
         generates: False: only the prompt is scored (`max_tokens` 0 with `echo`). The engine generates one token even
             then, and the answer leaves it out.
     """
@@ -59,6 +62,8 @@ class CompletionRequest:
     cache_salt: str
     logprobs: int | None
     echo: bool
+    add_special_tokens: bool
+    shows_token_ids: bool
     generates: bool
 
 
@@ -76,12 +81,13 @@ def read_request(call: Call, body: CompletionBody) -> CompletionRequest:
         )  # fmt: skip
     if body.logprobs is not None and not 0 <= body.logprobs <= MAX_TOP_LOGPROBS:
         raise HttpError(400, f"logprobs ({body.logprobs}) must lie in [0, {MAX_TOP_LOGPROBS}]", param="logprobs")
-    scores_prompt = echo and body.logprobs is not None and body.prompt_logprobs is None
+    check_prompt_logprobs(body.prompt_logprobs, is_stream=bool(body.stream))
+    scores_prompt = echo and body.logprobs is not None
     forced = {
         "max_tokens": max_tokens or 1,
         "logprobs": body.logprobs,
         "structured_outputs": read_answer_format(body.response_format, structured_fields(body)),
-        "prompt_logprobs": body.logprobs if scores_prompt else None,
+        "prompt_logprobs": max(body.logprobs or 0, body.prompt_logprobs or 0) if scores_prompt else None,
     }
     return CompletionRequest(
         prompts=prompts,
@@ -90,6 +96,8 @@ def read_request(call: Call, body: CompletionBody) -> CompletionRequest:
         cache_salt=body.cache_salt or "",
         logprobs=body.logprobs,
         echo=echo,
+        add_special_tokens=body.add_special_tokens is not False,
+        shows_token_ids=bool(body.return_token_ids),
         generates=max_tokens > 0,
     )
 

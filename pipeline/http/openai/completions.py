@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -18,13 +18,16 @@ from pipeline.client.outputs import Completion, Output, TokenLogprob, Usage
 from pipeline.http.bodies import read_body
 from pipeline.http.generation.chat_run import RunUsage
 from pipeline.http.generation.endings import finish_reason
-from pipeline.http.generation.sampling_fields import answer_id, check_streams
+from pipeline.http.generation.sampling_fields import answer_id
 from pipeline.http.openai.completion_body import NEUTRAL, CompletionBody, CompletionRequest, Prompt, read_request
 from pipeline.http.openai.completion_logprobs import LogprobWriter, joined
-from pipeline.http.openai.wire import DONE, StreamOptions, UsageCounter, prompt_logprobs_value, usage_value
+from pipeline.http.openai.completion_prompts import PreparedPrompt, prepare
+from pipeline.http.openai.wire import DONE, StreamOptions, prompt_logprobs_value, usage_value
 from pipeline.http.service import Service, new_id
 from pipeline.http.tracing import note_sample, note_usage
 from pipeline.http.transport import Call, EventStream, Reply
+
+T = TypeVar("T")
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -35,44 +38,31 @@ async def create(call: Call) -> Reply | EventStream:
     service = call.service
     model = service.check_model(body.model)
     request = read_request(call, body)
-    check_streams(body, streams=bool(body.stream))
-    head_id = answer_id("cmpl-", body)
-    echoes = await asyncio.gather(*(_echo(service, request, prompt) for prompt in request.prompts))
-    head = {"id": head_id, "object": "text_completion", "created": int(time.time()), "model": model}
+    prompts = await _gathered([prepare(service, request, prompt) for prompt in request.prompts])
+    request = replace(request, prompts=[prompt.source for prompt in prompts])
+    head = {
+        "id": answer_id("cmpl-", body),
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
     choices = [
-        [Choice(i * request.params.n + sample, request, body, echoes[i]) for sample in range(request.params.n)]
+        [Choice(i * request.params.n + sample, request, body, prompts[i]) for sample in range(request.params.n)]
         for i in range(len(request.prompts))
     ]
     if body.stream:
         # With one prompt there is nothing to merge, and each token saves a pass through a queue.
         stream = _stream(service, request, 0) if len(request.prompts) == 1 else _merged(service, request)
         return EventStream(stream, _ChunkWriter(request, choices, head, body.stream_options or StreamOptions()).write)
-    outputs = await _all(service, request)
+    outputs = await _gathered([_whole(service, request, prompt) for prompt in request.prompts])
     values = [
         choice.whole(sample, output.prompt_logprobs)
         for output, of_prompt in zip(outputs, choices, strict=True)
         for choice, sample in zip(of_prompt, output.completions, strict=True)
     ]
     usage = _sum_usage([output.usage for output in outputs], request)
+    note_usage(usage.prompt_tokens, usage.completion_tokens)
     return Reply({**head, "choices": values, "usage": usage_value(usage)})
-
-
-@dataclass(frozen=True)
-class Echo:
-    """What an answer repeats of its prompt: its text, and the text of its first token."""
-
-    text: str = ""
-    first_token: str = ""
-
-
-async def _echo(service: Service, request: CompletionRequest, prompt: Prompt) -> Echo:
-    if not request.echo:
-        return Echo()
-    if isinstance(prompt, str) and request.logprobs is None:
-        return Echo(prompt)
-    tokens = (await service.client.tokenize(prompt)).token_bytes
-    text = prompt if isinstance(prompt, str) else b"".join(tokens).decode("utf-8", "replace")
-    return Echo(text, tokens[0].decode("utf-8", "replace"))
 
 
 @dataclass
@@ -82,20 +72,24 @@ class Choice:
     index: int
     request: CompletionRequest
     body: CompletionBody
-    echo: Echo
+    prompt: PreparedPrompt
     num_tokens: int = 0
     _has_begun: bool = False
     _logprobs: LogprobWriter = field(init=False)
 
     def __post_init__(self) -> None:
-        as_ids = bool(self.body.return_tokens_as_token_ids)
-        self._logprobs = LogprobWriter(self.request.logprobs or 0, as_ids=as_ids)
+        scores_prompt = self.request.echo and self.request.logprobs is not None
+        self._logprobs = LogprobWriter(
+            self.request.logprobs or 0,
+            as_ids=bool(self.body.return_tokens_as_token_ids),
+            offset=-self.prompt.num_hidden_chars if scores_prompt else len(self.prompt.text),
+        )
 
     def whole(self, sample: Completion, prompt_rows: list[TokenLogprob | None] | None) -> dict[str, Any]:
         """The choice of a request without streaming."""
         value = self.chunk(sample, prompt_rows)
         if self.body.prompt_logprobs is not None and prompt_rows is not None:
-            value["prompt_logprobs"] = prompt_logprobs_value(prompt_rows)
+            value["prompt_logprobs"] = prompt_logprobs_value(prompt_rows, self.body.prompt_logprobs)
         return value
 
     def chunk(self, new: Output | Completion, prompt_rows: list[TokenLogprob | None] | None) -> dict[str, Any]:
@@ -107,9 +101,11 @@ class Choice:
         logprobs = None
         if not self._has_begun:
             self._has_begun = True
-            value["text"] = self.echo.text + value["text"]
+            value["text"] = self.prompt.text + value["text"]
+            if self.request.shows_token_ids:
+                value["prompt_token_ids"] = self.prompt.token_ids
             if self.request.echo and self.request.logprobs is not None and prompt_rows is not None:
-                logprobs = self._logprobs.write(prompt_rows, self.echo.first_token)
+                logprobs = self._logprobs.write(prompt_rows, self.prompt.first_token)
         value["logprobs"] = joined(logprobs, None if rows is None else self._logprobs.write(rows))
         self.num_tokens += len(new.token_ids)
         value["finish_reason"] = value["stop_reason"] = None
@@ -119,15 +115,18 @@ class Choice:
             value["finish_reason"], value["stop_reason"] = (
                 (reason, stop) if self.request.generates else ("length", None)
             )
-        if self.body.return_token_ids:
+        if self.request.shows_token_ids:
             value["token_ids"] = new.token_ids if self.request.generates else []
         return value
 
 
-async def _all(service: Service, request: CompletionRequest) -> list[Output]:
+async def _gathered(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all. An error of one cancels the others."""
+    if len(works) == 1:
+        return [await works[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_whole(service, request, prompt)) for prompt in request.prompts]
+            tasks = [group.create_task(work) for work in works]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -152,25 +151,36 @@ class _ChunkWriter:
         self._options = options
         self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
-        self._counter = UsageCounter() if options.continuous_usage_stats else None
-        self._usages: list[Usage | None] = [None] * len(request.prompts)  # of prompts that have ended
+        self._usages: list[Usage | None] = [None] * len(request.prompts)  # so far
+        self._num_generated = 0
+        self._num_open = len(request.prompts)
 
     def write(self, item: tuple[int, Output]) -> bytes:
         """The chunk of an Output of prompt `i`; b"" if it has no news. The last Output ends the stream."""
         i, output = item
-        if output.usage is not None:
-            self._usages[i] = output.usage
-        if self._counter is not None:
-            self._end = b'],"usage":' + _encode(usage_value(self._counter.add(output))) + b"}\n\n"
+        self._num_generated += len(output.token_ids)
+        if output.usage is not None or output.prompt_usage is not None:
+            self._usages[i] = output.usage or output.prompt_usage
         chunk = self._choices[i][output.index].chunk(output, output.prompt_logprobs)
-        has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"] or chunk.get("token_ids")
-        event = self._begin + _encode(chunk) + self._end if has_news else b""
-        if output.usage is None or None in self._usages:
+        has_news = chunk["text"] or chunk["logprobs"] or chunk["finish_reason"]
+        if self._request.shows_token_ids:
+            has_news = has_news or chunk["token_ids"] or "prompt_token_ids" in chunk
+        event = self._begin + _encode(chunk) + self._ending() if has_news else b""
+        if output.usage is None:
             return event
-        return event + self._final()
+        self._num_open -= 1
+        return event if self._num_open else event + self._final()
+
+    def _ending(self) -> bytes:
+        if not self._options.continuous_usage_stats:
+            return self._end
+        usage = _sum_usage(self._usages, self._request)
+        usage.completion_tokens = self._num_generated if self._request.generates else 0
+        return b'],"usage":' + _encode(usage_value(usage)) + b"}\n\n"
 
     def _final(self) -> bytes:
         usage = _sum_usage(self._usages, self._request)
+        note_usage(usage.prompt_tokens, usage.completion_tokens)
         if not self._options.include_usage:
             return DONE
         return b"data: " + _encode({**self._head, "choices": [], "usage": usage_value(usage)}) + b"\n\n" + DONE
@@ -188,6 +198,7 @@ async def _stream(service: Service, request: CompletionRequest, i: int) -> Async
     async with stream:
         async for output in stream:
             if not waits:
+                output.prompt_logprobs = rows or output.prompt_logprobs  # a sample may begin only now
                 yield i, output
                 continue
             held.append(output)
@@ -231,10 +242,8 @@ async def _merged(service: Service, request: CompletionRequest) -> AsyncGenerato
 
 def _sum_usage(usages: Sequence[Usage | None], request: CompletionRequest) -> RunUsage:
     known = [usage for usage in usages if usage is not None]
-    total = RunUsage.of(
+    return RunUsage.of(
         sum(usage.prompt_tokens for usage in known),
         sum(usage.completion_tokens for usage in known) if request.generates else 0,
         sum(usage.num_cached_tokens for usage in known),
     )
-    note_usage(total.prompt_tokens, total.completion_tokens)
-    return total

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.client.outputs import Output, TokenLogprob
+from pipeline.client.outputs import TokenLogprob
+from pipeline.http.errors import HttpError
 from pipeline.http.generation.chat_run import RunUsage
 
 DONE: Final = b"data: [DONE]\n\n"  # the last event of a stream
@@ -21,20 +22,13 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers; accepted, without effect
 
 
-class UsageCounter:
-    """The usage of a stream so far, all samples of all its prompts together."""
-
-    def __init__(self) -> None:
-        self._usage = RunUsage.of(0, 0)
-
-    def add(self, output: Output) -> RunUsage:
-        """Count the tokens of the next Output."""
-        usage = self._usage
-        usage.completion_tokens += len(output.token_ids)
-        if output.prompt_usage is not None:
-            usage.prompt_tokens += output.prompt_usage.prompt_tokens
-            usage.cached_tokens += output.prompt_usage.num_cached_tokens
-        return usage
+def check_prompt_logprobs(value: int | None, *, is_stream: bool) -> None:
+    """Raises HttpError 400 if a stream is to have `prompt_logprobs`. As in vLLM, only whole answers have them."""
+    if value is not None and is_stream:
+        raise HttpError(
+            400, f"prompt_logprobs ({value}) is not available in a stream: leave it or stream out",
+            param="prompt_logprobs",
+        )  # fmt: skip
 
 
 def usage_value(usage: RunUsage) -> dict[str, Any]:
@@ -49,28 +43,32 @@ def usage_value(usage: RunUsage) -> dict[str, Any]:
 
 
 def chat_logprobs(rows: Sequence[TokenLogprob], *, as_ids: bool = False) -> dict[str, Any]:
-    """`logprobs` of a choice of a chat completion. `as_ids`: as of `token_name`."""
+    """`logprobs` of a choice of a chat completion. `logprob_token_ids` of the request follow the likeliest tokens."""
     return {
         "content": [
-            _chat_logprob(row, row.token_id, row.logprob, as_ids=as_ids)
-            | {"top_logprobs": [_chat_logprob(row, each, value, as_ids=as_ids) for each, value in row.top.items()]}
+            _chat_logprob(row, row.token_id, row.logprob, as_ids)
+            | {
+                "top_logprobs": [
+                    _chat_logprob(row, token_id, value, as_ids) for token_id, value in (row.top | row.requested).items()
+                ]
+            }
             for row in rows
         ],
         "refusal": None,
     }
 
 
-def prompt_logprobs_value(rows: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs`, vLLM's field: for each token of the prompt, token id to log-probability, rank and text."""
-    return [None if row is None else _prompt_row(row) for row in rows]
-
-
 def token_name(row: TokenLogprob, token_id: int, *, as_ids: bool) -> str:
-    """A token's text. `as_ids`: "token_id:7" instead, vLLM's `return_tokens_as_token_ids`."""
+    """A token's text, or "token_id:7" if the request has `return_tokens_as_token_ids`."""
     return f"token_id:{token_id}" if as_ids else row.text_of(token_id)
 
 
-def _chat_logprob(row: TokenLogprob, token_id: int, logprob: float, *, as_ids: bool) -> dict[str, Any]:
+def prompt_logprobs_value(rows: Sequence[TokenLogprob | None], num_top: int) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs`, vLLM's field: for each token of the prompt, token id to log-probability, rank and text."""
+    return [None if row is None else _prompt_row(row, num_top) for row in rows]
+
+
+def _chat_logprob(row: TokenLogprob, token_id: int, logprob: float, as_ids: bool) -> dict[str, Any]:
     return {
         "token": token_name(row, token_id, as_ids=as_ids),
         "logprob": finite(logprob),
@@ -78,9 +76,10 @@ def _chat_logprob(row: TokenLogprob, token_id: int, logprob: float, *, as_ids: b
     }
 
 
-def _prompt_row(row: TokenLogprob) -> dict[str, Any]:
+def _prompt_row(row: TokenLogprob, num_top: int) -> dict[str, Any]:
     ranked = {token_id: rank for rank, token_id in enumerate(row.top, start=1)}
-    found = row.top if row.token_id in row.top else {**row.top, row.token_id: row.logprob}
+    found = dict(list(row.top.items())[:num_top])
+    found.setdefault(row.token_id, row.logprob)
     return {
         str(token_id): {
             "logprob": finite(logprob), "rank": ranked.get(token_id), "decoded_token": row.text_of(token_id),

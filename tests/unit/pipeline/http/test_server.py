@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -148,6 +149,35 @@ def test_an_error_after_the_first_output_is_an_event_of_the_stream() -> None:
             assert b"data: 1\n\n" in answer
             assert b'"message":"the engine is gone"' in answer
             assert b"data: [DONE]\n\n" in answer
+
+    run(test)
+
+
+def test_an_item_without_an_event_sends_nothing_and_the_items_are_closed_at_an_error() -> None:
+    closed: list[bool] = []
+
+    async def handler(call: Call) -> EventStream:
+        async def items() -> AsyncGenerator[int]:
+            try:
+                for number in range(5):
+                    yield number
+            finally:
+                closed.append(True)
+
+        def write(number: int) -> bytes:
+            if number == 4:
+                raise EngineUnavailable("the engine is gone")
+            return b"data: %d\n\n" % number if number % 2 else b""
+
+        return EventStream(items(), write)
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            answer = await running.ask()
+            assert re.findall(rb"data: (\d)\n", answer) == [b"1", b"3"]
+            assert b'"message":"the engine is gone"' in answer
+            assert running.stats.num_stream_events == [2]
+            assert closed == [True]
 
     run(test)
 
@@ -464,6 +494,38 @@ def test_a_request_to_change_the_protocol_is_ignored(is_chunked: bool, is_split:
                 assert answer.endswith(b'{"size":%d}' % size)
             writer.close()
 
+
+@pytest.mark.parametrize("sends_all", [True, False])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_request_that_is_open_when_the_server_ends_gets_an_error(
+    streams: bool, sends_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.http.server._STOP_TIMEOUT_S", 0)
+
+    async def handler(call: Call) -> Reply | EventStream:
+        async def events() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+            await asyncio.Event().wait()
+
+        if streams:
+            return EventStream(events())
+        await asyncio.Event().wait()
+        return Reply({})
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            reader, writer = await running.connect()
+            writer.write(request() if sends_all else request()[:-1])
+            await eventually(lambda: running.stats.num_requests[0] == 1)
+            if sends_all:
+                await eventually(lambda: running.stats.num_stream_events[0] == int(streams))
+        answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200" if streams and sends_all else b"HTTP/1.1 503")
+        assert b'{"error":{"message":"this server ends before the request is done' in answer
+        if streams and sends_all:
+            assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
     run(test)
 
 
@@ -518,43 +580,3 @@ def test_an_error_of_the_middleware_is_answered_in_json_and_logged(caplog: pytes
     with pytest.raises(AttributeError, match="num_responses_2xx"):
         ask(app, "/tokenize", {"prompt": "x"})
     assert any("failed" in record.getMessage() and record.exc_info for record in caplog.records)
-
-
-def test_a_stream_that_is_open_when_the_server_ends_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.http.server._STOP_TIMEOUT_S", 0)
-
-    async def handler(call: Call) -> Reply | EventStream:
-        async def events() -> AsyncGenerator[bytes]:
-            yield b"data: 1\n\n"
-            await asyncio.Event().wait()
-
-        return EventStream(events())
-
-    async def test() -> None:
-        async with serve(handler) as running:
-            reader, writer = await running.connect()
-            writer.write(request())
-            await eventually(lambda: running.stats.num_stream_events[0] == 1)
-        answer = await asyncio.wait_for(reader.read(), DEADLINE_S)
-        writer.close()
-        assert b'data: {"error":{"message":"this server stops' in answer
-        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-
-    run(test)
-
-
-def test_a_stream_that_has_ended_is_no_disconnect() -> None:
-    async def handler(call: Call) -> Reply | EventStream:
-        async def events() -> AsyncGenerator[bytes]:
-            yield b"data: 1\n\n"
-
-        return EventStream(events())
-
-    async def test() -> None:
-        async with serve(handler) as running:
-            assert (await running.ask()).endswith(b"0\r\n\r\n")
-            await eventually(lambda: running.stats.num_open_requests[0] == 0)
-            assert running.stats.num_disconnects[0] == running.stats.num_responses_499[0] == 0
-            assert running.stats.num_responses_2xx[0] == 1
-
-    run(test)
