@@ -33,6 +33,7 @@ _BODIES_FULL: Final = HttpError(
     503, "too many large bodies arrive at the same time: send the request again later", code="busy", retry_after_s=1.0
 )
 SERVER_ENDS: Final = "this server ends before the request is done: send it again once the server is back"
+_IS_ANSWERED: Final = "ringfeed.is_answered"  # in the scope: the end of the stream is on its way
 _EVENT_STREAM: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -132,7 +133,7 @@ class Endpoint:
         )  # fmt: skip
         work = asyncio.current_task()
         assert work is not None, "an ASGI application runs in a task"
-        watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work))
+        watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, work, scope))
         with service.open_request() if self.operation.generates else contextlib.nullcontext():
             try:
                 await self._answer(call, send)
@@ -188,6 +189,7 @@ class Endpoint:
         except Exception as error:
             event["body"] = self.dialect.error_event(as_http_error(error, call))
             await send(event)
+        call.scope[_IS_ANSWERED] = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _end_early(self, scope: Scope, send: Send) -> None:
@@ -195,7 +197,7 @@ class Endpoint:
         error = HttpError(503, SERVER_ENDS, code="unavailable", retry_after_s=1.0)
         if "status" not in scope:  # the answer has not begun
             await self._send_error(error, send)
-        else:
+        elif _IS_ANSWERED not in scope:
             await send({"type": "http.response.body", "body": self.dialect.error_event(error), "more_body": False})
 
     async def _send_error(self, error: HttpError, send: Send) -> None:
@@ -259,7 +261,8 @@ async def _read_body(receive: Receive, headers: Headers, service: Service) -> by
         service.num_arriving_bytes -= size
 
 
-async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any]) -> None:
+async def _cancel_on_disconnect(receive: Receive, work: asyncio.Task[Any], scope: Scope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    work.cancel()
+    if _IS_ANSWERED not in scope:  # uvicorn says "disconnect" after a complete answer too
+        work.cancel()

@@ -580,3 +580,20 @@ def test_an_error_of_the_middleware_is_answered_in_json_and_logged(caplog: pytes
     with pytest.raises(AttributeError, match="num_responses_2xx"):
         ask(app, "/tokenize", {"prompt": "x"})
     assert any("failed" in record.getMessage() and record.exc_info for record in caplog.records)
+
+
+def test_a_stream_that_has_ended_is_no_disconnect() -> None:
+    async def handler(call: Call) -> Reply | EventStream:
+        async def events() -> AsyncGenerator[bytes]:
+            yield b"data: 1\n\n"
+
+        return EventStream(events())
+
+    async def test() -> None:
+        async with serve(handler) as running:
+            assert (await running.ask()).endswith(b"0\r\n\r\n")
+            await eventually(lambda: running.stats.num_open_requests[0] == 0)
+            assert running.stats.num_disconnects[0] == running.stats.num_responses_499[0] == 0
+            assert running.stats.num_responses_2xx[0] == 1
+
+    run(test)
