@@ -154,10 +154,10 @@ class KeyGuard:
         if f"{scope['path']}/".startswith(_GUARDED) and scope["method"] != "OPTIONS":
             headers = Headers(scope=scope)
             scheme, _, token = headers.get("authorization", "").partition(" ")
-            key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            if _hash(key) not in self._hashes:
+            given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+            if self._hashes.isdisjoint(map(_hash, given)):
                 scope["app"].state.service.stats.num_unauthorized[0] += 1
-                error = HttpError(401, _KEY_MISSING if not key else _KEY_WRONG, code="invalid_api_key")
+                error = HttpError(401, _KEY_WRONG if any(given) else _KEY_MISSING, code="invalid_api_key")
                 await _error_response(scope["path"], error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

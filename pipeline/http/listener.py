@@ -51,8 +51,9 @@ def read_keys(config: HttpConfig) -> list[str]:
     if config.api_key_file is None:
         return []
     try:
-        with open(config.api_key_file, encoding="utf-8") as file:
-            keys = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+        with open(config.api_key_file, encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+            keys = [line for line in lines if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"http.api_key_file ({config.api_key_file!r}) cannot be read: {error}") from None
     if not keys:
