@@ -27,6 +27,7 @@ HARMLESS: Final = frozenset({
     "client_metadata",
 })  # fmt: skip
 _logged: Final[set[str]] = set()
+_MAX_SHOWN: Final = 100  # characters of a name that the client has chosen; comparing a long one takes seconds
 _PLACE: Final = re.compile(r"^(?P<rule>.*?)(?: - at `\$?\.?(?P<place>[^`]*)`)?$", re.DOTALL)
 
 
@@ -64,9 +65,10 @@ def convert(
 ) -> T:
     """The same for a decoded object."""
     known = frozenset(kind.__struct_encode_fields__)
-    if unknown := values.keys() - known:
-        for name in sorted(unknown):
-            _check_unknown(name, values[name], known, harmless, neutral or {})
+    if not values.keys() <= known:
+        for name, value in values.items():
+            if name not in known:
+                _check_unknown(name, value, known, harmless, neutral or {})
         values = {name: value for name, value in values.items() if name in known}
     try:
         return msgspec.convert(values, kind)
@@ -86,9 +88,9 @@ def _check_unknown(
             return
         raise HttpError(400, f"{name} is not supported by this server: leave it out", param=name)
     if name not in HARMLESS and name not in harmless:
-        nearest = difflib.get_close_matches(name, known, n=1)
+        nearest = difflib.get_close_matches(name[:_MAX_SHOWN], known, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "leave it out"
-        raise HttpError(400, f"{name[:100]} is no field of this request: {hint}", param=name[:100])
+        raise HttpError(400, f"{name[:_MAX_SHOWN]} is no field of this request: {hint}", param=name[:_MAX_SHOWN])
     if value is not None and name not in _logged:
         _logged.add(name)
         logger.info("requests carry the field %s, which has no effect here", name)

@@ -6,6 +6,7 @@ engine's tokenizers render the template, so they are asked for the end of a shor
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from typing import Any, Final
@@ -23,7 +24,7 @@ class ReasoningStart:
     def __init__(self, client: AsyncClient, tags: tuple[str, str] | None) -> None:
         self._client = client
         self._tags = tags
-        self._known: OrderedDict[str, bool] = OrderedDict()
+        self._known: OrderedDict[bytes, bool] = OrderedDict()
 
     async def is_inside(self, chat: Chat) -> bool:
         """Whether the prompt of this chat ends inside the reasoning. Raises what `AsyncClient.tokenize` raises."""
@@ -33,7 +34,8 @@ class ReasoningStart:
             return self._ends_inside(_text_of(chat.messages[-1]))
         if chat.add_generation_prompt is False:
             return False
-        key = json.dumps([chat.chat_template, chat.chat_template_kwargs], sort_keys=True, default=str)
+        arguments = json.dumps([chat.chat_template, chat.chat_template_kwargs], sort_keys=True, default=str)
+        key = hashlib.sha256(arguments.encode()).digest()  # a client may send megabytes of arguments
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
