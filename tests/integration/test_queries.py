@@ -51,10 +51,11 @@ def test_many_clients_count_and_keep_at_the_same_time(engine: Pipeline, client: 
     async def use_all() -> None:
         await asyncio.gather(*map(use, range(8)))
 
+    num_kept_bytes = client.stats()["gateway"]["num_kept_bytes"]  # other tests keep responses
     asyncio.run(use_all())
     for number in range(8):
         assert client.recall(f"key{number}") == bytes([number]) * 1_000
         assert client.forget(f"key{number}")
         assert client.recall(f"key{number}") is None
     stats = client.stats()["gateway"]
-    assert (stats["num_kept_bytes"], stats["num_open"]) == (0, 0)
+    assert (stats["num_kept_bytes"], stats["num_open"]) == (num_kept_bytes, 0)
