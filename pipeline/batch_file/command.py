@@ -69,6 +69,10 @@ def run(options: argparse.Namespace) -> int:
         raise InvalidRequest("--endpoint is of a running engine, and --config or --model starts another one: give one")
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_open(options.input))
+        if options.output.exists() and options.input != "-" and options.output.samefile(options.input):
+            raise InvalidRequest(
+                f"IN.jsonl and OUT.jsonl are the same file ({options.input}): give another output file"
+            )
         num_requests = check_requests(source, options.input)
         done, num_failed = repair_output(options.output, retry_failed=options.retry_failed)
         num_left = sum(request.custom_id not in done for request in read_requests(source, options.input))
@@ -99,7 +103,9 @@ async def _answer(
     """Answer what is left. Returns the number of requests that failed."""
     num_failed = 0
     async with AsyncClient(endpoint, timeout_s=_TIMEOUT_S) as client:
-        health = await client.wait_ready(None)
+        health = await client.health()  # raises if there is no engine
+        if health.state == "starting":
+            health = await client.wait_ready(None)
         concurrency = options.concurrency or min(_MAX_CONCURRENCY, health.max_open_requests)
         answering = Answering(await service_of(client))
         left = (request for request in read_requests(source, options.input) if request.custom_id not in done)

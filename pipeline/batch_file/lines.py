@@ -59,6 +59,8 @@ class _Done(msgspec.Struct):
     response: _Outcome
 
 
+LINE_BEGIN: Final = b'{"id":"batch_req_'  # of each line that we write; a torn line begins so too
+_NO_OUTPUT: Final = "is no line of a batch's output: give another output file"
 _requests: Final = msgspec.json.Decoder(RequestLine)
 _done: Final = msgspec.json.Decoder(_Done)
 
@@ -111,14 +113,14 @@ def repair_output(path: Path, *, retry_failed: bool) -> tuple[set[str], int]:
         try:
             for number, line in enumerate(source, start=1):
                 if not line.endswith(b"\n"):
+                    if not line.startswith(LINE_BEGIN[: len(line)]):
+                        raise InvalidRequest(f"{path}, line {number}: {_NO_OUTPUT}")
                     keeps_all = False
                     break
                 try:
                     answer = _done.decode(line)
                 except msgspec.DecodeError:
-                    raise InvalidRequest(
-                        f"{path}, line {number}: is no line of a batch's output: give another output file"
-                    ) from None
+                    raise InvalidRequest(f"{path}, line {number}: {_NO_OUTPUT}") from None
                 is_failed = answer.response.status_code != 200
                 if is_failed and retry_failed:
                     keeps_all = False

@@ -40,7 +40,7 @@ def test_a_killed_batch_goes_on_and_answers_every_request_once(tmp_path: Path) -
         first.kill()
         first.communicate()
         with target.open("ab") as file:
-            file.write(b'{"id": "torn')
+            file.write(b'{"id":"batch_req_torn')
         num_done = target.read_bytes().count(b"\n")
         assert num_done < NUM_REQUESTS
         second = subprocess.run(command, capture_output=True, text=True, timeout=120)

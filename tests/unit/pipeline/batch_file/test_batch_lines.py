@@ -49,7 +49,7 @@ def test_a_line_that_is_no_request_is_named_before_anything_runs(line: bytes, me
 
 def test_a_torn_last_line_is_cut_off_and_its_request_is_not_done(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_bytes(answer("a") + answer("b", 400) + answer("c")[:-9])
+    path.write_bytes(answer("a") + answer("b", 400) + b'{"id":"batch_req_1","custom')
     path.chmod(0o640)
     assert repair_output(path, retry_failed=False) == ({"a", "b"}, 1)
     assert path.read_bytes() == answer("a") + answer("b", 400)
@@ -65,10 +65,11 @@ def test_failed_requests_are_removed_only_to_be_asked_again(tmp_path: Path) -> N
     assert repair_output(tmp_path / "none.jsonl", retry_failed=True) == (set(), 0)
 
 
-def test_a_file_that_is_no_output_of_a_batch_is_left_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [b"dear diary\nwithout end", b'{"my": "notes"}', request("a").rstrip(b"\n")])
+def test_a_file_that_is_no_output_of_a_batch_is_left_as_it_is(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    path.write_bytes(b"dear diary\nwithout end")
+    path.write_bytes(text)
     with pytest.raises(InvalidRequest, match=r"notes.txt, line 1: is no line of a batch's output"):
         repair_output(path, retry_failed=True)
-    assert path.read_bytes() == b"dear diary\nwithout end"
+    assert path.read_bytes() == text
     assert list(tmp_path.iterdir()) == [path]
