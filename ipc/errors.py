@@ -7,6 +7,7 @@
         ProtocolError          (a ValueError)  client and engine do not understand each other
         QueueFull              the engine's queue is full: try again later
         EngineUnavailable      the engine starts, drains or is gone
+            Interrupted        a process of the engine died while it worked on the request
         RequestFailed          the engine accepted the request and could not finish it
             LogitsNotFinite    the model computed NaN or infinity
             TokensExcluded     the request's parameters exclude every token
@@ -66,6 +67,15 @@ class EngineUnavailable(RingfeedError):
     code = "unavailable"
 
 
+class Interrupted(EngineUnavailable):
+    """A process of the engine died while it worked on the request. Sent again with what has arrived, it goes on.
+
+    Clients do that themselves, for `resume_timeout_s` seconds.
+    """
+
+    code = "interrupted"
+
+
 class RequestFailed(RingfeedError):
     """The engine accepted the request and could not finish it."""
 
@@ -107,8 +117,8 @@ class LayoutMismatch(RingError):
 _BY_CODE: dict[str, type[RingfeedError]] = {
     error.code: error
     for error in (
-        ConfigError, ModelUnsupported, InvalidRequest, QueueFull, EngineUnavailable, RequestFailed, LogitsNotFinite,
-        TokensExcluded, ProtocolError,
+        ConfigError, ModelUnsupported, InvalidRequest, QueueFull, EngineUnavailable, Interrupted, RequestFailed,
+        LogitsNotFinite, TokensExcluded, ProtocolError,
     )
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_REQUEST_ID_CHARS = 256  # a Refused cannot repeat a longer one, so it would name no request
 EOS_TOKEN_ID = "eos_token_id"  # a key of Ready.info
 PROMPT_TAIL_TOKENS = 16  # the prompt's last tokens, which a text decoder needs to continue the text
@@ -81,6 +81,24 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
 # ---- client -> gateway
 
 
+class ResumedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What a client has received of one sample."""
+
+    token_ids: bytes = b""  # int32 [n]
+    num_chars: int = 0  # of text, in code points
+    has_ended: bool = False  # its end has arrived too: it is not run again
+
+
+class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What a client has received of a request that was interrupted. The engine goes on from there.
+
+    The tokens count as generated ones: in usage, in penalties and in the lengths. Nothing of them is delivered again.
+    """
+
+    samples: BoundedList[ResumedSample]  # [params.n]
+    num_suspected: int = 0  # deaths of a process that this request may have caused, as `Interrupted` said
+
+
 class Generate(Message, frozen=True):
     """client -> gateway, for each request: generate from exactly one of `prompt`, `chat` and `token_ids`.
 
@@ -95,6 +113,8 @@ class Generate(Message, frozen=True):
     stream: bool = False  # False: the client receives nothing before the request ends
     cache_salt: str = ""  # only requests with the same salt share cached prompt blocks
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
+    clock_s: float | None = None  # Unix time of the first attempt: the present time of chat templates; None = now
+    resume: Resume | None = None  # None: a first attempt
 
 
 class Cancel(Message, frozen=True):
@@ -289,8 +309,8 @@ class Health(Message, frozen=True):
     """gateway -> client, answers a `Query`: the state of the engine and the limits that a client needs."""
 
     query_id: int
-    state: Literal["starting", "ready", "draining", "failed"]
-    detail: str  # the stage of a starting engine, or why a failed engine failed
+    state: Literal["starting", "ready", "recovering", "draining", "failed"]
+    detail: str  # the stage of a starting engine, which process is started again, or why a failed engine failed
     protocol_version: int
     model: str
     max_model_len: int
@@ -387,6 +407,8 @@ class Tokenize(Message, frozen=True):
     cache_salt: str = ""
     scheduling: SchedulingParams = DEFAULT_SCHEDULING
     deadline_ns: int = 0  # by the same clock; 0 = none
+    clock_s: float | None = None  # of Generate
+    resume: Resume | None = None
 
 
 class Tokenized(Message, frozen=True):
@@ -411,6 +433,7 @@ class Tokenized(Message, frozen=True):
     error_code: str = ""
     error_message: str = ""
     tokenized_ns: int = 0  # when the prompt was encoded, CLOCK_MONOTONIC
+    resume: Resume | None = None
 
 
 class TokenizerQuery(Message, frozen=True):
@@ -452,6 +475,15 @@ class Accepted(Message, frozen=True):
     """
 
     keys: BoundedList[int]
+
+
+class Fenced(Message, frozen=True):
+    """scheduler -> gateway, after a tokenizer was replaced: nothing more is taken from the dead one.
+
+    `Accepted` was sent for everything that had arrived from it. The gateway gives the rest to another tokenizer.
+    """
+
+    tokenizer: bytes  # identity of the dead one
 
 
 class CancelRequests(Message, frozen=True):
@@ -523,6 +555,7 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
     arrived_ns: int = 0  # see RequestTimes
     tokenized_ns: int = 0
+    resume: Resume | None = None
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -604,6 +637,7 @@ class Compile(Message, frozen=True):
     num_samples: int
     spec: StructuredOutputs
     end_ids: BoundedList[int]  # the tokens that end the sequences; they are allowed where the text is complete
+    known: BoundedList[bytes] = []  # int32 tokens that each sequence has already, in order of the keys; empty: none
 
 
 class Compiled(Message, frozen=True):
@@ -634,7 +668,7 @@ class MatcherFailed(Message, frozen=True):
 
 
 ToScheduler = Tokenized | CancelRequests | Withdraw | ClearCache | Compiled | MatcherFailed
-SchedulerToGateway = Accepted | Withdrawn | CacheCleared
+SchedulerToGateway = Accepted | Withdrawn | CacheCleared | Fenced
 SchedulerToGrammar = Compile | ReleaseMatchers
 ToDetokenizer = StepOutputs | ClientCredit | ClientGone
 
@@ -676,6 +710,32 @@ class Drained(Message, frozen=True):
     """
 
 
+class Pong(Message, frozen=True):
+    """worker -> launcher, answers a `Ping`: the process's loop goes round."""
+
+    number: int
+    stalled_s: float = 0.0  # for how long work that others wait for has made no progress here; 0 = there is none
+
+
+class Busy(Message, frozen=True):
+    """worker -> launcher, before work that may take longer than a hang would: it may answer nothing for so long."""
+
+    seconds: float
+
+
+class Ping(Message, frozen=True):
+    """launcher -> worker, every few seconds once the worker is ready. A worker that answers nothing is killed."""
+
+    number: int
+
+
+class EngineState(Message, frozen=True):
+    """launcher -> gateway, when a process is started again or answers nothing, and when all of them serve again."""
+
+    state: Literal["recovering", "ready"]
+    detail: str = ""  # what a recovering engine waits for
+
+
 class Start(Message, frozen=True):
     """launcher -> worker, when everything that the worker needs is ready: begin to work."""
 
@@ -706,5 +766,5 @@ class Stop(Message, frozen=True):
     """launcher -> worker, at the end: exit now, with status 0."""
 
 
-WorkerToLauncher = Progress | Ready | Failed | Drained
-LauncherToWorker = Start | Drain | Abort | Lost | Stop
+WorkerToLauncher = Progress | Ready | Failed | Drained | Pong | Busy
+LauncherToWorker = Start | Drain | Abort | Lost | Stop | Ping | EngineState

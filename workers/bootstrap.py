@@ -53,6 +53,8 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     role: str  # this process's name: "gateway", "tokenizer.0", ...; also its identity on every socket
     index: int = 0  # among the processes of its role: the tokenizer's number, the GPU process's rank
     epoch: int = 1  # of this process: how often it was started
+    epochs: dict[str, int] = {}  # of every process of the engine, by its name
+    descriptors: list[str] = []  # the key of each descriptor, by its place
     launcher_pid: int
     outlives_launcher: bool = (
         False  # True: the worker itself watches for the launcher's death; else the kernel kills it

@@ -15,8 +15,9 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """The state of an engine and its limits.
 
     Args:
-        state: "starting", "ready", "draining" (it finishes open requests and then ends) or "failed".
-        detail: the stage of a starting engine, or the reason why an engine failed; "" otherwise.
+        state: "starting", "ready", "recovering" (a process of it is started again; requests wait), "draining" (it
+            finishes open requests and then ends) or "failed".
+        detail: the stage of a starting engine, what a recovering one waits for, or why an engine failed; else "".
         protocol_version: version of the messages between client and engine; both sides must have the same.
         model: name of the model: the folder's name, or the hub id.
         max_model_len: most tokens, prompt and output together, of one sequence.
@@ -25,7 +26,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
         chat_template: a file there that replaces the model's own chat templates; None = there is none.
     """
 
-    state: Literal["starting", "ready", "draining", "failed"]
+    state: Literal["starting", "ready", "recovering", "draining", "failed"]
     detail: str
     protocol_version: int
     model: str

@@ -22,6 +22,7 @@ from pipeline.client.endpoint import check_endpoint
 from pipeline.engine.config_combinations import COMBINED, check_combinations
 from pipeline.engine.config_fields import fields_of, toml_value
 from pipeline.engine.config_paths import file_path, model_path
+from pipeline.engine.supervisor_config import SupervisorConfig
 from pipeline.http.config import HttpConfig
 from workers.gateway.config import FrontendConfig
 from workers.gpu.config import CacheConfig, ModelConfig
@@ -38,8 +39,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of one engine, immutable. Only `model.path` has no default.
 
     Each attribute is a section of the file: `model`, `scheduler`, `cache`, `ring`, `tokenizer`, `grammar`, `frontend`,
-    `http`. `http` is None if the file does not have it: the engine then has no HTTP server. Make one with `Config.load`
-    or `Config.from_dict`, which check it.
+    `supervisor`, `http`. `http` is None if the file does not have it: the engine then has no HTTP server. Make one with
+    `Config.load` or `Config.from_dict`, which check it.
     """
 
     model: ModelConfig
@@ -49,6 +50,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerConfig = TokenizerConfig()
     grammar: GrammarConfig = GrammarConfig()
     frontend: FrontendConfig = FrontendConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
     http: HttpConfig | None = None
 
     @classmethod
