@@ -13,6 +13,7 @@ one are unread. Messages of the former holder still arrive, perhaps under anothe
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ import zmq
 
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
 from ipc.errors import ConfigError, EngineUnavailable
+from ipc.private_socket import endpoint_through
 
 MAX_CLIENT_FRAME_BYTES: Final = 16 << 20
 MAX_IPC_PATH_BYTES: Final = 107  # the kernel's limit for the path of a Unix socket
@@ -43,6 +45,7 @@ def bind_router(
     handover: bool = True,
     send_mark: int = 0,
     receive_mark: int = 0,
+    listener_fd: int | None = None,
     prepare: Callable[[zmq.Socket[Any]], None] | None = None,
 ) -> zmq.Socket[Any]:
     """A bound ROUTER. Raises EngineUnavailable, with the endpoint, if it cannot be bound.
@@ -50,8 +53,9 @@ def bind_router(
     With `handover` a new peer takes over the identity of an old one, as a restarted worker does. Clients choose their
     identities freely, so they get no handover. `send_mark` and `receive_mark` bound the messages queued to and from one
     peer (0 = no bound). At the send mark a send is FULL until the peer has read half of the queue. At the receive mark
-    the socket stops reading from the peer, whose messages stay on its own side. `prepare` gets the socket before it is
-    bound.
+    the socket stops reading from the peer, whose messages stay on its own side. With `listener_fd` the ROUTER accepts
+    on this listening socket, which stays the caller's, and `endpoint` is only its name. `prepare` gets the socket
+    before it is bound.
     """
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     _set_common_options(socket, endpoint, max_frame_bytes, send_mark, receive_mark)
@@ -59,12 +63,19 @@ def bind_router(
     socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
     if prepare is not None:
         prepare(socket)
+    if listener_fd is not None:
+        socket.setsockopt(zmq.USE_FD, os.dup(listener_fd))
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
         raise EngineUnavailable(f"cannot listen on {endpoint}: {error.strerror or error}") from None
     return socket
+
+
+def bind_private_router(context: zmq.Context[Any], listener_fd: int) -> zmq.Socket[Any]:
+    """A ROUTER on a socket of `ipc/private_socket.py`. `listener_fd` stays the caller's."""
+    return bind_router(context, endpoint_through(listener_fd), listener_fd=listener_fd)
 
 
 def connect_dealer(

@@ -755,16 +755,9 @@ class Abort(Message, frozen=True):
     error_message: str
 
 
-class Lost(Message, frozen=True):
-    """launcher -> worker, when a process has died that the engine can do without: expect nothing more of it."""
-
-    role: str
-    index: int  # among the processes of its role
-
-
 class Stop(Message, frozen=True):
     """launcher -> worker, at the end: exit now, with status 0."""
 
 
 WorkerToLauncher = Progress | Ready | Failed | Drained | Pong | Busy
-LauncherToWorker = Start | Drain | Abort | Lost | Stop | Ping | EngineState
+LauncherToWorker = Start | Drain | Abort | Stop | Ping | EngineState

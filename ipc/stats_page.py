@@ -75,6 +75,13 @@ class StatsPage:
                 self._cpu_ns = time.clock_gettime_ns(_cpu_clock(pid))
         return {"cpu_ns": float(self._cpu_ns), **values}
 
+    def clear(self) -> None:
+        """Set everything to zero but the number of starts. The page has no writer: the last one is dead."""
+        num_starts = int(self.values.num_starts[0])
+        self._map[:] = bytes(len(self._map))
+        self.values.num_starts[0] = num_starts
+        self._cpu_ns = 0
+
     def copy_arrays(self, names: Iterable[str]) -> dict[str, HostArray]:
         """Copies of those arrays, int64, that this page has; it ignores other names."""
         return {name: getattr(self.values, name).copy() for name in self._arrays.intersection(names)}

@@ -22,7 +22,7 @@ import msgspec
 from ipc.block_hash import SEED_BYTES
 from ipc.errors import ConfigError, EngineUnavailable
 from pipeline.cli import run_module
-from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint, runtime_folder
+from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.engine.announcer import Announcer, HttpFront
 from pipeline.engine.config import Config, config_from_dict, find_origin, load_config, to_toml
 from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
@@ -158,7 +158,6 @@ def launch(
             config=config,
             model=model,
             endpoint=endpoint,
-            run_folder=runtime_folder() / f"ringfeed-run-{secrets.token_hex(4)}",
             launcher_pid=os.getpid(),
             log_level=log_level,
             traced=recorder is not None,
@@ -173,6 +172,7 @@ def launch(
             wiring,
             resources,
             Announcer(endpoint, model.name, _describe(config, model), status_fd, front=_front(config, model, url)),
+            config.supervisor,
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,
             lifeline_fd=lifeline_fd,

@@ -1,15 +1,19 @@
 """The bootstrap that every worker receives from the launcher: its part in the engine's rings, sockets and doorbells.
 
 The launcher derives it from the table in `pipeline/engine/topology.py`. It sends it with open descriptors over the one
-socket that the worker inherits. The frame names a descriptor by its position among the descriptors that came with it.
-`receive_bootstrap` replaces positions by the numbers that the kernel gave to this process.
+socket that the worker inherits: at birth, and again whenever a process was started again that the worker has a ring or
+a socket in common with. The frame names a descriptor by its place in its list of keys; the packet has the descriptors
+of those keys that the worker does not have yet. `BootstrapChannel` replaces places by the numbers that the kernel gave
+to this process.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 import msgspec
 
@@ -48,13 +52,13 @@ class RingEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """What every worker is given. The descriptors in it belong to the worker for its whole life."""
+    """What every worker is given. A descriptor in it belongs to the worker until a bootstrap does not name it."""
 
-    role: str  # this process's name: "gateway", "tokenizer.0", ...; also its identity on every socket
+    role: str  # this process's name: "gateway", "tokenizer.0", ...
     index: int = 0  # among the processes of its role: the tokenizer's number, the GPU process's rank
     epoch: int = 1  # of this process: how often it was started
     epochs: dict[str, int] = {}  # of every process of the engine, by its name
-    descriptors: list[str] = []  # the key of each descriptor, by its place
+    descriptors: list[str] = []  # the keys of all descriptors, by their places
     launcher_pid: int
     outlives_launcher: bool = (
         False  # True: the worker itself watches for the launcher's death; else the kernel kills it
@@ -65,9 +69,21 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     all_stats: list[StatsHandle] = []  # of every worker, for the role that reports them
     traces: dict[str, TraceHandle] = {}  # by thread; empty: nothing is traced
     rings: dict[str, list[RingEnd]] = {}  # by the ring's name in the table
-    endpoints: dict[str, str] = {}  # of the sockets that this process binds or connects to, by name
-    peers: dict[str, list[bytes]] = {}  # identities of the processes that connect to our sockets, by role
+    listeners: dict[str, int] = {}  # by the name of each socket that this process binds: what it accepts on
+    sockets: dict[str, int] = {}  # by the name of each socket that this process connects to: what it connects through
+    # Identities of the processes that connect to our sockets, by role. A message of any other identity is not from a
+    # process that lives now.
+    peers: dict[str, list[bytes]] = {}
     kept: dict[str, int] = {}  # descriptors that this process only holds open
+
+    @property
+    def identity(self) -> bytes:
+        """Of this process, on every socket. Another process of the same name has another one."""
+        return f"{self.role}@{self.epoch}".encode()
+
+    def epochs_of(self, role: str) -> list[int]:
+        """Of all processes of a role, in order."""
+        return [epoch for name, epoch in self.epochs.items() if name.partition(".")[0] == role]
 
     def ring(self, name: str) -> RingEnd:
         """Our end of the one ring of this name."""
@@ -97,17 +113,51 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
             all_stats=[handle(page) for page in self.all_stats],
             traces={thread: handle(trace) for thread, trace in self.traces.items()},
             rings={name: [end(ring) for ring in rings] for name, rings in self.rings.items()},
+            listeners={name: number(fd) for name, fd in self.listeners.items()},
+            sockets={name: number(fd) for name, fd in self.sockets.items()},
             kept={name: number(fd) for name, fd in self.kept.items()},
         )
 
 
-def receive_bootstrap(channel: socket.socket, bootstrap_type: type[B]) -> B:
-    """Wait for this process's bootstrap; its field `worker` is the WorkerBootstrap. Its descriptors are ready for use.
+class BootstrapChannel(Generic[B]):
+    """This process's end of the channel on which its bootstraps arrive. It stays open as long as the process lives.
 
-    Raises EngineUnavailable if the launcher ends first.
+    `kind` is the role's struct; its field `worker` is the WorkerBootstrap.
     """
-    frame, descriptors = receive_with_descriptors(channel)
-    bootstrap: B = decode(frame, bootstrap_type)
-    worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
-    own = worker.renumbered(descriptors.__getitem__)
-    return msgspec.structs.replace(bootstrap, worker=own)  # type: ignore[type-var]
+
+    def __init__(self, channel: socket.socket, kind: type[B]) -> None:
+        self._channel = channel
+        self._kind = kind
+        self._numbers: dict[str, int] = {}  # of the descriptors that this process has, by key
+        self._unnamed: list[int] = []  # descriptors that the newest bootstrap does not name
+
+    @property
+    def fd(self) -> int:
+        return self._channel.fileno()
+
+    def receive(self) -> B:
+        """Wait for the next bootstrap. Its descriptors are ready for use.
+
+        Those of the former one that it does not name stay open until `close_unnamed`. Raises EngineUnavailable if the
+        launcher has ended.
+        """
+        frame, descriptors = receive_with_descriptors(self._channel)
+        bootstrap: B = decode(frame, self._kind)
+        worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
+        keys = worker.descriptors
+        new = [key for key in keys if key not in self._numbers]
+        assert len(new) == len(descriptors), f"{len(descriptors)} descriptors came for the {len(new)} keys {new}"
+        self._numbers |= zip(new, descriptors, strict=True)
+        self._unnamed += [self._numbers.pop(key) for key in self._numbers.keys() - set(keys)]
+        own = worker.renumbered(lambda place: self._numbers[keys[place]])
+        return msgspec.structs.replace(bootstrap, worker=own)  # type: ignore[type-var]
+
+    def has_more(self) -> bool:
+        """Whether `receive` would not wait."""
+        return bool(select.select([self._channel], [], [], 0)[0])
+
+    def close_unnamed(self) -> None:
+        """Close the descriptors that the newest bootstrap does not name. Mappings of their memory stay valid."""
+        for fd in self._unnamed:
+            os.close(fd)
+        self._unnamed.clear()

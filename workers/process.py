@@ -21,14 +21,15 @@ from typing import Any, Final, TypeVar
 
 import zmq
 
-from ipc.channels import bind_router, connect_dealer, receive, send
+from ipc.channels import bind_private_router, connect_dealer, receive, send
 from ipc.doorbell import Doorbell
-from ipc.errors import RingfeedError
-from ipc.messages import Failed, LauncherToWorker, Progress, Ready, Stop
+from ipc.errors import EngineUnavailable, RingfeedError
+from ipc.messages import Busy, Failed, LauncherToWorker, Ping, Pong, Progress, Ready, Stop
+from ipc.private_socket import endpoint_through
 from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from ipc.tracer import Tracer, tracer
-from workers.bootstrap import MAIN, WorkerBootstrap, receive_bootstrap
+from workers.bootstrap import MAIN, BootstrapChannel, WorkerBootstrap
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class StopWorker(Exception):
 class WorkerProcess:
     """One worker's own process. One poll covers the control channel, the doorbell and the role's own sockets."""
 
-    def __init__(self, bootstrap: WorkerBootstrap) -> None:
+    def __init__(self, bootstrap: WorkerBootstrap, channel: BootstrapChannel[Any] | None = None) -> None:
         self.role = bootstrap.role
         self._bootstrap = bootstrap
         self.context: zmq.Context[Any] = zmq.Context()
@@ -64,14 +65,27 @@ class WorkerProcess:
         self._poller.register(self._control, zmq.POLLIN)
         self._poller.register(self.doorbell.fd, zmq.POLLIN)
         self._on_control: Callable[[Any], None] | None = None
+        self._channel = channel
+        self._on_rewire: Callable[[Any], None] | None = None
+        if channel is not None:
+            self._poller.register(channel.fd, zmq.POLLIN)
+        self.stalled_s: Callable[[], float] = float  # see `Pong`; a role may set it
 
     def bind(self, name: str) -> zmq.Socket[Any]:
         """A ROUTER, bound to the engine's socket of this name. Raises EngineUnavailable if it cannot be bound."""
-        return bind_router(self.context, self._bootstrap.endpoints[name])
+        return bind_private_router(self.context, self._bootstrap.listeners[name])
 
     def connect(self, name: str) -> zmq.Socket[Any]:
-        """A DEALER, connected to the engine's socket of this name under our role."""
-        return connect_dealer(self.context, self._bootstrap.endpoints[name], identity=self.role.encode())
+        """A DEALER, connected to the engine's socket of this name under our identity."""
+        endpoint = endpoint_through(self._bootstrap.sockets[name])
+        return connect_dealer(self.context, endpoint, identity=self._bootstrap.identity)
+
+    def reconnect(self, name: str, former: zmq.Socket[Any]) -> zmq.Socket[Any]:
+        """A DEALER in place of one whose ROUTER has died. What is unread or unsent there is lost."""
+        if former in self._poller:
+            self._poller.unregister(former)
+        former.close(0)
+        return self.connect(name)
 
     def tracer_of(self, thread: str) -> Tracer:
         """The tracer of a thread that the table names. It belongs to that thread alone."""
@@ -94,6 +108,18 @@ class WorkerProcess:
     def on_control(self, handler: Callable[[Any], None]) -> None:
         """Call `handler` for the launcher's messages other than Stop, from within `wait()`."""
         self._on_control = handler
+
+    def on_rewire(self, handler: Callable[[Any], None]) -> None:
+        """Call `handler` with each further bootstrap of this process, from within `wait()`.
+
+        Its `worker.epochs` say which processes were started again. A ring of an epoch that we know has the descriptor
+        that we know. Afterwards this process closes the descriptors that the bootstrap does not name.
+        """
+        self._on_rewire = handler
+
+    def busy(self, seconds: float) -> None:
+        """Tell the launcher that this process may answer nothing for so long, and yet does not hang."""
+        send(self._control, Busy(seconds=seconds))
 
     def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
         send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))
@@ -129,9 +155,32 @@ class WorkerProcess:
             for message in receive(self._control, LauncherToWorker):
                 if isinstance(message, Stop):
                     raise StopWorker
-                if self._on_control is not None:
+                if isinstance(message, Ping):
+                    send(self._control, Pong(number=message.number, stalled_s=self.stalled_s()))
+                elif self._on_control is not None:
                     self._on_control(message)
+        if self._channel is not None and self._channel.fd in ready:
+            self.take_bootstraps()
         return ready
+
+    def take_bootstraps(self) -> None:
+        """Take in the bootstraps that have arrived. `wait()` does this too.
+
+        The launcher sends ours before it starts a process again. So after a message of a process that we do not know,
+        call this to know it.
+        """
+        channel = self._channel
+        while channel is not None and channel.has_more():
+            try:
+                bootstrap = channel.receive()
+            except EngineUnavailable:  # the launcher has ended, which the role or the kernel notices
+                self._poller.unregister(channel.fd)
+                self._channel = None
+                return
+            self._bootstrap = bootstrap.worker
+            if self._on_rewire is not None:
+                self._on_rewire(bootstrap)
+            channel.close_unnamed()
 
     def _poll(self, timeout_ms: int | None) -> list[tuple[Any, int]]:
         num_new = gc.get_count()[0]  # containers that were made since the last collection and not freed
@@ -167,10 +216,11 @@ def run_worker(bootstrap_type: type[B], run: Callable[[WorkerProcess, B], None])
     """
     parser = argparse.ArgumentParser(description="A ringfeed worker; started by pipeline.launch, not by hand.")
     parser.add_argument("--bootstrap-fd", type=int, required=True)
-    channel = socket.socket(fileno=parser.parse_args().bootstrap_fd)
-    channel.set_inheritable(False)
+    inherited = socket.socket(fileno=parser.parse_args().bootstrap_fd)
+    inherited.set_inheritable(False)
+    channel = BootstrapChannel(inherited, bootstrap_type)
     try:
-        bootstrap = receive_bootstrap(channel, bootstrap_type)
+        bootstrap = channel.receive()
     except RingfeedError as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         os._exit(1)
@@ -181,7 +231,7 @@ def run_worker(bootstrap_type: type[B], run: Callable[[WorkerProcess, B], None])
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=worker.log_level, format=LOG_FORMAT.format(role=worker.role), stream=sys.stderr)
-    process = WorkerProcess(worker)
+    process = WorkerProcess(worker, channel)
     status = 0
     try:
         run(process, bootstrap)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -40,7 +39,6 @@ class EngineFacts:
     """What is settled about one engine before any of its processes runs.
 
     Args:
-        run_folder: the folder for its internal sockets.
         cache_seed: the root of the names of its KV blocks; None = prompts are not cached.
         lent: descriptors of the launcher that a role may keep open (`Role.keeps`), by name.
     """
@@ -48,7 +46,6 @@ class EngineFacts:
     config: Config
     model: ServedModel
     endpoint: str
-    run_folder: Path
     launcher_pid: int
     log_level: str = "INFO"
     traced: bool = False
@@ -86,7 +83,6 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
         frontend=facts.config.frontend,
         endpoint=facts.endpoint,
         endpoint_folder=None if folder is None else str(folder),
-        run_dir=str(facts.run_folder),
         model_name=facts.model.name,
         model_folder=facts.model.folder,
         chat_template=facts.config.tokenizer.chat_template,

@@ -1,13 +1,16 @@
-"""Starts the workers, watches them, and ends them so that nothing is left.
+"""Starts the workers, watches them, starts them again if they die or hang, and ends them so that nothing is left.
 
     up      spawn all; roles that others depend on Ready -> Start(the scheduler); all Ready -> Start(the others), the
             fronts last
-    serve   sleep until a signal, a worker's death or its Failed
+    serve   sleep until a signal, a worker's death or its Failed, or until a worker hangs
+            a death:        new epochs for the processes that restart with it; those that they meet are rewired;
+                            each Ready -> Start; all serve again -> EngineState(ready) to the fronts
     down    told to end: Drain -> Drained (or time-out, then Abort) -> Stop;  a second signal: kill
-            a worker lost:  Abort(message) -> Drained -> Stop, exit status 1; a dispensable one: Lost to the others
+            a worker lost for good:  Abort(message) -> Drained -> Stop, exit status 1
 
-One poll covers the control socket, every worker's pidfd, signals, and the lifeline. `topology.py` declares the roles,
-and `wiring.py` derives each worker's bootstrap. This module names no role, ring or socket besides the control socket.
+A worker is lost for good if it dies before the engine was ready for the first time, or too often. One poll covers the
+control socket, every worker's pidfd, signals, and the lifeline. `topology.py` declares the roles, and `wiring.py`
+derives each worker's bootstrap. This module names no role, ring or socket.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ from typing import Any, Final
 
 import zmq
 
-from ipc.channels import bind_router, receive_from, send_to
-from ipc.errors import ConfigError
-from ipc.messages import Abort, Drain, Drained, Failed, Lost, Progress, Ready, Start, Stop, WorkerToLauncher
+from ipc.errors import ConfigError, RingError
+from ipc.messages import Abort, Busy, Drain, Drained, EngineState, Failed, Ping, Pong, Progress, Ready, Start, Stop
 from pipeline.engine.announcer import Announcer
 from pipeline.engine.child_process import ChildProcess
 from pipeline.engine.config_combinations import check_cache_holds_one_sequence
+from pipeline.engine.heartbeats import Heartbeats
+from pipeline.engine.restarts import RestartBudget
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.signals import EndRequests
-from pipeline.engine.topology import CONTROL, Role
-from pipeline.engine.unix_sockets import connections_stand
+from pipeline.engine.supervisor_config import SupervisorConfig
+from pipeline.engine.topology import Role
 from pipeline.engine.wiring import Wiring
+from pipeline.engine.worker_set import WorkerSet
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,6 @@ ABORT_TIMEOUT_S: Final = 3.0  # for the fronts to tell their clients that the en
 STOP_TIMEOUT_S: Final = 3.0  # for workers to exit after Stop
 LIFELINE_DRAIN_TIMEOUT_S: Final = 1.0  # the process that started the launcher is gone
 _LAST_WORDS_S: Final = 0.1  # for a dead worker's Failed to arrive
-_CONNECT_TIMEOUT_S: Final = 2.0
 _POLL_S: Final = 0.02  # while starting: new connections send no event
 
 
@@ -58,52 +62,54 @@ class Supervisor:
         wiring: Wiring,
         resources: SharedResources,
         announcer: Announcer,
+        config: SupervisorConfig,
         *,
         drain_timeout_s: float,
         signal_fd: int,
         lifeline_fd: int | None = None,
     ) -> None:
-        self._wiring = wiring
         self._resources = resources
         self._announcer = announcer
         self._drain_timeout_s = drain_timeout_s
-        self._workers: dict[str, ChildProcess] = {}
         self._info: dict[str, int] = {}
-        self._loss: str | None = None  # the first worker that was lost, and why
-        self._failed: set[str] = set()  # workers that have announced their end themselves
+        self._loss: str | None = None  # the first worker that was lost for good, and why
         self._drained: set[str] = set()  # fronts without open requests
         self._going_down = False  # a first request to end is being carried out
         self._stopping = False  # workers are expected to exit
+        self._state = EngineState(state="ready")  # as the fronts know it
+        self._heartbeats = Heartbeats(config)
+        self._budget = RestartBudget(config)
         self._poller = zmq.Poller()
         self._end_requests = EndRequests(signal_fd, lifeline_fd, self._poller)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._workers = WorkerSet(wiring, resources, self._context, self._poller)
 
     def run(self) -> int:
-        context: zmq.Context[Any] = zmq.Context()
         try:
-            self._control = bind_router(context, self._wiring.endpoint(CONTROL))
-            self._poller.register(self._control, zmq.POLLIN)
-            self._spawn_all()
+            self._spawn(self._workers.spawn(self._wiring.start_sequence))
             if self._bring_up():
                 self._wait_until(lambda: False)
             self._go_down()
         except _StopAtOnce:
             logger.warning("told to end again: stopping at once")
         finally:
-            self._kill_all()
-            context.destroy(linger=0)
+            self._workers.kill_all()
+            self._context.destroy(linger=0)
             self._resources.close()
             self._announcer.close()
         return self._exit_status()
 
+    @property
+    def _wiring(self) -> Wiring:
+        return self._workers.wiring
+
     # Up
 
-    def _spawn_all(self) -> None:
-        for process in self._wiring.start_sequence:
-            plan = self._wiring.plan(process)
-            worker = ChildProcess(plan, self._resources.descriptors(plan.descriptors))
-            self._workers[plan.name] = worker
-            self._poller.register(worker.pidfd, zmq.POLLIN)
-        self._announcer.spawned({name: worker.pid for name, worker in self._workers.items()})
+    def _spawn(self, pids: dict[str, int]) -> None:
+        """These processes have been spawned."""
+        for name in pids:
+            self._heartbeats.began(name, time.monotonic())
+        self._announcer.spawned(pids)
 
     def _bring_up(self) -> bool:
         """True once the engine serves; False if it never will."""
@@ -111,18 +117,14 @@ class Supervisor:
         dependent = [role for role in wiring.table.roles if role.starts_after]
         if not all(self._start_dependent(role) for role in dependent):
             return False
-        if not self._wait_until(lambda: all(worker.is_ready for worker in self._workers.values())):
+        if not self._wait_until(lambda: all(worker.is_ready for worker in self._workers)):
             return False
-        self._unlink_sockets()
-        if self._is_over():
-            return False
-        started = {*wiring.names(role.name for role in dependent), *wiring.fronts}
-        for name in sorted(self._workers.keys() - started):
-            self._tell(name, Start(info=self._info))
-        for front in wiring.fronts:
-            self._workers[front].is_ready = False  # until it takes requests: the announcement must not come earlier
-            self._tell(front, Start(info=self._info))
-            if not self._wait_until(lambda front=front: self._is_ready(front)):  # type: ignore[misc]
+        for worker in self._workers:
+            if not worker.is_started and worker.name not in wiring.fronts:
+                self._start(worker)
+        for front in wiring.fronts:  # the announcement must not come before they take requests
+            started = self._workers.get(front)
+            if started is None or not self._start(started) or not self._wait_until(lambda: self._serves(front)):  # noqa: B023
                 return False
         self._announcer.ready(self._info)
         return True
@@ -134,14 +136,25 @@ class Supervisor:
             return False
         for name in self._wiring.names((role.name,)):
             # The worker may not be connected yet, and says nothing before it is started.
-            while not self._tell(name, Start(info=self._info)):
+            while (worker := self._workers.get(name)) is None or not self._start(worker):
                 if self._wait_until(self._is_over, _POLL_S):
                     return False
         return True
 
+    def _start(self, worker: ChildProcess) -> bool:
+        """Tell a worker to begin. False: it is not connected yet, or has died."""
+        worker.is_started = self._workers.tell(worker.name, Start(info=self._info))
+        worker.serves = worker.is_started and not worker.is_front and not worker.starts_after
+        return worker.is_started
+
     def _is_ready(self, name: str) -> bool:
         """Whether the worker lives and has said that it is ready."""
-        return name in self._workers and self._workers[name].is_ready
+        worker = self._workers.get(name)
+        return worker is not None and worker.is_ready
+
+    def _serves(self, name: str) -> bool:
+        worker = self._workers.get(name)
+        return worker is not None and worker.serves
 
     def _check_cache(self) -> bool:
         """Whether the KV cache of the GPU process holds the longest sequence."""
@@ -152,19 +165,70 @@ class Supervisor:
             self._loss = str(error)
         return self._loss is None
 
-    def _unlink_sockets(self) -> None:
-        """Remove the names of the internal sockets once every worker has made its connections.
+    # Deaths and hangs
 
-        From then on even a SIGKILL of all processes leaves no socket behind. If the kernel's table does not show all
-        connections, the names stay until the end.
-        """
-        expected = self._wiring.num_connections()
-        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-        while not connections_stand(expected):
-            if time.monotonic() > deadline or self._wait_until(self._is_over, _POLL_S):
-                logger.debug("internal sockets stay in %s: not all were seen connected", self._resources.run_folder)
-                return
-        self._resources.remove_run_folder()
+    def _died(self, name: str, what: str) -> None:
+        """A worker has died, and is buried. Start it again with those that restart with it."""
+        if self._stopping:
+            return
+        why_not = "the engine was not ready yet"
+        if self._announcer.is_ready and self._loss is None:
+            why_not = self._budget.spend(self._wiring.process(name).role.name, time.monotonic())
+        if why_not or self._loss is not None:
+            what = f"{what}; {why_not}" if why_not and self._announcer.is_ready else what
+            if self._loss is None:
+                self._loss = what
+            elif what != self._loss:
+                logger.warning("%s", what)
+            return
+        wiring, started = self._wiring.after_death([name])
+        names = [process.name for process in started]
+        for each in names:
+            self._heartbeats.ended(each)
+        logger.error("%s: starting %s again", what, ", ".join(names))
+        try:
+            pids = self._workers.replace(wiring, started)
+        except RingError as error:
+            self._loss = f"{what}; it cannot be started again: {error}"
+            return
+        self._spawn(pids)
+        self._drained.difference_update(names)
+        self._tell_state()
+
+    def _go_on(self) -> None:
+        """Start the workers that were spawned again and are ready, kill those that hang, and tell the fronts."""
+        now = time.monotonic()
+        if not self._announcer.is_ready or self._stopping:
+            return
+        for worker in self._workers:
+            if not worker.is_started and (worker.is_ready or worker.starts_after):
+                self._start(worker)
+        for name in self._heartbeats.round_due(now):
+            self._workers.tell(name, Ping(number=self._heartbeats.number))
+        self._tell_state()
+
+    def _kill_hung(self) -> None:
+        for name, why in self._heartbeats.hung(time.monotonic()).items():
+            worker = self._workers.get(name)
+            if worker is not None and not self._stopping:
+                worker.kill()
+                self._workers.bury(name)
+                self._heartbeats.ended(name)
+                self._died(name, f"{why}, and was killed")
+
+    def _tell_state(self) -> None:
+        """Tell the fronts whether the engine serves, if that has changed or they are new."""
+        suspects = self._heartbeats.suspects(time.monotonic())
+        waiting = [worker.name for worker in self._workers if not worker.serves]
+        texts = [*suspects.values(), *([f"started again, not ready yet: {', '.join(waiting)}"] if waiting else [])]
+        state = EngineState(state="recovering" if texts else "ready", detail="; ".join(texts))
+        if state.state == "ready" and self._state.state != "ready":
+            logger.info("all processes serve again")
+        for front in self._wiring.fronts:
+            worker = self._workers.get(front)
+            if worker is not None and worker.is_started and worker.told_state != state:
+                worker.told_state = state if self._workers.tell(front, state) else None
+        self._state = state
 
     # Down
 
@@ -187,7 +251,7 @@ class Supervisor:
         logger.info("%s: finishing open requests (at most %g s; a second signal stops at once)", cause, timeout_s)
         fronts = self._wiring.fronts
         for front in fronts:
-            self._tell(front, Drain())
+            self._workers.tell(front, Drain())
         if not self._wait_until(lambda: self._drained.issuperset(fronts), timeout_s) and self._loss is None:
             logger.warning("open requests are left after %g s: they are answered with an error", timeout_s)
             self._abort("the engine is stopping")
@@ -195,23 +259,22 @@ class Supervisor:
     def _abort(self, message: str) -> None:
         """Have the fronts answer every open request with an error. Returns when they have, or cannot."""
         self._drained.clear()
-        told = {front for front in self._wiring.fronts if self._tell(front, Abort(error_message=message))}
-        self._wait_until(lambda: self._drained >= (told & self._workers.keys()), ABORT_TIMEOUT_S, heed_loss=False)
+        told = {front for front in self._wiring.fronts if self._workers.tell(front, Abort(error_message=message))}
+        self._wait_until(
+            lambda: self._drained >= {worker.name for worker in self._workers if worker.name in told},
+            ABORT_TIMEOUT_S, heed_loss=False,
+        )  # fmt: skip
 
     def _stop_all(self) -> None:
         """Stop, wait, kill. Returns when no worker is left."""
         self._stopping = True
-        for worker in self._workers.values():
-            if not worker.is_ready or not self._tell(worker.name, Stop()):
+        for worker in self._workers:
+            if not worker.is_ready or not self._workers.tell(worker.name, Stop()):
                 worker.kill()  # it still loads: it would read Stop late, and holds no request
         if not self._wait_until(lambda: not self._workers, STOP_TIMEOUT_S, heed_loss=False):
-            logger.warning("%s: no exit within %g s, killing", ", ".join(self._workers), STOP_TIMEOUT_S)
-
-    def _kill_all(self) -> None:
-        for worker in self._workers.values():
-            worker.kill()
-        for name in list(self._workers):
-            self._bury(name)
+            logger.warning(
+                "%s: no exit within %g s, killing", ", ".join(worker.name for worker in self._workers), STOP_TIMEOUT_S
+            )
 
     # Waiting
 
@@ -241,59 +304,51 @@ class Supervisor:
 
     def _take_in(self, timeout_s: float | None) -> None:
         """Sleep until an event arrives, and handle it."""
-        timeout_ms = None if timeout_s is None else int(timeout_s * 1000) + 1  # rounded up: no busy last millisecond
+        until_round_s = self._heartbeats.timeout_s(time.monotonic())
+        timeout_s = until_round_s if timeout_s is None else min(timeout_s, until_round_s)
+        if any(worker.starts_after and not worker.is_started for worker in self._workers):
+            timeout_s = min(timeout_s, _POLL_S)  # a new connection sends no event
+        timeout_ms = int(timeout_s * 1000) + 1  # rounded up: no busy last millisecond
         readable = {source for source, _ in self._poller.poll(timeout_ms)}
         self._take_messages()
-        for worker in [worker for worker in self._workers.values() if worker.pidfd in readable]:
-            if not self._stopping and not self._has_said_why(worker.name):
-                self._note_loss(worker.name, f"{worker.name} {worker.describe_exit()}")
-            self._bury(worker.name)
+        for worker in [worker for worker in self._workers if worker.pidfd in readable]:
+            if self._workers.get(worker.name) is worker:  # it was not replaced meanwhile
+                what = "" if self._stopping else self._last_words(worker)
+                self._workers.bury(worker.name)
+                self._heartbeats.ended(worker.name)
+                self._died(worker.name, what)
         self._end_requests.take_in(readable)
+        self._kill_hung()
+        self._go_on()
 
-    def _take_messages(self) -> None:
-        for identity, message in receive_from(self._control, WorkerToLauncher):
+    def _take_messages(self, timeout_ms: int = 0) -> None:
+        for worker, message in self._workers.hear(timeout_ms):
+            now = time.monotonic()
             match message:
                 case Progress():
                     self._announcer.progress(message)
                 case Ready():
-                    worker = self._workers.get(message.role)
-                    if worker is not None:  # a message may arrive after its sender's death
-                        worker.is_ready = True
-                        self._info |= message.info
-                        self._announcer.worker_ready(message.role)
+                    self._info |= message.info
+                    self._heartbeats.ready(worker.name, now)
+                    self._announcer.worker_ready(worker.name)
+                    worker.is_ready, worker.serves = True, worker.is_started
                 case Drained():
-                    self._drained.add(identity.decode())
+                    self._drained.add(worker.name)
+                case Pong():
+                    self._heartbeats.answered(worker.name, message.stalled_s, now)
+                case Busy():
+                    self._heartbeats.busy(worker.name, message.seconds, now)
                 case Failed():
-                    self._failed.add(message.role)
-                    self._note_loss(message.role, f"{message.role} failed: {message.error_message}")
+                    worker.last_words = f"{worker.name} failed: {message.error_message}"
+                    if not self._announcer.is_ready and self._loss is None:
+                        self._loss = worker.last_words  # it may take long to end
 
-    def _has_said_why(self, name: str) -> bool:
-        """Whether a dead worker has sent Failed, which says more than its exit status and may still be on its way."""
+    def _last_words(self, worker: ChildProcess) -> str:
+        """Why a dead worker has ended. Its Failed says more than its exit status, and may still be on its way."""
         deadline = time.monotonic() + _LAST_WORDS_S
-        while name not in self._failed and (left := deadline - time.monotonic()) > 0:
-            if self._control.poll(int(left * 1000) + 1):
-                self._take_messages()
-        return name in self._failed
-
-    def _note_loss(self, name: str, what: str) -> None:
-        process = self._wiring.process(name)
-        if process.role.is_dispensable and self._announcer.is_ready:
-            logger.error("%s: the engine goes on without it", what)
-            for other in self._workers:
-                self._tell(other, Lost(role=process.role.name, index=process.index))
-        elif self._loss is None:
-            self._loss = what
-        else:
-            logger.warning("%s", what)
-
-    def _bury(self, name: str) -> None:
-        worker = self._workers.pop(name)
-        if worker.pidfd in self._poller:
-            self._poller.unregister(worker.pidfd)
-        worker.bury()
-
-    def _tell(self, name: str, message: Any) -> bool:
-        return name in self._workers and send_to(self._control, name.encode(), message)
+        while not worker.last_words and (left := deadline - time.monotonic()) > 0:
+            self._take_messages(int(left * 1000) + 1)
+        return worker.last_words or f"{worker.name} {worker.describe_exit()}"
 
     def _exit_status(self) -> int:
         return 1 if self._loss is not None else self._end_requests.exit_status

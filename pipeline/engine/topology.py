@@ -7,7 +7,6 @@ stand in the order of the timeline, from top to bottom.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -37,14 +36,6 @@ CONTROL: Final = "control"
 ENDPOINT_CLAIM: Final = "endpoint claim"
 
 
-class Restart(enum.Enum):
-    """Which processes a restart covers when a process of the role has died."""
-
-    ALONE = "alone"
-    ROLE = "all processes of its role"
-    ENGINE = "the whole engine"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Role:
     """A kind of process: `python -m MODULE`, once or several times.
@@ -56,12 +47,12 @@ class Role:
         start_order: lower numbers are spawned first.
         count: how many; None = one, without a number in its name.
         is_numbered: the first process has a number too: "tokenizer.0". Otherwise "gpu", "gpu.1", ...
+        restarts_with: roles, all of whose processes are started again if a process of this role dies; empty = this
+            process alone is.
         starts_after: roles whose `Ready.info` must be known before this role is told to start. A role without any is
             ready by itself.
         is_front: answers clients. It is told Start last, says Ready once more when it serves, and is told Drain and
             Abort.
-        is_dispensable: a running engine goes on without processes of this role that have died. The other processes are
-            told `Lost`.
         is_traced: the timeline shows when its main thread is awake.
         threads: further threads that are traced, besides the main one.
         keeps: descriptors that the launcher lends (`EngineFacts.lent`), as long as the process lives.
@@ -75,10 +66,9 @@ class Role:
     arrays: ArrayShapes = ()
     count: Callable[[Config], int] | None = None
     is_numbered: bool = False
-    restart: Restart = Restart.ENGINE
+    restarts_with: tuple[str, ...] = ()
     starts_after: tuple[str, ...] = ()
     is_front: bool = False
-    is_dispensable: bool = False
     outlives_launcher: bool = False
     reads_statistics: bool = False
     is_traced: bool = True
@@ -94,7 +84,7 @@ class RingRow:
         written_by: a role; its first process writes.
         read_by: roles; all their processes read.
         released_by: a role; its first process owns the read cursor.
-        lives_with: a role; a restart of all its processes gets a new ring.
+        lives_with: roles; there is a new ring if one of their processes is started again.
         one_per: one of the roles that write, read or release; each of its processes has this part in a ring of its own.
         publish_wakes_readers: the writer rings the readers' doorbells. False: a message or another ring tells them.
         release_wakes_writer: the owner of the cursor rings the writer's doorbell.
@@ -106,7 +96,7 @@ class RingRow:
     written_by: str
     read_by: tuple[str, ...]
     released_by: str
-    lives_with: str
+    lives_with: tuple[str, ...]
     one_per: str | None = None
     publish_wakes_readers: bool = False
     release_wakes_writer: bool = False
@@ -131,73 +121,80 @@ class Table:
 GATEWAY, TOKENIZER, DETOKENIZER, SCHEDULER = "gateway", "tokenizer", "detokenizer", "scheduler"
 GRAMMAR, GPU, HTTP = "grammar", "gpu", "http"
 
+# The processes that share the state of requests inside the engine. They start together, so none of them meets a
+# message or a record that was meant for another birth of its peers. The GPU process is not one of them: its weights
+# are dear, and all its state of requests comes from the rings.
+CORE: Final = (SCHEDULER, DETOKENIZER, TOKENIZER, GRAMMAR)
+
 ENGINE: Final = Table(
     roles=(
         # Spawned first: if the launcher is killed while it spawns, the gateway removes the run folder. The gateway
         # keeps the endpoint's claim, because it outlives a killed launcher by a moment.
         Role(
             name=GATEWAY, module="workers.gateway", bootstrap=role_settings.gateway, counters=GATEWAY_COUNTERS,
-            start_order=0, is_front=True, outlives_launcher=True, reads_statistics=True, keeps=(ENDPOINT_CLAIM,),
+            start_order=0, restarts_with=(GATEWAY, *CORE), is_front=True, outlives_launcher=True, reads_statistics=True,
+            keeps=(ENDPOINT_CLAIM,),
         ),
         Role(
             name=TOKENIZER, module="workers.tokenizer", bootstrap=role_settings.tokenizer, counters=TOKENIZER_COUNTERS,
-            start_order=4, count=lambda config: config.tokenizer.num_workers, is_numbered=True, restart=Restart.ALONE,
+            start_order=4, count=lambda config: config.tokenizer.num_workers, is_numbered=True,
         ),
         Role(
             name=DETOKENIZER, module="workers.detokenizer", bootstrap=role_settings.detokenizer,
-            counters=DETOKENIZER_COUNTERS, arrays=DETOKENIZER_ARRAYS, start_order=3,
+            counters=DETOKENIZER_COUNTERS, arrays=DETOKENIZER_ARRAYS, start_order=3, restarts_with=CORE,
         ),
         # Above the GPU process: a timeline that has read of a step's end finds its launch.
         Role(
             name=SCHEDULER, module="workers.scheduler", bootstrap=role_settings.scheduler, counters=SCHEDULER_COUNTERS,
-            arrays=SCHEDULER_ARRAYS, start_order=2, starts_after=(GPU, TOKENIZER),
+            arrays=SCHEDULER_ARRAYS, start_order=2, restarts_with=CORE, starts_after=(GPU, TOKENIZER),
         ),
         Role(
             name=GRAMMAR, module="workers.grammar", bootstrap=role_settings.grammar, counters=GRAMMAR_COUNTERS,
-            start_order=5, count=lambda config: config.grammar.num_workers, is_numbered=True, restart=Restart.ALONE,
-            is_dispensable=True,
+            start_order=5, count=lambda config: config.grammar.num_workers, is_numbered=True,
         ),
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
-            restart=Restart.ROLE, threads=(COMPLETION,),
+            restarts_with=(GPU,), threads=(COMPLETION,),
         ),
         # A client of the gateway, so it starts after it. It answers "starting" from the moment when it can.
         Role(
             name=HTTP, module="pipeline.http", bootstrap=role_settings.http, counters=HTTP_COUNTERS, start_order=6,
             count=lambda config: 0 if config.http is None else config.http.num_workers, is_numbered=True,
-            restart=Restart.ALONE, is_front=True, is_traced=False, keeps=(HTTP_LISTENER,),
+            is_front=True, is_traced=False, keeps=(HTTP_LISTENER,),
         ),
     ),
     rings=(
         RingRow(
             name="step", layout=lambda facts: step_layout(facts.shape), num_records=lambda f: f.num_step_records,
-            written_by=SCHEDULER, read_by=(GPU,), released_by=GPU, lives_with=GPU, publish_wakes_readers=True,
+            written_by=SCHEDULER, read_by=(GPU,), released_by=GPU, lives_with=(SCHEDULER, GPU),
+            publish_wakes_readers=True,
         ),
         RingRow(
             name="result", layout=lambda facts: result_layout(facts.shape), num_records=lambda f: f.num_step_records,
-            written_by=GPU, read_by=(SCHEDULER,), released_by=SCHEDULER, lives_with=GPU, publish_wakes_readers=True,
+            written_by=GPU, read_by=(SCHEDULER,), released_by=SCHEDULER, lives_with=(SCHEDULER, GPU),
+            publish_wakes_readers=True,
         ),
         # The scheduler's upload ring is prompt ring 0. A step record names the prompt records that it needs.
         RingRow(
             name="prompt", layout=lambda _: prompt_layout(), num_records=lambda facts: facts.num_prompt_records,
-            written_by=SCHEDULER, read_by=(GPU,), released_by=SCHEDULER, lives_with=SCHEDULER,
+            written_by=SCHEDULER, read_by=(GPU,), released_by=SCHEDULER, lives_with=(SCHEDULER,),
         ),
         # The message `Tokenized` wakes the scheduler.
         RingRow(
             name="prompt", layout=lambda _: prompt_layout(), num_records=lambda facts: facts.num_prompt_records,
-            written_by=TOKENIZER, one_per=TOKENIZER, read_by=(GPU,), released_by=SCHEDULER, lives_with=SCHEDULER,
+            written_by=TOKENIZER, one_per=TOKENIZER, read_by=(GPU,), released_by=SCHEDULER, lives_with=(SCHEDULER,),
             release_wakes_writer=True,
         ),
-        # Each grammar process answers a request for masks with the mask record of the same ticket. Both rings name
-        # steps, so they live as long as the step ring.
+        # A request carries the newest token of each sequence to its grammar process, so it outlives a GPU process. It
+        # names the record of the mask ring that answers it. Masks belong to steps, and live as long as the step ring.
         RingRow(
             name="mask_request", layout=lambda facts: mask_request_layout(facts.shape),
             num_records=lambda facts: facts.num_step_records, written_by=SCHEDULER, read_by=(GRAMMAR,),
-            released_by=GRAMMAR, lives_with=GPU, one_per=GRAMMAR, publish_wakes_readers=True,
+            released_by=GRAMMAR, lives_with=(SCHEDULER,), one_per=GRAMMAR, publish_wakes_readers=True,
         ),
         RingRow(
             name="mask", layout=lambda facts: mask_layout(facts.shape), num_records=lambda f: f.num_step_records,
-            written_by=GRAMMAR, read_by=(GPU,), released_by=GPU, lives_with=GPU, one_per=GRAMMAR,
+            written_by=GRAMMAR, read_by=(GPU,), released_by=GPU, lives_with=(SCHEDULER, GPU), one_per=GRAMMAR,
             publish_wakes_readers=True,
         ),
     ),

@@ -1,22 +1,27 @@
 """What follows from a table of roles, rings and sockets: every process, and what each of them is given. Has no effects.
 
-A descriptor is known here by a key, such as "ring.step" or "doorbell.gpu". `shared_resources.py` opens a descriptor for
-each key. A worker's bootstrap names a descriptor by its place in the worker's list of keys.
+A descriptor is known here by a key, such as "ring.step@1" or "doorbell.gpu". `shared_resources.py` opens a descriptor
+for each key. A worker's bootstrap names a descriptor by its place in the worker's list of keys.
+
+A process that is started again has a new epoch, and so have the rings that live with it. Its doorbell, its page of
+statistics and its traces belong to its name, and stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as Collection
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
+
+import msgspec
 
 from ipc.ring import RingHandle
 from ipc.stats_page import StatsHandle
 from ipc.trace import TraceHandle
 from pipeline.engine.role_settings import EngineFacts
-from pipeline.engine.topology import Restart, RingRow, Role, SocketRow, Table
+from pipeline.engine.topology import CONTROL, LAUNCHER, RingRow, Role, SocketRow, Table
 from workers.bootstrap import MAIN, RingEnd, WorkerBootstrap
 
 _FIRST_EPOCHS: Final[Mapping[str, int]] = MappingProxyType({})
@@ -24,7 +29,7 @@ _FIRST_EPOCHS: Final[Mapping[str, int]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a role. Its name is its identity on every socket."""
+    """One process of a role."""
 
     name: str  # "gateway", "tokenizer.0", ...
     role: Role
@@ -51,6 +56,8 @@ class WorkerPlan:
     module: str
     bootstrap: Any
     descriptors: tuple[str, ...]  # keys
+    is_front: bool
+    starts_after: tuple[str, ...]
 
 
 class _Places:
@@ -68,8 +75,8 @@ class _Places:
 class Wiring:
     """A table applied to one engine.
 
-    `epochs`: of processes and rings that have been replaced, by name; the others are in their first. Raises ValueError
-    for a table that names a role that it does not have.
+    `epochs`: of processes that were started again, by name; the others are in their first. Raises ValueError for a
+    table that names a role that it does not have.
     """
 
     def __init__(self, table: Table, facts: EngineFacts, epochs: Mapping[str, int] = _FIRST_EPOCHS) -> None:
@@ -107,38 +114,71 @@ class Wiring:
         return next(process for process in self.processes if process.name == name)
 
     def epoch(self, name: str) -> int:
-        """How often this process was started, or this ring was made."""
+        """How often this process was started."""
         return self._epochs.get(name, 1)
 
-    def endpoint(self, socket: str) -> str:
-        return f"ipc://{self._socket_path(self.sockets[socket])}"
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Of every process."""
+        return {process.name: self.epoch(process.name) for process in self.processes}
 
-    def num_connections(self) -> dict[Path, int]:
-        """How many connections each internal socket has once every process has connected."""
-        return {self._socket_path(row): len(self.names(self._connecting(row))) for row in self.table.sockets}
+    def ring_epoch(self, ring: RingInstance) -> int:
+        """How often this ring was made, or more: it grows whenever a process that it lives with is started again."""
+        return 1 + sum(self.epoch(name) - 1 for name in self.names(ring.row.lives_with))
+
+    def identity(self, name: str) -> bytes:
+        """Of a process on every socket."""
+        return f"{name}@{self.epoch(name)}".encode()
+
+    def after_death(self, dead: Iterable[str]) -> tuple[Wiring, tuple[Process, ...]]:
+        """The wiring after these processes have died, and the processes to start, in order."""
+        names = {name for each in dead for name in self.restart_group(each)}
+        epochs = {name: self.epoch(name) + (name in names) for name in self.epochs}
+        wiring = Wiring(self.table, self.facts, epochs)
+        return wiring, tuple(process for process in self.start_sequence if process.name in names)
+
+    def socket_epoch(self, socket: str) -> int:
+        """How often this socket was made: as often as the process that binds it was started."""
+        (binder,) = self.names((self.sockets[socket].bound_by,)) or (LAUNCHER,)
+        return self.epoch(binder)
+
+    def listener_key(self, socket: str) -> str:
+        """Of the descriptor on which the socket's ROUTER accepts connections."""
+        return f"listener.{socket}@{self.socket_epoch(socket)}"
+
+    def socket_key(self, socket: str) -> str:
+        """Of the descriptor through which processes connect to the socket."""
+        return f"socket.{socket}@{self.socket_epoch(socket)}"
 
     def restart_group(self, name: str) -> tuple[str, ...]:
-        """The processes that a restart must cover if this one has died."""
-        role = self.process(name).role
-        match role.restart:
-            case Restart.ALONE:
-                return (name,)
-            case Restart.ROLE:
-                return self.names((role.name,))
-            case Restart.ENGINE:
-                return tuple(process.name for process in self.processes)
+        """The processes that are started again if this one has died."""
+        return self.names(self.process(name).role.restarts_with) or (name,)
 
-    def replaced_rings(self, name: str) -> tuple[str, ...]:
-        """The rings that a restart creates again if this process has died: those that live with its restart group."""
-        group = set(self.restart_group(name))
-        return tuple(ring.name for ring in self.rings if group.issuperset(self.names((ring.row.lives_with,))))
+    def neighbours(self, started: Collection[str]) -> tuple[Process, ...]:
+        """The other processes that have a ring or a socket in common with one of these."""
+        met: set[str] = set()
+        for ring in self.rings:
+            parts = {ring.writer, ring.owner, *ring.readers}
+            if not parts.isdisjoint(started):
+                met |= parts
+        for row in self.table.sockets:
+            if row.name == CONTROL:
+                continue
+            bound, connected = set(self.names((row.bound_by,))), set(self.names(self._connecting(row)))
+            if not bound.isdisjoint(started):
+                met |= connected
+            elif not connected.isdisjoint(started):
+                met |= bound
+        return tuple(process for process in self.processes if process.name in met and process.name not in started)
 
     def plan(self, process: Process) -> WorkerPlan:
-        """What this process is given at birth."""
+        """What this process is given at birth, and again when something that it is connected to was replaced."""
         place = _Places()
         worker = self._worker(process, place)
+        worker = msgspec.structs.replace(worker, descriptors=place.keys)
         bootstrap = process.role.bootstrap(self.facts, worker)
-        return WorkerPlan(process.name, process.role.module, bootstrap, tuple(place.keys))
+        role = process.role
+        return WorkerPlan(process.name, role.module, bootstrap, tuple(place.keys), role.is_front, role.starts_after)
 
     def _worker(self, process: Process, place: _Places) -> WorkerBootstrap:
         role, facts = process.role, self.facts
@@ -154,6 +194,7 @@ class Wiring:
             role=process.name,
             index=process.index,
             epoch=self.epoch(process.name),
+            epochs=self.epochs,
             launcher_pid=facts.launcher_pid,
             outlives_launcher=role.outlives_launcher,
             log_level=facts.log_level,
@@ -162,9 +203,12 @@ class Wiring:
             all_stats=[_stats(each, place) for each in pages],
             traces={thread: TraceHandle(track, place(trace_key(track))) for thread, track in traces.items()},
             rings=rings,
-            endpoints={row.name: self.endpoint(row.name) for row in (*bound, *connected)},
+            listeners={row.name: place(self.listener_key(row.name)) for row in bound},
+            sockets={row.name: place(self.socket_key(row.name)) for row in connected},
             peers={
-                peer: [name.encode() for name in self.names((peer,))] for row in bound for peer in self._connecting(row)
+                peer: [self.identity(name) for name in self.names((peer,))]
+                for row in bound
+                for peer in self._connecting(row)
             },
             kept={name: place(name) for name in role.keeps if name in facts.lent},
         )
@@ -176,8 +220,9 @@ class Wiring:
             woken = ring.readers if row.publish_wakes_readers else ()
         elif process.name == ring.owner and row.release_wakes_writer:
             woken = (ring.writer,)
+        epoch = self.ring_epoch(ring)
         handle = RingHandle(
-            ring.name, place(ring_key(ring.name)), row.num_records(self.facts), self.epoch(ring.name), ring.index
+            ring.name, place(ring_key(ring.name, epoch)), row.num_records(self.facts), epoch, ring.index
         )
         return RingEnd(
             handle=handle,
@@ -212,17 +257,16 @@ class Wiring:
     def _connecting(self, row: SocketRow) -> tuple[str, ...]:
         return tuple(self._by_role) if row.connected_by is None else row.connected_by
 
-    def _socket_path(self, row: SocketRow) -> Path:
-        return self.facts.run_folder / f"{row.name}.sock"
-
     def _of_role(self, role: str) -> tuple[Process, ...]:
+        if role == LAUNCHER:
+            return ()
         if role not in self._by_role:
             raise ValueError(f"the table has no role {role!r}; it has {', '.join(self._by_role)}")
         return self._by_role[role]
 
 
-def ring_key(ring: str) -> str:
-    return f"ring.{ring}"
+def ring_key(ring: str, epoch: int) -> str:
+    return f"ring.{ring}@{epoch}"
 
 
 def doorbell_key(process: str) -> str:

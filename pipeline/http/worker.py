@@ -14,7 +14,7 @@ from typing import Final
 
 import uvloop
 
-from ipc.messages import Abort, Drain, Drained, Lost, Ready, Start
+from ipc.messages import Abort, Drain, Drained, EngineState, Ready, Start
 from pipeline.client.async_client import AsyncClient
 from pipeline.http.app import make_app
 from pipeline.http.config import HTTP_LISTENER, HttpBootstrap
@@ -71,7 +71,7 @@ class HttpWorker:
         except StopWorker:
             self._server.should_exit = True
 
-    def _on_control(self, message: Start | Drain | Abort | Lost) -> None:
+    def _on_control(self, message: Start | Drain | Abort | EngineState) -> None:
         if isinstance(message, Start):
             self._process.say(Ready(role=self._process.role))
         elif isinstance(message, Drain | Abort):

@@ -45,3 +45,10 @@ class CacheClears:
         if not self._num_asked[identity]:
             del self._num_asked[identity]
         return identity, query_id
+
+    def take_all(self) -> list[tuple[bytes, int]]:
+        """All open queries, each with its client: the cache that they were to empty is gone."""
+        asked = list(self._asked.values())
+        self._asked.clear()
+        self._num_asked.clear()
+        return asked

@@ -101,7 +101,6 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     frontend: FrontendConfig
     endpoint: str  # where to listen, resolved
     endpoint_folder: str | None  # the endpoint's folder, removed when empty; None: it belongs to the user
-    run_dir: str  # the engine's private folder; the gateway removes it if the launcher dies
     model_name: str
     model_folder: str = ""
     chat_template: str | None = None

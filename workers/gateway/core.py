@@ -5,6 +5,7 @@
     requests' states, cancellation and time-outs    to request_lifecycle.py, which draws the state diagram,
     prompts that wait for or are at a tokenizer     to prompt_dispatch.py,
     outputs, acknowledgements, slow clients         to client_flow.py,
+    processes that were started again               to recovery.py,
     values that clients keep                        to kept_values.py,
     the checks of clients' frames                   to client_frames.py.
 """
@@ -47,6 +48,7 @@ from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.kept_values import KeptValues
 from workers.gateway.outbox import Outbox, Peer, Send
+from workers.gateway.recovery import Recovery
 from workers.gateway.request_lifecycle import RequestLifecycle, to_ns
 from workers.gateway.request_table import RequestTable
 
@@ -67,8 +69,8 @@ class Gateway:
     def __init__(
         self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[Sequence[str]], tuple[RoleStats, RoleArrays]]
     ) -> None:
-        self.state: Literal["starting", "ready", "draining", "failed"] = "starting"
-        self.table = RequestTable()
+        self.state: Literal["starting", "ready", "recovering", "draining", "failed"] = "starting"
+        self.table = RequestTable(bootstrap.worker.epoch)
         self._outbox = Outbox()
         self._flow = ClientFlow(bootstrap, self.table, self._outbox)
         self.requests = RequestLifecycle(bootstrap, self.table, self._flow, self._outbox)
@@ -79,6 +81,7 @@ class Gateway:
         self._snapshot_stats = snapshot_stats
         self._detail = "the engine's workers are starting"
         self._clears = CacheClears()
+        self.recovery = Recovery(self.table, self.requests, self._clears, self._outbox)
         self.kept = KeptValues(bootstrap.frontend.max_kept_bytes)
         self._next_probe = 0.0
         self._drain_deadline = float("inf")
@@ -98,16 +101,21 @@ class Gateway:
         if self.state == "starting":
             self.state, self._detail = "ready", ""
 
+    def engine_state(self, state: Literal["ready", "recovering"], detail: str) -> None:
+        """A process is started again or may hang, or all of them serve. Requests are taken in either state."""
+        if self.state in ("ready", "recovering"):
+            self.state, self._detail = state, detail
+
     def drain(self, now: float) -> None:
         """Take no new requests. `Drained` follows when no request is open, or at the time-out."""
-        if self.state in ("starting", "ready"):
+        if self.state in ("starting", "ready", "recovering"):
             self.state, self._detail = "draining", "the engine is draining"
             self._drain_deadline = now + self._bootstrap.frontend.drain_timeout_s
 
-    def abort(self, error_message: str) -> None:
+    def abort(self, error: RingfeedError) -> None:
         """Answer every open request with an error."""
-        self.state, self._detail = "failed", error_message
-        self.requests.fail_all(error_message)
+        self.state, self._detail = "failed", str(error)
+        self.requests.fail_all(error)
 
     # Clients
 
@@ -131,7 +139,7 @@ class Gateway:
             self._refuse(identity, request_id, error)
 
     def _open(self, identity: bytes, message: ClientRequest, frame_bytes: int, now: float) -> None:
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
         self._flow.check_not_suspended(identity)
         priority = message.scheduling.priority
@@ -275,7 +283,7 @@ class Gateway:
         self.requests.expire(now)
         if now >= self._drain_deadline:
             self._drain_deadline = float("inf")
-            self.requests.fail_all("the engine was stopped before this request was finished")
+            self.requests.fail_all(EngineUnavailable("the engine was stopped before this request was finished"))
         if now >= self._next_probe:
             self._next_probe = now + PROBE_INTERVAL_S
             self._drop_slow_clients(now)

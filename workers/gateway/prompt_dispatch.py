@@ -1,13 +1,18 @@
-"""Keeps prompts until a tokenizer has passed them on, and decides which tokenizer gets the next one.
+"""Keeps prompts until the scheduler has them, and decides which tokenizer gets the next one.
 
-    add ──> waiting, in the policy's order ──dispatch──> under way to one tokenizer ──done──> forgotten
-                     └── remove: the request has ended
+    add ──> waiting, in the policy's order ──dispatch──> under way to one tokenizer ──done──> sent ──forget──> forgotten
+            │  ^        └── remove: the request has ended                                  │
+            │  └──────────── lost: the tokenizer has died ─────────────────────────────────┘
+            └── suspects wait apart, and are under way alone
 
 This module alone knows which prompts a tokenizer has.
 
 A tokenizer works through its prompts in the order in which it gets them, so the policy cannot reorder prompts under
 way. The dispatcher therefore gives a tokenizer few prompts at a time: enough to keep it busy until the gateway reads
 its sockets again.
+
+If a tokenizer dies, a prompt that it had may be the reason. So each of its prompts is a suspect: it is sent again when
+a tokenizer has nothing else. A prompt that was in work at two deaths has ended both tokenizers, and is not sent again.
 
 The scheduler applies the same policy again to tokenized prompts. The gateway knows only the bytes of a prompt, and
 counts four bytes of its message as a token. That is exact for token ids, and close for most text. With the policy
@@ -17,6 +22,7 @@ counts four bytes of its message as a token. That is exact for token ids, and cl
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Final
@@ -37,18 +43,22 @@ ITEM_OVERHEAD_BYTES: Final = 80  # of each item of a parameter that is a list or
 
 _LISTS: Final = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "logprob_token_ids")
 _num_bytes: Final = attrgetter("num_bytes")
+MAX_DEATHS: Final = 2  # of tokenizers while a prompt was in work
 
 
 class Prompt:
     """A request whose prompt is not tokenized yet, with the attributes that a policy reads."""
 
     __slots__ = (
-        "arrived_ns", "held_bytes", "key", "message", "num_bytes", "num_prompt", "priority", "rank", "tenant",
+        "arrived_ns", "held_bytes", "key", "message", "num_bytes", "num_deaths", "num_prompt", "priority", "rank",
+        "tenant", "tokenizer",
     )  # fmt: skip
     row = NO_ROW
 
     def __init__(self, message: GatewayToTokenizer, frame_bytes: int, held_bytes: int) -> None:
-        self.message: GatewayToTokenizer | None = message  # None: it has been sent to a tokenizer
+        self.message = message
+        self.tokenizer = b""  # identity of the one that has it
+        self.num_deaths = 0  # of tokenizers while this prompt was in work
         self.key = message.key
         self.priority = message.scheduling.priority
         self.tenant = message.scheduling.tenant
@@ -94,10 +104,14 @@ class PromptDispatcher:
         self._waiting: dict[int, Prompt] = {}  # by key
         self._loads: dict[bytes, TokenizerLoad] = {}  # by the tokenizer's identity
         self._with_room: dict[bytes, TokenizerLoad] = {}
+        self._suspects: OrderedDict[int, Prompt] = OrderedDict()  # by key; they are no part of `_waiting`
+        self._sent: dict[int, Prompt] = {}  # by key: the scheduler may not have them yet
+        self._dead: dict[bytes, TokenizerLoad] = {}  # tokenizers whose prompts are not lost yet, by identity
+        self._charged: set[int] = set()  # prompts under way that the policy knows; suspects it does not
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._suspects)
 
     def held_bytes(self, message: ClientRequest, frame_bytes: int) -> int:
         """About how many bytes of memory a request takes while it waits; rounded up.
@@ -121,7 +135,7 @@ class PromptDispatcher:
 
     def check_room(self, held_bytes: int, now_ns: int) -> None:
         """Raise QueueFull if a request of this many bytes would exceed the bound."""
-        if self._waiting and self.num_bytes + held_bytes > self._max_waiting_bytes:
+        if self.num_waiting and self.num_bytes + held_bytes > self._max_waiting_bytes:
             retry_s = self._departures.retry_after_s(self.num_bytes, now_ns)
             raise QueueFull(
                 f"requests that wait for a tokenizer hold {self.num_bytes} bytes; the {held_bytes} bytes of this one "
@@ -133,39 +147,62 @@ class PromptDispatcher:
         """A prompt begins to wait. `frame_bytes` is the length of the client's message."""
         if not self._waiting:
             self._departures.begin(message.arrived_ns)
-        prompt = self._waiting[message.key] = Prompt(message, frame_bytes, held_bytes)
+        self._wait(Prompt(message, frame_bytes, held_bytes))
+
+    def _wait(self, prompt: Prompt) -> None:
+        self._waiting[prompt.key] = prompt
         self._policy.add(prompt)
-        self.num_bytes += held_bytes
+        self.num_bytes += prompt.held_bytes
+
+    def is_waiting(self, key: int) -> bool:
+        return key in self._waiting or key in self._suspects
 
     def remove(self, key: int) -> None:
         """The request of a waiting prompt has ended."""
-        prompt = self._waiting.pop(key)
+        prompt = self._suspects.pop(key, None)
+        if prompt is None:
+            prompt = self._waiting.pop(key)
+            self._policy.end(prompt)
         self.num_bytes -= prompt.held_bytes
-        self._policy.end(prompt)
+
+    def forget(self, key: int) -> None:
+        """The scheduler has this prompt, or its request has ended: it is never sent again."""
+        self._sent.pop(key, None)
 
     def dispatch(self, now_ns: int) -> Iterator[tuple[bytes, GatewayToTokenizer]]:
         """Yield waiting prompts in the policy's order while a tokenizer has room, each with its tokenizer's identity.
 
-        A prompt goes to the tokenizer with the fewest bytes under way.
+        A prompt goes to the tokenizer with the fewest bytes under way. While suspects wait, nothing else is sent.
         """
+        while self._suspects:
+            load = next((load for load in self._loads.values() if not load.prompts), None)
+            if load is None:
+                return
+            _, prompt = self._suspects.popitem(last=False)
+            self.num_bytes -= prompt.held_bytes
+            yield self._send(load, prompt)
+            self._with_room.pop(load.identity, None)  # alone
         while self._waiting and self._with_room:
             load = min(self._with_room.values(), key=_num_bytes)
-            yield load.identity, self._send_next(load, now_ns)
+            yield self._send(load, self._take_next(now_ns))
 
-    def _send_next(self, load: TokenizerLoad, now_ns: int) -> GatewayToTokenizer:
+    def _take_next(self, now_ns: int) -> Prompt:
         prompt = self._policy.next()
         assert prompt is not None, "prompts wait, and the policy has none"
         self._policy.dequeue(prompt)
         del self._waiting[prompt.key]
+        self._charged.add(prompt.key)
         self.num_bytes -= prompt.held_bytes
         self._departures.leave(now_ns, prompt.held_bytes)
-        load.prompts[prompt.key] = prompt
+        return prompt
+
+    def _send(self, load: TokenizerLoad, prompt: Prompt) -> tuple[bytes, GatewayToTokenizer]:
+        load.prompts[prompt.key] = self._sent[prompt.key] = prompt
         load.num_bytes += prompt.num_bytes
+        prompt.tokenizer = load.identity
         if not self._has_room(load):
-            del self._with_room[load.identity]
-        message, prompt.message = prompt.message, None
-        assert message is not None, f"request {prompt.key} waits, and was sent to a tokenizer"
-        return message
+            self._with_room.pop(load.identity, None)
+        return load.identity, prompt.message
 
     def done(self, identity: bytes, key: int) -> None:
         """A tokenizer has passed on a prompt, or (key 0) has connected."""
@@ -175,9 +212,59 @@ class PromptDispatcher:
         prompt = load.prompts.pop(key, None)
         if prompt is not None:
             load.num_bytes -= prompt.num_bytes
-            self._policy.end(prompt)
+            self._end_in_policy(prompt)
         if self._has_room(load):
             self._with_room[identity] = load
+
+    # Tokenizers die
+
+    def replaced(self, identity: bytes) -> None:
+        """This tokenizer has died: it gets no more prompts. `lost` says which of its prompts to send again."""
+        self._with_room.pop(identity, None)
+        load = self._loads.pop(identity, None)
+        if load is not None:
+            self._dead[identity] = load
+
+    def lost(self, identity: bytes) -> list[Prompt]:
+        """Let the prompts wait again that a dead tokenizer has not handed over.
+
+        Returns those among them that have ended two tokenizers: they are forgotten.
+        """
+        load = self._dead.pop(identity, None)
+        in_work = list(load.prompts.values()) if load is not None else []
+        for prompt in in_work:
+            self._end_in_policy(prompt)
+        if in_work:
+            in_work[0].num_deaths += 1  # prompts are encoded in their order
+        return self._send_again([prompt for prompt in self._sent.values() if prompt.tokenizer == identity], in_work)
+
+    def lost_all(self) -> None:
+        """Let all prompts wait again that the scheduler does not have: scheduler and tokenizers were replaced."""
+        for load in [*self._loads.values(), *self._dead.values()]:
+            for prompt in load.prompts.values():
+                self._end_in_policy(prompt)
+        self._loads, self._with_room, self._dead = {}, {}, {}
+        self._send_again(list(self._sent.values()), [])
+
+    def _send_again(self, prompts: list[Prompt], suspects: list[Prompt]) -> list[Prompt]:
+        ended: list[Prompt] = []
+        for prompt in prompts:
+            del self._sent[prompt.key]
+            prompt.tokenizer = b""
+            if prompt.num_deaths >= MAX_DEATHS:
+                ended.append(prompt)
+            elif prompt.num_deaths or prompt in suspects:
+                self._suspects[prompt.key] = prompt
+                self.num_bytes += prompt.held_bytes
+            else:
+                self._wait(prompt)
+        return ended
+
+    def _end_in_policy(self, prompt: Prompt) -> None:
+        """A prompt is under way no more. A suspect was unknown to the policy."""
+        if prompt.key in self._charged:
+            self._charged.remove(prompt.key)
+            self._policy.end(prompt)
 
     def _has_room(self, load: TokenizerLoad) -> bool:
         return len(load.prompts) < self._max_under_way and load.num_bytes < self._max_under_way_bytes

@@ -28,7 +28,7 @@ import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
+from ipc.errors import RingfeedError
 from ipc.messages import (
     ClientGone,
     ClientRequest,
@@ -74,7 +74,7 @@ class RequestLifecycle:
         """A client's valid request arrives. Raises InvalidRequest or QueueFull if the gateway cannot take it."""
         now_ns = to_ns(now)
         num_samples = message.params.n if isinstance(message, Generate) else 1
-        self._check_open_requests(identity, message.request_id, num_samples, now_ns)
+        self._table.check_open_requests(identity, message.request_id, num_samples, self._max_open_requests, now_ns)
         held_bytes = self.prompts.held_bytes(message, frame_bytes)
         self.prompts.check_room(held_bytes, now_ns)
         num_prompt_tokens = len(message.token_ids or b"") // 4
@@ -87,26 +87,6 @@ class RequestLifecycle:
             query = TokenizerQuery(key=request.key, query=message, arrived_ns=now_ns)
             self.prompts.add(query, frame_bytes, held_bytes)
         self.dispatch(now)
-
-    def _check_open_requests(self, identity: bytes, request_id: str, num_samples: int, now_ns: int) -> None:
-        limit = self._max_open_requests
-        if num_samples > limit:
-            raise InvalidRequest(f"n ({num_samples}) is more than frontend.max_open_requests ({limit})")
-        client = self._table.client(identity)
-        if client is None:
-            return
-        if request_id in client.keys:
-            raise InvalidRequest(
-                f"request_id ({request_id!r}) belongs to a request that is still open: choose another one"
-            )
-        num_excess = client.num_samples + num_samples - limit
-        if num_excess > 0:
-            retry_s = client.departures.retry_after_s(num_excess, now_ns)
-            raise QueueFull(
-                f"this client has {client.num_samples} requests open, each sample counted, and "
-                f"frontend.max_open_requests is {limit}: wait for one to end, or try again in {retry_s:g} s",
-                retry_s,
-            )
 
     def _tokenize(self, request: Request, message: Generate, now_ns: int) -> Tokenize:
         """The message for the tokenizer. Sets the request's timers, and draws a seed if it has none."""
@@ -156,6 +136,7 @@ class RequestLifecycle:
             if request is None:  # ended already
                 continue
             request.state = RequestState.ACCEPTED
+            self.prompts.forget(key)
             if request.is_cancelled:
                 self._outbox.cancel(request.keys)
                 if request.client is None:
@@ -211,10 +192,10 @@ class RequestLifecycle:
                 ended.append((request, request.withdrawn_as))
         self._end_here(ended, now)
 
-    def fail_all(self, error_message: str) -> None:
-        """Answer all open requests with EngineUnavailable. The detokenizer's later frames find no client."""
+    def fail_all(self, error: RingfeedError) -> None:
+        """Answer all open requests with an error. The detokenizer's later frames find no client."""
         for client in list(self._table.clients):
-            self._flow.send_errors(client, EngineUnavailable(error_message))
+            self._flow.send_errors(client, error)
         self.num_finished += len(self._table)
         self._table.clear()
         self.prompts.clear()
@@ -248,14 +229,25 @@ class RequestLifecycle:
                 self._outbox.withdraw(request.key)
         return ended
 
-    def _end_here(self, ends: Ends, now: float) -> None:
+    def fail(self, requests: list[Request], error: RingfeedError, now: float) -> None:
+        """Answer requests with an error, and close them."""
+        self._end_here([(request, "error") for request in requests], now, error)
+
+    def end(self, requests: list[Request], reason: FinishReason, now: float) -> None:
+        """Answer requests of which no other process knows, and close them."""
+        self._end_here([(request, reason) for request in requests], now)
+
+    def _end_here(self, ends: Ends, now: float, error: RingfeedError | None = None) -> None:
         """Answer requests that the detokenizer does not know, and close them. Each client gets one message."""
+        code, text = ("", "") if error is None else (error.code, str(error))
         answers: defaultdict[ClientSession, list[tuple[str, FinalOutput]]] = defaultdict(list)
         for request, reason in ends:
             if reason in ("deadline", "queue_timeout"):
                 self.num_out_of_time[reason] += 1
             if request.client is not None:
-                final = FinalOutput(reason, request.num_prompt_tokens, 0, times=RequestTimes(request.arrived_ns))
+                final = FinalOutput(
+                    reason, request.num_prompt_tokens, 0, code, text, times=RequestTimes(request.arrived_ns)
+                )  # fmt: skip
                 answers[request.client].append((request.request_id, final))
         for client, finals in answers.items():
             self._flow.send_finals(client, finals, now)
@@ -265,6 +257,7 @@ class RequestLifecycle:
     def _close(self, request: Request, now: float | None = None) -> None:
         """Take a request out of the table. `now` may be None if its client was dropped."""
         self.num_finished += 1
+        self.prompts.forget(request.key)
         if request.client is not None and now is not None:
             request.client.departures.leave(to_ns(now), len(request.keys))
         self._table.close(request)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import ValuesView
+from typing import Final
 
+from ipc.errors import InvalidRequest, QueueFull
 from ipc.messages import FinishReason
 from workers.queueing.drain_rate import DrainRate
+
+_KEY_BITS: Final = 48  # of the requests of one epoch
 
 
 class RequestState(enum.Enum):
@@ -71,13 +75,16 @@ class ClientSession:
 
 
 class RequestTable:
-    """Open requests by key, and client sessions by identity and by name. Draws keys and names, each only once."""
+    """Open requests by key, and client sessions by identity and by name. Draws keys and names, each only once.
 
-    def __init__(self) -> None:
+    `epoch`: of the gateway; gateways of different epochs draw different keys.
+    """
+
+    def __init__(self, epoch: int = 1) -> None:
         self._requests: dict[int, Request] = {}
         self._by_identity: dict[bytes, ClientSession] = {}
         self._by_name: dict[bytes, ClientSession] = {}
-        self._last_key = 0
+        self._last_key = (epoch - 1) << _KEY_BITS
         self._last_name = 0
 
     def __len__(self) -> int:
@@ -92,6 +99,10 @@ class RequestTable:
 
     def client_named(self, name: bytes) -> ClientSession | None:
         return self._by_name.get(name)
+
+    def requests(self) -> list[Request]:
+        """All open requests, oldest first."""
+        return list(self._requests.values())
 
     def request(self, key: int) -> Request | None:
         return self._requests.get(key)
@@ -113,6 +124,26 @@ class RequestTable:
         client.keys[request_id] = request.key
         client.num_samples += num_samples
         return request
+
+    def check_open_requests(self, identity: bytes, request_id: str, num_samples: int, limit: int, now_ns: int) -> None:
+        """Raise InvalidRequest or QueueFull if a client may not open this request. `limit`: of its open samples."""
+        if num_samples > limit:
+            raise InvalidRequest(f"n ({num_samples}) is more than frontend.max_open_requests ({limit})")
+        client = self.client(identity)
+        if client is None:
+            return
+        if request_id in client.keys:
+            raise InvalidRequest(
+                f"request_id ({request_id!r}) belongs to a request that is still open: choose another one"
+            )
+        num_excess = client.num_samples + num_samples - limit
+        if num_excess > 0:
+            retry_s = client.departures.retry_after_s(num_excess, now_ns)
+            raise QueueFull(
+                f"this client has {client.num_samples} requests open, each sample counted, and "
+                f"frontend.max_open_requests is {limit}: wait for one to end, or try again in {retry_s:g} s",
+                retry_s,
+            )
 
     def close(self, request: Request) -> None:
         del self._requests[request.key]

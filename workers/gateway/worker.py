@@ -1,6 +1,6 @@
 """The gateway process: its sockets and its loop. `core.py` decides what it says.
 
-If the launcher dies, the gateway lives a moment longer, to answer the clients and to remove the engine's folder.
+If the launcher dies, the gateway lives a moment longer, to answer the clients and to remove the endpoint.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,19 @@ from ipc.channels import (
     try_send_to,
 )
 from ipc.codec import MAX_FRAME_BYTES, decode, encode
-from ipc.errors import ConfigError, EngineUnavailable
-from ipc.messages import Abort, Accepted, Delivery, Drain, Lost, SchedulerToGateway, Start, TokenizeDone, Withdrawn
+from ipc.errors import ConfigError, EngineUnavailable, Interrupted
+from ipc.messages import (
+    Abort,
+    Accepted,
+    Delivery,
+    Drain,
+    EngineState,
+    Fenced,
+    SchedulerToGateway,
+    Start,
+    TokenizeDone,
+    Withdrawn,
+)
 from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, max_unread_messages
@@ -47,12 +57,9 @@ _LAUNCHER_DIED = "the engine's launcher died"
 
 
 def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
-    """Serve until Stop, or until the launcher dies; then this process removes the engine's folder."""
+    """Serve until Stop, or until the launcher dies."""
     try:
         GatewayWorker(process, bootstrap, _watch_launcher(bootstrap)).serve()
-    except LauncherDied:
-        shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
-        raise
     finally:
         if bootstrap.endpoint.startswith(_IPC):
             Path(bootstrap.endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
@@ -75,6 +82,7 @@ class GatewayWorker:
         self.process = process
         self.bootstrap = bootstrap
         self.launcher_fd = launcher_fd
+        self.peers = bootstrap.worker.peers  # identities of the live processes that connect to us, by role
         self._pages = [StatsPage(handle) for handle in bootstrap.worker.all_stats]
         self.core = Gateway(bootstrap, self._snapshot_stats)
         if bootstrap.endpoint_folder is not None:
@@ -87,16 +95,17 @@ class GatewayWorker:
         for source in (self.clients, self.tokenizers, self.deliveries, self.scheduler, launcher_fd):
             process.watch(source)
         process.on_control(self._on_control)
+        process.on_rewire(self._on_rewire)
 
     def serve(self) -> None:
         """Run until an exception ends the loop. Every open request is answered first."""
         try:
             self._loop()
         except StopWorker:
-            self.core.abort("the engine was stopped before this request was finished")
+            self.core.abort(EngineUnavailable("the engine was stopped before this request was finished"))
             raise
         except Exception:
-            self.core.abort("the engine's gateway failed")
+            self.core.abort(Interrupted("the engine's gateway failed"))
             raise
         finally:
             self._flush()
@@ -120,6 +129,8 @@ class GatewayWorker:
     def _read_workers(self, now: float) -> None:
         core, trace = self.core, self.process.trace
         for frames in receive_frames(self.deliveries):
+            if not self._is_alive("detokenizer", frames[0]):
+                continue
             with trace[Span.DELIVER]:
                 core.delivery(decode(frames[1], Delivery), frames[2:], now)
         for message in receive(self.scheduler, SchedulerToGateway):
@@ -127,12 +138,22 @@ class GatewayWorker:
                 core.accepted(message.keys)
             elif isinstance(message, Withdrawn):
                 core.withdrawn(message.keys, now)
+            elif isinstance(message, Fenced):
+                core.recovery.fenced(message.tokenizer, now)
             else:
                 core.cache_cleared(message.query_id, now)
         for identity, done in receive_from(self.tokenizers, TokenizeDone):
+            if not self._is_alive("tokenizer", identity):
+                continue
             core.tokenizer_done(identity, done.key, now)
             if done.answer is not None or done.error_code:
                 core.answered(done, now)
+
+    def _is_alive(self, role: str, identity: bytes) -> bool:
+        """Whether this is a process that lives. A message of a dead one may still arrive."""
+        if identity not in self.peers[role]:
+            self.process.take_bootstraps()
+        return identity in self.peers[role]
 
     def _read_clients(self, now: float) -> None:
         core, trace = self.core, self.process.trace
@@ -147,14 +168,28 @@ class GatewayWorker:
         arrays = {page.role: page.copy_arrays(names) for page in self._pages} if names else {}
         return {page.role: page.snapshot() for page in self._pages}, {role: of for role, of in arrays.items() if of}
 
-    def _on_control(self, message: Start | Drain | Abort | Lost) -> None:
+    def _on_rewire(self, bootstrap: GatewayBootstrap) -> None:
+        """Processes were started again. If the scheduler was, then all processes between it and us were."""
+        before, self.peers = self.peers, bootstrap.worker.peers
+        if before["detokenizer"] != self.peers["detokenizer"]:
+            self.scheduler = self.process.reconnect("schedule", self.scheduler)
+            self.detokenizer = self.process.reconnect("detokenize", self.detokenizer)
+            self.process.watch(self.scheduler)
+            self.core.recovery.core_replaced(time.monotonic())
+            return
+        for identity in set(before["tokenizer"]) - set(self.peers["tokenizer"]):
+            self.core.recovery.tokenizer_replaced(identity)
+
+    def _on_control(self, message: Start | Drain | Abort | EngineState) -> None:
         if isinstance(message, Start):
             self.core.start()
             self.process.ready()  # a second time: from now on the gateway takes requests
         elif isinstance(message, Drain):
             self.core.drain(time.monotonic())
-        elif isinstance(message, Abort):
-            self.core.abort(message.error_message)
+        elif isinstance(message, EngineState):
+            self.core.engine_state(message.state, message.detail)
+        else:
+            self.core.abort(EngineUnavailable(message.error_message))
 
     def _flush(self) -> None:
         while outbox := self.core.take_outbox():
@@ -168,7 +203,7 @@ class GatewayWorker:
                         self.core.client_full(identity, message)  # adds messages too
                 elif peer is Peer.TOKENIZER:
                     if not send_frames_to(self.tokenizers, identity, frame):
-                        logger.error("%s has died", identity.decode())  # the launcher notices it too, and sends Abort
+                        logger.debug("%s has died", identity.decode())  # its prompts are sent again after the fence
                 elif peer is Peer.LAUNCHER:
                     self.process.say(message)
                 else:
@@ -189,7 +224,7 @@ class GatewayWorker:
         stats.num_queue_timeout[0] = requests.num_out_of_time["queue_timeout"]
 
     def _end_without_launcher(self) -> None:
-        self.core.abort(_LAUNCHER_DIED)
+        self.core.abort(Interrupted(_LAUNCHER_DIED))
         raise LauncherDied
 
 

@@ -18,7 +18,6 @@ import torch
 
 from ipc.errors import ConfigError
 from ipc.mask_records import mask_layout
-from ipc.messages import Lost
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.trace import Span
 from workers.gpu.config import COMPLETION, GpuBootstrap
@@ -71,19 +70,12 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             profiler = (
                 None if path is None else StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL)
             )
-            process.on_control(lambda message: close_masks(executor, message))
             process.ready(num_blocks=loaded.num_blocks)
             run_steps(process, executor, completion, profiler)
         except Exception as error:
             if is_out_of_memory(error):
                 raise ConfigError(out_of_memory_text(error, stages, bootstrap, memory)) from error
             raise
-
-
-def close_masks(executor: Executor, message: Any) -> None:
-    """If the launcher reports that a grammar process has died, wait for none of its masks."""
-    if isinstance(message, Lost) and message.role == "grammar":
-        executor.grammar_died(message.index)
 
 
 def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> Executor:

@@ -19,7 +19,7 @@
     grammar processes: mask request rings,     <------    (the grammar process releases its records)
              one for each
                      control socket (`workers/process.py`)
-    launcher: Start, Lost, Stop                ------>
+    launcher: Start, Stop                      ------>
     launcher: Ready                            <------
 
 The GPU process rings the scheduler's doorbell after it publishes a result. The scheduler rings the GPU process's after
@@ -44,7 +44,6 @@ from ipc.messages import (
     CacheCleared,
     ClearCache,
     Compiled,
-    Lost,
     MatcherFailed,
     SchedulerToGateway,
     Start,
@@ -90,7 +89,6 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         recent_steps=process.stats.recent_steps,
     )
     steps = StepChannel(scheduler, process, bootstrap)
-    process.on_control(lambda message: lose_grammar(scheduler, message))
     outbox = Outbox(schedule)
     trace, counters = process.trace, vars(process.stats)
     process.ready()
@@ -151,12 +149,6 @@ def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler, grammars: lis
         else:
             scheduler.cancel(message.keys)
     return [Accepted(keys=accepted), *answers] if accepted else answers
-
-
-def lose_grammar(scheduler: Scheduler, message: Any) -> None:
-    """If the launcher reports that a grammar process has died, end its sequences."""
-    if isinstance(message, Lost) and message.role == "grammar":
-        scheduler.lose_grammar_worker(message.index)
 
 
 def mask_request_ends(bootstrap: SchedulerBootstrap) -> list[RingEnd]:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ class Engine:
         faults: dict[str, str],
         popen: dict[str, Any] | None = None,
         num_grammar_workers: int = 0,
+        supervisor: dict[str, Any] | None = None,
         **frontend: Any,
     ) -> None:
         self.folder = folder
@@ -74,6 +76,7 @@ class Engine:
             "model": {"path": str(model), "load_format": "dummy"},
             "tokenizer": {"num_workers": 2},
             "grammar": {"num_workers": num_grammar_workers},
+            "supervisor": supervisor or {},
             "frontend": {"endpoint": f"ipc://{self.endpoint_folder}/client.sock", **frontend},
         }
         status_reader, status_writer = os.pipe()
@@ -107,7 +110,7 @@ class Engine:
 
     def assert_nothing_left(self) -> None:
         eventually(lambda: not any(psutil.pid_exists(pid) and is_running(pid) for pid in self.pids.values()))
-        eventually(lambda: not [p for p in self.folder.iterdir() if p.name.startswith("ringfeed-run-")])
+        assert not list(self.folder.glob("ringfeed-*"))
 
     def close(self) -> None:
         for pid in (self.process.pid, *self.pids.values()):
@@ -142,7 +145,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., E
 
 def test_sigterm_drains_and_exits_0(launch: Callable[..., Engine]) -> None:
     engine = launch().until_ready()
-    assert not list(engine.folder.glob("ringfeed-run-*")), "internal sockets have names no longer than needed"
+    assert not list(engine.folder.glob("ringfeed-*")), "internal sockets have no names"
     engine.process.send_signal(signal.SIGTERM)
     assert engine.process.wait(20) == 0
     assert "gateway: heard Drain" in engine.log()
@@ -163,45 +166,130 @@ def test_workers_start_in_order_and_the_gateway_last(launch: Callable[..., Engin
     assert engine.log().index("ready: ipc://") > engine.log().index("scheduler: heard Start")
 
 
+GROUPS = {
+    "gateway": [*ROLES[:1], *ROLES[2:]],
+    "scheduler": ROLES[2:],
+    "detokenizer": ROLES[2:],
+    "gpu": ["gpu"],
+    "tokenizer.0": ["tokenizer.0"],
+    "tokenizer.1": ["tokenizer.1"],
+}
+REWIRED = {
+    "gateway": {"gpu"},
+    "scheduler": {"gpu", "gateway"},
+    "detokenizer": {"gpu", "gateway"},
+    "gpu": {"scheduler", "tokenizer.0", "tokenizer.1"},
+    "tokenizer.0": {"gpu", "gateway", "scheduler"},
+    "tokenizer.1": {"gpu", "gateway", "scheduler"},
+}
+
+
+def times_ready(engine: Engine) -> int:
+    return engine.log().count("all processes serve again")
+
+
 @pytest.mark.parametrize("role", ROLES)
-def test_a_killed_worker_ends_the_engine_with_status_1(launch: Callable[..., Engine], role: str) -> None:
+def test_a_killed_worker_is_started_again_with_its_group_and_the_others_are_rewired(
+    launch: Callable[..., Engine], role: str
+) -> None:
     engine = launch().until_ready()
+    before = dict(engine.pids)
     os.kill(engine.pids[role], signal.SIGKILL)
-    assert engine.process.wait(20) == 1
-    assert f"{role} was killed by signal 9 (Killed): the engine ends" in engine.log()
-    if role != "gateway":
-        assert f"aborting: {role} was killed by signal 9" in engine.log()
+    event = engine.event()
+    assert event is not None
+    assert sorted(event["pids"]) == sorted(GROUPS[role])
+    eventually(lambda: times_ready(engine) == 1)
+    eventually(lambda: "the engine is ready" in engine.log())
+    assert {name for name in ROLES if engine.pids[name] != before[name]} == set(GROUPS[role])
+    log = engine.log()
+    assert f"ERROR launcher: {role} was killed by signal 9 (Killed): starting {', '.join(event['pids'])} again" in log
+    assert {name for name in ROLES if f"INFO {name}: rewired: " in log} == REWIRED[role]
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
     assert not engine.endpoint_folder.exists()
     engine.assert_nothing_left()
 
 
-def test_an_engine_goes_on_without_a_dispensable_worker_and_the_others_hear_of_it(
-    launch: Callable[..., Engine],
-) -> None:
-    engine = launch(num_grammar_workers=2).until_ready()
-    os.kill(engine.pids["grammar.1"], signal.SIGKILL)
-    eventually(lambda: engine.log().count("heard Lost") == len(ROLES) + 1)
-    assert "ERROR launcher: grammar.1 was killed by signal 9 (Killed): the engine goes on without it" in engine.log()
+def test_workers_may_die_while_others_are_started_again(launch: Callable[..., Engine]) -> None:
+    engine = launch(num_grammar_workers=1).until_ready()
+    for role in ("scheduler", "gpu", "detokenizer", "tokenizer.1", "gateway", "grammar.0", "scheduler"):
+        os.kill(engine.pids[role], signal.SIGKILL)
+        assert engine.event() is not None
+    eventually(lambda: times_ready(engine) >= 1 and engine.log().rstrip().rpartition("\n")[2])
+    eventually(lambda: "the engine is ready" in engine.log().rpartition("starting")[2])
     engine.process.send_signal(signal.SIGTERM)
     assert engine.process.wait(20) == 0
-    assert "gateway: heard Drain" in engine.log()
-    assert "Abort" not in engine.log()
     engine.assert_nothing_left()
 
 
-def test_a_dispensable_worker_that_fails_while_the_engine_comes_up_ends_it(launch: Callable[..., Engine]) -> None:
+@pytest.mark.parametrize("role", ["gpu", "scheduler", "gateway"])
+def test_an_engine_whose_worker_dies_too_often_ends_and_says_so(launch: Callable[..., Engine], role: str) -> None:
+    engine = launch({f"FAKE_{role.upper()}": "killed again"}, supervisor={"max_restarts": 3}).until_ready()
+    os.kill(engine.pids[role], signal.SIGKILL)
+    assert engine.process.wait(30) == 1
+    assert f"{role} was killed by signal 9 (Killed); {role} was started again 3 times within" in engine.log()
+    assert engine.log().count(f"{role} was killed by signal 9 (Killed): starting") == 3
+    if role != "gateway":
+        assert f"aborting: {role} was killed by signal 9" in engine.log()
+    engine.assert_nothing_left()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_stopped_worker_is_killed_and_started_again(launch: Callable[..., Engine], role: str) -> None:
+    engine = launch(supervisor={"hang_timeout_s": 1.0}).until_ready()
+    os.kill(engine.pids[role], signal.SIGSTOP)
+    event = engine.event()
+    assert event is not None
+    assert sorted(event["pids"]) == sorted(GROUPS[role])
+    eventually(lambda: times_ready(engine) == 1)
+    assert re.search(
+        rf"{role} has answered nothing for \d+ s \(supervisor.hang_timeout_s 1\), and was killed", engine.log()
+    )
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+    engine.assert_nothing_left()
+
+
+def test_a_worker_whose_work_makes_no_progress_is_killed_and_started_again(launch: Callable[..., Engine]) -> None:
+    engine = launch({"FAKE_GPU": "stalled"}).until_ready()
+    eventually(lambda: times_ready(engine) == 1)
+    assert "gpu has made no progress for 1000000 s" in engine.log()
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 0
+
+
+def test_open_requests_outlive_a_death_while_the_engine_drains(launch: Callable[..., Engine]) -> None:
+    engine = launch({"FAKE_GATEWAY": "undrained"}, drain_timeout_s=60).until_ready()
+    engine.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "heard Drain" in engine.log())
+    os.kill(engine.pids["gpu"], signal.SIGKILL)
+    eventually(lambda: times_ready(engine) == 1)
+    engine.process.send_signal(signal.SIGTERM)
+    assert engine.process.wait(20) == 128 + signal.SIGTERM
+    engine.assert_nothing_left()
+
+
+def test_a_worker_that_fails_while_the_engine_comes_up_ends_it(launch: Callable[..., Engine]) -> None:
     engine = launch({"FAKE_GRAMMAR": "fail", "FAKE_GPU": "slow"}, num_grammar_workers=1)
     assert engine.process.wait(20) == 1
     assert "grammar.0 failed: this model cannot be run: the engine ends" in engine.log()
 
 
+def test_a_worker_that_does_not_start_in_time_ends_the_engine(launch: Callable[..., Engine]) -> None:
+    engine = launch({"FAKE_GPU": "slow"}, supervisor={"start_timeout_s": 2.0})
+    assert engine.process.wait(20) == 1
+    assert "gpu was not ready within supervisor.start_timeout_s (2)" in engine.log()
+
+
 def test_a_killed_worker_is_seen_as_killed_where_the_parent_ignores_the_ends_of_children(
     launch: Callable[..., Engine],
 ) -> None:
-    engine = launch(popen={"preexec_fn": lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)}).until_ready()
+    engine = launch(
+        popen={"preexec_fn": lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)}, supervisor={"max_restarts": 0}
+    ).until_ready()
     os.kill(engine.pids["scheduler"], signal.SIGKILL)
     assert engine.process.wait(20) == 1
-    assert "scheduler was killed by signal 9 (Killed): the engine ends" in engine.log()
+    assert "scheduler was killed by signal 9 (Killed); supervisor.max_restarts is 0: the engine ends" in engine.log()
 
 
 @pytest.mark.parametrize(("role", "when"), [("gpu", "killed"), ("gateway", "killed"), ("gateway", "killed by Start")])
@@ -214,12 +302,6 @@ def test_a_worker_that_is_killed_while_the_engine_comes_up_is_named(
     assert "Traceback" not in engine.log()
     assert engine.event()["event"] == "spawned"
     engine.assert_nothing_left()
-
-
-def test_a_ready_that_comes_after_its_worker_is_buried_is_ignored(launch: Callable[..., Engine]) -> None:
-    engine = launch({"FAKE_DETOKENIZER": "late"}).until_ready()
-    engine.process.send_signal(signal.SIGTERM)
-    assert engine.process.wait(20) == 0
 
 
 def test_a_worker_that_fails_at_start_ends_the_engine_with_its_reason(launch: Callable[..., Engine]) -> None:

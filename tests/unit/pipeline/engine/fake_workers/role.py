@@ -2,14 +2,13 @@
 
 The environment variable FAKE_<ROLE> makes one of them misbehave. Its values: "fail" (says Failed at start), "deaf"
 (ignores Stop), "undrained" (never says Drained), "slow" (never Ready), "killed" and "killed by Start" (by signal 9),
-"late" (says Ready for a worker that is gone).
+"killed again" (by signal 9, each time but the first), "stalled" (answers that its work makes no progress).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from ipc.channels import bind_router
 from ipc.errors import ModelUnsupported
-from ipc.messages import Abort, Drain, Drained, Ready, Start
+from ipc.messages import Abort, Drain, Drained, EngineState, Start
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,10 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
         raise ModelUnsupported("this model cannot be run")
     if misbehaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if misbehaviour == "late":
-        process.say(Ready(role="gone", info={}))
+    if misbehaviour == "killed again" and bootstrap.worker.epoch > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if misbehaviour == "stalled" and bootstrap.worker.epoch == 1:
+        process.stalled_s = lambda: 1e6
     sockets = [process.bind(name) for name in bind] + [process.connect(name) for name in connect]
     if hasattr(bootstrap, "endpoint"):
         sockets.append(bind_router(process.context, bootstrap.endpoint))
@@ -43,6 +44,8 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
                 os.kill(os.getpid(), signal.SIGKILL)
             case Start() if process.role in ("scheduler", "gateway", "http"):
                 process.ready()
+            case EngineState():
+                logger.info("the engine is %s: %s", message.state, message.detail)
             case Abort():
                 logger.info("aborting: %s", message.error_message)
                 process.say(Drained())
@@ -50,6 +53,7 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
                 process.say(Drained())
 
     process.on_control(obey)
+    process.on_rewire(lambda new: logger.info("rewired: %s", new.worker.epochs))
     if misbehaviour == "slow":
         process.progress("loading", 0.5)
     elif process.role != "scheduler":
@@ -68,4 +72,3 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
         pass  # it died while this process started
     finally:
         Path(bootstrap.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
-    shutil.rmtree(bootstrap.run_dir, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""The processes of a running engine and the launcher's control channel to them: spawn, tell, hear, rewire, bury."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import zmq
+
+from ipc.channels import bind_private_router, receive_from, send_to
+from ipc.messages import WorkerToLauncher
+from pipeline.engine.child_process import ChildProcess
+from pipeline.engine.shared_resources import SharedResources
+from pipeline.engine.topology import CONTROL
+from pipeline.engine.wiring import Process, Wiring
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSet:
+    """The live processes by name. `wiring` is the present one; `poller` hears of messages and of deaths."""
+
+    def __init__(
+        self, wiring: Wiring, resources: SharedResources, context: zmq.Context[Any], poller: zmq.Poller
+    ) -> None:
+        self.wiring = wiring
+        self._resources = resources
+        self._poller = poller
+        self._workers: dict[str, ChildProcess] = {}
+        (listener,) = resources.descriptors([wiring.listener_key(CONTROL)])
+        self._control = bind_private_router(context, listener)
+        poller.register(self._control, zmq.POLLIN)
+
+    def __iter__(self) -> Iterator[ChildProcess]:
+        return iter(list(self._workers.values()))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, name: str) -> ChildProcess | None:
+        return self._workers.get(name)
+
+    def spawn(self, processes: Iterable[Process]) -> dict[str, int]:
+        """Start these processes, in order. Returns their ids by name."""
+        pids = {}
+        for process in processes:
+            plan = self.wiring.plan(process)
+            worker = ChildProcess(plan, self._resources.descriptors)
+            self._workers[plan.name] = worker
+            self._poller.register(worker.pidfd, zmq.POLLIN)
+            pids[plan.name] = worker.pid
+        return pids
+
+    def replace(self, wiring: Wiring, started: tuple[Process, ...]) -> dict[str, int]:
+        """Start processes again, and tell those that they meet. Those that still live are killed.
+
+        Returns the new ids by name. Raises RingError if there is not enough memory for the new rings.
+        """
+        names = {process.name for process in started}
+        for worker in self:
+            if worker.name in names:
+                worker.kill()
+                self.bury(worker.name)
+        self._resources.renew(wiring, started)
+        self.wiring = wiring
+        for process in wiring.neighbours(names):
+            self._rewire(process)
+        return self.spawn(started)
+
+    def _rewire(self, process: Process) -> None:
+        worker = self._workers.get(process.name)
+        if worker is None:
+            return
+        try:
+            worker.send(self.wiring.plan(process))
+        except OSError as error:  # it has just died; or it hangs, and has read nothing for many restarts
+            logger.debug("%s cannot be told of its new peers: %s", process.name, error)
+            worker.kill()
+
+    def tell(self, name: str, message: Any) -> bool:
+        """Whether the process lives and is connected."""
+        return name in self._workers and send_to(self._control, self.wiring.identity(name), message)
+
+    def hear(self, timeout_ms: int = 0) -> Iterator[tuple[ChildProcess, Any]]:
+        """Messages of live processes, in order. Those of processes that have been replaced are dropped."""
+        if timeout_ms and not self._control.poll(timeout_ms):
+            return
+        for identity, message in receive_from(self._control, WorkerToLauncher):
+            worker = self._workers.get(identity.decode().rpartition("@")[0])
+            if worker is not None and identity == self.wiring.identity(worker.name):
+                yield worker, message
+
+    def bury(self, name: str) -> None:
+        """Wait for a process's end and forget it."""
+        worker = self._workers.pop(name)
+        if worker.pidfd in self._poller:
+            self._poller.unregister(worker.pidfd)
+        worker.bury()
+
+    def kill_all(self) -> None:
+        for worker in self:
+            worker.kill()
+        for worker in self:
+            self.bury(worker.name)

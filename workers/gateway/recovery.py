@@ -1,0 +1,74 @@
+"""What the gateway does when processes behind it were started again. Knows no sockets.
+
+a tokenizer    its prompts wait until the scheduler says that it takes nothing more from the dead one (`Fenced`).
+               Those that are not ACCEPTED then go to another tokenizer. A key may be used again: messages of the
+               dead tokenizer are refused by its identity
+the core       (scheduler, tokenizers, detokenizer, grammar processes) QUEUED requests wait on, and TOKENIZING ones
+               wait again. What the core had ACCEPTED is lost in it: the client hears `Interrupted`, and sends the
+               request again with what it has received
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ipc.errors import Interrupted, RequestFailed
+from ipc.messages import CacheCleared
+from workers.gateway.cache_clears import CacheClears
+from workers.gateway.outbox import Outbox, Peer
+from workers.gateway.request_lifecycle import RequestLifecycle
+from workers.gateway.request_table import RequestState, RequestTable
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = "a process of the engine died while it worked on this request"
+_POISON = "the prompt of this request has ended two tokenizer processes: it is not tried again"
+
+
+class Recovery:
+    """Times are seconds."""
+
+    def __init__(self, table: RequestTable, requests: RequestLifecycle, clears: CacheClears, outbox: Outbox) -> None:
+        self._table = table
+        self._requests = requests
+        self._clears = clears
+        self._outbox = outbox
+
+    def tokenizer_replaced(self, identity: bytes) -> None:
+        """A tokenizer has died, and another one takes its place."""
+        self._requests.prompts.replaced(identity)
+
+    def fenced(self, identity: bytes, now: float) -> None:
+        """The scheduler takes nothing more from a dead tokenizer, and has accepted what it had from it."""
+        for prompt in self._requests.prompts.lost(identity):
+            request = self._table.request(prompt.key)
+            if request is not None:
+                logger.warning("request %d ends: %s", prompt.key, _POISON)
+                self._requests.fail([request], RequestFailed(_POISON), now)
+        self._queue_again(now)
+
+    def core_replaced(self, now: float) -> None:
+        """All processes between us and the GPU process are new."""
+        self._requests.prompts.lost_all()
+        interrupted = [request for request in self._table.requests() if request.state is RequestState.ACCEPTED]
+        cancelled = [request for request in interrupted if request.is_cancelled]
+        self._requests.end(cancelled, "cancelled", now)
+        self._requests.fail([each for each in interrupted if not each.is_cancelled], Interrupted(INTERRUPTED), now)
+        for client in self._table.clients:
+            client.num_own_outputs = client.num_outputs  # the new detokenizer has spent no credit on them
+        for identity, query_id in self._clears.take_all():
+            self._outbox.add(Peer.CLIENT, CacheCleared(query_id=query_id), identity)
+        self._queue_again(now)
+
+    def _queue_again(self, now: float) -> None:
+        """Bring the states of requests in line with the prompts that wait again."""
+        prompts = self._requests.prompts
+        for request in self._table.requests():
+            if request.state is not RequestState.TOKENIZING or not prompts.is_waiting(request.key):
+                continue
+            request.state = RequestState.QUEUED
+            if request.withdrawn_as is not None:  # the scheduler may expect it, and will never get it
+                self._outbox.cancel([request.key])
+                prompts.remove(request.key)
+                self._requests.end([request], request.withdrawn_as, now)
+        self._requests.dispatch(now)
