@@ -32,6 +32,8 @@ class ChildProcess:
         self.is_started = False  # was told Start
         self.serves = False  # as far as the launcher knows, it does its work
         self.told_state: EngineState | None = None  # of a front
+        self.is_draining = False  # a front that was told Drain
+        self.has_drained = False  # a front without open requests
         self.last_words = ""  # of a worker that ends by itself
         self._descriptors = descriptors
         self._known: set[str] = set()  # keys of the descriptors that the worker has

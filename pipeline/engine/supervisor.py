@@ -9,26 +9,26 @@
             a worker lost for good:  Abort(message) -> Drained -> Stop, exit status 1
 
 A worker is lost for good if it dies before the engine was ready for the first time, or too often. One poll covers the
-control socket, every worker's pidfd, signals, and the lifeline. `topology.py` declares the roles, and `wiring.py`
-derives each worker's bootstrap. This module names no role, ring or socket.
+control socket, every worker's pidfd, signals, and the lifeline. `recovery.py` decides about deaths and hangs,
+`worker_set.py` has the processes, `topology.py` declares the roles, and `wiring.py` derives each worker's bootstrap.
+This module names no role, ring or socket.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import zmq
 
-from ipc.errors import ConfigError, RingError
-from ipc.messages import Abort, Busy, Drain, Drained, EngineState, Failed, Ping, Pong, Progress, Ready, Start, Stop
+from ipc.errors import ConfigError
+from ipc.messages import Abort, Busy, Drained, Failed, Pong, Progress, Ready, Stop
 from pipeline.engine.announcer import Announcer
 from pipeline.engine.child_process import ChildProcess
 from pipeline.engine.config_combinations import check_cache_holds_one_sequence
-from pipeline.engine.heartbeats import Heartbeats
-from pipeline.engine.restarts import RestartBudget
+from pipeline.engine.recovery import Recovery
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.signals import EndRequests
 from pipeline.engine.supervisor_config import SupervisorConfig
@@ -71,22 +71,19 @@ class Supervisor:
         self._resources = resources
         self._announcer = announcer
         self._drain_timeout_s = drain_timeout_s
-        self._info: dict[str, int] = {}
         self._loss: str | None = None  # the first worker that was lost for good, and why
-        self._drained: set[str] = set()  # fronts without open requests
         self._going_down = False  # a first request to end is being carried out
+        self._is_draining = False  # the fronts are told to finish open requests
         self._stopping = False  # workers are expected to exit
-        self._state = EngineState(state="ready")  # as the fronts know it
-        self._heartbeats = Heartbeats(config)
-        self._budget = RestartBudget(config)
         self._poller = zmq.Poller()
         self._end_requests = EndRequests(signal_fd, lifeline_fd, self._poller)
         self._context: zmq.Context[Any] = zmq.Context()
         self._workers = WorkerSet(wiring, resources, self._context, self._poller)
+        self._recovery = Recovery(self._workers, announcer, config)
 
     def run(self) -> int:
         try:
-            self._spawn(self._workers.spawn(self._wiring.start_sequence))
+            self._recovery.spawned(self._workers.spawn(self._wiring.start_sequence))
             if self._bring_up():
                 self._wait_until(lambda: False)
             self._go_down()
@@ -105,12 +102,6 @@ class Supervisor:
 
     # Up
 
-    def _spawn(self, pids: dict[str, int]) -> None:
-        """These processes have been spawned."""
-        for name in pids:
-            self._heartbeats.began(name, time.monotonic())
-        self._announcer.spawned(pids)
-
     def _bring_up(self) -> bool:
         """True once the engine serves; False if it never will."""
         wiring = self._wiring
@@ -121,12 +112,12 @@ class Supervisor:
             return False
         for worker in self._workers:
             if not worker.is_started and worker.name not in wiring.fronts:
-                self._start(worker)
+                self._workers.start(worker)
         for front in wiring.fronts:  # the announcement must not come before they take requests
             started = self._workers.get(front)
-            if started is None or not self._start(started) or not self._wait_until(lambda: self._serves(front)):  # noqa: B023
+            if started is None or not self._workers.start(started) or not self._wait_until(lambda: self._serves(front)):  # noqa: B023
                 return False
-        self._announcer.ready(self._info)
+        self._announcer.ready(self._workers.info)
         return True
 
     def _start_dependent(self, role: Role) -> bool:
@@ -136,16 +127,10 @@ class Supervisor:
             return False
         for name in self._wiring.names((role.name,)):
             # The worker may not be connected yet, and says nothing before it is started.
-            while (worker := self._workers.get(name)) is None or not self._start(worker):
+            while (worker := self._workers.get(name)) is None or not self._workers.start(worker):
                 if self._wait_until(self._is_over, _POLL_S):
                     return False
         return True
-
-    def _start(self, worker: ChildProcess) -> bool:
-        """Tell a worker to begin. False: it is not connected yet, or has died."""
-        worker.is_started = self._workers.tell(worker.name, Start(info=self._info))
-        worker.serves = worker.is_started and not worker.is_front and not worker.starts_after
-        return worker.is_started
 
     def _is_ready(self, name: str) -> bool:
         """Whether the worker lives and has said that it is ready."""
@@ -160,75 +145,10 @@ class Supervisor:
         """Whether the KV cache of the GPU process holds the longest sequence."""
         shape = self._wiring.facts.shape
         try:
-            check_cache_holds_one_sequence(self._info["num_blocks"], shape.block_size, shape.max_model_len)
+            check_cache_holds_one_sequence(self._workers.info["num_blocks"], shape.block_size, shape.max_model_len)
         except ConfigError as error:
             self._loss = str(error)
         return self._loss is None
-
-    # Deaths and hangs
-
-    def _died(self, name: str, what: str) -> None:
-        """A worker has died, and is buried. Start it again with those that restart with it."""
-        if self._stopping:
-            return
-        why_not = "the engine was not ready yet"
-        if self._announcer.is_ready and self._loss is None:
-            why_not = self._budget.spend(self._wiring.process(name).role.name, time.monotonic())
-        if why_not or self._loss is not None:
-            what = f"{what}; {why_not}" if why_not and self._announcer.is_ready else what
-            if self._loss is None:
-                self._loss = what
-            elif what != self._loss:
-                logger.warning("%s", what)
-            return
-        wiring, started = self._wiring.after_death([name])
-        names = [process.name for process in started]
-        for each in names:
-            self._heartbeats.ended(each)
-        logger.error("%s: starting %s again", what, ", ".join(names))
-        try:
-            pids = self._workers.replace(wiring, started)
-        except RingError as error:
-            self._loss = f"{what}; it cannot be started again: {error}"
-            return
-        self._spawn(pids)
-        self._drained.difference_update(names)
-        self._tell_state()
-
-    def _go_on(self) -> None:
-        """Start the workers that were spawned again and are ready, kill those that hang, and tell the fronts."""
-        now = time.monotonic()
-        if not self._announcer.is_ready or self._stopping:
-            return
-        for worker in self._workers:
-            if not worker.is_started and (worker.is_ready or worker.starts_after):
-                self._start(worker)
-        for name in self._heartbeats.round_due(now):
-            self._workers.tell(name, Ping(number=self._heartbeats.number))
-        self._tell_state()
-
-    def _kill_hung(self) -> None:
-        for name, why in self._heartbeats.hung(time.monotonic()).items():
-            worker = self._workers.get(name)
-            if worker is not None and not self._stopping:
-                worker.kill()
-                self._workers.bury(name)
-                self._heartbeats.ended(name)
-                self._died(name, f"{why}, and was killed")
-
-    def _tell_state(self) -> None:
-        """Tell the fronts whether the engine serves, if that has changed or they are new."""
-        suspects = self._heartbeats.suspects(time.monotonic())
-        waiting = [worker.name for worker in self._workers if not worker.serves]
-        texts = [*suspects.values(), *([f"started again, not ready yet: {', '.join(waiting)}"] if waiting else [])]
-        state = EngineState(state="recovering" if texts else "ready", detail="; ".join(texts))
-        if state.state == "ready" and self._state.state != "ready":
-            logger.info("all processes serve again")
-        for front in self._wiring.fronts:
-            worker = self._workers.get(front)
-            if worker is not None and worker.is_started and worker.told_state != state:
-                worker.told_state = state if self._workers.tell(front, state) else None
-        self._state = state
 
     # Down
 
@@ -250,18 +170,22 @@ class Supervisor:
             timeout_s = min(timeout_s, LIFELINE_DRAIN_TIMEOUT_S)
         logger.info("%s: finishing open requests (at most %g s; a second signal stops at once)", cause, timeout_s)
         fronts = self._wiring.fronts
-        for front in fronts:
-            self._workers.tell(front, Drain())
-        if not self._wait_until(lambda: self._drained.issuperset(fronts), timeout_s) and self._loss is None:
+        self._is_draining = True  # a front that is started again meanwhile is told too
+        if not self._wait_until(lambda: self._have_drained(fronts), timeout_s) and self._loss is None:
             logger.warning("open requests are left after %g s: they are answered with an error", timeout_s)
             self._abort("the engine is stopping")
 
+    def _have_drained(self, fronts: Iterable[str]) -> bool:
+        """Whether no front has open requests. One that was started again has to say so again."""
+        return all((worker := self._workers.get(front)) is not None and worker.has_drained for front in fronts)
+
     def _abort(self, message: str) -> None:
         """Have the fronts answer every open request with an error. Returns when they have, or cannot."""
-        self._drained.clear()
+        for worker in self._workers:
+            worker.has_drained = False
         told = {front for front in self._wiring.fronts if self._workers.tell(front, Abort(error_message=message))}
         self._wait_until(
-            lambda: self._drained >= {worker.name for worker in self._workers if worker.name in told},
+            lambda: all(worker.has_drained for worker in self._workers if worker.name in told),
             ABORT_TIMEOUT_S, heed_loss=False,
         )  # fmt: skip
 
@@ -304,44 +228,47 @@ class Supervisor:
 
     def _take_in(self, timeout_s: float | None) -> None:
         """Sleep until an event arrives, and handle it."""
-        until_round_s = self._heartbeats.timeout_s(time.monotonic())
-        timeout_s = until_round_s if timeout_s is None else min(timeout_s, until_round_s)
-        if any(worker.starts_after and not worker.is_started for worker in self._workers):
-            timeout_s = min(timeout_s, _POLL_S)  # a new connection sends no event
+        until_s = self._recovery.timeout_s()
+        timeout_s = until_s if timeout_s is None else min(timeout_s, until_s)
         timeout_ms = int(timeout_s * 1000) + 1  # rounded up: no busy last millisecond
         readable = {source for source, _ in self._poller.poll(timeout_ms)}
         self._take_messages()
         for worker in [worker for worker in self._workers if worker.pidfd in readable]:
-            if self._workers.get(worker.name) is worker:  # it was not replaced meanwhile
-                what = "" if self._stopping else self._last_words(worker)
-                self._workers.bury(worker.name)
-                self._heartbeats.ended(worker.name)
-                self._died(worker.name, what)
+            if self._workers.get(worker.name) is not worker:  # it has been replaced meanwhile
+                continue
+            what = "" if self._stopping else self._last_words(worker)
+            self._workers.bury(worker.name)
+            if not self._stopping:
+                self._lose(self._recovery.died(worker.name, what) if self._loss is None else what)
         self._end_requests.take_in(readable)
-        self._kill_hung()
-        self._go_on()
+        if not self._stopping and self._loss is None:
+            self._lose(self._recovery.go_on(drains=self._is_draining))
 
     def _take_messages(self, timeout_ms: int = 0) -> None:
         for worker, message in self._workers.hear(timeout_ms):
-            now = time.monotonic()
             match message:
                 case Progress():
                     self._announcer.progress(message)
                 case Ready():
-                    self._info |= message.info
-                    self._heartbeats.ready(worker.name, now)
-                    self._announcer.worker_ready(worker.name)
-                    worker.is_ready, worker.serves = True, worker.is_started
+                    self._workers.info |= message.info
+                    self._recovery.ready(worker, message)
                 case Drained():
-                    self._drained.add(worker.name)
+                    worker.has_drained = True
                 case Pong():
-                    self._heartbeats.answered(worker.name, message.stalled_s, now)
+                    self._recovery.answered(worker, message)
                 case Busy():
-                    self._heartbeats.busy(worker.name, message.seconds, now)
+                    self._recovery.busy(worker, message)
                 case Failed():
                     worker.last_words = f"{worker.name} failed: {message.error_message}"
                     if not self._announcer.is_ready and self._loss is None:
                         self._loss = worker.last_words  # it may take long to end
+
+    def _lose(self, why: str | None) -> None:
+        """The engine cannot go on. None: it can."""
+        if why is not None and self._loss is None:
+            self._loss = why
+        elif why is not None and why != self._loss:
+            logger.warning("%s", why)
 
     def _last_words(self, worker: ChildProcess) -> str:
         """Why a dead worker has ended. Its Failed says more than its exit status, and may still be on its way."""

@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 
 from ipc.channels import bind_private_router, receive_from, send_to
-from ipc.messages import WorkerToLauncher
+from ipc.messages import Start, WorkerToLauncher
 from pipeline.engine.child_process import ChildProcess
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.topology import CONTROL
@@ -25,6 +25,7 @@ class WorkerSet:
         self, wiring: Wiring, resources: SharedResources, context: zmq.Context[Any], poller: zmq.Poller
     ) -> None:
         self.wiring = wiring
+        self.info: dict[str, int] = {}  # Ready.info of all processes
         self._resources = resources
         self._poller = poller
         self._workers: dict[str, ChildProcess] = {}
@@ -81,6 +82,12 @@ class WorkerSet:
     def tell(self, name: str, message: Any) -> bool:
         """Whether the process lives and is connected."""
         return name in self._workers and send_to(self._control, self.wiring.identity(name), message)
+
+    def start(self, worker: ChildProcess) -> bool:
+        """Tell a process to begin. False: it is not connected yet, or has died."""
+        worker.is_started = self.tell(worker.name, Start(info=self.info))
+        worker.serves = worker.is_started and not worker.is_front and not worker.starts_after
+        return worker.is_started
 
     def hear(self, timeout_ms: int = 0) -> Iterator[tuple[ChildProcess, Any]]:
         """Messages of live processes, in order. Those of processes that have been replaced are dropped."""

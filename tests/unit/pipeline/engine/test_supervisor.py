@@ -417,15 +417,6 @@ def discard(fd: int) -> None:
             pass
 
 
-def test_a_worker_that_dies_while_draining_is_a_failure(launch: Callable[..., Engine]) -> None:
-    engine = launch({"FAKE_GATEWAY": "undrained"}).until_ready()
-    engine.process.send_signal(signal.SIGTERM)
-    eventually(lambda: "heard Drain" in engine.log())
-    os.kill(engine.pids["scheduler"], signal.SIGKILL)
-    assert engine.process.wait(20) == 1
-    assert "aborting: scheduler was killed" in engine.log()
-
-
 def test_a_signal_while_loading_ends_the_engine(launch: Callable[..., Engine]) -> None:
     engine = launch({"FAKE_GPU": "slow"})
     assert engine.event()["event"] == "spawned"
