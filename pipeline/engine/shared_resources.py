@@ -59,6 +59,7 @@ class SharedResources:
 
     def close(self) -> None:
         """Close every descriptor."""
+        self._pages.clear()
         for key in list(self._own):
             self._close_key(key)
 

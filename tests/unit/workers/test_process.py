@@ -12,6 +12,7 @@ import pytest
 
 from ipc.doorbell import Doorbell
 from ipc.stats_page import StatsPage
+from tests.unit.workers.private_sockets import PrivateSockets
 from workers import process as worker_process
 from workers.bootstrap import WorkerBootstrap
 from workers.process import WorkerProcess
@@ -24,11 +25,10 @@ class Cycle:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[WorkerProcess]:
-    bell, page = Doorbell.create(), StatsPage.create("gpu", ())
+    bell, page, sockets = Doorbell.create(), StatsPage.create("gpu", ()), PrivateSockets(tmp_path)
     process = WorkerProcess(
         WorkerBootstrap(
-            role="gpu", endpoints={"control": f"ipc://{tmp_path}/control"}, doorbell_fd=bell.fd, stats=page,
-            launcher_pid=os.getpid(),
+            role="gpu", sockets=sockets.sockets, doorbell_fd=bell.fd, stats=page, launcher_pid=os.getpid(),
         )
     )  # fmt: skip
     try:
@@ -38,6 +38,7 @@ def process(tmp_path: Path) -> Iterator[WorkerProcess]:
         gc.unfreeze()
         process.context.destroy(linger=0)
         bell.close()
+        sockets.close()
         os.close(page.fd)
 
 

@@ -23,17 +23,19 @@ from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.gpu.config import GpuBootstrap
 
 MODEL = ServedModel(name="m", folder="/m", vocab_size=32, eos_token_ids=[1], max_model_len=64)
-OF_GPU = {"step", "result", "mask_request.0", "mask_request.1", "mask.0", "mask.1"}  # rings that live as long as it
+OF_STEPS = {"step", "result", "mask.0", "mask.1"}
+OF_SCHEDULER = {"prompt.0", "prompt.1", "prompt.2", "mask_request.0", "mask_request.1"}
+CORE_PROCESSES = {"scheduler", "detokenizer", "tokenizer.0", "tokenizer.1", "grammar.0", "grammar.1"}
 EXTRA = Role(
     name="extra", module="pipeline.extra", bootstrap=lambda _, worker: worker, counters=("num_connections",),
     start_order=9, count=lambda _: 2, is_numbered=True, is_front=True,
 )  # fmt: skip
 
 
-def facts(folder: Path = Path("/run/e"), **changes: Any) -> EngineFacts:
+def facts(**changes: Any) -> EngineFacts:
     config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}, "grammar": {"num_workers": 2}})
     fields = {"endpoint": "ipc:///e/client.sock", "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}} | changes
-    return EngineFacts(config=config, model=MODEL, run_folder=folder, **fields)
+    return EngineFacts(config=config, model=MODEL, **fields)
 
 
 def two_gpus() -> Table:
@@ -57,7 +59,7 @@ class Given:
         """By the ring's name: whether the process writes it, and whose doorbells it rings."""
         ends = [end for ends in self.worker.rings.values() for end in ends]
         for end in ends:
-            assert self.keys([end.handle.fd]) == [f"ring.{end.handle.name}"]
+            assert self.keys([end.handle.fd]) == [f"ring.{end.handle.name}@{end.handle.epoch}"]
         return {end.handle.name: (end.writes, self.keys(end.doorbells)) for end in ends}
 
 
@@ -76,7 +78,6 @@ def test_the_engines_own_table_gives_the_documented_processes() -> None:
     )  # fmt: skip
     assert wiring.fronts == ("gateway",)
     assert [process.name for process in wiring.processes if process.role.outlives_launcher] == ["gateway"]
-    assert {process.role.name for process in wiring.processes if process.role.is_dispensable} == {"grammar"}
 
 
 def test_every_process_gets_its_rings_and_the_doorbells_to_ring() -> None:
@@ -114,57 +115,86 @@ def test_every_step_is_announced_to_each_gpu_process_and_only_the_first_one_writ
     assert second.worker.ring("step").handle.name == "step"
 
 
-def test_endpoints_and_identities_follow_from_the_sockets() -> None:
+def test_sockets_and_identities_follow_from_the_table() -> None:
     wiring = Wiring(ENGINE, facts())
-    sockets = {process.name: set(Given(wiring, process.name).worker.endpoints) for process in wiring.processes}
+    listeners = {process.name: set(Given(wiring, process.name).worker.listeners) for process in wiring.processes}
+    assert {name: names for name, names in listeners.items() if names} == {
+        "gateway": {"tokenize", "deliver"}, "scheduler": {"schedule"}, "detokenizer": {"detokenize"},
+    }  # fmt: skip
+    sockets = {process.name: set(Given(wiring, process.name).worker.sockets) for process in wiring.processes}
     assert sockets == {
-        "gateway": {"control", "tokenize", "deliver", "schedule", "detokenize"},
+        "gateway": {"control", "schedule", "detokenize"},
         "tokenizer.0": {"control", "tokenize", "schedule"},
         "tokenizer.1": {"control", "tokenize", "schedule"},
-        "detokenizer": {"control", "detokenize", "schedule", "deliver"},
-        "scheduler": {"control", "schedule", "detokenize"},
+        "detokenizer": {"control", "schedule", "deliver"},
+        "scheduler": {"control", "detokenize"},
         "grammar.0": {"control", "schedule"},
         "grammar.1": {"control", "schedule"},
         "gpu": {"control"},
     }
-    assert Given(wiring, "scheduler").worker.peers == {
-        "gateway": [b"gateway"], "tokenizer": [b"tokenizer.0", b"tokenizer.1"], "detokenizer": [b"detokenizer"],
-        "grammar": [b"grammar.0", b"grammar.1"],
+    scheduler = Given(wiring, "scheduler")
+    assert scheduler.worker.identity == b"scheduler@1"
+    assert scheduler.worker.peers == {
+        "gateway": [b"gateway@1"], "tokenizer": [b"tokenizer.0@1", b"tokenizer.1@1"],
+        "detokenizer": [b"detokenizer@1"], "grammar": [b"grammar.0@1", b"grammar.1@1"],
     }  # fmt: skip
-    assert Given(wiring, "scheduler").worker.endpoints["schedule"] == "ipc:///run/e/schedule.sock"
-
-
-def test_connection_counts_follow_from_the_number_of_processes() -> None:
-    def counts(table: Table) -> dict[str, int]:
-        return {path.stem: count for path, count in Wiring(table, facts()).num_connections().items()}
-
-    assert counts(ENGINE) == {"control": 8, "tokenize": 2, "schedule": 6, "detokenize": 2, "deliver": 1}
-    assert counts(two_gpus()) == counts(ENGINE) | {"control": 11}
+    assert scheduler.keys([scheduler.worker.listeners["schedule"]]) == ["listener.schedule@1"]
+    assert scheduler.keys([scheduler.worker.sockets["detokenize"]]) == ["socket.detokenize@1"]
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "rings"),
+    ("name", "group", "rings", "sockets"),
     [
-        ("tokenizer.1", {"tokenizer.1"}, set()),
-        ("grammar.0", {"grammar.0"}, set()),
-        ("gpu", {"gpu", "gpu.1"}, OF_GPU),
-        ("gpu.1", {"gpu", "gpu.1"}, OF_GPU),
-        ("scheduler", None, {*OF_GPU, "prompt.0", "prompt.1", "prompt.2"}),
+        ("tokenizer.1", {"tokenizer.1"}, set(), set()),
+        ("grammar.0", {"grammar.0"}, set(), set()),
+        ("extra.1", {"extra.1"}, set(), set()),
+        ("gpu", {"gpu", "gpu.1"}, OF_STEPS, set()),
+        ("gpu.1", {"gpu", "gpu.1"}, OF_STEPS, set()),
+        ("scheduler", CORE_PROCESSES, OF_STEPS | OF_SCHEDULER, {"schedule", "detokenize"}),
+        ("detokenizer", CORE_PROCESSES, OF_STEPS | OF_SCHEDULER, {"schedule", "detokenize"}),
+        (
+            "gateway", {"gateway", *CORE_PROCESSES}, OF_STEPS | OF_SCHEDULER,
+            {"schedule", "detokenize", "tokenize", "deliver"},
+        ),
     ],
-)
-def test_a_restart_covers_the_processes_and_rings_that_cannot_go_on_alone(
-    name: str, group: set[str] | None, rings: set[str]
+)  # fmt: skip
+def test_a_death_gives_new_epochs_to_what_cannot_go_on_and_to_nothing_else(
+    name: str, group: set[str], rings: set[str], sockets: set[str]
 ) -> None:
+    before = Wiring(two_gpus(), facts())
+    after, started = before.after_death([name])
+    assert {process.name for process in started} == group
+    assert [process.role.start_order for process in started] == sorted(each.role.start_order for each in started)
+    assert {each for each, epoch in after.epochs.items() if epoch == 2} == group
+    assert {ring.name for ring in after.rings if after.ring_epoch(ring) > before.ring_epoch(ring)} == rings
+    assert {each for each in after.sockets if after.socket_epoch(each) > before.socket_epoch(each)} == sockets
+    for process in after.processes:  # who holds something that is replaced is told, or is replaced itself
+        old, new = (set(wiring.plan(process).descriptors) for wiring in (before, after))
+        if old != new:
+            assert process.name in group | {each.name for each in after.neighbours(group)}
+        assert Given(after, process.name).worker.epochs == after.epochs
+
+
+def test_who_meets_a_new_process_is_told() -> None:
     wiring = Wiring(two_gpus(), facts())
-    assert set(wiring.restart_group(name)) == (group or {process.name for process in wiring.processes})
-    assert set(wiring.replaced_rings(name)) == rings
+    told = {name: {each.name for each in wiring.neighbours({name})} for name in ("grammar.0", "tokenizer.0", "extra.0")}
+    assert told == {
+        "grammar.0": {"scheduler", "gpu", "gpu.1"},
+        "tokenizer.0": {"scheduler", "gateway", "gpu", "gpu.1"},
+        "extra.0": set(),
+    }
 
 
-def test_what_has_been_replaced_carries_its_epoch() -> None:
-    wiring = Wiring(ENGINE, facts(), epochs={"step": 3, "tokenizer.0": 2})
-    assert Given(wiring, "scheduler").worker.ring("step").handle.epoch == 3
-    assert Given(wiring, "scheduler").worker.ring("result").handle.epoch == 1
-    assert [Given(wiring, f"tokenizer.{i}").worker.epoch for i in range(2)] == [2, 1]
+def test_epochs_grow_with_each_death_whatever_the_order() -> None:
+    wiring = Wiring(ENGINE, facts())
+    seen: set[int] = set()
+    for name in ("gpu", "scheduler", "gpu", "gateway", "tokenizer.0", "gpu"):
+        wiring, _ = wiring.after_death([name])
+        (step,) = [ring for ring in wiring.rings if ring.name == "step"]
+        if name != "tokenizer.0":
+            assert wiring.ring_epoch(step) > max(seen, default=1)
+        seen.add(wiring.ring_epoch(step))
+    assert wiring.identity("tokenizer.0") == b"tokenizer.0@4"
 
 
 def test_an_extra_role_of_another_package_is_one_row() -> None:
@@ -174,7 +204,7 @@ def test_an_extra_role_of_another_package_is_one_row() -> None:
     extra = Given(wiring, "extra.1")
     assert extra.plan.module == "pipeline.extra"
     assert extra.worker.stats.counters == ("num_connections",)
-    assert set(extra.worker.endpoints) == {"control"}
+    assert set(extra.worker.sockets) == {"control"}
     assert extra.keys([extra.worker.traces["main"].fd]) == ["trace.extra.1"]
     assert [page.role for page in Given(wiring, "gateway").worker.all_stats][-2:] == ["extra.0", "extra.1"]
 
@@ -182,7 +212,7 @@ def test_an_extra_role_of_another_package_is_one_row() -> None:
 def test_a_ring_between_other_roles_is_one_row() -> None:
     row = RingRow(
         name="copy", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, written_by=SCHEDULER, read_by=(GPU,),
-        released_by=GPU, lives_with=GPU, publish_wakes_readers=True, release_wakes_writer=True,
+        released_by=GPU, lives_with=(GPU,), publish_wakes_readers=True, release_wakes_writer=True,
     )  # fmt: skip
     wiring = Wiring(dataclasses.replace(two_gpus(), rings=(*ENGINE.rings, row)), facts())
     assert Given(wiring, "scheduler").rings()["copy"] == (True, ["doorbell.gpu", "doorbell.gpu.1"])
@@ -192,7 +222,7 @@ def test_a_ring_between_other_roles_is_one_row() -> None:
 
 def test_a_ring_for_each_process_of_a_role_is_one_row_whatever_the_roles_part_in_it() -> None:
     def parts(**changes: Any) -> list[tuple[str, str, str, tuple[str, ...]]]:
-        row = RingRow(name="own", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, lives_with=GPU, **changes)
+        row = RingRow(name="own", layout=ENGINE.rings[0].layout, num_records=lambda _: 4, lives_with=(GPU,), **changes)
         wiring = Wiring(dataclasses.replace(two_gpus(), rings=(row,)), facts())
         return [(ring.name, ring.writer, ring.owner, ring.readers) for ring in wiring.rings]
 
@@ -244,8 +274,8 @@ def test_a_table_that_names_an_unknown_role_is_refused() -> None:
         Wiring(dataclasses.replace(ENGINE, rings=(row,)), facts())
 
 
-def test_resources_have_a_descriptor_for_every_key_and_leave_none_open(tmp_path: Path) -> None:
-    wiring = Wiring(two_gpus(), facts(tmp_path / "run", traced=True))
+def test_resources_have_a_descriptor_for_every_key_and_leave_none_open() -> None:
+    wiring = Wiring(two_gpus(), facts(traced=True))
     before = open_descriptors()
     resources = SharedResources(wiring)
     for process in wiring.processes:
@@ -256,10 +286,16 @@ def test_resources_have_a_descriptor_for_every_key_and_leave_none_open(tmp_path:
     own = gpu.worker.renumbered(resources.descriptors(Given(wiring, "gpu").plan.descriptors).__getitem__)
     assert own.ring("step").attach(ENGINE.rings[0].layout(wiring.facts)).num_slots == 4
     assert [ring.track for ring in resources.traces] == list(wiring.tracks)
+    for name in ("gpu", "gateway", "tokenizer.0", "scheduler"):
+        num_open = len(open_descriptors())
+        wiring, started = wiring.after_death([name])
+        resources.renew(wiring, started)
+        for process in wiring.processes:
+            resources.descriptors(wiring.plan(process).descriptors)
+        assert len(open_descriptors()) == num_open, "what is replaced is closed"
     resources.close()
     resources.traces.clear()  # a mapping holds a descriptor of its own
     assert open_descriptors() == before
-    assert not (tmp_path / "run").exists()
 
 
 def open_descriptors() -> set[str]:
@@ -271,8 +307,9 @@ def test_every_descriptor_of_a_bootstrap_is_renumbered() -> None:
     worker = WorkerBootstrap(
         role="gpu", launcher_pid=1, doorbell_fd=2, stats=StatsHandle("gpu", 3, ()), rings={"r": [end]},
         all_stats=[StatsHandle("gpu", 4, ())], traces={"main": TraceHandle("gpu", 5)}, kept={"claim": 6},
+        listeners={"deliver": 7}, sockets={"control": 8},
     )  # fmt: skip
     seen: list[int] = []
     renumbered = worker.renumbered(lambda fd: seen.append(fd) or fd + 10)  # type: ignore[func-returns-value]
-    assert sorted(seen) == list(range(7))
+    assert sorted(seen) == list(range(9))
     assert renumbered.renumbered(lambda fd: fd - 10) == worker

@@ -37,11 +37,6 @@ from workers.queueing.config import PolicyConfig
 TOKENIZERS = (b"tokenizer.0", b"tokenizer.1")
 
 
-def endpoints(folder: str) -> dict[str, str]:
-    names = ("control", "tokenize", "schedule", "detokenize", "deliver")
-    return {name: f"ipc://{folder}/{name}" for name in names}
-
-
 def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
     frontend = FrontendConfig(
         max_open_requests=changes.pop("max_open_requests", 100),
@@ -52,7 +47,6 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
     fields: dict[str, Any] = {
         "worker": WorkerBootstrap(
             role="gateway",
-            endpoints=endpoints(folder),
             doorbell_fd=-1,
             stats=StatsHandle("gateway", -1, COUNTERS),
             launcher_pid=1,
@@ -60,7 +54,6 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
         "frontend": frontend,
         "endpoint": f"ipc://{folder}/front/client.sock",
         "endpoint_folder": None,
-        "run_dir": folder,
         "model_name": "tiny",
         "max_model_len": 128,
         "policy": PolicyConfig(**changes.pop("policy", {})),

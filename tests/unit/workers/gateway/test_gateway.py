@@ -11,6 +11,7 @@ import pytest
 from ipc.channels import MAX_CLIENT_FRAME_BYTES
 from ipc.chat import EncodedChat
 from ipc.codec import encode
+from ipc.errors import EngineUnavailable
 from ipc.messages import (
     Alive,
     CacheCleared,
@@ -525,7 +526,7 @@ def test_aborting_answers_every_open_request_once() -> None:
     for number in range(6):
         gateway.client(generate(f"r{number}"), identity=b"cd"[number % 2 : number % 2 + 1])
     taken = [request for _, request in gateway.tokenized()]
-    gateway.core.abort("the GPU process died")
+    gateway.core.abort(EngineUnavailable("the GPU process died"))
     gateway.flush()
     for request in taken:
         gateway.deliver(request)
@@ -543,7 +544,7 @@ def test_many_open_requests_are_answered_in_frames_of_bounded_size() -> None:
     gateway = Harness(max_open_requests=20_000)
     for number in range(10_000):
         gateway.core.client_frames(b"c", [encode(generate(f"r{number}"))], gateway.now)
-    gateway.core.abort("over")
+    gateway.core.abort(EngineUnavailable("over"))
     gateway.flush()
     assert [len(outputs.request_ids) for outputs in gateway.answers(Outputs)] == [8_192, 1_808]
     assert len(gateway.finals) == 10_000

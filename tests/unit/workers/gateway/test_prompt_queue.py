@@ -236,8 +236,8 @@ class Trace:
         )
         held = sum(prompts._waiting[key].held_bytes for key in self.waiting)
         assert prompts.num_bytes == held, "memory is counted that is not held"
-        under_way = [prompt for load in prompts._loads.values() for prompt in load.prompts.values()]
-        assert not any(prompt.message for prompt in under_way), "a message is kept that is not needed"
+        may_be_lost = {each.key for each in table.requests() if each.state is RequestState.TOKENIZING}
+        assert prompts._sent.keys() == may_be_lost, "a message is kept that is not needed, or not kept that is"
 
     def check_turn(self, message: GatewayToTokenizer) -> None:
         """The request that goes to a tokenizer is the policy's next, and has time left."""
@@ -355,10 +355,10 @@ def withdraw_queries(requests: RequestLifecycle, ends: Any, stop: Any = RequestL
     return stop(requests, ends)
 
 
-def count_twice(prompts: PromptDispatcher, load: Any, now_ns: int, send_next: Any = PromptDispatcher._send_next) -> Any:
+def count_twice(prompts: PromptDispatcher, load: Any, prompt: Any, send: Any = PromptDispatcher._send) -> Any:
     """A tokenizer's window never empties again."""
     before = load.num_bytes
-    message = send_next(prompts, load, now_ns)
+    message = send(prompts, load, prompt)
     load.num_bytes += load.num_bytes - before
     return message
 
@@ -378,7 +378,7 @@ def newest_first(ranked: RankedRequests[Any]) -> Any:
         (Outbox, "withdraw", forget_withdrawals),
         (PromptDispatcher, "remove", keep_messages),
         (PromptDispatcher, "remove", forget_bytes),
-        (PromptDispatcher, "_send_next", count_twice),
+        (PromptDispatcher, "_send", count_twice),
         (RankedRequests, "first", newest_first),
     ],
 )

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from ipc.codec import encode
+from ipc.errors import EngineUnavailable
 from ipc.messages import (
     Alive,
     Cancel,
@@ -173,7 +174,7 @@ def test_an_engine_that_starts_or_drains_takes_no_queries_and_finishes_the_open_
 def test_an_engine_that_fails_answers_its_queries() -> None:
     gateway = Harness()
     gateway.client(tokenize("q"))
-    gateway.core.abort("the GPU process died")
+    gateway.core.abort(EngineUnavailable("the GPU process died"))
     gateway.flush()
     assert only_final(gateway, "q").error_code == "unavailable"
     answer_next(gateway)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import zmq
 
-from ipc.channels import bind_router, receive_from, send_to
+from ipc.channels import receive_from, send_to
 from ipc.doorbell import Doorbell
 from ipc.mask_records import mask_layout, mask_request_layout
 from ipc.messages import (
@@ -36,6 +36,7 @@ from ipc.ring import Ring, close_handle
 from ipc.stats_page import StatsPage
 from ipc.structured_outputs import StructuredOutputs
 from tests.unit.workers.grammar.grammar_tools import END, TINY, VOCAB_SIZE, encode
+from tests.unit.workers.private_sockets import PrivateSockets
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.grammar.config import COUNTERS, GrammarBootstrap
 from workers.grammar.worker import run
@@ -43,7 +44,7 @@ from workers.process import StopWorker, WorkerProcess
 
 SHAPE = StepShape(8, 32, 64, 4, vocab_size=VOCAB_SIZE, num_grammar_workers=1)
 NUM_RECORDS = 4
-NAME = b"grammar.0"
+NAME = b"grammar.0@1"
 DEADLINE_S = 10.0
 WORD = StructuredOutputs(choice=["def", "class"])
 
@@ -53,9 +54,9 @@ class Surroundings:
 
     def __init__(self, folder: Path, num_answered: int = 0) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
-        endpoint = {name: f"ipc://{folder / name}" for name in ("control", "schedule")}
-        self.control = bind_router(self.context, endpoint["control"])
-        self.scheduler = bind_router(self.context, endpoint["schedule"])
+        self.sockets = PrivateSockets(folder)
+        self.control = self.sockets.bind(self.context, "control")
+        self.scheduler = self.sockets.bind(self.context, "schedule")
         self.bells = {name: Doorbell.create() for name in ("grammar", "gpu")}
         self.requests = Ring.create("mask_request", mask_request_layout(SHAPE), NUM_RECORDS, 1)
         self.masks = Ring.create("mask", mask_layout(SHAPE), NUM_RECORDS, 1)
@@ -68,7 +69,8 @@ class Surroundings:
         self.stats = StatsPage(stats)
         common = WorkerBootstrap(
             role="grammar.0",
-            endpoints=endpoint,
+            listeners=self.sockets.listeners,
+            sockets=self.sockets.sockets,
             rings={
                 "mask_request": [RingEnd(handle=self.requests.handle)],
                 "mask": [RingEnd(handle=self.masks.handle, writes=True, doorbells=[self.bells["gpu"].fd])],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zmq
 
-from ipc.channels import bind_router, connect_dealer, receive, receive_from, send, send_to
+from ipc.channels import receive, receive_from, send, send_to
 from ipc.doorbell import Doorbell
 from ipc.messages import (
     EOS_TOKEN_ID,
@@ -38,6 +38,7 @@ from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsPage
 from tests.simulation.fake_gpu import FakeGpu, expected_tokens
 from tests.simulation.scheduled_engine import ScheduledEngine
+from tests.unit.workers.private_sockets import PrivateSockets
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.process import StopWorker, WorkerProcess
 from workers.scheduler import worker
@@ -55,9 +56,9 @@ class Surroundings:
 
     def __init__(self, folder: Path) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
-        endpoint = {name: f"ipc://{folder / name}" for name in ("control", "schedule", "detokenize")}
-        self.control = bind_router(self.context, endpoint["control"])
-        self.detokenizer = bind_router(self.context, endpoint["detokenize"])
+        self.sockets = PrivateSockets(folder)
+        self.control = self.sockets.bind(self.context, "control")
+        self.detokenizer = self.sockets.bind(self.context, "detokenize")
         self.bells = {name: Doorbell.create() for name in ("scheduler", "gpu", "tokenizer")}
         self.steps = Ring.create("step", step_layout(SHAPE), 2 * DEPTH, 1)
         self.results = Ring.create("result", result_layout(SHAPE), 2 * DEPTH, 1)
@@ -67,8 +68,9 @@ class Surroundings:
         self.stats = StatsPage(stats)
         common = WorkerBootstrap(
             role="scheduler",
-            endpoints=endpoint,
-            peers={"gateway": [b"gateway"]},
+            listeners=self.sockets.listeners,
+            sockets=self.sockets.sockets,
+            peers={"gateway": [b"gateway@1"]},
             rings={
                 "step": [RingEnd(handle=self.steps.handle, writes=True, doorbells=[self.bells["gpu"].fd])],
                 "result": [RingEnd(handle=self.results.handle)],
@@ -92,8 +94,8 @@ class Surroundings:
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(bootstrap,))
         self.thread.start()
-        self.gateway = connect_dealer(self.context, endpoint["schedule"], identity=b"gateway")
-        self.tokenizer = connect_dealer(self.context, endpoint["schedule"])
+        self.gateway = self.sockets.connect(self.context, "schedule", b"gateway@1")
+        self.tokenizer = self.sockets.connect(self.context, "schedule")
         self.heard: list[Any] = []  # StepOutputs
         self.accepted: list[int] = []
         self.answers: list[Any] = []  # to the gateway
@@ -107,7 +109,7 @@ class Surroundings:
             self.failure = error
 
     def start(self) -> None:
-        self.until(lambda: send_to(self.control, b"scheduler", Start(info={"num_blocks": NUM_BLOCKS})))
+        self.until(lambda: send_to(self.control, b"scheduler@1", Start(info={"num_blocks": NUM_BLOCKS})))
         messages: list[Any] = []
 
         def is_ready() -> bool:
@@ -177,7 +179,7 @@ class Surroundings:
         return found
 
     def close(self) -> None:
-        self.until(lambda: send_to(self.control, b"scheduler", Stop()))
+        self.until(lambda: send_to(self.control, b"scheduler@1", Stop()))
         self.thread.join(DEADLINE_S)
         assert not self.thread.is_alive()
         self.process.close()

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from ipc.channels import bind_router, connect_dealer, receive_frames, receive_from, send, send_to
+from ipc.channels import connect_dealer, receive_frames, receive_from, send, send_to
 from ipc.codec import decode, encode
 from ipc.descriptor_passing import descriptor_channel, send_with_descriptors
 from ipc.doorbell import Doorbell
@@ -45,7 +45,7 @@ from ipc.records import PROMPT_RECORD_TOKENS, FinishCode, StepShape, prompt_layo
 from ipc.ring import Ring
 from ipc.stats_page import StatsPage
 from tests.unit.workers.gateway.gateway_tools import bootstrap as gateway_bootstrap
-from tests.unit.workers.gateway.gateway_tools import endpoints
+from tests.unit.workers.private_sockets import PrivateSockets
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.detokenizer.config import ARRAYS as DETOKENIZER_ARRAYS
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
@@ -76,7 +76,9 @@ def spawn(role: str, bootstrap: Any) -> subprocess.Popen[bytes]:
         fds.append(fd)
         return len(fds) - 1
 
-    bootstrap = msgspec.structs.replace(bootstrap, worker=bootstrap.worker.renumbered(position))
+    worker = bootstrap.worker.renumbered(position)
+    worker = msgspec.structs.replace(worker, descriptors=[str(place) for place in range(len(fds))])
+    bootstrap = msgspec.structs.replace(bootstrap, worker=worker)
     ours, theirs = descriptor_channel()
     with ours, theirs:
         send_with_descriptors(ours, encode(bootstrap), fds)
@@ -87,10 +89,12 @@ def spawn(role: str, bootstrap: Any) -> subprocess.Popen[bytes]:
 class EchoScheduler(threading.Thread):
     """Accepts everything; each request generates its own prompt, and a request named "hold..." does not end."""
 
-    def __init__(self, context: zmq.Context[Any], folder: Path, ring: Ring, tokenizer_doorbell: Doorbell) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], sockets: PrivateSockets, ring: Ring, tokenizer_doorbell: Doorbell
+    ) -> None:
         super().__init__(daemon=True)
-        self.inbox = bind_router(context, f"ipc://{folder}/schedule")
-        self.detokenizer = connect_dealer(context, f"ipc://{folder}/detokenize")
+        self.inbox = sockets.bind(context, "schedule")
+        self.detokenizer = sockets.connect(context, "detokenize")
         self.ring = ring
         self.tokenizer_doorbell = tokenizer_doorbell
         self.held: set[int] = set()
@@ -111,7 +115,7 @@ class EchoScheduler(threading.Thread):
                 elif isinstance(message, Withdraw):
                     withdrawn = [key for key in message.keys if key not in self.echoed]
                     self.withdrawn.update(withdrawn)
-                    send_to(self.inbox, b"gateway", Withdrawn(keys=withdrawn))
+                    send_to(self.inbox, b"gateway@1", Withdrawn(keys=withdrawn))
                 else:
                     self._echo(message)
         self.inbox.close(0)
@@ -129,7 +133,7 @@ class EchoScheduler(threading.Thread):
             return
         opened = Opened(request.key, request.route, request.num_prompt_tokens, TextOptions.of(request.params))
         accepted = Accepted(keys=[request.key])
-        while not send_to(self.inbox, b"gateway", accepted):  # it may not be connected yet
+        while not send_to(self.inbox, b"gateway@1", accepted):  # it may not be connected yet
             self.inbox.poll(1)
         self.echoed.add(request.key)
         self.tokenized[request.route.request_id] = request
@@ -206,7 +210,8 @@ class TextEngine:
     ) -> None:
         self.folder = folder
         self.context: zmq.Context[Any] = zmq.Context()
-        self.control = bind_router(self.context, f"ipc://{folder}/control")
+        self.sockets = PrivateSockets(folder)
+        self.control = self.sockets.bind(self.context, "control")
         self.said: list[Any] = []
         self.stats = {
             role: StatsPage.create(role, counters, ARRAYS.get(role, ())) for role, counters in COUNTERS.items()
@@ -214,7 +219,7 @@ class TextEngine:
         self.doorbells = {role: Doorbell.create() for role in self.stats}
         self.ring = Ring.create("prompts", prompt_layout(), 3, 1)
         prompts = RingEnd(handle=msgspec.structs.replace(self.ring.handle, index=1), writes=True)
-        self.scheduler = EchoScheduler(self.context, folder, self.ring, self.doorbells["tokenizer.0"])
+        self.scheduler = EchoScheduler(self.context, self.sockets, self.ring, self.doorbells["tokenizer.0"])
         self.scheduler.start()
         (folder / "front").mkdir(mode=0o700)
         self.endpoint = f"ipc://{folder}/front/client.sock"
@@ -246,7 +251,9 @@ class TextEngine:
     def _worker(self, role: str, **changes: Any) -> WorkerBootstrap:
         return WorkerBootstrap(
             role=role,
-            endpoints=endpoints(str(self.folder)),
+            listeners=self.sockets.listeners,
+            sockets=self.sockets.sockets,
+            peers={name.partition(".")[0]: [f"{name}@1".encode()] for name in self.stats},
             doorbell_fd=self.doorbells[role].fd,
             stats=self.stats[role],
             launcher_pid=os.getpid(),
@@ -269,7 +276,7 @@ class TextEngine:
 
     def tell(self, message: Any) -> None:
         for role in self.workers:
-            send_to(self.control, role.encode(), message)
+            send_to(self.control, f"{role}@1".encode(), message)
 
     def client(self, *, read_ahead: int = 0) -> TextClient:
         return TextClient(self.context, self.endpoint, read_ahead=read_ahead)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ipc.codec import decode, encode
+from ipc.errors import EngineUnavailable
 from ipc.messages import (
     Cancel,
     CancelRequests,
@@ -322,7 +323,7 @@ def test_an_engine_that_ends_in_the_midst_of_things_answers_everybody_once(end: 
         for _ in range(engine.draw.randint(1, 300)):
             engine.anything()
         if end == "abort":
-            engine.gateway.abort("the GPU process died")
+            engine.gateway.abort(EngineUnavailable("the GPU process died"))
         else:
             engine.gateway.drain(engine.now)
             for _ in range(engine.draw.randint(0, 50)):

@@ -428,6 +428,6 @@ def test_the_death_of_the_launcher_is_told_to_clients_and_nothing_is_left(folder
     poller = zmq.Poller()
     poller.register(gateway, zmq.POLLIN)
     assert poller.poll(20_000), "the gateway is still there"
-    assert not folder.exists()
+    assert not (folder / "front" / "client.sock").exists()
     launcher.wait()
     context.destroy(0)
