@@ -20,7 +20,7 @@ import psutil
 import pytest
 import zmq
 
-from ipc.channels import connect_dealer, send
+from ipc.channels import send
 from ipc.long_values import BAD_WORDS, BIAS_IDS, BIAS_VALUES, LOGPROB_IDS, long_columns_of
 from ipc.messages import (
     EOS_TOKEN_ID,
@@ -348,7 +348,7 @@ def test_bad_frames_disturb_no_good_request(engine: TextEngine) -> None:
 def test_stop_strings_that_end_more_sequences_than_a_message_holds_cancel_them_all(engine: TextEngine) -> None:
     keys = np.arange(1, 20_001, dtype="<i8")
     token_id = TOKENIZER.token_to_id("x")
-    scheduler = connect_dealer(engine.context, f"ipc://{engine.folder}/detokenize")
+    scheduler = engine.sockets.connect(engine.context, "detokenize")
     for some in np.split(keys, 2):
         opened = [Opened(int(key), Route(b"nobody", str(key), False), 1, TextOptions(stop=["x"])) for key in some]
         send(scheduler, StepOutputs(opened=opened))
