@@ -486,8 +486,8 @@ def test_a_stream_whose_client_is_closed_has_nothing_left_to_close(gateway: Fake
         client.close()
 
 
-def test_a_vanished_engine_fails_every_open_request_at_once(gateway: FakeGateway) -> None:
-    with Client(gateway.endpoint) as client:
+def test_a_vanished_engine_fails_every_open_request_at_once_without_a_time_to_resume(gateway: FakeGateway) -> None:
+    with Client(gateway.endpoint, resume_timeout_s=0) as client:
         stream = client.generate("hi", stream=True, request_id="r")
         gateway.expect(Generate)
         gateway.say(news("r", "a", (1,)))
@@ -593,7 +593,8 @@ def test_a_batch_waits_for_a_full_queue(gateway: FakeGateway, client: Client) ->
     assert [o.text for o in client.generate_batch([f"{i}" for i in range(10)])] == [f"{i}" for i in range(10)]
 
 
-def test_a_batch_ends_when_its_engine_does(gateway: FakeGateway, client: Client) -> None:
+def test_a_batch_ends_when_its_engine_does(gateway: FakeGateway) -> None:
+    client = Client(gateway.endpoint, resume_timeout_s=0.05)
     gateway.max_open_requests = 2
     gateway.on_generate = lambda g: gateway._orders.put(None) or (os.write(gateway._wake_writer, b"x") and [])  # type: ignore[func-returns-value]
     outputs = client.generate_batch(["a"] * 50)
