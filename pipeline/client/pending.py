@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Final
 
 from ipc.codec import decode
 from ipc.errors import (
@@ -39,6 +40,7 @@ from pipeline.client.outputs import Usage, read_token_bytes
 logger = logging.getLogger(__name__)
 
 Question = OpenRequest | OpenQuery
+HEALTH_ID: Final = 0  # query id of the client's own queries, which no caller awaits; a session's begin at 1
 
 
 class PendingAnswers:
@@ -60,7 +62,9 @@ class PendingAnswers:
     @property
     def are_awaited(self) -> bool:
         """Whether a caller still waits for any of them."""
-        return bool(self.queries) or any(not request.abandoned for request in self.requests.values())
+        return any(query_id != HEALTH_ID for query_id in self.queries) or any(
+            not request.abandoned for request in self.requests.values()
+        )
 
     def take_frames(self, frames: list[bytes]) -> tuple[int, list[int]]:
         """Give messages of the engine to the requests and queries that wait for them.
@@ -193,7 +197,9 @@ class PendingAnswers:
     def lose_engine(self, error: RingfeedError) -> None:
         """The connection was lost, and with it every question that was sent."""
         for question in self._questions():
-            if question.key not in self.unsent and question.key not in self.waiting:
+            if question.key == HEALTH_ID:
+                self.remove(question)
+            elif question.key not in self.unsent and question.key not in self.waiting:
                 self.interrupt(question, type(error)(*error.args))
 
     def _questions(self) -> list[Question]:

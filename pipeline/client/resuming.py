@@ -1,7 +1,8 @@
 """Sends interrupted requests and queries again, as soon as an engine takes them.
 
 Reads and changes `PendingAnswers.waiting`. Asks the engine for its health, once for all questions that wait, and keeps
-their time limits. It has timers and no task, so it does not keep its client alive.
+their time limits. It has timers and no task, so it does not keep its client alive. A request goes on only with the
+model that began it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from pipeline.client.callbacks import weakly
 from pipeline.client.connection import Connection
 from pipeline.client.interruption import Interruption, OpenQuery
 from pipeline.client.open_request import OpenRequest
-from pipeline.client.pending import PendingAnswers, Question
+from pipeline.client.pending import HEALTH_ID, PendingAnswers, Question
 
 _FIRST_PAUSE_S: Final = 0.02  # between two looks; doubled after each
 _LONGEST_PAUSE_S: Final = 0.5
-_HEALTH_ID: Final = 0  # query id of its own queries; a session's begin at 1
 
 
 class Resumer:
@@ -57,7 +57,8 @@ class Resumer:
         self._timer: asyncio.Handle | None = None
         self._is_soon = False  # the timer fires in this round of the loop
         self._pause_s = _FIRST_PAUSE_S
-        self._state = ""  # of the engine, when it was last asked
+        self._state = ""  # of the engine, when it was last asked over this connection
+        self._model: str | None = None  # that it had then
 
     def wake(self) -> None:
         """Look at the waiting questions soon: another one waits, or the engine has come."""
@@ -67,10 +68,11 @@ class Resumer:
             self._is_soon = True
             self._timer = self._loop.call_soon(weakly(self._look))
 
-    def lose_engine(self) -> None:
-        """The connection was lost: nobody answers the last query for the engine's health."""
-        self._pending.queries.pop(_HEALTH_ID, None)
+    def meet_engine(self) -> None:
+        """The connection stands, to the same engine as before or to another one."""
         self._state = ""
+        self._ask_health()
+        self.wake()
 
     def close(self) -> None:
         """Send nothing any more."""
@@ -86,7 +88,9 @@ class Resumer:
         self._timer, self._is_soon = None, False
         waiting = self._pending.waiting
         if waiting and self._has_ended():
-            self._pending.fail_all(EngineUnavailable(f"the engine at {self._endpoint} is gone: its launcher has ended"))
+            self._pending.fail_all(EngineUnavailable(
+                f"the engine at {self._endpoint} is gone, and its launcher does not start it again"
+            ))  # fmt: skip
         now = time.monotonic()
         next_end = min([self._end_late(question, now) for question in list(waiting.values())], default=math.inf)
         if not waiting:
@@ -94,7 +98,7 @@ class Resumer:
         if self._connection.is_up:
             due = [question for question in waiting.values() if _interruption(question).retry_at <= now]
             self._send([question for question in due if not question.needs_ready])
-            if any(question.needs_ready for question in due) and _HEALTH_ID not in self._pending.queries:
+            if any(question.needs_ready for question in due) and HEALTH_ID not in self._pending.queries:
                 self._ask_health()
         self._timer = self._loop.call_later(min(self._pause_s, next_end - now), weakly(self._look))
         self._pause_s = min(2.0 * self._pause_s, _LONGEST_PAUSE_S)
@@ -110,7 +114,8 @@ class Resumer:
         if isinstance(question, OpenRequest) and deadline <= now:
             question.end_here("deadline")
         else:
-            state = self._state or f"no engine answers at {self._endpoint}"
+            answers = self._connection.is_up and self._state
+            state = self._state if answers else f"no engine answers at {self._endpoint}"
             question.fail(Interrupted(
                 f"{interruption.cause}; no engine continued the request within resume_timeout_s "
                 f"({self._limit_s:g} s): {state}"
@@ -118,9 +123,9 @@ class Resumer:
         return math.inf
 
     def _ask_health(self) -> None:
-        frame = encode(Query(query_id=_HEALTH_ID, what="health"))
+        frame = encode(Query(query_id=HEALTH_ID, what="health"))
         answer: asyncio.Future[Any] = self._loop.create_future()
-        self._pending.queries[_HEALTH_ID] = OpenQuery(_HEALTH_ID, answer, frame, is_queued=False)
+        self._pending.queries[HEALTH_ID] = OpenQuery(HEALTH_ID, answer, frame, is_queued=False)
         answer.add_done_callback(weakly(self._take_health))
         self._connection.send(frame)
 
@@ -128,10 +133,23 @@ class Resumer:
         if answer.cancelled() or answer.exception() is not None:
             return
         health: Health = answer.result()
+        if self._model not in (None, health.model):
+            self._fail_requests(health.model)
+        self._model = health.model
         self._state = f"the engine is {health.state}" + (f": {health.detail}" if health.detail else "")
         if health.state in ("ready", "recovering"):
             now = time.monotonic()
             self._send([each for each in self._pending.waiting.values() if _interruption(each).retry_at <= now])
+
+    def _fail_requests(self, model: str) -> None:
+        """Another model cannot continue the texts of this one."""
+        for question in list(self._pending.waiting.values()):
+            if isinstance(question, OpenRequest):
+                self._pending.remove(question)
+                question.fail(Interrupted(
+                    f"{_interruption(question).cause}; the engine at {self._endpoint} now has model {model!r}, and "
+                    f"model {self._model!r} began the request: send it again"
+                ))  # fmt: skip
 
     def _send(self, questions: list[Question]) -> None:
         now = time.monotonic()

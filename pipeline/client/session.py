@@ -224,8 +224,6 @@ class Session:
             self._connection.send(encode(Received(receipts=receipts)))
 
     def _lose_engine(self) -> None:
-        if self._resumer is not None:
-            self._resumer.lose_engine()
         self._pending.lose_engine(EngineUnavailable(f"the engine at {self._endpoint} is gone"))
 
     def _wake_resumer(self) -> None:
@@ -292,7 +290,8 @@ class Session:
             if isinstance(key, str) and (request := pending.requests.get(key)) is not None:
                 request.sent(now)
         pending.unsent.clear()
-        self._wake_resumer()
+        if self._resumer is not None:
+            self._resumer.meet_engine()
 
     def _no_engine(self, timeout_s: float | None = None) -> EngineUnavailable:
         return no_engine(self._endpoint, self._timeout_s if timeout_s is None else timeout_s, self._is_default)

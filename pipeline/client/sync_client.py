@@ -187,7 +187,7 @@ class Client:
         """
         return self._thread.run(self._client.wait_ready(timeout_s))
 
-    def depend_on(self, engine: Engine) -> None:
+    def keep_alive(self, engine: Engine) -> None:
         """Keep an engine alive until the client is dropped, and fail interrupted requests once the engine has ended.
 
         Call it before the first use.

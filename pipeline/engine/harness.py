@@ -94,7 +94,7 @@ class Pipeline:
         if self._client is None:
             engine = self._started()
             self._client = Client(self.endpoint)
-            self._client.depend_on(engine)
+            self._client.keep_alive(engine)
         return self._client
 
     def start(self) -> Self:

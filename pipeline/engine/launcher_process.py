@@ -110,6 +110,8 @@ class EngineProcess:
             pidfd = os.pidfd_open(self.process.pid)
         except ProcessLookupError:
             return True
+        except OSError:  # no descriptor is free
+            return False
         try:
             poller = select.poll()
             poller.register(pidfd, select.POLLIN)

@@ -88,6 +88,7 @@ class FakeGateway(threading.Thread):
         self.on_question: Callable[[Any], list[Any]] = lambda _: []  # TokenizeQuery, Keep and the like
         self.max_open_requests = 100
         self.state: Any = "ready"
+        self.model = "m"
         self.num_delivered = 0
         self._orders: queue.Queue[Any] = queue.Queue()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -139,7 +140,7 @@ class FakeGateway(threading.Thread):
         match message:
             case Query(query_id=query_id, what="health"):
                 return [Health(
-                    query_id=query_id, state=self.state, detail="", protocol_version=PROTOCOL_VERSION, model="m",
+                    query_id=query_id, state=self.state, detail="", protocol_version=PROTOCOL_VERSION, model=self.model,
                     max_model_len=64, max_open_requests=self.max_open_requests,
                 )]  # fmt: skip
             case Query(query_id=query_id, arrays=names):

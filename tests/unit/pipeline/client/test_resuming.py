@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import signal
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +30,7 @@ from ipc.messages import (
 )
 from pipeline import AsyncClient, Client, Output, SamplingParams
 from pipeline.client.outputs import Usage
-from tests.unit.pipeline.client.client_scripts import WAIT_S, wait_until
+from tests.unit.pipeline.client.client_scripts import WAIT_S, in_child, wait_until
 from tests.unit.pipeline.client.test_client import (
     CANCELLED,
     END,
@@ -236,6 +240,21 @@ def test_an_engine_that_starts_is_waited_for_and_one_that_recovers_queues(gatewa
     assert gateway.expect(Generate).resume is not None
 
 
+def test_a_request_is_not_continued_by_another_model(gateway: FakeGateway, client: Client) -> None:
+    client.health()
+    stream = client.generate("hi", stream=True)
+    gateway.expect(Generate)
+    gateway.stop()
+    wait_for_resume(client)
+    successor = FakeGateway(gateway.endpoint)
+    successor.model = "other"
+    with pytest.raises(Interrupted, match="now has model 'other', and model 'm' began the request: send it again"):
+        next(stream)
+    successor.on_generate = lambda g: [news(g.request_id, "new", (1,), END)]
+    assert client.generate("hi").text == "new"
+    successor.stop()
+
+
 def test_a_full_queue_delays_a_resumed_request_and_refuses_a_new_one(gateway: FakeGateway, client: Client) -> None:
     full = FinalOutput("error", 3, 0, QueueFull.code, "full", retry_after_s=0.01)
     attempts(
@@ -408,7 +427,7 @@ def test_a_client_of_an_engine_that_nobody_starts_again_gives_up(gateway: FakeGa
 
     engine = Engine()
     with Client(gateway.endpoint, resume_timeout_s=None) as client:
-        client.depend_on(engine)
+        client.keep_alive(engine)
         stream = client.generate("hi", stream=True, request_id="r")
         gateway.expect(Generate)
         gateway.say(news("r", end=LOST))
@@ -416,7 +435,7 @@ def test_a_client_of_an_engine_that_nobody_starts_again_gives_up(gateway: FakeGa
         gateway.stop()
         wait_for_resume(client)
         engine.ended = True
-        with pytest.raises(EngineUnavailable, match="is gone: its launcher has ended"):
+        with pytest.raises(EngineUnavailable, match="is gone, and its launcher does not start it again"):
             next(stream)
 
 
@@ -519,3 +538,69 @@ def test_a_pickled_client_keeps_its_times() -> None:
     assert asynchronous._resume_timeout_s == 5
     with pytest.raises(InvalidRequest, match=r"resume_timeout_s \(-1\)"):
         Client("ipc:///x/y", resume_timeout_s=-1)
+
+
+def test_ctrl_c_ends_the_wait_at_once(gateway: FakeGateway, client: Client) -> None:
+    gateway.state = "starting"
+    gateway.on_generate = lambda g: [news(g.request_id, end=LOST)]
+
+    def interrupt() -> None:
+        wait_for_resume(client)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.generate("hi")
+    thread.join(WAIT_S)
+    assert client._client._session._pending.requests == {}
+    gateway.expect(Generate)
+    assert gateway.heard.empty()
+
+
+def test_an_asyncio_client_whose_loop_ends_during_the_wait_works_on_the_next_loop(gateway: FakeGateway) -> None:
+    gateway.state = "starting"
+    gateway.on_generate = lambda g: [news(g.request_id, end=LOST)]
+    client = AsyncClient(gateway.endpoint)
+    streams = []
+
+    async def begin() -> None:
+        streams.append(client.generate("hi", stream=True))
+        while not client._session._pending.waiting:
+            await client.stats()
+
+    async def go_on() -> str:
+        gateway.on_generate = lambda g: [news(g.request_id, "new", (1,), END)]
+        text = (await client.generate("again")).text
+        await client.close()
+        return text
+
+    asyncio.run(begin())
+    assert asyncio.run(go_on()) == "new"
+    assert [gateway.expect(Generate).prompt for _ in range(2)] == ["hi", "again"], "the first one is not sent again"
+
+
+def test_a_child_that_is_forked_during_the_wait_asks_for_itself(gateway: FakeGateway, client: Client) -> None:
+    gateway.state = "starting"
+    gateway.on_generate = lambda g: [news(g.request_id, end=LOST)]
+    stream = client.generate("hi", stream=True)
+    wait_for_resume(client)
+    gateway.on_generate = lambda g: [news(g.request_id, f"re {g.prompt}", (1,), END)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from Python 3.12 on
+        assert in_child(lambda: client.generate("child").text) == "re child"
+    gateway.state = "ready"
+    assert text_of(list(stream)) == "re hi"
+
+
+def test_a_dropped_client_sends_nothing_again(gateway: FakeGateway) -> None:
+    gateway.state = "starting"
+    gateway.on_generate = lambda g: [news(g.request_id, end=LOST)]
+    client = Client(gateway.endpoint)
+    stream = client.generate("hi", stream=True)
+    gateway.expect(Generate)
+    wait_for_resume(client)
+    session = weakref.ref(client._client._session)
+    del client, stream
+    wait_until(lambda: session() is None, "the end of the session")
+    assert gateway.heard.empty()
