@@ -85,13 +85,14 @@ class OpenRequest:
 
     __slots__ = (
         "_num_prompt_logprobs", "_num_suspected", "_prompt_position", "_waiter", "abandoned", "cancelled", "deadline",
-        "ended", "error", "interruption", "is_deaf", "key", "lost", "message", "prompt_usage", "samples", "unread",
+        "ended", "error", "interruption", "is_deaf", "key", "lost", "message", "prompt_usage", "request_id",
+        "samples", "unread",
     )  # fmt: skip
     needs_ready: Final = True  # only an engine that is ready or recovering takes it
 
     def __init__(self, message: Generate) -> None:
         self.message = message
-        self.key = message.request_id
+        self.key = self.request_id = message.request_id
         params = message.params
         has_prompt_logprobs = params.prompt_logprobs is not None
         self.samples = [
@@ -111,10 +112,6 @@ class OpenRequest:
         self._num_prompt_logprobs = 0  # positions of the prompt whose log-probabilities have arrived
         self._prompt_position = 0  # the same of the present attempt, which computes them again
         self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
-
-    @property
-    def request_id(self) -> str:
-        return self.key
 
     def wake(self) -> None:
         """Wake the reader, if it sleeps."""

@@ -197,12 +197,11 @@ class PendingAnswers:
     def lose_engine(self, error: RingfeedError) -> None:
         """The connection was lost, and with it every question that was sent."""
         for question in self._questions():
-            if question.key == HEALTH_ID:
-                self.remove(question)
-            elif question.key not in self.unsent and question.key not in self.waiting:
+            if question.key not in self.unsent and question.key not in self.waiting:
                 self.interrupt(question, type(error)(*error.args))
 
     def _questions(self) -> list[Question]:
+        self.queries.pop(HEALTH_ID, None)  # nobody awaits it
         return [*self.requests.values(), *self.queries.values()]
 
     def take_back(self, question: Question) -> bool:
