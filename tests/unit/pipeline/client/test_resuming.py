@@ -353,9 +353,9 @@ def test_news_begin_a_new_wait_and_attempts_without_news_share_one(gateway: Fake
         return [news(g.request_id, end=LOST)]
 
     gateway.on_generate = answer
-    with Client(gateway.endpoint, resume_timeout_s=0.3) as client:
+    with Client(gateway.endpoint, resume_timeout_s=0.5) as client:
         stream = client.generate("hi", stream=True)
-        with pytest.raises(Interrupted, match=r"within resume_timeout_s \(0.3 s\)"):
+        with pytest.raises(Interrupted, match=r"within resume_timeout_s \(0.5 s\)"):
             list(stream)
     assert num > 9, "news came eight times, each with a new time"
 
