@@ -16,6 +16,7 @@ import pipeline.environment.own_ipc  # noqa: F401
 from ipc.errors import (
     ConfigError,
     EngineUnavailable,
+    Interrupted,
     InvalidRequest,
     LogitsNotFinite,
     ModelUnsupported,
@@ -49,6 +50,7 @@ __all__ = [
     "EngineStats",
     "EngineUnavailable",
     "Health",
+    "Interrupted",
     "InvalidRequest",
     "LogitsNotFinite",
     "ModelUnsupported",

@@ -1,4 +1,4 @@
-"""Callbacks of an event loop that do not keep their owner alive, and the end of a sleep."""
+"""Callbacks of an event loop that do not keep their owner alive, and sleeps that can be ended."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def wake(sleeper: asyncio.Future[None]) -> None:
-    if not sleeper.done() and not sleeper.get_loop().is_closed():
-        sleeper.set_result(None)
+class Pauses:
+    """The present sleeps of a client's tasks."""
+
+    def __init__(self) -> None:
+        self._open: set[asyncio.Future[None]] = set()
+
+    async def sleep(self, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        """Sleep so long, or until `end()`."""
+        pause = loop.create_future()
+        self._open.add(pause)
+        try:
+            async with asyncio.timeout(seconds):
+                await pause
+        except TimeoutError:
+            pass
+        finally:
+            self._open.discard(pause)
+
+    def end(self) -> None:
+        """Wake all tasks that sleep now."""
+        for pause in self._open:
+            if not pause.done() and not pause.get_loop().is_closed():
+                pause.set_result(None)

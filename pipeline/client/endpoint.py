@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ipc.channels import MAX_IPC_PATH_BYTES
-from ipc.errors import ConfigError
+from ipc.errors import ConfigError, EngineUnavailable
 
 PATIENCE_S: Final = 2.0  # the gateway of a killed engine answers its open requests before it frees the endpoint
 _POLL_S: Final = 0.02
@@ -87,6 +87,13 @@ def check_client_endpoint(endpoint: object) -> str:
             "Client() finds this user's default engine"
         )
     return str(endpoint)
+
+
+def no_engine(endpoint: str, timeout_s: float | None, is_default: bool) -> EngineUnavailable:
+    """The error of a client that has found no engine within this time."""
+    within = "" if timeout_s is None else f" within {timeout_s:g} s"
+    text = f"no engine answers at {endpoint}{within}: is it started, and is this its endpoint?"
+    return EngineUnavailable(f"{text} {where_else(endpoint)}" if is_default else text)
 
 
 def where_else(endpoint: str) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import reprlib
+import secrets
+import time
+import uuid
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -23,7 +26,7 @@ from ipc.messages import (
     Recall,
     TokenizeQuery,
 )
-from ipc.sampling_params import SamplingParams
+from ipc.sampling_params import MAX_SEED, SamplingParams
 from ipc.scheduling_params import DEFAULT_SCHEDULING, SchedulingParams
 from pipeline.client.chat_input import Chat, encode_chat
 
@@ -43,15 +46,20 @@ class SchedulingOptions(TypedDict, total=False):
     scheduling: SchedulingParams
 
 
-def generate_frame(
+def new_id() -> str:
+    """A request id that no other client draws."""
+    return uuid.uuid4().hex
+
+
+def generate_message(
     request_id: str,
     prompt: Prompt,
     params: SamplingParams,
     stream: bool,
     cache_salt: str = "",
     scheduling: SchedulingParams = DEFAULT_SCHEDULING,
-) -> bytes:
-    """The encoded request. Raises InvalidRequest if no engine would accept it."""
+) -> Generate:
+    """The request, with a seed and the present time. Raises InvalidRequest if no engine would accept it."""
     if not isinstance(params, SamplingParams):
         raise InvalidRequest(f"params ({params!r}) must be SamplingParams")
     if not isinstance(request_id, str) or not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
@@ -63,15 +71,16 @@ def generate_frame(
     fields = _prompt_fields(prompt)
     if not any(fields.values()):
         raise InvalidRequest("prompt is empty")
-    message = Generate(
+    return Generate(
         request_id=request_id,
-        params=params,
+        # Every attempt has this seed: a resumed request continues with the same random numbers.
+        params=params if params.seed is not None else params.with_seed(secrets.randbelow(MAX_SEED + 1)),
         stream=stream,
         cache_salt=cache_salt,
         scheduling=scheduling,
+        clock_s=time.time(),
         **fields,
     )
-    return client_frame(message, "prompt")
 
 
 def client_frame(message: Message, large_part: str) -> bytes:

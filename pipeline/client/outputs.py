@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from ipc.messages import FinishReason, PromptLogprobs, PromptTokens, RequestTimes, Stats, TokenBytes, TokenLogprobs
+from ipc.messages import Health as HealthMessage
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +35,11 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     max_open_requests: int
     model_folder: str = ""
     chat_template: str | None = None
+
+    @classmethod
+    def of(cls, answer: HealthMessage) -> Health:
+        """From the engine's answer."""
+        return cls(**{name: getattr(answer, name) for name in cls.__struct_fields__})
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -198,6 +204,8 @@ class Output(msgspec.Struct, kw_only=True):
         return cls(request_id=request_id, text="", token_ids=[], finished=True, finish_reason="error", error=error)
 
 
+_WORD_BYTES: Final = 4  # of an int32 or a float32
+
 LogprobPart = tuple[TokenLogprobs, Mapping[int, bytes]]
 """Log-probabilities of consecutive tokens, and the bytes of the tokens that have any."""
 
@@ -219,6 +227,20 @@ def prompt_logprobs(parts: Sequence[PromptPart]) -> list[TokenLogprob]:
         token_ids: list[int] = memoryview(part.token_ids).cast("i").tolist()
         rows += token_logprobs(token_ids, [(part.columns, bytes_of)])
     return rows
+
+
+def last_rows(part: PromptLogprobs, num: int) -> PromptLogprobs:
+    """The log-probabilities of the last `num` tokens of a part."""
+    columns = part.columns
+    num_extra = len(columns.extra_ids) // _WORD_BYTES
+
+    def tail(values: bytes, width: int) -> bytes:
+        return values[len(values) - num * width * _WORD_BYTES :]
+
+    return PromptLogprobs(tail(part.token_ids, 1), TokenLogprobs(
+        columns.num_top, tail(columns.logprobs, 1), tail(columns.top_ids, columns.num_top),
+        tail(columns.top_logprobs, columns.num_top), columns.extra_ids, tail(columns.extra_logprobs, num_extra),
+    ))  # fmt: skip
 
 
 def token_logprobs(token_ids: Sequence[int], parts: Sequence[LogprobPart]) -> list[TokenLogprob]:

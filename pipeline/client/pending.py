@@ -1,16 +1,27 @@
 """The requests and queries of a client that have no final answer yet, and what the engine's messages do to them.
 
-Reads the gateway's messages (`ipc/messages.py`: gateway -> client). Knows no sockets: `session.py` sends.
+Reads the gateway's messages (`ipc/messages.py`: gateway -> client). Knows no sockets: `session.py` sends, and
+`resuming.py` sends interrupted questions again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Final
 
 from ipc.codec import decode
-from ipc.errors import ProtocolError, QueueFull, RequestFailed, RingfeedError, error_from_code
+from ipc.errors import (
+    SUSPECTED,
+    EngineUnavailable,
+    Interrupted,
+    ProtocolError,
+    QueueFull,
+    RequestFailed,
+    RingfeedError,
+    error_from_code,
+)
 from ipc.messages import (
     Alive,
     DetokenizedText,
@@ -22,25 +33,38 @@ from ipc.messages import (
     PromptTokens,
     Refused,
 )
+from pipeline.client.interruption import OpenQuery
+from pipeline.client.open_request import OpenRequest
 from pipeline.client.outputs import Usage, read_token_bytes
-from pipeline.client.streams import OpenRequest
 
 logger = logging.getLogger(__name__)
 
+Question = OpenRequest | OpenQuery
+HEALTH_ID: Final = 0  # query id of the client's own queries, which no caller awaits; a session's begin at 1
+
 
 class PendingAnswers:
-    """Open requests by request id, and open queries by query id."""
+    """Open requests by request id, and open queries by query id.
 
-    def __init__(self, endpoint: str) -> None:
+    `resumes`: whether a question that the engine has lost waits to be sent again. Otherwise it fails. `on_waiting` is
+    called after a question has begun to wait.
+    """
+
+    def __init__(self, endpoint: str, *, resumes: bool, on_waiting: Callable[[], None]) -> None:
         self.requests: dict[str, OpenRequest] = {}
-        self.queries: dict[int | str, asyncio.Future[Any]] = {}  # by query id; those that can be refused, by request id
-        self.unsent: dict[str | int, bytes] = {}  # the frames of those that wait for an engine
+        self.queries: dict[int | str, OpenQuery] = {}  # by query id; those that can be refused, by request id
+        self.unsent: dict[str | int, bytes] = {}  # the frames of those that wait for their first engine
+        self.waiting: dict[str | int, Question] = {}  # those that were interrupted and wait to be sent again
         self._endpoint = endpoint
+        self._resumes = resumes
+        self._on_waiting = on_waiting
 
     @property
     def are_awaited(self) -> bool:
         """Whether a caller still waits for any of them."""
-        return bool(self.queries) or any(not request.abandoned for request in self.requests.values())
+        return any(query_id != HEALTH_ID for query_id in self.queries) or any(
+            not request.abandoned for request in self.requests.values()
+        )
 
     def take_frames(self, frames: list[bytes]) -> tuple[int, list[int]]:
         """Give messages of the engine to the requests and queries that wait for them.
@@ -73,15 +97,8 @@ class PendingAnswers:
 
     def _answer_query(self, query_id: int | str, answer: Message) -> None:
         query = self.queries.pop(query_id, None)
-        if query is not None and not query.done():
-            query.set_result(answer)
-
-    def _fail_query(self, query_id: str, error: RingfeedError) -> bool:
-        """Whether there is such a query. It ends with this error."""
-        query = self.queries.pop(query_id, None)
-        if query is not None and not query.done():
-            query.set_exception(error)
-        return query is not None
+        if query is not None and not query.answer.done():
+            query.answer.set_result(answer)
 
     def _take_outputs(self, outputs: Outputs) -> None:
         num_token_ids = memoryview(outputs.num_token_ids).cast("i").tolist()
@@ -93,55 +110,122 @@ class PendingAnswers:
             outputs.request_ids, samples, outputs.texts, num_token_ids, strict=True
         ):
             request = find(request_id)
-            if request is not None and not request.abandoned:
+            if request is not None and not request.is_deaf:
                 request.add(sample, text, token_ids[start : start + num])
             start += num
         bytes_of = read_token_bytes(outputs.token_bytes)
         for index, logprobs in outputs.logprobs:
             request = find(outputs.request_ids[index])
-            if request is not None and not request.abandoned:
+            if request is not None and not request.is_deaf:
                 request.samples[samples[index]].logprobs.append((logprobs, bytes_of))
         for index, part in outputs.prompt_logprobs:
             request = find(outputs.request_ids[index])
-            if request is not None and not request.abandoned:
+            if request is not None and not request.is_deaf:
                 request.add_prompt_logprobs(samples[index], (part, bytes_of))
         for index, num_prompt_tokens, num_cached_tokens in outputs.prompts:
             request = find(outputs.request_ids[index])
-            if request is not None and not request.abandoned:
-                request.samples[samples[index]].prompt_usage = Usage(num_prompt_tokens, 0, num_cached_tokens)
+            if request is not None and not request.is_deaf:
+                request.add_prompt_usage(samples[index], Usage(num_prompt_tokens, 0, num_cached_tokens))
         for index, final in outputs.finals:
             request_id = outputs.request_ids[index]
-            request = find(request_id)
-            if request is not None:
-                self.end_sample(request, samples[index], final)
-            else:
-                self._fail_query(request_id, _error_of_query(final))
+            if request_id in self.waiting:  # an engine has lost it: this is not its end
+                continue
+            if (request := find(request_id)) is not None:
+                self._end_sample(request, samples[index], final)
+            elif (query := self.queries.get(request_id)) is not None:
+                self._take_error(query, _error_of_query(final), QueueFull, final.error_code)
 
     def _take_refusal(self, refused: Refused) -> None:
-        request = self.requests.pop(refused.request_id, None)
+        question = self.requests.get(refused.request_id) or self.queries.get(refused.request_id)
         error = error_from_code(refused.error_code, refused.error_message, refused.retry_after_s)
-        if request is not None:
-            request.fail(error)
-        elif not self._fail_query(refused.request_id, error):
+        if question is None:
             logger.warning("the engine refused a message: %s", refused.error_message)
+        elif question.key not in self.waiting:
+            self._take_error(question, error, (QueueFull, EngineUnavailable), refused.error_code)
 
-    def end_sample(self, request: OpenRequest, sample: int, final: FinalOutput) -> None:
-        """A sample has ended. If no other sample is open, the request has ended too."""
-        if final.num_open == 0:
-            del self.requests[request.request_id]
+    def _end_sample(self, request: OpenRequest, sample: int, final: FinalOutput) -> None:
+        """A sample has ended. If no other sample is open, the request has ended too, or can be resumed."""
+        if final.finish_reason == "error":
+            error = error_from_code(final.error_code, final.error_message, final.retry_after_s)
+            if isinstance(error, Interrupted) and final.num_open:
+                request.lost = final
+            else:
+                self._take_error(request, error, QueueFull, final.error_code, is_open=final.num_open > 0)
+            return
+        lost = request.lost
         request.end_sample(sample, final)
+        if final.num_open == 0 and lost is not None:
+            self._take_error(request, error_from_code(lost.error_code, lost.error_message), (), lost.error_code)
+        elif final.num_open == 0:
+            del self.requests[request.request_id]
+
+    def _take_error(
+        self,
+        question: Question,
+        error: RingfeedError,
+        passing: type[RingfeedError] | tuple[type[RingfeedError], ...],
+        code: str,
+        *,
+        is_open: bool = False,
+    ) -> None:
+        """The engine does not answer a question: it waits to be sent again, or fails.
+
+        A question that was interrupted has been accepted once. So it also waits after a `passing` error of a further
+        attempt. `is_open`: the id stays in use, because other samples of the request still run.
+        """
+        if isinstance(error, Interrupted) or (question.interruption is not None and isinstance(error, passing)):
+            self.interrupt(question, error, is_suspected=code == SUSPECTED)
+            return
+        if not is_open:
+            self.remove(question)
+        question.fail(error)
+
+    def interrupt(self, question: Question, error: RingfeedError, *, is_suspected: bool = False) -> None:
+        """The engine has lost a question. It waits to be sent again, unless nobody wants its answer any more."""
+        if isinstance(question, OpenRequest) and (question.ended or question.abandoned or question.cancelled):
+            self.remove(question)
+            if not question.ended:
+                question.end_here("cancelled")
+        elif self._resumes:
+            question.interrupt(error, time.monotonic(), is_suspected=is_suspected)
+            self.waiting[question.key] = question
+            self._on_waiting()
+        else:
+            self.remove(question)
+            question.fail(error)
+
+    def lose_engine(self, error: RingfeedError) -> None:
+        """The connection was lost, and with it every question that was sent."""
+        for question in self._questions():
+            if question.key not in self.unsent and question.key not in self.waiting:
+                self.interrupt(question, type(error)(*error.args))
+
+    def _questions(self) -> list[Question]:
+        self.queries.pop(HEALTH_ID, None)  # nobody awaits it
+        return [*self.requests.values(), *self.queries.values()]
+
+    def take_back(self, question: Question) -> bool:
+        """Remove a question that no engine works on, and say whether it was one."""
+        if self.unsent.pop(question.key, None) is None and self.waiting.pop(question.key, None) is None:
+            return False
+        self.remove(question)
+        return True
+
+    def remove(self, question: Question) -> None:
+        """Forget a question that has ended."""
+        self.waiting.pop(question.key, None)
+        if isinstance(question, OpenRequest):
+            del self.requests[question.key]
+        else:
+            self.queries.pop(question.key, None)
 
     def fail_all(self, error: RingfeedError) -> None:
         """End all requests and queries with an error."""
-        requests, queries = list(self.requests.values()), list(self.queries.values())
-        self.requests.clear()
-        self.queries.clear()
-        self.unsent.clear()
-        for request in requests:
-            request.fail(type(error)(*error.args))  # a copy for each, because threads raise them at the same time
-        for query in queries:
-            if not query.done() and not query.get_loop().is_closed():
-                query.set_exception(type(error)(*error.args))
+        questions = self._questions()
+        for each in (self.requests, self.queries, self.unsent, self.waiting):
+            each.clear()
+        for question in questions:
+            question.fail(type(error)(*error.args))  # a copy for each, because threads raise them at the same time
 
 
 def _error_of_query(final: FinalOutput) -> RingfeedError:

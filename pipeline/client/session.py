@@ -10,24 +10,26 @@ import asyncio
 import contextlib
 import itertools
 import reprlib
-import uuid
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ipc.codec import encode
 from ipc.errors import EngineUnavailable, InvalidRequest
-from ipc.messages import Cancel, ClearCache, Delivered, FinalOutput, Query, Received
+from ipc.messages import Cancel, ClearCache, Delivered, Query, Received
 from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
-from pipeline.client.callbacks import wake, weakly
+from pipeline.client.callbacks import Pauses, weakly
 from pipeline.client.connection import Connection
-from pipeline.client.endpoint import where_else
-from pipeline.client.inputs import Prompt, generate_frame
+from pipeline.client.endpoint import no_engine
+from pipeline.client.inputs import Prompt, client_frame, generate_message, new_id
+from pipeline.client.interruption import OpenQuery
 from pipeline.client.loop_thread import CLOSED
+from pipeline.client.open_request import OpenRequest
 from pipeline.client.outputs import Output
 from pipeline.client.pending import PendingAnswers
-from pipeline.client.streams import OpenRequest
+from pipeline.client.resuming import Resumer
 from pipeline.environment import forks
 
 
@@ -37,11 +39,16 @@ class Session:
     A session belongs to the event loop of its first use. Once that loop has stopped, another one can use the session.
     In a forked child it starts again from nothing. The loop does not keep it alive: dropping the last reference closes
     its connection. `timeout_s`: how long a request waits until an engine is reachable; None = no limit.
+    `resume_timeout_s`: how long an interrupted one waits for an engine that continues it.
     """
 
-    def __init__(self, endpoint: str, timeout_s: float | None, *, is_default: bool) -> None:
+    def __init__(
+        self, endpoint: str, timeout_s: float | None, resume_timeout_s: float | None, *, is_default: bool
+    ) -> None:
+        self.has_ended: Callable[[], bool] = lambda: False  # whether the engine has ended for good
         self._endpoint = endpoint
         self._timeout_s = timeout_s
+        self._resume_timeout_s = resume_timeout_s
         self._is_default = is_default  # this user's default endpoint
         self._closed = False
         self._query_ids = itertools.count(1)
@@ -52,8 +59,11 @@ class Session:
         """Return to the state before the first use."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
-        self._pending = PendingAnswers(self._endpoint)
-        self._pauses: set[asyncio.Future[None]] = set()
+        self._resumer: Resumer | None = None
+        self._pending = PendingAnswers(
+            self._endpoint, resumes=self._resume_timeout_s != 0, on_waiting=weakly(self._wake_resumer)
+        )
+        self._pauses = Pauses()
 
     async def whole(
         self,
@@ -86,12 +96,14 @@ class Session:
         """Send a request; if no engine is reachable, it waits for one. `request_id` None = a new one."""
         connection = self._connect()
         request_id = new_id() if request_id is None else request_id
-        frame = generate_frame(request_id, prompt, params, stream, cache_salt, scheduling)
+        message = generate_message(request_id, prompt, params, stream, cache_salt, scheduling)
+        frame = client_frame(message, "prompt")
         if request_id in self._pending.requests:
             raise InvalidRequest(f"request_id ({request_id!r}) belongs to an open request: choose another one")
-        request = self._pending.requests[request_id] = OpenRequest(request_id, params)
+        request = self._pending.requests[request_id] = OpenRequest(message)
         if connection.is_up:
             connection.send(frame)
+            request.sent(time.monotonic())
         else:
             self._pending.unsent[request_id] = frame
             if self._timeout_s is not None:
@@ -102,10 +114,8 @@ class Session:
         """Cancel a request whose reader has gone. Its id stays in use until its final answer, which is discarded."""
         if self._pending.requests.get(request.request_id) is not request or request.abandoned:
             return
-        request.abandoned = True
-        if self._pending.unsent.pop(request.request_id, None) is not None:
-            del self._pending.requests[request.request_id]
-        elif self._connection is not None:
+        request.abandoned = request.is_deaf = True
+        if not self._pending.take_back(request) and self._connection is not None:
             self._connection.send(encode(Cancel(request_id=request.request_id)))
 
     def cancel(self, request_id: str) -> None:
@@ -116,8 +126,9 @@ class Session:
         request = self._pending.requests.get(request_id)
         if request is None:
             return
-        if self._pending.unsent.pop(request_id, None) is not None:
-            self._pending.end_sample(request, 0, FinalOutput("cancelled", 0, 0))
+        request.cancelled = True
+        if self._pending.take_back(request):
+            request.end_here("cancelled")
         else:
             self._connect().send(encode(Cancel(request_id=request_id)))
 
@@ -139,7 +150,8 @@ class Session:
         (`is_queued`), `timeout_s` limits only the time until an engine is reachable. Cancelling the task cancels it.
         """
         connection, pending = self._connect(), self._pending
-        answer = pending.queries[query_id] = self.bind().create_future()
+        answer: asyncio.Future[Any] = self.bind().create_future()
+        query = pending.queries[query_id] = OpenQuery(query_id, answer, frame, is_queued=is_queued)
         if connection.is_up:
             connection.send(frame)
         else:
@@ -152,24 +164,16 @@ class Session:
         finally:
             if answer.done() and not answer.cancelled():
                 answer.exception()  # asyncio would log it if the task was cancelled at the same moment
-            was_open = pending.queries.pop(query_id, None) is not None
-            was_unsent = pending.unsent.pop(query_id, None) is not None
-            if is_queued and was_open and not was_unsent and self._connection is not None:
-                self._connection.send(encode(Cancel(request_id=str(query_id))))
+            if pending.queries.get(query_id) is query and not pending.take_back(query):
+                pending.remove(query)
+                if is_queued and self._connection is not None:
+                    self._connection.send(encode(Cancel(request_id=str(query_id))))
 
     async def pause(self, seconds: float) -> None:
         """Sleep. Raises EngineUnavailable if the client is closed or gets closed meanwhile."""
         if self._closed:
             raise EngineUnavailable(CLOSED)
-        pause = self.bind().create_future()
-        self._pauses.add(pause)
-        try:
-            async with asyncio.timeout(seconds):
-                await pause
-        except TimeoutError:
-            pass
-        finally:
-            self._pauses.discard(pause)
+        await self._pauses.sleep(seconds, self.bind())
         if self._closed:
             raise EngineUnavailable(CLOSED)
 
@@ -198,13 +202,13 @@ class Session:
 
     def forget_parent(self) -> None:
         """In a forked child: leave the parent's connection and requests alone, and start again from nothing."""
-        forks.keep_for_ever(self._connection, self._pending, self._pauses)
+        forks.keep_for_ever(self._connection, self._pending, self._pauses, self._resumer)
         self._forget()
 
     def _fail_if_unsent(self, request: OpenRequest) -> None:
         pending, request_id = self._pending, request.request_id
-        if pending.requests.get(request_id) is request and pending.unsent.pop(request_id, None) is not None:
-            del pending.requests[request_id]
+        if pending.requests.get(request_id) is request and request_id in pending.unsent:
+            pending.take_back(request)
             request.fail(self._no_engine())
 
     # Messages of the engine, and its end
@@ -220,7 +224,11 @@ class Session:
             self._connection.send(encode(Received(receipts=receipts)))
 
     def _lose_engine(self) -> None:
-        self._pending.fail_all(EngineUnavailable(f"the engine at {self._endpoint} is gone"))
+        self._pending.lose_engine(EngineUnavailable(f"the engine at {self._endpoint} is gone"))
+
+    def _wake_resumer(self) -> None:
+        if self._resumer is not None:
+            self._resumer.wake()
 
     # The event loop and the connection
 
@@ -247,39 +255,43 @@ class Session:
                 self._endpoint,
                 loop,
                 on_frames=weakly(self._take_frames),
-                on_up=weakly(self._send_unsent),
+                on_up=weakly(self._meet_engine),
                 on_down=weakly(self._lose_engine),
             )
+            self._resumer = Resumer(
+                self._pending, self._connection, loop,
+                endpoint=self._endpoint, limit_s=self._resume_timeout_s, has_ended=self.has_ended,
+            )  # fmt: skip
             self._finalizer = weakref.finalize(self, self._connection.drop)
             self._finalizer.atexit = False  # at exit the process ends anyway
         return self._connection
 
     def _disconnect(self, *, flush: bool) -> None:
+        if self._resumer is not None:
+            self._resumer.close()
         if self._connection is not None:
             self._finalizer.detach()
             self._connection.close(flush=flush)
 
     def _close(self) -> None:
         if self._connection is not None:
-            for request_id in self._pending.requests.keys() - self._pending.unsent.keys():
+            pending = self._pending
+            for request_id in pending.requests.keys() - pending.unsent.keys() - pending.waiting.keys():
                 self._connection.send(encode(Cancel(request_id=request_id)))
         self._pending.fail_all(EngineUnavailable(CLOSED))
-        for pause in self._pauses:
-            wake(pause)
+        self._pauses.end()
         self._disconnect(flush=True)
-        self._connection = None
+        self._connection = self._resumer = None
 
-    def _send_unsent(self) -> None:
-        for frame in self._pending.unsent.values():
+    def _meet_engine(self) -> None:
+        pending, now = self._pending, time.monotonic()
+        for key, frame in pending.unsent.items():
             self._connect().send(frame)
-        self._pending.unsent.clear()
+            if isinstance(key, str) and (request := pending.requests.get(key)) is not None:
+                request.sent(now)
+        pending.unsent.clear()
+        if self._resumer is not None:
+            self._resumer.meet_engine()
 
     def _no_engine(self, timeout_s: float | None = None) -> EngineUnavailable:
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        within = "" if timeout_s is None else f" within {timeout_s:g} s"
-        text = f"no engine answers at {self._endpoint}{within}: is it started, and is this its endpoint?"
-        return EngineUnavailable(f"{text} {where_else(self._endpoint)}" if self._is_default else text)
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
+        return no_engine(self._endpoint, self._timeout_s if timeout_s is None else timeout_s, self._is_default)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Literal, Self, Unpack, overload
+from typing import Literal, Protocol, Self, Unpack, overload
 
 from ipc.sampling_params import SamplingParams
-from pipeline.client.async_client import DEFAULT_PARAMS, DEFAULT_TIMEOUT_S, AsyncClient
+from pipeline.client.async_client import DEFAULT_PARAMS, DEFAULT_RESUME_TIMEOUT_S, DEFAULT_TIMEOUT_S, AsyncClient
 from pipeline.client.inputs import Prompt, SchedulingOptions
 from pipeline.client.loop_thread import LoopThread
 from pipeline.client.outputs import EngineStats, Health, Output, TokenizedPrompt
 from pipeline.client.streams import OutputStream
+
+
+class Engine(Protocol):
+    """An engine that lives as long as a client needs it."""
+
+    def has_ended(self) -> bool:
+        """Whether it has ended, and will not be started again. Asked by any thread, and in forked children."""
 
 
 class Client:
@@ -23,15 +30,24 @@ class Client:
             user's default endpoint.
         timeout_s: seconds that a request waits until an engine is reachable, and that a query waits for its answer
             (default 10); then EngineUnavailable is raised. None = no limit.
+        resume_timeout_s: seconds that an open request or query waits for an engine that continues it, after a process
+            of its engine has died or the connection was lost (default 60); then Interrupted is raised. New text or
+            tokens begin a new wait. 0 = it fails at once; None = no limit.
 
     The first call starts a thread and connects. `close()` ends both, and so does dropping the last reference to the
     client and its streams. In a forked child the client starts its own thread and connection. Errors are those of
     AsyncClient.
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
-        self._client = AsyncClient(endpoint, timeout_s=timeout_s)
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        resume_timeout_s: float | None = DEFAULT_RESUME_TIMEOUT_S,
+    ) -> None:
+        self._timeouts = {"timeout_s": timeout_s, "resume_timeout_s": resume_timeout_s}
+        self._client = AsyncClient(endpoint, **self._timeouts)
         self._thread = LoopThread(at_end=self._client.close)
         weakref.finalize(self, self._thread.close_soon).atexit = False  # at exit the process ends anyway
 
@@ -171,9 +187,13 @@ class Client:
         """
         return self._thread.run(self._client.wait_ready(timeout_s))
 
-    def keep_alive(self, owner: object) -> None:
-        """Keep a reference to `owner`, an object that this client depends on, until the client is dropped."""
-        self._kept_alive = owner
+    def keep_alive(self, engine: Engine) -> None:
+        """Keep an engine alive until the client is dropped, and fail interrupted requests once the engine has ended.
+
+        Call it before the first use.
+        """
+        self._engine = engine
+        self._client.ask_whether_ended(engine.has_ended)
 
     def close(self) -> None:
         """Cancel open requests and disconnect. Waiting threads get EngineUnavailable. A second call does nothing."""
@@ -181,7 +201,7 @@ class Client:
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
-        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
+        return functools.partial(type(self), self.endpoint, **self._timeouts), ()
 
     def __enter__(self) -> Self:
         return self

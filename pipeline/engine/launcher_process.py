@@ -102,6 +102,23 @@ class EngineProcess:
         """The launcher's exit status, or None while it runs."""
         return self.process.poll()
 
+    def has_ended(self) -> bool:
+        """Whether the launcher has ended. Any thread may ask, and so may a forked child, which cannot `poll()` it."""
+        if self.process.returncode is not None:
+            return True
+        try:
+            pidfd = os.pidfd_open(self.process.pid)
+        except ProcessLookupError:
+            return True
+        except OSError:  # no descriptor is free
+            return False
+        try:
+            poller = select.poll()
+            poller.register(pidfd, select.POLLIN)
+            return bool(poller.poll(0))
+        finally:
+            os.close(pidfd)
+
     def wait(self, timeout_s: float | None) -> int:
         """Wait until the engine ends by itself, and return its exit status. Raises TimeoutError."""
         try:

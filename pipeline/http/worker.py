@@ -42,11 +42,13 @@ class HttpWorker:
         self._process = process
         self._bootstrap = bootstrap
         self._drains: set[asyncio.Task[None]] = set()
+        self._is_aborted = False
 
     async def serve(self) -> None:
         """Serve until the launcher says Stop."""
         bootstrap, process = self._bootstrap, self._process
         async with AsyncClient(bootstrap.endpoint, timeout_s=_ENGINE_TIMEOUT_S) as client:
+            client.ask_whether_ended(lambda: self._is_aborted)
             self._service = make_service(
                 client, bootstrap.http, process.stats, model_name=bootstrap.model_name,
                 model_folder=bootstrap.model_folder, chat_template=bootstrap.chat_template,
@@ -75,7 +77,9 @@ class HttpWorker:
         if isinstance(message, Start):
             self._process.say(Ready(role=self._process.role))
         elif isinstance(message, Drain | Abort):
-            # After Abort the gateway fails all open requests, so this soon ends too.
+            # After Abort the gateway fails all open requests, so this soon ends too. If the gateway itself was lost,
+            # the client fails them: it resumes none.
+            self._is_aborted = isinstance(message, Abort)
             task = asyncio.ensure_future(self._drain())
             self._drains.add(task)
             task.add_done_callback(self._drains.discard)

@@ -19,8 +19,8 @@ from pipeline.environment.module_search import module_environment
 
 PUBLIC = [
     "AsyncClient", "Chat", "Client", "Completion", "Config", "ConfigError", "EngineStats", "EngineUnavailable",
-    "Health", "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream", "Pipeline",
-    "ProtocolError", "QueueFull", "RequestFailed", "RequestTimes", "RingfeedError", "SamplingParams",
+    "Health", "Interrupted", "InvalidRequest", "LogitsNotFinite", "ModelUnsupported", "Output", "OutputStream",
+    "Pipeline", "ProtocolError", "QueueFull", "RequestFailed", "RequestTimes", "RingfeedError", "SamplingParams",
     "SchedulingParams", "Stream", "StructuredOutputs", "TokenLogprob", "TokenizedPrompt", "TokensExcluded", "Usage",
 ]  # fmt: skip
 

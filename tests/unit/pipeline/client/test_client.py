@@ -88,6 +88,7 @@ class FakeGateway(threading.Thread):
         self.on_question: Callable[[Any], list[Any]] = lambda _: []  # TokenizeQuery, Keep and the like
         self.max_open_requests = 100
         self.state: Any = "ready"
+        self.model = "m"
         self.num_delivered = 0
         self._orders: queue.Queue[Any] = queue.Queue()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -139,7 +140,7 @@ class FakeGateway(threading.Thread):
         match message:
             case Query(query_id=query_id, what="health"):
                 return [Health(
-                    query_id=query_id, state=self.state, detail="", protocol_version=PROTOCOL_VERSION, model="m",
+                    query_id=query_id, state=self.state, detail="", protocol_version=PROTOCOL_VERSION, model=self.model,
                     max_model_len=64, max_open_requests=self.max_open_requests,
                 )]  # fmt: skip
             case Query(query_id=query_id, arrays=names):
@@ -486,8 +487,8 @@ def test_a_stream_whose_client_is_closed_has_nothing_left_to_close(gateway: Fake
         client.close()
 
 
-def test_a_vanished_engine_fails_every_open_request_at_once(gateway: FakeGateway) -> None:
-    with Client(gateway.endpoint) as client:
+def test_a_vanished_engine_fails_every_open_request_at_once_without_a_time_to_resume(gateway: FakeGateway) -> None:
+    with Client(gateway.endpoint, resume_timeout_s=0) as client:
         stream = client.generate("hi", stream=True, request_id="r")
         gateway.expect(Generate)
         gateway.say(news("r", "a", (1,)))
@@ -593,7 +594,8 @@ def test_a_batch_waits_for_a_full_queue(gateway: FakeGateway, client: Client) ->
     assert [o.text for o in client.generate_batch([f"{i}" for i in range(10)])] == [f"{i}" for i in range(10)]
 
 
-def test_a_batch_ends_when_its_engine_does(gateway: FakeGateway, client: Client) -> None:
+def test_a_batch_ends_when_its_engine_does(gateway: FakeGateway) -> None:
+    client = Client(gateway.endpoint, resume_timeout_s=0.05)
     gateway.max_open_requests = 2
     gateway.on_generate = lambda g: gateway._orders.put(None) or (os.write(gateway._wake_writer, b"x") and [])  # type: ignore[func-returns-value]
     outputs = client.generate_batch(["a"] * 50)

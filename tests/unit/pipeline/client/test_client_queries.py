@@ -232,9 +232,9 @@ def test_a_cancelled_task_cancels_its_query_and_a_late_answer_is_still_acknowled
     asyncio.run(ask())
 
 
-def test_an_engine_that_goes_ends_its_open_queries(gateway: FakeGateway) -> None:
+def test_an_engine_that_goes_ends_its_open_queries_without_a_time_to_resume(gateway: FakeGateway) -> None:
     async def ask() -> None:
-        async with AsyncClient(gateway.endpoint) as client:
+        async with AsyncClient(gateway.endpoint, resume_timeout_s=0) as client:
             counting = asyncio.create_task(client.tokenize("hi"))
             await asyncio.to_thread(gateway.expect, TokenizeQuery)
             await asyncio.to_thread(gateway.stop)

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.engine.launcher_process import EngineProcess
 from pipeline.environment.module_search import module_environment
+from tests.unit.pipeline.client.client_scripts import in_child, wait_until
 
 BAD_CONFIG = "[nonsense]\n"
 AT_EXIT = """
@@ -33,9 +34,16 @@ def drop(engine: EngineProcess) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    "leave", [lambda engine: engine.wait(60), lambda engine: engine.end(), drop], ids=["wait", "end", "drop"]
-)
+def look_and_wait(engine: EngineProcess) -> None:
+    """Any process can see whether the launcher has ended, before and after its parent has reaped it."""
+    assert in_child(engine.has_ended) == "False"
+    wait_until(engine.has_ended, "the end of the launcher")
+    assert in_child(engine.has_ended) == "True"
+    engine.wait(60)
+    assert (in_child(engine.has_ended), engine.has_ended()) == ("True", True)
+
+
+@pytest.mark.parametrize("leave", [look_and_wait, lambda engine: engine.end(), drop], ids=["wait", "end", "drop"])
 def test_its_folder_goes_however_the_end_is_noticed(leave: Callable[[EngineProcess], object], tmp_path: Path) -> None:
     folder = tmp_path / "of the engine"
     folder.mkdir()

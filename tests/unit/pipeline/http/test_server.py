@@ -14,7 +14,7 @@ import pytest
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
+from ipc.errors import EngineUnavailable, Interrupted, InvalidRequest, QueueFull
 from pipeline.http.app import Application, Bookkeeping
 from pipeline.http.config import COUNTERS, HttpConfig
 from pipeline.http.errors import OPENAI
@@ -108,6 +108,7 @@ def test_a_request_is_answered_and_its_id_comes_back() -> None:
         (InvalidRequest("top_p (3) must lie in (0, 1]"), 400, b'"param":"top_p"'),
         (QueueFull("the queue is full", 2.2), 429, b"retry-after: 3\r\n"),
         (EngineUnavailable("the engine is draining"), 503, b"retry-after: 1\r\n"),
+        (Interrupted("the scheduler has died; no engine continued it"), 503, b"retry-after: 1\r\n"),
         (ZeroDivisionError("secret"), 500, b"internal error"),
     ],
 )
