@@ -52,13 +52,18 @@ class FakeGrammar:
                     self.matchers |= dict.fromkeys(keys, worker)
                 else:
                     for key in message.keys:
-                        assert self.matchers.pop(key) == worker, "a sequence was released by another worker"
+                        assert self.matchers.pop(key, worker) == worker, "a sequence was released by another worker"
 
     def compile(self, scheduler: Scheduler, index: int = 0, error: str = "") -> None:
         """Answer one of the grammars that wait."""
         worker, message = self.compiles.pop(index)
         code = "invalid_request" if error else ""
         scheduler.compiled(worker, Compiled(key=message.key, error_code=code, error_message=error))
+
+    def restart(self, worker: int) -> None:
+        """A process has died, and its successor knows nothing."""
+        self.matchers = {key: owner for key, owner in self.matchers.items() if owner != worker}
+        self.compiles = [each for each in self.compiles if each[0] != worker]
 
     def planned(self, record: StepRecord, scheduler: Scheduler) -> None:
         """Remember whose masks a new step needs."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
-from ipc.messages import PromptLogprobs, Route, Tokenized
+from ipc.messages import PromptLogprobs, Resume, Route, Tokenized
 from ipc.record_layout import Layout
 from ipc.records import PromptRecord, StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -99,6 +99,7 @@ class ScheduledEngine:
         self.ends: dict[int, str] = {}  # finish reasons
         self.errors: dict[int, tuple[str, str]] = {}
         self.retry_after_s: dict[int, float] = {}
+        self.suspected: set[int] = set()
         self.last_outputs: Any = None
 
     # Actions of other processes
@@ -127,6 +128,7 @@ class ScheduledEngine:
         salt: str = "",
         arrived_ns: int | None = None,
         deadline_ns: int = 0,
+        num_suspected: int = 0,
         **scheduling: Any,
     ) -> Arrival:
         """Tokenize and hand to the scheduler."""
@@ -142,6 +144,7 @@ class ScheduledEngine:
                 scheduling=SchedulingParams(**scheduling),
                 arrived_ns=self.clock.now_ns if arrived_ns is None else arrived_ns,
                 deadline_ns=deadline_ns,
+                resume=Resume(samples=[], num_suspected=num_suspected) if num_suspected else None,
             )
         )
 
@@ -217,6 +220,7 @@ class ScheduledEngine:
             self.ends[ended.key] = ended.finish_reason
             self.errors[ended.key] = (ended.error_code, ended.error_message)
             self.retry_after_s[ended.key] = ended.retry_after_s
+            self.suspected |= {ended.key} if ended.suspected else set()
         return outputs
 
     # Several
