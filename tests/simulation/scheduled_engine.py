@@ -57,6 +57,7 @@ class ScheduledEngine:
         prompt_records: int = 32,
         prefix_caching: bool = True,
         num_grammar_workers: int = 0,
+        restart_window_s: float = 0.5,
         **scheduling: Any,
     ) -> None:
         self.shape = StepShape(
@@ -85,9 +86,10 @@ class ScheduledEngine:
         self.grammar = FakeGrammar(self.shape, num_grammar_workers, 2 * depth)
         self.scheduler = Scheduler(
             config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock,
-            mask_rings=self.grammar.writers,
+            mask_rings=self.grammar.writers, restart_window_s=restart_window_s,
         )  # fmt: skip
         self.gpu = FakeGpu(self.shape, num_blocks, created)
+        self.epoch = 1  # of the GPU process
         self._step_records = [_record(step_layout(self.shape)) for _ in range(2 * depth)]
         self._result_records = [_record(result_layout(self.shape)) for _ in range(2 * depth)]
         self.num_planned = self.num_run = self.num_applied = 0
@@ -185,6 +187,17 @@ class ScheduledEngine:
         self.scheduler.apply(record)
         record.storage[:] = 0xEE  # the ring reuses it
         self.num_applied += 1
+
+    def replace_device(self, *, was_ready: bool = True) -> None:
+        """The GPU process dies with all that is in flight, and a new one takes its place."""
+        clock_ns = self.gpu.clock_ns
+        self.gpu = FakeGpu(self.shape, self.num_blocks, self.tokenizer_rings)
+        self.gpu.clock_ns = clock_ns
+        self.num_planned = self.num_run = self.num_applied = 0
+        self.epoch += 1
+        self.clock.now_ns += 1_000_000_000
+        self.grammar.replace_device()
+        self.scheduler.replace_device(self.epoch, was_ready=was_ready)
 
     def hear(self) -> Any | None:
         """Take and check one message for the detokenizer."""

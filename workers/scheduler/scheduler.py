@@ -219,8 +219,10 @@ class Scheduler:
         device_s = self._step_times.add(step, work_since_ns, result, started_ns, self._clock())
         self._chunk_limit.add_step(step.num_prompt_tokens, device_s)
 
-    def replace_device(self, epoch: int) -> None:
+    def replace_device(self, epoch: int, *, was_ready: bool = True) -> None:
         """The GPU process has died, and a new one reads the next steps, from ticket 1, in rings of this epoch.
+
+        `was_ready`: the dead one had started, so that a sequence may be the cause of its death.
 
         The steps in flight are void. Every sequence with a row waits to be resumed. Its row keeps its ids, which are
         sent again, and so are its long values. Its keys and values are computed again.
@@ -233,7 +235,7 @@ class Scheduler:
                 self.prompts.release(lease)
         self._in_flight.clear()
         owners = sorted(filter(None, self._table.sequences), key=lambda each: (each.rank, each.key))
-        guilty = self._probation.device_died(owners)
+        guilty = self._probation.device_died(owners, was_ready)
         self._endings.fail([each for each in self._open if each.request_key in guilty], RequestFailed.code, GUILTY)
         self._planner.replace_device()
         self._kv_cache.reset()
