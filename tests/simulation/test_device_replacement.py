@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from ipc.errors import RingError
+from ipc.errors import Interrupted, RingError
 from tests.simulation.scheduled_engine import ScheduledEngine
 from tests.simulation.test_scheduler_random import MAX_N, Traffic, check_cache, check_end, check_masks, check_samples
 from workers.scheduler.kv_cache.kv_cache import KVCache
@@ -29,13 +29,15 @@ NUM_SEEDS = 2_000
 NUM_FAST_SEEDS = 100
 MAX_REQUESTS = 6
 MAX_DEATHS = 10
+MAX_GRAMMAR_DEATHS = 2
 NUM_PARTS = 10  # of the slow seeds
 
 
 class DyingTraffic(Traffic):
     """Traffic with log-probabilities of prompts, in which the GPU process dies.
 
-    In one seed of four, deaths are close enough together for the scheduler to look for a request that causes them.
+    Grammar processes die too, in other moments. In one seed of four, deaths of the GPU process are close enough
+    together for the scheduler to look for a request that causes them.
     """
 
     def __init__(self, seed: int) -> None:
@@ -51,7 +53,7 @@ class DyingTraffic(Traffic):
         self.has_probation = seed % 4 == 1
         self.shape["restart_window_s"] = 1_000.0 if self.has_probation else 0.5
         self.depth = 1 + seed % 3
-        self.num_deaths = 0
+        self.num_deaths = self.num_grammar_deaths = 0
 
     def die(self, engine: ScheduledEngine) -> None:
         self.num_deaths += 1
@@ -59,11 +61,20 @@ class DyingTraffic(Traffic):
 
     def run_with_deaths(self) -> ScheduledEngine:
         rng = random.Random(f"deaths {self.seed}")
-        rate = rng.choice(DEATH_RATES)
+        rate, away = rng.choice(DEATH_RATES), set[int]()
 
         def die_at_times(_: int, engine: ScheduledEngine) -> None:
             if self.num_deaths < MAX_DEATHS and rng.random() < rate:
                 self.die(engine)
+            for worker in range(self.shape["num_grammar_workers"]):
+                if self.num_grammar_deaths < MAX_GRAMMAR_DEATHS and rng.random() < rate / 4:
+                    self.num_grammar_deaths += 1
+                    away.add(worker)
+                    engine.scheduler.lose_grammar_worker(worker)
+                    engine.grammar.restart(worker)
+                elif worker in away and rng.random() < 0.1:
+                    away.remove(worker)
+                    engine.scheduler.regain_grammar_worker(worker)
 
         return self.run(self.depth, die_at_times)
 
@@ -84,11 +95,14 @@ def check(traffic: DyingTraffic, engine: ScheduledEngine) -> None:
     check_samples(traffic, engine)
     guilty = {key for key, (_, text) in engine.errors.items() if text == GUILTY}
     assert not guilty or traffic.has_probation
-    for key in guilty:
+    interrupted = {key for key, (code, _) in engine.errors.items() if code == Interrupted.code}
+    assert not interrupted or traffic.num_grammar_deaths
+    assert all(traffic.sequences[key][1].structured_outputs for key in interrupted)
+    for key in guilty | interrupted:
         assert engine.tokens[key] == traffic.expected(key)[: len(engine.tokens[key])]
     check_masks(traffic, engine)
     for key, end in engine.ends.items():
-        if key not in guilty:
+        if key not in guilty | interrupted:
             check_end(traffic, engine, key, end)
         check_prompt(traffic, engine, key)
 

@@ -51,7 +51,10 @@ class GrammarWorkers:
             return None
         if not self._workers:
             code = InvalidRequest.code
-            text = "structured_outputs needs a grammar process: set grammar.num_workers (0) to 1 or more"
+            text = (
+                "structured_outputs needs a grammar process, and grammar.num_workers (0) starts none: "
+                "set it to 1 or more"
+            )
         elif message.resume is not None and message.resume.num_suspected >= MAX_SUSPECTED:
             code, text = RequestFailed.code, "its grammar has ended a grammar process twice: simplify the grammar"
         else:
