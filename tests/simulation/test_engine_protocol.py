@@ -206,7 +206,7 @@ def check_deaths(seeds: range) -> int:
 
 
 def test_requests_get_their_own_tokens_from_a_new_gpu_process() -> None:
-    assert check_deaths(range(0, 100, 4)) > 50
+    assert check_deaths(range(0, 100, 7)) > 30
 
 
 @pytest.mark.slow
