@@ -183,7 +183,7 @@ def test_the_gpu_process_may_die_at_any_event_of_a_run(seed: int, step: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [11, 12, 14, 15, 17, 22, 37, 46, 51])
+@pytest.mark.parametrize("seed", [11, 14, 17, 22, 37, 46, 51])
 def test_the_gpu_process_may_die_at_every_single_event_of_a_run(seed: int) -> None:
     check_each_event(seed, 1)
 

@@ -212,7 +212,7 @@ def test_requests_get_their_own_tokens_from_a_new_gpu_process() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_many_seeds_survive_the_deaths_of_the_gpu_process(part: int) -> None:
-    check_deaths(range(100 + part, 500, 4))
+    check_deaths(range(100 + part, 300, 4))
 
 
 def reports(faulty: Callable[[int], Run], seeds: int = 30) -> list[str]:

@@ -13,6 +13,7 @@ module of each stage:
 Batching is continuous, at the level of iterations: each step computes one token of every decoding sequence and, with
 the tokens that are left, parts of prompts. Steps are planned up to `depth` ahead of their results, under the assumption
 that no sequence stops early. If one does, the results of its later steps are void (`SequenceTable.generation`).
+If the GPU process dies, every sequence with a row is preempted, and goes on in its successor (`replace_device`).
 """
 
 from __future__ import annotations
