@@ -274,6 +274,7 @@ class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry_after_s: float = 0.0  # of a full queue: when to try again
     times: RequestTimes | None = None  # of the sample; None with an error that the gateway reports
     stop_string: str = ""  # the one of SamplingParams.stop that ended the text; "" = none did
+    suspected: bool = False  # with `Interrupted`: the request may have ended the process that died (`Resume`)
 
 
 class Outputs(Message, frozen=True):
@@ -566,6 +567,7 @@ class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error_code: str = ""
     error_message: str = ""
     retry_after_s: float = 0.0
+    suspected: bool = False  # with `Interrupted`: the sequence may have ended the process that died
 
 
 class StepLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

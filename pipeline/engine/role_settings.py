@@ -118,6 +118,7 @@ def scheduler(facts: EngineFacts, worker: WorkerBootstrap) -> SchedulerBootstrap
         grammar=GrammarLimits(
             mask_timeout_s=facts.config.grammar.mask_timeout_s, compile_timeout_s=facts.config.grammar.compile_timeout_s
         ),
+        restart_window_s=facts.config.supervisor.window_s,
     )
 
 

@@ -106,43 +106,61 @@ class Simulation:
         device: type[SimulatedDevice] = SimulatedDevice,
     ) -> None:
         self.random = Random(seed)
-        self.device = device(self.random, max_actors=8 + 2 * shape.num_grammar_workers)
+        self.device = device(self.random, max_actors=9 + 2 * shape.num_grammar_workers)
+        self.epoch = 1  # of the GPU process
         self.now_ns = 0
         self.num_submitted = 0
         self.dead_workers: deque[int] = deque()  # of grammar; the GPU process is told in its next turn
         self._credits = depth if credits is None else credits
+        self._shape, self._depth, self._num_blocks = shape, depth, num_blocks
+        self._mask_records = mask_records
+        self._buckets = Buckets(shape) if pad_batches else None
         self._rings: list[WatchedRing[Any]] = []
-        steps = self._ring("step", step_layout(shape), 2 * depth, 2)
-        results = self._ring("result", result_layout(shape), 2 * depth, 2)
-        prompts = [
+        self._prompts = [
             self._ring(f"prompt.{i}", prompt_layout(), prompt_records, 2 if i == 0 else 3)
             for i in range(1 + num_tokenizers)
         ]
-        self._steps, self._results = steps[0], results[0]
-        self.prompt_rings: Sequence[WatchedRing[PromptRecord]] = [ends[0] for ends in prompts]
-        self.tokenizer_rings: Sequence[WatchedRing[PromptRecord]] = [ends[2] for ends in prompts[1:]]
-        masks = [self._ring(f"mask.{i}", mask_layout(shape), mask_records, 2) for i in range(shape.num_grammar_workers)]
+        self.prompt_rings: Sequence[WatchedRing[PromptRecord]] = [ends[0] for ends in self._prompts]
+        self.tokenizer_rings: Sequence[WatchedRing[PromptRecord]] = [ends[2] for ends in self._prompts[1:]]
+        self._start_gpu(runner)
+        self._actors: dict[str, Callable[[], bool]] = {
+            "gpu-host": self._take_step,
+            "completion": self._publish_result,
+            "device": self._run_device,
+        }
+
+    def _start_gpu(self, runner: ModelRunner) -> None:
+        """Make the rings that are as old as the GPU process, and its executor."""
+        shape, depth = self._shape, self._depth
+        self._steps, gpu_steps = self._ring("step", step_layout(shape), 2 * depth, 2)
+        self._results, gpu_results = self._ring("result", result_layout(shape), 2 * depth, 2)
+        names = [f"mask.{i}" for i in range(shape.num_grammar_workers)]
+        masks = [self._ring(name, mask_layout(shape), self._mask_records, 2) for name in names]
         self.mask_rings: Sequence[WatchedRing[MaskRecord]] = [ends[0] for ends in masks]
-        rings = GpuRings(steps[1], results[1], [ends[1] for ends in prompts], [ends[1] for ends in masks])
+        prompts = [ends[1] for ends in self._prompts]
         self.device.act_as("gpu-host")
         self.executor = Executor(
             self.device,
             runner,
             shape,
             depth,
-            num_blocks,
-            rings,
-            buckets=Buckets(shape) if pad_batches else None,
+            self._num_blocks,
+            GpuRings(gpu_steps, gpu_results, prompts, [ends[1] for ends in masks]),
+            buckets=self._buckets,
             mask_timeout_s=MASK_TIMEOUT_S,
             monotonic_ns=lambda: self.now_ns,
         )
-        self.num_published = 0
-        self.num_applied = 0
-        self._actors: dict[str, Callable[[], bool]] = {
-            "gpu-host": self._take_step,
-            "completion": self._publish_result,
-            "device": self._run_device,
-        }
+        self.num_published = self.num_applied = 0
+
+    def replace_device(self, runner: ModelRunner) -> None:
+        """The GPU process dies, whatever it is doing. A new one has an empty device and new rings, except the prompt
+        rings. The caller tells the planner."""
+        device = self.device
+        self.device = type(device)(self.random, max_actors=device._max_actors)
+        for ring in self._rings:
+            ring.device = self.device
+        self.epoch += 1
+        self._start_gpu(runner)
 
     def add_actor(self, name: str, act: Callable[[], bool]) -> None:
         """Give a host thread turns. `act` does at most one thing and says whether it did."""
@@ -172,7 +190,7 @@ class Simulation:
             ring.close()
 
     def _ring(self, name: str, layout: Layout[R], num_slots: int, num_ends: int) -> list[WatchedRing[R]]:
-        ring = Ring.create(name, layout, num_slots, epoch=1)
+        ring = Ring.create(name, layout, num_slots, self.epoch)
         ends = []
         for _ in range(num_ends):
             end = WatchedRing(ring.handle, layout)

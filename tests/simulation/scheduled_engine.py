@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
-from ipc.messages import PromptLogprobs, Route, Tokenized
+from ipc.messages import PromptLogprobs, Resume, Route, Tokenized
 from ipc.record_layout import Layout
 from ipc.records import PromptRecord, StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -57,6 +57,7 @@ class ScheduledEngine:
         prompt_records: int = 32,
         prefix_caching: bool = True,
         num_grammar_workers: int = 0,
+        restart_window_s: float = 0.5,
         **scheduling: Any,
     ) -> None:
         self.shape = StepShape(
@@ -85,9 +86,10 @@ class ScheduledEngine:
         self.grammar = FakeGrammar(self.shape, num_grammar_workers, 2 * depth)
         self.scheduler = Scheduler(
             config, self.shape, depth, num_blocks, list(eos_token_ids), self.prompts, clock=self.clock,
-            mask_rings=self.grammar.writers,
+            mask_rings=self.grammar.writers, restart_window_s=restart_window_s,
         )  # fmt: skip
         self.gpu = FakeGpu(self.shape, num_blocks, created)
+        self.epoch = 1  # of the GPU process
         self._step_records = [_record(step_layout(self.shape)) for _ in range(2 * depth)]
         self._result_records = [_record(result_layout(self.shape)) for _ in range(2 * depth)]
         self.num_planned = self.num_run = self.num_applied = 0
@@ -99,6 +101,7 @@ class ScheduledEngine:
         self.ends: dict[int, str] = {}  # finish reasons
         self.errors: dict[int, tuple[str, str]] = {}
         self.retry_after_s: dict[int, float] = {}
+        self.suspected: set[int] = set()
         self.last_outputs: Any = None
 
     # Actions of other processes
@@ -127,6 +130,7 @@ class ScheduledEngine:
         salt: str = "",
         arrived_ns: int | None = None,
         deadline_ns: int = 0,
+        num_suspected: int = 0,
         **scheduling: Any,
     ) -> Arrival:
         """Tokenize and hand to the scheduler."""
@@ -142,6 +146,7 @@ class ScheduledEngine:
                 scheduling=SchedulingParams(**scheduling),
                 arrived_ns=self.clock.now_ns if arrived_ns is None else arrived_ns,
                 deadline_ns=deadline_ns,
+                resume=Resume(samples=[], num_suspected=num_suspected) if num_suspected else None,
             )
         )
 
@@ -183,6 +188,17 @@ class ScheduledEngine:
         record.storage[:] = 0xEE  # the ring reuses it
         self.num_applied += 1
 
+    def replace_device(self, *, was_ready: bool = True) -> None:
+        """The GPU process dies with all that is in flight, and a new one takes its place."""
+        clock_ns = self.gpu.clock_ns
+        self.gpu = FakeGpu(self.shape, self.num_blocks, self.tokenizer_rings)
+        self.gpu.clock_ns = clock_ns
+        self.num_planned = self.num_run = self.num_applied = 0
+        self.epoch += 1
+        self.clock.now_ns += 1_000_000_000
+        self.grammar.replace_device()
+        self.scheduler.replace_device(self.epoch, was_ready=was_ready)
+
     def hear(self) -> Any | None:
         """Take and check one message for the detokenizer."""
         outputs = self.scheduler.take_outputs()
@@ -217,6 +233,7 @@ class ScheduledEngine:
             self.ends[ended.key] = ended.finish_reason
             self.errors[ended.key] = (ended.error_code, ended.error_message)
             self.retry_after_s[ended.key] = ended.retry_after_s
+            self.suspected |= {ended.key} if ended.suspected else set()
         return outputs
 
     # Several

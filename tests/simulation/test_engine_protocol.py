@@ -33,6 +33,7 @@ NUM_BLOCKS = 9  # three sequences want up to eighteen: some are preempted
 NUM_REQUESTS = 6
 NUM_CHUNKS = 20
 SEEDS_PER_CHUNK = 100
+DEATH_RATE = 0.03  # at each turn of death
 NOBODY = Route(client=b"", request_id="", stream=True)
 
 torch.set_num_threads(1)
@@ -42,8 +43,15 @@ class Run:
     """One seed: requests that arrive, are cancelled, and what became of each."""
 
     def __init__(
-        self, seed: int, *, depth: int | None = None, credits: int = 0, device: type[SimulatedDevice] = SimulatedDevice
+        self,
+        seed: int,
+        *,
+        depth: int | None = None,
+        credits: int = 0,
+        device: type[SimulatedDevice] = SimulatedDevice,
+        max_deaths: int = 0,
     ) -> None:
+        self.num_deaths, self._max_deaths = 0, max_deaths
         self.random = Random(seed)
         depth = depth or self.random.randint(1, 4)
         self.simulation = Simulation(
@@ -52,7 +60,9 @@ class Run:
         )  # fmt: skip
         config = SchedulerConfig(max_num_seqs=SHAPE.max_num_seqs)
         prompts = PromptRings(self.simulation.prompt_rings)
-        self.scheduler = Scheduler(config, SHAPE, depth + credits, NUM_BLOCKS, [3], prompts, clock=lambda: 0)
+        self.scheduler = Scheduler(
+            config, SHAPE, depth + credits, NUM_BLOCKS, [3], prompts, clock=lambda: 0, restart_window_s=-1.0
+        )
         self.prompts = [
             [self.random.randrange(16) for _ in range(self.random.randint(1, 12))] for _ in range(NUM_REQUESTS)
         ]
@@ -70,6 +80,8 @@ class Run:
 
     def go(self) -> Run:
         self.simulation.add_actor("tokenizer", self._tokenize)
+        if self._max_deaths:
+            self.simulation.add_actor("death", self._die)
         try:
             self.simulation.run(self, lambda: len(self.ends) == NUM_REQUESTS)
             self.num_records_lost = sum(r.num_slots - r.num_free() for r in self.simulation.tokenizer_rings)
@@ -93,6 +105,15 @@ class Run:
                       num_prompt_tokens=len(prompt), arrived_ns=0)
         )  # fmt: skip
         self._num_arrived += 1
+        return True
+
+    def _die(self) -> bool:
+        """At times the GPU process dies: its records are read or not, and its results published or not."""
+        if self.num_deaths == self._max_deaths or self.random.random() > DEATH_RATE:
+            return False
+        self.num_deaths += 1
+        self.simulation.replace_device(ToyModel(SHAPE, NUM_BLOCKS))
+        self.scheduler.replace_device(self.simulation.epoch)
         return True
 
     # The planner of the simulation: the scheduler and what reaches it by messages
@@ -168,6 +189,30 @@ def test_no_seed_finds_an_unordered_access_or_a_wrong_token(chunk: int) -> None:
         num_cancelled += list(run.ends.values()).count("cancelled")
     assert num_preemptions > 0
     assert num_cancelled > 0
+
+
+def check_deaths(seeds: range) -> int:
+    """Returns how often the GPU process died."""
+    num_deaths = 0
+    for seed in seeds:
+        run = Run(seed, max_deaths=5)
+        try:
+            check(run.go())
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+        num_deaths += run.num_deaths
+    return num_deaths
+
+
+def test_requests_get_their_own_tokens_from_a_new_gpu_process() -> None:
+    assert check_deaths(range(0, 100, 7)) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_many_seeds_survive_the_deaths_of_the_gpu_process(part: int) -> None:
+    check_deaths(range(100 + part, 300, 4))
 
 
 def reports(faulty: Callable[[int], Run], seeds: int = 30) -> list[str]:

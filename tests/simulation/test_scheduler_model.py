@@ -24,6 +24,7 @@ from ipc.scheduling_params import SchedulingParams
 from tests.reference.scheduler_model import SchedulerModel, Sequence
 from workers.scheduler.admission.waiting_queue import WaitingQueue
 from workers.scheduler.config import SchedulerConfig
+from workers.scheduler.endings import Endings
 from workers.scheduler.kv_cache.block_pool import BlockPool
 from workers.scheduler.kv_cache.prefix_cache import PrefixCache
 from workers.scheduler.planning.planner import Planner
@@ -47,7 +48,7 @@ class Prompts:
 
     def receive(self, ring: int, ticket: int, num_tokens: int) -> tuple[Any, PromptLease]:
         self.held.add(ticket)
-        return np.array(self.ids[ticket], np.int32), PromptLease(ring, ticket, 1, is_waiting=True)
+        return np.array(self.ids[ticket], np.int32), PromptLease(ring, ticket, 1, num_tokens, is_waiting=True)
 
     def decline(self, ring: int, ticket: int, num_tokens: int) -> None:
         pass
@@ -57,7 +58,7 @@ class Prompts:
 
     def leases_for_step(self, lease: PromptLease, ids: Any, long_values: Any) -> tuple[PromptLease, None]:
         if lease.is_released:
-            return PromptLease(0, 0, 1, is_waiting=False), None
+            return PromptLease(0, 0, 1, len(ids), is_waiting=False), None
         assert lease.ticket in self.held, "a prompt was admitted after it was released"
         return lease, None
 
@@ -373,13 +374,11 @@ def test_every_decision_is_the_models_and_every_request_ends_once(part: int) -> 
 # Faults that must be found
 
 
-def lose_abort_in_the_last_step(
-    scheduler: Scheduler, sequences: Any, reason: Any, end: Any = Scheduler._end_early
-) -> Any:
+def lose_abort_in_the_last_step(endings: Endings, sequences: Any, reason: Any, end: Any = Endings.early) -> Any:
     """A sequence whose tokens are all planned cannot be aborted any more."""
-    table = scheduler._table
+    table = endings._table
     alive = [sequence for sequence in sequences if table.num_planned_tokens[sequence.row] < table.max_len[sequence.row]]
-    return end(scheduler, alive, reason)
+    return end(endings, alive, reason)
 
 
 def free_row_at_once(rows: SequenceTable, row: int, retire: Any = SequenceTable.retire) -> None:
@@ -454,7 +453,7 @@ def forget_waiting_tokens(queue: WaitingQueue, sequence: Any, end: Any = Waiting
 @pytest.mark.parametrize(
     ("owner", "method", "mutant"),
     [
-        (Scheduler, "_end_early", lose_abort_in_the_last_step),
+        (Endings, "early", lose_abort_in_the_last_step),
         (SequenceTable, "retire", free_row_at_once),
         (SequenceTable, "retire", trust_late_results),
         (Planner, "_preempt", drop_results_of_preempted),

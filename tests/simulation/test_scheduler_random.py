@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -97,8 +98,11 @@ class Traffic:
         end_ids = [*(() if params.ignore_eos else self.shape["eos_token_ids"]), *params.stop_token_ids]
         return expected_tokens(prompt, params.seed or 0, limit, end_ids)
 
-    def run(self, depth: int) -> ScheduledEngine:
-        """Events in random order, everything that may be late being late at times."""
+    def run(self, depth: int, before: Callable[[int, ScheduledEngine], None] | None = None) -> ScheduledEngine:
+        """Events in random order, everything that may be late being late at times.
+
+        `before` gets a turn before each event, with the event's number.
+        """
         rng = random.Random(self.seed * 8 + depth)
         engine = ScheduledEngine(**self.shape, depth=depth)
         scheduler = engine.scheduler
@@ -107,6 +111,8 @@ class Traffic:
             to_send[rng.choice(list(to_send))].append(key)
         sent: set[int] = set()
         for moment in range(20_000):
+            if before is not None:
+                before(moment, engine)
             event = rng.choice(("send", "plan", "plan", "device", "apply", "hear", "cancel", "clear", "compile"))
             if event == "send":
                 ring = rng.choice(list(to_send))
@@ -116,7 +122,7 @@ class Traffic:
                     sent |= set(range(key, key + self.requests[key][1].n))
             elif event == "plan" and scheduler.num_in_flight < depth:
                 engine.plan()
-            elif event == "device" and engine.gpu.num_submitted and engine.grammar.can_answer():
+            elif event == "device" and engine.gpu.num_submitted and engine.grammar.can_answer(scheduler):
                 engine.run_device()
             elif event == "apply" and scheduler.num_in_flight:
                 engine.apply()
@@ -249,10 +255,10 @@ def keep_ended(requests: MaskRequests, batch: Any, places: Any, unseen: Any = Ma
     return requests._table.key[batch.rows[places]], tokens
 
 
-def tell_never(admission: Admission, sequence: Any, resume: Any = Admission.resume) -> None:
+def tell_never(admission: Admission, sequence: Any, resume: Any = Admission.resume) -> Any:
     """As if a resumed sequence's newest token had been told."""
-    resume(admission, sequence)
     admission._table.num_followed_tokens[sequence.row] = admission._table.num_tokens[sequence.row]
+    return resume(admission, sequence)
 
 
 def ask_early(requests: MaskRequests, batch: Any, samples: Any, plan: Any = MaskRequests.plan) -> Any:

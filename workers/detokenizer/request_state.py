@@ -145,6 +145,7 @@ class Sequence:
             end.retry_after_s,
             self._times(),
             stop_string=self.matcher.matched if self.matcher is not None and reason == "stop" else "",
+            suspected=end.suspected,
         )
 
     def _times(self) -> RequestTimes:

@@ -1,7 +1,8 @@
 """What a grammar process decides: which requests it compiles, and which tokens their sequences may sample.
 
     compile   Compile -> the pool's threads -> take_answers: Compiled, and a matcher for each sequence
-    fill      the newest tokens of sequences -> their matchers advance -> masks
+    follow    the newest tokens of sequences -> their matchers advance
+    fill      the same -> masks
     release   sequences have ended: their matchers are dropped, a compilation that nobody needs is cancelled
 
 Every Compile gets one Compiled. Knows no sockets and no rings. One thread uses it, except for loading the vocabulary:
@@ -23,7 +24,7 @@ from ipc.messages import Compile, Compiled, MatcherFailed
 from ipc.records import NO_TOKEN
 from workers.grammar.compile_pool import CompilePool
 from workers.grammar.compiler import Compiler
-from workers.grammar.matchers import UNKNOWN_SEQUENCE, Matchers
+from workers.grammar.matchers import Matchers
 from workers.grammar.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -109,25 +110,34 @@ class GrammarCore:
         """Seconds until `take_answers` must be called without a notification; None: it need not be."""
         return None if self._pool is None else self._pool.next_deadline_s()
 
+    def knows_some(self, keys: list[int]) -> bool:
+        """Whether some sequence has a matcher, or all have ended. False: they are sequences of a predecessor."""
+        open_keys = [key for key in keys if key != NO_KEY]
+        return not open_keys or (self._matchers is not None and any(key in self._matchers for key in open_keys))
+
+    def follow(self, keys: list[int], token_ids: list[int]) -> None:
+        """Advance each sequence by its newest token, if it has one. Unknown sequences are ignored: they have ended, or
+        this process has replaced the one that knew them."""
+        if self._matchers is not None:
+            for key, token_id in zip(keys, token_ids, strict=True):
+                if token_id != NO_TOKEN:
+                    self._matchers.advance(key, token_id)
+
     def fill(self, keys: list[int], token_ids: list[int], masks: NDArray[np.int32]) -> list[MatcherFailed]:
-        """Advance each sequence by its newest token, if it has one, and write its mask. Masks fail closed: all zero.
+        """Advance each sequence by its newest token, and write its mask. Masks fail closed: all zero.
 
         `masks` is [at least len(keys), num_words]. Returns the sequences that have failed, each once.
         """
-        matchers = self._matchers
-        if matchers is None:  # this process has replaced one that knew the sequences
+        self.follow(keys, token_ids)
+        if self._matchers is None:
             masks[: len(keys)] = 0
-            return [MatcherFailed(key=key, reason=UNKNOWN_SEQUENCE) for key in keys if key != NO_KEY]
-        for key, token_id in zip(keys, token_ids, strict=True):
-            if token_id != NO_TOKEN:
-                matchers.advance(key, token_id)
-        matchers.fill(keys, masks)
+            return []
+        self._matchers.fill(keys, masks)
         failures = []
         for key in keys:
-            if key != NO_KEY and key not in self._failed and (problem := matchers.problem(key)):
+            if key not in self._failed and (problem := self._matchers.problem(key)):
                 failures.append(MatcherFailed(key=key, reason=problem))
-                if problem != UNKNOWN_SEQUENCE:  # it is not ours, so no release follows
-                    self._failed.add(key)
+                self._failed.add(key)
         return failures
 
     def _answer(self, key: int, error: RingfeedError | None) -> None:

@@ -19,9 +19,6 @@ from workers.grammar.vocabulary import Vocabulary
 
 MEAN_TOKEN_S: Final = 0.002  # computing time that a sequence earns with each token, up to MAX_TOKEN_S
 _MAX_PROBLEM_CHARS: Final = 300
-UNKNOWN_SEQUENCE: Final = (
-    "the grammar process does not know this sequence: it may have been restarted; send the request again"
-)
 
 
 class Matcher:
@@ -102,6 +99,9 @@ class Matchers:
     def __len__(self) -> int:
         return len(self._matchers)
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._matchers
+
     def add(self, key: int, prototype: Prototype, end_ids: Iterable[int]) -> None:
         """Begin a sequence. Its text may end with any of `end_ids`. A key is never used twice."""
         assert key not in self._matchers, f"key {key} has a matcher already"
@@ -138,9 +138,9 @@ class Matchers:
                 mask[:] = 0
 
     def problem(self, key: int) -> str:
-        """Why the masks of a sequence are closed, in one line; empty: they are not."""
+        """Why the masks of a sequence are closed, in one line; empty: they are not, or the sequence is unknown."""
         matcher = self._matchers.get(key)
-        return UNKNOWN_SEQUENCE if matcher is None else matcher.problem
+        return "" if matcher is None else matcher.problem
 
     def is_complete(self, key: int) -> bool:
         """Whether a sequence's text so far satisfies its constraint."""

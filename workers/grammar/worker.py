@@ -8,6 +8,13 @@
     GPU process: mask                    <------    (the GPU process releases its records)
 
 Masks come first: the device may be waiting for them. Grammars are compiled on other threads.
+
+The mask ring is as old as the GPU process, and the ring of requests is older. Every request advances matchers. Which
+mask record it gets depends on the mask ring that it names:
+
+    an older ring       none: the GPU process that waited for it has died
+    the present ring    the record that it names, unless a predecessor of this process has published that
+    a newer ring        it waits until this process has the new ring
 """
 
 from __future__ import annotations
@@ -18,9 +25,10 @@ from time import perf_counter_ns
 from typing import Final
 
 from ipc.channels import receive, send
-from ipc.mask_records import mask_layout, mask_request_layout
+from ipc.mask_records import MaskRequestRecord, mask_layout, mask_request_layout
 from ipc.messages import Compile, SchedulerToGrammar, Start
 from ipc.trace import Span
+from workers.bootstrap import RingEnd
 from workers.grammar.config import GrammarBootstrap
 from workers.grammar.core import GrammarCore
 from workers.grammar.vocabulary import Vocabulary
@@ -56,14 +64,19 @@ class GrammarWorker:
         self._core = core
         self._scheduler = process.connect("schedule")
         process.watch(self._scheduler)
-        requests, masks = bootstrap.worker.ring("mask_request"), bootstrap.worker.ring("mask")
-        self._requests = requests.attach(mask_request_layout(bootstrap.shape))
-        self._masks = masks.attach(mask_layout(bootstrap.shape))
-        self._wake_gpu = masks.wake
+        self._shape = bootstrap.shape
+        self._requests = bootstrap.worker.ring("mask_request").attach(mask_request_layout(bootstrap.shape))
         self._asked_ns: dict[int, int] = {}  # by the request's key: when its Compile arrived
-        while self._requests.next_ticket < self._masks.next_ticket:  # a predecessor has answered these
-            self._requests.take()
-            self._requests.release_through(self._requests.next_ticket - 1)
+        self._use(bootstrap.worker.ring("mask"))
+
+    def replace_device(self, masks: RingEnd) -> None:
+        """Write masks to this ring from now on: the GPU process is a new one."""
+        self._masks.close()
+        self._use(masks)
+
+    def _use(self, masks: RingEnd) -> None:
+        self._masks = masks.attach(mask_layout(self._shape))
+        self._wake_gpu = masks.wake
 
     def serve(self) -> None:
         """Serve until Stop."""
@@ -74,34 +87,48 @@ class GrammarWorker:
             self._process.wait(self._timeout_ms(has_room))
 
     def _answer_requests(self) -> bool:
-        """Answer each request for masks with the record of the same ticket. False: the mask ring has no room for more.
+        """Take the requests for masks in their order. False: the mask ring has no room for more.
 
-        The GPU process releases the records that it has not waited for, too, so room comes.
+        The GPU process releases the records that it has not waited for, too, so room comes. If it has died, a new ring
+        comes instead.
         """
-        requests, masks, stats = self._requests, self._masks, self._process.stats
+        requests, masks = self._requests, self._masks
         while requests.is_published(requests.next_ticket):
-            if not masks.num_free():
+            request = requests.record(requests.next_ticket)
+            epoch, ticket = int(request.mask_epoch[0]), int(request.mask_ticket[0])
+            if epoch > masks.epoch:  # we hear of the new ring soon
+                return True
+            is_wanted = epoch == masks.epoch and ticket >= masks.next_ticket
+            if is_wanted and not masks.num_free():
                 return False
-            started = perf_counter_ns()
-            with self._process.trace[Span.MASK] as span:
-                request, record = requests.take(), masks.claim()
-                assert request is not None, "a published record can be taken"
-                n = int(request.num_masks[0])
-                keys, token_ids = request.key[:n].tolist(), request.token[:n].tolist()
-                for failure in self._core.fill(keys, token_ids, record.masks):
-                    send(self._scheduler, failure)  # before the closed mask, so that the scheduler knows the reason
-                    stats.num_failed_matchers[0] += 1
-                record.step[0] = request.step[0]
-                record.num_masks[0] = n
-                ticket = masks.publish()
-                assert ticket == requests.next_ticket - 1, f"masks {ticket} answer request {requests.next_ticket - 1}"
-                self._wake_gpu()
-                span.set(ticket, n)
-            requests.release_through(ticket)
-            stats.num_mask_records[0] += 1
-            stats.num_masks[0] += n
-            stats.mask_ns[0] += perf_counter_ns() - started
+            n = int(request.num_masks[0])
+            keys, token_ids = request.key[:n].tolist(), request.token[:n].tolist()
+            if is_wanted:
+                assert ticket == masks.next_ticket, f"masks {masks.next_ticket} are due, and {ticket} are asked for"
+                self._answer(request, keys, token_ids)
+            else:
+                self._core.follow(keys, token_ids)
+            requests.release_through(requests.next_ticket)
+            requests.next_ticket += 1
         return True
+
+    def _answer(self, request: MaskRequestRecord, keys: list[int], token_ids: list[int]) -> None:
+        """Write and publish the masks that a request asks for."""
+        masks, stats, n = self._masks, self._process.stats, len(keys)
+        started = perf_counter_ns()
+        with self._process.trace[Span.MASK] as span:
+            record = masks.claim()
+            for failure in self._core.fill(keys, token_ids, record.masks):
+                send(self._scheduler, failure)  # before the closed mask, so that the scheduler knows the reason
+                stats.num_failed_matchers[0] += 1
+            record.step[0] = request.step[0]
+            record.num_masks[0] = n if self._core.knows_some(keys) else 0
+            ticket = masks.publish()
+            self._wake_gpu()
+            span.set(ticket, n)
+        stats.num_mask_records[0] += 1
+        stats.num_masks[0] += n
+        stats.mask_ns[0] += perf_counter_ns() - started
 
     def _take_messages(self) -> None:
         for message in receive(self._scheduler, SchedulerToGrammar, MAX_MESSAGES):

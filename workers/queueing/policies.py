@@ -70,6 +70,9 @@ class Policy(Protocol[W]):
     def sampled(self, rows: Rows) -> None:
         """A step samples one token for each of these rows."""
 
+    def void(self, rows: Rows) -> None:
+        """A step that was counted for these rows samples nothing, because the device is lost. Their owners are open."""
+
     def end(self, request: W) -> None:
         """A request has ended, whether it was still waiting or not."""
 
@@ -153,6 +156,9 @@ class Ranked(Generic[W]):
     def sampled(self, rows: Rows) -> None:
         pass
 
+    def void(self, rows: Rows) -> None:
+        pass
+
     def end(self, request: W) -> None:
         self._waiting.remove(request)
 
@@ -217,6 +223,12 @@ class FairShare(Generic[W]):
 
     def sampled(self, rows: Rows) -> None:
         self._credit -= np.bincount(self._tenant_of[rows], minlength=len(self._credit))
+
+    def void(self, rows: Rows) -> None:
+        self._credit += np.bincount(self._tenant_of[rows], minlength=len(self._credit))
+        for tenant in self._tenants.values():
+            if not len(tenant.waiting):
+                self._credit[tenant.index] = min(0, self._credit[tenant.index])
 
     def end(self, request: W) -> None:
         tenant = self._tenants[request.tenant]

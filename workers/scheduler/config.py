@@ -144,3 +144,4 @@ class SchedulerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     depth: int
     eos_token_ids: list[int]
     grammar: GrammarLimits = GrammarLimits()
+    restart_window_s: float = 300.0  # supervisor.window_s: two deaths of the GPU process within it are suspicious

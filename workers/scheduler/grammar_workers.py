@@ -3,6 +3,8 @@
     park      request -> Compile to the least loaded process
     compiled  its answer -> the sequences of the request that are still open may run
     release   an ended sequence -> ReleaseMatchers
+    lose      a process has died; its sequences have ended, and its messages wait for its successor
+    regain    its successor takes messages
 
 Knows no sockets: the scheduler's process takes the messages and sends them. Ends no sequence: the scheduler does.
 """
@@ -16,6 +18,7 @@ from ipc.errors import InvalidRequest, RequestFailed
 from ipc.messages import Compile, Ended, ReleaseMatchers, SchedulerToGrammar, Tokenized, split_keys
 from workers.scheduler.sequence import Sequence
 
+MAX_SUSPECTED: Final = 2  # deaths of a grammar process that a request may seem to have caused
 ANSWER_SLACK_S: Final = 10.0  # beyond the time to compile: the first grammar also waits for the vocabulary
 
 
@@ -43,22 +46,38 @@ class GrammarWorkers:
         return len(self._workers)
 
     def refusal(self, message: Tokenized) -> Ended | None:
-        """The error that ends a request if no grammar process can serve it; None if one can, or need not."""
-        if message.params.structured_outputs is None or not all(worker.is_dead for worker in self._workers):
+        """The error that ends a request if no grammar process may serve it; None if one may, or need not."""
+        if message.params.structured_outputs is None:
             return None
-        code, text = InvalidRequest.code, "grammar.num_workers (0) starts none: set it to 1 or more"
-        if self._workers:
-            code, text = RequestFailed.code, f"all {len(self._workers)} have died: start the engine again"
-        return Ended(
-            key=message.key,
-            finish_reason="error",
-            error_code=code,
-            error_message=f"structured_outputs needs a grammar process, and {text}",
-        )
+        if not self._workers:
+            code = InvalidRequest.code
+            text = (
+                "structured_outputs needs a grammar process, and grammar.num_workers (0) starts none: "
+                "set it to 1 or more"
+            )
+        elif message.resume is not None and message.resume.num_suspected >= MAX_SUSPECTED:
+            code, text = RequestFailed.code, "its grammar has ended a grammar process twice: simplify the grammar"
+        else:
+            return None
+        return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
 
-    def lose(self, index: int) -> None:
-        """A process has died. Its sequences have ended: it gets no further messages."""
-        self._workers[index].is_dead = True
+    def lose(self, index: int, followed: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+        """A process has died. `followed` are its open sequences.
+
+        Returns those whose grammars it was compiling, so that one of them may have ended it, and the others that it
+        knew. The caller ends both. Grammars that were not sent yet wait for the successor.
+        """
+        worker = self._workers[index]
+        unsent = {message.key for message in worker.compiles}
+        known = [sequence for sequence in followed if sequence.request_key not in unsent]
+        suspects = [sequence for sequence in known if sequence.request_key in worker.unanswered]
+        others = [sequence for sequence in known if sequence.request_key not in worker.unanswered]
+        worker.lose(unsent)
+        return suspects, others
+
+    def regain(self, index: int) -> None:
+        """A new process has taken the place of one that had died. It gets the messages since then."""
+        self._workers[index].regain(self._clock())
 
     def park(self, sequences: list[Sequence]) -> None:
         """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it."""
@@ -95,13 +114,13 @@ class GrammarWorkers:
     @property
     def next_timer_ns(self) -> int | None:
         """When `expired` may have something to return; None: not before the next `park`."""
-        due_ns = [worker.heard_ns + self._limit_ns for worker in self._workers if worker.unanswered]
+        due_ns = [worker.heard_ns + self._limit_ns for worker in self._workers if worker.owes_answers]
         return min(due_ns, default=None)
 
     def expired(self) -> list[Sequence]:
         """The parked sequences whose process has answered nothing for too long. The caller ends them."""
         last_ns = self._clock() - self._limit_ns
-        late = [worker for worker in self._workers if worker.unanswered and worker.heard_ns <= last_ns]
+        late = [worker for worker in self._workers if worker.owes_answers and worker.heard_ns <= last_ns]
         return [sequence for worker in late for key in worker.give_up() for sequence in self._sequences(key)]
 
     def take_messages(self) -> list[tuple[int, list[SchedulerToGrammar]]]:
@@ -109,7 +128,7 @@ class GrammarWorkers:
         return [
             (index, messages)
             for index, worker in enumerate(self._workers)
-            if worker.has_messages and (messages := worker.take()) and not worker.is_dead
+            if worker.has_messages and (messages := worker.take())
         ]
 
     def _sequences(self, key: int) -> list[Sequence]:
@@ -120,7 +139,7 @@ class _Worker:
     """One grammar process. It answers every Compile once."""
 
     def __init__(self) -> None:
-        self.is_dead = False
+        self.is_away = False  # it has died, and its successor is not there yet
         self.num_sequences = 0  # open ones
         self.unanswered: set[int] = set()  # keys of requests
         self.heard_ns = 0  # since when it could have answered: its last answer, or the first question after that
@@ -131,7 +150,20 @@ class _Worker:
     @property
     def precedence(self) -> tuple[bool, bool, int]:
         """The process with the lowest one gets the next request. One that may hang is asked after the others."""
-        return self.is_dead, bool(self._given_up), self.num_sequences + len(self.unanswered)
+        return self.is_away, bool(self._given_up), self.num_sequences + len(self.unanswered)
+
+    def lose(self, unsent: set[int]) -> None:
+        self.is_away = True
+        self.unanswered = unsent
+        self._given_up.clear()
+
+    def regain(self, now_ns: int) -> None:
+        self.is_away = False
+        self.heard_ns = now_ns
+
+    @property
+    def owes_answers(self) -> bool:
+        return bool(self.unanswered) and not self.is_away
 
     def asked(self, key: int, now_ns: int) -> None:
         if not self.unanswered:
@@ -152,7 +184,7 @@ class _Worker:
 
     @property
     def has_messages(self) -> bool:
-        return bool(self.compiles or self.released)
+        return bool(self.compiles or self.released) and not self.is_away
 
     def take(self) -> list[SchedulerToGrammar]:
         """A sequence is released after its grammar was sent, so this order of the two kinds is the right one."""

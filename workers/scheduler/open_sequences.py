@@ -30,6 +30,9 @@ class OpenSequences:
     def __len__(self) -> int:
         return len(self._by_key)
 
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._by_key.values())
+
     def __contains__(self, key: int) -> bool:
         return key in self._by_key
 

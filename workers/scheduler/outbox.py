@@ -25,6 +25,10 @@ class Outbox:
     def add(self, peer: bytes, messages: Iterable[Any]) -> None:
         self._waiting.setdefault(peer, deque()).extend(messages)
 
+    def forget(self, peer: bytes) -> None:
+        """A peer has died: drop the messages that wait for it."""
+        self._waiting.pop(peer, None)
+
     def send(self) -> None:
         """Send what can be sent now."""
         for peer, messages in list(self._waiting.items()):

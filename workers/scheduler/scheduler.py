@@ -13,6 +13,7 @@ module of each stage:
 Batching is continuous, at the level of iterations: each step computes one token of every decoding sequence and, with
 the tokens that are left, parts of prompts. Steps are planned up to `depth` ahead of their results, under the assumption
 that no sequence stops early. If one does, the results of its later steps are void (`SequenceTable.generation`).
+If the GPU process dies, every sequence with a row is preempted, and goes on in its successor (`replace_device`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from ipc.errors import ConfigError, RequestFailed
+from ipc.errors import ConfigError, Interrupted, RequestFailed
 from ipc.long_values import max_long_words
 from ipc.mask_records import MaskRequestRecord
 from ipc.messages import (
     Compiled,
-    Ended,
-    FinishReason,
     MatcherFailed,
     SchedulerToGrammar,
     StepOutputs,
@@ -39,10 +38,12 @@ from ipc.records import ResultRecord, StepRecord, StepShape
 from ipc.ring import Ring
 from workers.queueing.policies import make_policy
 from workers.scheduler.admission.admission import Admission, Arrival
+from workers.scheduler.admission.probation import Probation
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.admission.request_checks import RequestChecks
 from workers.scheduler.admission.waiting_queue import WaitingQueue
 from workers.scheduler.config import GrammarLimits, SchedulerConfig
+from workers.scheduler.endings import Endings
 from workers.scheduler.grammar_workers import GrammarWorkers
 from workers.scheduler.kv_cache.kv_cache import KVCache
 from workers.scheduler.open_sequences import OpenSequences
@@ -53,7 +54,6 @@ from workers.scheduler.planning.planner import Planner
 from workers.scheduler.planning.step import PlannedStep
 from workers.scheduler.results.step_results import StepResults
 from workers.scheduler.results.step_times import StepTimes
-from workers.scheduler.sequence import Sequence
 from workers.scheduler.sequence_table import SequenceTable
 
 COUNTS: Final = (
@@ -61,6 +61,8 @@ COUNTS: Final = (
     "num_cancelled", "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
     "num_preemptions", "num_cached_tokens", "num_excluded", "num_structured_unfinished",
 )  # fmt: skip
+GRAMMAR_DIED: Final = "the grammar process of this request has died: send the request again"
+GUILTY: Final = "this request failed: its computation has ended the GPU process twice; do not send it unchanged again"
 _DEFAULT_LIMITS: Final = GrammarLimits()
 
 
@@ -78,7 +80,9 @@ class Scheduler:
         clock: Callable[[], int] = time.monotonic_ns,
         *,
         mask_rings: Iterable[Ring[MaskRequestRecord]] = (),
+        mask_epoch: int = 1,
         grammar: GrammarLimits = _DEFAULT_LIMITS,
+        restart_window_s: float = 300.0,
         recent_steps: HostArray | None = None,
     ) -> None:
         if not prompts.can_upload(shape.max_model_len, max_long_words(shape) if shape.vocab_size else 0):
@@ -95,20 +99,22 @@ class Scheduler:
         self._open = OpenSequences(config.queue_timeout_s, clock)
         self._outputs = OutputBuffer()
         self._grammar_workers = GrammarWorkers(shape.num_grammar_workers, grammar.compile_timeout_s, clock)
-        self.mask_requests = MaskRequests(mask_rings, self._table)
+        self.mask_requests = MaskRequests(mask_rings, self._table, mask_epoch)
         checks = RequestChecks(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
         )  # fmt: skip
         queue = WaitingQueue(config, make_policy(config, shape.max_num_seqs), clock)
+        self._probation = Probation(restart_window_s, self._table, clock)
         self._admission = Admission(
-            checks, queue, prompts, self._table, self._open, self._grammar_workers, eos_token_ids, self._outputs,
-            self.counts, clock,
+            checks, queue, self._probation, prompts, self._table, self._open, self._grammar_workers, eos_token_ids,
+            self._outputs, self.counts, clock,
         )  # fmt: skip
         self._chunk_limit = ChunkLimit(None if config.max_itl_ms is None else config.max_itl_ms / 1e3)
         self._planner = Planner(
             shape, self._table, self._kv_cache, self._admission, self.mask_requests, self._chunk_limit, self.counts,
             clock,
         )  # fmt: skip
+        self._endings = Endings(self._open, self._admission, self._table, self._planner, self._outputs, self.counts)
         self._results = StepResults(self._table, self._outputs, self.counts, grammar.mask_timeout_s)
         self._step_times = StepTimes(recent_steps)
         self._in_flight: deque[tuple[PlannedStep, int]] = deque()  # with `_work_since_ns` when each was planned
@@ -132,22 +138,27 @@ class Scheduler:
         had_work = self.has_work
         sequences = self._grammar_workers.compiled(worker, message.key)
         if message.error_code:
-            self._fail(sequences, message.error_code, message.error_message)
+            self._endings.fail(sequences, message.error_code, message.error_message)
             return
         self._admission.unpark(sequences)
         if sequences and not had_work:
             self._work_since_ns = self._clock()
 
     def lose_grammar_worker(self, worker: int) -> None:
-        """A grammar process has died: its sequences end, and it gets no more of them."""
-        lost = self._open.followed_by(worker)
-        self._fail(lost, RequestFailed.code, "the grammar process of this request has died: send the request again")
-        self._grammar_workers.lose(worker)
+        """A grammar process has died: its sequences are interrupted. Those whose grammars it was compiling may have
+        ended it."""
+        suspects, others = self._grammar_workers.lose(worker, self._open.followed_by(worker))
+        self._endings.fail(suspects, Interrupted.code, GRAMMAR_DIED, suspected=True)
+        self._endings.fail(others, Interrupted.code, GRAMMAR_DIED)
+
+    def regain_grammar_worker(self, worker: int) -> None:
+        """A new grammar process has taken the place of one that was lost."""
+        self._grammar_workers.regain(worker)
 
     def matcher_failed(self, message: MatcherFailed) -> None:
         """A grammar process cannot follow a sequence any more. Keys without an open sequence are ignored."""
         text = f"the grammar of this request cannot be followed any more: {message.reason}"
-        self.counts["num_excluded"] += self._fail(self._open.find([message.key]), RequestFailed.code, text)
+        self.counts["num_excluded"] += self._endings.fail(self._open.find([message.key]), RequestFailed.code, text)
 
     def withdraw(self, keys: list[int]) -> list[int]:
         """Drop those of these requests on arrival that are not open now, without telling the detokenizer.
@@ -160,51 +171,18 @@ class Scheduler:
         """End sequences now. Tokens that steps in flight sample for them are dropped. Keys without an open sequence are
         ignored."""
         self._admission.forget_withdrawn(keys)
-        self.counts["num_cancelled"] += self._end_early(self._open.find(keys), "cancelled")
+        self.counts["num_cancelled"] += self._endings.early(self._open.find(keys), "cancelled")
 
     def expire(self) -> None:
         """End the sequences whose time has run out. They keep the tokens that they have got."""
         for sequence, reason in self._open.expired():
-            self.counts[f"num_{reason}"] += self._end_early([sequence], reason)
+            self.counts[f"num_{reason}"] += self._endings.early([sequence], reason)
         if silent := self._grammar_workers.expired():
-            self._fail(silent, RequestFailed.code, self._grammar_workers.silence)
+            self._endings.fail(silent, Interrupted.code, self._grammar_workers.silence)
 
     def clear_cache(self) -> None:
         """Sequences that are admitted from now on find no block that was filled before."""
         self._kv_cache.prefixes.clear()
-
-    def _end_early(self, sequences: list[Sequence], reason: FinishReason) -> int:
-        """End open sequences before their last token. Returns how many."""
-        self._end_unfinished(sequences)
-        self._outputs.ended += [Ended(key=sequence.key, finish_reason=reason) for sequence in sequences]
-        return len(sequences)
-
-    def _fail(self, sequences: list[Sequence], code: str, text: str) -> int:
-        """End open sequences with an error. Returns how many."""
-        self._end_unfinished(sequences)
-        self._outputs.ended += [
-            Ended(key=sequence.key, finish_reason="error", error_code=code, error_message=text)
-            for sequence in sequences
-        ]
-        return len(sequences)
-
-    def _end_unfinished(self, sequences: list[Sequence]) -> None:
-        """Forget sequences that have not got their last token."""
-        self.counts["num_structured_unfinished"] += sum(each.has_grammar and each.has_row for each in sequences)
-        self._end(sequences)
-
-    def _end(self, sequences: list[Sequence]) -> None:
-        """Forget sequences, in any state. Blocks are free at once, rows when no step in flight names them."""
-        running, planner = [], self._planner
-        for sequence in sequences:
-            self._open.remove(sequence)
-            self._admission.end(sequence)
-            if sequence.has_row:
-                if sequence.row in planner.running:
-                    running.append(sequence.row)
-                self._table.retire(sequence.row)
-        if running:
-            planner.stop(running)
 
     # Steps
 
@@ -231,9 +209,9 @@ class Scheduler:
         if ends is not None:
             for sequence in ends.not_finite:  # one that shares its blocks already computes the same, so it fails too
                 self._kv_cache.prefixes.withdraw(sequence)
-            self._end_unfinished(ends.not_finite)
-            self._end_unfinished(ends.excluded)
-            self._end(ends.finished)
+            self._endings.unfinished(ends.not_finite)
+            self._endings.unfinished(ends.excluded)
+            self._endings.finished(ends.finished)
         if self._in_flight and (oldest := self._in_flight[0][0]).masks is not None:
             self.mask_requests.send(oldest)
         self._table.step_applied(step.ticket)
@@ -241,6 +219,31 @@ class Scheduler:
             self.prompts.release(lease)
         device_s = self._step_times.add(step, work_since_ns, result, started_ns, self._clock())
         self._chunk_limit.add_step(step.num_prompt_tokens, device_s)
+
+    def replace_device(self, epoch: int, *, was_ready: bool = True) -> None:
+        """The GPU process has died, and a new one reads the next steps, from ticket 1, in rings of this epoch.
+
+        `was_ready`: the dead one had started, so that a sequence may be the cause of its death.
+
+        The steps in flight are void. Every sequence with a row waits to be resumed. Its row keeps its ids, which are
+        sent again, and so are its long values. Its keys and values are computed again.
+        """
+        for step, _ in self._in_flight:
+            batch = step.batch
+            is_open = self._table.generation[batch.rows] == batch.generations
+            self._admission.queue.void(batch.rows[is_open & step.samples])
+            for lease in step.leases:
+                self.prompts.release(lease)
+        self._in_flight.clear()
+        owners = sorted(filter(None, self._table.sequences), key=lambda each: (each.rank, each.key))
+        guilty = self._probation.device_died(owners, was_ready)
+        self._endings.fail([each for each in self._open if each.request_key in guilty], RequestFailed.code, GUILTY)
+        self._planner.replace_device()
+        self._kv_cache.reset()
+        self._admission.replace_device(self._table.replace_device())
+        self.mask_requests.replace_rings(epoch)
+        self._step_times.replace_device()
+        self._work_since_ns = self._clock()
 
     def take_outputs(self) -> StepOutputs | None:
         """The detokenizer's next message. Call until None: a large burst takes several messages."""

@@ -101,11 +101,6 @@ class Sequence:
     def has_grammar(self) -> bool:
         return self.grammar_worker != NO_WORKER
 
-    @property
-    def computes_whole_prompt(self) -> bool:
-        """Whether its next admission may use no cached blocks: their tokens' logits are not cached."""
-        return self.want_prompt_logprobs > 0 and not self.has_row
-
     def write_admission(
         self,
         admit: Admissions[HostArray],
@@ -116,13 +111,13 @@ class Sequence:
     ) -> None:
         """Fill entry `i` of a step record's admissions.
 
-        `num_computed` tokens are cached. The GPU process copies the prompt's ids from the records of `lease`, and long
+        `num_computed` tokens are cached. The GPU process copies the known ids from the records of `lease`, and long
         values from those of `long_lease`; None: the row holds them already, or there are none.
         """
         admit.row[i] = self.row
         admit.ring[i] = lease.ring if lease else 0
         admit.ticket[i] = lease.ticket if lease else 0
-        admit.length[i] = self.num_prompt if lease else 0
+        admit.length[i] = lease.num_words if lease else 0
         admit.num_computed_tokens[i] = num_computed
         admit.max_len[i] = self.max_len
         admit.prompt_len[i] = self.num_prompt

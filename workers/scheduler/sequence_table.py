@@ -29,6 +29,9 @@ class SequenceTable:
         num_extra_logprobs: how many `logprob_token_ids` the request names.
         grammar_worker: index of the grammar process that follows the sequence; NO_WORKER = none.
 
+    Written when the GPU process is replaced, until the row's ids are sent again:
+        is_lost: whether the row is lost on the device.
+
     Planned (written by the planner):
         num_computed_tokens: tokens whose KV is in the cache after all published steps. 0 while it is preempted.
         num_planned_tokens: `num_tokens` and one for each sampled token of the steps in flight.
@@ -40,6 +43,7 @@ class SequenceTable:
         rank: the policy's rank; the planner preempts the highest one. Written at each admission and resumption.
 
     Applied (written from results):
+        num_prompt_logprobs: tokens of the prompt whose log-probabilities have been sent.
         num_tokens: known tokens: the prompt and the sampled tokens that have been applied.
         token_ids: [num_rows, max tokens of a row] int32; the first `num_tokens` of each row are known.
         token_blocks: the same memory, [num_rows, max_blocks_per_seq, block_size].
@@ -67,7 +71,9 @@ class SequenceTable:
         self.last_ticket = column()
         self.preemptible_len = column()
         self.prompt_logprobs_end = column()
+        self.num_prompt_logprobs = column()
         self.num_wanting_prompt_logprobs = 0
+        self.is_lost = np.zeros(num_rows, bool)
         self.rank = column()
         self.num_tokens = column()
         self.token_blocks: Int32Array = np.zeros((num_rows, max_blocks_per_seq, block_size), np.int32)
@@ -98,10 +104,19 @@ class SequenceTable:
         self.num_extra_logprobs[row] = sequence.num_extra_logprobs
         self.grammar_worker[row] = sequence.grammar_worker
         self.num_followed_tokens[row] = sequence.num_prompt
+        self.num_prompt_logprobs[row] = 0
+        self.is_lost[row] = False
         if sequence.want_prompt_logprobs:
             self.prompt_logprobs_end[row] = sequence.num_prompt - 1
             self.num_wanting_prompt_logprobs += 1
         return row
+
+    def wants_prompt_logprobs(self, sequence: Sequence) -> bool:
+        """Whether a sequence that is waiting or preempted has to compute its whole prompt again.
+
+        Then it may use no cached blocks: the logits of their tokens are not cached.
+        """
+        return bool(self.prompt_logprobs_end[sequence.row]) if sequence.has_row else sequence.want_prompt_logprobs > 0
 
     def prompt_logprobs_planned(self, rows: IntArray) -> None:
         """All log-probabilities of these rows' prompts are in published steps."""
@@ -119,6 +134,26 @@ class SequenceTable:
             self._free.append(row)
         else:
             self._retired.setdefault(last_ticket, []).append(row)
+
+    def replace_device(self) -> list[Sequence]:
+        """The steps in flight are void, and every row on the device is lost. Returns the sequences that have rows.
+
+        The planned columns go back to the applied ones. Retired rows are free.
+        """
+        self._free += [row for rows in self._retired.values() for row in rows]
+        self._retired.clear()
+        self._applied = 0
+        self.last_ticket[:] = 0
+        self.num_computed_tokens[:] = 0
+        self.num_planned_tokens[:] = self.num_tokens
+        self.is_lost[:] = True
+        owners = [sequence for sequence in self.sequences if sequence is not None]
+        for sequence in owners:
+            end = sequence.num_prompt - 1
+            is_wanting = sequence.want_prompt_logprobs > 0 and self.num_prompt_logprobs[sequence.row] < end
+            self.prompt_logprobs_end[sequence.row] = end if is_wanting else 0
+        self.num_wanting_prompt_logprobs = int((self.prompt_logprobs_end > 0).sum())
+        return owners
 
     def step_applied(self, ticket: int) -> None:
         """Free the retired rows that no later step names."""

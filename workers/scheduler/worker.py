@@ -54,7 +54,7 @@ from ipc.messages import (
 )
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.trace import Span
-from workers.bootstrap import RingEnd
+from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.process import WorkerProcess
 from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
@@ -84,6 +84,8 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
         info["num_blocks"],
         eos_token_ids(bootstrap.eos_token_ids, info),
         PromptRings([end.attach(prompt_layout()) for end in prompts]),
+        mask_epoch=bootstrap.worker.ring("step").handle.epoch,
+        restart_window_s=bootstrap.restart_window_s,
         mask_rings=[end.attach(mask_request_layout(bootstrap.shape)) for end in mask_request_ends(bootstrap)],
         grammar=bootstrap.grammar,
         recent_steps=process.stats.recent_steps,
@@ -163,11 +165,25 @@ class StepChannel:
         self._scheduler = scheduler
         self._stats = process.stats
         self._trace = process.trace
-        steps, results = bootstrap.worker.ring("step"), bootstrap.worker.ring("result")
-        self._steps = steps.attach(step_layout(bootstrap.shape))
-        self._results = results.attach(result_layout(bootstrap.shape))
-        self._wake_readers = steps.wake
+        self._shape = bootstrap.shape
         self._mask_requests = mask_request_ends(bootstrap)
+        self._use(bootstrap.worker)
+
+    def _use(self, worker: WorkerBootstrap) -> None:
+        steps, results = worker.ring("step"), worker.ring("result")
+        self._steps = steps.attach(step_layout(self._shape))
+        self._results = results.attach(result_layout(self._shape))
+        self._wake_readers = steps.wake
+
+    def replace_device(self, worker: WorkerBootstrap, *, was_ready: bool) -> None:
+        """The GPU processes are new, and so are the rings of steps and results in `worker`. The old ones are closed.
+
+        The mask rings are as new as the ring of steps, and have its epoch. `was_ready`: see `Scheduler.replace_device`.
+        """
+        self._steps.close()
+        self._results.close()
+        self._use(worker)
+        self._scheduler.replace_device(self._steps.epoch, was_ready=was_ready)
 
     def advance(self) -> None:
         """Apply all results that have arrived, then publish steps until credit or work runs out."""

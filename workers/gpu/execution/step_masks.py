@@ -2,7 +2,7 @@
 
 Owns the mask rings' read cursors and the one buffer of masks. It decides which masks are used and which count as
 closed: a closed mask allows no token, so its sequence ends with an error and the step goes on. A mask is closed if its
-record is late, names another step, holds another number of masks, or is owed by a worker that is dead.
+record is late, names another step, holds another number of masks or none, or is owed by a worker that is dead.
 
 One buffer serves all steps, because step k's masks are copied only after result k-1 has been published:
 
@@ -113,12 +113,15 @@ class StepMasks:
         return self._sources[part.worker][part.ticket % self._rings[part.worker].num_slots][: part.num_masks]
 
     def _is_for(self, step: Submitted, part: OwedMasks) -> bool:
-        """Whether a record is what the step needs. Reports the first that is not, of each worker."""
+        """Whether a record is what the step needs. Reports the first that is not, of each worker.
+
+        A record without masks is not reported: its worker was started again and does not know the sequences.
+        """
         record = self._rings[part.worker].record(part.ticket)
         found = int(record.step[0]), int(record.num_masks[0])
         if found == (step.ticket, part.num_masks):
             return True
-        if part.worker not in self._reported:
+        if found[1] and part.worker not in self._reported:
             self._reported.add(part.worker)
             logger.error(
                 "grammar worker %d: mask record %d holds %d masks of step %d, not %d masks of step %d; "

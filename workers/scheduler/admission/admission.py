@@ -7,7 +7,8 @@
     compiled the sequences of a parked request -> waiting queue
     next     the sequence to admit or resume next, in the order of the policy
     admit    waiting sequence   -> records to copy its prompt from -> row
-    resume   preempted sequence -> out of the queue; it has kept its row
+    resume   preempted sequence -> out of the queue; it has kept its row. If the row is lost on the device, because the
+             GPU process was replaced: -> records to copy its ids from
 
 Owns the order of these steps; the other modules of this package each hold one of them. Knows nothing of KV blocks and
 of a step's tokens: the planner decides whether they suffice for the next sequence.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from ipc.messages import PROMPT_TAIL_TOKENS, Ended, Opened, TextOptions, Tokenized
+from workers.scheduler.admission.probation import Probation
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.admission.request_checks import RequestChecks
 from workers.scheduler.admission.waiting_queue import WaitingQueue
@@ -29,6 +31,10 @@ from workers.scheduler.output_buffer import OutputBuffer
 from workers.scheduler.prompt_lease import PromptLease
 from workers.scheduler.sequence import Sequence, sequences_of
 from workers.scheduler.sequence_table import SequenceTable
+
+# Leases on the records from which a step copies a sequence's ids and its long values; release them when the step has
+# been applied. Empty: the row on the device holds both.
+Leases = tuple[()] | tuple[PromptLease, PromptLease | None]
 
 
 class Arrival(Enum):
@@ -47,6 +53,7 @@ class Admission:
         self,
         checks: RequestChecks,
         queue: WaitingQueue,
+        probation: Probation,
         prompts: PromptRings,
         table: SequenceTable,
         open_sequences: OpenSequences,
@@ -57,6 +64,7 @@ class Admission:
         clock: Callable[[], int],
     ) -> None:
         self.queue = queue
+        self.probation = probation
         self._checks = checks
         self._prompts = prompts
         self._table = table
@@ -118,14 +126,12 @@ class Admission:
 
         Without a free row, it can only be a preempted one.
         """
-        return self.queue.next(self._table.num_free)
+        return self.probation.next() if self.probation.is_on else self.queue.next(self._table.num_free)
 
-    def admit(self, sequence: Sequence, num_cached: int) -> tuple[PromptLease, PromptLease | None] | None:
+    def admit(self, sequence: Sequence, num_cached: int) -> Leases | None:
         """Give the next waiting sequence a row. `num_cached` of its tokens are in the prefix cache.
 
-        Returns the leases on the records from which this step copies its prompt and its long values; release them when
-        the step has been applied. Returns None, and changes nothing, if the upload ring has no room before another step
-        is applied.
+        Returns None, and changes nothing, if the upload ring has no room before another step is applied.
         """
         leases = self._prompts.leases_for_step(sequence.lease, sequence.token_ids, sequence.long_values)
         if leases is None:
@@ -138,14 +144,35 @@ class Admission:
         self._outputs.admitted.append((sequence.key, self._clock(), num_cached))
         return leases
 
-    def resume(self, sequence: Sequence) -> None:
-        """The next preempted sequence runs again, in the row that it has kept."""
+    def resume(self, sequence: Sequence) -> Leases | None:
+        """The next preempted sequence runs again, in the row that it has kept.
+
+        Returns None, and changes nothing, if the row is lost on the device, and the upload ring has no room for its ids
+        before another step is applied.
+        """
+        row, table = sequence.row, self._table
+        leases: Leases | None = ()
+        if table.is_lost[row]:
+            known = table.token_ids[row, : table.num_tokens[row]]
+            leases = self._prompts.leases_for_step(sequence.lease, known, sequence.long_values)
+            if leases is None:
+                return None
+            table.is_lost[row] = False
         self.queue.resume(sequence)
+        self.probation.resumed(sequence)
+        return leases
 
     def preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait. It keeps its row and its ids."""
         self.queue.preempt(sequence)
+        self.probation.preempted(sequence)
         self._counts["num_preemptions"] += 1
+
+    def replace_device(self, sequences: list[Sequence]) -> None:
+        """These sequences have rows, which are lost on the device. They wait to be resumed, as preempted ones do."""
+        for sequence in sequences:
+            if not self.queue.is_preempted(sequence):
+                self.queue.preempt(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """A sequence has ended, whether it was parked, waiting, running or preempted."""

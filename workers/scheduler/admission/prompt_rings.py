@@ -108,6 +108,19 @@ class PromptRings:
                 if lease.is_waiting:
                     self.release(lease)
 
+    def fence(self, ring: int) -> None:
+        """Release the records of a tokenizer that has died, except those that leases name.
+
+        Call it before the tokenizer's successor publishes anything. Messages of the dead one that arrive later must be
+        dropped: their records are gone.
+        """
+        first = end = self._ends[ring]
+        while self._rings[ring].is_published(end):
+            end += 1
+        if end > first:
+            self._ends[ring] = end
+            self.release(PromptLease(ring, first, end - first, 0, is_waiting=False))
+
     def take_freed_rings(self) -> list[int]:
         """The tokenizers' rings with newly free records since the last call. Their writers may be waiting for room."""
         freed = sorted(self._freed - {UPLOAD_RING})
@@ -117,7 +130,7 @@ class PromptRings:
     def _lease(self, ring: int, ticket: int, num_tokens: int) -> PromptLease:
         if not UPLOAD_RING < ring < len(self._rings):
             raise RingError(f"prompt ring {ring} does not exist: the tokenizers' rings are 1 to {len(self._rings) - 1}")
-        lease = PromptLease(ring, ticket, self._num_records(num_tokens), is_waiting=True)
+        lease = PromptLease(ring, ticket, self._num_records(num_tokens), num_tokens, is_waiting=True)
         self._ends[ring] = max(self._ends[ring], ticket + lease.num_records)
         return lease
 
@@ -127,7 +140,7 @@ class PromptRings:
     def _upload(self, words: Int32Array) -> PromptLease:
         """Write words to the upload ring, which has room for them."""
         ring = self._rings[UPLOAD_RING]
-        lease = PromptLease(UPLOAD_RING, ring.next_ticket, self._num_records(len(words)), is_waiting=False)
+        lease = PromptLease(UPLOAD_RING, ring.next_ticket, self._num_records(len(words)), len(words), is_waiting=False)
         for start in range(0, len(words), self._record_tokens):
             part = words[start : start + self._record_tokens]
             ring.claim().token_ids[: len(part)] = part

@@ -122,6 +122,10 @@ class WaitingQueue:
         """A step samples one token for each of these rows, which the policy may charge."""
         self._policy.sampled(rows)
 
+    def void(self, rows: IntArray) -> None:
+        """A step that was counted for these rows of open sequences samples nothing."""
+        self._policy.void(rows)
+
     def end(self, sequence: Sequence) -> None:
         """A sequence has ended, whether it was parked, waiting, running or preempted."""
         if not sequence.has_row:

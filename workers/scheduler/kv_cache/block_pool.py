@@ -25,6 +25,11 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks >= 1, "a KV cache needs a block"
         self.num_blocks = num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """All blocks are free and none is cached, as at the beginning."""
+        num_blocks = self.num_blocks
         self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # [num_blocks]; block 0 goes first
         self._num_stacked = num_blocks
         self._num_users = np.zeros(num_blocks, np.int32)  # [num_blocks], number of sequences that hold each

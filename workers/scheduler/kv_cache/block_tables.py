@@ -57,6 +57,11 @@ class BlockTables:
         self.num_blocks[rows] = 0
         self._capacity[rows] = 0
 
+    def reset(self) -> None:
+        """No row holds a block."""
+        self.num_blocks[:] = 0
+        self._capacity[:] = 0
+
     def blocks_for(self, num_tokens: int) -> int:
         """Number of blocks that `num_tokens` tokens fill or begin."""
         return -(-num_tokens // self.block_size)

@@ -16,3 +16,9 @@ class KVCache:
         self.pool = BlockPool(num_blocks)
         self.tables = BlockTables(self.pool, shape.max_num_seqs, shape.max_blocks_per_seq, shape.block_size)
         self.prefixes = PrefixCache(self.pool, self.tables, table)
+
+    def reset(self) -> None:
+        """The device's memory is empty: no row holds a block, and no block can be found. The hashes of rows stay."""
+        self.pool.reset()
+        self.tables.reset()
+        self.prefixes.clear()

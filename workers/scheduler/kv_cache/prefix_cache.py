@@ -46,7 +46,7 @@ class PrefixCache:
 
         They never cover all of its `num_known` tokens: at least one is left to compute.
         """
-        if sequence.block_hashes is None or sequence.computes_whole_prompt:
+        if sequence.block_hashes is None or self._table.wants_prompt_logprobs(sequence):
             return _NO_BLOCKS
         end, row = (num_known - 1) // self._size, sequence.row
         if not sequence.has_row:

@@ -12,8 +12,9 @@ carries each sequence's newest token, which its grammar process has not seen:
 - The first request for a sequence carries no token: the grammar begins behind the prompt.
 - A sequence that has ended in the meantime has key 0. Its mask does not matter.
 
-The rings number requests and masks alike. At most one step waits for masks at a time, so a ring of requests fills only
-if its grammar process hangs. Requests then wait here, in order.
+At most one step waits for masks at a time, so a ring of requests fills only if its grammar process hangs. Requests then
+wait here, in order. A request is never dropped, because its tokens are told once: if the GPU process dies, a request of
+its steps stays valid and names a mask ring that is gone.
 """
 
 from __future__ import annotations
@@ -36,21 +37,27 @@ NO_KEY: Final = 0
 
 class _Request(NamedTuple):
     step: int
-    ticket: int
+    epoch: int  # of the mask ring
+    ticket: int  # of the mask record
     keys: IntArray
     tokens: Int32Array
 
 
 class MaskRequests:
-    """Writes `rings`, one for each grammar process."""
+    """Writes `rings`, one for each grammar process. `epoch`: of the mask rings, which are new."""
 
-    def __init__(self, rings: Iterable[Ring[MaskRequestRecord]], table: SequenceTable) -> None:
+    def __init__(self, rings: Iterable[Ring[MaskRequestRecord]], table: SequenceTable, epoch: int = 1) -> None:
         self._rings = list(rings)
         self._table = table
-        self._next_tickets = [ring.next_ticket for ring in self._rings]
+        self.replace_rings(epoch)
         self._waiting: list[deque[_Request]] = [deque() for _ in self._rings]
         self._num_waiting = 0
         self._published: list[int] = []
+
+    def replace_rings(self, epoch: int) -> None:
+        """The mask rings are new ones, of this epoch. The rings of requests stay."""
+        self._epoch = epoch
+        self._next_tickets = [1] * len(self._rings)  # of each mask ring
 
     def plan(self, batch: Batch, samples: BoolArray) -> StepMasks | None:
         """Which masks a step needs that runs this batch. None: it needs none."""
@@ -70,7 +77,7 @@ class MaskRequests:
         assert step.masks is not None, f"step {step.ticket} needs no masks"
         for worker, places in step.masks.places.items():
             keys, tokens = self._unseen(step.batch, places)
-            self._waiting[worker].append(_Request(step.ticket, step.masks.tickets[worker], keys, tokens))
+            self._waiting[worker].append(_Request(step.ticket, self._epoch, step.masks.tickets[worker], keys, tokens))
             self._num_waiting += 1
         self._write()
 
@@ -101,10 +108,11 @@ class MaskRequests:
                 request, record = waiting.popleft(), ring.claim()
                 self._num_waiting -= 1
                 n = len(request.keys)
+                record.mask_epoch[0] = request.epoch
+                record.mask_ticket[0] = request.ticket
                 record.step[0] = request.step
                 record.num_masks[0] = n
                 record.key[:n] = request.keys
                 record.token[:n] = request.tokens
-                ticket = ring.publish()
-                assert ticket == request.ticket, f"{ring.name}: request {ticket} is written as record {request.ticket}"
+                ring.publish()
                 self._published.append(worker)

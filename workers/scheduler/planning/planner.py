@@ -84,6 +84,12 @@ class Planner:
         self.running.stop(rows)
         self._tables.free_rows(rows)
 
+    def replace_device(self) -> None:
+        """No row runs, and steps are numbered from 1 again."""
+        self.running.stop_all()
+        self._next_ticket = 1
+        self._batch = Batch.of(NO_ROWS, self._table)
+
     # Running sequences
 
     def _schedule_running(self, writer: StepWriter) -> tuple[IntArray, IntArray, int]:
@@ -149,7 +155,7 @@ class Planner:
             sequence = self._admission.next()
             if sequence is None or self._must_wait_for_leader(sequence):
                 break
-            is_limited = sequence.computes_whole_prompt
+            is_limited = self._table.wants_prompt_logprobs(sequence)
             most = min(budget, num_positions) if is_limited else budget
             if not most:
                 break
@@ -177,13 +183,11 @@ class Planner:
 
     def _start(self, writer: StepWriter, sequence: Sequence, num_known: int, found: Int32Array) -> bool:
         """Admit or resume a sequence with its cached blocks. False: it cannot be admitted before a step is applied."""
-        num_cached, leases = len(found) * self._shape.block_size, None
-        if sequence.has_row:
-            self._admission.resume(sequence)
-        else:
-            leases = self._admission.admit(sequence, num_cached)
-            if leases is None:
-                return False
+        num_cached, is_new = len(found) * self._shape.block_size, not sequence.has_row
+        leases = self._admission.admit(sequence, num_cached) if is_new else self._admission.resume(sequence)
+        if leases is None:
+            return False
+        if is_new:
             self._prefixes.set_prompt_hashes(sequence)
         table, row = self._table, sequence.row
         self._prefixes.begin(sequence, found)
@@ -192,7 +196,7 @@ class Planner:
         table.num_computed_tokens[row] = num_cached
         table.preemptible_len[row] = num_known
         table.rank[row] = sequence.rank
-        writer.add_admission(sequence, num_cached, *(leases or ()))
+        writer.add_admission(sequence, num_cached, *leases)
         return True
 
     def _start_running(self, writer: StepWriter, rows: list[int], counts: list[int]) -> tuple[IntArray, IntArray]:

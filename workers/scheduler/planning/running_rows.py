@@ -42,6 +42,9 @@ class RunningRows:
         self._runs[rows] = True
         self._num += len(rows)
 
+    def stop_all(self) -> None:
+        self.stop(self.rows().tolist())
+
     def stop(self, rows: list[int]) -> None:
         self._runs[rows] = False
         self._has_stopped = True

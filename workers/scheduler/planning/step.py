@@ -45,7 +45,7 @@ class Batch:
 class StepMasks:
     """The masks that a step needs: for each grammar process that owes it some, the record and the sequences."""
 
-    tickets: dict[int, int]  # by grammar process: the record of its mask ring, and of its ring of requests
+    tickets: dict[int, int]  # by grammar process: the record of its mask ring
     places: dict[int, IntArray]  # by grammar process: the places in the batch of the sequences, in the masks' order
 
 
@@ -94,7 +94,8 @@ class StepWriter:
         lease: PromptLease | None = None,
         long_lease: PromptLease | None = None,
     ) -> None:
-        """Write an admission, or a resumption without leases. `num_cached` of its tokens have their KV already."""
+        """Write an admission or a resumption, with the leases on what it copies. `num_cached` of its tokens have their
+        KV already."""
         sequence.write_admission(self._record.admit, self._num_admissions, num_cached, lease, long_lease)
         self._num_admissions += 1
         self.leases += [each for each in (lease, long_lease) if each is not None]

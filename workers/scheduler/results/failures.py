@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.errors import LogitsNotFinite, RequestFailed, RingfeedError, TokensExcluded
+from ipc.errors import Interrupted, LogitsNotFinite, RequestFailed, RingfeedError, TokensExcluded
 from ipc.long_values import BAD_WORDS, TOKEN_MASK, long_columns_of
 from ipc.messages import Ended
 from workers.scheduler.sequence import Sequence
@@ -31,7 +31,7 @@ def excluded(sequence: Sequence, num_tokens: int, late_after_s: float | None) ->
             f"{begin} the mask of its grammar did not come within grammar.mask_timeout_s ({late_after_s:g}), or its "
             "grammar process failed; send the request again"
         )
-        return _error(sequence, RequestFailed, text)
+        return _error(sequence, Interrupted, text)
     if not sequence.has_grammar:
         names = names or "its parameters"
         return _error(sequence, TokensExcluded, f"{begin} {names} exclude every token; allow more tokens")

@@ -81,19 +81,24 @@ class StepResults:
         return SequenceEnds(not_finite, excluded, self._finish(rows, finish))
 
     def _add_prompt_logprobs(self, step: PlannedStep, result: ResultRecord) -> None:
-        """Add the log-probabilities of prompts to the detokenizer's next message, except those of ended sequences."""
+        """Add the log-probabilities of prompts to the detokenizer's next message.
+
+        Leaves out those of ended sequences, and those that were sent before the GPU process was replaced.
+        """
         table = self._table
         for chunk in step.prompt_chunks:
-            if table.generation[chunk.row] == chunk.generation:
-                entries, num_top = slice(chunk.start, chunk.end), chunk.num_top
-                last = chunk.position + chunk.end - chunk.start
+            last = chunk.position + chunk.end - chunk.start
+            first = max(chunk.position, int(table.num_prompt_logprobs[chunk.row]) + 1)
+            if table.generation[chunk.row] == chunk.generation and first < last:
+                table.num_prompt_logprobs[chunk.row] = last - 1
+                entries, num_top = slice(chunk.start + first - chunk.position, chunk.end), chunk.num_top
                 columns = TokenLogprobs(
                     num_top,
                     result.prompt_logprob[entries].tobytes(),
                     result.prompt_top_ids[entries, :num_top].tobytes(),
                     result.prompt_top_logprobs[entries, :num_top].tobytes(),
                 )
-                part = PromptLogprobs(table.token_ids[chunk.row, chunk.position : last].tobytes(), columns)
+                part = PromptLogprobs(table.token_ids[chunk.row, first:last].tobytes(), columns)
                 self._outputs.prompt_logprobs.append((int(table.key[chunk.row]), part))
 
     def _finish(self, rows: IntArray, finish: Int32Array) -> list[Sequence]:

@@ -28,9 +28,15 @@ class StepTimes:
         if log is None:
             log = np.zeros((1, len(RECENT_STEP_FIELDS)), np.int64)
         self.device = DeviceTime()
+        self._log = log
         self._num_rows = len(log)
         self._bytes = log.data.cast("B")  # one pack is faster than the assignment of a numpy row
         self._row = Struct(f"{len(RECENT_STEP_FIELDS)}q")
+
+    def replace_device(self) -> None:
+        """Tickets begin at 1 again: forget the steps of the GPU process that has died."""
+        self._log[:] = 0
+        self.device.replace_device()
 
     def add(self, step: PlannedStep, work_since_ns: int, result: ResultRecord, apply_ns: int, applied_ns: int) -> float:
         """Add a step whose result was applied from `apply_ns` to `applied_ns`. Returns how long the device ran, in s.

@@ -98,7 +98,7 @@ def test_unknown_and_forgotten_keys_have_closed_masks() -> None:
     matchers.advance(2, DIGIT)
     masks = masks_of(matchers, 2, 0, 1, 99)
     assert [bool(mask.any()) for mask in masks] == [False, False, True, False]
-    assert "does not know this sequence" in matchers.problem(2)
+    assert matchers.problem(2) == ""
     assert len(matchers) == 1
 
 

@@ -9,9 +9,10 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ from ipc.mask_records import mask_layout, mask_request_layout
 from ipc.messages import (
     Compile,
     Compiled,
-    MatcherFailed,
     Ready,
     ReleaseMatchers,
     Start,
@@ -39,29 +39,36 @@ from tests.unit.workers.grammar.grammar_tools import END, TINY, VOCAB_SIZE, enco
 from tests.unit.workers.private_sockets import PrivateSockets
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.grammar.config import COUNTERS, GrammarBootstrap
-from workers.grammar.worker import run
+from workers.grammar.worker import GrammarWorker, run
 from workers.process import StopWorker, WorkerProcess
 
 SHAPE = StepShape(8, 32, 64, 4, vocab_size=VOCAB_SIZE, num_grammar_workers=1)
 NUM_RECORDS = 4
+EPOCH = 3  # of the mask ring
 NAME = b"grammar.0@1"
 DEADLINE_S = 10.0
 WORD = StructuredOutputs(choice=["def", "class"])
 
 
 class Surroundings:
-    """A grammar process in a thread, and all its peers. `num_answered` requests were answered by its predecessor."""
+    """A grammar process in a thread, and all its peers.
 
-    def __init__(self, folder: Path, num_answered: int = 0) -> None:
+    `requests` were made before it was started, and its predecessor has answered `num_answered` of them: (epoch and
+    ticket of the mask record, key).
+    """
+
+    def __init__(self, folder: Path, requests: Sequence[tuple[int, int, int]] = (), num_answered: int = 0) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         self.sockets = PrivateSockets(folder)
         self.control = self.sockets.bind(self.context, "control")
         self.scheduler = self.sockets.bind(self.context, "schedule")
         self.bells = {name: Doorbell.create() for name in ("grammar", "gpu")}
         self.requests = Ring.create("mask_request", mask_request_layout(SHAPE), NUM_RECORDS, 1)
-        self.masks = Ring.create("mask", mask_layout(SHAPE), NUM_RECORDS, 1)
+        self.masks = Ring.create("mask", mask_layout(SHAPE), NUM_RECORDS, EPOCH)
+        self.num_asked = 0
+        for epoch, ticket, key in requests:
+            self.ask((key, NO_TOKEN), epoch=epoch, ticket=ticket)
         for _ in range(num_answered):
-            self.ask((1, NO_TOKEN))
             self.masks.claim()
             self.masks.publish()
         self.masks.next_ticket = 1  # we read it from here on
@@ -81,6 +88,17 @@ class Surroundings:
         )
         self.process = WorkerProcess(common)
         bootstrap = GrammarBootstrap(worker=common, model_path=str(TINY), shape=SHAPE, compile_timeout_s=5.0)
+        self.in_wait: list[Callable[[], None]] = []  # what the process does next from within `wait`
+        self.workers: list[GrammarWorker] = []
+        wait = self.process.wait
+
+        def wait_and_do(timeout_ms: int | None = None) -> set[Any]:
+            ready = wait(timeout_ms)
+            while self.in_wait:
+                self.in_wait.pop()()
+            return ready
+
+        self.process.wait = wait_and_do  # type: ignore[method-assign]
         self.failure: BaseException | None = None
         self.switch_interval = sys.getswitchinterval()
         self.thread = threading.Thread(target=self._run, args=(bootstrap,))
@@ -90,8 +108,13 @@ class Surroundings:
         self.until(lambda: self.launcher_heard == [Ready(role="grammar.0")])
 
     def _run(self, bootstrap: GrammarBootstrap) -> None:
+        def serve(worker: GrammarWorker, serve: Callable[[GrammarWorker], None] = GrammarWorker.serve) -> None:
+            self.workers.append(worker)
+            serve(worker)
+
         try:
-            run(self.process, bootstrap)
+            with patch.object(GrammarWorker, "serve", serve):
+                run(self.process, bootstrap)
         except StopWorker:
             pass
         except BaseException as error:
@@ -100,15 +123,17 @@ class Surroundings:
     def tell(self, message: Any) -> None:
         self.until(lambda: send_to(self.scheduler, NAME, message))
 
-    def ask(self, *wanted: tuple[int, int], step: int = 7) -> int:
-        """Ask for the masks of (key, newest token)."""
+    def ask(self, *wanted: tuple[int, int], step: int = 7, epoch: int = EPOCH, ticket: int | None = None) -> int:
+        """Ask for the masks of (key, newest token). Returns the ticket of the mask record."""
+        self.num_asked = self.num_asked + 1 if ticket is None else ticket
         record = self.requests.claim()
+        record.mask_epoch[0], record.mask_ticket[0] = epoch, self.num_asked
         record.step[0], record.num_masks[0] = step, len(wanted)
         for i, (key, token_id) in enumerate(wanted):
             record.key[i], record.token[i] = key, token_id
-        ticket = self.requests.publish()
+        self.requests.publish()
         self.bells["grammar"].ring()
-        return ticket
+        return self.num_asked
 
     def answer(self, ticket: int) -> tuple[int, list[list[int]]]:
         """The step of a mask record, and the tokens that each of its masks allows. Releases it."""
@@ -117,6 +142,15 @@ class Surroundings:
         bits = np.unpackbits(record.masks[: int(record.num_masks[0])].view(np.uint8), axis=1, bitorder="little")
         self.masks.release_through(ticket)
         return int(record.step[0]), [np.flatnonzero(row).tolist() for row in bits]
+
+    def answer_in_a_new_ring(self, epoch: int, ticket: int) -> tuple[int, list[list[int]]]:
+        """Replace the mask ring, as if the GPU process were a new one, and take an answer there."""
+        close_handle(self.masks.handle)
+        self.masks = Ring.create("mask", mask_layout(SHAPE), NUM_RECORDS, epoch)
+        end = RingEnd(handle=self.masks.handle, writes=True, doorbells=[self.bells["gpu"].fd])
+        self.in_wait.append(lambda: self.workers[0].replace_device(end))
+        self.bells["grammar"].ring()
+        return self.answer(ticket)
 
     def until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -164,12 +198,10 @@ def test_a_sequence_is_followed_from_its_grammar_to_its_end(surroundings: Surrou
     assert surroundings.answer(surroundings.ask((1, define), step=12)) == (12, [[END]])
     surroundings.tell(ReleaseMatchers(keys=[1, 2]))
     surroundings.until(lambda: surroundings.stats.snapshot()["num_matchers"] == 0)
-    assert surroundings.answer(surroundings.ask((1, NO_TOKEN), (0, NO_TOKEN))) == (7, [[], []])
-    surroundings.until(lambda: len(surroundings.heard) == 2)
-    assert isinstance(surroundings.heard[1], MatcherFailed)
+    assert surroundings.answer(surroundings.ask((1, NO_TOKEN), (0, NO_TOKEN))) == (7, [])
     stats = surroundings.stats.snapshot()
     assert [stats[name] for name in ("num_compiled", "num_mask_records", "num_masks", "num_failed_matchers")] == [
-        1, 3, 5, 1,
+        1, 3, 5, 0,
     ]  # fmt: skip
     assert surroundings.requests.num_unreleased == 0
 
@@ -185,16 +217,26 @@ def test_masks_wait_for_room_in_their_ring_and_keep_their_order(surroundings: Su
     assert [surroundings.answer(ticket)[0] for ticket in late] == [10, 11]
 
 
-def test_requests_that_a_predecessor_has_answered_are_not_answered_again(tmp_path: Path) -> None:
-    surroundings = Surroundings(tmp_path, num_answered=2)
+def test_a_new_process_answers_what_its_predecessor_left_with_no_masks(tmp_path: Path) -> None:
+    left = [(EPOCH - 1, 5, 1), (EPOCH, 1, 1), (EPOCH, 2, 1)]
+    surroundings = Surroundings(tmp_path, left, num_answered=1)
     try:
+        assert surroundings.answer(2) == (7, [])
         surroundings.until(lambda: surroundings.requests.num_unreleased == 0)
         assert not surroundings.masks.is_published(3)
-        ticket = surroundings.ask((5, 9), step=3)
-        assert ticket == 3
-        surroundings.masks.release_through(2)
-        assert surroundings.answer(3) == (3, [[]]), "its sequences are unknown, so their masks are closed"
-        surroundings.until(lambda: surroundings.heard)
-        assert "restarted" in surroundings.heard[0].reason
+        assert surroundings.answer(surroundings.ask((0, NO_TOKEN))) == (7, [[]]), "a mask that does not matter"
+        assert surroundings.heard == []
     finally:
         surroundings.close()
+
+
+def test_tokens_on_their_way_when_the_gpu_process_dies_reach_their_matchers(surroundings: Surroundings) -> None:
+    surroundings.until(lambda: send_to(surroundings.control, NAME, Start()))
+    surroundings.tell(Compile(key=1, num_samples=1, spec=WORD, end_ids=[END]))
+    surroundings.until(lambda: surroundings.heard == [Compiled(key=1)])
+    [define] = encode("def")
+    surroundings.ask((1, define), epoch=EPOCH - 1, ticket=9)
+    assert surroundings.answer(surroundings.ask((1, NO_TOKEN), ticket=1)) == (7, [[END]])
+    surroundings.ask((1, END), epoch=EPOCH + 1, ticket=1)
+    assert surroundings.answer_in_a_new_ring(EPOCH + 1, 1) == (7, [[END]])
+    assert surroundings.requests.num_unreleased == 0

@@ -147,6 +147,23 @@ def test_answers_are_paid_for_as_they_come() -> None:
     assert [admit_next(policy) for _ in range(4)] == [11, 12, 1, 13]  # three turns for 25 tokens of debt
 
 
+def test_a_void_step_costs_nothing_and_saves_up_no_credit() -> None:
+    policy = FairShare(100, quantum=10)
+    for key in range(4):
+        policy.add(waiting(key, tenant="talks"))
+        policy.add(waiting(10 + key, tenant="listens"))
+    policy.add(waiting(20, tenant="is served"))
+    assert [admit_next(policy) for _ in range(3)] == [0, 10, 20]
+    for _ in range(25):
+        policy.sampled(np.array([0, 20]))
+    for _ in range(24):
+        policy.void(np.array([0, 20]))
+    policy.void(np.array([20, 20, 20]))
+    for key in (21, 22):
+        policy.add(waiting(key, tenant="is served", num_prompt=10))
+    assert [admit_next(policy) for _ in range(6)] == [1, 11, 21, 2, 12, 22]
+
+
 def test_a_debt_of_many_turns_is_worked_off_at_once() -> None:
     policy = FairShare(100, quantum=1)
     for key in range(2):

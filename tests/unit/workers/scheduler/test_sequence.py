@@ -28,13 +28,13 @@ def test_an_admission_writes_every_column_of_its_entry_and_no_other_entry(leftov
         key=1, route=route, params=params, ring=1, ticket=8, num_prompt_tokens=3, arrived_ns=0, thinking=(20, 21),
         long_values=encode_long_values(SHAPE, {"logprob_ids": [4]}),
     )  # fmt: skip
-    lease = PromptLease(1, 8, 1, is_waiting=True)
+    lease = PromptLease(1, 8, 1, 3, is_waiting=True)
     sequence = Sequence(message, 12, np.array([4, 5, 6], np.int32), lease, [2])
     sequence.row = 3
     layout = step_layout(SHAPE)
     admit = layout.views(memoryview(bytearray([leftover]) * layout.num_bytes)).admit
     before = {field.path[0]: getattr(admit, field.path[0]).copy() for field in declared_fields(Admissions)}
-    sequence.write_admission(admit, 1, 2, lease, PromptLease(0, 17, 2, is_waiting=False))
+    sequence.write_admission(admit, 1, 2, lease, PromptLease(0, 17, 2, 5000, is_waiting=False))
     written = {name: getattr(admit, name)[1].tolist() for name in before}
     assert written == {
         "row": 3, "ring": 1, "ticket": 8, "length": 3, "num_computed_tokens": 2, "max_len": 12, "temperature": 0.5,

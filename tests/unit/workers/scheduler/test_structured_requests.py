@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipc.errors import InvalidRequest, RequestFailed, TokensExcluded
+from ipc.errors import Interrupted, InvalidRequest, RequestFailed, RingfeedError, TokensExcluded
 from ipc.long_values import BAD_WORDS
 from ipc.messages import Compile, Compiled, MatcherFailed, ReleaseMatchers
 from ipc.records import NO_TOKEN, FinishCode
@@ -86,7 +86,7 @@ def test_all_samples_share_one_grammar() -> None:
     engine.drain()
     assert engine.ends[2] == "cancelled"
     assert [len(engine.tokens[key]) for key in (1, 2, 3)] == [3, 0, 3]
-    assert engine.grammar.num_masks == {1: 3, 3: 3}
+    assert {key: num for key, num in engine.grammar.num_masks.items() if key} == {1: 3, 3: 3}
     engine.check_empty()
 
 
@@ -201,7 +201,7 @@ def test_the_requests_of_a_process_that_answers_nothing_end_and_it_gets_no_more_
     engine.scheduler.expire()
     engine.drain()
     code, text = engine.errors[1]
-    assert code == RequestFailed.code
+    assert code == Interrupted.code
     assert f"answered nothing for {1 + ANSWER_SLACK_S:g} s" in text
     assert engine.ends[2] == "length"
     assert engine.scheduler.next_timer_ns is None, "a timer that is past would keep the scheduler awake"
@@ -225,32 +225,54 @@ def test_a_process_with_many_grammars_to_compile_has_time_for_each() -> None:
     assert engine.ends == dict.fromkeys((1, 2, 3), "length")
 
 
-def test_the_sequences_of_a_dead_process_end_and_the_others_go_on() -> None:
+def test_the_sequences_of_a_dead_process_are_interrupted_and_the_others_go_on() -> None:
     engine = engine_of(num_grammar_workers=2)
     for key in (1, 2, 3):
         engine.send(key, [key], params(9))  # to processes 0, 1, 0
     engine.send(4, [4], SamplingParams(max_tokens=9))
     hear_all(engine)
-    for _ in range(2):  # of 1 and 2; 3 stays parked
+    for _ in range(2):  # of 1 and 3; 2 stays parked
         engine.grammar.compile(engine.scheduler)
     engine.plan()
     engine.plan()
     engine.scheduler.lose_grammar_worker(0)
     assert engine.scheduler.take_grammar_messages() == [], "nothing is sent to a dead process"
-    for key in (1, 3):
-        del engine.grammar.matchers[key]
+    engine.grammar.restart(0)
     assert engine.send(5, [5], params(2)) is Arrival.PARKED
     hear_all(engine)
     assert [worker for worker, message in engine.grammar.compiles if message.key == 5] == [1]
     engine.scheduler.lose_grammar_worker(1)
-    engine.grammar.matchers.clear()
-    assert engine.send(6, [6], params(2)) is Arrival.REFUSED
+    engine.grammar.restart(1)
+    assert engine.send(6, [6], params(2)) is Arrival.PARKED
+    assert engine.send(7, [7], params(2)) is Arrival.PARKED
+    engine.scheduler.cancel([7])
+    hear_all(engine)
+    assert not engine.grammar.compiles
+    engine.clock.now_ns += 1_000 * SECOND
+    engine.scheduler.expire()
+    engine.scheduler.lose_grammar_worker(0)  # its successor has died as well; it did not know request 6
+    engine.scheduler.regain_grammar_worker(0)
+    engine.clock.now_ns += 9 * SECOND
+    engine.scheduler.expire()
+    compile_all(engine)
     engine.drain()
-    assert engine.ends == {1: "error", 2: "error", 3: "error", 4: "length", 5: "error", 6: "error"}
-    assert {code for code, _ in engine.errors.values()} == {RequestFailed.code}
+    assert engine.ends == dict.fromkeys((1, 2, 3, 5), "error") | {4: "length", 6: "length", 7: "cancelled"}
+    assert {engine.errors[key][0] for key in (1, 2, 3, 5)} == {Interrupted.code}
     assert "has died" in engine.errors[1][1]
-    assert "all 2 have died" in engine.errors[6][1]
+    assert engine.suspected == {2, 5}, "their grammars were not compiled"
     engine.check_empty()
+
+
+def test_a_request_whose_grammar_seems_to_have_ended_two_processes_is_refused() -> None:
+    engine = engine_of()
+    assert engine.send(1, [1], params(2), num_suspected=1) is Arrival.PARKED
+    assert engine.send(2, [2], params(2), num_suspected=2) is Arrival.REFUSED
+    assert engine.send(3, [3], SamplingParams(max_tokens=2), num_suspected=2) is Arrival.QUEUED
+    compile_all(engine)
+    engine.drain()
+    code, text = engine.errors[2]
+    assert code == RequestFailed.code
+    assert "its grammar has ended a grammar process twice" in text
 
 
 def test_answers_for_ended_requests_are_ignored() -> None:
@@ -373,13 +395,13 @@ def end_with(engine: ScheduledEngine, code: FinishCode, *places: int, closed: bo
 @pytest.mark.parametrize(
     ("closed", "min_tokens", "kind", "words"),
     [
-        (True, 2, RequestFailed, "did not come within grammar.mask_timeout_s (0.1)"),
+        (True, 2, Interrupted, "did not come within grammar.mask_timeout_s (0.1)"),
         (False, 2, TokensExcluded, "min_tokens (2) exclude every token that its grammar allows; allow more tokens"),
         (False, 0, RequestFailed, "its grammar allows none; simplify the grammar"),
     ],
 )
 def test_a_structured_sequence_without_a_token_ends_alone_and_the_error_says_why(
-    closed: bool, min_tokens: int, kind: type[RequestFailed], words: str
+    closed: bool, min_tokens: int, kind: type[RingfeedError], words: str
 ) -> None:
     engine = engine_of()
     engine.send(1, [1, 2], params(9, min_tokens=min_tokens))

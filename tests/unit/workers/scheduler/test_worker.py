@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -43,7 +45,7 @@ from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.process import StopWorker, WorkerProcess
 from workers.scheduler import worker
 from workers.scheduler.config import ARRAYS, COUNTERS, SchedulerBootstrap, SchedulerConfig
-from workers.scheduler.worker import eos_token_ids, run
+from workers.scheduler.worker import StepChannel, eos_token_ids, run
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
 NUM_BLOCKS = 64
@@ -83,7 +85,20 @@ class Surroundings:
             stats=stats,
             launcher_pid=os.getpid(),
         )
+        self.common = common
         self.process = WorkerProcess(common)
+        self.in_wait: list[Callable[[], None]] = []  # what the process does next from within `wait`
+        self.channels: list[StepChannel] = []
+        wait = self.process.wait
+
+        def wait_and_do(timeout_ms: int | None = None) -> set[Any]:
+            ready = wait(timeout_ms)
+            while self.in_wait:
+                self.in_wait[0]()
+                self.in_wait.pop(0)
+            return ready
+
+        self.process.wait = wait_and_do  # type: ignore[method-assign]
         bootstrap = SchedulerBootstrap(
             worker=common,
             scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64),
@@ -101,8 +116,13 @@ class Surroundings:
         self.answers: list[Any] = []  # to the gateway
 
     def _run(self, bootstrap: SchedulerBootstrap) -> None:
+        def make(*args: Any) -> StepChannel:
+            self.channels.append(StepChannel(*args))
+            return self.channels[-1]
+
         try:
-            run(self.process, bootstrap)
+            with patch.object(worker, "StepChannel", make):
+                run(self.process, bootstrap)
         except StopWorker:
             pass
         except BaseException as error:
@@ -158,6 +178,23 @@ class Surroundings:
         self.gpu.run_next(self.results.claim())
         self.results.publish()
         self.bells["scheduler"].ring()
+
+    def replace_gpu(self) -> None:
+        """The GPU process dies, and a new one has new rings."""
+        old = [self.steps.handle, self.results.handle]
+        self.steps = Ring.create("step", step_layout(SHAPE), 2 * DEPTH, self.steps.epoch + 1)
+        self.results = Ring.create("result", result_layout(SHAPE), 2 * DEPTH, self.steps.epoch)
+        self.gpu = FakeGpu(SHAPE, NUM_BLOCKS, self.prompts)
+        new = {
+            "step": [RingEnd(handle=self.steps.handle, writes=True, doorbells=[self.bells["gpu"].fd])],
+            "result": [RingEnd(handle=self.results.handle)],
+        }
+        rewired = msgspec.structs.replace(self.common, rings={**self.common.rings, **new})
+        self.in_wait.append(lambda: self.channels[0].replace_device(rewired, was_ready=True))
+        self.bells["scheduler"].ring()
+        self.until(lambda: not self.in_wait)
+        for handle in old:
+            close_handle(handle)
 
     def counters(self, *names: str) -> tuple[float, ...]:
         counters = self.stats.snapshot()
@@ -286,6 +323,22 @@ def test_the_tokenizer_is_woken_when_its_records_are_free_and_the_counters_say_w
     assert counters["plan_ns"] > 0
     assert counters["apply_ns"] > 0
     assert counters["device_busy_ns"] == 200
+
+
+def test_requests_go_on_with_a_new_gpu_process(surroundings: Surroundings) -> None:
+    surroundings.start()
+    for key in (1, 2):
+        surroundings.send(key, [key, 5, 6], 20)
+    for num_results in (3, 0, 5):
+        for _ in range(num_results):
+            surroundings.until(lambda: surroundings.take_step() or surroundings.gpu.num_submitted)
+            surroundings.answer_step()  # the last results are not applied, or just so
+        surroundings.replace_gpu()
+    for key in (1, 2):
+        expected = expected_tokens([key, 5, 6], 0, 23, [])
+        surroundings.until(lambda key=key, expected=expected: surroundings.tokens_of(key) == expected)
+    surroundings.until(lambda: surroundings.counters("num_free_rows", "num_upload_records") == (SHAPE.max_num_seqs, 0))
+    assert surroundings.counters("num_preemptions", "num_free_blocks") == (0, NUM_BLOCKS)
 
 
 def test_the_counters_say_what_rows_and_rings_hold_until_the_gpu_process_answers(surroundings: Surroundings) -> None:

@@ -202,6 +202,18 @@ def test_late_records_are_released_when_they_come_and_never_used() -> None:
     assert engine.is_released(0)
 
 
+def test_a_record_without_masks_counts_as_closed_and_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine()
+    engine.plan(2)
+    engine.answer(0, 1)
+    submitted = engine.submit()
+    assert submitted is not None
+    assert submitted.num_closed_masks == 2
+    assert engine.results() == tokens(NO_TOKEN, NO_TOKEN)
+    assert not caplog.records
+    assert engine.is_released(0)
+
+
 @pytest.mark.parametrize(("step", "allowed"), [(2, [5, 6]), (0, [5, 6]), (1, [5]), (1, [5, 6, 7])])
 def test_a_record_of_another_step_or_number_of_masks_counts_as_closed(
     step: int, allowed: list[int], caplog: pytest.LogCaptureFixture

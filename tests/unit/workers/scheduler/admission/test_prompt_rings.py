@@ -62,6 +62,33 @@ def test_records_released_out_of_order_are_held_until_those_in_front_are() -> No
     assert prompts.take_freed_rings() == []
 
 
+def test_a_fence_releases_the_records_of_a_dead_tokenizer_that_no_lease_names() -> None:
+    both = rings(4, 4)
+    prompts = PromptRings(both)
+    named = receive(prompts, both[1], [1] * 5)
+    publish(both[1], [2])
+    both[1].claim()  # not published
+    prompts.fence(1)
+    assert both[1].num_unreleased == 3, "cursors move in order, and a lease is in front"
+    prompts.release(named)
+    assert both[1].num_unreleased == 0
+    prompts.fence(1)
+    assert both[1].read_cursor == 4
+    assert prompts.take_freed_rings() == [1]
+    successor = receive(prompts, both[1], [3])
+    assert (successor.ticket, successor.is_released) == (4, False)
+
+
+def test_a_fence_of_a_full_ring_ends_with_its_last_record() -> None:
+    both = rings(4, 4)
+    prompts = PromptRings(both)
+    prompts.release(receive(prompts, both[1], [1]))
+    publish(both[1], [2] * 16)
+    prompts.fence(1)
+    assert both[1].num_free() == 4
+    assert receive(prompts, both[1], [3]).ticket == 6
+
+
 def test_a_lease_is_released_once() -> None:
     both = rings(4, 8)
     prompts = PromptRings(both)

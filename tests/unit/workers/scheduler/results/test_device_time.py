@@ -33,6 +33,16 @@ def causes(device: DeviceTime) -> tuple[int, int, int]:
     return device.no_work_ns, device.scheduler_ns, device.copies_ns
 
 
+def test_the_time_between_two_gpu_processes_counts_for_no_cause() -> None:
+    device = after_first_step()
+    device.replace_device()
+    device.add_step(9_000, 9_500, work_since_ns=2_500, received_at_ns=8_000)
+    assert causes(device) == (0, 0, 0)
+    assert device.busy_ns == 1_500
+    device.add_step(9_600, 9_700, work_since_ns=2_500, received_at_ns=9_540)
+    assert causes(device) == (0, 40, 60)
+
+
 @pytest.mark.parametrize(
     ("start", "work_since", "received", "expected"),
     [

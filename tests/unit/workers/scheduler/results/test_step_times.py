@@ -52,3 +52,13 @@ def test_the_log_keeps_the_latest_steps_and_only_steps_with_masks_have_a_pause()
     assert sorted(log[:, 0].tolist()) == [3, 4, 5]
     pauses = log[:, [RECENT_STEP_FIELDS.index(name) for name in ("ticket", "pause_ns", "resume_ns")]]
     assert sorted(pauses.tolist()) == [[3, 0, 0], [4, 0, 0], [5, 1_300, 1_350]]
+
+
+def test_the_log_forgets_the_steps_of_a_gpu_process_that_is_replaced() -> None:
+    log = np.zeros((3, len(RECENT_STEP_FIELDS)), np.int64)
+    times = StepTimes(log)
+    for ticket in (1, 2):
+        times.add(step(ticket), 0, result(1_200, 1_500), 0, 0)
+    times.replace_device()
+    times.add(step(1), 0, result(9_200, 9_500), 0, 0)
+    assert log[:, 0].tolist() == [0, 1, 0]
