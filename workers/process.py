@@ -64,6 +64,8 @@ class WorkerProcess:
         self._poller.register(self._control, zmq.POLLIN)
         self._poller.register(self.doorbell.fd, zmq.POLLIN)
         self._on_control: Callable[[Any], None] | None = None
+        self._on_rewire: Callable[[Any], None] | None = None
+        self.stalled_s: Callable[[], float] = lambda: 0.0  # what a Pong says; a role that owes work replaces it
 
     def bind(self, name: str) -> zmq.Socket[Any]:
         """A ROUTER, bound to the engine's socket of this name. Raises EngineUnavailable if it cannot be bound."""
@@ -94,6 +96,10 @@ class WorkerProcess:
     def on_control(self, handler: Callable[[Any], None]) -> None:
         """Call `handler` for the launcher's messages other than Stop, from within `wait()`."""
         self._on_control = handler
+
+    def on_rewire(self, handler: Callable[[Any], None]) -> None:
+        """Call `handler` with each new bootstrap of this process, from within `wait()`."""
+        self._on_rewire = handler
 
     def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
         send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))

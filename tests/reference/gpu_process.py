@@ -11,7 +11,7 @@ from typing import Any
 from ipc.doorbell import Doorbell
 from ipc.mask_records import mask_layout
 from ipc.record_layout import Layout, R
-from ipc.records import StepRecord, StepShape, prompt_layout, result_layout, step_layout
+from ipc.records import ResultRecord, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.stats_page import StatsPage
 from ipc.tracer import Tracer, tracer
@@ -28,6 +28,7 @@ class FakeProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.trace = tracer(None)
         self.is_ready = False
+        self.stalled_s: Callable[[], float] = lambda: 0.0
 
     def tracer_of(self, thread: str) -> Tracer:
         return tracer(None)
@@ -38,6 +39,9 @@ class FakeProcess:
     def on_control(self, take: Callable[[Any], None]) -> None:
         """No message of the launcher arrives."""
 
+    def on_rewire(self, take: Callable[[Any], None]) -> None:
+        """No new bootstrap arrives."""
+
     def ready(self, **info: int) -> None:
         self.is_ready = True
 
@@ -47,20 +51,26 @@ class FakeProcess:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """The arguments of `run`, and the scheduler's end of the step ring."""
+    """The arguments of `run`, and the scheduler's ends of the step ring and the result ring."""
 
     process: Any
     bootstrap: GpuBootstrap
     steps: Ring[StepRecord]
+    results: Ring[ResultRecord]
 
 
 @contextmanager
-def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None = None) -> Iterator[GpuProcess]:
-    """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape."""
+def gpu_process(
+    model: ModelConfig, shape: StepShape, cache: CacheConfig | None = None, *, epoch: int = 1
+) -> Iterator[GpuProcess]:
+    """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape.
+
+    `epoch`: of the rings and of every other process.
+    """
     with ExitStack() as stack:
 
         def ring(name: str, layout: Layout[R]) -> Ring[R]:
-            made = Ring.create(name, layout, 4, 1)
+            made = Ring.create(name, layout, 4, epoch)
             stack.callback(close_handle, made.handle)
             return made
 
@@ -77,6 +87,7 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
             doorbell_fd=bell(),
             stats=stats,
             launcher_pid=os.getpid(),
+            epochs={"scheduler": epoch, **{f"grammar.{i}": epoch for i in range(shape.num_grammar_workers)}},
             rings={
                 "step": [RingEnd(handle=steps.handle)],
                 "result": [RingEnd(handle=results.handle, writes=True, doorbells=[bell()])],
@@ -94,4 +105,4 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
             shape=shape,
             depth=2,
         )
-        yield GpuProcess(FakeProcess(worker), bootstrap, steps)
+        yield GpuProcess(FakeProcess(worker), bootstrap, steps, results)

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 Report = Callable[..., None]  # WorkerProcess.progress, or a function that calls it
 CLOCK_KERNEL: Final = "_write_time"  # the kernel of the CUDA device's `read_clock`, which runs at both ends of a step
 _LOOK_FOR_STOP_NS: Final = 50_000_000  # longest time of steps without a pause before the loop reads the control channel
+_SETTLE_TIMEOUT_S: Final = 30.0  # for the device to finish the steps of dead processes
 
 
 def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
@@ -72,6 +73,8 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
                 None if path is None else StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL)
             )
             process.on_control(lambda message: close_masks(executor, message))
+            process.on_rewire(Rewiring(bootstrap, executor, completion))
+            process.stalled_s = lambda: executor.stalled_s(time.monotonic_ns())
             process.ready(num_blocks=loaded.num_blocks)
             run_steps(process, executor, completion, profiler)
         except Exception as error:
@@ -84,6 +87,33 @@ def close_masks(executor: Executor, message: Any) -> None:
     """If the launcher reports that a grammar process has died, wait for none of its masks."""
     if isinstance(message, Lost) and message.role == "grammar":
         executor.grammar_died(message.index)
+
+
+class Rewiring:
+    """Connects the executor to processes that the launcher has started again."""
+
+    def __init__(self, bootstrap: GpuBootstrap, executor: Executor, completion: ResultPublisher) -> None:
+        self._worker = bootstrap.worker
+        self._executor = executor
+        self._completion = completion
+
+    def __call__(self, bootstrap: GpuBootstrap) -> None:
+        """Take over the new rings of a new scheduler, or the present ring of a new grammar process.
+
+        A new scheduler has new tokenizers and new grammar processes, so all rings are new. Raises TimeoutError if the
+        device does not finish the steps of the dead scheduler: this process must end then.
+        """
+        old, self._worker = self._worker, bootstrap.worker
+        if self._worker.ring("step").handle.epoch != old.ring("step").handle.epoch:
+            self._completion.settle(_SETTLE_TIMEOUT_S)
+            self._executor.replace_rings(attach_rings(bootstrap))
+            self._completion.ring_scheduler = self._worker.ring("result").wake
+            logger.info("takes steps from a new scheduler")
+            return
+        for i in range(bootstrap.shape.num_grammar_workers):
+            name = f"grammar.{i}"
+            if self._worker.epochs.get(name) != old.epochs.get(name):
+                self._executor.grammar_returned(i)
 
 
 def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> Executor:
