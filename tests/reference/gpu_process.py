@@ -42,6 +42,9 @@ class FakeProcess:
     def on_rewire(self, take: Callable[[Any], None]) -> None:
         """No new bootstrap arrives."""
 
+    def say(self, message: Any) -> None:
+        pass
+
     def ready(self, **info: int) -> None:
         self.is_ready = True
 

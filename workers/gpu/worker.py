@@ -18,13 +18,14 @@ import torch
 
 from ipc.errors import ConfigError
 from ipc.mask_records import mask_layout
-from ipc.messages import Lost
+from ipc.messages import Busy, Lost
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.trace import Span
 from workers.gpu.config import COMPLETION, GpuBootstrap
 from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
+from workers.gpu.execution.announced_runner import AnnouncedRunner
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.model_runner import ModelRunner
@@ -55,6 +56,8 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             started_ns = time.monotonic_ns()
             loaded = load(stages.progress, bootstrap)
             memory = loaded.memory
+            if loaded.device.torch_device.type == "cpu":
+                loaded = replace(loaded, runner=AnnouncedRunner(loaded.runner, lambda s: process.say(Busy(seconds=s))))
             executor = make_executor(stages.progress, bootstrap, loaded)
             if loaded.buckets is not None:
                 memory = replace(memory, graphs=capture_graphs(stages.progress, loaded.device, executor))
