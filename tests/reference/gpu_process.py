@@ -64,11 +64,16 @@ class GpuProcess:
 
 @contextmanager
 def gpu_process(
-    model: ModelConfig, shape: StepShape, cache: CacheConfig | None = None, *, epoch: int = 1
+    model: ModelConfig,
+    shape: StepShape,
+    cache: CacheConfig | None = None,
+    *,
+    epoch: int = 1,
+    num_blocks: int | None = None,
 ) -> Iterator[GpuProcess]:
     """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape.
 
-    `epoch`: of the rings and of every other process.
+    `epoch`: of the rings and of every other process. `num_blocks`: of the first start.
     """
     with ExitStack() as stack:
 
@@ -107,5 +112,6 @@ def gpu_process(
             cache=cache or CacheConfig(block_size=shape.block_size),
             shape=shape,
             depth=2,
+            num_blocks=num_blocks,
         )
         yield GpuProcess(FakeProcess(worker), bootstrap, steps, results)

@@ -138,3 +138,6 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     shape: StepShape
     depth: int
     mask_timeout_s: float = 0.1  # after that long, a step goes on without the masks that it lacks
+    # Of the first start, as its `Ready.info` said: the KV blocks, and the bytes of the device that the process took.
+    num_blocks: int | None = None
+    device_bytes: int = 0

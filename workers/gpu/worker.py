@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from msgspec import structs
 
 from ipc.errors import ConfigError
 from ipc.mask_records import mask_layout
@@ -34,6 +35,8 @@ from workers.gpu.execution.result_publisher import ResultPublisher
 from workers.gpu.execution.rings import GpuRings
 from workers.gpu.execution.steps import Submitted
 from workers.gpu.memory.account import MemoryUse, bytes_taken, free_text
+from workers.gpu.memory.former_process import wait_for_memory
+from workers.gpu.memory.kv_cache import free_memory_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
 from workers.gpu.profiling.step_profiler import StepProfiler
 from workers.gpu.startup_stages import Stages
@@ -78,7 +81,7 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             process.on_control(lambda message: close_masks(executor, message))
             process.on_rewire(Rewiring(bootstrap, executor, completion))
             process.stalled_s = lambda: executor.stalled_s(time.monotonic_ns())
-            process.ready(num_blocks=loaded.num_blocks)
+            process.ready(num_blocks=loaded.num_blocks, device_bytes=device_bytes(loaded))
             run_steps(process, executor, completion, profiler)
         except Exception as error:
             if is_out_of_memory(error):
@@ -181,25 +184,34 @@ def _ms_until(deadline_ns: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A device with a loaded model. `buckets`: see Executor."""
+    """A device with a loaded model. `buckets`: see Executor. `free_bytes`: of a GPU's memory, before the model."""
 
     device: Device[Any, Any]
     runner: ModelRunner
     num_blocks: int  # KV blocks for the scheduler to allocate
     memory: MemoryUse
     buckets: Buckets | None = None
+    free_bytes: int = 0
+
+
+def device_bytes(loaded: Loaded) -> int:
+    """The bytes of a GPU's memory that the process has taken since its start; 0 on the CPU."""
+    device = loaded.device.torch_device
+    return max(0, loaded.free_bytes - free_memory_bytes(device)) if device.type == "cuda" else 0
 
 
 def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
     """Load the model that the bootstrap names. Raises ConfigError or ModelUnsupported if it cannot run here."""
-    model, shape = bootstrap.model, bootstrap.shape
+    model, shape, cache = bootstrap.model, bootstrap.shape, bootstrap.cache
+    if bootstrap.num_blocks is not None:
+        cache = structs.replace(cache, num_blocks=bootstrap.num_blocks)
     if model.load_format == "null":
         torch.set_num_threads(1)
         timed = TimedDevice()
         step_ns = round(model.null_step_ms * 1e6)
         spend = partial(timed.spend, step_ns)
         runner = NullModel(shape, timed.torch_device, spend, model.null_vocab_size)
-        return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape), MemoryUse())
+        return Loaded(timed, runner, cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
     progress("importing transformers", 0.0)  # takes seconds, and the null model does not need it
     from workers.gpu.model.loader import load_model
@@ -207,9 +219,13 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
     progress("starting the device", 0.0)
 
     device = make_device(model.device)
-    loaded = load_model(model, bootstrap.cache, shape, device.torch_device, progress)
+    free_bytes = 0
+    if device.torch_device.type == "cuda":
+        wait_for_memory(bootstrap.device_bytes, lambda: free_memory_bytes(device.torch_device), progress)
+        free_bytes = free_memory_bytes(device.torch_device)
+    loaded = load_model(model, cache, shape, device.torch_device, progress)
     buckets = Buckets(shape, captures=loaded.can_be_captured) if device.torch_device.type == "cuda" else None
-    return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets)
+    return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets, free_bytes)
 
 
 def default_num_blocks(shape: StepShape) -> int:
