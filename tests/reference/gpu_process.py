@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class FakeProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.trace = tracer(None)
         self.is_ready = False
+        self.begun_at_ns = time.monotonic_ns()
         self.stalled_s: Callable[[], float] = lambda: 0.0
 
     def tracer_of(self, thread: str) -> Tracer:

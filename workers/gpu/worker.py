@@ -6,6 +6,7 @@ device's state after an error cannot be trusted.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from workers.gpu.memory.former_process import wait_for_memory
 from workers.gpu.memory.kv_cache import free_memory_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
 from workers.gpu.profiling.step_profiler import StepProfiler
-from workers.gpu.startup_stages import Stages
+from workers.gpu.startup_stages import IMPORTING, Stages
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,9 @@ _SETTLE_TIMEOUT_S: Final = 30.0  # for the device to finish the steps of dead pr
 def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
     """Load the model, announce the number of KV blocks, and run steps until the launcher sends Stop."""
     with torch.inference_mode():
-        stages = Stages(process.progress)
+        stages = Stages(process.progress, process.begun_at_ns)
         memory = MemoryUse()
         try:
-            started_ns = time.monotonic_ns()
             loaded = load(stages.progress, bootstrap)
             memory = loaded.memory
             if loaded.device.torch_device.type == "cpu":
@@ -64,11 +64,11 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             executor = make_executor(stages.progress, bootstrap, loaded)
             if loaded.buckets is not None:
                 memory = replace(memory, graphs=capture_graphs(stages.progress, loaded.device, executor))
-            process.stats.load_ns[0] = time.monotonic_ns() - started_ns
             stages.serve()
+            stages.count(process.stats)
             logger.info(
-                "loaded in %.1f s: %s; memory: %s (%d); %s", process.stats.load_ns[0] * 1e-9, stages.durations(),
-                memory, loaded.num_blocks, free_text(loaded.device.torch_device),
+                "loaded in %.1f s: %s; memory: %s (%d); %s", stages.total_s, stages.durations(), memory,
+                loaded.num_blocks, free_text(loaded.device.torch_device),
             )  # fmt: skip
             completion = ResultPublisher(
                 loaded.device, executor, bootstrap.worker.ring("result").wake, wake=process.doorbell.ring,
@@ -93,6 +93,14 @@ def close_masks(executor: Executor, message: Any) -> None:
     """If the launcher reports that a grammar process has died, wait for none of its masks."""
     if isinstance(message, Lost) and message.role == "grammar":
         executor.grammar_died(message.index)
+
+
+def prepare() -> None:
+    """Import all that a GPU process may need. Looks at no device: a spare process must take no memory of it."""
+    import workers.gpu.model.loader
+
+    if importlib.util.find_spec("triton") is not None:
+        import workers.gpu.device.cuda  # noqa: F401
 
 
 class Rewiring:
@@ -213,7 +221,7 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
         runner = NullModel(shape, timed.torch_device, spend, model.null_vocab_size)
         return Loaded(timed, runner, cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
-    progress("importing transformers", 0.0)  # takes seconds, and the null model does not need it
+    progress(IMPORTING, 0.0)  # takes seconds, and the null model does not need it
     from workers.gpu.model.loader import load_model
 
     progress("starting the device", 0.0)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from ipc.errors import ConfigError
+from workers.gpu.startup_stages import WAITING_FOR_MEMORY
 
-STAGE: Final = "waiting for the memory of the former process"
 TIMEOUT_S: Final = 60.0
 _LOOK_S: Final = 0.05
 _GIB: Final = 1 << 30
@@ -26,7 +26,7 @@ def wait_for_memory(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Return once `free_bytes()` of the device's memory are at least `needed_bytes`. Reports `STAGE` if it must wait.
+    """Return once `free_bytes()` of the device's memory are at least `needed_bytes`. Reports the stage if it must wait.
 
     Raises ConfigError after TIMEOUT_S: another program has taken the memory.
     """
@@ -38,5 +38,5 @@ def wait_for_memory(
                 f"{needed_bytes / _GIB:.2f} GiB, which have not returned within {TIMEOUT_S:g} s. "
                 "End other programs that use this device"
             )
-        progress(STAGE, free / needed_bytes)
+        progress(WAITING_FOR_MEMORY, free / needed_bytes)
         sleep(_LOOK_S)

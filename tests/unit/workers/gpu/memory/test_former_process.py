@@ -12,7 +12,8 @@ from tests.reference.gpu_process import gpu_process
 from tests.reference.tiny_models import make_tiny_model
 from workers.gpu import worker
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.memory.former_process import STAGE, TIMEOUT_S, wait_for_memory
+from workers.gpu.memory.former_process import TIMEOUT_S, wait_for_memory
+from workers.gpu.startup_stages import WAITING_FOR_MEMORY
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4)
 
@@ -41,7 +42,7 @@ class Device:
 def test_it_waits_until_the_memory_is_back_and_says_so() -> None:
     device = Device(10, 20, 20, 40, 41)
     device.wait_for(40)
-    assert device.reports == [(STAGE, 0.25), (STAGE, 0.5), (STAGE, 0.5)]
+    assert device.reports == [(WAITING_FOR_MEMORY, 0.25), (WAITING_FOR_MEMORY, 0.5), (WAITING_FOR_MEMORY, 0.5)]
     assert 0 < device.now_s < 1
 
 
