@@ -110,7 +110,7 @@ async def _kill_under_streams(
     endpoint: str, kill: Callable[[], None], num_streams: int, warm_up_s: float, timeout_s: float
 ) -> Restart:
     arrivals_ns: list[list[int]] = [[] for _ in range(num_streams)]
-    params = SamplingParams(max_tokens=1_000_000, ignore_eos=True)
+    params = SamplingParams(ignore_eos=True)  # up to the model's length
 
     async with AsyncClient(endpoint) as client:
 
