@@ -24,7 +24,7 @@ import zmq
 from ipc.channels import bind_router, connect_dealer, receive, send
 from ipc.doorbell import Doorbell
 from ipc.errors import RingfeedError
-from ipc.messages import Failed, LauncherToWorker, Progress, Ready, Stop
+from ipc.messages import Busy, Failed, LauncherToWorker, Progress, Ready, Stop
 from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from ipc.tracer import Tracer, tracer
@@ -101,6 +101,10 @@ class WorkerProcess:
     def on_rewire(self, handler: Callable[[Any], None]) -> None:
         """Call `handler` with each new bootstrap of this process, from within `wait()`."""
         self._on_rewire = handler
+
+    def busy(self, seconds: float) -> None:
+        """Tell the launcher that this process may answer nothing for so long, and yet does not hang."""
+        send(self._control, Busy(seconds=seconds))
 
     def progress(self, stage: str, fraction: float, total_bytes: int = 0) -> None:
         send(self._control, Progress(role=self.role, stage=stage, fraction=fraction, total_bytes=total_bytes))

@@ -44,7 +44,7 @@ class FakeProcess:
     def on_rewire(self, take: Callable[[Any], None]) -> None:
         """No new bootstrap arrives."""
 
-    def say(self, message: Any) -> None:
+    def busy(self, seconds: float) -> None:
         pass
 
     def ready(self, **info: int) -> None:

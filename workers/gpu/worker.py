@@ -20,7 +20,7 @@ from msgspec import structs
 
 from ipc.errors import ConfigError
 from ipc.mask_records import mask_layout
-from ipc.messages import Busy, Lost
+from ipc.messages import Lost
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.trace import Span
 from workers.gpu.config import COMPLETION, GpuBootstrap
@@ -60,7 +60,7 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             loaded = load(stages.progress, bootstrap)
             memory = loaded.memory
             if loaded.device.torch_device.type == "cpu":
-                loaded = replace(loaded, runner=AnnouncedRunner(loaded.runner, lambda s: process.say(Busy(seconds=s))))
+                loaded = replace(loaded, runner=AnnouncedRunner(loaded.runner, process.busy))
             executor = make_executor(stages.progress, bootstrap, loaded)
             if loaded.buckets is not None:
                 memory = replace(memory, graphs=capture_graphs(stages.progress, loaded.device, executor))

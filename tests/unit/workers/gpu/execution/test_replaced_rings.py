@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,16 @@ def test_a_gpu_process_serves_one_scheduler_after_the_other() -> None:
             worker.run(Rewired([first, second]), first.bootstrap)  # type: ignore[arg-type]
         assert first.steps.num_unreleased == second.steps.num_unreleased == 0
         assert second.results.is_published(1)
+
+
+def test_only_the_grammar_process_that_was_started_again_has_returned() -> None:
+    returned: list[int] = []
+    executor: Any = SimpleNamespace(grammar_returned=returned.append)
+    unused: Any = None
+    shape = replace(SHAPE, num_grammar_workers=3)
+    with gpu_process(NULL, shape) as gpu:
+        rewire = worker.Rewiring(gpu.bootstrap, executor, unused)
+        for epochs in ({"grammar.1": 2}, {"grammar.1": 2, "tokenizer.0": 7}, {"grammar.1": 3, "grammar.2": 2}):
+            own = replace(gpu.bootstrap.worker, epochs=gpu.bootstrap.worker.epochs | epochs)
+            rewire(replace(gpu.bootstrap, worker=own))
+    assert returned == [1, 1, 2]
