@@ -60,6 +60,7 @@ class WorkerProcess:
         self.stats.num_starts[0] += 1
         self.trace = self.tracer_of(MAIN)
         self._awake_since_ns = time.monotonic_ns()
+        self.begun_at_ns = self._awake_since_ns  # CLOCK_MONOTONIC: when the start of this process's work began
         self._control = self.connect("control")
         self._poller = zmq.Poller()
         self._poller.register(self._control, zmq.POLLIN)
@@ -206,32 +207,49 @@ class WorkerProcess:
         self.trace.record(Span.AWAKE, self._awake_since_ns, time.monotonic_ns() - self._awake_since_ns)
 
 
-def run_worker(bootstrap_type: type[B], run: Callable[[WorkerProcess, B], None]) -> None:
+def run_worker(
+    bootstrap_type: type[B],
+    run: Callable[[WorkerProcess, B], None],
+    prepare: Callable[[], None] | None = None,
+) -> None:
     """Entry point of every worker module: `python -m MODULE --bootstrap-fd N`.
 
     Descriptor N is our end of a socket to the launcher (`ipc/descriptor_passing.py`). It stays open as long as this
     process lives. `bootstrap_type` is the role's struct; its field `worker` is the WorkerBootstrap. Exits 0 after Stop;
     after an error tells the launcher and exits 1. The kernel kills the worker with its launcher, except a worker that
     `outlives_launcher`: it must watch for the launcher's death itself.
+
+    With `--spare` the process calls `prepare`, which does what needs no bootstrap, and waits for the bootstrap, which
+    the launcher may send much later or never. Until then the kernel kills it with its launcher, too.
     """
     parser = argparse.ArgumentParser(description="A ringfeed worker; started by pipeline.launch, not by hand.")
     parser.add_argument("--bootstrap-fd", type=int, required=True)
-    inherited = socket.socket(fileno=parser.parse_args().bootstrap_fd)
+    parser.add_argument("--spare", action="store_true")
+    arguments = parser.parse_args()
+    inherited = socket.socket(fileno=arguments.bootstrap_fd)
     inherited.set_inheritable(False)
     channel = BootstrapChannel(inherited, bootstrap_type)
+    # A terminal or a service manager sends these to all processes of a group; only the launcher acts on them.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    begun_at_ns = _process_start_ns()
+    if arguments.spare:
+        _die_with(os.getppid())  # if it has died already, its end of the channel is closed
+        if prepare is not None:
+            prepare()
     try:
         bootstrap = channel.receive()
     except RingfeedError as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         os._exit(1)
+    if arguments.spare:
+        begun_at_ns = time.monotonic_ns()
     worker: WorkerBootstrap = bootstrap.worker  # type: ignore[attr-defined]
     if not worker.outlives_launcher:
         _die_with(worker.launcher_pid)
-    # A terminal or a service manager sends these to all processes of a group; only the launcher acts on them.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
     logging.basicConfig(level=worker.log_level, format=LOG_FORMAT.format(role=worker.role), stream=sys.stderr)
     process = WorkerProcess(worker, channel)
+    process.begun_at_ns = begun_at_ns
     status = 0
     try:
         run(process, bootstrap)
@@ -258,3 +276,11 @@ def _die_with(launcher_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher_pid:  # the launcher died before the line above
         os._exit(1)
+
+
+def _process_start_ns() -> int:
+    """When this process was spawned, CLOCK_MONOTONIC in ns. The kernel keeps it in ticks of 10 ms."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])  # the kernel's field 22
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - round(age_s * 1e9)

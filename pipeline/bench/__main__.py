@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from pipeline.bench import grammar, host, http, idle, overload, prefix, scheduler, throughput
+from pipeline.bench import grammar, host, http, idle, overload, prefix, restart, scheduler, throughput
 from pipeline.cli import run_module
 
 _EXAMPLES: Final = """\
@@ -15,6 +15,7 @@ examples:
   ringfeed bench host                          what the host spends on a step, with a simulated device
   ringfeed bench throughput --config FILE      an engine beside the rates of its device
   ringfeed bench throughput --config FILE --peers transformers-async,vllm
+  ringfeed bench restart --config FILE         how long streams pause when the GPU process dies
 
 `ringfeed bench NAME --help` describes a benchmark.
 """
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each benchmark."""
     parser.epilog = _EXAMPLES
     commands = parser.add_subparsers(required=True, metavar="NAME", title="benchmarks")
-    for module in (grammar, host, http, idle, overload, prefix, scheduler, throughput):
+    for module in (grammar, host, http, idle, overload, prefix, restart, scheduler, throughput):
         name = module.__name__.rpartition(".")[2]
         text = module.__doc__ or ""
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)

@@ -41,6 +41,8 @@ class EngineFacts:
     Args:
         cache_seed: the root of the names of its KV blocks; None = prompts are not cached.
         lent: descriptors of the launcher that a role may keep open (`Role.keeps`), by name.
+        num_blocks: KV blocks of the first start of the GPU process; None = this is the first.
+        device_bytes: bytes of the device that the first start took.
     """
 
     config: Config
@@ -51,6 +53,8 @@ class EngineFacts:
     traced: bool = False
     cache_seed: bytes | None = None
     lent: Mapping[str, int]
+    num_blocks: int | None = None
+    device_bytes: int = 0
 
     @cached_property
     def shape(self) -> StepShape:
@@ -139,6 +143,8 @@ def gpu(facts: EngineFacts, worker: WorkerBootstrap) -> GpuBootstrap:
         shape=facts.shape,
         depth=facts.config.ring.depth,
         mask_timeout_s=facts.config.grammar.mask_timeout_s,
+        num_blocks=facts.num_blocks,
+        device_bytes=facts.device_bytes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from ipc.doorbell import Doorbell
 from ipc.mask_records import mask_layout
 from ipc.record_layout import Layout, R
-from ipc.records import StepRecord, StepShape, prompt_layout, result_layout, step_layout
+from ipc.records import ResultRecord, StepRecord, StepShape, prompt_layout, result_layout, step_layout
 from ipc.ring import Ring, close_handle
 from ipc.stats_page import StatsPage
 from ipc.tracer import Tracer, tracer
@@ -28,6 +29,8 @@ class FakeProcess:
         self.doorbell = Doorbell(bootstrap.doorbell_fd)
         self.trace = tracer(None)
         self.is_ready = False
+        self.begun_at_ns = time.monotonic_ns()
+        self.stalled_s: Callable[[], float] = lambda: 0.0
 
     def tracer_of(self, thread: str) -> Tracer:
         return tracer(None)
@@ -38,6 +41,12 @@ class FakeProcess:
     def on_control(self, take: Callable[[Any], None]) -> None:
         """No message of the launcher arrives."""
 
+    def on_rewire(self, take: Callable[[Any], None]) -> None:
+        """No new bootstrap arrives."""
+
+    def busy(self, seconds: float) -> None:
+        pass
+
     def ready(self, **info: int) -> None:
         self.is_ready = True
 
@@ -47,20 +56,31 @@ class FakeProcess:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """The arguments of `run`, and the scheduler's end of the step ring."""
+    """The arguments of `run`, and the scheduler's ends of the step ring and the result ring."""
 
     process: Any
     bootstrap: GpuBootstrap
     steps: Ring[StepRecord]
+    results: Ring[ResultRecord]
 
 
 @contextmanager
-def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None = None) -> Iterator[GpuProcess]:
-    """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape."""
+def gpu_process(
+    model: ModelConfig,
+    shape: StepShape,
+    cache: CacheConfig | None = None,
+    *,
+    epoch: int = 1,
+    num_blocks: int | None = None,
+) -> Iterator[GpuProcess]:
+    """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape.
+
+    `epoch`: of the rings and of every other process. `num_blocks`: of the first start.
+    """
     with ExitStack() as stack:
 
         def ring(name: str, layout: Layout[R]) -> Ring[R]:
-            made = Ring.create(name, layout, 4, 1)
+            made = Ring.create(name, layout, 4, epoch)
             stack.callback(close_handle, made.handle)
             return made
 
@@ -77,6 +97,7 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
             doorbell_fd=bell(),
             stats=stats,
             launcher_pid=os.getpid(),
+            epochs={"scheduler": epoch, **{f"grammar.{i}": epoch for i in range(shape.num_grammar_workers)}},
             rings={
                 "step": [RingEnd(handle=steps.handle)],
                 "result": [RingEnd(handle=results.handle, writes=True, doorbells=[bell()])],
@@ -93,5 +114,6 @@ def gpu_process(model: ModelConfig, shape: StepShape, cache: CacheConfig | None 
             cache=cache or CacheConfig(block_size=shape.block_size),
             shape=shape,
             depth=2,
+            num_blocks=num_blocks,
         )
-        yield GpuProcess(FakeProcess(worker), bootstrap, steps)
+        yield GpuProcess(FakeProcess(worker), bootstrap, steps, results)

@@ -110,6 +110,10 @@ class SimulatedDevice:
     def register_host(self, name: str, buffer: memoryview) -> torch.Tensor:
         return self._track(name, torch.frombuffer(buffer, dtype=torch.uint8))
 
+    def unregister_host(self, buffer: memoryview) -> None:
+        name, _ = self._storages.pop(torch.frombuffer(buffer, dtype=torch.uint8).data_ptr())
+        self._accesses.pop(name, None)
+
     def copy(self, stream: SimulatedStream, target: torch.Tensor, source: torch.Tensor) -> None:
         self._enqueue(stream, lambda: target.copy_(source), ((source,), (target,)))
 

@@ -9,9 +9,10 @@ from msgspec import Meta
 
 from ipc.records import StepShape
 from workers.bootstrap import WorkerBootstrap
+from workers.gpu.startup_stages import COUNTERS as STARTUP_COUNTERS
 
 VARLEN_BLOCK_TOKENS: Final = 256  # FlashAttention reads blocks of this size or a multiple of it
-COUNTERS: Final = ("num_steps", "launch_ns", "num_rows", "load_ns", "num_late_masks", "mask_wait_ns")
+COUNTERS: Final = ("num_steps", "launch_ns", "num_rows", "num_late_masks", "mask_wait_ns", *STARTUP_COUNTERS)
 COMPLETION: Final = "completion"  # the thread that waits for the device and publishes results
 
 
@@ -138,3 +139,6 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     shape: StepShape
     depth: int
     mask_timeout_s: float = 0.1  # after that long, a step goes on without the masks that it lacks
+    # Of the first start, as its `Ready.info` said: the KV blocks, and the bytes of the device that the process took.
+    num_blocks: int | None = None
+    device_bytes: int = 0

@@ -6,6 +6,7 @@ device's state after an error cannot be trusted.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from msgspec import structs
 
 from ipc.errors import ConfigError
 from ipc.mask_records import mask_layout
@@ -24,6 +26,7 @@ from workers.gpu.config import COMPLETION, GpuBootstrap
 from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
+from workers.gpu.execution.announced_runner import AnnouncedRunner
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.executor import Executor
 from workers.gpu.execution.model_runner import ModelRunner
@@ -32,9 +35,11 @@ from workers.gpu.execution.result_publisher import ResultPublisher
 from workers.gpu.execution.rings import GpuRings
 from workers.gpu.execution.steps import Submitted
 from workers.gpu.memory.account import MemoryUse, bytes_taken, free_text
+from workers.gpu.memory.former_process import wait_for_memory
+from workers.gpu.memory.kv_cache import free_memory_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
 from workers.gpu.profiling.step_profiler import StepProfiler
-from workers.gpu.startup_stages import Stages
+from workers.gpu.startup_stages import IMPORTING, Stages
 from workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -42,25 +47,27 @@ logger = logging.getLogger(__name__)
 Report = Callable[..., None]  # WorkerProcess.progress, or a function that calls it
 CLOCK_KERNEL: Final = "_write_time"  # the kernel of the CUDA device's `read_clock`, which runs at both ends of a step
 _LOOK_FOR_STOP_NS: Final = 50_000_000  # longest time of steps without a pause before the loop reads the control channel
+_SETTLE_TIMEOUT_S: Final = 30.0  # for the device to finish the steps of dead processes
 
 
 def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
     """Load the model, announce the number of KV blocks, and run steps until the launcher sends Stop."""
     with torch.inference_mode():
-        stages = Stages(process.progress)
+        stages = Stages(process.progress, process.begun_at_ns)
         memory = MemoryUse()
         try:
-            started_ns = time.monotonic_ns()
             loaded = load(stages.progress, bootstrap)
             memory = loaded.memory
+            if loaded.device.torch_device.type == "cpu":
+                loaded = replace(loaded, runner=AnnouncedRunner(loaded.runner, process.busy))
             executor = make_executor(stages.progress, bootstrap, loaded)
             if loaded.buckets is not None:
                 memory = replace(memory, graphs=capture_graphs(stages.progress, loaded.device, executor))
-            process.stats.load_ns[0] = time.monotonic_ns() - started_ns
             stages.serve()
+            stages.count(process.stats)
             logger.info(
-                "loaded in %.1f s: %s; memory: %s (%d); %s", process.stats.load_ns[0] * 1e-9, stages.durations(),
-                memory, loaded.num_blocks, free_text(loaded.device.torch_device),
+                "loaded in %.1f s: %s; memory: %s (%d); %s", stages.total_s, stages.durations(), memory,
+                loaded.num_blocks, free_text(loaded.device.torch_device),
             )  # fmt: skip
             completion = ResultPublisher(
                 loaded.device, executor, bootstrap.worker.ring("result").wake, wake=process.doorbell.ring,
@@ -70,12 +77,49 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             profiler = (
                 None if path is None else StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL)
             )
-            process.ready(num_blocks=loaded.num_blocks)
+            process.on_rewire(Rewiring(bootstrap, executor, completion))
+            process.stalled_s = lambda: executor.stalled_s(time.monotonic_ns())
+            process.ready(num_blocks=loaded.num_blocks, device_bytes=device_bytes(loaded))
             run_steps(process, executor, completion, profiler)
         except Exception as error:
             if is_out_of_memory(error):
                 raise ConfigError(out_of_memory_text(error, stages, bootstrap, memory)) from error
             raise
+
+
+def prepare() -> None:
+    """Import all that a GPU process may need. Looks at no device: a spare process must take no memory of it."""
+    import workers.gpu.model.loader
+
+    if importlib.util.find_spec("triton") is not None:
+        import workers.gpu.device.cuda  # noqa: F401
+
+
+class Rewiring:
+    """Connects the executor to processes that the launcher has started again."""
+
+    def __init__(self, bootstrap: GpuBootstrap, executor: Executor, completion: ResultPublisher) -> None:
+        self._worker = bootstrap.worker
+        self._executor = executor
+        self._completion = completion
+
+    def __call__(self, bootstrap: GpuBootstrap) -> None:
+        """Take over the new rings of a new scheduler, or the present ring of a new grammar process.
+
+        A new scheduler has new tokenizers and new grammar processes, so all rings are new. Raises TimeoutError if the
+        device does not finish the steps of the dead scheduler: this process must end then.
+        """
+        old, self._worker = self._worker, bootstrap.worker
+        if self._worker.ring("step").handle.epoch != old.ring("step").handle.epoch:
+            self._completion.settle(_SETTLE_TIMEOUT_S)
+            self._executor.replace_rings(attach_rings(bootstrap))
+            self._completion.ring_scheduler = self._worker.ring("result").wake
+            logger.info("takes steps from a new scheduler")
+            return
+        for i in range(bootstrap.shape.num_grammar_workers):
+            name = f"grammar.{i}"
+            if self._worker.epochs.get(name) != old.epochs.get(name):
+                self._executor.grammar_returned(i)
 
 
 def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> Executor:
@@ -140,35 +184,48 @@ def _ms_until(deadline_ns: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A device with a loaded model. `buckets`: see Executor."""
+    """A device with a loaded model. `buckets`: see Executor. `free_bytes`: of a GPU's memory, before the model."""
 
     device: Device[Any, Any]
     runner: ModelRunner
     num_blocks: int  # KV blocks for the scheduler to allocate
     memory: MemoryUse
     buckets: Buckets | None = None
+    free_bytes: int = 0
+
+
+def device_bytes(loaded: Loaded) -> int:
+    """The bytes of a GPU's memory that the process has taken since its start; 0 on the CPU."""
+    device = loaded.device.torch_device
+    return max(0, loaded.free_bytes - free_memory_bytes(device)) if device.type == "cuda" else 0
 
 
 def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
     """Load the model that the bootstrap names. Raises ConfigError or ModelUnsupported if it cannot run here."""
-    model, shape = bootstrap.model, bootstrap.shape
+    model, shape, cache = bootstrap.model, bootstrap.shape, bootstrap.cache
+    if bootstrap.num_blocks is not None:
+        cache = structs.replace(cache, num_blocks=bootstrap.num_blocks)
     if model.load_format == "null":
         torch.set_num_threads(1)
         timed = TimedDevice()
         step_ns = round(model.null_step_ms * 1e6)
         spend = partial(timed.spend, step_ns)
         runner = NullModel(shape, timed.torch_device, spend, model.null_vocab_size)
-        return Loaded(timed, runner, bootstrap.cache.num_blocks or default_num_blocks(shape), MemoryUse())
+        return Loaded(timed, runner, cache.num_blocks or default_num_blocks(shape), MemoryUse())
 
-    progress("importing transformers", 0.0)  # takes seconds, and the null model does not need it
+    progress(IMPORTING, 0.0)  # takes seconds, and the null model does not need it
     from workers.gpu.model.loader import load_model
 
     progress("starting the device", 0.0)
 
     device = make_device(model.device)
-    loaded = load_model(model, bootstrap.cache, shape, device.torch_device, progress)
+    free_bytes = 0
+    if device.torch_device.type == "cuda":
+        wait_for_memory(bootstrap.device_bytes, lambda: free_memory_bytes(device.torch_device), progress)
+        free_bytes = free_memory_bytes(device.torch_device)
+    loaded = load_model(model, cache, shape, device.torch_device, progress)
     buckets = Buckets(shape, captures=loaded.can_be_captured) if device.torch_device.type == "cuda" else None
-    return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets)
+    return Loaded(device, loaded.runner, loaded.num_blocks, loaded.memory, buckets, free_bytes)
 
 
 def default_num_blocks(shape: StepShape) -> int:

@@ -47,8 +47,13 @@ class Device(Protocol[S, E]):
     def register_host(self, name: str, buffer: memoryview) -> torch.Tensor:
         """The buffer's bytes as a tensor [num_bytes] uint8, page-locked where the device copies by DMA.
 
-        `buffer` begins and ends on page borders and stays mapped as long as the device lives.
+        `buffer` begins and ends on page borders and stays mapped until `unregister_host`, or as long as the device
+        lives.
         """
+        ...
+
+    def unregister_host(self, buffer: memoryview) -> None:
+        """Undo `register_host`, so that the buffer may be unmapped. No copy of its bytes may be left to do."""
         ...
 
     def copy(self, stream: S, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -30,6 +30,9 @@ class CpuDevice:
     def register_host(self, name: str, buffer: memoryview) -> torch.Tensor:
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
+    def unregister_host(self, buffer: memoryview) -> None:
+        pass
+
     def copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 

@@ -26,8 +26,8 @@ from workers.gpu.device.clock import DriftingClock
 logger = logging.getLogger(__name__)
 
 _CLOCK_READINGS: Final = 50  # readings of both clocks; the pair read closest together counts
-# Kept mapped as long as the process lives, because the driver would go on copying to these addresses.
-_page_locked: Final[list[torch.Tensor]] = []
+# By address. Kept mapped until they are unregistered, because the driver would go on copying to these addresses.
+_page_locked: Final[dict[int, torch.Tensor]] = {}
 
 
 class CudaDevice:
@@ -63,8 +63,15 @@ class CudaDevice:
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self.torch_device)
         else:
-            _page_locked.append(memory)
+            _page_locked[memory.data_ptr()] = memory
         return memory
+
+    def unregister_host(self, buffer: memoryview) -> None:
+        """See Device. Raises RuntimeError if the driver refuses."""
+        memory = _page_locked.pop(torch.frombuffer(buffer, dtype=torch.uint8).data_ptr(), None)
+        if memory is not None:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(runtime.cudaHostUnregister(memory.data_ptr()))
 
     def copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(stream):

@@ -50,24 +50,16 @@ from typing import Any
 
 import torch
 
-from ipc.errors import RingFull
-from ipc.records import (
-    SamplerVariant,
-    StepShape,
-    result_layout,
-    step_layout,
-)
+from ipc.records import SamplerVariant, StepShape, result_layout, step_layout
 from workers.gpu.device.base import Device
-from workers.gpu.execution.accesses import Copied
+from workers.gpu.execution.attached_rings import AttachedRings
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.record_parts import needed_parts, result_parts, step_parts
-from workers.gpu.execution.rings import GpuRings, device_records
+from workers.gpu.execution.rings import GpuRings
 from workers.gpu.execution.row_tables import RowTables
-from workers.gpu.execution.step_masks import StepMasks
 from workers.gpu.execution.step_work import StepWork
 from workers.gpu.execution.steps import StepBuffers, Submitted
-from workers.gpu.execution.uploads import Uploads
 from workers.gpu.sampling.logprobs import WantedLogprobs
 
 
@@ -96,15 +88,12 @@ class Executor:
             monotonic_ns: reads CLOCK_MONOTONIC.
         """
         self._device = device
-        self._rings = rings
         self._mask_timeout_ns = round(mask_timeout_s * 1e9)
         self._monotonic_ns = monotonic_ns
         self._buckets = buckets
         self.tables = RowTables(device, shape, num_blocks, runner.vocab_size, runner.row_states)
         self._work = StepWork(device, runner, self.tables, buckets)
         steps, results = step_layout(shape), result_layout(shape)
-        self._step_ring = [step_parts(steps, record) for record in device_records(device, rings.step)]
-        self._result_ring = [result_parts(results, record) for record in device_records(device, rings.result)]
         self._copy_in = device.stream("copy_in")
         self._compute = device.stream("compute")
         self._copy_out = device.stream("copy_out")
@@ -116,8 +105,7 @@ class Executor:
             )
             for i in range(depth)
         ]
-        self._uploads = Uploads(device, rings.prompts, self.tables, self._copy_in)
-        self._masks = StepMasks(device, rings.masks, shape, self._copy_in, self._work.masks)
+        self._rings = AttachedRings(device, rings, self.tables, self._copy_in, self._work.masks)
         self.under_way: deque[Submitted] = deque()  # oldest first
         self.held_back: Submitted | None = None  # its first half is enqueued, and its second half waits for masks
         self._published_at_ns = 0  # when the newest result was published
@@ -147,12 +135,13 @@ class Executor:
         Raises RingError if the record, or a prompt record that it names, is not published; RingFull if its result
         record is not free. Either is the scheduler's fault, and ends this process.
         """
-        self._masks.release_late()
+        self._rings.masks.release_late()
         step = self.held_back or self._submit_first_half(now_ns)
         if step is None or (step.owed and not self._masks_are_decided(step, now_ns)):
             return None
         self.held_back = None
         self._submit_second_half(step)
+        step.enqueued_at_ns = now_ns
         self.under_way.append(step)
         return step
 
@@ -169,7 +158,37 @@ class Executor:
 
     def grammar_died(self, worker: int) -> None:
         """Close at once the masks that a dead grammar worker still owes or will owe."""
-        self._masks.died(worker)
+        self._rings.masks.died(worker)
+
+    def grammar_returned(self, worker: int) -> None:
+        """Wait for the masks of this grammar worker again: a new process writes its ring."""
+        self._rings.masks.returned(worker)
+
+    def replace_rings(self, rings: GpuRings) -> None:
+        """Take steps from new rings, from ticket 1 on: the processes at their other ends are new.
+
+        The device must be idle. Drops the step held back, and steps that are not published. Everything else stays: an
+        admission sets all of its row that is read.
+        """
+        self.under_way.clear()
+        self.held_back = None
+        self._published_at_ns = 0
+        old, self._rings = self._rings, AttachedRings(self._device, rings, self.tables, self._copy_in, self._work.masks)
+        old.close()
+
+    def stalled_s(self, now_ns: int) -> float:
+        """For how many seconds the oldest step has made no progress, by CLOCK_MONOTONIC; 0.0 = no step is due.
+
+        A step progresses when it is enqueued and when the step before it is published. A step that waits for masks is
+        due at `mask_deadline_ns`.
+        """
+        try:
+            since_ns = max(self.under_way[0].enqueued_at_ns, self._published_at_ns)
+        except IndexError:  # also if another thread has just published the last one
+            if (deadline_ns := self.mask_deadline_ns) is None:
+                return 0.0
+            since_ns = deadline_ns
+        return max(0, now_ns - since_ns) * 1e-9
 
     def publish(self) -> None:
         """Publish the oldest step's result and release its record and its mask records. Its `outputs_done` must just
@@ -188,7 +207,7 @@ class Executor:
         record.received_at_ns[0] = step.received_at_ns
         self._rings.step.release_through(step.ticket)
         if step.owed:
-            self._masks.finish(step.owed)
+            self._rings.masks.finish(step.owed)
             for part in step.owed:
                 record.closed_masks[part.worker] = part in step.closed
         self._published_at_ns = seen_at_ns
@@ -208,9 +227,9 @@ class Executor:
         num_prompt_logprobs = int(record.num_prompt_logprobs[0])
         part, _ = needed_parts(record)
 
-        device.copy(self._copy_in, buffers.staging[part], self._step_ring[ticket % ring.num_slots][part])
+        device.copy(self._copy_in, buffers.staging[part], self._rings.step_record(ticket)[part])
         for i in range(num_admissions):
-            self._uploads.enqueue(record, i)
+            self._rings.uploads.enqueue(record, i)
         device.record(buffers.inputs_ready, self._copy_in)
 
         # The step reads its staged record, and ids that were uploaded with it or before it.
@@ -230,7 +249,7 @@ class Executor:
         else:
             device.launch(self._compute, work.model(*bucket), lambda: work.accesses.model(rows))
 
-        owed = self._masks.owed_by(record)
+        owed = self._rings.masks.owed_by(record)
         begun_at_ns = self._monotonic_ns() if owed else now_ns
         step = Submitted(ticket, record, now_ns, num_seqs, buffers.outputs_done, bucket, owed, begun_at_ns)
         if owed:
@@ -249,8 +268,8 @@ class Executor:
 
         if step.owed:
             assert variant == SamplerVariant.ADJUSTED, f"step {step.ticket} owes masks, and {variant.name} reads none"
-            self._masks.copy(step)
-            device.wait(self._compute, self._masks.ready)  # the adjustment reads the masks
+            self._rings.masks.copy(step)
+            device.wait(self._compute, self._rings.masks.ready)  # the adjustment reads the masks
             device.read_clock(self._compute, work.result.device_pause_ns[1:])
         if variant == SamplerVariant.ADJUSTED:
             device.launch(self._compute, work.adjust(step.bucket[0]), lambda: work.accesses.adjust(rows))
@@ -261,7 +280,7 @@ class Executor:
         device.record(buffers.step_done, self._compute)
 
         device.wait(self._copy_out, buffers.step_done)
-        device.copy(self._copy_out, self._result_record(step.ticket)[part], buffers.outputs[part])
+        device.copy(self._copy_out, self._rings.result_record(step.ticket)[part], buffers.outputs[part])
         device.record(buffers.outputs_done, self._copy_out)
         if step.owed:
             step.mask_wait_ns = self._monotonic_ns() - self._masks_due_since_ns(step)
@@ -271,7 +290,7 @@ class Executor:
         if not self._earlier_are_published(step):
             return False
         is_late = now_ns >= self._masks_due_since_ns(step) + self._mask_timeout_ns
-        return is_late or self._masks.are_decided(step.owed)
+        return is_late or self._rings.masks.are_decided(step.owed)
 
     def _earlier_are_published(self, step: Submitted) -> bool:
         return step.ticket == 1 or self._rings.result.is_published(step.ticket - 1)
@@ -279,10 +298,3 @@ class Executor:
     def _masks_due_since_ns(self, step: Submitted) -> int:
         """When the wait for the step's masks began. All earlier results must have been published."""
         return max(step.begun_at_ns, self._published_at_ns)
-
-    def _result_record(self, ticket: int) -> Copied:
-        """The result record for a step's outputs; the step's ticket claims it, ahead of publishing."""
-        ring = self._rings.result
-        if ticket - ring.read_cursor >= ring.num_slots:
-            raise RingFull(f"ring {ring.name}: step {ticket} came before result {ring.read_cursor} was read")
-        return self._result_ring[ticket % ring.num_slots]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from ipc.trace import Span
@@ -27,7 +27,7 @@ class ResultPublisher:
 
     `wake` wakes the submitting thread, which then calls `check` and `Executor.submit_next`: after a result that a step
     held back waits for, and when the waiting thread has died. `trace` belongs to the submitting thread, `thread_trace`
-    to the waiting thread.
+    to the waiting thread. `ring_scheduler` may be replaced after `settle`.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class ResultPublisher:
     ) -> None:
         self._device = device
         self._executor = executor
-        self._ring_scheduler = ring_scheduler
+        self.ring_scheduler = ring_scheduler
         self._wake = wake
         self._trace = trace
         self._thread_trace = thread_trace
         self._failure: Exception | None = None
-        self._waiting: SimpleQueue[Submitted] = SimpleQueue()
+        self._waiting: SimpleQueue[Submitted | None] = SimpleQueue()  # None: settle
+        self._settled: SimpleQueue[None] = SimpleQueue()  # an answer to each None, and one when the thread has died
         threading.Thread(target=self._run, name="completion", daemon=True).start()
 
     def submitted(self, step: Submitted) -> None:
@@ -63,11 +64,25 @@ class ResultPublisher:
         if self._failure is not None:
             raise self._failure
 
+    def settle(self, timeout_s: float) -> None:
+        """Wait until every submitted step is published and the device has nothing left to do.
+
+        Nothing of the steps is used after that. Raises TimeoutError after `timeout_s` seconds, and the error that ended
+        the thread.
+        """
+        self.check()
+        self._waiting.put(None)
+        try:
+            self._settled.get(timeout=timeout_s)
+        except Empty:
+            raise TimeoutError(f"the device has not finished the steps under way within {timeout_s:g} s") from None
+        self.check()
+
     def _publish(self, step: Submitted, trace: Tracer) -> None:
         with trace[Span.PUBLISH] as span:
             span.set(step.ticket)
             self._executor.publish()
-            self._ring_scheduler()
+            self.ring_scheduler()
         # `submit_next` sets `held_back` before it looks for the result: either it sees the result or we see the step.
         if self._executor.held_back is not None:
             self._wake()
@@ -75,11 +90,17 @@ class ResultPublisher:
     def _run(self) -> None:
         try:
             while True:
-                # Once this event has fired, the result record is complete and the step record has been read.
                 step = self._waiting.get()
+                if step is None:
+                    self._device.settle()  # a step held back has left work on the device, and no event after it
+                    self._settled.put(None)
+                    continue
+                # Once this event has fired, the result record is complete and the step record has been read.
                 self._device.synchronize(step.outputs_done)
                 self._publish(step, self._thread_trace)
+                del step  # and with it the view of its record, which would keep a replaced ring mapped
         except Exception as error:
             logger.exception("waiting for a step's results failed")
             self._failure = error
+            self._settled.put(None)
             self._wake()

@@ -76,6 +76,11 @@ class StepMasks:
         """A grammar worker is dead: what it has not published is closed from now on."""
         self._dead.add(worker)
 
+    def returned(self, worker: int) -> None:
+        """A new process is at work for this grammar worker, and continues its ring."""
+        self._dead.discard(worker)
+        self._reported.discard(worker)
+
     def copy(self, step: Submitted) -> None:
         """Enqueue the copies of the step's masks, and zeros for the closed ones, and record `ready`.
 

@@ -43,6 +43,7 @@ class Submitted:
     bucket: tuple[int, int]  # sequences and tokens that it runs as
     owed: tuple[OwedMasks, ...] = ()
     begun_at_ns: int = 0  # when its first half was enqueued; only of steps that owe masks
+    enqueued_at_ns: int = 0  # when it was enqueued as a whole
     mask_wait_ns: int = 0  # from there, or from the result before it, to its second half
     closed: tuple[OwedMasks, ...] = ()  # those of `owed` that did not come in time, or not for this step
 

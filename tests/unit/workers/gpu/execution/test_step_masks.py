@@ -53,11 +53,18 @@ class Engine:
     ) -> None:
         self.now_ns = 5 * MS
         self.ends = Ends(shape, depth)
+        self._size = shape, depth
         self.device = device or CpuDevice()
         self.executor = Executor(
             self.device, runner or WideToyModel(shape, NUM_BLOCKS), shape, depth, NUM_BLOCKS, self.ends.gpu,
             buckets=buckets, mask_timeout_s=TIMEOUT_NS * 1e-9, monotonic_ns=lambda: self.now_ns,
         )  # fmt: skip
+        self._mask_tickets = [0, 0]
+
+    def replace_rings(self) -> None:
+        self.ends = Ends(*self._size)
+        self.device.settle()
+        self.executor.replace_rings(self.ends.gpu)
         self._mask_tickets = [0, 0]
 
     def plan(self, *num_masks: int, num_free: int = 0) -> None:
