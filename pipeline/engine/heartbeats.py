@@ -47,6 +47,10 @@ class Heartbeats:
         watched = self._watched[name]
         watched.is_ready, watched.heard = True, now
 
+    def starting(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of these processes that have not been ready, and were not forgotten."""
+        return frozenset(name for name in names if name in self._watched and not self._watched[name].is_ready)
+
     def ended(self, name: str) -> None:
         self._watched.pop(name, None)
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import Final
@@ -18,6 +19,7 @@ from pipeline.engine.announcer import Announcer
 from pipeline.engine.child_process import ChildProcess
 from pipeline.engine.heartbeats import Heartbeats
 from pipeline.engine.restarts import RestartBudget
+from pipeline.engine.role_settings import EngineFacts
 from pipeline.engine.supervisor_config import SupervisorConfig
 from pipeline.engine.worker_set import WorkerSet
 
@@ -72,7 +74,8 @@ class Recovery:
         role = self._workers.wiring.process(name).role.name
         if why := self._budget.spend(role, time.monotonic()):
             return f"{what}; {why}"
-        wiring, started = self._workers.wiring.after_death([name])
+        group = self._workers.wiring.restart_group(name)
+        wiring, started = self._workers.wiring.after_death(name, self._facts(), self._heartbeats.starting(group))
         names = [process.name for process in started]
         for each in names:
             self._heartbeats.ended(each)
@@ -109,6 +112,11 @@ class Recovery:
             if drains and worker.is_front and worker.serves and not worker.is_draining:
                 worker.is_draining = self._workers.tell(worker.name, Drain())
         return None
+
+    def _facts(self) -> EngineFacts:
+        """With what the first GPU process has found out: one that takes its place must do with the same."""
+        facts, info = self._workers.wiring.facts, self._workers.info
+        return dataclasses.replace(facts, num_blocks=info["num_blocks"], device_bytes=info.get("device_bytes", 0))
 
     def _tell_fronts(self) -> None:
         """Tell the fronts whether the engine serves, if that has changed or they are new."""

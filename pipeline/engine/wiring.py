@@ -75,14 +75,22 @@ class _Places:
 class Wiring:
     """A table applied to one engine.
 
-    `epochs`: of processes that were started again, by name; the others are in their first. Raises ValueError for a
-    table that names a role that it does not have.
+    `epochs`: of processes that were started again, by name; the others are in their first. `died_starting`: names of
+    those whose former process died before it was ready. Raises ValueError for a table that names a role that it does
+    not have.
     """
 
-    def __init__(self, table: Table, facts: EngineFacts, epochs: Mapping[str, int] = _FIRST_EPOCHS) -> None:
+    def __init__(
+        self,
+        table: Table,
+        facts: EngineFacts,
+        epochs: Mapping[str, int] = _FIRST_EPOCHS,
+        died_starting: Collection[str] = frozenset(),
+    ) -> None:
         self.table = table
         self.facts = facts
         self._epochs = epochs
+        self._died_starting = died_starting
         self._by_role = {role.name: _processes(role, facts) for role in table.roles}
         self.processes = tuple(process for role in table.roles for process in self._by_role[role.name])
         self.rings = tuple(
@@ -130,11 +138,16 @@ class Wiring:
         """Of a process on every socket."""
         return f"{name}@{self.epoch(name)}".encode()
 
-    def after_death(self, dead: Iterable[str]) -> tuple[Wiring, tuple[Process, ...]]:
-        """The wiring after these processes have died, and the processes to start, in order."""
-        names = {name for each in dead for name in self.restart_group(each)}
+    def after_death(
+        self, dead: str, facts: EngineFacts | None = None, died_starting: Collection[str] = frozenset()
+    ) -> tuple[Wiring, tuple[Process, ...]]:
+        """The wiring after a process has died, and the processes to start, in order.
+
+        `died_starting`: those among them that were not ready yet.
+        """
+        names = set(self.restart_group(dead))
         epochs = {name: self.epoch(name) + (name in names) for name in self.epochs}
-        wiring = Wiring(self.table, self.facts, epochs)
+        wiring = Wiring(self.table, facts or self.facts, epochs, died_starting)
         return wiring, tuple(process for process in self.start_sequence if process.name in names)
 
     def socket_epoch(self, socket: str) -> int:
@@ -195,6 +208,7 @@ class Wiring:
             index=process.index,
             epoch=self.epoch(process.name),
             epochs=self.epochs,
+            died_starting=sorted(self._died_starting),
             launcher_pid=facts.launcher_pid,
             outlives_launcher=role.outlives_launcher,
             log_level=facts.log_level,

@@ -175,7 +175,7 @@ class PromptDispatcher:
         A prompt goes to the tokenizer with the fewest bytes under way. While suspects wait, nothing else is sent.
         """
         while self._suspects:
-            load = next((load for load in self._loads.values() if not load.prompts), None)
+            load = next((each for each in self._loads.values() if not each.prompts and self._is_fenced(each)), None)
             if load is None:
                 return
             _, prompt = self._suspects.popitem(last=False)
@@ -213,17 +213,20 @@ class PromptDispatcher:
         if prompt is not None:
             load.num_bytes -= prompt.num_bytes
             self._end_in_policy(prompt)
-        if self._has_room(load):
+        if self._has_room(load) and self._is_fenced(load):
             self._with_room[identity] = load
 
     # Tokenizers die
+
+    def _is_fenced(self, load: TokenizerLoad) -> bool:
+        """Whether the scheduler takes nothing more from dead tokenizers of the same name: it clears their ring."""
+        return not any(dead.rpartition(b"@")[0] == load.identity.rpartition(b"@")[0] for dead in self._dead)
 
     def replaced(self, identity: bytes) -> None:
         """This tokenizer has died: it gets no more prompts. `lost` says which of its prompts to send again."""
         self._with_room.pop(identity, None)
         load = self._loads.pop(identity, None)
-        if load is not None:
-            self._dead[identity] = load
+        self._dead[identity] = load or TokenizerLoad(identity)
 
     def lost(self, identity: bytes) -> list[Prompt]:
         """Let the prompts wait again that a dead tokenizer has not handed over.
@@ -236,6 +239,9 @@ class PromptDispatcher:
             self._end_in_policy(prompt)
         if in_work:
             in_work[0].num_deaths += 1  # prompts are encoded in their order
+        self._with_room |= {
+            each.identity: each for each in self._loads.values() if self._has_room(each) and self._is_fenced(each)
+        }
         return self._send_again([prompt for prompt in self._sent.values() if prompt.tokenizer == identity], in_work)
 
     def lost_all(self) -> None:

@@ -28,7 +28,7 @@ from ipc.channels import receive, send
 from ipc.mask_records import MaskRequestRecord, mask_layout, mask_request_layout
 from ipc.messages import Compile, SchedulerToGrammar, Start
 from ipc.trace import Span
-from workers.bootstrap import RingEnd
+from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.grammar.config import GrammarBootstrap
 from workers.grammar.core import GrammarCore
 from workers.grammar.vocabulary import Vocabulary
@@ -52,6 +52,7 @@ def run(process: WorkerProcess, bootstrap: GrammarBootstrap) -> None:
     core = GrammarCore(load, process.doorbell.ring, compile_timeout_s=bootstrap.compile_timeout_s)
     worker = GrammarWorker(process, bootstrap, core)
     process.on_control(lambda message: core.start_loading() if isinstance(message, Start) else None)
+    process.on_rewire(lambda new: worker.rewire(new.worker))
     process.ready()
     worker.serve()
 
@@ -69,10 +70,12 @@ class GrammarWorker:
         self._asked_ns: dict[int, int] = {}  # by the request's key: when its Compile arrived
         self._use(bootstrap.worker.ring("mask"))
 
-    def replace_device(self, masks: RingEnd) -> None:
-        """Write masks to this ring from now on: the GPU process is a new one."""
-        self._masks.close()
-        self._use(masks)
+    def rewire(self, worker: WorkerBootstrap) -> None:
+        """If the GPU process is a new one, write masks to the new ring from now on."""
+        masks = worker.ring("mask")
+        if masks.handle.epoch != self._masks.epoch:
+            self._masks.close()
+            self._use(masks)
 
     def _use(self, masks: RingEnd) -> None:
         self._masks = masks.attach(mask_layout(self._shape))

@@ -33,38 +33,25 @@ import logging
 from time import monotonic_ns, perf_counter_ns
 from typing import Any, Final
 
-import zmq
-
-from ipc.channels import receive_from, send
+from ipc.channels import send
 from ipc.errors import EngineUnavailable
 from ipc.mask_records import mask_request_layout
 from ipc.messages import (
     EOS_TOKEN_ID,
-    Accepted,
-    CacheCleared,
-    ClearCache,
-    Compiled,
-    MatcherFailed,
-    SchedulerToGateway,
     Start,
-    Tokenized,
-    ToScheduler,
-    Withdraw,
-    Withdrawn,
 )
 from ipc.records import prompt_layout, result_layout, step_layout
 from ipc.trace import Span
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.process import WorkerProcess
-from workers.scheduler.admission.admission import Arrival
 from workers.scheduler.admission.prompt_rings import PromptRings
 from workers.scheduler.config import SchedulerBootstrap
+from workers.scheduler.inbox import Inbox
 from workers.scheduler.outbox import Outbox
 from workers.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGES: Final = 32  # received between two looks at the result ring: 1-2 ms, so a burst delays no step for long
 RETRY_MS: Final = 50  # of messages to a process that is still connecting
 MAX_SLEEP_MS: Final = 3_600_000  # zmq_poll refuses time-outs of months
 
@@ -73,10 +60,9 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     """Schedule until the launcher says Stop."""
     schedule = process.bind("schedule")
     detokenizer = process.connect("detokenize")
-    gateway, grammars = bootstrap.worker.peer("gateway"), bootstrap.worker.peers.get("grammar", [])
     process.watch(schedule)
+    bootstrap, info = _await_start(process, bootstrap)
     prompts = bootstrap.worker.rings["prompt"]
-    info = _await_start(process).info
     scheduler = Scheduler(
         bootstrap.scheduler,
         bootstrap.shape,
@@ -92,19 +78,25 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     )
     steps = StepChannel(scheduler, process, bootstrap)
     outbox = Outbox(schedule)
+    inbox = Inbox(schedule, scheduler, outbox, bootstrap.worker, process.take_bootstraps)
+
+    def rewire(new: SchedulerBootstrap) -> None:
+        steps.rewire(new.worker)
+        inbox.rewire(new.worker)
+
+    process.on_rewire(rewire)
     trace, counters = process.trace, vars(process.stats)
     process.ready()
     while True:
         with trace[Span.RECEIVE]:
-            if answers := take_messages(schedule, scheduler, grammars):
-                outbox.add(gateway, answers)
+            inbox.take()
             scheduler.expire()
         steps.advance()
         with trace[Span.SEND]:
             while (outputs := scheduler.take_outputs()) is not None:
                 send(detokenizer, outputs)
             for grammar, messages in scheduler.take_grammar_messages():
-                outbox.add(grammars[grammar], messages)
+                outbox.add(inbox.grammars[grammar], messages)
             outbox.send()
         for ring in scheduler.prompts.take_freed_rings():
             prompts[ring].wake()
@@ -123,34 +115,6 @@ def timeout_ms(scheduler: Scheduler, at_most_ms: int | None) -> int | None:
         return at_most_ms
     due_ms = max(0, -(-(scheduler.next_timer_ns - monotonic_ns()) // 1_000_000))
     return min(MAX_SLEEP_MS, due_ms if at_most_ms is None else min(due_ms, at_most_ms))
-
-
-def take_messages(schedule: zmq.Socket[Any], scheduler: Scheduler, grammars: list[bytes]) -> list[SchedulerToGateway]:
-    """Hand up to MAX_MESSAGES messages to the scheduler. Returns the answers for the gateway, in order.
-
-    `Accepted` says that a request has arrived, so that the detokenizer will answer it; this holds for a refused request
-    too. The gateway gets the `Accepted` of a request before a `Withdrawn` of the same request. `grammars` are the
-    identities of the grammar processes.
-    """
-    accepted: list[int] = []
-    answers: list[SchedulerToGateway] = []
-    for sender, message in receive_from(schedule, ToScheduler, MAX_MESSAGES):
-        if isinstance(message, Tokenized):
-            if scheduler.add(message) is not Arrival.WITHDRAWN:
-                accepted.append(message.key)
-        elif isinstance(message, Compiled):
-            scheduler.compiled(grammars.index(sender), message)
-        elif isinstance(message, MatcherFailed):
-            scheduler.matcher_failed(message)
-        elif isinstance(message, ClearCache):
-            scheduler.clear_cache()
-            answers.append(CacheCleared(query_id=message.query_id))
-        elif isinstance(message, Withdraw):
-            if withdrawn := scheduler.withdraw(message.keys):
-                answers.append(Withdrawn(keys=withdrawn))
-        else:
-            scheduler.cancel(message.keys)
-    return [Accepted(keys=accepted), *answers] if accepted else answers
 
 
 def mask_request_ends(bootstrap: SchedulerBootstrap) -> list[RingEnd]:
@@ -175,11 +139,14 @@ class StepChannel:
         self._results = results.attach(result_layout(self._shape))
         self._wake_readers = steps.wake
 
-    def replace_device(self, worker: WorkerBootstrap, *, was_ready: bool) -> None:
-        """The GPU processes are new, and so are the rings of steps and results in `worker`. The old ones are closed.
+    def rewire(self, worker: WorkerBootstrap) -> None:
+        """If the GPU processes are new, so are the rings of steps and results in `worker`. The old ones are closed.
 
-        The mask rings are as new as the ring of steps, and have its epoch. `was_ready`: see `Scheduler.replace_device`.
+        The mask rings are as new as the ring of steps, and have its epoch.
         """
+        if worker.ring("step").handle.epoch == self._steps.epoch:
+            return
+        was_ready = not any(name.partition(".")[0] == "gpu" for name in worker.died_starting)
         self._steps.close()
         self._results.close()
         self._use(worker)
@@ -220,22 +187,31 @@ class StepChannel:
             self._mask_requests[grammar].wake()
 
 
-def _await_start(process: WorkerProcess) -> Start:
-    """Sleep until the launcher's Start arrives, with facts that the GPU process and the tokenizers have reported."""
+def _await_start(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> tuple[SchedulerBootstrap, dict[str, int]]:
+    """Sleep until the launcher's Start arrives.
+
+    Returns our newest bootstrap, and the facts that the GPU process and the tokenizers have reported.
+    """
+    newest = bootstrap
     starts: list[Start] = []
 
     def on_control(message: Any) -> None:
         if isinstance(message, Start):
             starts.append(message)
 
+    def on_rewire(new: SchedulerBootstrap) -> None:
+        nonlocal newest
+        newest = new
+
     process.on_control(on_control)
+    process.on_rewire(on_rewire)
     while not starts:
         process.wait()
     num_blocks = starts[0].info.get("num_blocks", 0)
     if num_blocks < 1:
         raise EngineUnavailable(f"the GPU process reported {num_blocks} KV blocks; the scheduler needs at least 1")
     logger.info("scheduling with %d KV blocks", num_blocks)
-    return starts[0]
+    return newest, starts[0].info
 
 
 def eos_token_ids(of_model: list[int], info: dict[str, int]) -> list[int]:

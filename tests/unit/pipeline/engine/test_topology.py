@@ -162,7 +162,7 @@ def test_a_death_gives_new_epochs_to_what_cannot_go_on_and_to_nothing_else(
     name: str, group: set[str], rings: set[str], sockets: set[str]
 ) -> None:
     before = Wiring(two_gpus(), facts())
-    after, started = before.after_death([name])
+    after, started = before.after_death(name)
     assert {process.name for process in started} == group
     assert [process.role.start_order for process in started] == sorted(each.role.start_order for each in started)
     assert {each for each, epoch in after.epochs.items() if epoch == 2} == group
@@ -189,7 +189,7 @@ def test_epochs_grow_with_each_death_whatever_the_order() -> None:
     wiring = Wiring(ENGINE, facts())
     seen: set[int] = set()
     for name in ("gpu", "scheduler", "gpu", "gateway", "tokenizer.0", "gpu"):
-        wiring, _ = wiring.after_death([name])
+        wiring, _ = wiring.after_death(name)
         (step,) = [ring for ring in wiring.rings if ring.name == "step"]
         if name != "tokenizer.0":
             assert wiring.ring_epoch(step) > max(seen, default=1)
@@ -288,7 +288,7 @@ def test_resources_have_a_descriptor_for_every_key_and_leave_none_open() -> None
     assert [ring.track for ring in resources.traces] == list(wiring.tracks)
     for name in ("gpu", "gateway", "tokenizer.0", "scheduler"):
         num_open = len(open_descriptors())
-        wiring, started = wiring.after_death([name])
+        wiring, started = wiring.after_death(name)
         resources.renew(wiring, started)
         for process in wiring.processes:
             resources.descriptors(wiring.plan(process).descriptors)
