@@ -24,7 +24,10 @@ def root_hash(seed: bytes, salt: str) -> bytes:
 
 
 def chain_hashes(root: bytes, token_ids: bytes, block_size: int) -> bytes:
-    """The root and the names of all full blocks of a prompt (int32 bytes), in order, HASH_BYTES each."""
+    """The root and the names of all full blocks of `token_ids` (int32 bytes), in order, HASH_BYTES each.
+
+    `root` may also be the name of the block in front of them.
+    """
     size = 4 * block_size
     chain = [root]
     for start in range(0, len(token_ids) - size + 1, size):

@@ -18,10 +18,6 @@ The caller can correct a ValueError. The other errors report the state of an eng
 
 from __future__ import annotations
 
-from typing import Final
-
-SUSPECTED: Final = "suspected"  # the code of an Interrupted whose request may itself have ended the process
-
 
 class RingfeedError(Exception):
     """Root of every error that ringfeed raises on purpose.
@@ -125,7 +121,6 @@ _BY_CODE: dict[str, type[RingfeedError]] = {
         LogitsNotFinite, TokensExcluded, ProtocolError,
     )
 }  # fmt: skip
-_BY_CODE[SUSPECTED] = Interrupted
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 0.0) -> RingfeedError:

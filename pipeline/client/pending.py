@@ -13,7 +13,6 @@ from typing import Final
 
 from ipc.codec import decode
 from ipc.errors import (
-    SUSPECTED,
     EngineUnavailable,
     Interrupted,
     ProtocolError,
@@ -133,7 +132,7 @@ class PendingAnswers:
             if (request := find(request_id)) is not None:
                 self._end_sample(request, samples[index], final)
             elif (query := self.queries.get(request_id)) is not None:
-                self._take_error(query, _error_of_query(final), QueueFull, final.error_code)
+                self._take_error(query, _error_of_query(final), QueueFull)
 
     def _take_refusal(self, refused: Refused) -> None:
         question = self.requests.get(refused.request_id) or self.queries.get(refused.request_id)
@@ -141,7 +140,7 @@ class PendingAnswers:
         if question is None:
             logger.warning("the engine refused a message: %s", refused.error_message)
         elif question.key not in self.waiting:
-            self._take_error(question, error, (QueueFull, EngineUnavailable), refused.error_code)
+            self._take_error(question, error, (QueueFull, EngineUnavailable))
 
     def _end_sample(self, request: OpenRequest, sample: int, final: FinalOutput) -> None:
         """A sample has ended. If no other sample is open, the request has ended too, or can be resumed."""
@@ -150,12 +149,16 @@ class PendingAnswers:
             if isinstance(error, Interrupted) and final.num_open:
                 request.lost = final
             else:
-                self._take_error(request, error, QueueFull, final.error_code, is_open=final.num_open > 0)
+                self._take_error(
+                    request, error, QueueFull, is_suspected=final.suspected, is_open=final.num_open > 0
+                )  # fmt: skip
             return
         lost = request.lost
         request.end_sample(sample, final)
         if final.num_open == 0 and lost is not None:
-            self._take_error(request, error_from_code(lost.error_code, lost.error_message), (), lost.error_code)
+            self._take_error(
+                request, error_from_code(lost.error_code, lost.error_message), (), is_suspected=lost.suspected
+            )
         elif final.num_open == 0:
             del self.requests[request.request_id]
 
@@ -164,8 +167,8 @@ class PendingAnswers:
         question: Question,
         error: RingfeedError,
         passing: type[RingfeedError] | tuple[type[RingfeedError], ...],
-        code: str,
         *,
+        is_suspected: bool = False,
         is_open: bool = False,
     ) -> None:
         """The engine does not answer a question: it waits to be sent again, or fails.
@@ -174,7 +177,7 @@ class PendingAnswers:
         attempt. `is_open`: the id stays in use, because other samples of the request still run.
         """
         if isinstance(error, Interrupted) or (question.interruption is not None and isinstance(error, passing)):
-            self.interrupt(question, error, is_suspected=code == SUSPECTED)
+            self.interrupt(question, error, is_suspected=is_suspected)
             return
         if not is_open:
             self.remove(question)

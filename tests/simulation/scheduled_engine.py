@@ -6,12 +6,13 @@ exactly one end, and nothing after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ipc.block_hash import SEED_BYTES, chain_hashes, root_hash
-from ipc.messages import PromptLogprobs, Resume, Route, Tokenized
+from ipc.messages import PromptLogprobs, Resume, ResumedSample, Route, Tokenized
 from ipc.record_layout import Layout
 from ipc.records import PromptRecord, StepShape, result_layout, step_layout
 from ipc.ring import Ring, close_handle
@@ -131,9 +132,10 @@ class ScheduledEngine:
         arrived_ns: int | None = None,
         deadline_ns: int = 0,
         num_suspected: int = 0,
+        known: Sequence[list[int] | None] | None = None,
         **scheduling: Any,
     ) -> Arrival:
-        """Tokenize and hand to the scheduler."""
+        """Tokenize and hand to the scheduler. A resumed request has the `known` output of each sample; None = ended."""
         return self.scheduler.add(
             Tokenized(
                 key=key,
@@ -146,7 +148,7 @@ class ScheduledEngine:
                 scheduling=SchedulingParams(**scheduling),
                 arrived_ns=self.clock.now_ns if arrived_ns is None else arrived_ns,
                 deadline_ns=deadline_ns,
-                resume=Resume(samples=[], num_suspected=num_suspected) if num_suspected else None,
+                resume=resume_with(known, num_suspected),
             )
         )
 
@@ -206,7 +208,9 @@ class ScheduledEngine:
             return None
         self.last_outputs = outputs
         for opened in outputs.opened:
-            for key in range(opened.key, opened.key + opened.num_samples):
+            for sample, key in enumerate(range(opened.key, opened.key + opened.num_samples)):
+                if opened.resume is not None and opened.resume.samples[sample].has_ended:
+                    continue
                 assert key not in self.opened, f"sequence {key} was opened twice"
                 self.opened[key] = opened
                 self.tokens[key] = []
@@ -275,6 +279,19 @@ class ScheduledEngine:
         assert set(self.opened) == set(self.ends), "a request was not ended"
         self.grammar.check_empty(self.scheduler)
         assert gauges["num_waiting"] == gauges["num_running"] == gauges["num_preempted"] == 0
+
+
+def resume_with(known: Sequence[list[int] | None] | None, num_suspected: int = 0) -> Resume | None:
+    """The `known` output of each sample of a resumed request; a sample that is None has ended. None: a new request."""
+    if known is None and not num_suspected:
+        return None
+    return Resume(
+        samples=[
+            ResumedSample(token_ids=np.array(tokens or [], np.int32).tobytes(), has_ended=tokens is None)
+            for tokens in known or ()
+        ],
+        num_suspected=num_suspected,
+    )
 
 
 def _record(layout: Layout[Any]) -> Any:

@@ -105,13 +105,14 @@ class Detokenizer:
             client = self._clients.get(name)
             if client is None:
                 client = self._clients[name] = Client(name, self._window)
-            client.num_open += opened.num_samples
-            self._open_request(opened, Request(opened, client))
+            request = Request(opened, client)
+            client.num_open += request.num_open
+            self._open_request(opened, request)
         for key, admitted_ns, num_cached in step.admitted:
             sequence = self._open.get(key)
             if sequence is not None:
                 self.metrics.admitted(sequence, admitted_ns)
-                if sequence.sample == 0:  # the others find the blocks that it computed
+                if sequence.sample == sequence.request.samples[0]:  # the others find the blocks that it computed
                     sequence.request.num_cached_tokens = num_cached
         for key, part in step.prompt_logprobs:
             sequence = self._open.get(key)
@@ -157,17 +158,19 @@ class Detokenizer:
 
     def _open_request(self, opened: Opened, request: Request) -> None:
         prompt_tail = np.frombuffer(opened.prompt_tail, "<i4").tolist()
-        for sample in range(opened.num_samples):
+        for sample in request.samples:
             matcher = self._special_tokens.matcher(opened.text)
-            problem = ""
-            try:
-                decoder = self._decoding.new_decoder(prompt_tail, opened.text)
-            except BaseException as error:
-                decoder, problem = NO_DECODER, _problem_of(error)
-            sequence = Sequence(request, sample, opened, decoder, matcher)
+            sequence = Sequence(request, sample, opened, NO_DECODER, matcher)
             self._open[sequence.key] = sequence
-            if problem:
-                self._fail(sequence, problem)
+            try:
+                sequence.decoder = self._decoding.new_decoder(prompt_tail, opened.text)
+                is_stopped = opened.resume is not None and sequence.resume(opened.resume.samples[sample])
+            except BaseException as error:
+                self._fail(sequence, _problem_of(error))
+                continue
+            if is_stopped:
+                self._cancels.append(sequence.key)
+                self._end(sequence, Ended(sequence.key, "stop"))
 
     def _look_closer(
         self, sequence: Sequence, token_id: int, code: int, logprobs: StepLogprobs | None, index: int
@@ -258,7 +261,7 @@ class Detokenizer:
             prompt_parts: list[PromptLogprobs] = []
             if sequence.prompt_parts:
                 prompt_parts = sequence.take_prompt_parts(frame_bounds.MAX_PROMPT_PARTS, frame_bounds.MAX_FRAME_WORDS)
-            new, is_last = self._take_tokens(sequence)
+            new, is_last = sequence.take_tokens(frame_bounds.MAX_ITEM_TOKENS)
             text = ""
             try:
                 if new and sequence.is_plain and not is_last:
@@ -276,20 +279,6 @@ class Detokenizer:
         self.num_outputs += 1
         self.num_finished += len(keys)
         return frame.outputs(self._decoding.bytes_of), keys
-
-    @staticmethod
-    def _take_tokens(sequence: Sequence) -> tuple[list[int], bool]:
-        """A sequence's next unsent tokens, and whether its end goes with them. If there are more, it stays ready.
-
-        Tokens come after all log-probabilities of the prompt.
-        """
-        new = sequence.token_ids
-        limit = 0 if sequence.prompt_parts else frame_bounds.MAX_ITEM_TOKENS
-        sequence.token_ids = new[limit:]
-        if sequence.token_ids or sequence.prompt_parts:
-            sequence.client.ready.append(sequence)
-            return new[:limit], False
-        return new, sequence.end is not None
 
 
 def _problem_of(error: BaseException) -> str:

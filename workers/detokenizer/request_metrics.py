@@ -11,6 +11,10 @@ A sample is measured once: its queue time when it is admitted, its first token w
 ends. A request is measured when its last sample ends: end to end, prompt tokens, and generated tokens of all samples.
 A sample that ends with an error has no decode time. A request is not measured if it was never admitted, if one of its
 samples has failed, or if its client has gone.
+
+A resumed request is measured as a new one from its second arrival on, with two exceptions. A sample that brings tokens
+has no time to first token: it had that in an earlier attempt. Generated tokens are all tokens of the answer, because no
+earlier attempt was measured.
 """
 
 from __future__ import annotations
@@ -55,9 +59,10 @@ class RequestMetrics:
         self._queue.add(_us(admitted_ns - sequence.request.arrived_ns))
 
     def first_token(self, sequence: Sequence, now_ns: int) -> None:
-        """A sequence has its first token."""
+        """A sequence has the first token of this attempt."""
         sequence.first_token_ns = now_ns
-        self._first_token.add(_us(now_ns - sequence.request.arrived_ns))
+        if not sequence.num_known:
+            self._first_token.add(_us(now_ns - sequence.request.arrived_ns))
         if sequence.admitted_ns:
             self._prefill.add(_us(now_ns - sequence.admitted_ns))
 

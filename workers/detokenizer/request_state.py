@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs, RequestTimes
+import numpy as np
+
+from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs, RequestTimes, ResumedSample
 from workers.detokenizer.logprob_columns import LogprobColumns, words_of
 from workers.detokenizer.stop_strings import StopMatcher
 from workers.detokenizer.text_decoding import TextDecoder
@@ -25,7 +27,8 @@ class Request:
 
     __slots__ = (
         "arrived_ns", "client", "has_failed", "key", "num_cached_tokens", "num_generated", "num_open",
-        "num_prompt_tokens", "num_running", "num_samples", "request_id", "stream", "tokenized_ns", "was_admitted",
+        "num_prompt_tokens", "num_running", "num_samples", "request_id", "samples", "stream", "tokenized_ns",
+        "was_admitted",
     )  # fmt: skip
 
     def __init__(self, opened: Opened, client: Client) -> None:
@@ -36,9 +39,14 @@ class Request:
         self.num_prompt_tokens = opened.num_prompt_tokens
         self.num_cached_tokens = 0
         self.num_samples = opened.num_samples
-        self.num_open = opened.num_samples  # samples whose end is not delivered
-        self.num_running = opened.num_samples  # samples that have not ended
-        self.num_generated = 0  # tokens of the samples that have ended
+        received = [] if opened.resume is None else opened.resume.samples
+        ended = {i for i, sample in enumerate(received) if sample.has_ended}
+        self.samples = [i for i in range(opened.num_samples) if i not in ended]  # those that run
+        self.num_open = len(self.samples)  # samples whose end is not delivered
+        self.num_running = len(self.samples)  # samples that have not ended
+        self.num_generated = sum(
+            len(received[i].token_ids) // 4 for i in ended
+        )  # tokens of the samples that have ended
         self.arrived_ns = opened.arrived_ns
         self.tokenized_ns = opened.tokenized_ns
         self.was_admitted = False  # one of its samples, at least
@@ -50,8 +58,8 @@ class Sequence:
 
     __slots__ = (
         "admitted_ns", "client", "decoder", "end", "first_token_ns", "hides_last", "idle", "is_plain", "key",
-        "last_token_ns", "logprobs", "matcher", "min_tokens", "num_sent", "prompt_parts", "request", "sample",
-        "shows_last", "text", "token_ids",
+        "last_token_ns", "logprobs", "matcher", "min_tokens", "num_known", "num_known_chars", "num_sent",
+        "prompt_parts", "request", "sample", "shows_last", "text", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -70,11 +78,41 @@ class Sequence:
         self.prompt_parts: list[PromptLogprobs] = []  # not sent yet; sent before the first token
         self.token_ids: list[int] = []  # not sent yet
         self.text = ""  # not sent yet; only with stop strings, else it is decoded when it is sent
-        self.num_sent = 0  # tokens
+        self.num_sent = 0  # tokens, with those that the client of a resumed request has
+        self.num_known = 0  # tokens that the client of a resumed request has
+        self.num_known_chars = 0  # characters that the client has and that are not decoded yet
         self.idle = request.stream  # not in client.ready; the next token adds it
         self.end: Ended | None = None
         self.hides_last = False  # the last token ended the sequence and has no text
         self.admitted_ns = self.first_token_ns = self.last_token_ns = 0  # CLOCK_MONOTONIC; 0 = not yet
+
+    def resume(self, received: ResumedSample) -> bool:
+        """Continue behind what the client has received. Returns whether a stop string ends the text within that.
+
+        Text that the client lacks, though it has the tokens, is sent with the next item.
+        """
+        token_ids = np.frombuffer(received.token_ids, "<i4").tolist()
+        self.num_known = len(token_ids)
+        is_stopped = False
+        if self.matcher is None:
+            self.num_sent = len(token_ids)
+            self.text = self.decoder.push(token_ids) if token_ids else ""
+        else:
+            for token_id in token_ids:
+                self.num_sent += 1
+                if self.look_for_stop(self.matcher, token_id, is_last=False):
+                    is_stopped = True
+                    break
+        self.num_known_chars = received.num_chars
+        self.text = self._unknown(self.text)
+        self.is_plain = self.is_plain and not self.text and not self.num_known_chars
+        return is_stopped
+
+    def _unknown(self, text: str) -> str:
+        """The part of the next text that the client does not have."""
+        unknown = text[self.num_known_chars :]
+        self.num_known_chars -= len(text) - len(unknown)
+        return unknown
 
     def has_news(self) -> None:
         """Wait for credit with what is not sent yet, unless it waits already or its request is answered as a whole."""
@@ -93,14 +131,29 @@ class Sequence:
         taken, self.prompt_parts = self.prompt_parts[:num_parts], self.prompt_parts[num_parts:]
         return taken
 
+    def take_tokens(self, limit: int) -> tuple[list[int], bool]:
+        """At most `limit` of the unsent tokens, and whether the end goes with them. If there are more, it stays ready.
+
+        Tokens come after all log-probabilities of the prompt.
+        """
+        new = self.token_ids
+        limit = 0 if self.prompt_parts else limit
+        self.token_ids = new[limit:]
+        if self.token_ids or self.prompt_parts:
+            self.client.ready.append(self)
+            return new[:limit], False
+        return new, self.end is not None
+
     def take_text(self, new: list[int], is_last: bool) -> str:
         """The text of an item; `new` are its tokens."""
-        if self.matcher is not None:
-            text, self.text = self.text, ""
-            return text
-        visible = new[:-1] if is_last and self.hides_last else new
-        text = self.decoder.push(visible) if visible else ""
-        return text + self.decoder.flush() if is_last else text
+        text, self.text = self.text, ""
+        if self.matcher is None:
+            visible = new[:-1] if is_last and self.hides_last else new
+            if visible:
+                text += self.decoder.push(visible)
+            if is_last:
+                text += self.decoder.flush()
+        return self._unknown(text)
 
     def look_for_stop(self, matcher: StopMatcher, token_id: int, *, is_last: bool) -> bool:
         """Decode the newest token at once. Returns whether a stop string ends the text with it."""

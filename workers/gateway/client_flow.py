@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from ipc.errors import InvalidRequest, QueueFull, RingfeedError, error_from_code
 from ipc.messages import (
@@ -28,7 +29,7 @@ from ipc.messages import (
 from workers.gateway.client_frames import MAX_ERROR_CHARS
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.outbox import Outbox, Peer
-from workers.gateway.request_table import ClientSession, RequestTable
+from workers.gateway.request_table import ClientSession, RequestTable, SampleEnd
 from workers.gateway.unread_answers import UnreadAnswers
 
 PROBE_INTERVAL_S: Final = 1.0
@@ -61,16 +62,18 @@ class ClientFlow:
         client.was_sent_to = True
         self._outbox.add(Peer.CLIENT, outputs, client.identity)
 
-    def send_finals(self, client: ClientSession, finals: list[tuple[str, FinalOutput]], now: float) -> None:
-        """Send final answers by request id, for requests that the detokenizer does not know."""
+    def send_finals(self, client: ClientSession, finals: list[SampleEnd], now: float) -> None:
+        """Send final answers of requests that the detokenizer does not know."""
         for start in range(0, len(finals), MAX_ANSWERED):
             part = finals[start : start + MAX_ANSWERED]
+            samples = [end.sample for end in part]
             outputs = Outputs(
-                request_ids=[request_id for request_id, _ in part],
+                request_ids=[end.request_id for end in part],
                 texts=[""] * len(part),
                 num_token_ids=bytes(4 * len(part)),
                 token_ids=b"",
-                finals=[(index, final) for index, (_, final) in enumerate(part)],
+                finals=[(index, end.final) for index, end in enumerate(part)],
+                samples=np.array(samples, "<i4").tobytes() if any(samples) else b"",
             )
             client.num_own_outputs += 1
             self.send_outputs(client, outputs, now)
@@ -78,7 +81,7 @@ class ClientFlow:
     def send_errors(self, client: ClientSession, error: RingfeedError) -> None:
         """Answer all open requests of a client with an error. The caller then takes them out of the table."""
         final = FinalOutput("error", 0, 0, error.code, str(error)[:MAX_ERROR_CHARS])
-        self.send_finals(client, [(request_id, final) for request_id in client.keys], client.last_progress)
+        self.send_finals(client, [SampleEnd(request_id, 0, final) for request_id in client.keys], client.last_progress)
 
     def send_answer(self, identity: bytes, answer: PromptTokens | DetokenizedText | KeptValue) -> None:
         """Send a large answer, with a new receipt. Raises QueueFull if the client has left too much unread."""
@@ -98,7 +101,7 @@ class ClientFlow:
             else:
                 return
         final = FinalOutput("error", 0, 0, error.code, str(error), retry_after_s=error.retry_after_s)
-        self.send_finals(client, [(request_id, final)], now)
+        self.send_finals(client, [SampleEnd(request_id, 0, final)], now)
 
     # Acknowledgements
 

@@ -15,11 +15,14 @@ from ipc.messages import (
     Generate,
     Keep,
     Recall,
+    Resume,
     TokenizeQuery,
 )
+from ipc.sampling_params import SamplingParams
 
 MAX_ERROR_CHARS: Final = 1_000
 MAX_CACHE_SALT_CHARS: Final = 256
+MAX_CLOCK_S: Final = 253_370_000_000  # in the year 9998: a date in every time zone
 
 
 class UnreadableFrame(Exception):
@@ -79,11 +82,36 @@ def _check_prompt(message: Generate | TokenizeQuery) -> None:
         raise InvalidRequest(f"{given[0]} is empty")
     if len(message.cache_salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequest(f"cache_salt must have at most {MAX_CACHE_SALT_CHARS} characters")
+    if message.clock_s is not None and not 0 <= message.clock_s <= MAX_CLOCK_S:
+        raise InvalidRequest(f"clock_s ({message.clock_s}) must be a Unix time, from 0 to {MAX_CLOCK_S}")
+    if message.resume is not None:
+        _check_resume(message.resume, message.params)
 
 
-def _check_token_ids(token_ids: bytes) -> None:
+def _check_resume(resume: Resume, params: SamplingParams) -> None:
+    num_samples, max_tokens = len(resume.samples), params.max_tokens
+    if num_samples != params.n:
+        raise InvalidRequest(f"resume.samples has {num_samples} entries: it must have one for each of n ({params.n})")
+    if all(sample.has_ended for sample in resume.samples):
+        raise InvalidRequest("resume: every sample has ended, so nothing is left to generate")
+    if resume.num_suspected < 0:
+        raise InvalidRequest(f"resume.num_suspected ({resume.num_suspected}) must be at least 0")
+    for index, sample in enumerate(resume.samples):
+        name = f"resume.samples[{index}]"
+        if sample.num_chars < 0:
+            raise InvalidRequest(f"{name}.num_chars ({sample.num_chars}) must be at least 0")
+        _check_token_ids(sample.token_ids, f"{name}.token_ids")
+        num_tokens = len(sample.token_ids) // 4
+        if max_tokens is not None and num_tokens >= max_tokens and not sample.has_ended:
+            raise InvalidRequest(
+                f"{name} has {num_tokens} tokens and has not ended; max_tokens ({max_tokens}) leaves no room for one "
+                "more"
+            )
+
+
+def _check_token_ids(token_ids: bytes, name: str = "token_ids") -> None:
     if len(token_ids) % 4:
-        raise InvalidRequest(f"token_ids must be int32 values: {len(token_ids)} bytes are not a multiple of 4")
+        raise InvalidRequest(f"{name} must be int32 values: {len(token_ids)} bytes are not a multiple of 4")
 
 
 def _request_id(frame: bytes) -> str:

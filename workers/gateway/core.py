@@ -49,8 +49,9 @@ from workers.gateway.config import GatewayBootstrap
 from workers.gateway.kept_values import KeptValues
 from workers.gateway.outbox import Outbox, Peer, Send
 from workers.gateway.recovery import Recovery
-from workers.gateway.request_lifecycle import RequestLifecycle, to_ns
+from workers.gateway.request_lifecycle import RequestLifecycle
 from workers.gateway.request_table import RequestTable
+from workers.gateway.request_timers import to_ns
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,8 @@ RoleArrays = dict[str, dict[str, HostArray]]  # of each role that has any, its a
 class Gateway:
     """The role's whole behaviour. Times are seconds of one monotonic clock.
 
-    After every event the owner sends the messages of `take_outbox()`. It reports a client that cannot be reached with
-    `client_gone()`, and a message for which a client's queue has no room with `client_full()`. `snapshot_stats` reads
-    the statistics of all roles, and their arrays of the given names.
+    After every event the owner sends the messages of `take_outbox()`. It calls `client_gone()` if a client cannot be
+    reached, and `client_full()` if a message has no room. `snapshot_stats` reads all statistics, and arrays by name.
     """
 
     def __init__(

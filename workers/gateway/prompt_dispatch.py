@@ -39,6 +39,7 @@ BYTES_PER_TOKEN: Final = 4  # of a message; estimated
 REQUEST_OVERHEAD_BYTES: Final = 1_664  # of the message, its entries in the tables and its timers
 TENANT_OVERHEAD_BYTES: Final = 640  # of a tenant with "fair": each request may have its own
 CHAT_OVERHEAD_BYTES: Final = 320  # of the objects that hold a chat's JSON
+SAMPLE_OVERHEAD_BYTES: Final = 160  # of each sample of a resumed request, with the gateway's count of its tokens
 ITEM_OVERHEAD_BYTES: Final = 80  # of each item of a parameter that is a list or a map
 
 _LISTS: Final = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "logprob_token_ids")
@@ -119,7 +120,7 @@ class PromptDispatcher:
         Counts its frame, or its text if that is larger: a string is as wide as its widest character, up to four times
         the frame. Adds the memory of its Python objects, which even the smallest request has.
         """
-        overhead = self._overhead_bytes
+        overhead, ids = self._overhead_bytes, 0
         if isinstance(message, DetokenizeQuery):
             return frame_bytes + overhead
         chat, texts = message.chat, [message.prompt or ""]
@@ -127,11 +128,14 @@ class PromptDispatcher:
             params = message.params
             texts += *params.stop, *params.bad_words
             overhead += sum(len(getattr(params, name) or ()) for name in _LISTS) * ITEM_OVERHEAD_BYTES
+            if message.resume is not None:  # its token ids are bytes, which take as much as in the frame
+                overhead += len(message.resume.samples) * SAMPLE_OVERHEAD_BYTES
+                ids = sum(len(sample.token_ids) for sample in message.resume.samples)
         if chat is not None:
             overhead += CHAT_OVERHEAD_BYTES
             if chat.template is not None:  # JSON is bytes, which take as much as in the frame
                 texts.append(chat.template)
-        return max(frame_bytes, sum(map(sys.getsizeof, texts))) + overhead
+        return max(frame_bytes, sum(map(sys.getsizeof, texts)) + ids) + overhead
 
     def check_room(self, held_bytes: int, now_ns: int) -> None:
         """Raise QueueFull if a request of this many bytes would exceed the bound."""

@@ -32,23 +32,20 @@ from ipc.errors import RingfeedError
 from ipc.messages import (
     ClientGone,
     ClientRequest,
-    FinalOutput,
     FinishReason,
     Generate,
-    RequestTimes,
     Route,
     Tokenize,
     TokenizeDone,
     TokenizerQuery,
 )
 from ipc.sampling_params import MAX_SEED
-from ipc.scheduling_params import SchedulingParams
 from workers.gateway.client_flow import ClientFlow
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.outbox import Outbox, Peer
 from workers.gateway.prompt_dispatch import PromptDispatcher
-from workers.gateway.request_table import ClientSession, Request, RequestState, RequestTable
-from workers.queueing.timers import Timers
+from workers.gateway.request_table import ClientSession, Request, RequestState, RequestTable, SampleEnd, known_tokens
+from workers.gateway.request_timers import RequestTimers, to_ns
 
 Ends = list[tuple[Request, FinishReason]]
 
@@ -62,11 +59,10 @@ class RequestLifecycle:
         self.num_cancelled = 0
         self.num_out_of_time: Counter[str] = Counter()  # before they reached the scheduler, by finish reason
         self._max_open_requests = bootstrap.frontend.max_open_requests
-        self._queue_timeout_s = bootstrap.policy.queue_timeout_s
         self._table = table
         self._flow = flow
         self._outbox = outbox
-        self._timers = Timers(self._is_timed_here)
+        self._timers = RequestTimers(table, bootstrap.policy.queue_timeout_s)
 
     # A request begins
 
@@ -80,10 +76,11 @@ class RequestLifecycle:
         num_prompt_tokens = len(message.token_ids or b"") // 4
         request = self._table.open(identity, message.request_id, num_samples, now_ns, num_prompt_tokens)
         if isinstance(message, Generate):
+            request.known = known_tokens(message.resume)
             self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, held_bytes)
         else:
             request.is_query = True
-            self._set_timers(request.key, message.scheduling, now_ns)
+            self._timers.set(request.key, message.scheduling, now_ns)
             query = TokenizerQuery(key=request.key, query=message, arrived_ns=now_ns)
             self.prompts.add(query, frame_bytes, held_bytes)
         self.dispatch(now)
@@ -91,7 +88,8 @@ class RequestLifecycle:
     def _tokenize(self, request: Request, message: Generate, now_ns: int) -> Tokenize:
         """The message for the tokenizer. Sets the request's timers, and draws a seed if it has none."""
         assert request.client is not None, "a new request has its client"
-        params = message.params
+        params, resume = message.params, message.resume
+        deadline_ns = self._timers.set(request.key, message.scheduling, now_ns, is_resumed=resume is not None)
         if params.seed is None:
             params = params.with_seed(secrets.randbelow(MAX_SEED + 1))
         return Tokenize(
@@ -104,19 +102,15 @@ class RequestLifecycle:
             cache_salt=message.cache_salt,
             scheduling=message.scheduling,
             arrived_ns=now_ns,
-            deadline_ns=self._set_timers(request.key, message.scheduling, now_ns),
+            deadline_ns=deadline_ns,
+            clock_s=message.clock_s,
+            resume=resume,
         )
 
-    def _set_timers(self, key: int, scheduling: SchedulingParams, now_ns: int) -> int:
-        """Set the timers that the scheduler will set too. Returns the time of the deadline; 0 = none."""
-        wait_s = scheduling.queue_timeout_s or self._queue_timeout_s
-        if wait_s is not None:
-            self._timers.add(now_ns + to_ns(wait_s), key, "queue_timeout")
-        if scheduling.deadline_s is None:
-            return 0
-        deadline_ns = now_ns + to_ns(scheduling.deadline_s)
-        self._timers.add(deadline_ns, key, "deadline")
-        return deadline_ns
+    @property
+    def first_timer_ns(self) -> int | None:
+        """When `expire` may have something to do; None: not before the next request."""
+        return self._timers.first_ns
 
     # QUEUED -> TOKENIZING -> ACCEPTED -> closed
 
@@ -168,7 +162,7 @@ class RequestLifecycle:
 
     def expire(self, now: float) -> None:
         """Stop the requests whose time runs out before they reach the scheduler."""
-        if due := self._take_due(to_ns(now)):
+        if due := self._timers.take_due(to_ns(now)):
             self._end_here(self._stop(due), now)
 
     def drop_client(self, client: ClientSession) -> None:
@@ -239,16 +233,12 @@ class RequestLifecycle:
 
     def _end_here(self, ends: Ends, now: float, error: RingfeedError | None = None) -> None:
         """Answer requests that the detokenizer does not know, and close them. Each client gets one message."""
-        code, text = ("", "") if error is None else (error.code, str(error))
-        answers: defaultdict[ClientSession, list[tuple[str, FinalOutput]]] = defaultdict(list)
+        answers: defaultdict[ClientSession, list[SampleEnd]] = defaultdict(list)
         for request, reason in ends:
             if reason in ("deadline", "queue_timeout"):
                 self.num_out_of_time[reason] += 1
             if request.client is not None:
-                final = FinalOutput(
-                    reason, request.num_prompt_tokens, 0, code, text, times=RequestTimes(request.arrived_ns)
-                )  # fmt: skip
-                answers[request.client].append((request.request_id, final))
+                answers[request.client] += request.ends(reason) if error is None else request.failed(error)
         for client, finals in answers.items():
             self._flow.send_finals(client, finals, now)
         for request, _ in ends:
@@ -261,31 +251,3 @@ class RequestLifecycle:
         if request.client is not None and now is not None:
             request.client.departures.leave(to_ns(now), len(request.keys))
         self._table.close(request)
-
-    # Timers
-
-    @property
-    def first_timer_ns(self) -> int | None:
-        """When `expire` may have something to do; None: not before the next request."""
-        return self._timers.first_ns
-
-    def _take_due(self, now_ns: int) -> Ends:
-        """The requests whose time has run out here, each with the reason that came first."""
-        if self._timers.first_ns is None or self._timers.first_ns > now_ns:
-            return []
-        due: dict[Request, FinishReason] = {}
-        for key, reason in self._timers.take_due(now_ns):
-            request = self._table.request(key)
-            if request is not None and request.state is not RequestState.ACCEPTED:
-                due.setdefault(request, reason)
-        return list(due.items())
-
-    def _is_timed_here(self, key: int) -> bool:
-        """Whether a request is open and, as far as the gateway knows, has not reached the scheduler."""
-        request = self._table.request(key)
-        return request is not None and request.state is not RequestState.ACCEPTED
-
-
-def to_ns(seconds: float) -> int:
-    """Seconds as the nanoseconds of messages and timers."""
-    return round(seconds * 1e9)

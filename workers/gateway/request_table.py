@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import ValuesView
-from typing import Final
+from typing import Final, NamedTuple
 
-from ipc.errors import InvalidRequest, QueueFull
-from ipc.messages import FinishReason
+from ipc.errors import InvalidRequest, QueueFull, RingfeedError
+from ipc.messages import FinalOutput, FinishReason, RequestTimes, Resume
 from workers.queueing.drain_rate import DrainRate
 
 _KEY_BITS: Final = 48  # of the requests of one epoch
@@ -21,12 +21,23 @@ class RequestState(enum.Enum):
     ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
 
 
+_NEW: Final = {0: 0}
+
+
+class SampleEnd(NamedTuple):
+    """A final answer that the gateway itself gives."""
+
+    request_id: str
+    sample: int
+    final: FinalOutput
+
+
 class Request:
     """An open request. `client` is None if its client was dropped; then it is cancelled as soon as possible."""
 
     __slots__ = (
-        "arrived_ns", "client", "is_cancelled", "is_query", "key", "keys", "num_prompt_tokens", "request_id", "state",
-        "withdrawn_as",
+        "arrived_ns", "client", "is_cancelled", "is_query", "key", "keys", "known", "num_prompt_tokens", "request_id",
+        "state", "withdrawn_as",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +59,33 @@ class Request:
         self.is_cancelled = False
         self.is_query = False  # a tokenizer answers it, and the scheduler never sees it
         self.withdrawn_as: FinishReason | None = None  # the reason, if a Withdraw was sent
+        self.known = _NEW
+
+    def ends(self, reason: FinishReason) -> list[SampleEnd]:
+        """The final answers of a request that ends here. They count the tokens that its client has already."""
+        times, num_open = RequestTimes(self.arrived_ns), len(self.known)
+        ends = []
+        for sample, num_tokens in self.known.items():
+            num_open -= 1
+            final = FinalOutput(reason, self.num_prompt_tokens, num_tokens, num_open=num_open, times=times)
+            ends.append(SampleEnd(self.request_id, sample, final))
+        return ends
+
+    def failed(self, error: RingfeedError) -> list[SampleEnd]:
+        """The final answer of a request that ends here with an error. It ends all samples."""
+        times = RequestTimes(self.arrived_ns)
+        final = FinalOutput("error", self.num_prompt_tokens, 0, error.code, str(error), times=times)
+        return [SampleEnd(self.request_id, 0, final)]
+
+
+def known_tokens(resume: Resume | None) -> dict[int, int]:
+    """The samples that need a final answer each, with the number of tokens that the client has of them.
+
+    One answer ends all samples of a new request. A resumed one needs one for each sample that has not ended.
+    """
+    if resume is None:
+        return _NEW
+    return {i: len(sample.token_ids) // 4 for i, sample in enumerate(resume.samples) if not sample.has_ended}
 
 
 class ClientSession:

@@ -1,6 +1,7 @@
 """What a grammar process decides: which requests it compiles, and which tokens their sequences may sample.
 
-    compile   Compile -> the pool's threads -> take_answers: Compiled, and a matcher for each sequence
+    compile   Compile -> the pool's threads -> take_answers: Compiled, and a matcher for each sequence,
+              which has followed the tokens that a resumed sequence brings
     follow    the newest tokens of sequences -> their matchers advance
     fill      the same -> masks
     release   sequences have ended: their matchers are dropped, a compilation that nobody needs is cancelled
@@ -100,8 +101,12 @@ class GrammarCore:
                 if isinstance(outcome, InvalidRequest):
                     self._answer(key, outcome)
                 else:
+                    message = self._compiling[key]
                     for sequence in sorted(self._open[key]):
-                        self._matchers.add(sequence, outcome, self._compiling[key].end_ids)
+                        self._matchers.add(sequence, outcome, message.end_ids)
+                        if message.known:
+                            known = np.frombuffer(message.known[sequence - key], "<i4")
+                            self._matchers.replay(sequence, known.tolist())
                     self._answer(key, None)
         answers, self._answers = self._answers, []
         return answers

@@ -18,6 +18,7 @@ from workers.grammar.compiler import MAX_TOKEN_S, Prototype
 from workers.grammar.vocabulary import Vocabulary
 
 MEAN_TOKEN_S: Final = 0.002  # computing time that a sequence earns with each token, up to MAX_TOKEN_S
+REPLAYED_TOKEN_S: Final = 0.000_05  # the same, for a token that a resumed sequence brings; 3 us are usual
 _MAX_PROBLEM_CHARS: Final = 300
 
 
@@ -47,11 +48,25 @@ class Matcher:
         """Whether the text so far satisfies the constraint."""
         return not self.problem and self._matcher.is_accepting()
 
-    def advance(self, token_id: int) -> None:
+    def replay(self, token_ids: Iterable[int]) -> None:
+        """Follow the sequence by tokens that it brings, all at once. A token earns much less time here than later.
+
+        A mask takes most of the time that a sampled token earns, and here nobody asks for masks. Besides, the masks of
+        all other sequences wait for this.
+        """
+        for token_id in token_ids:
+            started = time.thread_time()
+            self.advance(token_id, earns_s=REPLAYED_TOKEN_S)
+            self.spend(time.thread_time() - started)
+            if self.problem:
+                return
+        self._credit_s = MAX_TOKEN_S
+
+    def advance(self, token_id: int, earns_s: float = MEAN_TOKEN_S) -> None:
         """Follow the sequence by one token. A token that the grammar does not allow sets `problem`."""
         if self.problem:
             return
-        self._credit_s = min(self._credit_s + MEAN_TOKEN_S, MAX_TOKEN_S)
+        self._credit_s = min(self._credit_s + earns_s, MAX_TOKEN_S)
         if self._has_ended:
             self.problem = f"token {token_id} follows the end of the text"
         elif token_id in self._end_ids:
@@ -118,6 +133,10 @@ class Matchers:
             started = time.thread_time()
             matcher.advance(token_id)
             matcher.spend(time.thread_time() - started)
+
+    def replay(self, key: int, token_ids: Sequence[int]) -> None:
+        """Follow a new sequence by the tokens that it brings."""
+        self._matchers[key].replay(token_ids)
 
     def fill(self, keys: Sequence[int], masks: NDArray[np.int32]) -> None:
         """Write the mask of keys[i] into masks[i]: bit t % 32 of word t // 32 is set if token t may come next.

@@ -79,19 +79,33 @@ class GrammarWorkers:
         """A new process has taken the place of one that had died. It gets the messages since then."""
         self._workers[index].regain(self._clock())
 
-    def park(self, sequences: list[Sequence]) -> None:
-        """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it."""
-        first = sequences[0]
+    def park(self, sequences: list[Sequence], num_samples: int) -> None:
+        """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it.
+
+        The request has `num_samples`; those without a sequence have ended, and need no matcher.
+        """
+        first, request = sequences[0], sequences[0].request_key
         spec = first.params.structured_outputs
         assert spec is not None, f"request {first.key} has no structured outputs"
         index = min(range(len(self._workers)), key=lambda i: self._workers[i].precedence)
         worker = self._workers[index]
         for sequence in sequences:
             sequence.grammar_worker = index
-        self._parked[first.key] = {sequence.key: sequence for sequence in sequences}
+        self._parked[request] = {sequence.key: sequence for sequence in sequences}
         worker.num_sequences += len(sequences)
-        worker.asked(first.key, self._clock())
-        worker.compiles.append(Compile(key=first.key, num_samples=len(sequences), spec=spec, end_ids=first.end_ids))
+        worker.asked(request, self._clock())
+        known = {sequence.key: sequence.known_output.tobytes() for sequence in sequences}
+        keys = range(request, request + num_samples)
+        worker.compiles.append(
+            Compile(
+                key=request,
+                num_samples=num_samples,
+                spec=spec,
+                end_ids=first.end_ids,
+                known=[known.get(key, b"") for key in keys] if any(known.values()) else [],
+            )
+        )
+        worker.released += [key for key in keys if key not in known]
 
     def compiled(self, worker: int, key: int) -> list[Sequence]:
         """A process has answered a request's Compile. Returns the request's open sequences: they are parked no more."""

@@ -43,7 +43,7 @@ class OpenSequences:
         if message.deadline_ns:
             self._timers.add(message.deadline_ns, key, "deadline")
         wait_s = message.scheduling.queue_timeout_s or self._queue_timeout_s
-        if wait_s is not None:
+        if wait_s is not None and message.resume is None:  # a client that has an answer's beginning waits for the rest
             self._timers.add(message.arrived_ns + round(wait_s * 1e9), key, "queue_timeout")
 
     def remove(self, sequence: Sequence) -> None:

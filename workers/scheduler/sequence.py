@@ -3,18 +3,19 @@
 A request with `n` samples becomes `n` sequences with keys of their own. Only the gateway and the detokenizer know which
 sequences belong to one request; the scheduler treats all sequences alike, except that the samples of a prompt share its
 cached blocks (`Sequence.leader`).
+
+A sequence of a resumed request knows the tokens that its client has received (`ipc.messages.Resume`) from the start.
+They are output: only `num_prompt` of its known tokens are the prompt. Samples that have ended get no sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final, Self
 
-import msgspec
 import numpy as np
 
-from ipc.block_hash import read_hashes
+from ipc.block_hash import chain_hashes, read_hashes
 from ipc.long_values import long_columns_of
 from ipc.messages import Tokenized
 from ipc.record_layout import HostArray, field_names
@@ -35,43 +36,51 @@ class Sequence:
     """Open from its arrival until it ends. It waits, has a row while it is running or preempted, and ends once.
 
     Args:
-        message: the request, with this sample's own key and seed.
+        message: the request.
         max_len: length in tokens, prompt and output, at which the sequence ends.
-        token_ids: [num_prompt] int32, the scheduler's own copy of the prompt: the records behind `lease` may be
+        prompt_ids: [num_prompt] int32, the scheduler's own copy of the prompt: the records behind `lease` may be
             released before the sequence is admitted.
         lease: claim on the prompt's records.
         eos_token_ids: ids that end the sequence, unless the request ignores them.
-        leader: sample 0 of the same prompt; None for sample 0 itself.
+        sample: which sample of the request it is.
+        leader: the first sequence of the same prompt; None for that sequence itself.
+
+    Attributes:
+        token_ids: [num_known] int32, the tokens that it has when it arrives: the prompt, and the output that a resumed
+            request brings.
     """
 
     def __init__(
         self,
         message: Tokenized,
         max_len: int,
-        token_ids: Int32Array,
+        prompt_ids: Int32Array,
         lease: PromptLease,
         eos_token_ids: list[int],
+        sample: int = 0,
         leader: Self | None = None,
     ) -> None:
-        params = message.params
-        self.key = message.key
-        self.request_key = message.key if leader is None else leader.key
+        params = message.params.of_sample(sample) if sample else message.params
+        self.key = message.key + sample
+        self.request_key = message.key
         self.priority = message.scheduling.priority
         self.tenant = message.scheduling.tenant
         self.arrived_ns = message.arrived_ns  # at the gateway; CLOCK_MONOTONIC
         self.rank = 0  # set by the policy
         hashes = message.block_hashes
-        # [1 + num_full_blocks, 2] uint64: the root, then one hash for each full block of the prompt. None: not cached.
+        # [1 + num_full_blocks, 2] uint64: the root, then one hash for each full block of the prompt, or of all known
+        # tokens after `hash_known_output`. None: not cached.
         self.block_hashes: HashArray | None = read_hashes(hashes) if hashes else None
-        self.num_prompt = len(token_ids)
+        self.num_prompt = len(prompt_ids)
         self.max_len = max_len
-        self.token_ids = token_ids
+        known_ids = b"" if message.resume is None else message.resume.samples[sample].token_ids
+        self.token_ids = np.concatenate((prompt_ids, np.frombuffer(known_ids, "<i4"))) if known_ids else prompt_ids
         self.lease = lease
         self.row = NO_ROW
-        # Sample 0 of a prompt with full blocks is the leader; the other samples follow it and share these blocks.
-        has_full_blocks = self.block_hashes is not None and len(self.block_hashes) > 1
-        self.has_followers = has_full_blocks and params.n > 1
-        self.leader = leader if has_full_blocks else None
+        # The first sequence of a prompt with full blocks is the leader; the others follow it and share these blocks.
+        self.has_full_blocks = self.block_hashes is not None and len(self.block_hashes) > 1
+        self.has_followers = False  # set by `sequences_of`
+        self.leader = leader if self.has_full_blocks else None
         self.params = params
         self.long_values = np.frombuffer(message.long_values, "<i4")  # encoded, see `ipc/long_values.py`
         self._thinking = message.thinking or (NO_TOKEN, NO_TOKEN)
@@ -82,11 +91,21 @@ class Sequence:
         self.num_extra_logprobs = len(params.logprob_token_ids or ())
         # The likeliest tokens + 1 that are wanted at each position of the prompt; 0 = no log-probabilities there.
         # Sample 0 computes them for all samples. A prompt's first token has none.
-        wants_prompt = params.prompt_logprobs is not None and leader is None and self.num_prompt > 1
+        wants_prompt = params.prompt_logprobs is not None and sample == 0 and self.num_prompt > 1
         self.want_prompt_logprobs = 1 + (params.prompt_logprobs or 0) if wants_prompt else 0
         end_ids = [*([] if params.ignore_eos else eos_token_ids), *params.stop_token_ids]
         self._end_ids = end_ids + [NO_TOKEN] * (MAX_END_IDS - len(end_ids))
         self.grammar_worker = NO_WORKER  # set by GrammarWorkers for a sequence with structured outputs
+
+    @property
+    def num_known(self) -> int:
+        """Number of tokens that it has when it arrives."""
+        return len(self.token_ids)
+
+    @property
+    def known_output(self) -> Int32Array:
+        """The output that it has when it arrives."""
+        return self.token_ids[self.num_prompt :]
 
     @property
     def has_row(self) -> bool:
@@ -100,6 +119,14 @@ class Sequence:
     @property
     def has_grammar(self) -> bool:
         return self.grammar_worker != NO_WORKER
+
+    def hash_known_output(self, block_size: int) -> None:
+        """Hash the blocks behind the prompt's, too. The cache still has them if only the client's connection broke."""
+        if self.block_hashes is not None:
+            num_hashed = block_size * (len(self.block_hashes) - 1)
+            root, token_ids = self.block_hashes[-1].tobytes(), self.token_ids[num_hashed:].tobytes()
+            new = read_hashes(chain_hashes(root, token_ids, block_size))
+            self.block_hashes = np.concatenate((self.block_hashes, new[1:]))
 
     def write_admission(
         self,
@@ -133,16 +160,40 @@ class Sequence:
 
 
 def sequences_of(
-    message: Tokenized, max_len: int, token_ids: Int32Array, lease: PromptLease, eos_token_ids: list[int]
-) -> Iterator[Sequence]:
-    """Make one sequence for each sample of a request.
+    message: Tokenized,
+    max_len: int,
+    prompt_ids: Int32Array,
+    lease: PromptLease,
+    eos_token_ids: list[int],
+    block_size: int,
+) -> list[Sequence]:
+    """Make one sequence for each sample of a request that has not ended.
 
-    Only sample 0 gets the lease on the tokenizer's records. The other samples get a released lease, so their ids are
-    sent from the upload ring. Therefore no record has to count how many sequences still copy from it.
+    Only the first sequence of a new request gets the lease on the tokenizer's records. The ids of all others are sent
+    from the upload ring. Therefore no record has to count how many sequences still copy from it, and the records never
+    hold the output that a resumed request brings.
     """
-    leader = Sequence(message, max_len, token_ids, lease, eos_token_ids)
-    yield leader
-    for sample in range(1, message.params.n):
-        own = msgspec.structs.replace(message, key=message.key + sample, params=message.params.of_sample(sample))
-        released = replace(lease, is_waiting=False, is_released=True)
-        yield Sequence(own, max_len, token_ids, released, eos_token_ids, leader)
+    released = replace(lease, is_waiting=False, is_released=True)
+    sequences: list[Sequence] = []
+    for sample in open_samples(message):
+        own, leader = (released, sequences[0]) if sequences else (lease, None)
+        sequence = Sequence(message, max_len, prompt_ids, own, eos_token_ids, sample, leader)
+        if message.resume is not None:
+            sequence.hash_known_output(block_size)
+        sequences.append(sequence)
+    sequences[0].has_followers = sequences[0].has_full_blocks and len(sequences) > 1
+    return sequences
+
+
+def num_known_of(message: Tokenized) -> list[int]:
+    """The number of tokens that each sequence of a request will have when it arrives."""
+    output = [0] * message.params.n
+    if message.resume is not None:
+        output = [len(message.resume.samples[sample].token_ids) // 4 for sample in open_samples(message)]
+    return [message.num_prompt_tokens + num for num in output]
+
+
+def open_samples(message: Tokenized) -> list[int]:
+    """The samples of a request that have not ended: all of a new one."""
+    resume = message.resume
+    return [sample for sample in range(message.params.n) if resume is None or not resume.samples[sample].has_ended]

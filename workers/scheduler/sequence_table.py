@@ -44,11 +44,12 @@ class SequenceTable:
 
     Applied (written from results):
         num_prompt_logprobs: tokens of the prompt whose log-probabilities have been sent.
-        num_tokens: known tokens: the prompt and the sampled tokens that have been applied.
+        num_tokens: known tokens: those that the sequence brought, and the sampled tokens that have been applied.
         token_ids: [num_rows, max tokens of a row] int32; the first `num_tokens` of each row are known.
         token_blocks: the same memory, [num_rows, max_blocks_per_seq, block_size].
         num_followed_tokens: known tokens that the grammar process has been told of, with the prompt. One less than
-            `num_tokens`, or equal to it before the first request for a mask. Written by `MaskRequests`.
+            `num_tokens`, or equal to it before the first request for a mask: `Compile` has told it of the output that
+            a resumed request brings. Written by `MaskRequests`.
 
     Written when the sequence ends:
         generation: number of owners that the row has had. What a step planned for an earlier owner says is void.
@@ -89,13 +90,13 @@ class SequenceTable:
         return len(self._free)
 
     def take_row(self, sequence: Sequence) -> int:
-        """Give a sequence a free row, with its prompt as known tokens. None of them is computed yet."""
-        row = self._free.pop()
+        """Give a sequence a free row, with the tokens that it has. None of them is computed yet."""
+        row, num_known = self._free.pop(), sequence.num_known
         self.sequences[row] = sequence
         self.key[row] = sequence.key
-        self.token_ids[row, : sequence.num_prompt] = sequence.token_ids
-        self.num_tokens[row] = sequence.num_prompt
-        self.num_planned_tokens[row] = sequence.num_prompt
+        self.token_ids[row, :num_known] = sequence.token_ids
+        self.num_tokens[row] = num_known
+        self.num_planned_tokens[row] = num_known
         self.num_computed_tokens[row] = 0
         self.max_len[row] = sequence.max_len
         self.variant[row] = sequence.variant
@@ -103,7 +104,7 @@ class SequenceTable:
         self.want_processed[row] = sequence.want_processed
         self.num_extra_logprobs[row] = sequence.num_extra_logprobs
         self.grammar_worker[row] = sequence.grammar_worker
-        self.num_followed_tokens[row] = sequence.num_prompt
+        self.num_followed_tokens[row] = num_known
         self.num_prompt_logprobs[row] = 0
         self.is_lost[row] = False
         if sequence.want_prompt_logprobs:

@@ -24,7 +24,7 @@ from workers.tokenizer.chat_inputs import ChatInputs, read_chat
 from workers.tokenizer.message_forms import cut_at_tag, fit_messages, tag_final_message
 from workers.tokenizer.render_limits import TIMEOUT_S, RenderLimits
 from workers.tokenizer.template_files import read_templates
-from workers.tokenizer.template_sandbox import TemplateSandbox
+from workers.tokenizer.template_sandbox import TemplateSandbox, strftime_at
 from workers.tokenizer.template_traits import TemplateTraits
 
 MAX_TEMPLATE_CHARS: Final = 1 << 18  # of a request's template; templates of models have at most some 30,000
@@ -48,7 +48,7 @@ class CompiledTemplate:
         self._template, tree = sandbox.compiled(source)
         self._traits = TemplateTraits.of(tree)
 
-    def render(self, inputs: ChatInputs, chat: EncodedChat, names: dict[str, str], max_chars: int) -> str:
+    def render(self, inputs: ChatInputs, chat: EncodedChat, names: dict[str, Any], max_chars: int) -> str:
         """The text of the chat. Raises InvalidRequest if it has more than `max_chars`, and what the template raises."""
         messages = fit_messages(inputs.messages, self._traits)
         final_text = tag_final_message(messages) if chat.continue_final_message else None
@@ -109,8 +109,8 @@ class ChatTemplates:
         except InvalidRequest as error:
             return cls({}, names, str(error), **options)
 
-    def render(self, chat: EncodedChat, max_chars: int = MAX_RENDERED_CHARS) -> str:
-        """The text of the chat, ready for the model's answer.
+    def render(self, chat: EncodedChat, max_chars: int = MAX_RENDERED_CHARS, clock_s: float | None = None) -> str:
+        """The text of the chat, ready for the model's answer, as of the Unix time `clock_s`; None = now.
 
         Raises InvalidRequest for a malformed chat, without a usable template, if the template refuses this chat, or if
         text or effort exceed their bounds.
@@ -120,13 +120,13 @@ class ChatTemplates:
                 "add_generation_prompt and continue_final_message are both set: the first begins a new message, the "
                 "second goes on with the last one; unset one of them"
             )
-        return self._limits.run(lambda: self._render(chat, max_chars))
+        return self._limits.run(lambda: self._render(chat, max_chars, clock_s))
 
-    def _render(self, chat: EncodedChat, max_chars: int) -> str:
+    def _render(self, chat: EncodedChat, max_chars: int, clock_s: float | None) -> str:
         inputs = read_chat(chat)
         template = self._choose(chat.template, bool(inputs.tools))
         try:
-            return template.render(inputs, chat, self._names, max_chars)
+            return template.render(inputs, chat, {"strftime_now": strftime_at(clock_s), **self._names}, max_chars)
         except InvalidRequest:
             raise
         except Exception as error:  # a template may raise whatever its expressions raise

@@ -88,6 +88,8 @@ class PromptEncoder:
         """Encode and check one request. Returns errors that the request causes, and never raises them."""
         try:
             asked = self._parameters.check(request.params)
+            for index, sample in enumerate(request.resume.samples if request.resume is not None else ()):
+                self._given_ids(sample.token_ids, f"resume.samples[{index}].token_ids")
             is_truncated = request.params.truncate_prompt_tokens is not None
             token_ids = self._token_ids(request, add_special_tokens=True, is_truncated=is_truncated)
             if is_truncated:
@@ -150,11 +152,11 @@ class PromptEncoder:
     def _token_bytes(self) -> TokenBytes:
         return TokenBytes(Vocabulary(self._tokenizer).with_special_tokens())
 
-    def _given_ids(self, packed: bytes) -> Ids:
+    def _given_ids(self, packed: bytes, name: str = "token_ids") -> Ids:
         token_ids = np.frombuffer(packed, "<i4")
         outside = token_ids[(token_ids < 0) | (token_ids >= self._vocab_size)]
         if outside.size:
-            raise InvalidRequest(f"token_ids holds {outside[0]}; the model's ids are 0 to {self._vocab_size - 1}")
+            raise InvalidRequest(f"{name} holds {outside[0]}; the model's ids are 0 to {self._vocab_size - 1}")
         return token_ids
 
     def _token_ids(self, source: Tokenize | TokenizeQuery, *, add_special_tokens: bool, is_truncated: bool) -> Ids:
@@ -162,7 +164,8 @@ class PromptEncoder:
             return self._given_ids(source.token_ids)
         if source.chat is not None:
             # The template has written the special tokens already.
-            text = self._templates.render(source.chat, max(self._max_chars, MAX_TRUNCATED_CHARS))
+            clock_s = source.clock_s if isinstance(source, Tokenize) else None
+            text = self._templates.render(source.chat, max(self._max_chars, MAX_TRUNCATED_CHARS), clock_s)
             return self._encode(text, add_special_tokens=False, is_truncated=is_truncated)
         return self._encode(source.prompt or "", add_special_tokens=add_special_tokens, is_truncated=is_truncated)
 

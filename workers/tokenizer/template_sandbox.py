@@ -51,7 +51,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):  # type: ignore[misc]
         self.globals["dict"] = _TemplateDict()
         self.globals["namespace"] = _TemplateNamespace
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
+        self.globals["strftime_now"] = strftime_at(None)
 
     def compiled(self, source: str) -> tuple[jinja2.Template, jinja2.nodes.Template]:
         """The template, and its syntax tree as it is in the source. Raises what jinja2 and its parser raise."""
@@ -179,10 +179,16 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    if len(pattern) > MAX_DATE_FORMAT_CHARS:
-        raise SecurityError(f"a date format of {len(pattern)} characters is longer than {MAX_DATE_FORMAT_CHARS}")
-    return datetime.datetime.now().strftime(pattern)
+def strftime_at(clock_s: float | None) -> Callable[[str], str]:
+    """The `strftime_now` of a template that is rendered at this Unix time; None: at the time of the call."""
+
+    def strftime_now(pattern: str) -> str:
+        if len(pattern) > MAX_DATE_FORMAT_CHARS:
+            raise SecurityError(f"a date format of {len(pattern)} characters is longer than {MAX_DATE_FORMAT_CHARS}")
+        now = datetime.datetime.now() if clock_s is None else datetime.datetime.fromtimestamp(clock_s)
+        return now.strftime(pattern)
+
+    return strftime_now
 
 
 class _GenerationTag(jinja2.ext.Extension):  # type: ignore[misc]

@@ -163,6 +163,7 @@ class TokenizerWorker:
                 deadline_ns=request.deadline_ns,
                 error_code=error.code if error else "",
                 error_message=str(error)[:MAX_ERROR_CHARS] if error else "",
+                resume=None if error else request.resume,
             ),
         )
         send(self.gateway, TokenizeDone(key=request.key))

@@ -96,11 +96,14 @@ class Admission:
             self._refuse(message, refusal)
             return Arrival.REFUSED
         ids, lease = self._prompts.receive(message.ring, message.ticket, message.num_prompt_tokens)
+        if message.resume is not None:
+            self._prompts.release(lease)  # all known ids are sent from the upload ring
         self._outputs.opened.append(_opened(message, message.params.n, ids))
-        sequences = list(sequences_of(message, self._checks.max_len(message), ids, lease, self._eos_token_ids))
+        max_len, block_size = self._checks.max_len(message), self._checks.block_size
+        sequences = sequences_of(message, max_len, ids, lease, self._eos_token_ids, block_size)
         has_grammar = message.params.structured_outputs is not None
         if has_grammar:
-            self._grammar_workers.park(sequences)
+            self._grammar_workers.park(sequences, message.params.n)
         for sequence in sequences:
             self._open.add(sequence, message)
             (self.queue.park if has_grammar else self.queue.add)(sequence)
@@ -140,6 +143,7 @@ class Admission:
         self.queue.leave_for_row(sequence)
         self._counts["num_admitted"] += 1
         self._counts["num_prompt_tokens"] += sequence.num_prompt
+        num_cached = min(num_cached, sequence.num_prompt)  # output that was found does not count
         self._counts["num_cached_tokens"] += num_cached
         self._outputs.admitted.append((sequence.key, self._clock(), num_cached))
         return leases
@@ -209,4 +213,5 @@ def _opened(message: Tokenized, num_samples: int, token_ids: Int32Array | None =
         prompt_tail=b"" if token_ids is None else token_ids[-PROMPT_TAIL_TOKENS:].tobytes(),
         arrived_ns=message.arrived_ns,
         tokenized_ns=message.tokenized_ns,
+        resume=None if token_ids is None else message.resume,
     )

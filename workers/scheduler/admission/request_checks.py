@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ipc.errors import InvalidRequest
 from ipc.messages import Ended, Tokenized
+from workers.scheduler.sequence import num_known_of
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,18 @@ class RequestChecks:
                 f"the prompt has {num_prompt} tokens; {asked} it does not fit into the KV cache of "
                 f"{self.num_cache_tokens} tokens: {cure} or raise cache.num_blocks ({self.num_blocks})",
             )
-        if message.params.n > self.max_num_waiting + self.max_num_seqs:
+        num_known = num_known_of(message)
+        if (longest := max(num_known)) >= max_len:
             return error(
                 InvalidRequest.code,
-                f"n ({message.params.n}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
+                f"resume: the prompt ({num_prompt} tokens) and the {longest - num_prompt} tokens of a sample that has "
+                f"not ended leave no room for one more within the {max_len} tokens that a sequence of this request may "
+                "have: send the request without resume",
+            )
+        if len(num_known) > self.max_num_waiting + self.max_num_seqs:
+            return error(
+                InvalidRequest.code,
+                f"n ({len(num_known)}) is more than scheduler.max_num_seqs ({self.max_num_seqs}) and "
                 f"scheduler.max_num_waiting ({self.max_num_waiting}) together can hold: lower n",
             )
         return None

@@ -17,14 +17,14 @@ from workers.queueing.drain_rate import DrainRate
 from workers.queueing.policies import Policy, RankedRequests
 from workers.scheduler.array_types import IntArray
 from workers.scheduler.config import SchedulerConfig
-from workers.scheduler.sequence import Sequence
+from workers.scheduler.sequence import Sequence, num_known_of
 
 
 class WaitingQueue:
     """`clock` gives nanoseconds."""
 
     def __init__(self, config: SchedulerConfig, policy: Policy[Sequence], clock: Callable[[], int]) -> None:
-        self.num_waiting_tokens = 0  # of the waiting sequences' prompts
+        self.num_waiting_tokens = 0  # that the waiting sequences have: their prompts, and output if they are resumed
         self._max_num_waiting = config.max_num_waiting
         self._max_num_waiting_tokens = config.max_num_waiting_tokens
         self._policy = policy
@@ -52,8 +52,8 @@ class WaitingQueue:
         The bound on prompt tokens never refuses a request while no other one waits.
         """
         num, tokens, max_tokens = self.num_waiting, self.num_waiting_tokens, self._max_num_waiting_tokens
-        num_samples = message.params.n
-        new_tokens = num_samples * message.num_prompt_tokens
+        num_known = num_known_of(message)
+        num_samples, new_tokens = len(num_known), sum(num_known)
         if num + num_samples > self._max_num_waiting + num_free_rows:
             text = (
                 f"{num} requests wait already; with this one (n = {num_samples}) there would be more than "
@@ -78,12 +78,12 @@ class WaitingQueue:
     def park(self, sequence: Sequence) -> None:
         """A sequence begins to wait, and cannot be next before `unpark`."""
         self._parked.add(sequence.key)
-        self.num_waiting_tokens += sequence.num_prompt
+        self.num_waiting_tokens += sequence.num_known
 
     def unpark(self, sequence: Sequence) -> None:
         """A parked sequence waits for a row from now on, at the place that the policy gives it by its arrival."""
         self._parked.remove(sequence.key)
-        self.num_waiting_tokens -= sequence.num_prompt
+        self.num_waiting_tokens -= sequence.num_known
         self.add(sequence)
 
     def add(self, sequence: Sequence) -> None:
@@ -91,7 +91,7 @@ class WaitingQueue:
         if not len(self._policy):
             self._admission_rate.begin(self._clock())
         self._policy.add(sequence)
-        self.num_waiting_tokens += sequence.num_prompt
+        self.num_waiting_tokens += sequence.num_known
 
     def next(self, num_free_rows: int) -> Sequence | None:
         """The first preempted sequence, or the policy's next one if a row is free and its rank is lower."""
@@ -104,7 +104,7 @@ class WaitingQueue:
     def leave_for_row(self, sequence: Sequence) -> None:
         """The next waiting sequence has got a row."""
         self._policy.dequeue(sequence)
-        self.num_waiting_tokens -= sequence.num_prompt
+        self.num_waiting_tokens -= sequence.num_known
         self._admission_rate.leave(self._clock())
 
     def preempt(self, sequence: Sequence) -> None:
@@ -129,7 +129,7 @@ class WaitingQueue:
     def end(self, sequence: Sequence) -> None:
         """A sequence has ended, whether it was parked, waiting, running or preempted."""
         if not sequence.has_row:
-            self.num_waiting_tokens -= sequence.num_prompt
+            self.num_waiting_tokens -= sequence.num_known
         if sequence.key in self._parked:
             self._parked.remove(sequence.key)
             return

@@ -209,7 +209,7 @@ class Planner:
 
     def _num_known(self, sequence: Sequence) -> int:
         """Number of tokens that a sequence has to compute before it samples the next one."""
-        return int(self._table.num_planned_tokens[sequence.row]) if sequence.has_row else sequence.num_prompt
+        return int(self._table.num_planned_tokens[sequence.row]) if sequence.has_row else sequence.num_known
 
     def _must_wait_for_leader(self, sequence: Sequence) -> bool:
         """Whether sample 0 of the same prompt is still computing it in chunks.

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ipc.errors import SUSPECTED, EngineUnavailable, Interrupted, InvalidRequest, QueueFull, RequestFailed
+from ipc.errors import EngineUnavailable, Interrupted, InvalidRequest, QueueFull, RequestFailed
 from ipc.messages import (
     Cancel,
     DetokenizedText,
@@ -159,7 +159,9 @@ def test_samples_that_are_interrupted_one_by_one_are_resumed_after_the_last(
     gateway: FakeGateway, client: Client
 ) -> None:
     def lost(num_open: int) -> FinalOutput:
-        return FinalOutput("error", 3, 0, SUSPECTED, "the grammar process has died", num_open=num_open)
+        return FinalOutput(
+            "error", 3, 0, Interrupted.code, "the grammar process has died", num_open=num_open, suspected=True
+        )
 
     attempts(
         gateway,
@@ -188,7 +190,7 @@ def test_the_last_sample_s_end_resumes_those_that_were_interrupted_before(gatewa
 
 
 def test_the_engine_hears_how_often_a_request_was_suspected(gateway: FakeGateway, client: Client) -> None:
-    suspected = FinalOutput("error", 3, 0, SUSPECTED, "died")
+    suspected = FinalOutput("error", 3, 0, Interrupted.code, "died", suspected=True)
     failed = FinalOutput("error", 3, 0, "request_failed", "its grammar has ended a process twice")
     attempts(
         gateway,

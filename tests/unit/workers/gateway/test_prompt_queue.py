@@ -38,6 +38,7 @@ from workers.gateway.outbox import Outbox, Peer
 from workers.gateway.prompt_dispatch import Prompt, PromptDispatcher
 from workers.gateway.request_lifecycle import RequestLifecycle
 from workers.gateway.request_table import RequestState
+from workers.gateway.request_timers import RequestTimers
 from workers.queueing.drain_rate import DrainRate
 from workers.queueing.policies import FairShare, RankedRequests, Tenant
 
@@ -323,7 +324,7 @@ def answer_at_once(requests: RequestLifecycle, ends: Any, stop: Any = RequestLif
     return ends
 
 
-def forget_timers(requests: RequestLifecycle, now_ns: int) -> Any:
+def forget_timers(timers: RequestTimers, now_ns: int) -> Any:
     """The gateway never checks the clock."""
     return []
 
@@ -372,7 +373,7 @@ def newest_first(ranked: RankedRequests[Any]) -> Any:
     ("owner", "method", "mutant"),
     [
         (RequestLifecycle, "_stop", answer_at_once),
-        (RequestLifecycle, "_take_due", forget_timers),
+        (RequestTimers, "take_due", forget_timers),
         (RequestLifecycle, "answered", keep_queries),
         (RequestLifecycle, "_stop", withdraw_queries),
         (Outbox, "withdraw", forget_withdrawals),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -12,8 +13,10 @@ from ipc.errors import ModelUnsupported
 from ipc.messages import Compile, Compiled, MatcherFailed
 from ipc.records import NO_TOKEN
 from ipc.structured_outputs import StructuredOutputs
-from tests.unit.workers.grammar.grammar_tools import END, encode, vocabulary
+from tests.unit.workers.grammar.grammar_tools import END, encode, matchers_of, vocabulary
+from workers.grammar.compiler import MAX_TOKEN_S
 from workers.grammar.core import GrammarCore
+from workers.grammar.matchers import MEAN_TOKEN_S, REPLAYED_TOKEN_S
 from workers.grammar.vocabulary import Vocabulary
 
 DEADLINE_S = 10.0
@@ -129,6 +132,40 @@ def test_released_sequences_are_forgotten_before_and_after_their_grammar_is_comp
     driven.core.compile(compile_of(8))
     assert driven.answers(1) == [Compiled(key=8)]
     assert driven.core.num_matchers == 1
+
+
+def test_sequences_go_on_behind_the_tokens_that_they_bring(driven: Driven) -> None:
+    [cls, *rest], illegal = encode("class"), encode("zip")
+    known = [np.array(token_ids, np.int32).tobytes() for token_ids in ([cls], [], [], [cls, *illegal], [])]
+    driven.core.compile(msgspec.structs.replace(compile_of(1, num_samples=5), known=known))
+    driven.core.release([3])
+    assert driven.answers(1) == [Compiled(key=1)]
+    masks, failures = driven.fill(*((key, NO_TOKEN) for key in (1, 2, 4, 5)))
+    assert masks[0] == ([rest[0]] if rest else [END])
+    assert cls in masks[1] == masks[3]
+    assert masks[2] == []
+    assert [(failure.key, f"token {illegal[0]}" in failure.reason) for failure in failures] == [(4, True)]
+    assert driven.core.num_matchers == 4
+    [*masks, _], _ = driven.fill((1, rest[0] if rest else END), (2, cls), (0, NO_TOKEN))
+    assert masks == [[END], [rest[0]] if rest else [END]]
+
+
+def test_the_time_that_known_tokens_take_is_bounded_and_does_not_count_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    word = encode("def")[:1] * 40
+    for slowness_s, is_refused in ((MEAN_TOKEN_S / 4, True), (REPLAYED_TOKEN_S / 2, False)):
+        now = [0.0]
+
+        def thread_time(now: list[float] = now, slowness_s: float = slowness_s) -> float:
+            now[0] += slowness_s  # every second look is at the end of a token
+            return now[0]
+
+        monkeypatch.setattr("workers.grammar.matchers.time.thread_time", thread_time)
+        matchers = matchers_of(StructuredOutputs(regex=r"[\s\S]*"))
+        matchers.replay(1, word * (1 + round(MAX_TOKEN_S / MEAN_TOKEN_S)))
+        assert ("takes too much time" in matchers.problem(1)) == is_refused
+        if not is_refused:
+            matchers._matchers[1].spend(MAX_TOKEN_S * 0.99)
+            assert not matchers.problem(1), "the sequence has its whole credit after that"
 
 
 def test_requests_wait_for_the_vocabulary_which_is_loaded_once() -> None:

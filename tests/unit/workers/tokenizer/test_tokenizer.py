@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ipc.errors import InvalidRequest, ModelUnsupported, RequestFailed
 from ipc.messages import Route, Tokenize
 from ipc.records import StepShape
 from ipc.sampling_params import SamplingParams
+from tests.simulation.scheduled_engine import resume_with
 from tests.unit.workers.text.tools import CORPUS, byte_fallback_tokenizer, byte_level_tokenizer, encoded_chat
 from workers.model_tokenizer.loading import load_tokenizer
 from workers.tokenizer.chat_template import ChatTemplates
@@ -363,3 +365,25 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelUnsupported, match="cannot be loaded"):
         load_tokenizer(str(tmp_path))
+
+
+# Resumed requests
+
+
+def test_a_chats_present_time_is_the_clock_of_the_first_attempt(tmp_path: Path) -> None:
+    template = "{% macro date() %}{{ strftime_now('%Y-%m-%d %H:%M') }}{% endmacro %}{{ date() }}"
+    encode = encoder(save(tmp_path, chat_template=template))
+    clock_s = datetime.datetime(2021, 3, 4, 5, 6).timestamp()
+    at_first, as_text = request(chat=CHAT, clock_s=clock_s), request(prompt="2021-03-04 05:06")
+    _bos, *expected = encode.encode(as_text).token_ids.tolist()
+    assert encode.encode(at_first).token_ids.tolist() == expected
+    assert encode.encode(request(chat=CHAT)).token_ids.tolist() != expected
+
+
+def test_ids_that_the_model_does_not_have_are_refused_also_in_what_a_client_has_received(tmp_path: Path) -> None:
+    encode = encoder(save(tmp_path), vocab_size=500)
+    for bad in (-1, 500):
+        resume = resume_with([[0, 499], None, [7, bad]])
+        refused = failure(encode.encode(request(prompt="x", resume=resume)))
+        assert refused == f"resume.samples[2].token_ids holds {bad}; the model's ids are 0 to 499"
+    assert encode.encode(request(prompt="x", resume=resume_with([[0, 499], None]))).error is None
