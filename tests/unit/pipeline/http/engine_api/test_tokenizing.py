@@ -19,6 +19,12 @@ def test_a_prompt_has_its_tokens_and_their_texts_if_asked() -> None:
     assert engine.tokenized == [("abc", True), ("abc", False)]
 
 
+def test_an_answer_has_as_many_tokens_as_a_body_may_have_values() -> None:
+    answer = ask(app_of(FakeEngine()), "/tokenize", {"prompt": "a" * 524_289})
+    assert answer.status_code == 400
+    assert "has 524,289 tokens, and an answer holds at most 524,288: send the prompt in parts" in answer.text
+
+
 def test_messages_are_rendered_as_a_chat_completion_renders_them() -> None:
     engine = FakeEngine()
     tool = {"type": "function", "function": {"name": "now"}}
