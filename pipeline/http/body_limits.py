@@ -17,13 +17,18 @@ PIECE_BYTES: Final = 1 << 20  # take at most about 5 ms
 _SMALLEST_BYTES: Final = 2  # of a value and the comma behind it; a text, a list or an object has two bytes itself
 
 
-async def check_num_values(body: bytes, config: HttpConfig) -> None:
+async def check_num_values(body: bytes, config: HttpConfig, turn: asyncio.Lock) -> None:
     """Raises HttpError 413 for JSON with more values, or more texts, lists and objects, than the server allows.
 
-    Counts any bytes, valid JSON or not.
+    Counts any bytes, valid JSON or not. `turn`: one for all large bodies of the process. Each waits for it, so between
+    two bodies that are decoded, the event loop serves everybody else.
     """
-    if len(body) <= _SMALLEST_BYTES * min(config.max_body_values, config.max_body_objects):
-        return  # it has no room for so many
+    if len(body) > _SMALLEST_BYTES * min(config.max_body_values, config.max_body_objects):
+        async with turn:
+            await _count(body, config)
+
+
+async def _count(body: bytes, config: HttpConfig) -> None:
     counter, at = _Counter(), 0
     while at < len(body):
         piece = body[at : at + PIECE_BYTES]

@@ -120,7 +120,7 @@ class Endpoint:
         try:
             body = await _read_body(receive, Headers(scope=scope), service)
             if body and self.operation.body is not None:
-                await check_num_values(body, service.config)
+                await check_num_values(body, service.config, service.large_bodies)
         except HttpError as error:
             await self._send_error(error, send)
             return

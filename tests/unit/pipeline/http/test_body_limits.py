@@ -19,7 +19,7 @@ LIMITS = HttpConfig(max_body_values=2_048, max_body_objects=1_024)
 
 def is_refused(body: bytes, config: HttpConfig = LIMITS) -> bool:
     try:
-        asyncio.run(check_num_values(body, config))
+        asyncio.run(check_num_values(body, config, asyncio.Lock()))
     except HttpError:
         return True
     return False
@@ -63,11 +63,36 @@ def test_other_requests_go_on_between_the_pieces_of_a_large_body() -> None:
                 await asyncio.sleep(0)
 
         task = asyncio.ensure_future(other())
-        await check_num_values(b'"' + b" " * (4 << 20) + b'"', LIMITS)
+        await check_num_values(b'"' + b" " * (4 << 20) + b'"', LIMITS, asyncio.Lock())
         task.cancel()
         return turns
 
     assert asyncio.run(count_turns()) >= 4
+
+
+def test_other_requests_go_on_between_large_bodies_that_arrive_together() -> None:
+    async def order() -> str:
+        done = ""
+
+        async def other() -> None:
+            nonlocal done
+            while True:
+                done += "."
+                await asyncio.sleep(0)
+
+        async def decode(turn: asyncio.Lock) -> None:
+            nonlocal done
+            await check_num_values(b'"' + b" " * 100_000 + b'"', LIMITS, turn)
+            done += "B"
+
+        task, turn = asyncio.ensure_future(other()), asyncio.Lock()
+        await asyncio.gather(*(decode(turn) for _ in range(5)))
+        task.cancel()
+        return done
+
+    found = asyncio.run(order())
+    assert found.count("B") == 5
+    assert "BB" not in found
 
 
 def test_every_endpoint_with_a_body_refuses_many_values_and_names_the_key() -> None:
