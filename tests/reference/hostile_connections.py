@@ -163,7 +163,8 @@ class HostileClients:
     async def longest_answer(self, work: Awaitable[T]) -> tuple[T, float]:
         """Ask for the version, one request after the other, while `work` runs.
 
-        Returns the result of `work`, and the seconds of the slowest answer: so long the process served nobody else.
+        Returns the result of `work`, and the seconds of the slowest answer. The server's own share is smaller, because
+        this process is busy with `work` too.
         """
         longest = 0.0
 
