@@ -23,7 +23,8 @@ from pipeline.http.operation import Operation
 from pipeline.http.server import MAX_HEADER_BYTES, MAX_PIPELINED, Server
 from pipeline.http.service import Service
 from pipeline.http.transport import MAX_ARRIVING_BODIES, Call, Endpoint, EventStream, Handler, Reply
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 DEADLINE_S = 10.0
 
