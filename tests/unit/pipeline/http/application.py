@@ -31,7 +31,7 @@ def service_of(engine: FakeEngine, format: OutputFormat | None = None, config: H
         client=client, config=config or HttpConfig(port=0), model_names=("m",), model_folder="", max_model_len=64,
         format=format, reasoning_start=ReasoningStart(client, format.reasoning_tags), template_reads_tools=True,
         defaults=SamplingDefaults({}), stats=SimpleNamespace(**{name: [0] for name in COUNTERS}),
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def app_of(engine: FakeEngine, format: OutputFormat | None = None, keys: Sequence[str] = ()) -> Starlette:
