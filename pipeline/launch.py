@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 # grammar process adds.
 _NUM_DESCRIPTORS: Final = 160
 _NUM_PER_WORKER: Final = 8
-_NOISY_LOGGERS: Final = ("httpx", "httpcore", "huggingface_hub")
+_NOISY_LOGGERS: Final = ("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub")
 _EXAMPLES: Final = """\
 examples:
   ringfeed serve --model FOLDER_OR_HUB_ID

@@ -90,7 +90,7 @@ class AsyncQueries:
         """
         request_id = new_id()
         frame = tokenize_frame(request_id, prompt, add_special_tokens, scheduling_params(scheduling))
-        return tokenized_prompt(await self._session.ask(request_id, frame, self._timeout_s, is_queued=True))
+        return await tokenized_prompt(await self._session.ask(request_id, frame, self._timeout_s, is_queued=True))
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, **scheduling: Unpack[SchedulingOptions]

@@ -34,7 +34,7 @@ _STATUSES: Final = {
     404: "The server has no such model, response or endpoint.",
     405: "The path does not take this method. The header Allow lists those that it takes.",
     408: "The request's `deadline_s` or `queue_timeout_s` passed before it had any output.",
-    413: "The body is larger than `http.max_body_bytes`.",
+    413: "The body is larger than `http.max_body_bytes`, or has too many values in its JSON.",
     429: "The engine's queue is full. The header Retry-After says when to send the request again.",
     431: "The headers are too large. The connection is closed after the answer, which is text.",
     500: "An error of the server. Its log has it under the request's id.",

@@ -53,6 +53,7 @@ class Service:
     tracer: RequestTracer | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_arriving_bytes: int = 0  # of bodies that are not complete
+    large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)  # complete ones are decoded one after the other
     _num_open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 import msgspec
 from starlette.datastructures import Headers, QueryParams
 
+from pipeline.http.body_limits import check_num_values
 from pipeline.http.errors import Dialect, HttpError, http_error
 from pipeline.http.operation import Operation
 from pipeline.http.service import Service
@@ -118,6 +119,8 @@ class Endpoint:
         service: Service = scope["app"].state.service
         try:
             body = await _read_body(receive, Headers(scope=scope), service)
+            if body and self.operation.body is not None:
+                await check_num_values(body, service.config, service.large_bodies)
         except HttpError as error:
             await self._send_error(error, send)
             return

@@ -3,8 +3,8 @@ here, because the small model neither thinks nor calls tools by itself."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import anthropic
@@ -14,30 +14,15 @@ import pytest
 
 from ipc.errors import EngineUnavailable, QueueFull
 from pipeline import Pipeline
-from pipeline.http.parsing.formats import OutputFormat
 from tests.integration.conftest import TINY_CONFIG
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of
+from tests.integration.weather_calls import CALL_RIO, MESSAGES, WEATHER_NAME, WEATHER_SCHEMA, use_written_engine
+from tests.unit.pipeline.http.fake_engine import FakeEngine, ids_of
 
 pytestmark = pytest.mark.slow
 
 GREEDY = {"temperature": 0}
-MESSAGES: Any = [{"role": "user", "content": "What is the weather in Rio?"}]
-WEATHER: Any = {
-    "name": "get_weather",
-    "description": "The weather of a city.",
-    "input_schema": {
-        "type": "object",
-        "properties": {
-            "city": {"type": "string", "maxLength": 9},
-            "days": {"type": "integer", "minimum": 1, "maximum": 7},
-        },
-        "required": ["city", "days"],
-        "additionalProperties": False,
-    },
-}
-QWEN = OutputFormat("hermes", "think", False, ("<think>", "</think>"), 0, 1)
-ANSWER = ["<think>Hm", "m</think>", "Look: ", '<tool_call>\n{"name": "get_weather",', ' "arguments": {"city": "Rio",']
-ANSWER += [' "days": 2}}\n', "</tool_call>"]
+WEATHER: Any = {**WEATHER_NAME, "input_schema": WEATHER_SCHEMA}
+ANSWER = ["<think>Hm", "m</think>", "Look: ", CALL_RIO[:38], CALL_RIO[38:-12], CALL_RIO[-12:]]
 
 
 class Weather(pydantic.BaseModel):
@@ -153,15 +138,8 @@ def test_the_tokens_of_a_text_become_the_same_text_again(client: anthropic.Anthr
 # An engine whose answers are written here
 
 
-async def in_front_of(engine: FakeEngine, use: Callable[[anthropic.AsyncAnthropic], Coroutine[Any, Any, Any]]) -> Any:
-    transport = httpx2.ASGITransport(app_of(engine, QWEN, keys=["k"]))
-    async with httpx2.AsyncClient(transport=transport) as http_client:
-        return await use(
-            anthropic.AsyncAnthropic(base_url="http://test", api_key="k", http_client=http_client, max_retries=0)
-        )
-
-
 REQUEST: Any = {"model": "m", "max_tokens": 64, "messages": MESSAGES, "tools": [WEATHER]}
+written_engine = partial(use_written_engine, partial(anthropic.AsyncAnthropic, base_url="http://test"))
 
 
 async def streamed(client: anthropic.AsyncAnthropic) -> Any:
@@ -179,13 +157,13 @@ async def beta(client: anthropic.AsyncAnthropic) -> Any:
 
 @pytest.mark.parametrize("use", [streamed, whole, beta])
 def test_thinking_text_and_calls_are_blocks_of_a_message(use: Any) -> None:
-    message = asyncio.run(in_front_of(FakeEngine(ANSWER), use))
+    message = written_engine(FakeEngine(ANSWER), use)
     thinking, text, call = message.content
     assert (thinking.type, thinking.thinking, text.type, text.text) == ("thinking", "Hmm", "text", "Look: ")
     assert thinking.signature
     assert (call.type, call.name, call.input) == ("tool_use", "get_weather", {"city": "Rio", "days": 2})
-    assert (message.stop_reason, message.usage.output_tokens) == ("tool_use", len(ANSWER))
-    assert message.usage.output_tokens_details.thinking_tokens == 2
+    assert (message.stop_reason, message.usage.output_tokens) == ("tool_use", len(ids_of("".join(ANSWER))))
+    assert message.usage.output_tokens_details.thinking_tokens == len(ids_of("<think>Hmm</think>"))
     assert message.usage.cache_read_input_tokens == 2
     again = [*MESSAGES, message.model_dump(include={"role", "content"})]
     assert again[-1]["content"][2]["input"] == {"city": "Rio", "days": 2}
@@ -201,7 +179,7 @@ def test_thinking_text_and_calls_are_blocks_of_a_message(use: Any) -> None:
 )
 def test_an_error_of_the_engine_has_a_class_before_and_in_a_stream(pieces: list[Any], kind: Any) -> None:
     with pytest.raises(kind) as raised:
-        asyncio.run(in_front_of(FakeEngine(pieces), streamed))
+        written_engine(FakeEngine(pieces), streamed)
     assert raised.value.body["error"]["type"] in ("rate_limit_error", "overloaded_error")
 
 
@@ -210,4 +188,4 @@ def test_a_wrong_key_is_an_authentication_error() -> None:
         return await client.with_options(api_key="x").messages.create(**REQUEST)
 
     with pytest.raises(anthropic.AuthenticationError, match="not one of this server"):
-        asyncio.run(in_front_of(FakeEngine(), use))
+        written_engine(FakeEngine(), use)

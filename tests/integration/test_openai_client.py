@@ -6,21 +6,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx2
 import openai
 import pydantic
 import pytest
 
 from ipc.errors import EngineUnavailable, QueueFull
 from pipeline import Pipeline
-from pipeline.http.parsing.formats import OutputFormat
 from tests.integration.conftest import TINY_CONFIG
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of
+from tests.integration.weather_calls import CALL_RIO, MESSAGES, WEATHER_NAME, WEATHER_SCHEMA, use_written_engine
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.slow
 
@@ -28,23 +28,9 @@ MODEL = "org/small"
 MAX_OPEN = 6
 GREEDY: Any = {"model": MODEL, "temperature": 0, "max_tokens": 16}
 LONG: Any = {"model": MODEL, "max_tokens": 900, "extra_body": {"ignore_eos": True}}
-MESSAGES: Any = [{"role": "user", "content": "What is the weather in Rio?"}]
 WEATHER: Any = {
     "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "strict": True,
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "maxLength": 9},
-                "days": {"type": "integer", "minimum": 1, "maximum": 7},
-            },
-            "required": ["city", "days"],
-            "additionalProperties": False,
-        },
-    },
+    "function": {**WEATHER_NAME, "strict": True, "parameters": WEATHER_SCHEMA},
 }
 CLOCK: Any = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
@@ -325,22 +311,9 @@ def test_the_asynchronous_client_has_many_streams_open(engine: Pipeline) -> None
 
 # An engine whose answers are written here
 
-QWEN = OutputFormat("hermes", "think", False, ("<think>", "</think>"), 0, 1)
-CALL_RIO = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rio", "days": 2}}\n</tool_call>'
 CALL_NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-
-
-def in_front_of(engine: FakeEngine, use: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app_of(engine, QWEN, keys=["k"]))) as http_client:
-            return await use(
-                openai.AsyncOpenAI(base_url="http://test/v1", api_key="k", http_client=http_client, max_retries=0)
-            )
-
-    return asyncio.run(run())
-
-
 REQUEST: Any = {"model": "m", "messages": MESSAGES, "tools": [WEATHER, CLOCK]}
+written_engine = partial(use_written_engine, partial(openai.AsyncOpenAI, base_url="http://test/v1"))
 
 
 async def streamed(client: openai.AsyncOpenAI) -> Any:
@@ -356,7 +329,7 @@ async def whole(client: openai.AsyncOpenAI) -> Any:
 def test_parallel_calls_that_the_model_chose_are_made_and_their_results_sent_back(use: Any) -> None:
     text = "<think>Hmm</think>\n\n" + CALL_RIO + "\n" + CALL_NOW
     engine = FakeEngine([text[i : i + 7] for i in range(0, len(text), 7)])
-    completion = in_front_of(engine, use)
+    completion = written_engine(engine, use)
     [choice] = completion.choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.reasoning_content == "Hmm"
@@ -368,7 +341,7 @@ def test_parallel_calls_that_the_model_chose_are_made_and_their_results_sent_bac
     ]
     engine.pieces = ["Rain", " at 9."]
     again: Any = {**REQUEST, "messages": [*MESSAGES, choice.message, *results]}
-    answer = in_front_of(engine, lambda client: client.chat.completions.create(**again))
+    answer = written_engine(engine, lambda client: client.chat.completions.create(**again))
     assert answer.choices[0].message.content == "Rain at 9."
     seen = [dict(message) for message in engine.chats[-1].messages]
     assert [message["role"] for message in seen] == ["user", "assistant", "tool", "tool"]
@@ -385,5 +358,5 @@ def test_parallel_calls_that_the_model_chose_are_made_and_their_results_sent_bac
 )
 def test_an_error_of_the_engine_has_a_class_before_and_in_a_stream(pieces: list[Any], kind: Any) -> None:
     with pytest.raises(kind) as raised:
-        in_front_of(FakeEngine(pieces), streamed)
+        written_engine(FakeEngine(pieces), streamed)
     assert raised.value.body["type"] in ("rate_limit_error", "service_unavailable_error")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from pipeline import Chat, Pipeline, SamplingParams
@@ -20,14 +20,14 @@ MAX_TOKENS = 24
 SAMPLINGS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1.5, "top_p": 0.9, "seed": 11}]
 
 
-def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
     assert answer.status_code == 200, answer.text
     lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
     return [json.loads(line) for line in lines]
 
 
-def post(engine: Pipeline, path: str, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(f"{engine.http_url}{path}", json=body, timeout=60)
+def post(engine: Pipeline, path: str, body: dict[str, Any]) -> httpx2.Response:
+    return httpx2.post(f"{engine.http_url}{path}", json=body, timeout=60)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded"])

@@ -291,7 +291,8 @@ class Connection:
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
             reader, writer = self._streams
             writer.write(request.encoded())
-            answer = await asyncio.wait_for(_read_answer(reader, request.method), DEADLINE_S)
+            async with asyncio.timeout(DEADLINE_S):  # Python 3.11's wait_for can lose a cancellation
+                answer = await _read_answer(reader, request.method)
         except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError) as error:
             answer = Answer(0, repr(error).encode())
         if answer.is_last:

@@ -12,9 +12,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -22,6 +22,8 @@ import psutil
 
 from pipeline import AsyncClient, Pipeline
 from tests.reference.hostile_bodies import PROMPTS, Connection, GoodClient, Request
+
+T = TypeVar("T")
 
 DEADLINE_S: Final = 90.0
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
@@ -59,10 +61,20 @@ class HostileClients:
         return sum(counters[name] for each, counters in roles.items() if each.partition(".")[0] == role)
 
     async def until(self, role: str, name: str, is_reached: Callable[[float], bool]) -> None:
-        """Wait until the engine's figure is as expected."""
-        async with asyncio.timeout(DEADLINE_S):
-            while not is_reached(await self.count(role, name)):
-                await asyncio.sleep(0.001)
+        """Wait until the engine's figure is as expected. Raises TimeoutError once it has not changed for DEADLINE_S."""
+        number, deadline = await self.count(role, name), time.monotonic() + DEADLINE_S
+        while not is_reached(number):
+            await asyncio.sleep(0.001)
+            before, number = number, await self.count(role, name)
+            if number != before:
+                deadline = time.monotonic() + DEADLINE_S
+            elif time.monotonic() > deadline:
+                raise TimeoutError(f"{role}'s {name} has been {number:g} for {DEADLINE_S:g} s: {await self.stats()}")
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Those figures of each process that are not zero."""
+        roles = await self.engine.stats()
+        return {role: {name: each for name, each in counters.items() if each} for role, counters in roles.items()}
 
     async def begin_streams(self, count: int) -> list[socket.socket]:
         """Streams of which the first event has arrived. All of them run at the same time."""
@@ -148,6 +160,30 @@ class HostileClients:
 
         return await asyncio.gather(*map(ask, bodies))
 
+    async def longest_answer(self, work: Awaitable[T]) -> tuple[T, float]:
+        """Ask for the version, one request after the other, while `work` runs.
+
+        Returns the result of `work`, and the seconds of the slowest answer. The server's own share is smaller, because
+        this process is busy with `work` too.
+        """
+        longest = 0.0
+
+        async def ask() -> None:
+            nonlocal longest
+            with contextlib.closing(Connection(self.port)) as connection:
+                while True:
+                    begin = time.monotonic()
+                    answer = await connection.ask(Request("GET", "/version", [], b""))
+                    assert answer.status == 200
+                    longest = max(longest, time.monotonic() - begin)
+
+        asking = asyncio.ensure_future(ask())
+        try:
+            return await work, longest
+        finally:
+            asking.cancel()
+            await asyncio.wait([asking])
+
     async def read_nothing(self, count: int) -> None:
         """Streams that no one reads, with more text than the kernel's buffers hold. Waits until all are cut off."""
         before = await self.count("http", "num_send_timeouts")
@@ -223,10 +259,12 @@ async def _run_all(pipeline: Pipeline) -> None:
         await report(f"header floods, {await clients.flood_headers(100)} of 100 closed")
         for name, body in LARGE_BODIES.items():
             begin = time.monotonic()
-            statuses = await clients.large_bodies([body] * 16)
-            await report(f"16 of {len(body) >> 20} MiB of {name}: {set(statuses)} in {time.monotonic() - begin:.1f} s")
+            statuses, longest = await clients.longest_answer(clients.large_bodies([body] * 16))
+            duration = f"{time.monotonic() - begin:.1f} s, another request waits at most {longest * 1e3:.0f} ms"
+            await report(f"16 of {len(body) >> 20} MiB of {name}: {set(statuses)} in {duration}")
+        begin = time.monotonic()
         await clients.read_nothing(8)
-        await report("8 that read nothing")
+        await report(f"8 that read nothing, all cut off after {time.monotonic() - begin:.0f} s")
         print("pipelined answers", [len(each) for each in await clients.pipeline(16)])
         assert task is not None
         task.cancel()
@@ -238,6 +276,7 @@ async def _run_all(pipeline: Pipeline) -> None:
 LARGE_BODIES: Final = {
     "text": b'{"prompt": "' + b"a " * (5 << 20) + b'"}',
     "lists": b'{"prompt": [' + b"[]," * (3 << 20) + b"[]]}",
+    "token ids": b'{"prompt": [' + b"12345," * 500_000 + b"1]}",
     "objects": b'{"logit_bias": {' + b",".join(b'"%d":1' % i for i in range(1_000_000)) + b'}, "prompt": "a"}',
     "no JSON": b"[" * (10 << 20),
     "too much": b" " * (20 << 20),

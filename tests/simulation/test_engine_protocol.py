@@ -32,6 +32,7 @@ SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=10, max_model_len=24, b
 NUM_BLOCKS = 9  # three sequences want up to eighteen: some are preempted
 NUM_REQUESTS = 6
 NUM_CHUNKS = 20
+NUM_FAST = 12  # of the chunks
 SEEDS_PER_CHUNK = 100
 DEATH_RATE = 0.03  # at each turn of death
 NOBODY = Route(client=b"", request_id="", stream=True)
@@ -179,7 +180,9 @@ def check(run: Run) -> None:
     assert run.num_records_lost == 0, "a prompt record was not released"
 
 
-@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
+@pytest.mark.parametrize(
+    "chunk", [*range(NUM_FAST), *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in range(NUM_FAST, NUM_CHUNKS))]
+)
 def test_no_seed_finds_an_unordered_access_or_a_wrong_token(chunk: int) -> None:
     num_preemptions = num_cancelled = 0
     for seed in range(chunk * SEEDS_PER_CHUNK, (chunk + 1) * SEEDS_PER_CHUNK):

@@ -361,7 +361,7 @@ def _views(layout: Layout[R]) -> R:
     return layout.views(memoryview(bytearray(layout.num_bytes)))
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [*range(4), *(pytest.param(part, marks=pytest.mark.slow) for part in range(4, 8))])
 def test_every_decision_is_the_models_and_every_request_ends_once(part: int) -> None:
     for seed in range(part, NUM_TRACES, 8):
         try:

@@ -175,8 +175,8 @@ class _Formats:
         if not triggers or not all(isinstance(each, str) and each for each in triggers):
             raise InvalidRequest("structural_tag.triggers must be a list of at least one string that is not empty")
         begins = [_text(tag, "begin") for tag in tags]
-        if orphan := next((each for each in begins if not each.startswith(tuple(triggers))), None):
-            raise InvalidRequest(f"structural_tag has a tag that begins with {orphan!r}, and no trigger begins it")
+        if orphans := [each for each in begins if not each.startswith(tuple(triggers))]:
+            raise InvalidRequest(f"structural_tag has a tag that begins with {orphans[0]!r}, and no trigger begins it")
         expressions = []
         for trigger in dict.fromkeys(triggers):
             started = [tag for tag, begin in zip(tags, begins, strict=True) if begin.startswith(trigger)]

@@ -51,9 +51,20 @@ async def tokenize(call: Call) -> Reply:
     found = await service.client.tokenize(
         _prompt(service, body), add_special_tokens=body.add_special_tokens is not False
     )
-    texts = [each.decode("utf-8", "replace") for each in found.token_bytes] if body.return_token_strs else None
+    num_tokens, most = len(found.token_ids), service.config.max_body_values
+    if num_tokens > most:  # the process would serve nobody else while it writes them
+        raise HttpError(
+            400,
+            f"the prompt has {num_tokens:,} tokens, and an answer holds at most {most:,}: send the prompt in parts, or "
+            "raise http.max_body_values of the server",
+            param="prompt" if body.messages is None else "messages",
+        )
+    texts = None
+    if body.return_token_strs:
+        text_of = {each: each.decode("utf-8", "replace") for each in set(found.token_bytes)}
+        texts = [text_of[each] for each in found.token_bytes]
     return Reply({
-        "count": len(found.token_ids), "max_model_len": service.max_model_len, "tokens": found.token_ids,
+        "count": num_tokens, "max_model_len": service.max_model_len, "tokens": found.token_ids,
         "token_strs": texts,
     })  # fmt: skip
 

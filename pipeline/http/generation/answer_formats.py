@@ -72,8 +72,9 @@ def _of_fields(value: Any) -> StructuredOutputs | None:
     if not isinstance(value, dict):
         raise InvalidRequest(f"structured_outputs ({reprlib.repr(value)}) must be an object")
     given = {name: each for name, each in value.items() if each is not None and name != _IGNORED}
-    if unknown := next((name for name in given if name not in _FIELDS), None):
-        raise InvalidRequest(f"structured_outputs.{unknown[:100]} is not known: its fields are {', '.join(_FIELDS)}")
+    for name in given:
+        if name not in _FIELDS:
+            raise InvalidRequest(f"structured_outputs has a field {name[:100]!r}: its fields are {', '.join(_FIELDS)}")
     if isinstance(tag := given.get("structural_tag"), dict):
         given["structural_tag"] = json.dumps(tag, ensure_ascii=False)
     return StructuredOutputs(**given) if given else None

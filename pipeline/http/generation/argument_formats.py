@@ -6,6 +6,10 @@ import json
 import re
 from typing import Any, Final
 
+import msgspec
+
+from ipc.errors import InvalidRequest
+from ipc.structured_outputs import MAX_STRUCTURE_BYTES
 from pipeline.http.generation.answer_formats import Node
 from pipeline.http.parsing.native_forms import XmlArguments
 from pipeline.http.parsing.schema_types import resolved, types_of
@@ -13,6 +17,27 @@ from pipeline.http.parsing.schema_types import resolved, types_of
 _MAX_DEPTH: Final = 8  # of values inside values; deeper ones are written as JSON
 _DEFINITIONS: Final = ("$defs", "definitions")
 _ANY_NAME: Final = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+_NODE_BYTES: Final = 24  # less than the shortest part of a format has
+
+
+class FormatBudget:
+    """How much text the formats of a request's calls may still have.
+
+    A format writes a definition wherever the schema refers to it, so a schema of a few references can make a format
+    of any size. The budget ends the work as soon as the format is too large for a request.
+    """
+
+    def __init__(self) -> None:
+        self._num_left = MAX_STRUCTURE_BYTES
+
+    def spend(self, num_bytes: int) -> None:
+        """Raises InvalidRequest if the formats are too large. `num_bytes`: at most what the text will have."""
+        self._num_left -= num_bytes
+        if self._num_left < 0:
+            raise InvalidRequest(
+                f"tools has parameters whose grammar would have more than {MAX_STRUCTURE_BYTES:,} bytes of text, which "
+                "is the most that a request may have: make them smaller, with fewer optional ones and fewer references"
+            )
 
 
 def const(value: str) -> Node:
@@ -42,8 +67,11 @@ def json_value(schema: Any) -> Node:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
-    """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON."""
+def xml_arguments(schema: dict[str, Any], xml: XmlArguments, budget: FormatBudget) -> Node:
+    """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON.
+
+    Raises InvalidRequest if the budget is spent.
+    """
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         if schema.get("additionalProperties") is False:
@@ -51,40 +79,44 @@ def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
         name = {"type": "regex", "pattern": _ANY_NAME}
         return {
             "type": "star",
-            "content": sequence(const(xml.key_begin), name, _xml_text(xml.key_end + xml.value_begin, {}, xml)),
+            "content": sequence(const(xml.key_begin), name, _xml_text(xml.key_end + xml.value_begin, {}, xml, budget)),
         }
-    arguments = []
+    arguments, required = [], _required(schema)
     for key, value in properties.items():
+        budget.spend(_NODE_BYTES + len(key))
         begin = f"{xml.key_begin}{key}{xml.key_end}{xml.value_begin}"
-        values = _xml_values(value, schema, _MAX_DEPTH)
+        values = _xml_values(value, schema, budget, _MAX_DEPTH)
         if values is None:
-            argument = _xml_text(begin, resolved(value, schema), xml)
+            argument = _xml_text(begin, resolved(value, schema), xml, budget)
         else:
             argument = sequence(const(begin), one_of(*values), const(xml.value_end))
-        arguments.append(argument if key in _required(schema) else optional(argument))
+        arguments.append(argument if key in required else optional(argument))
     return sequence(*arguments)
 
 
-def _xml_values(schema: Any, root: dict[str, Any], depth: int) -> list[Node] | None:
+def _xml_values(schema: Any, root: dict[str, Any], budget: FormatBudget, depth: int) -> list[Node] | None:
     """The values that a schema allows, one or the other; None if they may be texts that it does not list."""
+    budget.spend(_NODE_BYTES)
     schema = resolved(schema, root)
     if (listed := _listed_values(schema)) is not None:
+        budget.spend(_size(listed))
         others = [value for value in listed if not isinstance(value, str)]
         texts = [const(value) for value in listed if isinstance(value, str)]
         return [*texts, json_value({"enum": others})] if others else texts
     for union in ("anyOf", "oneOf"):
         if depth and isinstance(choices := schema.get(union), list) and choices:
-            values = [_xml_values(each, root, depth - 1) for each in choices]
+            values = [_xml_values(each, root, budget, depth - 1) for each in choices]
             return None if None in values else [node for nodes in values for node in nodes or ()]
     types = types_of(schema, root)
-    return None if not types or "string" in types else [json_value(_with_definitions(schema, root))]
+    return None if not types or "string" in types else [_json_part(schema, root, budget)]
 
 
-def _xml_text(begin: str, schema: dict[str, Any], xml: XmlArguments) -> Node:
+def _xml_text(begin: str, schema: dict[str, Any], xml: XmlArguments, budget: FormatBudget) -> Node:
     """A text between `begin` and the end of a value. Its pattern and its length hold; a `format` does not."""
     end = xml.value_end.strip()
     patterns = []
     if isinstance(pattern := schema.get("pattern"), str):
+        budget.spend(len(pattern))
         patterns.append(_whole(pattern))
     if "minLength" in schema or "maxLength" in schema:
         patterns.append(f"(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})")
@@ -109,9 +141,9 @@ def _in_lark(pattern: str) -> str:
     return re.sub(r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern)
 
 
-def _required(schema: dict[str, Any]) -> list[Any]:
+def _required(schema: dict[str, Any]) -> set[str]:
     required = schema.get("required")
-    return required if isinstance(required, list) else []
+    return {each for each in required if isinstance(each, str)} if isinstance(required, list) else set()
 
 
 def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
@@ -120,27 +152,32 @@ def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
     return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
-def python_arguments(schema: dict[str, Any]) -> Node:
-    """Arguments as Python writes them, `name=value, ...`: those that are required first."""
+def python_arguments(schema: dict[str, Any], budget: FormatBudget) -> Node:
+    """Arguments as Python writes them, `name=value, ...`: those that are required first.
+
+    Raises InvalidRequest if the budget is spent.
+    """
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         if schema.get("additionalProperties") is False:
             return const("")
         argument = sequence({"type": "regex", "pattern": _ANY_NAME}, const("="), json_value({}))
         return optional(_listed(argument))
-    required = [key for key in properties if key in _required(schema)]
-    others = [key for key in properties if key not in required]
     nodes = {
-        key: sequence(const(f"{key}="), _python_value(value, schema, _MAX_DEPTH)) for key, value in properties.items()
+        key: sequence(const(f"{key}="), _python_value(value, schema, budget, _MAX_DEPTH))
+        for key, value in properties.items()
     }
-    return _with_optional([nodes[key] for key in required], [nodes[key] for key in others])
+    return _with_optional(nodes, _required(schema), budget)
 
 
-def _with_optional(required: list[Node], others: list[Node]) -> Node:
-    """Elements with commas between them. Each of `others` may be missing."""
+def _with_optional(nodes: dict[str, Node], names: set[str], budget: FormatBudget) -> Node:
+    """Elements with commas between them, those with these names first. Each of the others may be missing."""
+    required = [node for key, node in nodes.items() if key in names]
+    others = [node for key, node in nodes.items() if key not in names]
     comma = const(", ")
 
     def behind(index: int) -> list[Node]:
+        budget.spend(_NODE_BYTES * (len(others) - index))
         return [optional(sequence(comma, each)) for each in others[index:]]
 
     if required:
@@ -155,33 +192,33 @@ def _listed(element: Node) -> Node:
     return sequence(element, {"type": "star", "content": sequence(const(", "), element)})
 
 
-def _python_value(schema: Any, root: dict[str, Any], depth: int) -> Node:
+def _python_value(schema: Any, root: dict[str, Any], budget: FormatBudget, depth: int) -> Node:
     """A value as a Python literal. A schema that says nothing of the type allows any JSON."""
     schema = resolved(schema, root)
+    budget.spend(_NODE_BYTES + len(schema))  # the schema is copied below
     if (listed := _listed_values(schema)) is not None:
+        budget.spend(_size(listed))
         return one_of(*(const(_literal(value)) for value in listed))
     for union in ("anyOf", "oneOf"):
         if depth and isinstance(choices := schema.get(union), list) and choices:
-            return one_of(*(_python_value(each, root, depth - 1) for each in choices))
+            return one_of(*(_python_value(each, root, budget, depth - 1) for each in choices))
     types = schema.get("type")
     if isinstance(types, list) and types:
-        return one_of(*(_python_value({**schema, "type": each}, root, depth) for each in types))
+        return one_of(*(_python_value({**schema, "type": each}, root, budget, depth) for each in types))
     if types == "boolean":
         return one_of(const("True"), const("False"))
     if types == "null":
         return const("None")
     if depth and types == "array" and not schema.keys() & {"minItems", "maxItems", "prefixItems", "uniqueItems"}:
-        items = _python_value(schema.get("items", {}), root, depth - 1)
+        items = _python_value(schema.get("items", {}), root, budget, depth - 1)
         return sequence(const("["), optional(_listed(items)), const("]"))
     if depth and types == "object" and isinstance(properties := schema.get("properties"), dict):
         nodes = {
-            key: sequence(const(f"{json.dumps(key)}: "), _python_value(value, root, depth - 1))
+            key: sequence(const(f"{json.dumps(key)}: "), _python_value(value, root, budget, depth - 1))
             for key, value in properties.items()
         }
-        required = [key for key in properties if key in _required(schema)]
-        inner = _with_optional([nodes[key] for key in required], [nodes[key] for key in nodes if key not in required])
-        return sequence(const("{"), inner, const("}"))
-    return json_value(_with_definitions(schema, root))
+        return sequence(const("{"), _with_optional(nodes, _required(schema), budget), const("}"))
+    return _json_part(schema, root, budget)
 
 
 def _literal(value: Any) -> str:
@@ -193,5 +230,13 @@ def _literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def _with_definitions(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: root[key] for key in _DEFINITIONS if key in root}, **schema}
+def _json_part(schema: dict[str, Any], root: dict[str, Any], budget: FormatBudget) -> Node:
+    """A value as JSON. Its schema has the definitions of the whole schema with it."""
+    schema = {**{key: root[key] for key in _DEFINITIONS if key in root}, **schema}
+    budget.spend(_size(schema))
+    return json_value(schema)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a JSON value, at most."""
+    return len(msgspec.json.encode(value))

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from pipeline.http.generation.answer_formats import Node
 from pipeline.http.generation.argument_formats import (
+    FormatBudget,
     const,
     json_value,
     one_of,
@@ -38,6 +39,8 @@ class CallFormats:
         tools: those that may be called.
         follows_schemas: every call follows its tool's schema; otherwise only those of tools that are `strict`.
         is_parallel: there may be more calls than one.
+
+    Raises InvalidRequest if their formats have more text than a request may have.
     """
 
     def __init__(self, form: NativeForm, tools: list[Tool], *, follows_schemas: bool, is_parallel: bool) -> None:
@@ -45,6 +48,7 @@ class CallFormats:
         self._is_parallel: Final = is_parallel and form.allows_parallel_calls
         self._follows_schemas: Final = follows_schemas
         self._tools: Final = tools
+        self._budget: Final = FormatBudget()
         self._tags: Final = [self._call(tool) for tool in tools]
 
     def calls(self) -> Node:
@@ -128,10 +132,10 @@ class CallFormats:
 
     def _arguments(self, schema: dict[str, Any]) -> Node:
         if self._form.arguments == "python":
-            return python_arguments(schema)
+            return python_arguments(schema, self._budget)
         if self._form.arguments == "xml":
             assert self._form.xml is not None, "a form with XML arguments says how they are written"
-            return xml_arguments(schema, self._form.xml)
+            return xml_arguments(schema, self._form.xml, self._budget)
         return json_value(schema)
 
 

@@ -106,7 +106,7 @@ def _prompts(given: str | list[Any]) -> list[Prompt]:
     """A text, token ids, or a list of either."""
     if isinstance(given, str):
         return [given]
-    if given and all(isinstance(item, int) and not isinstance(item, bool) for item in given):
+    if set(map(type, given)) == {int}:
         return [given]
     if not given:
         raise HttpError(400, "prompt is empty: give a text, token ids, or a list of either", param="prompt")

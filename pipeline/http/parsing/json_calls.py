@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from typing import Final
 
-from pipeline.http.parsing.scanner import Emit, Scanner, Steps
+from pipeline.http.parsing.scanner import Emit, Scanner, Steps, read_call_list
 
 _OUTSIDE: Final = re.compile(r'["{}\[\]<]')  # outside of strings
 _INSIDE: Final = re.compile(r'["\\]')
@@ -166,22 +167,5 @@ def call_objects(s: Scanner, *, is_bare: bool = False, knows_names: bool = False
 
     In a list, text behind the last call that is no call is left to read.
     """
-    if (yield from s.peek()) != "[":
-        return (yield from call_object(s, is_bare=is_bare, knows_names=knows_names))
-    yield from s.accept("[")
-    num_calls = 0
-    while True:
-        if num_calls:
-            s.mark()
-        yield from s.skip_space()
-        if num_calls:
-            if (yield from s.accept("]")):
-                s.release()
-                return True
-            yield from s.accept(",")
-            yield from s.skip_space()
-        if not (yield from call_object(s, is_bare=is_bare, knows_names=knows_names)):
-            if num_calls:
-                s.rewind()
-            return num_calls > 0
-        num_calls += 1
+    read_one = partial(call_object, is_bare=is_bare, knows_names=knows_names)
+    return (yield from read_call_list(s, read_one) if (yield from s.accept("[")) else read_one(s))

@@ -7,7 +7,7 @@ import re
 from typing import Final
 
 from pipeline.http.parsing.json_families import skip_end
-from pipeline.http.parsing.scanner import Emit, Scanner, Script, Steps
+from pipeline.http.parsing.scanner import Emit, Scanner, Script, Steps, read_call_list
 
 _WORD: Final = re.compile(r"[\w.+-]*")
 _NUMBER: Final = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
@@ -50,24 +50,7 @@ def pythonic(begin: str, end: str, *, needs_begin: bool) -> Script:
 def _calls(s: Scanner) -> Steps[bool]:
     """Read a list of calls. False: no call comes; the caller rewinds. Text behind the last call is left to read."""
     yield from s.skip_space()
-    if not (yield from s.accept("[")):
-        return False
-    num_calls = 0
-    while True:
-        if num_calls:
-            s.mark()
-        yield from s.skip_space()
-        if num_calls:
-            if (yield from s.accept_end("]")):
-                s.release()
-                return True
-            yield from s.accept(",")
-            yield from s.skip_space()
-        if not (yield from _call(s)):
-            if num_calls:
-                s.rewind()
-            return num_calls > 0
-        num_calls += 1
+    return bool((yield from s.accept("["))) and (yield from read_call_list(s, _call))
 
 
 def _call(s: Scanner) -> Steps[bool]:

@@ -237,6 +237,29 @@ class Scanner:
                 return
 
 
+def read_call_list(s: Scanner, read_call: Callable[[Scanner], Steps[bool]]) -> Steps[bool]:
+    """Read calls between brackets, behind the "[". False: no call comes; the caller has set a mark and rewinds.
+
+    Text behind the last call that is no call is left to read.
+    """
+    num_calls = 0
+    while True:
+        if num_calls:
+            s.mark()
+        yield from s.skip_space()
+        if num_calls:
+            if (yield from s.accept("]")):
+                s.release()
+                return True
+            yield from s.accept(",")
+            yield from s.skip_space()
+        if not (yield from read_call(s)):
+            if num_calls:
+                s.rewind()
+            return num_calls > 0
+        num_calls += 1
+
+
 Script = Callable[[Scanner], Steps[None]]
 
 

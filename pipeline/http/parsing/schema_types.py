@@ -6,6 +6,7 @@ from typing import Any, Final
 
 _DEFINITIONS: Final = ("$defs", "definitions")
 _MAX_DEPTH: Final = 8
+_MAX_UNIONS: Final = 32  # of unions in unions; deeper ones name no types
 
 
 def resolved(schema: Any, root: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def resolved(schema: Any, root: Any) -> dict[str, Any]:
 
 def types_of(schema: Any, root: Any) -> set[str]:
     """The names of the types that a schema allows; empty if it names none. `root` holds its definitions."""
-    return _types(schema, root, _MAX_DEPTH)
+    return _types(schema, root, {}, _MAX_UNIONS)
 
 
 def type_of(value: Any) -> set[str]:
@@ -45,19 +46,22 @@ def type_of(value: Any) -> set[str]:
     return {kinds.get(type(value), "null")}
 
 
-def _types(schema: Any, root: Any, depth: int) -> set[str]:
+def _types(schema: Any, root: Any, known: dict[int, set[str]], depth: int) -> set[str]:
+    """`known`: the types of schemas that were read before, by id. A schema within itself adds none to its own."""
     if not depth:
         return set()
     schema = resolved(schema, root)
+    if id(schema) in known:
+        return known[id(schema)]
     declared = schema.get("type")
     names = declared if isinstance(declared, list) else [declared]
-    types = {each for each in names if isinstance(each, str)}
+    types = known[id(schema)] = {each for each in names if isinstance(each, str)}
     if schema.get("nullable") is True:
         types.add("null")
     for union in ("anyOf", "oneOf", "allOf"):
         choices = schema.get(union)
         for choice in choices if isinstance(choices, list) else ():
-            types |= _types(choice, root, depth - 1)
+            types |= _types(choice, root, known, depth - 1)
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
     if not types and isinstance(values, list):
         for value in values:

@@ -1,88 +1,158 @@
-"""A client of an engine that says what a test has written for it, and the application in front of it."""
+"""A client of an engine that says what a test has written for it.
+
+Its tokens are bytes and a few special tokens, so that a test can tell ids, log-probabilities and offsets by heart.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
-from starlette.applications import Starlette
+import msgspec
 
+from ipc.errors import InvalidRequest
 from ipc.sampling_params import SamplingParams
 from pipeline import Chat, Completion, Output
-from pipeline.client.outputs import Usage
-from pipeline.http.app import make_app
-from pipeline.http.config import COUNTERS, HttpConfig
-from pipeline.http.generation.defaults import SamplingDefaults
-from pipeline.http.generation.reasoning_start import ReasoningStart
+from pipeline.client.outputs import TokenLogprob, Usage
 from pipeline.http.parsing.formats import OutputFormat
-from pipeline.http.service import Service
 
 CACHED_TOKENS = 2
+BOS, THINK, END_THINK = SPECIAL_IDS = (256, 257, 258)
+SPECIAL = dict(zip(SPECIAL_IDS, (b"<s>", b"<think>", b"</think>"), strict=True))
+_IDS = {name: token_id for token_id, name in SPECIAL.items()}
+_TOKEN = re.compile(b"|".join(map(re.escape, _IDS)) + b"|.", re.DOTALL)
+
+THINKING = OutputFormat("hermes", "think", False, ("<think>", "</think>"), THINK, END_THINK)
+
+Pieces = Sequence[str | Exception]
 
 
 class FakeEngine:
-    """Answers each request with `pieces`: one Output of a stream each, one token each, sample 0 alone.
+    """Answers each prompt with `pieces`: one Output of a stream each. Sample 1 and later say their number first.
 
-    A prompt has one token for each character of its text, or of the texts of its messages. An exception among the
-    pieces is raised there.
+    `script` says what the next request gets instead. A token of a prompt is a byte of its text, or of the texts of its
+    messages.
+
+    Args:
+        pieces: texts, or the error that the engine raises there.
+        begins_with: special tokens in front of a text.
     """
 
-    def __init__(self, pieces: Sequence[str | Exception] = ("Hello",)) -> None:
+    def __init__(self, pieces: Pieces = ("Hello",), begins_with: Sequence[int] = ()) -> None:
         self.pieces = pieces
         self.finish_reason: Any = "stop"
         self.stop_reason: str | None = None
-        self.chats: list[Chat] = []
+        self.begins_with = list(begins_with)
+        self.scripts: deque[tuple[Pieces, Any]] = deque()  # pieces and finish reason of each coming request
+        self.failing: dict[str, Exception] = {}  # prompt: error instead of its first Output
+        self.waiting: set[str] = set()  # prompts that the engine never answers
+        self.kept: dict[str, bytes] = {}
+        self.max_kept_bytes = 1 << 20
+
+        self.chats: list[Any] = []
         self.params: list[SamplingParams] = []
         self.options: list[dict[str, Any]] = []
         self.tokenized: list[tuple[Any, bool]] = []
+        self.cancelled: list[str] = []  # prompts whose caller has left before the end
 
-    def generate(self, chat: Chat, params: SamplingParams, *, stream: bool = False, **options: Any) -> Any:
+    def script(self, *pieces: str | Exception, finish_reason: str = "stop") -> None:
+        """Set the answer of the first request that has no script yet."""
+        self.scripts.append((pieces, finish_reason))
+
+    def generate(self, chat: Any, params: SamplingParams, *, stream: bool = False, **options: Any) -> Any:
         self.chats.append(chat)
         self.params.append(params)
         self.options.append(options)
-        return FakeStream(self._outputs(chat)) if stream else self._whole(chat)
+        outputs = self._samples(chat, params)
+        return FakeStream(outputs) if stream else self._joined(outputs, params.n)
 
     async def tokenize(self, prompt: Any, *, add_special_tokens: bool = True) -> Any:
         self.tokenized.append((prompt, add_special_tokens))
-        text = text_of(prompt)
-        return SimpleNamespace(token_ids=list(range(len(text))), token_bytes=[each.encode() for each in text])
+        ids = self._ids(prompt, add_special_tokens)
+        return SimpleNamespace(token_ids=ids, token_bytes=[bytes_of(token_id) for token_id in ids])
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return "".join(map(chr, token_ids))
+        return text_of_ids(token_ids)
 
-    async def _outputs(self, chat: Chat) -> AsyncGenerator[Output]:
-        size, last = len(text_of(chat)), len(self.pieces) - 1
-        for i, piece in enumerate(self.pieces):
-            await asyncio.sleep(0)
-            if isinstance(piece, Exception):
-                raise piece
-            output = Output(request_id="r", text=piece, token_ids=[i])
-            if i == 0:
-                output.prompt_usage = Usage(size, 0, CACHED_TOKENS)
-            if i == last:
-                output.finished, output.usage = True, Usage(size, len(self.pieces), CACHED_TOKENS)
-                output.finish_reason, output.stop_reason = self.finish_reason, self.stop_reason
-            yield output
+    async def keep(self, key: str, value: bytes) -> None:
+        if len(value) > self.max_kept_bytes:
+            raise InvalidRequest("value is too large")
+        self.kept[key] = value
 
-    async def _whole(self, chat: Chat) -> Output:
-        text, token_ids, output = "", [], None
-        async for output in self._outputs(chat):
-            text += output.text
-            token_ids += output.token_ids
-        assert output is not None
-        output.completions = [
-            Completion(
-                index=0, text=text, token_ids=token_ids, finish_reason=self.finish_reason, stop_reason=self.stop_reason
-            )
-        ]
-        return output
+    async def recall(self, key: str) -> bytes | None:
+        return self.kept.get(key)
+
+    async def forget(self, key: str) -> bool:
+        return self.kept.pop(key, None) is not None
+
+    def _ids(self, prompt: Any, add_special_tokens: bool = True) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        leading = self.begins_with if isinstance(prompt, str) and add_special_tokens else []
+        return [*leading, *ids_of(text_of(prompt))]
+
+    async def _samples(self, prompt: Any, params: SamplingParams) -> AsyncGenerator[Output]:
+        name, has_ended = text_of_ids(self._ids(prompt, False)), False
+        pieces, finish_reason = self.scripts.popleft() if self.scripts else (self.pieces, self.finish_reason)
+        try:
+            if name in self.failing:
+                raise self.failing[name]
+            if name in self.waiting:
+                await asyncio.Event().wait()
+            async for output in self._said(pieces, finish_reason, self._ids(prompt), params):
+                has_ended = output.finished
+                yield output
+        finally:
+            if not has_ended and name not in self.failing:
+                self.cancelled.append(name)
+
+    async def _said(
+        self, pieces: Pieces, finish_reason: Any, prompt_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[Output]:
+        last, num_generated = len(pieces) - 1, 0
+        for i, piece in enumerate(pieces):
+            for sample in range(params.n):
+                await asyncio.sleep(0)
+                if isinstance(piece, Exception):
+                    raise piece
+                text = f"{sample}{piece}" if sample and i == 0 else piece
+                ids = ids_of(text)
+                num_generated += len(ids)
+                output = Output(request_id="r", text=text, token_ids=ids, index=sample)
+                if params.num_logprobs is not None:
+                    output.logprobs = [row_of(each, params.logprobs or 0, params) for each in ids]
+                if i == sample == 0:
+                    output.prompt_usage = Usage(len(prompt_ids), 0, CACHED_TOKENS)
+                    if params.prompt_logprobs is not None:
+                        rows = [row_of(each, params.prompt_logprobs, params) for each in prompt_ids[1:]]
+                        output.prompt_logprobs = [None, *rows]
+                if i == last:
+                    output.finish_reason, output.stop_reason = finish_reason, self.stop_reason
+                    output.finished = sample == params.n - 1
+                if output.finished:
+                    output.usage = Usage(len(prompt_ids), num_generated, CACHED_TOKENS)
+                yield output
+
+    async def _joined(self, outputs: AsyncGenerator[Output], n: int) -> Output:
+        """As the client joins a request's Outputs without streaming."""
+        samples: list[list[Output]] = [[] for _ in range(n)]
+        prompt_rows = None
+        async with aclosing(outputs) as stream:
+            async for output in stream:
+                samples[output.index].append(output)
+                prompt_rows = output.prompt_logprobs or prompt_rows
+        return msgspec.structs.replace(
+            output, prompt_logprobs=prompt_rows, completions=[whole_of(parts) for parts in samples]
+        )
 
 
 class FakeStream:
-    """As OutputStream."""
+    """As OutputStream: it cancels its request when its caller leaves it."""
 
     def __init__(self, outputs: AsyncGenerator[Output]) -> None:
         self._outputs = outputs
@@ -91,7 +161,7 @@ class FakeStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        pass
+        await self.aclose()
 
     def __aiter__(self) -> FakeStream:
         return self
@@ -114,23 +184,36 @@ def text_of(prompt: Any) -> str:
     return "".join(texts)
 
 
-def app_of(engine: FakeEngine, format: OutputFormat | None = None, keys: Sequence[str] = ()) -> Starlette:
-    """The application, for a model "m" with this output format."""
-    format = format or OutputFormat()
-    client: Any = engine
-    service = Service(
-        client=client, config=HttpConfig(port=0), model_names=("m",), model_folder="", max_model_len=64, format=format,
-        reasoning_start=ReasoningStart(client, format.reasoning_tags), template_reads_tools=True,
-        defaults=SamplingDefaults({}), stats=SimpleNamespace(**{name: [0] for name in COUNTERS}),
+def ids_of(text: str) -> list[int]:
+    return [_IDS[token] if token in _IDS else token[0] for token in _TOKEN.findall(text.encode())]
+
+
+def bytes_of(token_id: int) -> bytes:
+    return SPECIAL[token_id] if token_id in SPECIAL else bytes([token_id])
+
+
+def text_of_ids(token_ids: Sequence[int]) -> str:
+    return b"".join(map(bytes_of, token_ids)).decode()
+
+
+def logprob_of(token_id: int) -> float:
+    return -token_id / 128
+
+
+def row_of(token_id: int, num_top: int, params: SamplingParams) -> TokenLogprob:
+    """The likeliest tokens are the first letters of the alphabet."""
+    top = {each: logprob_of(each) for each in b"ABCDEFGH"[:num_top]}
+    requested = {each: logprob_of(each) for each in params.logprob_token_ids or []}
+    named = {each: bytes_of(each) for each in (token_id, *top, *requested)}
+    return TokenLogprob(token_id, logprob_of(token_id), top, requested, named)
+
+
+def whole_of(parts: Sequence[Output]) -> Completion:
+    rows = [row for part in parts for row in part.logprobs or []]
+    last = parts[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        index=last.index, text="".join(part.text for part in parts), token_ids=[i for p in parts for i in p.token_ids],
+        finish_reason=last.finish_reason, stop_reason=last.stop_reason,
+        logprobs=None if last.logprobs is None else rows,
     )  # fmt: skip
-    return make_app(service, keys)
-
-
-def ask(app: Starlette, path: str, body: Any, headers: dict[str, str] | None = None) -> httpx.Response:
-    """The answer to a POST request."""
-
-    async def post() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return await client.post(path, json=body, headers=headers)
-
-    return asyncio.run(post())

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.http.config import HttpConfig
 from pipeline.http.listener import read_keys
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 
 def test_a_key_file_may_have_comments_empty_lines_and_the_mark_of_an_editor(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from openai.resources.chat.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
 from openai.resources.responses import InputTokens, Responses
 
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 OF_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}  # arguments that are no fields
 CALLS: list[tuple[str, Callable[..., Any]]] = [

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-import httpx
 import jsonschema
 import pytest
-from starlette.applications import Starlette
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
 from pipeline.http.app import ROUTES
 from pipeline.http.openapi import make_document
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask, request
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {  # of each endpoint that reads one
@@ -48,16 +46,8 @@ def body_schema(path: str) -> dict[str, Any]:
     return schema["schema"]  # type: ignore[no-any-return]
 
 
-def get(app: Starlette, path: str) -> httpx.Response:
-    async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return await client.get(path)
-
-    return asyncio.run(send())
-
-
 def test_the_document_has_every_route_and_its_references_lead_somewhere() -> None:
-    answer = get(app_of(FakeEngine()), "/openapi.json")
+    answer = request(app_of(FakeEngine()), "GET", "/openapi.json")
     assert answer.json() == DOCUMENT
     operations = resolved(answer.json())["paths"]
     assert sum(len(of_path) for of_path in operations.values()) == len(ROUTES)

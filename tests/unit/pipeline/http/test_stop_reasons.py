@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,10 @@ def test_the_options_of_json_apply_inside_tags() -> None:
         ({"structures": [5], "triggers": ["a"]}, "structural_tag.structures must be a list of objects"),
         ({"structures": [{"begin": "<a>"}], "triggers": ["<a"]}, "structural_tag.end (None) must be a string"),
         ({**VLLM, "triggers": ["<g"]}, "a tag that begins with '<f=a>', and no trigger begins it"),
+        (
+            {"format": triggered(tag("<f=a>", TEXT, "z"), tag("", TEXT, "z"))},
+            "a tag that begins with ''",
+        ),
         ({**VLLM, "triggers": ["<f", "<g"]}, "the trigger '<g', and no tag begins with it"),
         ({**VLLM, "triggers": []}, "triggers must be a list of at least one string"),
         ({"format": {"type": "qwen_xml_parameter"}}, "has the format 'qwen_xml_parameter': known formats are"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +39,7 @@ def ask(encoder: PromptEncoder, **fields: Any) -> TokenizeDone:
 def tokens(encoder: PromptEncoder, **fields: Any) -> TokenizedPrompt:
     answer = ask(encoder, **fields).answer
     assert isinstance(answer, PromptTokens)
-    return tokenized_prompt(answer)
+    return asyncio.run(tokenized_prompt(answer))
 
 
 def ask_text(encoder: PromptEncoder, token_ids: list[int], **fields: Any) -> TokenizeDone:

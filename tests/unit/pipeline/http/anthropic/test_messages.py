@@ -9,25 +9,19 @@ import pytest
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
 from pipeline.http.anthropic.answer import INVALID_JSON
-from pipeline.http.parsing.formats import OutputFormat
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import THINKING, FakeEngine, ids_of
 
 PATH = "/v1/messages"
-QWEN = OutputFormat("hermes", "think", False, ("<think>", "</think>"), 100, 101)
 WEATHER = {
     "name": "get_weather",
     "description": "Of a city.",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-ANSWER = [
-    "<think>Hm",
-    "m</think>",
-    "Look: ",
-    '<tool_call>\n{"name": "get_weather",',
-    ' "arguments": {"city": "Rio"}}\n',
-]
-ANSWER += ["</tool_call>"]
+ANSWER = ["<think>Hm", "m</think>", "Look: ", '<tool_call>\n{"name": "get_weather",']
+ANSWER += [' "arguments": {"city": "Rio"}}\n', "</tool_call>"]
+NUM_TOKENS = len(ids_of("".join(ANSWER)))
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -46,7 +40,7 @@ def events_of(text: str) -> list[tuple[str, Any]]:
 
 
 def test_a_whole_answer_has_thinking_text_calls_and_its_usage() -> None:
-    answer = ask(app_of(FakeEngine(ANSWER), QWEN), PATH, body(tools=[WEATHER])).json()
+    answer = ask(app_of(FakeEngine(ANSWER), THINKING), PATH, body(tools=[WEATHER])).json()
     thinking, text, call = answer["content"]
     assert (thinking["type"], thinking["thinking"]) == ("thinking", "Hmm")
     assert thinking["signature"]
@@ -57,11 +51,11 @@ def test_a_whole_answer_has_thinking_text_calls_and_its_usage() -> None:
     assert answer["id"].startswith("msg_")
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("tool_use", None)
     usage = answer["usage"]
-    assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) == (3, 2, len(ANSWER))
+    assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) == (3, 2, NUM_TOKENS)
 
 
 def test_a_stream_has_the_same_blocks_one_after_the_other() -> None:
-    answer = ask(app_of(FakeEngine(ANSWER), QWEN), PATH, body(tools=[WEATHER], stream=True))
+    answer = ask(app_of(FakeEngine(ANSWER), THINKING), PATH, body(tools=[WEATHER], stream=True))
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["request-id"] == answer.headers["x-request-id"]
     events = events_of(answer.text)
@@ -90,13 +84,13 @@ def test_a_stream_has_the_same_blocks_one_after_the_other() -> None:
     (last, end), (stop, _) = events[-2:]
     assert (last, stop) == ("message_delta", "message_stop")
     assert end["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
-    assert (end["usage"]["input_tokens"], end["usage"]["output_tokens"]) == (3, len(ANSWER))
+    assert (end["usage"]["input_tokens"], end["usage"]["output_tokens"]) == (3, NUM_TOKENS)
 
 
 def test_thinking_that_the_request_omits_is_a_block_without_text() -> None:
     thinking = {"type": "enabled", "budget_tokens": 50, "display": "omitted"}
     engine = FakeEngine(["<think>Hm</think>", "Hi"])
-    app = app_of(engine, QWEN)
+    app = app_of(engine, THINKING)
     content = ask(app, PATH, body(thinking=thinking)).json()["content"]
     assert [block.get("thinking", block.get("text")) for block in content] == ["", "Hi"]
     stream = ask(app, PATH, body(thinking=thinking, stream=True)).text
@@ -134,7 +128,7 @@ def test_stop_reasons_have_anthropics_names(
 def test_a_call_that_max_tokens_cut_off_keeps_its_text() -> None:
     engine = FakeEngine(['<tool_call>\n{"name": "get_weather", "arguments": {"city": "R'])
     engine.finish_reason = "length"
-    answer = ask(app_of(engine, QWEN), PATH, body(tools=[WEATHER])).json()
+    answer = ask(app_of(engine, THINKING), PATH, body(tools=[WEATHER])).json()
     assert answer["content"][-1]["input"] == {INVALID_JSON: '{"city": "R'}
     assert answer["stop_reason"] == "max_tokens"
 
@@ -178,7 +172,7 @@ def test_an_assistant_message_at_the_end_is_continued() -> None:
 )
 def test_tool_choice_makes_the_grammar(choice: dict[str, Any], has_grammar: bool, shows_tools: bool) -> None:
     engine = FakeEngine(ANSWER[3:])
-    answer = ask(app_of(engine, QWEN), PATH, body(tools=[WEATHER], tool_choice=choice)).json()
+    answer = ask(app_of(engine, THINKING), PATH, body(tools=[WEATHER], tool_choice=choice)).json()
     assert (engine.params[0].structured_outputs is not None) == has_grammar
     function = {key: WEATHER[key] for key in ("name", "description")} | {"parameters": WEATHER["input_schema"]}
     assert engine.chats[0].tools == ([{"type": "function", "function": function}] if shows_tools else None)
@@ -217,7 +211,7 @@ def test_a_function_that_the_request_names_is_a_call_without_a_known_family() ->
     ],
 )
 def test_a_wrong_request_names_its_field_in_anthropics_shape(change: dict[str, Any], words: str) -> None:
-    answer = ask(app_of(FakeEngine(), QWEN), PATH, body(**change))
+    answer = ask(app_of(FakeEngine(), THINKING), PATH, body(**change))
     error = answer.json()
     assert (answer.status_code, error["type"], error["error"]["type"]) == (400, "error", "invalid_request_error")
     assert words in error["error"]["message"]
@@ -259,7 +253,7 @@ def test_other_models_paths_and_keys_are_refused_in_anthropics_shape() -> None:
 
 def test_tokens_are_counted_of_the_prompt_that_a_message_would_have() -> None:
     engine = FakeEngine()
-    app = app_of(engine, QWEN)
+    app = app_of(engine, THINKING)
     request = body(system="Be brief.", tools=[WEATHER], thinking={"type": "disabled"})
     ask(app, PATH, request)
     del request["max_tokens"]

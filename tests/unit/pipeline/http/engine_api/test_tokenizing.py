@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, with an engine that takes each character for a token."""
+"""`/tokenize` and `/detokenize`, with an engine that takes each byte for a token."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from typing import Any
 
 import pytest
 
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 
 def test_a_prompt_has_its_tokens_and_their_texts_if_asked() -> None:
     engine = FakeEngine()
     app = app_of(engine)
     plain = ask(app, "/tokenize", {"model": "m", "prompt": "abc"}).json()
-    assert plain == {"count": 3, "max_model_len": 64, "tokens": [0, 1, 2], "token_strs": None}
+    assert plain == {"count": 3, "max_model_len": 64, "tokens": [97, 98, 99], "token_strs": None}
     full = ask(app, "/tokenize", {"prompt": "abc", "add_special_tokens": False, "return_token_strs": True}).json()
     assert full["token_strs"] == ["a", "b", "c"]
     assert engine.tokenized == [("abc", True), ("abc", False)]
+
+
+def test_an_answer_has_as_many_tokens_as_a_body_may_have_values() -> None:
+    answer = ask(app_of(FakeEngine()), "/tokenize", {"prompt": "a" * 524_289})
+    assert answer.status_code == 400
+    assert "has 524,289 tokens, and an answer holds at most 524,288: send the prompt in parts" in answer.text
 
 
 def test_messages_are_rendered_as_a_chat_completion_renders_them() -> None:

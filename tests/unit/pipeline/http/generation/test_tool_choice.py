@@ -225,7 +225,8 @@ def test_every_grammar_holds_behind_the_reasoning(reasoning: str | None, starts:
             "structured_outputs", "structured_outputs (with regex) cannot be honoured beside tool_choice ('required')",
         ),
         ({"structured_outputs": []}, "structured_outputs", "structured_outputs ([]) must be an object"),
-        ({"structured_outputs": {"rege": "a"}}, "structured_outputs", "structured_outputs.rege is not known: its"),
+        ({"structured_outputs": {"rege": "a"}}, "structured_outputs", "structured_outputs has a field 'rege': its"),
+        ({"structured_outputs": {"": "a"}}, "structured_outputs", "structured_outputs has a field '': its"),
         (
             {"structured_outputs": {"regex": "a", "choice": ["b"]}},
             "structured_outputs", "structured_outputs must have exactly one of json, regex",

@@ -11,7 +11,8 @@ import pytest
 from pipeline.client.outputs import TokenLogprob
 from pipeline.http.openai import chat_completions, completions
 from pipeline.http.openai.wire import StreamOptions, chat_logprobs
-from tests.unit.pipeline.http.fake_engine import CACHED_TOKENS, FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import CACHED_TOKENS, FakeEngine
 
 PATHS = {chat_completions: "/v1/chat/completions", completions: "/v1/completions"}
 PROMPTS: dict[str, dict[str, Any]] = {

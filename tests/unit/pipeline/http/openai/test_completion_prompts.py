@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 
 from ipc.errors import InvalidRequest, QueueFull
-from tests.unit.pipeline.http.byte_engine import BOS, ByteEngine
-from tests.unit.pipeline.http.fake_engine import app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import BOS, FakeEngine
 
 PATH = "/v1/completions"
 
 
-def answered(engine: ByteEngine, **body: Any) -> Any:
+def answered(engine: FakeEngine, **body: Any) -> Any:
     answer = ask(app_of(engine), PATH, body)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-def refused(engine: ByteEngine, **body: Any) -> dict[str, Any]:
+def refused(engine: FakeEngine, **body: Any) -> dict[str, Any]:
     """The error of a request that the engine never gets."""
     answer = ask(app_of(engine), PATH, body)
     assert answer.status_code == 400, answer.text
@@ -39,12 +39,12 @@ def refused(engine: ByteEngine, **body: Any) -> dict[str, Any]:
     ],
 )
 def test_a_prompt_is_a_text_or_token_ids_or_a_list_of_these(prompt: Any, texts: list[str]) -> None:
-    answer = answered(ByteEngine(["x"]), prompt=prompt, echo=True)
+    answer = answered(FakeEngine(["x"]), prompt=prompt, echo=True)
     assert [choice["text"] for choice in answer["choices"]] == texts
 
 
 def test_choices_count_the_samples_of_the_first_prompt_first() -> None:
-    answer = answered(ByteEngine(["x"]), prompt=["a", "b"], n=2, echo=True, best_of=2)
+    answer = answered(FakeEngine(["x"]), prompt=["a", "b"], n=2, echo=True, best_of=2)
     assert [(each["index"], each["text"]) for each in answer["choices"]] == [
         (0, "ax"),
         (1, "a1x"),
@@ -60,7 +60,7 @@ def test_choices_count_the_samples_of_the_first_prompt_first() -> None:
     ("error", "status"), [(InvalidRequest("top_p (3) must lie in (0, 1]"), 400), (QueueFull("full", 2.0), 429)]
 )
 def test_a_failure_of_one_prompt_fails_the_request_and_cancels_the_others(error: Exception, status: int) -> None:
-    engine = ByteEngine()
+    engine = FakeEngine()
     engine.failing, engine.waiting = {"b": error}, {"a", "c"}
     assert ask(app_of(engine), PATH, {"prompt": ["a", "b", "c"]}).status_code == status
     assert sorted(engine.cancelled) == ["a", "c"]
@@ -70,7 +70,7 @@ def test_a_failure_of_one_prompt_fails_the_request_and_cancels_the_others(error:
 
 
 def test_a_prompt_is_scored_without_generating() -> None:
-    engine = ByteEngine(["never shown"])
+    engine = FakeEngine(["never shown"])
     answer = answered(engine, prompt="AxB", max_tokens=0, echo=True, logprobs=2, return_token_ids=True)
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("AxB", "length", [])
@@ -84,7 +84,7 @@ def test_a_prompt_is_scored_without_generating() -> None:
 
 
 def test_offsets_pass_over_the_special_tokens_that_the_text_does_not_show() -> None:
-    engine = ByteEngine(["z"], begins_with=[BOS])
+    engine = FakeEngine(["z"], begins_with=[BOS])
     (choice,) = answered(engine, prompt="ab", echo=True, logprobs=0)["choices"]
     assert choice["text"] == "abz"
     assert choice["logprobs"]["tokens"] == ["<s>", "a", "b", "z"]
@@ -92,7 +92,7 @@ def test_offsets_pass_over_the_special_tokens_that_the_text_does_not_show() -> N
 
 
 def test_the_special_tokens_of_a_text_can_be_left_out() -> None:
-    engine = ByteEngine(begins_with=[BOS])
+    engine = FakeEngine(begins_with=[BOS])
     answer = answered(engine, prompt="ab", add_special_tokens=False)
     assert engine.chats == [[97, 98]]
     assert answer["usage"]["prompt_tokens"] == 2
@@ -101,7 +101,7 @@ def test_the_special_tokens_of_a_text_can_be_left_out() -> None:
 
 
 def test_token_ids_come_with_prompt_and_output() -> None:
-    engine = ByteEngine(["xy"], begins_with=[BOS])
+    engine = FakeEngine(["xy"], begins_with=[BOS])
     (choice,) = answered(engine, prompt="ab", return_token_ids=True)["choices"]
     assert (choice["prompt_token_ids"], choice["token_ids"]) == ([BOS, 97, 98], [120, 121])
     assert engine.chats == [[BOS, 97, 98]]
@@ -122,7 +122,7 @@ def test_token_ids_come_with_prompt_and_output() -> None:
 def test_a_shortened_prompt_is_repeated_as_the_engine_gets_it(
     prompt: Any, kept: int, ids: list[int], text: str
 ) -> None:
-    engine = ByteEngine(["!"], begins_with=[BOS])
+    engine = FakeEngine(["!"], begins_with=[BOS])
     answer = answered(engine, prompt=prompt, truncate_prompt_tokens=kept, echo=True, logprobs=0, return_token_ids=True)
     (choice,) = answer["choices"]
     assert engine.chats == [ids] == [choice["prompt_token_ids"]]
@@ -152,6 +152,6 @@ def test_a_shortened_prompt_is_repeated_as_the_engine_gets_it(
     ],
 )
 def test_a_body_that_cannot_be_honoured_is_refused_by_field(body: dict[str, Any], param: str | None) -> None:
-    error = refused(ByteEngine(), **body)
+    error = refused(FakeEngine(), **body)
     assert error["param"] == param
     assert "\n" not in error["message"]

@@ -8,16 +8,16 @@ import pytest
 
 from ipc.errors import EngineUnavailable
 from pipeline.http.generation.defaults import SamplingDefaults
-from tests.unit.pipeline.http.byte_engine import BOS, ByteEngine, events_of
-from tests.unit.pipeline.http.fake_engine import app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask, stream_of
+from tests.unit.pipeline.http.fake_engine import BOS, FakeEngine
 
 PATH = "/v1/completions"
 SCHEMA = {"type": "object"}
 OBJECT = '{"type":"object"}'
 
 
-def streamed(engine: ByteEngine, **body: Any) -> list[dict[str, Any]]:
-    return events_of(app_of(engine), PATH, {"prompt": "ab", **body})
+def streamed(engine: FakeEngine, **body: Any) -> list[dict[str, Any]]:
+    return stream_of(app_of(engine), PATH, {"prompt": "ab", **body})
 
 
 def joined_choices(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -48,10 +48,10 @@ def joined_choices(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     ],
 )
 def test_a_stream_makes_up_the_whole_answer(body: dict[str, Any]) -> None:
-    engine = ByteEngine(["Hé", "", "llo", " you"], begins_with=[BOS])
+    engine = FakeEngine(["Hé", "", "llo", " you"], begins_with=[BOS])
     engine.stop_reason = "END"
     whole = ask(app_of(engine), PATH, body).json()
-    chunks = events_of(app_of(engine), PATH, {**body, "stream_options": {"include_usage": True}})
+    chunks = stream_of(app_of(engine), PATH, {**body, "stream_options": {"include_usage": True}})
     found = joined_choices(chunks)
     assert [found[i] for i in sorted(found)] == whole["choices"]
     assert chunks[-1]["usage"] == whole["usage"]
@@ -60,7 +60,7 @@ def test_a_stream_makes_up_the_whole_answer(body: dict[str, Any]) -> None:
 
 
 def test_each_output_of_the_engine_is_one_event_without_usage_unless_asked_for() -> None:
-    chunks = streamed(ByteEngine(["a", '"\n\u2028', "c"]))
+    chunks = streamed(FakeEngine(["a", '"\n\u2028', "c"]))
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", '"\n\u2028', "c"]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
     assert not any("usage" in chunk for chunk in chunks)
@@ -70,15 +70,15 @@ def test_each_output_of_the_engine_is_one_event_without_usage_unless_asked_for()
 
 def test_continuous_usage_counts_prompt_and_output_from_the_first_chunk_on() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = streamed(ByteEngine(["a", "bc", "d"]), stream_options=options)
+    chunks = streamed(FakeEngine(["a", "bc", "d"]), stream_options=options)
     usages = [(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"]) for chunk in chunks]
     assert usages == [(2, 1), (2, 3), (2, 4), (2, 4)]
-    scored = streamed(ByteEngine(["a"]), stream_options=options, echo=True, max_tokens=0)
+    scored = streamed(FakeEngine(["a"]), stream_options=options, echo=True, max_tokens=0)
     assert [chunk["usage"]["completion_tokens"] for chunk in scored] == [0, 0]
 
 
 def test_an_error_after_the_first_event_ends_the_stream_and_cancels_the_other_prompts() -> None:
-    engine = ByteEngine(["a", EngineUnavailable("the engine is gone")])
+    engine = FakeEngine(["a", EngineUnavailable("the engine is gone")])
     engine.waiting = {"w"}
     answer = ask(app_of(engine), PATH, {"prompt": ["ab", "w"], "stream": True})
     assert answer.status_code == 200
@@ -91,7 +91,7 @@ def test_an_error_after_the_first_event_ends_the_stream_and_cancels_the_other_pr
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_that_runs_out_is_an_error_only_without_output(stream: bool) -> None:
-    engine = ByteEngine([""])
+    engine = FakeEngine([""])
     for reason in ("deadline", "queue_timeout"):
         engine.finish_reason = reason
         answer = ask(app_of(engine), PATH, {"prompt": "ab", "stream": stream})
@@ -106,7 +106,7 @@ def test_time_that_runs_out_is_an_error_only_without_output(stream: bool) -> Non
 
 
 def test_the_id_of_an_answer_holds_the_request_id_of_the_body_and_the_engine_gets_one_of_its_own() -> None:
-    engine = ByteEngine(["a"])
+    engine = FakeEngine(["a"])
     app = app_of(engine)
     for _ in range(2):
         assert ask(app, PATH, {"prompt": ["a", "b"], "request_id": "mine"}).json()["id"] == "cmpl-mine"
@@ -114,7 +114,7 @@ def test_the_id_of_an_answer_holds_the_request_id_of_the_body_and_the_engine_get
 
 
 def test_every_sampling_field_reaches_the_engine() -> None:
-    engine = ByteEngine(["a"])
+    engine = FakeEngine(["a"])
     fields: dict[str, Any] = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2,
         "frequency_penalty": 0.3, "allowed_token_ids": [1, 2], "bad_words": ["x"], "min_tokens": 2, "max_tokens": 9,
@@ -131,7 +131,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
 
 
 def test_values_left_out_are_the_models_then_those_of_openai() -> None:
-    engine = ByteEngine(["a"])
+    engine = FakeEngine(["a"])
     app = app_of(engine)
     ask(app, PATH, {"prompt": "ab"})
     assert (engine.params[-1].temperature, engine.params[-1].max_tokens) == (1.0, 16)
@@ -142,13 +142,13 @@ def test_values_left_out_are_the_models_then_those_of_openai() -> None:
 
 @pytest.mark.parametrize(("given", "engines"), [(5, -5), (-5, 5), (10**6, -1_000), (-(10**6), 1_000), (None, 0)])
 def test_a_lower_priority_is_scheduled_earlier_as_in_vllm(given: int | None, engines: int) -> None:
-    engine = ByteEngine(["a"])
+    engine = FakeEngine(["a"])
     ask(app_of(engine), PATH, {"prompt": "ab", "priority": given})
     assert engine.options[-1]["scheduling"].priority == engines
 
 
 def test_the_tenant_of_the_body_wins_over_that_of_the_header() -> None:
-    engine = ByteEngine(["a"])
+    engine = FakeEngine(["a"])
     body = {"prompt": "ab", "deadline_s": 3, "queue_timeout_s": 1.5, "cache_salt": "s"}
     ask(app_of(engine), PATH, body, headers={"X-Tenant": "head"})
     scheduling = engine.options[-1]["scheduling"]
@@ -170,7 +170,7 @@ def test_the_tenant_of_the_body_wins_over_that_of_the_header() -> None:
     ],
 )
 def test_a_grammar_has_the_names_of_vllm_and_of_openai(body: dict[str, Any], name: str, value: Any) -> None:
-    engine = ByteEngine(["a"])
+    engine = FakeEngine(["a"])
     answer = ask(app_of(engine), PATH, {"prompt": "ab", **body})
     assert answer.status_code == 200, answer.text
     assert getattr(engine.params[-1].structured_outputs, name) == value

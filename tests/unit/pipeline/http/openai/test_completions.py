@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from ipc.sampling_params import SamplingParams
 from pipeline import Output
 from pipeline.client.outputs import TokenLogprob, Usage
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of, ask
+from tests.unit.pipeline.http.application import app_of, ask
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 
 def row(token_id: int) -> TokenLogprob:
@@ -20,7 +22,7 @@ def row(token_id: int) -> TokenLogprob:
 class ScoringEngine(FakeEngine):
     """Scores a prompt of four tokens in two steps, as an engine does with a long prompt, and generates two tokens."""
 
-    async def _outputs(self, chat: Any) -> AsyncIterator[Output]:
+    async def _samples(self, prompt: Any, params: SamplingParams) -> AsyncIterator[Output]:
         yield Output(request_id="r", text="", token_ids=[], prompt_logprobs=[None, row(1)])
         yield Output(request_id="r", text="", token_ids=[], prompt_logprobs=[row(2), row(3)])
         yield Output(request_id="r", text="e", token_ids=[4], logprobs=[row(4)])

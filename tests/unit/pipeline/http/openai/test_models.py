@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any
 
 import anthropic
-import httpx2
 import openai
 import pytest
 
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of
-
-
-def ask(make: Any, url: str, use: Any) -> Any:
-    async def run() -> Any:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app_of(FakeEngine()))) as http_client:
-            client = make(
-                base_url=url, api_key="k", http_client=http_client, max_retries=0, _strict_response_validation=True
-            )
-            return await use(client)
-
-    return asyncio.run(run())
+from tests.unit.pipeline.http.application import app_of, use_client
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 
 @pytest.mark.parametrize(
@@ -33,8 +22,9 @@ def test_both_clients_list_and_find_the_model(make: Any, url: str) -> None:
     async def ids(client: Any) -> list[str]:
         return [model.id async for model in client.models.list()]
 
-    assert ask(make, url, ids) == ["m"]
-    assert ask(make, url, lambda client: client.models.retrieve("m")).id == "m"
+    app, strict = app_of(FakeEngine()), partial(make, base_url=url, _strict_response_validation=True)
+    assert use_client(app, strict, ids) == ["m"]
+    assert use_client(app, strict, lambda client: client.models.retrieve("m")).id == "m"
     missing = openai.NotFoundError if make is openai.AsyncOpenAI else anthropic.NotFoundError
     with pytest.raises(missing, match="is not served here"):
-        ask(make, url, lambda client: client.models.retrieve("other"))
+        use_client(app, strict, lambda client: client.models.retrieve("other"))

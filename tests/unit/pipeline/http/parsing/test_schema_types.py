@@ -41,3 +41,14 @@ def test_a_reference_needs_definitions_that_hold_it() -> None:
     assert resolved({"$ref": "#/$defs/A"}, {"$defs": 5}) == {"$ref": "#/$defs/A"}
     assert resolved({"$ref": "#/$defs/A"}, None) == {"$ref": "#/$defs/A"}
     assert resolved({"$ref": "#/$defs/B"}, ROOT) == {"type": "string"}
+
+
+def test_schemas_that_refer_to_each_other_many_times_are_read_once_each() -> None:
+    names = [f"S{i}" for i in range(50)]
+    everything = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names] * 50}
+    root = {"$defs": {**dict.fromkeys(names, everything), "S7": {"type": "null"}, "S9": {"enum": [1.5]}}}
+    assert types_of(everything, root) == {"null", "number"}
+    deep: dict[str, Any] = {"type": "null"}
+    for _ in range(5_000):
+        deep = {"anyOf": [deep]}
+    assert types_of(deep, {}) == set()

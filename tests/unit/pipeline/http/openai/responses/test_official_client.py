@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
-import httpx
 import openai
 import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 from ipc.errors import EngineUnavailable
-from tests.unit.pipeline.http.openai.responses.scripted_server import THINKING, Server
+from tests.unit.pipeline.http.application import use_client
+from tests.unit.pipeline.http.fake_engine import THINKING
+from tests.unit.pipeline.http.openai.responses.responses_api import ResponsesApi
 from tests.unit.pipeline.http.openai.responses.test_create import ADD, CALL
 
 pytestmark = pytest.mark.slow  # the package takes a second to import
@@ -28,21 +29,16 @@ class City(pydantic.BaseModel):
     name: str
 
 
-def run(server: Server, use: Callable[[openai.AsyncOpenAI], Awaitable[T]]) -> T:
-    async def call() -> T:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(server.app)) as http:
-            client = openai.AsyncOpenAI(base_url="http://server/v1", api_key="x", http_client=http, max_retries=0)
-            return await use(client)
-
-    return asyncio.run(call())
+def run(server: ResponsesApi, use: Callable[[openai.AsyncOpenAI], Awaitable[T]]) -> T:
+    return use_client(server.app, partial(openai.AsyncOpenAI, base_url="http://server/v1"), use)
 
 
 @pytest.fixture
-def server() -> Server:
-    return Server(THINKING)
+def server() -> ResponsesApi:
+    return ResponsesApi(THINKING)
 
 
-def test_responses_and_all_events_are_valid_for_the_official_types(server: Server) -> None:
+def test_responses_and_all_events_are_valid_for_the_official_types(server: ResponsesApi) -> None:
     Response.model_validate(server.create(*TURN, tools=[ADD]), strict=True)
     for event in server.stream(*TURN, tools=[ADD]):
         _event.validate_python(event, strict=True)
@@ -50,8 +46,8 @@ def test_responses_and_all_events_are_valid_for_the_official_types(server: Serve
         _event.validate_python(event, strict=True)
 
 
-def test_the_streaming_helper_accumulates_the_response(server: Server) -> None:
-    server.script(*TURN)
+def test_the_streaming_helper_accumulates_the_response(server: ResponsesApi) -> None:
+    server.engine.script(*TURN)
 
     async def use(client: openai.AsyncOpenAI) -> tuple[list[str], Any]:
         tools: Any = [{**ADD, "strict": True}]
@@ -66,8 +62,8 @@ def test_the_streaming_helper_accumulates_the_response(server: Server) -> None:
     assert response.output_text == "So: "
 
 
-def test_an_answer_is_parsed_into_a_model(server: Server) -> None:
-    server.script('{"name": ', '"Rio"}')
+def test_an_answer_is_parsed_into_a_model(server: ResponsesApi) -> None:
+    server.engine.script('{"name": ', '"Rio"}')
     response = run(server, lambda client: client.responses.parse(model="m", input="Where?", text_format=City))
     assert response.output_parsed == City(name="Rio")
     structured = server.params.structured_outputs
@@ -75,7 +71,7 @@ def test_an_answer_is_parsed_into_a_model(server: Server) -> None:
     assert "name" in json.loads(str(structured.json))["properties"]
 
 
-def test_a_loop_of_tools_goes_on_by_items_or_by_the_last_response(server: Server) -> None:
+def test_a_loop_of_tools_goes_on_by_items_or_by_the_last_response(server: ResponsesApi) -> None:
     tools: Any = [ADD]
 
     async def use(client: openai.AsyncOpenAI) -> None:
@@ -89,14 +85,14 @@ def test_a_loop_of_tools_goes_on_by_items_or_by_the_last_response(server: Server
         assert items_messages == server.messages
         assert by_items.output_text == by_id.output_text == "Two."
 
-    server.script(*TURN)
-    server.script("Two.")
-    server.script("Two.")
+    server.engine.script(*TURN)
+    server.engine.script("Two.")
+    server.engine.script("Two.")
     run(server, use)
 
 
-def test_stored_responses_are_read_listed_and_deleted(server: Server) -> None:
-    server.script("One")
+def test_stored_responses_are_read_listed_and_deleted(server: ResponsesApi) -> None:
+    server.engine.script("One")
 
     async def use(client: openai.AsyncOpenAI) -> None:
         created = await client.responses.create(model="m", input="Begin", metadata={"a": "b"})
@@ -117,8 +113,8 @@ def test_stored_responses_are_read_listed_and_deleted(server: Server) -> None:
     run(server, use)
 
 
-def test_a_stream_that_fails_raises_the_clients_exception(server: Server) -> None:
-    server.script("Hel", error=EngineUnavailable("the engine has ended"))
+def test_a_stream_that_fails_raises_the_clients_exception(server: ResponsesApi) -> None:
+    server.engine.script("Hel", EngineUnavailable("the engine has ended"))
 
     types: list[str] = []
 
