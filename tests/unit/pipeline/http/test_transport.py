@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
+from ipc.errors import EngineUnavailable, Interrupted, InvalidRequest, QueueFull
 from pipeline.http.transport import Call, EventStream, Reply
 from tests.unit.pipeline.http.application import app_of, ask
 from tests.unit.pipeline.http.fake_engine import FakeEngine
@@ -33,6 +33,7 @@ def test_a_request_is_answered_and_its_id_comes_back() -> None:
         (InvalidRequest("top_p (3) must lie in (0, 1]"), 400, b'"param":"top_p"'),
         (QueueFull("the queue is full", 2.2), 429, b"retry-after: 3\r\n"),
         (EngineUnavailable("the engine is draining"), 503, b"retry-after: 1\r\n"),
+        (Interrupted("the scheduler has died; no engine continued it"), 503, b"retry-after: 1\r\n"),
         (ZeroDivisionError("secret"), 500, b"internal error"),
     ],
 )
