@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import shlex
 import sys
 from dataclasses import dataclass
@@ -59,15 +60,19 @@ class Announcer:
         self._model_name = model_name
         self._details = details
         self._status_fd = status_fd
+        self._untold: dict[str, int] = {}  # processes that no event has named yet
         self._said: dict[str, tuple[str, float]] = {}
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         self.is_ready = False
 
     def spawned(self, pids: dict[str, int]) -> None:
-        """The launcher has started the workers."""
+        """The launcher has started these workers, for the first time or again."""
         logger.info("started %s", ", ".join(f"{role} ({pid})" for role, pid in pids.items()))
-        self._tell_program(event="spawned", endpoint=self._endpoint, pids=pids)
+        self._untold |= pids
+        if self._is_read():
+            self._tell_program(event="spawned", endpoint=self._endpoint, pids=self._untold)
+            self._untold = {}
 
     def progress(self, message: Progress) -> None:
         """A worker reports a stage of its start and the share that is done."""
@@ -131,6 +136,13 @@ class Announcer:
             completed=message.fraction,
             far=_how_far(message),
         )
+
+    def _is_read(self) -> bool:
+        """Whether the pipe has room. A program that never reads it must not stop the launcher."""
+        poller = select.poll()
+        if self._status_fd is not None:
+            poller.register(self._status_fd, select.POLLOUT)
+        return bool(poller.poll(0))
 
     def _tell_program(self, **event: Any) -> None:
         if self._status_fd is not None:

@@ -83,7 +83,15 @@ class Pipeline:
         self._client: Client | None = None
         self.endpoint = connectable(self.config.frontend.endpoint or "")
         self.http_url: str | None = None
-        self.pids: dict[str, int] = {}  # role -> process id, "launcher" included
+        self._pids: dict[str, int] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process id of each role, "launcher" included. A process that is started again has a new one."""
+        if self._process is not None:
+            for event in self._process.pending_events():
+                self._pids |= event.get("pids", {})
+        return dict(self._pids)
 
     @property
     def client(self) -> Client:
@@ -118,7 +126,7 @@ class Pipeline:
         hold_standard_descriptors()
         self._log = _open_log(self._log_path)
         self._process = EngineProcess(to_toml(config), timeline, log=self._log, folder=folder)
-        self.pids["launcher"] = self._process.process.pid
+        self._pids["launcher"] = self._process.process.pid
         try:
             self._wait_ready(self._process)
         except BaseException as error:
@@ -183,7 +191,7 @@ class Pipeline:
     def _wait_ready(self, engine: EngineProcess) -> None:
         try:
             for event in engine.events(self._startup_timeout_s):
-                self.pids |= event.get("pids", {})
+                self._pids |= event.get("pids", {})
                 if event["event"] == "ready":
                     self.http_url = event["http_url"]
                     return

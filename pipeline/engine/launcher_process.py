@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -31,6 +32,7 @@ from pipeline.environment.module_search import module_command, module_environmen
 
 HASTE_S: Final = 15.0  # time for the engine to end, besides the time for draining
 _LONGEST_POLL_MS: Final = 1e6
+_STATUS_BYTES: Final = 65_536
 _NUM_DESCRIPTORS: Final = 16  # that this process opens to start an engine
 _live: Final[weakref.WeakSet[EngineProcess]] = weakref.WeakSet()
 
@@ -49,6 +51,10 @@ class EngineProcess:
         self.owner_pid = os.getpid()
         self._folder = folder
         self._lifeline: IO[bytes] | None = None
+        self._status: IO[bytes] | None = None
+        self._heard: deque[dict[str, Any]] = deque()  # events that nobody has taken yet
+        self._half_line = b""
+        self._status_lock = threading.Lock()
         forks.register(self)
         with contextlib.ExitStack() as started, contextlib.ExitStack() as failed:
             # A file instead of a pipe: if another thread forks meanwhile, the child would keep a pipe open.
@@ -57,6 +63,7 @@ class EngineProcess:
             stdin.seek(0)
             self._status, status_writer = _pipe()
             failed.enter_context(self._status)
+            os.set_blocking(self._status.fileno(), False)
             started.enter_context(status_writer)
             lifeline_reader, self._lifeline = _pipe()
             failed.enter_context(self._lifeline)
@@ -71,19 +78,20 @@ class EngineProcess:
                 process_group=0,
             )  # fmt: skip
             failed.pop_all()
-        weakref.finalize(self, _end_dropped, self.process, self._lifeline, folder, os.getpid()).atexit = False
+        pipes = (self._lifeline, self._status)
+        weakref.finalize(self, _end_dropped, self.process, pipes, folder, os.getpid()).atexit = False
         _live.add(self)
 
     def events(self, timeout_s: float | None) -> Iterator[dict[str, Any]]:
         """The launcher's events until it ends. Raises TimeoutError after `timeout_s` seconds."""
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        with self._status, contextlib.ExitStack() as stack:
-            status, pidfd = self._status.fileno(), os.pidfd_open(self.process.pid)
+        with contextlib.ExitStack() as stack:
+            pidfd = os.pidfd_open(self.process.pid)
             stack.callback(os.close, pidfd)
             poller = select.poll()  # not select(): the user's process may have more than 1,024 descriptors open
-            poller.register(status, select.POLLIN)
+            if self._status is not None:
+                poller.register(self._status, select.POLLIN)
             poller.register(pidfd, select.POLLIN)
-            pending = b""
             while True:
                 left_ms = min(max(0.0, deadline - time.monotonic()) * 1e3, _LONGEST_POLL_MS)
                 ready = [fd for fd, _ in poller.poll(left_ms)]
@@ -91,12 +99,24 @@ class EngineProcess:
                     raise TimeoutError
                 if not ready:
                     continue
-                chunk = os.read(status, 65_536) if status in ready else b""
-                if not chunk:
+                yield from self.pending_events()
+                if pidfd in ready or self._status is None:
                     return
-                *lines, pending = (pending + chunk).split(b"\n")
-                for line in lines:
-                    yield json.loads(line)
+
+    def pending_events(self) -> Iterator[dict[str, Any]]:
+        """The launcher's events that have arrived already. None in a forked child: they belong to its parent."""
+        if self.owner_pid == os.getpid():
+            self._read_status()
+        while self._heard:
+            yield self._heard.popleft()
+
+    def _read_status(self) -> None:
+        with self._status_lock:
+            while self._status is not None and (chunk := self._status.read(_STATUS_BYTES)) is not None:
+                if not chunk:
+                    self._close_status()
+                *lines, self._half_line = (self._half_line + chunk).split(b"\n")
+                self._heard += map(json.loads, lines)
 
     def poll(self) -> int | None:
         """The launcher's exit status, or None while it runs."""
@@ -147,10 +167,16 @@ class EngineProcess:
 
     def forget_parent(self) -> None:
         self._cut_lifeline()  # our copy would keep the engine alive after the parent's end
+        self._close_status()
 
     def _cut_lifeline(self) -> None:
         if self._lifeline is not None:
             self._lifeline.close()
+
+    def _close_status(self) -> None:
+        if self._status is not None:
+            self._status.close()
+            self._status = None
 
 
 def _pipe() -> tuple[IO[bytes], IO[bytes]]:
@@ -175,11 +201,14 @@ def _remove(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_dropped(process: subprocess.Popen[bytes], lifeline: IO[bytes], folder: Path | None, owner_pid: int) -> None:
+def _end_dropped(
+    process: subprocess.Popen[bytes], pipes: Sequence[IO[bytes]], folder: Path | None, owner_pid: int
+) -> None:
     """The finalizer. It must not wait, because it may run in any thread at any time."""
     if os.getpid() != owner_pid:
         return
-    lifeline.close()
+    for pipe in pipes:
+        pipe.close()
     if process.poll() is not None:
         _remove(folder)
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 
 import pytest
 
@@ -36,3 +38,21 @@ def test_on_a_terminal_the_same_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     announcer.progress(Progress(role="gpu", stage="loading weights", fraction=0.4, total_bytes=16_060_000_000))
     announcer.close()
     assert "6.4 of 16.1 GB" in capsys.readouterr().err
+
+
+def test_a_program_that_reads_its_events_late_misses_no_process() -> None:
+    reader, writer = os.pipe()
+    announcer = Announcer("ipc:///nowhere", "model", "details", writer)
+    rounds = 2_000  # far more than a pipe holds
+    for number in range(rounds):
+        announcer.spawned({f"worker.{number % 7}": number})
+    chunks = os.read(reader, 1 << 20)
+    announcer.spawned({"last": 1})
+    announcer.close()
+    with os.fdopen(reader, "rb") as rest:
+        chunks += rest.read()
+    pids: dict[str, int] = {}
+    for line in chunks.splitlines():
+        pids |= json.loads(line)["pids"]
+    newest = {f"worker.{number % 7}": number for number in range(rounds)}
+    assert pids == newest | {"last": 1}
