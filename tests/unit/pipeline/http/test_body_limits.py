@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-import httpx
+import httpx2
 import msgspec
 import pytest
 
@@ -98,9 +98,9 @@ def test_other_requests_go_on_between_large_bodies_that_arrive_together() -> Non
 def test_every_endpoint_with_a_body_refuses_many_values_and_names_the_key() -> None:
     body = b'{"prompt": [' + b"[]," * 40_000 + b"[]]}"
 
-    async def ask() -> list[httpx.Response]:
+    async def ask() -> list[httpx2.Response]:
         app = app_of(FakeEngine())
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
             paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize")
             return [await client.post(path, content=body) for path in paths]
 
