@@ -12,7 +12,8 @@ from pipeline.http import body_limits
 from pipeline.http.body_limits import check_num_values
 from pipeline.http.config import HttpConfig
 from pipeline.http.errors import HttpError
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of
+from tests.unit.pipeline.http.application import app_of
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 LIMITS = HttpConfig(max_body_values=2_048, max_body_objects=1_024)
 
