@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,17 +15,45 @@ from pipeline.engine.wiring import WorkerPlan
 from pipeline.environment.module_search import module_command, module_environment
 
 
+class SpareProcess:
+    """A process that imports what a worker of its module needs, and then waits to become one."""
+
+    def __init__(self, module: str) -> None:
+        self.channel, theirs = descriptor_channel()
+        try:
+            with theirs:
+                self.process = _spawn(module, theirs.fileno(), "--spare")
+        except BaseException:
+            self.channel.close()
+            raise
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def end(self) -> None:
+        """It is not needed any more."""
+        self.process.kill()
+        self.process.wait()
+        self.channel.close()
+
+
 class ChildProcess:
     """A worker that runs `python -m MODULE --bootstrap-fd N`.
-
-    `descriptors` gives the launcher's numbers for keys.
 
     The worker inherits the standard streams and N, its end of a channel for its bootstrap and descriptors. The
     launcher's end stays open until `bury()`. Must be made in the main thread: the kernel kills a worker when the thread
     that spawned it ends.
+
+    Args:
+        plan: says which worker it is.
+        descriptors: gives the launcher's numbers for keys.
+        spare: the process that becomes the worker; None = a new one does.
     """
 
-    def __init__(self, plan: WorkerPlan, descriptors: Callable[[Iterable[str]], list[int]]) -> None:
+    def __init__(
+        self, plan: WorkerPlan, descriptors: Callable[[Iterable[str]], list[int]], spare: SpareProcess | None = None
+    ) -> None:
         self.name = plan.name
         self.is_front = plan.is_front
         self.starts_after = plan.starts_after
@@ -37,21 +66,20 @@ class ChildProcess:
         self.last_words = ""  # of a worker that ends by itself
         self._descriptors = descriptors
         self._known: set[str] = set()  # keys of the descriptors that the worker has
-        self._channel, theirs = descriptor_channel()
-        try:
-            with theirs:
-                # Before the spawn: the worker then has its bootstrap even if the launcher is killed meanwhile.
+        if spare is not None:
+            self._channel, self.process = spare.channel, spare.process
+            with contextlib.suppress(OSError):  # it has died, which its pidfd will tell
                 self.send(plan)
-                self.process = subprocess.Popen(
-                    module_command(plan.module, "--bootstrap-fd", str(theirs.fileno())),
-                    stdin=subprocess.DEVNULL,
-                    env=module_environment(),
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,  # detached from the terminal: no Ctrl-C, and no stop by `stty tostop`
-                )
-        except BaseException:
-            self._channel.close()
-            raise
+        else:
+            self._channel, theirs = descriptor_channel()
+            try:
+                with theirs:
+                    # Before the spawn: the worker then has its bootstrap even if the launcher is killed meanwhile.
+                    self.send(plan)
+                    self.process = _spawn(plan.module, theirs.fileno())
+            except BaseException:
+                self._channel.close()
+                raise
         self.pid = self.process.pid
         self.pidfd = os.pidfd_open(self.pid)  # readable once the process has ended
 
@@ -79,3 +107,13 @@ class ChildProcess:
         self.process.wait()
         os.close(self.pidfd)
         self._channel.close()
+
+
+def _spawn(module: str, channel_fd: int, *flags: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        module_command(module, "--bootstrap-fd", str(channel_fd), *flags),
+        stdin=subprocess.DEVNULL,
+        env=module_environment(),
+        pass_fds=(channel_fd,),
+        start_new_session=True,  # detached from the terminal: no Ctrl-C, and no stop by `stty tostop`
+    )

@@ -108,6 +108,8 @@ class Recovery:
                     return loss
         if self._announcer.is_ready:
             self._tell_fronts()
+            if self._serves and not drains:
+                self._workers.keep_spares()
         for worker in self._workers:
             if drains and worker.is_front and worker.serves and not worker.is_draining:
                 worker.is_draining = self._workers.tell(worker.name, Drain())

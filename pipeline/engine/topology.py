@@ -36,6 +36,10 @@ CONTROL: Final = "control"
 ENDPOINT_CLAIM: Final = "endpoint claim"
 
 
+def _never(_: Config) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Role:
     """A kind of process: `python -m MODULE`, once or several times.
@@ -55,6 +59,7 @@ class Role:
             Abort.
         is_traced: the timeline shows when its main thread is awake.
         threads: further threads that are traced, besides the main one.
+        has_spare: whether a process waits, with everything imported, to take the place of one that dies.
         keeps: descriptors that the launcher lends (`EngineFacts.lent`), as long as the process lives.
     """
 
@@ -74,6 +79,7 @@ class Role:
     is_traced: bool = True
     threads: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    has_spare: Callable[[Config], bool] = _never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +160,7 @@ ENGINE: Final = Table(
         ),
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
-            restarts_with=(GPU,), threads=(COMPLETION,),
+            restarts_with=(GPU,), threads=(COMPLETION,), has_spare=lambda config: config.supervisor.spare_gpu_process,
         ),
         # A client of the gateway, so it starts after it. It answers "starting" from the moment when it can.
         Role(

@@ -10,7 +10,7 @@ import zmq
 
 from ipc.channels import bind_private_router, receive_from, send_to
 from ipc.messages import Start, WorkerToLauncher
-from pipeline.engine.child_process import ChildProcess
+from pipeline.engine.child_process import ChildProcess, SpareProcess
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.topology import CONTROL
 from pipeline.engine.wiring import Process, Wiring
@@ -29,6 +29,7 @@ class WorkerSet:
         self._resources = resources
         self._poller = poller
         self._workers: dict[str, ChildProcess] = {}
+        self._spares: dict[str, SpareProcess] = {}  # by module
         (listener,) = resources.descriptors([wiring.listener_key(CONTROL)])
         self._control = bind_private_router(context, listener)
         poller.register(self._control, zmq.POLLIN)
@@ -47,11 +48,23 @@ class WorkerSet:
         pids = {}
         for process in processes:
             plan = self.wiring.plan(process)
-            worker = ChildProcess(plan, self._resources.descriptors)
+            worker = ChildProcess(plan, self._resources.descriptors, self._take_spare(plan.module))
             self._workers[plan.name] = worker
             self._poller.register(worker.pidfd, zmq.POLLIN)
             pids[plan.name] = worker.pid
         return pids
+
+    def keep_spares(self) -> None:
+        """Start a spare process for each role that has one and lacks it. A spare that died is not started again."""
+        for role in self.wiring.table.roles:
+            if role.has_spare(self.wiring.facts.config) and role.module not in self._spares:
+                self._spares[role.module] = SpareProcess(role.module)
+
+    def _take_spare(self, module: str) -> SpareProcess | None:
+        spare = self._spares.get(module)
+        if spare is None or not spare.is_alive:
+            return None
+        return self._spares.pop(module)
 
     def replace(self, wiring: Wiring, started: tuple[Process, ...]) -> dict[str, int]:
         """Start processes again, and tell those that they meet. Those that still live are killed.
@@ -106,6 +119,9 @@ class WorkerSet:
         worker.bury()
 
     def kill_all(self) -> None:
+        for spare in self._spares.values():
+            spare.end()
+        self._spares.clear()
         for worker in self:
             worker.kill()
         for worker in self:

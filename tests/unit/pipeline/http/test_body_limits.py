@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-import httpx
+import httpx2
 import msgspec
 import pytest
 
@@ -12,7 +12,8 @@ from pipeline.http import body_limits
 from pipeline.http.body_limits import check_num_values
 from pipeline.http.config import HttpConfig
 from pipeline.http.errors import HttpError
-from tests.unit.pipeline.http.fake_engine import FakeEngine, app_of
+from tests.unit.pipeline.http.application import app_of
+from tests.unit.pipeline.http.fake_engine import FakeEngine
 
 LIMITS = HttpConfig(max_body_values=2_048, max_body_objects=1_024)
 
@@ -98,9 +99,9 @@ def test_other_requests_go_on_between_large_bodies_that_arrive_together() -> Non
 def test_every_endpoint_with_a_body_refuses_many_values_and_names_the_key() -> None:
     body = b'{"prompt": [' + b"[]," * 40_000 + b"[]]}"
 
-    async def ask() -> list[httpx.Response]:
+    async def ask() -> list[httpx2.Response]:
         app = app_of(FakeEngine())
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
             paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize")
             return [await client.post(path, content=body) for path in paths]
 
