@@ -33,6 +33,15 @@ class Served:
     folder: Path
     tokenizer: Tokenizer
 
+    @classmethod
+    def make(cls, folder: Path) -> Served:
+        tokenizer = byte_level_tokenizer()
+        tokenizer.add_special_tokens([AddedToken("<think>"), AddedToken("</think>")])
+        eos_token_id = tokenizer.token_to_id(EOS)
+        make_tiny_model("llama", folder, 5, vocab_size=tokenizer.get_vocab_size(), eos_token_id=eos_token_id)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return cls(folder, tokenizer)
+
     @cached_property
     def reference(self) -> PlainEngine:
         return PlainEngine(self.folder, self.tokenizer, [self.id(EOS)], (self.id("<think>"), self.id("</think>")))
@@ -76,12 +85,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    folder: Path = tmp_path_factory.mktemp("parameters")
-    tokenizer = byte_level_tokenizer()
-    tokenizer.add_special_tokens([AddedToken("<think>"), AddedToken("</think>")])
-    make_tiny_model("llama", folder, 5, vocab_size=tokenizer.get_vocab_size(), eos_token_id=tokenizer.token_to_id(EOS))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return Served(folder, tokenizer)
+    return Served.make(tmp_path_factory.mktemp("parameters"))
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=lambda depth: f"depth {depth}")

@@ -279,6 +279,7 @@ class ScheduledEngine:
         assert set(self.opened) == set(self.ends), "a request was not ended"
         self.grammar.check_empty(self.scheduler)
         assert gauges["num_waiting"] == gauges["num_running"] == gauges["num_preempted"] == 0
+        assert gauges["num_waiting_tokens"] == 0
 
 
 def resume_with(known: Sequence[list[int] | None] | None, num_suspected: int = 0) -> Resume | None:

@@ -67,6 +67,8 @@ class Traffic:
             for key, (prompt, params) in self.requests.items()
             for sample in range(params.n)
         }
+        resumed = random.Random(f"resumed {seed}")
+        self.known = {key: self._known(key, resumed) for key in self.requests if resumed.random() < 0.3}
         self.cancel_after = {key: rng.randint(0, 40) for key in self.sequences if rng.random() < 0.25}
 
     def _request(self, rng: random.Random) -> tuple[list[int], SamplingParams]:
@@ -84,6 +86,26 @@ class Traffic:
             n=rng.choice([1, 1, 1, 2, MAX_N]),
         )
         return prompt, params
+
+    def _known(self, key: int, rng: random.Random) -> list[list[int] | None]:
+        """The output that each sample of a resumed request brings; None: the sample has ended. At least one has not."""
+        n = self.requests[key][1].n
+        answers = [self.expected(key + sample) for sample in range(n)]
+        known: list[list[int] | None] = [answer[: rng.randrange(len(answer))] for answer in answers]
+        for sample in rng.sample(range(n), rng.randrange(n)):
+            known[sample] = None
+        return known
+
+    def has_ended(self, key: int) -> bool:
+        """Whether a sequence had ended before its request was resumed."""
+        request = key - key % MAX_N
+        return request in self.known and self.known[request][key % MAX_N] is None
+
+    def rest(self, key: int) -> list[int]:
+        """The tokens that a sequence still lacks when it arrives."""
+        request = key - key % MAX_N
+        known = self.known[request][key % MAX_N] if request in self.known else []
+        return self.expected(key)[len(known or []) :]
 
     def _scheduling(self, key: int) -> dict[str, Any]:
         return {"priority": key % 3} if self.shape["policy"] == "priority" else {"tenant": f"tenant {key % 3}"}
@@ -118,7 +140,8 @@ class Traffic:
                 ring = rng.choice(list(to_send))
                 if to_send[ring] and engine.can_publish(len(self.requests[to_send[ring][0]][0]), ring):
                     key = to_send[ring].pop(0)
-                    engine.send(key, *self.requests[key], ring=ring, **self._scheduling(key))
+                    known, scheduling = self.known.get(key), self._scheduling(key)
+                    engine.send(key, *self.requests[key], ring=ring, known=known, **scheduling)
                     sent |= set(range(key, key + self.requests[key][1].n))
             elif event == "plan" and scheduler.num_in_flight < depth:
                 engine.plan()
@@ -172,10 +195,10 @@ def check_samples(traffic: Traffic, engine: ScheduledEngine) -> None:
     """Every request was taken with all its samples, or answered once."""
     for key, (_, params) in traffic.requests.items():
         ended = [k for k in range(key, key + MAX_N) if k in engine.ends]
-        if engine.ends[key] == "error" and engine.errors[key][0] == "queue_full":
+        if engine.ends.get(key) == "error" and engine.errors[key][0] == "queue_full":
             assert ended == [key]
         else:
-            assert ended == list(range(key, key + params.n))
+            assert ended == [k for k in range(key, key + params.n) if not traffic.has_ended(k)]
 
 
 def check_masks(traffic: Traffic, engine: ScheduledEngine) -> None:
@@ -184,7 +207,7 @@ def check_masks(traffic: Traffic, engine: ScheduledEngine) -> None:
     assert told.keys() <= {key for key, (_, params) in traffic.sequences.items() if params.structured_outputs}
     for key, (_, params) in traffic.sequences.items():
         if params.structured_outputs is not None:
-            expected = traffic.expected(key)
+            expected = traffic.rest(key)
             if engine.ends.get(key) in ("stop", "length"):
                 assert told[key] == expected[:-1]
             else:
@@ -205,8 +228,10 @@ def check_cache(traffic: Traffic, engine: ScheduledEngine) -> None:
         assert name in prefixes, "a block is cached under the name of tokens that no request has"
         assert engine.gpu.kv_prefix[(block + 1) * size - 1] == prefixes[name], "a block is cached under a wrong name"
     for key, num_cached in engine.cached.items():
-        assert 0 < num_cached < len(traffic.sequences[key][0])
-        assert num_cached % size == 0
+        num_prompt = len(traffic.sequences[key][0])
+        is_resumed = key - key % MAX_N in traffic.known
+        assert 0 < num_cached < num_prompt + is_resumed
+        assert num_cached % size == 0 or num_cached == num_prompt
 
 
 def cached_blocks(engine: ScheduledEngine) -> list[tuple[tuple[int, ...], int]]:
@@ -305,14 +330,14 @@ def is_found(seed: int) -> bool:
         engine.check_empty()
         check_cache(traffic, engine)
         check_masks(traffic, engine)
-        return any(engine.tokens[key] != traffic.expected(key)[: len(engine.tokens[key])] for key in engine.tokens)
+        return any(engine.tokens[key] != traffic.rest(key)[: len(engine.tokens[key])] for key in engine.tokens)
     except (AssertionError, IndexError, ValueError, RingError):
         return True
 
 
 def check_end(traffic: Traffic, engine: ScheduledEngine, key: int, end: str) -> None:
     """All tokens, or a beginning of them where the request was cancelled."""
-    expected, got = traffic.expected(key), engine.tokens[key]
+    expected, got = traffic.rest(key), engine.tokens[key]
     if end == "error" and engine.errors[key][0] == "invalid_request":
         assert key - key % MAX_N in traffic.refused
         assert not got

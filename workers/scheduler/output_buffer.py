@@ -7,6 +7,7 @@ of rows: tokens arrive by key.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from ipc.codec import MAX_ITEMS
 from ipc.messages import Ended, Opened, PromptLogprobs, StepLogprobs, StepOutputs
 from workers.scheduler.array_types import Int32Array, IntArray
 
+MAX_RESUMED_BYTES: Final = 16 << 20  # of the tokens that resumed requests bring, in one message before its last one
 MAX_PARTS: Final = 128  # of prompts' log-probabilities in one message: at most 11 MB
 
 
@@ -54,7 +56,8 @@ class OutputBuffer:
 
     def take(self) -> StepOutputs | None:
         """The next message; None: there is nothing to send. Call until None: a large burst takes several messages."""
-        opened, self.opened = self.opened[:MAX_ITEMS], self.opened[MAX_ITEMS:]
+        num_opened = self._num_opened()
+        opened, self.opened = self.opened[:num_opened], self.opened[num_opened:]
         if self.opened:  # a token may belong to a request that is still to be opened
             return StepOutputs(opened=opened)
         if not (opened or self._keys or self.ended or self.prompt_logprobs):
@@ -80,6 +83,17 @@ class OutputBuffer:
             part.clear()
         self._any_logprobs = False
         return outputs
+
+    def _num_opened(self) -> int:
+        """How many of the requests that open fit into the next message."""
+        sizes = accumulate(map(_resumed_bytes, self.opened[:MAX_ITEMS]))
+        whole = sum(1 for _ in takewhile(lambda num_bytes: num_bytes < MAX_RESUMED_BYTES, sizes))
+        return min(whole + 1, MAX_ITEMS)  # the one that reaches the bound goes along
+
+
+def _resumed_bytes(opened: Opened) -> int:
+    """Size of the tokens that a resumed request brings."""
+    return 0 if opened.resume is None else sum(len(sample.token_ids) for sample in opened.resume.samples)
 
 
 def _join(steps: list[tuple[int, LogprobArrays | None]]) -> StepLogprobs:

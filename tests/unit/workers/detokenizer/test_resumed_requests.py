@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ipc.messages import FinalOutput, Opened, Outputs, Resume, ResumedSample, StepLogprobs
+from ipc.messages import ClientCredit, FinalOutput, Opened, Outputs, Resume, ResumedSample, StepLogprobs
 from ipc.records import FinishCode
 from tests.unit.workers.detokenizer.test_detokenizer import EOS, TOKENIZER, Reader, ids_of, new_core, opened, step
 from tests.unit.workers.text.tools import byte_fallback_tokenizer, metaspace_tokenizer
@@ -162,6 +162,8 @@ def test_only_open_samples_run_and_usage_counts_what_each_has_received() -> None
     assert {final.num_cached_tokens for _, final in finals} == {4}, "of the first sample that runs"
     assert core.num_tokens == 3
     assert core.num_finished == 1
+    core.handle(ClientCredit(client=b"c", count=2))
+    assert core.num_clients == 0, "the client owes nothing and has nothing open"
 
 
 def finals_of(core: Detokenizer, reader: Reader, tokens: list[tuple[int, int, FinishCode]]) -> list[Any]:

@@ -12,6 +12,7 @@ from ipc.sampling_params import SamplingParams
 from ipc.structured_outputs import StructuredOutputs
 from tests.simulation.fake_gpu import expected_tokens
 from tests.simulation.scheduled_engine import RECORD_TOKENS, ScheduledEngine
+from workers.scheduler import output_buffer
 from workers.scheduler.admission.admission import Arrival
 
 PROMPT = list(range(2, 13))  # 11 tokens: two records, two full blocks and a part of a third
@@ -91,6 +92,17 @@ def test_output_in_the_cache_is_found_and_does_not_count_as_the_prompts() -> Non
     engine.check_empty()
 
 
+def test_requests_that_bring_much_open_in_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_buffer, "MAX_RESUMED_BYTES", 4 * 7)
+    engine = ScheduledEngine()
+    for key in range(1, 6):
+        engine.send(key, PROMPT, params(), salt=str(key), known=[answer()[:3]])
+    sizes = []
+    while (outputs := engine.scheduler.take_outputs()) is not None:
+        sizes.append(len(outputs.opened))
+    assert sizes == [3, 2]
+
+
 def test_preemption_of_resumed_sequences_changes_no_token() -> None:
     engine = ScheduledEngine(num_blocks=9, max_num_batched_tokens=64)
     whole = answer(max_tokens=16)
@@ -162,6 +174,7 @@ def test_the_end_of_a_parked_request_whose_first_sample_has_ended_is_its_sequenc
     assert engine.scheduler.withdraw([1]) == [1], "the gateway cancels it by the keys of all samples"
     engine.scheduler.cancel([1, 2])
     engine.grammar.hear(engine.scheduler)
+    assert [(message.key, message.num_samples) for _, message in engine.grammar.compiles] == [(1, 2)]
     engine.grammar.compile(engine.scheduler)
     engine.drain()
     assert engine.ends == {2: "cancelled"}
