@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def footprint(pid: int) -> Footprint:
             link = str(fd.readlink())
         except FileNotFoundError:  # closed meanwhile
             continue
-        links.append(link.partition(":[")[0].partition(" (deleted)")[0])
+        links.append(re.sub(r":\[.*|/ringfeed-[^/]*| \(deleted\)", "", link))  # numbers and names differ each time
     return Footprint(psutil.Process(pid).memory_full_info().uss, tuple(sorted(links)))
 
 

@@ -56,14 +56,13 @@ def growth(before: Mapping[str, Footprint], after: Mapping[str, Footprint]) -> s
     return "\n".join(lines)
 
 
-def descriptor_changes(before: Mapping[str, Footprint], after: Mapping[str, Footprint]) -> list[str]:
-    """The processes that have other descriptors than before, and which."""
-    changes = []
-    for name in before.keys() & after.keys():
-        old, new = Counter(before[name].descriptors), Counter(after[name].descriptors)
-        if old != new:
-            changes.append(f"{name}: more: {dict(new - old)}, fewer: {dict(old - new)}")
-    return sorted(changes)
+def further_descriptors(before: Mapping[str, Footprint], after: Mapping[str, Footprint]) -> list[str]:
+    """The processes that have more descriptors than before, and which. An idle connection may have ended."""
+    found = []
+    for name in sorted(before.keys() & after.keys()):
+        if more := Counter(after[name].descriptors) - Counter(before[name].descriptors):
+            found.append(f"{name} has more descriptors: {dict(more)}")
+    return found
 
 
 def period(tally: Tally, begin: float, end: float, memory: Mapping[str, Footprint], start: float) -> str:

@@ -58,7 +58,7 @@ class Result:
     def faulty(self) -> list[str]:
         """Everything that must not be."""
         bad = [f"{self.tally.num[name]} {name}" for name in report.BAD if self.tally.num[name]]
-        bad += self.held + report.descriptor_changes(self.before, self.after)
+        bad += self.held + report.further_descriptors(self.before, self.after)
         return bad
 
     def __str__(self) -> str:
