@@ -137,9 +137,11 @@ class Resumer:
             self._fail_requests(health.model)
         self._model = health.model
         self._state = f"the engine is {health.state}" + (f": {health.detail}" if health.detail else "")
-        if health.state in ("ready", "recovering"):
+        if health.state in ("ready", "recovering", "draining"):
             now = time.monotonic()
-            self._send([each for each in self._pending.waiting.values() if _interruption(each).retry_at <= now])
+            due = [each for each in self._pending.waiting.values() if _interruption(each).retry_at <= now]
+            # A draining engine takes requests that go on, for a moment after a process of it has died.
+            self._send([each for each in due if health.state != "draining" or isinstance(each, OpenRequest)])
 
     def _fail_requests(self, model: str) -> None:
         """Another model cannot continue the texts of this one."""

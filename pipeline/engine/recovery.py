@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from ipc.errors import RingError
@@ -80,12 +81,12 @@ class Recovery:
         for each in names:
             self._heartbeats.ended(each)
         logger.error("%s: starting %s again", what, ", ".join(names))
+        self._tell_fronts(names)  # before their clients hear `Interrupted`, so that a front that drains waits for them
         try:
             pids = self._workers.replace(wiring, started)
         except RingError as error:
             return f"{what}; it cannot be started again: {error}"
         self.spawned(pids)
-        self._tell_fronts()
         return None
 
     def go_on(self, *, drains: bool) -> str | None:
@@ -120,10 +121,10 @@ class Recovery:
         facts, info = self._workers.wiring.facts, self._workers.info
         return dataclasses.replace(facts, num_blocks=info["num_blocks"], device_bytes=info.get("device_bytes", 0))
 
-    def _tell_fronts(self) -> None:
-        """Tell the fronts whether the engine serves, if that has changed or they are new."""
+    def _tell_fronts(self, dead: Sequence[str] = ()) -> None:
+        """Tell the fronts whether the engine serves, if that has changed or they are new. `dead` do not."""
         suspects = self._heartbeats.suspects(time.monotonic())
-        waiting = [worker.name for worker in self._workers if not worker.serves]
+        waiting = [*dead, *(worker.name for worker in self._workers if not worker.serves and worker.name not in dead)]
         texts = [*suspects.values(), *([f"started again, not ready yet: {', '.join(waiting)}"] if waiting else [])]
         state = EngineState(state="recovering" if texts else "ready", detail="; ".join(texts))
         if not texts and not self._serves:

@@ -1,7 +1,8 @@
 """Decides everything that the gateway says. Knows no sockets: events come in by method, messages go out by `outbox`.
 
-`Gateway` has one method for every event, and owns the engine's state (starting, ready, draining, failed). It leaves
+`Gateway` has one method for every event. It leaves
 
+    the engine's state: ready, draining, ...        to serving_state.py,
     requests' states, cancellation and time-outs    to request_lifecycle.py, which draws the state diagram,
     prompts that wait for or are at a tokenizer     to prompt_dispatch.py,
     outputs, acknowledgements, slow clients         to client_flow.py,
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed, RingfeedError
 from ipc.messages import (
@@ -28,6 +29,7 @@ from ipc.messages import (
     Delivery,
     DetokenizedText,
     Drained,
+    Generate,
     Health,
     Keep,
     KeptValue,
@@ -52,6 +54,7 @@ from workers.gateway.recovery import Recovery
 from workers.gateway.request_lifecycle import RequestLifecycle
 from workers.gateway.request_table import RequestTable
 from workers.gateway.request_timers import to_ns
+from workers.gateway.serving_state import ServingState
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Gateway:
     def __init__(
         self, bootstrap: GatewayBootstrap, snapshot_stats: Callable[[Sequence[str]], tuple[RoleStats, RoleArrays]]
     ) -> None:
-        self.state: Literal["starting", "ready", "recovering", "draining", "failed"] = "starting"
+        self.serving = ServingState(bootstrap.frontend.drain_timeout_s, is_first=bootstrap.worker.epoch == 1)
         self.table = RequestTable(bootstrap.worker.epoch)
         self._outbox = Outbox()
         self._flow = ClientFlow(bootstrap, self.table, self._outbox)
@@ -79,42 +82,22 @@ class Gateway:
         self.num_queue_full = 0  # refused because something was full
         self._bootstrap = bootstrap
         self._snapshot_stats = snapshot_stats
-        self._detail = "the engine's workers are starting"
         self._clears = CacheClears()
         self.recovery = Recovery(self.table, self.requests, self._clears, self._outbox)
         self.kept = KeptValues(bootstrap.frontend.max_kept_bytes)
         self._next_probe = 0.0
-        self._drain_deadline = float("inf")
-        self._has_drained = False
 
     def take_outbox(self) -> list[Send]:
         """The messages to send, in order."""
-        if self.state in ("draining", "failed") and not self._has_drained and not len(self.table):
-            self._has_drained = True
-            self._drain_deadline = float("inf")
+        if self.serving.has_just_drained(len(self.table)):
             self._outbox.add(Peer.LAUNCHER, Drained())
         return self._outbox.take()
 
     # The launcher
 
-    def start(self) -> None:
-        if self.state == "starting":
-            self.state, self._detail = "ready", ""
-
-    def engine_state(self, state: Literal["ready", "recovering"], detail: str) -> None:
-        """A process is started again or may hang, or all of them serve. Requests are taken in either state."""
-        if self.state in ("ready", "recovering"):
-            self.state, self._detail = state, detail
-
-    def drain(self, now: float) -> None:
-        """Take no new requests. `Drained` follows when no request is open, or at the time-out."""
-        if self.state in ("starting", "ready", "recovering"):
-            self.state, self._detail = "draining", "the engine is draining"
-            self._drain_deadline = now + self._bootstrap.frontend.drain_timeout_s
-
     def abort(self, error: RingfeedError) -> None:
         """Answer every open request with an error."""
-        self.state, self._detail = "failed", str(error)
+        self.serving.fail(str(error))
         self.requests.fail_all(error)
 
     # Clients
@@ -139,8 +122,7 @@ class Gateway:
             self._refuse(identity, request_id, error)
 
     def _open(self, identity: bytes, message: ClientRequest, frame_bytes: int, now: float) -> None:
-        if self.state not in ("ready", "recovering"):
-            raise EngineUnavailable("the engine is starting" if self.state == "starting" else self._detail)
+        self.serving.check_takes_requests(is_resumed=isinstance(message, Generate) and message.resume is not None)
         self._flow.check_not_suspended(identity)
         priority = message.scheduling.priority
         if priority and self._bootstrap.policy.policy != "priority":
@@ -186,8 +168,8 @@ class Gateway:
             return Stats(query_id=query.query_id, roles=roles, arrays=_encoded(arrays))
         return Health(
             query_id=query.query_id,
-            state=self.state,
-            detail=self._detail,
+            state=self.serving.state,
+            detail=self.serving.detail,
             protocol_version=PROTOCOL_VERSION,
             model=self._bootstrap.model_name,
             model_folder=self._bootstrap.model_folder,
@@ -267,7 +249,7 @@ class Gateway:
 
     def timeout_s(self, now: float) -> float | None:
         """The longest time until the next `tick`; None: no tick is needed before the next event."""
-        times = [self._drain_deadline]
+        times = [self.serving.next_tick()]
         if self._flow.needs_probes:
             times.append(now + PROBE_INTERVAL_S)
         if self.requests.first_timer_ns is not None:
@@ -281,8 +263,7 @@ class Gateway:
         Call at least as often as `timeout_s` says.
         """
         self.requests.expire(now)
-        if now >= self._drain_deadline:
-            self._drain_deadline = float("inf")
+        if self.serving.tick(now):
             self.requests.fail_all(EngineUnavailable("the engine was stopped before this request was finished"))
         if now >= self._next_probe:
             self._next_probe = now + PROBE_INTERVAL_S

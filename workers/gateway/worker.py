@@ -182,12 +182,12 @@ class GatewayWorker:
 
     def _on_control(self, message: Start | Drain | Abort | EngineState) -> None:
         if isinstance(message, Start):
-            self.core.start()
+            self.core.serving.start(time.monotonic())
             self.process.ready()  # a second time: from now on the gateway takes requests
         elif isinstance(message, Drain):
-            self.core.drain(time.monotonic())
+            self.core.serving.drain(time.monotonic())
         elif isinstance(message, EngineState):
-            self.core.engine_state(message.state, message.detail)
+            self.core.serving.engine_state(message.state, message.detail, time.monotonic())
         else:
             self.core.abort(EngineUnavailable(message.error_message))
 

@@ -100,7 +100,7 @@ class Harness:
         self.finals: dict[tuple[bytes, str], list[FinalOutput]] = {}  # without their times
         self.times: dict[tuple[bytes, str], RequestTimes | None] = {}
         if started:
-            self.core.start()
+            self.core.serving.start(self.now)
             for tokenizer in TOKENIZERS:
                 self.core.tokenizer_done(tokenizer, 0, self.now)
 

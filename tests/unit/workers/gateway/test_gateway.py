@@ -108,7 +108,7 @@ def test_tokenizers_are_loaded_evenly_and_never_beyond_their_window() -> None:
 
 def test_nothing_is_sent_to_a_tokenizer_that_is_not_connected_yet() -> None:
     gateway = Harness(started=False)
-    gateway.core.start()
+    gateway.core.serving.start(gateway.now)
     gateway.client(generate("r"))
     assert gateway.tokenized() == []
     gateway.core.tokenizer_done(TOKENIZERS[0], 0, gateway.now)
@@ -465,7 +465,7 @@ def test_an_idle_gateway_needs_no_clock() -> None:
 def test_health_and_stats_answer_by_their_query_id() -> None:
     gateway = Harness(started=False)
     gateway.client(Query(query_id=1, what="health"))
-    gateway.core.start()
+    gateway.core.serving.start(gateway.now)
     gateway.client(Query(query_id=2, what="health"))
     gateway.client(Query(query_id=3, what="stats"))
     starting, ready = gateway.answers(Health)
@@ -490,7 +490,7 @@ def test_a_starting_engine_refuses_requests() -> None:
 def test_draining_finishes_what_is_open_and_refuses_what_is_new() -> None:
     gateway = Harness()
     gateway.client(generate("r"))
-    gateway.core.drain(gateway.now)
+    gateway.core.serving.drain(gateway.now)
     gateway.client(generate("late"))
     assert gateway.refusal().error_code == "unavailable"
     assert "draining" in gateway.refusal().error_message
@@ -504,7 +504,7 @@ def test_draining_finishes_what_is_open_and_refuses_what_is_new() -> None:
 
 def test_draining_an_idle_engine_is_done_at_once() -> None:
     gateway = Harness()
-    gateway.core.drain(gateway.now)
+    gateway.core.serving.drain(gateway.now)
     gateway.flush()
     assert gateway.messages(Peer.LAUNCHER, Drained) == [Drained()]
 
@@ -513,7 +513,7 @@ def test_draining_ends_at_its_time_out_with_errors() -> None:
     gateway = Harness()
     gateway.client(generate("r"))
     [request] = gateway.pass_on()
-    gateway.core.drain(gateway.now)
+    gateway.core.serving.drain(gateway.now)
     gateway.tick(19)
     assert gateway.finals == {}
     gateway.tick(2)

@@ -122,7 +122,7 @@ def test_a_key_has_1_to_256_characters(key: str) -> None:
 
 def test_a_draining_engine_still_keeps_the_answers_of_its_last_requests() -> None:
     gateway = gateway_that_keeps()
-    gateway.core.drain(gateway.now)
+    gateway.core.serving.drain(gateway.now)
     gateway.client(keep("k", b"v"))
     gateway.client(recall("k"))
     assert last_answer(gateway).value == b"v"

@@ -600,7 +600,7 @@ def test_a_draining_engine_tokenizes_what_waits_and_looks_at_its_time() -> None:
     for number in range(6):
         scheduling = SchedulingParams(deadline_s=1.0) if number == 5 else SchedulingParams()
         gateway.client(generate(f"r{number}", scheduling=scheduling))
-    gateway.core.drain(gateway.now)
+    gateway.core.serving.drain(gateway.now)
     gateway.tick(1.0)
     assert [final.finish_reason for final in gateway.finals[b"c", "r5"]] == ["deadline"]
     requests = gateway.pass_on()

@@ -162,7 +162,7 @@ def test_an_engine_that_starts_or_drains_takes_no_queries_and_finishes_the_open_
     assert gateway.refusal().error_code == "unavailable"
     gateway = Harness()
     gateway.client(tokenize("open"))
-    gateway.core.drain(gateway.now)
+    gateway.core.serving.drain(gateway.now)
     gateway.client(detokenize("late"))
     assert gateway.refusal().error_code == "unavailable"
     assert gateway.messages(Peer.LAUNCHER, Drained) == []
