@@ -23,13 +23,14 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--http", type=int, default=4, help="HTTP streams beside the others (default 4)")
+    parser.add_argument("--roles", nargs="*", default=(), help="what is hit (default: all)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the engine's configuration")
     parser.add_argument("--log", type=Path, help="the engine's log (default: a new file)")
     options = parser.parse_args()
     num_kills = int(options.seconds / options.kill_every) if options.kill_every else options.kills
     plan = Plan(
         num_kills, options.hangs, options.seconds, options.seed, options.kill_every, options.streams, options.batch,
-        options.http,
+        options.http, tuple(options.roles),
     )  # fmt: skip
     log = options.log or Path(tempfile.mkstemp(prefix="chaos-", suffix=".log")[1])
     print(f"seed {plan.seed}; the engine's log: {log}", flush=True)

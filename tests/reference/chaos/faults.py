@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -36,17 +36,24 @@ class Faults:
     """Makes faults and remembers them.
 
     `pids` gives the present processes by name; "launcher" is left alone. `seed` fixes what is hit, and when, but not
-    what the engine does at that moment.
+    what the engine does at that moment. `roles`: those that are hit; () = all. Each role is hit equally often.
     """
 
-    def __init__(self, pids: Callable[[], Mapping[str, int]], seed: int) -> None:
+    def __init__(self, pids: Callable[[], Mapping[str, int]], seed: int, roles: Sequence[str] = ()) -> None:
         self.done: list[Fault] = []
         self._pids = pids
+        self._roles = roles
         self._random = random.Random(seed)
         self._hit: set[int] = set()  # processes that end or are to be killed by the launcher
 
-    def names(self) -> list[str]:
-        return sorted(name for name, pid in self._pids().items() if name != "launcher" and pid not in self._hit)
+    def choose(self) -> str | None:
+        """A process to hit. None: all of them have been hit and are not replaced yet."""
+        by_role: dict[str, list[str]] = {}
+        for name, pid in sorted(self._pids().items()):
+            role = name.partition(".")[0]
+            if role != "launcher" and pid not in self._hit and (not self._roles or role in self._roles):
+                by_role.setdefault(role, []).append(name)
+        return self._random.choice(by_role[self._random.choice(list(by_role))]) if by_role else None
 
     def hit(self, name: str, how: Literal["kill", "hang"] = "kill") -> int:
         """Kill or stop this process now. Returns its pid; 0 = it has just ended by itself."""
@@ -64,12 +71,11 @@ class Faults:
         num_before, draw = len(self.done), self._random
         while (left := count - (len(self.done) - num_before)) > 0:
             await asyncio.sleep(mean_s if is_regular else draw.expovariate(1 / mean_s))
-            if not (names := self.names()):
+            if (name := self.choose()) is None:
                 continue
-            name = draw.choice(names)
             pid = self.hit(name)
-            if left > 1 and draw.random() < _AT_ONCE and (others := self.names()):
-                self.hit(draw.choice(others))
+            if left > 1 and draw.random() < _AT_ONCE and (other := self.choose()) is not None:
+                self.hit(other)
             elif left > 1 and pid and draw.random() < _AT_START and await self.replaced(name, pid, _LONGEST_START_S):
                 await asyncio.sleep(draw.random() * _LONGEST_START_S)
                 self.hit(name)
@@ -80,7 +86,8 @@ class Faults:
         Raises TimeoutError if it does not.
         """
         for _ in range(count):
-            name = self._random.choice(self.names())
+            while (name := self.choose()) is None:
+                await asyncio.sleep(_LOOK_S)
             if (pid := self.hit(name, "hang")) and not await self.replaced(name, pid, timeout_s):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -44,6 +44,7 @@ class Plan:
     num_streams: int = 64
     batch_size: int = 200
     num_http: int = 4
+    roles: tuple[str, ...] = ()  # () = all
 
 
 @dataclass
@@ -77,7 +78,7 @@ def run(
 async def disturb(pipeline: Pipeline, plan: Plan) -> Result:
     """Disturb a running engine. Raises TimeoutError if a hanging process is not replaced."""
     max_num_seqs = pipeline.config.scheduler.max_num_seqs
-    faults = Faults(lambda: pipeline.pids, plan.seed)
+    faults = Faults(lambda: pipeline.pids, plan.seed, plan.roles)
     async with AsyncClient(pipeline.endpoint, timeout_s=TIMEOUT_S, resume_timeout_s=TIMEOUT_S) as client:
         load = Load(client, questions(), faults.done, pipeline.http_url)
         await load.learn()
