@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -80,12 +80,15 @@ class Faults:
                 await asyncio.sleep(draw.random() * _LONGEST_START_S)
                 self.hit(name)
 
-    async def hang(self, count: int, timeout_s: float) -> None:
-        """Stop `count` processes, one after the other. The launcher kills each within about `timeout_s` seconds.
+    async def hang(self, count: int, timeout_s: float, serves: Callable[[], Awaitable[bool]]) -> None:
+        """Stop `count` processes, one after the other, each while the engine `serves()`.
 
-        Raises TimeoutError if it does not.
+        A process that starts may take longer than `timeout_s`, so none is stopped then. Raises TimeoutError if the
+        launcher does not replace a process within `timeout_s` seconds.
         """
         for _ in range(count):
+            while not await serves():
+                await asyncio.sleep(_LOOK_S)
             while (name := self.choose()) is None:
                 await asyncio.sleep(_LOOK_S)
             if (pid := self.hit(name, "hang")) and not await self.replaced(name, pid, timeout_s):

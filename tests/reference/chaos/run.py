@@ -80,6 +80,10 @@ async def disturb(pipeline: Pipeline, plan: Plan) -> Result:
     max_num_seqs = pipeline.config.scheduler.max_num_seqs
     faults = Faults(lambda: pipeline.pids, plan.seed, plan.roles)
     async with AsyncClient(pipeline.endpoint, timeout_s=TIMEOUT_S, resume_timeout_s=TIMEOUT_S) as client:
+
+        async def serves() -> bool:
+            return (await client.health()).state == "ready"
+
         load = Load(client, questions(), faults.done, pipeline.http_url)
         await load.learn()
         await rest(client, max_num_seqs)
@@ -92,7 +96,7 @@ async def disturb(pipeline: Pipeline, plan: Plan) -> Result:
             await asyncio.sleep(1.0)
             mean_s = plan.kill_every_s or plan.seconds / max(plan.num_kills, 1)
             await faults.kill(plan.num_kills, mean_s, is_regular=plan.kill_every_s is not None)
-            await faults.hang(plan.num_hangs, HANG_TIMEOUT_S * 6 + 10)
+            await faults.hang(plan.num_hangs, HANG_TIMEOUT_S * 3, serves)
         finally:
             load.stop()
             periods.cancel()
