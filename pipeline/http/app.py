@@ -189,7 +189,7 @@ async def _on_exception(request: Request, error: Exception) -> Response:
     """The middleware failed. Endpoints answer and log their own errors."""
     request_id = request.scope.get("request_id", "-")
     logger.error("request %s to %s failed", request_id, request.url.path[:200], exc_info=error)
-    message = f"internal error; the server's log has it under request id {request_id}"
+    message = f"internal error; the log has it under request id {request_id}"
     return _error_response(request.url.path, HttpError(500, message))
 
 

@@ -44,7 +44,7 @@ from ipc.record_layout import HostArray
 from workers.gateway.cache_clears import CacheClears
 from workers.gateway.client_flow import PROBE_INTERVAL_S, ClientFlow
 from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.config import GatewayBootstrap
+from workers.gateway.config import HEALTH_FIELDS, GatewayBootstrap
 from workers.gateway.kept_values import KeptValues
 from workers.gateway.outbox import Outbox, Peer, Send
 from workers.gateway.request_lifecycle import RequestLifecycle, to_ns
@@ -182,10 +182,8 @@ class Gateway:
             detail=self._detail,
             protocol_version=PROTOCOL_VERSION,
             model=self._bootstrap.model_name,
-            model_folder=self._bootstrap.model_folder,
-            chat_template=self._bootstrap.chat_template,
-            max_model_len=self._bootstrap.max_model_len,
             max_open_requests=self._bootstrap.frontend.max_open_requests,
+            **{name: getattr(self._bootstrap, name) for name in HEALTH_FIELDS},
         )
 
     def _refuse(self, identity: bytes, request_id: str, error: RingfeedError) -> None:
