@@ -53,7 +53,7 @@ async def service_of(client: AsyncClient) -> Service:
     )  # fmt: skip
     return make_service(
         client, config, stats, model_name=health.model, model_folder=health.model_folder,
-        chat_template=health.chat_template, max_model_len=health.max_model_len,
+        chat_template=health.chat_template, max_model_len=health.max_model_len, policy=health.policy,
     )  # fmt: skip
 
 

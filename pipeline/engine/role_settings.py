@@ -159,5 +159,6 @@ def http(facts: EngineFacts, worker: WorkerBootstrap) -> HttpBootstrap:
         model_folder=facts.model.folder,
         chat_template=facts.config.tokenizer.chat_template,
         max_model_len=facts.model.max_model_len,
+        policy=facts.config.scheduler.policy,
         drain_timeout_s=facts.config.frontend.drain_timeout_s,
     )

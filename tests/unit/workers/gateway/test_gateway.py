@@ -474,9 +474,10 @@ def test_health_and_stats_answer_by_their_query_id() -> None:
 
 def test_health_has_the_http_servers_names_and_parsers() -> None:
     settings = {"served_model_names": ["a", "b"], "tool_parser": "hermes", "reasoning_parser": "none"}
-    gateway = Harness(**settings)
+    gateway = Harness(**settings, policy={"policy": "fair"})
     gateway.client(Query(query_id=1, what="health"))
     (health,) = gateway.answers(Health)
+    assert health.policy == "fair"
     assert {name: getattr(health, name) for name in settings} == settings
 
 
