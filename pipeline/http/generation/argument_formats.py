@@ -7,11 +7,11 @@ import re
 from typing import Any, Final
 
 from pipeline.http.generation.answer_formats import Node
+from pipeline.http.generation.grammar_room import NODE_BYTES, GrammarRoom, RootSchema
 from pipeline.http.parsing.native_forms import XmlArguments
 from pipeline.http.parsing.schema_types import resolved, types_of
 
 _MAX_DEPTH: Final = 8  # of values inside values; deeper ones are written as JSON
-_DEFINITIONS: Final = ("$defs", "definitions")
 _ANY_NAME: Final = "[A-Za-z_][A-Za-z0-9_]{0,63}"
 
 
@@ -42,8 +42,12 @@ def json_value(schema: Any) -> Node:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
-    """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON."""
+def xml_arguments(schema: dict[str, Any], xml: XmlArguments, room: GrammarRoom) -> Node:
+    """Arguments between tags, in the order of the schema. A text stands there as it is, anything else as JSON.
+
+    Raises InvalidRequest if there is not enough room.
+    """
+    root = RootSchema(schema, room)
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         if schema.get("additionalProperties") is False:
@@ -56,7 +60,7 @@ def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
     arguments = []
     for key, value in properties.items():
         begin = f"{xml.key_begin}{key}{xml.key_end}{xml.value_begin}"
-        values = _xml_values(value, schema, _MAX_DEPTH)
+        values = _xml_values(value, root, _MAX_DEPTH)
         if values is None:
             argument = _xml_text(begin, resolved(value, schema), xml)
         else:
@@ -65,10 +69,12 @@ def xml_arguments(schema: dict[str, Any], xml: XmlArguments) -> Node:
     return sequence(*arguments)
 
 
-def _xml_values(schema: Any, root: dict[str, Any], depth: int) -> list[Node] | None:
+def _xml_values(schema: Any, root: RootSchema, depth: int) -> list[Node] | None:
     """The values that a schema allows, one or the other; None if they may be texts that it does not list."""
-    schema = resolved(schema, root)
+    root.room.take()
+    schema = resolved(schema, root.schema)
     if (listed := _listed_values(schema)) is not None:
+        root.room.take(NODE_BYTES * len(listed))
         others = [value for value in listed if not isinstance(value, str)]
         texts = [const(value) for value in listed if isinstance(value, str)]
         return [*texts, json_value({"enum": others})] if others else texts
@@ -76,8 +82,8 @@ def _xml_values(schema: Any, root: dict[str, Any], depth: int) -> list[Node] | N
         if depth and isinstance(choices := schema.get(union), list) and choices:
             values = [_xml_values(each, root, depth - 1) for each in choices]
             return None if None in values else [node for nodes in values for node in nodes or ()]
-    types = types_of(schema, root)
-    return None if not types or "string" in types else [json_value(_with_definitions(schema, root))]
+    types = types_of(schema, root.schema)
+    return None if not types or "string" in types else [json_value(root.with_definitions(schema))]
 
 
 def _xml_text(begin: str, schema: dict[str, Any], xml: XmlArguments) -> Node:
@@ -120,8 +126,12 @@ def _listed_values(schema: dict[str, Any]) -> list[Any] | None:
     return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
-def python_arguments(schema: dict[str, Any]) -> Node:
-    """Arguments as Python writes them, `name=value, ...`: those that are required first."""
+def python_arguments(schema: dict[str, Any], room: GrammarRoom) -> Node:
+    """Arguments as Python writes them, `name=value, ...`: those that are required first.
+
+    Raises InvalidRequest if there is not enough room.
+    """
+    root = RootSchema(schema, room)
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         if schema.get("additionalProperties") is False:
@@ -131,12 +141,12 @@ def python_arguments(schema: dict[str, Any]) -> Node:
     required = [key for key in properties if key in _required(schema)]
     others = [key for key in properties if key not in required]
     nodes = {
-        key: sequence(const(f"{key}="), _python_value(value, schema, _MAX_DEPTH)) for key, value in properties.items()
+        key: sequence(const(f"{key}="), _python_value(value, root, _MAX_DEPTH)) for key, value in properties.items()
     }
-    return _with_optional([nodes[key] for key in required], [nodes[key] for key in others])
+    return _with_optional([nodes[key] for key in required], [nodes[key] for key in others], room)
 
 
-def _with_optional(required: list[Node], others: list[Node]) -> Node:
+def _with_optional(required: list[Node], others: list[Node], room: GrammarRoom) -> Node:
     """Elements with commas between them. Each of `others` may be missing."""
     comma = const(", ")
 
@@ -148,6 +158,7 @@ def _with_optional(required: list[Node], others: list[Node]) -> Node:
         return sequence(first, *(part for each in more for part in (comma, each)), *behind(0))
     if not others:
         return const("")
+    room.take(NODE_BYTES * len(others) * (len(others) + 1) // 2)
     return optional(one_of(*(sequence(each, *behind(i + 1)) for i, each in enumerate(others))))
 
 
@@ -155,10 +166,12 @@ def _listed(element: Node) -> Node:
     return sequence(element, {"type": "star", "content": sequence(const(", "), element)})
 
 
-def _python_value(schema: Any, root: dict[str, Any], depth: int) -> Node:
+def _python_value(schema: Any, root: RootSchema, depth: int) -> Node:
     """A value as a Python literal. A schema that says nothing of the type allows any JSON."""
-    schema = resolved(schema, root)
+    root.room.take()
+    schema = resolved(schema, root.schema)
     if (listed := _listed_values(schema)) is not None:
+        root.room.take(NODE_BYTES * len(listed))
         return one_of(*(const(_literal(value)) for value in listed))
     for union in ("anyOf", "oneOf"):
         if depth and isinstance(choices := schema.get(union), list) and choices:
@@ -179,9 +192,10 @@ def _python_value(schema: Any, root: dict[str, Any], depth: int) -> Node:
             for key, value in properties.items()
         }
         required = [key for key in properties if key in _required(schema)]
-        inner = _with_optional([nodes[key] for key in required], [nodes[key] for key in nodes if key not in required])
+        others = [nodes[key] for key in nodes if key not in required]
+        inner = _with_optional([nodes[key] for key in required], others, root.room)
         return sequence(const("{"), inner, const("}"))
-    return json_value(_with_definitions(schema, root))
+    return json_value(root.with_definitions(schema))
 
 
 def _literal(value: Any) -> str:
@@ -191,7 +205,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)}: {_literal(each)}" for key, each in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-def _with_definitions(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: root[key] for key in _DEFINITIONS if key in root}, **schema}

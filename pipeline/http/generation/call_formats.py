@@ -14,10 +14,12 @@ from pipeline.http.generation.argument_formats import (
     sequence,
     xml_arguments,
 )
+from pipeline.http.generation.grammar_room import GrammarRoom
 from pipeline.http.generation.tool_definitions import parameters_of
 from pipeline.http.parsing.families import HARMONY
 from pipeline.http.parsing.native_forms import NativeForm
 from pipeline.http.parsing.scanner import Tool
+from workers.grammar.origin import SOURCE
 
 # For models of no known family: the parser takes an answer that is one call object for a call.
 BARE_CALL: Final = NativeForm(trigger="", begin='{"name": "', middle='", "parameters": ', end="}", separator=", ")
@@ -28,6 +30,11 @@ _LIKE_CALLS: Final = {  # beginnings that parsers read as calls, of families wit
     "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/',
     "python": r"/\s*\[\s*[\w.:\/-]+\s*\((?s:.*)/",
 }
+
+
+def parameters_source(tool: Tool) -> str:
+    """The field of a request that the grammar of a tool's arguments comes from, for errors."""
+    return f"tools: the parameters of {tool['name']!r}"
 
 
 class CallFormats:
@@ -45,6 +52,7 @@ class CallFormats:
         self._is_parallel: Final = is_parallel and form.allows_parallel_calls
         self._follows_schemas: Final = follows_schemas
         self._tools: Final = tools
+        self._room: Final = GrammarRoom()
         self._tags: Final = [self._call(tool) for tool in tools]
 
     def calls(self) -> Node:
@@ -79,7 +87,7 @@ class CallFormats:
             "stop_after_first": bool(form.section_begin) or not self._is_parallel,
         }  # fmt: skip
 
-    def calls_or_json(self, schema: Any, final_answer: str = "") -> Node:
+    def calls_or_json(self, answer: Node, final_answer: str = "") -> Node:
         """Calls, or JSON that a schema describes.
 
         Bare calls are JSON too, and llguidance cannot tell two forms of JSON apart token by token. So both are one
@@ -87,7 +95,7 @@ class CallFormats:
         """
         form = self._form
         if form.trigger or form.arguments != "json":
-            return one_of(self.calls(), sequence(const(final_answer), json_value(schema)))
+            return one_of(self.calls(), sequence(const(final_answer), answer))
         key = next(each for each in ("parameters", "arguments") if each in form.middle)
         schemas: list[Any] = []
         for tool in self._tools:
@@ -96,7 +104,7 @@ class CallFormats:
             schemas.append(
                 {"type": "object", "properties": properties, "required": ["name", key], "additionalProperties": False}
             )
-        return json_value({"anyOf": [*schemas, _moved(schema, f"#/anyOf/{len(schemas)}")]})
+        return json_value({"anyOf": [*schemas, _moved(answer["json_schema"], f"#/anyOf/{len(schemas)}")]})
 
     def _calls_told_from_text(self) -> Node:
         """The same as `calls`. The text up to the first name is one literal: a lexer that could go on with free text
@@ -119,19 +127,23 @@ class CallFormats:
 
     def _call(self, tool: Tool) -> Node:
         form = self._form
+        self._room.enter(tool["name"])
         before, has_index, after = form.middle.partition("{index}")
         index = [{"type": "regex", "pattern": _INDEX}, const(after)] if has_index else []
         # A call that ends the answer ends with a token that ends the sequence: the grammar is complete before it.
         end = form.end if form.allows_parallel_calls else ""
         content = sequence(*index, self._arguments(self._schema(tool)))
-        return {"type": "tag", "begin": f"{form.begin}{tool['name']}{before}", "content": content, "end": end}
+        return {
+            "type": "tag", "begin": f"{form.begin}{tool['name']}{before}", "content": content, "end": end,
+            SOURCE: parameters_source(tool),
+        }  # fmt: skip
 
     def _arguments(self, schema: dict[str, Any]) -> Node:
         if self._form.arguments == "python":
-            return python_arguments(schema)
+            return python_arguments(schema, self._room)
         if self._form.arguments == "xml":
             assert self._form.xml is not None, "a form with XML arguments says how they are written"
-            return xml_arguments(schema, self._form.xml)
+            return xml_arguments(schema, self._form.xml, self._room)
         return json_value(schema)
 
 

@@ -32,7 +32,7 @@ def resolved(schema: Any, root: Any) -> dict[str, Any]:
 
 def types_of(schema: Any, root: Any) -> set[str]:
     """The names of the types that a schema allows; empty if it names none. `root` holds its definitions."""
-    return _types(schema, root, _MAX_DEPTH)
+    return _types(schema, root, _MAX_DEPTH, {})
 
 
 def type_of(value: Any) -> set[str]:
@@ -45,10 +45,18 @@ def type_of(value: Any) -> set[str]:
     return {kinds.get(type(value), "null")}
 
 
-def _types(schema: Any, root: Any, depth: int) -> set[str]:
-    if not depth:
-        return set()
+def _types(schema: Any, root: Any, depth: int, known: dict[tuple[int, int], set[str]]) -> set[str]:
+    """`known` holds the types of schemas by identity and depth, because references may lead to one in many ways."""
     schema = resolved(schema, root)
+    if not depth or not schema:
+        return set()
+    types = known.get((id(schema), depth))
+    if types is None:
+        types = known[id(schema), depth] = _new_types(schema, root, depth, known)
+    return types
+
+
+def _new_types(schema: dict[str, Any], root: Any, depth: int, known: dict[tuple[int, int], set[str]]) -> set[str]:
     declared = schema.get("type")
     names = declared if isinstance(declared, list) else [declared]
     types = {each for each in names if isinstance(each, str)}
@@ -57,7 +65,7 @@ def _types(schema: Any, root: Any, depth: int) -> set[str]:
     for union in ("anyOf", "oneOf", "allOf"):
         choices = schema.get(union)
         for choice in choices if isinstance(choices, list) else ():
-            types |= _types(choice, root, depth - 1)
+            types |= _types(choice, root, depth - 1, known)
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
     if not types and isinstance(values, list):
         for value in values:
