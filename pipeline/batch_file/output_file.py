@@ -79,8 +79,7 @@ class OutputFile:
         """
         done: set[str] = set()
         num_failed, keeps_all = 0, True
-        kept = tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=f".{self._path.name}.", delete=False)  # noqa: SIM115
-        with kept, open(os.dup(self._fd), "rb") as source:
+        with self._temporary_file() as kept, open(os.dup(self._fd), "rb") as source:
             try:
                 source.seek(0)
                 for line, answer in read_answers(source, str(self._path)):
@@ -98,6 +97,16 @@ class OutputFile:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(kept.name)
         return done, num_failed
+
+    def _temporary_file(self) -> Any:
+        """A new file in the folder of this one, which can take its place."""
+        try:
+            return tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=f".{self._path.name}.", delete=False)
+        except OSError as error:
+            raise InvalidRequest(
+                f"OUT.jsonl ({str(self._path)!r}) cannot be repaired, because its folder takes no new file: "
+                f"{error.strerror}"
+            ) from None
 
     def _replace_by(self, kept: Any) -> None:
         """Put a file in the place of this one, locked before any other batch can see it."""
