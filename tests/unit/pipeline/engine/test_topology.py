@@ -32,8 +32,8 @@ EXTRA = Role(
 
 def facts(folder: Path = Path("/run/e"), **changes: Any) -> EngineFacts:
     config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}, "grammar": {"num_workers": 2}})
-    fields = {"endpoint": "ipc:///e/client.sock", "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}} | changes
-    return EngineFacts(config=config, model=MODEL, run_folder=folder, **fields)
+    fields = {"config": config, "endpoint": "ipc:///e/client.sock", "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}}
+    return EngineFacts(model=MODEL, run_folder=folder, **(fields | changes))
 
 
 def two_gpus() -> Table:
