@@ -319,6 +319,10 @@ class Health(Message, frozen=True):
     max_open_requests: int  # of one client; the gateway refuses more at once
     model_folder: str = ""  # of the model's files, on the engine's machine
     chat_template: str | None = None  # a file there that replaces the model's own templates
+    policy: str = "fcfs"  # of the scheduler
+    served_model_names: BoundedList[str] = []  # names that HTTP requests may give; empty: `model`
+    tool_parser: str = "auto"  # of the HTTP server
+    reasoning_parser: str = "auto"
 
 
 class StatsArray(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
