@@ -9,6 +9,13 @@ from pathlib import Path
 
 def main() -> int:
     """Run `pipeline.cli`. Returns the exit status."""
+    try:
+        return _main()
+    except KeyboardInterrupt:  # while the modules are imported
+        return 130
+
+
+def _main() -> int:
     folder = Path(__file__).resolve().parent / "pipeline"
     spec = importlib.util.spec_from_file_location(
         "pipeline", folder / "__init__.py", submodule_search_locations=[str(folder)]

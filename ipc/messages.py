@@ -269,7 +269,7 @@ class FinalOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_completion_tokens: int  # of the sample
     error_code: str = ""
     error_message: str = ""
-    num_cached_tokens: int = 0  # prompt tokens found in the cache when sample 0 was admitted
+    num_cached_tokens: int = 0  # prompt tokens found in the cache when the first running sample was admitted
     num_open: int = 0  # samples of the request that have not ended
     retry_after_s: float = 0.0  # of a full queue: when to try again
     times: RequestTimes | None = None  # of the sample; None with an error that the gateway reports
@@ -293,7 +293,8 @@ class Outputs(Message, frozen=True):
     token_bytes: TokenBytes | None = None  # of every token that has a log-probability here; None: there are none
     samples: bytes = b""  # int32 [n], index of each sample in its request; empty: all are sample 0
     prompt_logprobs: BoundedList[tuple[int, PromptLogprobs]] = []  # (index into request_ids, next part of its prompt)
-    # (index into request_ids, tokens of the prompt, those found in the cache), with the first tokens of a stream.
+    # (index into request_ids, tokens of the prompt, those found in the cache), with sample 0's first tokens of a
+    # stream. A resumed request gets it only if it brings no tokens of sample 0.
     prompts: BoundedList[tuple[int, int, int]] = []
 
 
@@ -318,6 +319,10 @@ class Health(Message, frozen=True):
     max_open_requests: int  # of one client; the gateway refuses more at once
     model_folder: str = ""  # of the model's files, on the engine's machine
     chat_template: str | None = None  # a file there that replaces the model's own templates
+    policy: str = "fcfs"  # of the scheduler
+    served_model_names: BoundedList[str] = []  # names that HTTP requests may give; empty: `model`
+    tool_parser: str = "auto"  # of the HTTP server
+    reasoning_parser: str = "auto"
 
 
 class StatsArray(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -552,11 +557,11 @@ class Opened(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     text: TextOptions = PLAIN_TEXT
     num_logprobs: int | None = None  # SamplingParams.num_logprobs
     logprob_token_ids: BoundedList[int] = []  # of SamplingParams
-    num_samples: int = 1  # a request that the scheduler refuses has one, which ends at once
+    num_samples: int = 1  # with ended ones; a request that the scheduler refuses has one, which ends at once
     prompt_tail: bytes = b""  # int32, the prompt's last ids, at most PROMPT_TAIL_TOKENS; empty if it was refused
     arrived_ns: int = 0  # see RequestTimes
     tokenized_ns: int = 0
-    resume: Resume | None = None
+    resume: Resume | None = None  # None if it was refused
 
 
 class Ended(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

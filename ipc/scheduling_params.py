@@ -60,3 +60,11 @@ class SchedulingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 DEFAULT_SCHEDULING: Final = SchedulingParams()
+
+
+def no_priority(priority: int) -> str:
+    """The message for a priority that the engine's policy would ignore."""
+    return (
+        f"priority ({priority}) has no effect in this engine: leave it out, or start the engine with "
+        'scheduler.policy = "priority"'
+    )

@@ -63,7 +63,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         grammar: a context-free grammar: Lark text with a rule `start`, or GBNF/EBNF text (`::=`) with a rule `root`.
         json_object: true = any JSON object.
         structural_tag: JSON text of free text that switches to a schema inside tags, as tool calls need: vLLM's
-            `structures` and `triggers`, or xgrammar's `format`.
+            `structures` and `triggers`, or xgrammar's `format`. A format may have a string `source`: errors about it
+            name that instead of this field.
         disable_any_whitespace: true = JSON without whitespace. By default JSON may have a space, or a line break and
             an indentation of at most 40 characters, wherever JSON allows whitespace.
         disable_additional_properties: true = objects whose schema lists properties have no others.

@@ -12,6 +12,7 @@ Names outside this list are internal and may change. Importing this package load
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import pipeline.environment.early_interrupt
 import pipeline.environment.own_ipc  # noqa: F401
 from ipc.errors import (
     ConfigError,

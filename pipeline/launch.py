@@ -33,9 +33,9 @@ from pipeline.engine.supervisor import Supervisor
 from pipeline.engine.topology import ENDPOINT_CLAIM, ENGINE, Table
 from pipeline.engine.wiring import Wiring
 from pipeline.environment.descriptors import check_room, raise_descriptor_limit
-from pipeline.http.config import HTTP_LISTENER
+from pipeline.http.config import HTTP_LISTENER, HttpConfig
 from pipeline.http.listener import open_listener, read_keys, url_of
-from pipeline.http.parsing.choose import choose_format
+from pipeline.http.parsing.choose import choose_format, read_chat_template
 from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
 from workers.process import LOG_FORMAT
@@ -143,9 +143,7 @@ def launch(
     check_device(config.model.device)
     model = find_model(config)
     if config.http is not None:
-        # Faults of these are errors of the configuration, and not of an HTTP process.
-        read_keys(config.http)
-        choose_format(model.folder, config.http.tool_parser, config.http.reasoning_parser)
+        _check_http(config, config.http, model)
     endpoint = config.frontend.endpoint or default_endpoint()
     with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
         lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}
@@ -178,6 +176,13 @@ def launch(
             lifeline_fd=lifeline_fd,
         )
         return supervisor.run()
+
+
+def _check_http(config: Config, http: HttpConfig, model: ServedModel) -> None:
+    """Raise ConfigError for faults that otherwise an HTTP process would find, which reads the same files."""
+    read_keys(http)
+    template = read_chat_template(config.tokenizer.chat_template)
+    choose_format(model.folder, http.tool_parser, http.reasoning_parser, template=template)
 
 
 def _front(config: Config, model: ServedModel, url: str | None) -> HttpFront | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
@@ -15,15 +14,8 @@ from typing import IO, Final
 from ipc.errors import InvalidRequest
 from pipeline import AsyncClient, Pipeline
 from pipeline.batch_file.answering import Answering, answer_all, service_of
-from pipeline.batch_file.lines import (
-    Answer,
-    AnswerLine,
-    RequestLine,
-    check_requests,
-    encode_line,
-    read_requests,
-    repair_output,
-)
+from pipeline.batch_file.lines import Answer, AnswerLine, RequestLine, check_requests, read_requests
+from pipeline.batch_file.output_file import OutputFile
 from pipeline.http.service import new_id
 from pipeline.terminal.engine_options import add_engine_options, pipeline_arguments
 from pipeline.terminal.progress_bar import progress_bar
@@ -39,7 +31,7 @@ A line of IN.jsonl is a request in the form of OpenAI's Batch API:
   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
 
 Each answer is appended to OUT.jsonl as soon as it is complete, so the order of lines differs. The same command started
-again skips the requests that OUT.jsonl already answers.
+again skips the requests that OUT.jsonl already answers. OUT.jsonl must be a file; one batch at a time writes it.
 """
 
 
@@ -74,11 +66,11 @@ def run(options: argparse.Namespace) -> int:
                 f"IN.jsonl and OUT.jsonl are the same file ({options.input}): give another output file"
             )
         num_requests = check_requests(source, options.input)
-        done, num_failed = repair_output(options.output, retry_failed=options.retry_failed)
+        output = stack.enter_context(contextlib.closing(OutputFile(options.output)))
+        done, num_failed = output.repair(retry_failed=options.retry_failed)
         num_left = sum(request.custom_id not in done for request in read_requests(source, options.input))
         print(f"{num_requests:,} requests, {num_requests - num_left:,} of them answered earlier", file=sys.stderr)
         if num_left:
-            output = stack.enter_context(_Output(options.output))
             endpoint = options.endpoint
             if starts_engine:
                 print("starting an engine ...", file=sys.stderr, flush=True)
@@ -98,7 +90,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _answer(
-    options: argparse.Namespace, endpoint: str | None, source: IO[bytes], output: _Output, done: set[str], num_left: int
+    options: argparse.Namespace,
+    endpoint: str | None,
+    source: IO[bytes],
+    output: OutputFile,
+    done: set[str],
+    num_left: int,
 ) -> int:
     """Answer what is left. Returns the number of requests that failed."""
     num_failed = 0
@@ -119,30 +116,6 @@ async def _answer(
 
             await answer_all(answering, left, min(concurrency, num_left), settle)
     return num_failed
-
-
-class _Output:
-    """The output file. Each line is written at once and whole, so a killed process leaves at most one torn line."""
-
-    def __init__(self, path: Path) -> None:
-        self.num_lines = 0
-        try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise InvalidRequest(f"OUT.jsonl ({str(path)!r}) cannot be written: {error.strerror}") from None
-
-    def write(self, line: AnswerLine) -> None:
-        """Raises OSError if the disk is full."""
-        data = memoryview(encode_line(line))
-        while data:
-            data = data[os.write(self._fd, data) :]
-        self.num_lines += 1
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
 
 
 def _open(name: str) -> IO[bytes]:

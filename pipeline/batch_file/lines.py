@@ -7,13 +7,8 @@ output  {"id": ..., "custom_id": ..., "response": {"status_code": ..., "request_
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Final
 
 import msgspec
 
@@ -52,7 +47,7 @@ class _Outcome(msgspec.Struct):
     status_code: int
 
 
-class _Done(msgspec.Struct):
+class EarlierAnswer(msgspec.Struct):
     """The part of an output line that tells whether its request is done."""
 
     custom_id: str
@@ -62,7 +57,7 @@ class _Done(msgspec.Struct):
 LINE_BEGIN: Final = b'{"id":"batch_req_'  # of each line that we write; a torn line begins so too
 _NO_OUTPUT: Final = "is no line of a batch's output: give another output file"
 _requests: Final = msgspec.json.Decoder(RequestLine)
-_done: Final = msgspec.json.Decoder(_Done)
+_earlier: Final = msgspec.json.Decoder(EarlierAnswer)
 
 
 def read_requests(file: IO[bytes], name: str) -> Iterator[RequestLine]:
@@ -97,48 +92,20 @@ def check_requests(file: IO[bytes], name: str) -> int:
     return len(seen)
 
 
-def repair_output(path: Path, *, retry_failed: bool) -> tuple[set[str], int]:
-    """Make the output of an earlier run ready to be continued. Returns the ids that are done, and how many failed.
+def read_answers(file: IO[bytes], name: str) -> Iterator[tuple[bytes, EarlierAnswer | None]]:
+    """All lines of a batch's output from the file's position, with the answer in each.
 
-    Removes a last line that was not written to its end, and with `retry_failed` the lines of failed requests. Raises
-    InvalidRequest for a file that is no output of a batch.
+    None instead of an answer: the last line, which was not written to its end. Raises InvalidRequest for a file that is
+    not the output of a batch.
     """
-    done: set[str] = set()
-    num_failed, keeps_all = 0, True
-    try:
-        source = path.open("rb")
-    except FileNotFoundError:
-        return done, 0
-    with source, tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as kept:
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            if not line.startswith(LINE_BEGIN[: len(line)]):
+                raise InvalidRequest(f"{name}, line {number}: {_NO_OUTPUT}")
+            yield line, None
+            return
         try:
-            for number, line in enumerate(source, start=1):
-                if not line.endswith(b"\n"):
-                    if not line.startswith(LINE_BEGIN[: len(line)]):
-                        raise InvalidRequest(f"{path}, line {number}: {_NO_OUTPUT}")
-                    keeps_all = False
-                    break
-                try:
-                    answer = _done.decode(line)
-                except msgspec.DecodeError:
-                    raise InvalidRequest(f"{path}, line {number}: {_NO_OUTPUT}") from None
-                is_failed = answer.response.status_code != 200
-                if is_failed and retry_failed:
-                    keeps_all = False
-                    continue
-                done.add(answer.custom_id)
-                num_failed += is_failed
-                kept.write(line)
-            kept.flush()
-            if not keeps_all:
-                shutil.copymode(path, kept.name)
-                os.fsync(kept.fileno())
-                os.replace(kept.name, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(kept.name)
-    return done, num_failed
-
-
-def encode_line(value: Any) -> bytes:
-    """A value as one line of JSON."""
-    return msgspec.json.encode(value) + b"\n"
+            answer = _earlier.decode(line)
+        except msgspec.DecodeError:
+            raise InvalidRequest(f"{name}, line {number}: {_NO_OUTPUT}") from None
+        yield line, answer

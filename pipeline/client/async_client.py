@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Literal, Self, Unpack, overload
 
+from ipc.errors import RingfeedError
 from ipc.sampling_params import SamplingParams
 from pipeline.client.async_queries import AsyncQueries
 from pipeline.client.batch import Batch
@@ -140,8 +141,7 @@ class AsyncClient(AsyncQueries):
             progress: whether to show a progress bar on the terminal.
             scheduling: as of `generate`; applies to each prompt.
 
-        Raises InvalidRequest if `prompts` is a single prompt, and EngineUnavailable if no engine is reachable at the
-        start.
+        Raises InvalidRequest for a single prompt, and EngineUnavailable if no engine is reachable at the start.
         """
         options = scheduling_params(scheduling)
         prompts, params_of = batch_of(prompts, params)
@@ -149,16 +149,19 @@ class AsyncClient(AsyncQueries):
             return []
         request_ids = [new_id() for _ in prompts]
         num_samples = max(each.n if isinstance(each, SamplingParams) else 1 for each in params_of)
-        window = (await self.health()).max_open_requests // num_samples
+        window = min(len(prompts), (await self.health()).max_open_requests // num_samples)
+        outputs: dict[int, Output] = {}
+
+        def settle(i: int, result: Output | RingfeedError) -> None:
+            outputs[i] = result if isinstance(result, Output) else Output.failed(request_ids[i], str(result))
+            advance()
+
         with progress_bar("generating", len(prompts), shown=progress) as advance:
-            results = await Batch(
+            await Batch(
                 lambda i: self._session.whole(prompts[i], params_of[i], request_ids[i], "", options),
-                len(prompts), window, pause=self._session.pause, advance=advance,
+                range(len(prompts)), window, pause=self._session.pause, settle=settle,
             ).run()  # fmt: skip
-        return [
-            result if isinstance(result, Output) else Output.failed(request_id, str(result))
-            for request_id, result in zip(request_ids, results, strict=True)
-        ]
+        return [outputs[i] for i in range(len(prompts))]
 
     async def cancel(self, request_id: str) -> None:
         """End an open request of this client with finish reason "cancelled". Unknown ids are ignored."""

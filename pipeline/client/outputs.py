@@ -28,6 +28,10 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
         max_open_requests: most requests that one client may have open, each of `n` samples counted.
         model_folder: the folder of the model's files, on the engine's machine.
         chat_template: a file there that replaces the model's own chat templates; None = there is none.
+        policy: the scheduler's: `scheduler.policy` of the configuration.
+        served_model_names: names that HTTP requests may give as `model`; empty: only `model`.
+        tool_parser: how the HTTP server reads calls of tools: `http.tool_parser` of the configuration.
+        reasoning_parser: how the HTTP server reads reasoning: `http.reasoning_parser` of the configuration.
     """
 
     state: Literal["starting", "ready", "recovering", "draining", "failed"]
@@ -38,6 +42,10 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     max_open_requests: int
     model_folder: str = ""
     chat_template: str | None = None
+    policy: str = "fcfs"
+    served_model_names: list[str] = []
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     @classmethod
     def of(cls, answer: HealthMessage) -> Health:

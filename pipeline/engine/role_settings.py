@@ -16,7 +16,7 @@ from ipc.records import PROMPT_RECORD_TOKENS, StepShape
 from pipeline.client.endpoint import connectable, own_folder
 from pipeline.engine.config import Config
 from pipeline.engine.model_files import ServedModel
-from pipeline.http.config import HttpBootstrap
+from pipeline.http.config import HttpBootstrap, HttpConfig
 from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import DetokenizerBootstrap
 from workers.gateway.config import GatewayBootstrap
@@ -82,6 +82,7 @@ class EngineFacts:
 
 def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
     scheduler, folder = facts.config.scheduler, own_folder(facts.endpoint)
+    server = facts.config.http or HttpConfig()
     return GatewayBootstrap(
         worker=worker,
         frontend=facts.config.frontend,
@@ -90,6 +91,9 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
         model_name=facts.model.name,
         model_folder=facts.model.folder,
         chat_template=facts.config.tokenizer.chat_template,
+        served_model_names=server.served_model_names,
+        tool_parser=server.tool_parser,
+        reasoning_parser=server.reasoning_parser,
         max_model_len=facts.model.max_model_len,
         policy=PolicyConfig(**{name: getattr(scheduler, name) for name in PolicyConfig.__struct_fields__}),
         tokenizer_window=TOKENIZER_WINDOW,
@@ -158,5 +162,6 @@ def http(facts: EngineFacts, worker: WorkerBootstrap) -> HttpBootstrap:
         model_folder=facts.model.folder,
         chat_template=facts.config.tokenizer.chat_template,
         max_model_len=facts.model.max_model_len,
+        policy=facts.config.scheduler.policy,
         drain_timeout_s=facts.config.frontend.drain_timeout_s,
     )

@@ -158,11 +158,14 @@ class KeyGuard:
             if self._hashes.isdisjoint(map(_hash, given)):
                 scope["app"].state.service.stats.num_unauthorized[0] += 1
                 error = HttpError(401, _KEY_WRONG if any(given) else _KEY_MISSING, code="invalid_api_key")
-                await _error_response(scope["path"], error)(scope, receive, send)
+                response = _error_response(scope["path"], error)
+                response.headers["www-authenticate"] = _CHALLENGE
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
+_CHALLENGE: Final = 'Bearer realm="ringfeed"'  # RFC 9110 requires one with every 401
 _KEY_MISSING: Final = "this server needs a key: send the header Authorization: Bearer KEY"
 _KEY_WRONG: Final = "the key is not one of this server's keys (http.api_key_file)"
 
@@ -189,7 +192,7 @@ async def _on_exception(request: Request, error: Exception) -> Response:
     """The middleware failed. Endpoints answer and log their own errors."""
     request_id = request.scope.get("request_id", "-")
     logger.error("request %s to %s failed", request_id, request.url.path[:200], exc_info=error)
-    message = f"internal error; the server's log has it under request id {request_id}"
+    message = f"internal error; the log has it under request id {request_id}"
     return _error_response(request.url.path, HttpError(500, message))
 
 

@@ -147,4 +147,5 @@ class HttpBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     model_folder: str
     chat_template: str | None  # a file that replaces the model's own templates
     max_model_len: int
+    policy: str  # of the scheduler
     drain_timeout_s: float

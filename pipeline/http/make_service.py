@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pipeline.client.async_client import AsyncClient
@@ -10,7 +9,7 @@ from pipeline.http.config import HttpConfig
 from pipeline.http.generation.defaults import SamplingDefaults
 from pipeline.http.generation.reasoning_start import ReasoningStart
 from pipeline.http.generation.template_tools import template_reads_tools
-from pipeline.http.parsing.choose import choose_format
+from pipeline.http.parsing.choose import choose_format, read_chat_template
 from pipeline.http.service import Service
 from pipeline.http.tracing import RequestTracer
 
@@ -24,9 +23,10 @@ def make_service(
     model_folder: str,
     chat_template: str | None,
     max_model_len: int,
+    policy: str,
 ) -> Service:
     """Read the model's files. Raises ConfigError for a parser that does not exist or does not fit the model."""
-    template = None if chat_template is None else Path(chat_template).read_text("utf-8")
+    template = read_chat_template(chat_template)
     format = choose_format(model_folder, config.tool_parser, config.reasoning_parser, template=template)
     return Service(
         client=client,
@@ -39,5 +39,6 @@ def make_service(
         template_reads_tools=template_reads_tools(model_folder, chat_template),
         defaults=SamplingDefaults.of_model(model_folder),
         stats=stats,
+        takes_priority=policy == "priority",
         tracer=RequestTracer.from_environment(model_name),
     )

@@ -178,6 +178,8 @@ def _error_response(dialect: str, status: int) -> dict[str, Any]:
     if status in (429, 503):
         schema = {"type": "integer", "minimum": 1}
         response["headers"] = {"Retry-After": {"schema": schema, "description": "Seconds."}}
+    if status == 401:
+        response["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}}}
     if status == 405:
         response["headers"] = {"Allow": {"schema": {"type": "string"}}}
     return response

@@ -36,6 +36,7 @@ class Service:
         reasoning_start: tells whether a prompt ends inside the reasoning.
         template_reads_tools: the model's chat template can show tools.
         defaults: values of sampling parameters that a request leaves out.
+        takes_priority: the engine's policy schedules requests by their priority.
         tracer: sends traces of requests; None = they are not traced.
         stats: counters of this process (`config.COUNTERS`), each an array [1] int64.
     """
@@ -50,6 +51,7 @@ class Service:
     template_reads_tools: bool
     defaults: SamplingDefaults
     stats: Any
+    takes_priority: bool = True
     tracer: RequestTracer | None = None
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_arriving_bytes: int = 0  # of bodies that are not complete

@@ -213,7 +213,7 @@ def as_http_error(error: Exception, call: Call) -> HttpError:
     if known is not None:
         return known
     logger.error("request %s to %s failed", call.request_id, call.scope["path"], exc_info=error)
-    return HttpError(500, f"internal error; the server's log has it under request id {call.request_id}")
+    return HttpError(500, f"internal error; the log has it under request id {call.request_id}")
 
 
 async def _send_whole(reply: Reply, send: Send) -> None:

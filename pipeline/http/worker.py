@@ -52,7 +52,7 @@ class HttpWorker:
             self._service = make_service(
                 client, bootstrap.http, process.stats, model_name=bootstrap.model_name,
                 model_folder=bootstrap.model_folder, chat_template=bootstrap.chat_template,
-                max_model_len=bootstrap.max_model_len,
+                max_model_len=bootstrap.max_model_len, policy=bootstrap.policy,
             )  # fmt: skip
             app = make_app(self._service, read_keys(bootstrap.http))
             self._server = Server(app, bootstrap.http, process.stats)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from ipc.errors import ConfigError, InvalidRequest, RingfeedError
 from pipeline.environment.descriptors import open_closed_streams
+from pipeline.environment.early_interrupt import raise_on_ctrl_c
 
 BAD_USE_STATUS = 2
 
@@ -21,11 +22,12 @@ def status_of(command: Callable[[], int | None]) -> int:
     if standard output is full, which is reported, or if its reader has left, which is not. A character that the
     terminal's encoding lacks is printed as "?".
     """
-    open_closed_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     try:
         try:
+            raise_on_ctrl_c()
+            open_closed_streams()
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="replace")
             return command() or 0
         finally:
             print(end="", flush=True)

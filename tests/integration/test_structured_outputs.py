@@ -29,7 +29,10 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-# Blocks for two of the longest sequences: with 32 of them at a time, many are preempted.
+# An answer to this fills max_tokens. The samples of a request are queued together, so many of them outgrow the blocks.
+ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 100}
+NUM_ENDLESS = 16
+# Blocks for two of the longest sequences, and for fewer than NUM_ENDLESS answers of 60 tokens.
 OVERRIDES = ["grammar.num_workers=2", "scheduler.max_model_len=256", "cache.num_blocks=34", "grammar.mask_timeout_s=1"]
 
 
@@ -40,7 +43,7 @@ def client() -> Iterator[Client]:
 
 
 def specs() -> list[StructuredOutputs]:
-    schemas = [PERSON] * 16 + [group.schema for group in schema_groups()[::5]]
+    schemas = [ENDLESS] + [PERSON] * 16 + [group.schema for group in schema_groups()[::5]]
     return [StructuredOutputs(json=schema, disable_any_whitespace=bool(i % 2)) for i, schema in enumerate(schemas)]
 
 
@@ -54,7 +57,12 @@ def test_answers_fit_their_schemas_and_free_requests_beside_them_do_not_change(c
     alone = client.generate_batch(*map(list, zip(*free, strict=True)))
     wanted = specs()
     structured = [
-        (prompts[i % 4], SamplingParams(max_tokens=60, temperature=float(i % 2), seed=i, structured_outputs=spec))
+        (
+            prompts[i % 4],
+            SamplingParams(
+                max_tokens=60, temperature=float(i % 2), seed=i, structured_outputs=spec, n=NUM_ENDLESS if i == 0 else 1
+            ),
+        )
         for i, spec in enumerate(wanted)
     ]
     mixed = [pair for pairs in zip(structured, [*free, *free, *free], strict=False) for pair in pairs]
@@ -63,14 +71,20 @@ def test_answers_fit_their_schemas_and_free_requests_beside_them_do_not_change(c
     for i, output in enumerate(free_outputs):
         expected = alone[i % len(alone)]
         assert [each.token_ids for each in output.completions] == [each.token_ids for each in expected.completions]
-    num_unfinished = sum(check_answer(wanted[i], output) for i, output in enumerate(outputs[::2]))
-    assert num_unfinished < len(free_outputs), "no answer was finished"
+    is_unfinished = [
+        check_answer(spec, completion)
+        for spec, output in zip(wanted, outputs[::2], strict=False)
+        for completion in output.completions
+    ]
+    num_unfinished = sum(is_unfinished)
+    assert all(is_unfinished[:NUM_ENDLESS])
+    assert not all(is_unfinished[NUM_ENDLESS:]), "no answer was finished"
     deadline = time.monotonic() + 10.0  # an answer may be there a moment before it is counted
     while (scheduler := client.stats()["scheduler"])["num_structured_unfinished"] < num_unfinished:
         assert time.monotonic() < deadline, "some answers that were cut off are not counted"
         time.sleep(0.02)
     assert scheduler["num_structured_unfinished"] == num_unfinished
-    assert scheduler["num_preemptions"] > 0, "the cache was large enough for all of them"
+    assert scheduler["num_preemptions"] > 0
     stats = client.stats()
     assert all(stats[f"grammar.{i}"]["num_masks"] > 0 for i in range(2))
     assert sum(stats[f"grammar.{i}"]["num_matchers"] for i in range(2)) == 0
@@ -78,7 +92,7 @@ def test_answers_fit_their_schemas_and_free_requests_beside_them_do_not_change(c
 
 def check_answer(spec: StructuredOutputs, output: Any) -> bool:
     """Whether an answer ended early. A complete one is valid; the beginning of another one fits the grammar."""
-    assert output.finish_reason in ("stop", "length"), output.error
+    assert output.finish_reason in ("stop", "length")
     if output.finish_reason == "stop":
         schema = json.loads(str(spec.json))
         jsonschema.validate(json.loads(output.text), schema)

@@ -59,16 +59,19 @@ def test_greedy_tokens_equal_those_of_generate_computed_and_cached(family: str, 
     expected_alike = reference_generate(tmp_path, alike, MAX_NEW_TOKENS)
     with Pipeline(config(tmp_path)) as pipeline:
         client, params = pipeline.client, SamplingParams(max_tokens=MAX_NEW_TOKENS)
-        outputs = client.generate_batch(prompts, params)
+        # Both samples of a request are queued together, and those of the long prompts need more blocks than there are.
+        # So there are preemptions, however slowly requests arrive.
+        twice = SamplingParams(max_tokens=MAX_NEW_TOKENS, n=2)
+        outputs = client.generate_batch(prompts, twice)
         stats = client.stats()["scheduler"]
         first = client.generate_batch(alike, params)
-        again = client.generate_batch(alike, SamplingParams(max_tokens=MAX_NEW_TOKENS, n=2))
+        again = client.generate_batch(alike, twice)
         salted = client.generate(alike[0], params, cache_salt="another tenant")
         client.clear_cache()
         cleared = client.generate(alike[0], params)
         warm = client.generate(alike[0], params)
         stats_alike = client.stats()["scheduler"]
-    assert [output.token_ids for output in outputs] == expected
+    assert [[c.token_ids for c in output.completions] for output in outputs] == [[ids, ids] for ids in expected]
     assert [output.token_ids for output in first] == expected_alike
     assert [[c.token_ids for c in output.completions] for output in again] == [[ids, ids] for ids in expected_alike]
     assert [output.token_ids for output in (salted, cleared, warm)] == [expected_alike[0]] * 3
@@ -76,7 +79,7 @@ def test_greedy_tokens_equal_those_of_generate_computed_and_cached(family: str, 
     assert cached == [0, 0, (len(alike[0]) - 1) // 4 * 4]
     assert stats_alike["num_cached_tokens"] - stats["num_cached_tokens"] > 40 * len(alike) // 2
     num_preemptions = stats["num_preemptions"], stats_alike["num_preemptions"] - stats["num_preemptions"]
-    assert min(num_preemptions) > 0, "the limits were meant to force preemption"
+    assert min(num_preemptions) > 0
 
 
 @pytest.fixture(scope="module")

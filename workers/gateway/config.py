@@ -104,11 +104,19 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str
     model_folder: str = ""
     chat_template: str | None = None
+    served_model_names: list[str] = []  # these three are of the HTTP server, for clients that do its work
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
     max_model_len: int
     policy: PolicyConfig
     tokenizer_window: int  # Tokenize messages under way to one tokenizer
     tokenizer_window_bytes: int  # bytes of their frames; the prompt that reaches the bound is the last one
     client_window: int  # Outputs messages under way to one client
+
+
+HEALTH_FIELDS: Final = (  # of GatewayBootstrap; `Health` has them under the same names
+    "model_folder", "chat_template", "served_model_names", "tool_parser", "reasoning_parser", "max_model_len",
+)  # fmt: skip
 
 
 def max_unread_messages(bootstrap: GatewayBootstrap) -> int:

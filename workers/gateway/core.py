@@ -44,10 +44,11 @@ from ipc.messages import (
     TokenizeDone,
 )
 from ipc.record_layout import HostArray
+from ipc.scheduling_params import no_priority
 from workers.gateway.cache_clears import CacheClears
 from workers.gateway.client_flow import PROBE_INTERVAL_S, ClientFlow
 from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.config import GatewayBootstrap
+from workers.gateway.config import HEALTH_FIELDS, GatewayBootstrap
 from workers.gateway.kept_values import KeptValues
 from workers.gateway.outbox import Outbox, Peer, Send
 from workers.gateway.recovery import Recovery
@@ -126,10 +127,7 @@ class Gateway:
         self._flow.check_not_suspended(identity)
         priority = message.scheduling.priority
         if priority and self._bootstrap.policy.policy != "priority":
-            raise InvalidRequest(
-                f"priority ({priority}) has no effect in this engine: leave it out, or start the engine with "
-                'scheduler.policy = "priority"'
-            )
+            raise InvalidRequest(no_priority(priority))
         self.requests.open(identity, message, frame_bytes, now)
 
     def _keep_or_recall(self, identity: bytes, message: Keep | Recall) -> None:
@@ -172,10 +170,9 @@ class Gateway:
             detail=self.serving.detail,
             protocol_version=PROTOCOL_VERSION,
             model=self._bootstrap.model_name,
-            model_folder=self._bootstrap.model_folder,
-            chat_template=self._bootstrap.chat_template,
-            max_model_len=self._bootstrap.max_model_len,
             max_open_requests=self._bootstrap.frontend.max_open_requests,
+            policy=self._bootstrap.policy.policy,
+            **{name: getattr(self._bootstrap, name) for name in HEALTH_FIELDS},
         )
 
     def _refuse(self, identity: bytes, request_id: str, error: RingfeedError) -> None:

@@ -19,6 +19,7 @@ import msgspec
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
 from workers.grammar.compiler import Compiler, Prototype
+from workers.grammar.origin import field_of
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class CompilePool:
 
     def _too_late(self, job: _Job) -> InvalidRequest:
         return InvalidRequest(
-            f"structured_outputs.{job.spec.constraint} takes longer to compile than grammar.compile_timeout_s "
+            f"{field_of(job.spec)} takes longer to compile than grammar.compile_timeout_s "
             f"({self._timeout_s:g}): simplify it"
         )
 
@@ -176,6 +177,6 @@ class CompilePool:
         except BaseException as error:  # a panic of llguidance is no Exception
             logger.exception("compiling structured_outputs.%s has failed", spec.constraint)
             return InvalidRequest(
-                f"structured_outputs.{spec.constraint} cannot be compiled: llguidance failed with "
+                f"{field_of(spec)} cannot be compiled: llguidance failed with "
                 f"{type(error).__name__}; report this constraint"
             )

@@ -19,6 +19,7 @@ from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
 from workers.grammar.grammar_text import joined, lark_of, listed, quoted
 from workers.grammar.json_schemas import json_options, prepared_schema
+from workers.grammar.origin import Origin, field_of
 from workers.grammar.reasoning import behind_reasoning
 from workers.grammar.structural_tags import structural_tag_grammar
 from workers.grammar.vocabulary import Vocabulary
@@ -70,33 +71,35 @@ class Compiler:
 
         The constraint may be malformed, exceed the limits, or allow no text; or llguidance cannot enforce it exactly.
         """
-        grammar = self._grammar(spec)
-        matcher = self._tried_out(spec, grammar)
+        grammar, origin = self._grammar(spec)
+        matcher = self._tried_out(spec, grammar, origin)
         if spec.after_reasoning:  # random tokens would not get behind the reasoning, so the answer is tried out alone
-            matcher = self._tried_out(spec, behind_reasoning(grammar, spec, self._vocabulary))
+            grammar = behind_reasoning(grammar, spec, self._vocabulary)
+            matcher = self._tried_out(spec, grammar, Origin(origin.whole))
         return Prototype(matcher)
 
-    def _tried_out(self, spec: StructuredOutputs, grammar: str) -> LLMatcher:
+    def _tried_out(self, spec: StructuredOutputs, grammar: str, origin: Origin) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary.tokens, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise refusal(spec, matcher.get_error())
+            raise refusal(spec, matcher.get_error(), origin)
         if warnings := matcher.get_grammar_warnings():
-            raise refusal(spec, warnings[0])
-        try_out(spec, matcher, self._vocabulary.tokens.vocab_size)
+            raise refusal(spec, warnings[0], origin)
+        try_out(spec, matcher, self._vocabulary.tokens.vocab_size, origin)
         return matcher
 
-    def _grammar(self, spec: StructuredOutputs) -> str:
-        """The constraint as llguidance takes it."""
+    def _grammar(self, spec: StructuredOutputs) -> tuple[str, Origin]:
+        """The constraint as llguidance takes it, and the fields that it came from."""
         if spec.structural_tag is not None:
             return structural_tag_grammar(spec, self._vocabulary)
+        origin = Origin(field_of(spec))
         if spec.json is None and not spec.json_object:
-            return joined(self._lark(spec))
+            return joined(self._lark(spec)), origin
         schema = ANY_OBJECT if spec.json is None else prepared_schema(str(spec.json), spec)
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=json_options(spec))  # type: ignore[arg-type]
         except ValueError as error:
-            raise refusal(spec, str(error)) from None
-        return joined("start: @json_schema", listed(grammar))
+            raise refusal(spec, str(error), origin) from None
+        return joined("start: @json_schema", listed(grammar)), origin
 
     def _lark(self, spec: StructuredOutputs) -> str:
         if spec.regex is not None:
@@ -107,7 +110,7 @@ class Compiler:
         return "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, spec.choice or ()))
 
 
-def refusal(spec: StructuredOutputs, problem: str) -> InvalidRequest:
+def refusal(spec: StructuredOutputs, problem: str, origin: Origin) -> InvalidRequest:
     """The error for a constraint that llguidance refuses, in one line."""
     lines = [line.strip() for line in problem.splitlines() if line.strip() and not line.startswith("<")]
     line = " ".join([*lines[:1], *(each for each in lines[1:] if each.startswith("error:"))]) or "it is too complex"
@@ -120,10 +123,10 @@ def refusal(spec: StructuredOutputs, problem: str) -> InvalidRequest:
         line = f"{line[:half]} ... {line[-half:]}"
     if _TOO_MUCH.search(line):
         line += "; simplify it"
-    return InvalidRequest(f"structured_outputs.{spec.constraint} cannot be used: {line}")
+    return InvalidRequest(f"{origin.of(problem)} cannot be used: {line}")
 
 
-def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int) -> None:
+def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int, origin: Origin) -> None:
     """Compute the first mask, so that copies have it at once, and follow a few texts on copies: one of the tokens with
     the lowest ids, which are short in most vocabularies, and random ones.
 
@@ -134,7 +137,7 @@ def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int) -> Non
     draw = random.Random(vocab_size)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     if matcher.is_error() or not (mask.any() or matcher.is_accepting()):
-        raise refusal(spec, _dead_end(matcher))
+        raise refusal(spec, _dead_end(matcher), origin)
     for trial in range(_TRIALS):
         copy = matcher.deep_copy()
         for _ in range(_TRIAL_TOKENS):
@@ -145,9 +148,10 @@ def try_out(spec: StructuredOutputs, matcher: LLMatcher, vocab_size: int) -> Non
                 break
             copy.consume_token(int(draw.choice(token_ids) if trial else token_ids[0]))
             if (took_s := time.thread_time() - started) > MAX_TOKEN_S:
-                raise refusal(spec, f"one token takes {took_s:.2f} s, more than {MAX_TOKEN_S} s: simplify it")
+                problem = f"one token takes {took_s:.2f} s, more than {MAX_TOKEN_S} s: simplify it"
+                raise refusal(spec, problem, origin)
         if copy.is_error():
-            raise refusal(spec, _dead_end(copy))
+            raise refusal(spec, _dead_end(copy), origin)
 
 
 def _dead_end(matcher: LLMatcher) -> str:

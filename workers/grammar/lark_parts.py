@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 from llguidance import regex_to_lark
@@ -24,6 +26,8 @@ class LarkParts:
         self._spec: Final = spec
         self._vocabulary: Final = vocabulary
         self._lines: Final = ["TEXT: /(?s:.*)/"]
+        self._sources: Final[dict[int, str]] = {}  # index in `_lines` -> the field that the line was made from
+        self._source: str | None = None
         self._subgrammars: Final[list[str]] = []
         self._schemas: Final[dict[str, str]] = {}  # expression -> its rule
         longest_first = sorted(vocabulary.special_ids, key=len, reverse=True)
@@ -33,10 +37,22 @@ class LarkParts:
         """The whole grammar, as llguidance takes it. `named` are the texts of further grammars that `start` names."""
         return joined("\n".join([f"start: {start}", *self._lines]), *self._subgrammars, *named)
 
+    @property
+    def sources(self) -> dict[int, str]:
+        """The fields of a request that lines of `grammar` were made from, by line number."""
+        return {index + 2: source for index, source in self._sources.items()}  # the first line is the start
+
+    @contextlib.contextmanager
+    def made_from(self, source: str | None) -> Iterator[None]:
+        """Note this field as the source of all lines that are written meanwhile; None = leave it as it is."""
+        before, self._source = self._source, source or self._source
+        try:
+            yield
+        finally:
+            self._source = before
+
     def rule(self, expression: str, options: str = "") -> str:
-        name = f"r{len(self._lines)}"
-        self._lines.append(f"{name}{options}: {expression}")
-        return name
+        return self._line(f"r{len(self._lines)}", options, expression)
 
     def text(self) -> str:
         """Free text, which special tokens are not."""
@@ -127,8 +143,12 @@ class LarkParts:
         return f"@{name}"
 
     def _terminal(self, expression: str) -> str:
-        name = f"R{len(self._lines)}"
-        self._lines.append(f"{name}: {expression}")
+        return self._line(f"R{len(self._lines)}", "", expression)
+
+    def _line(self, name: str, options: str, expression: str) -> str:
+        if self._source is not None:
+            self._sources[len(self._lines)] = self._source
+        self._lines.append(f"{name}{options}: {expression}")
         return name
 
     def _spellings(self, literal: Literal) -> list[tuple[Literal, ...]]:

@@ -13,6 +13,7 @@ from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
 from workers.grammar.json_schemas import parsed_json
 from workers.grammar.lark_parts import LarkParts, Literal
+from workers.grammar.origin import SOURCE, Origin, field_of, source_of
 from workers.grammar.vocabulary import Vocabulary
 
 _MAX_DEPTH: Final = 32
@@ -22,15 +23,24 @@ _MAX_REPEATS: Final = 1_000
 Ends = tuple[Literal, ...] | None
 
 
-def structural_tag_grammar(spec: StructuredOutputs, vocabulary: Vocabulary) -> str:
-    """llguidance's grammar for the structural tag of a request. Raises InvalidRequest for one that is not understood,
-    or that cannot be honoured."""
+def structural_tag_grammar(spec: StructuredOutputs, vocabulary: Vocabulary) -> tuple[str, Origin]:
+    """llguidance's grammar for the structural tag of a request, and the fields that it came from.
+
+    Any format in the tag, and the tag itself, may name its field as `source`. Raises InvalidRequest for a tag that is
+    not understood, or that cannot be honoured.
+    """
     tag = parsed_json(spec.structural_tag or "", "structural_tag")
     if not isinstance(tag, dict) or tag.get("type") != "structural_tag":
         raise InvalidRequest('structural_tag must be a JSON object with "type": "structural_tag"')
     parts = LarkParts(spec, vocabulary)
     root = tag["format"] if "format" in tag else _of_structures(tag)
-    return parts.grammar(_Formats(parts).expression(root, (), 0))
+    try:
+        grammar = parts.grammar(_Formats(parts).expression(root, (), 0))
+    except InvalidRequest as error:
+        if (source := source_of(tag)) is None:
+            raise
+        raise InvalidRequest(f"{source} cannot be used: {error}") from None
+    return grammar, Origin(field_of(spec), parts.sources)
 
 
 def _of_structures(tag: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +81,8 @@ class _Formats:
             )
         if depth > _MAX_DEPTH:
             raise InvalidRequest(f"structural_tag has more than {_MAX_DEPTH} formats inside each other")
-        return translate(node, ends, depth + 1)
+        with self._parts.made_from(source_of(node)):
+            return translate(node, ends, depth + 1)
 
     def _const_string(self, node: dict[str, Any], ends: Ends, depth: int) -> str:
         _only(node, "value")
@@ -141,6 +152,10 @@ class _Formats:
 
     def _tag_rest(self, node: dict[str, Any], ends: Ends, depth: int) -> str:
         """The content and the end of a tag."""
+        with self._parts.made_from(source_of(node)):
+            return self._tag_rest_inside(node, ends, depth)
+
+    def _tag_rest_inside(self, node: dict[str, Any], ends: Ends, depth: int) -> str:
         _only(node, "begin", "content", "end")
         given = node.get("end")
         tag_ends = [self._literal({"end": each}, "end") for each in (given if isinstance(given, list) else [given])]
@@ -230,7 +245,7 @@ def _tags(node: dict[str, Any]) -> list[dict[str, Any]]:
 def _only(node: dict[str, Any], *fields: str, **others: Any) -> None:
     """Refuse an option that would be ignored. `others` maps an option to the one value that it may have."""
     for name, value in node.items():
-        if name != "type" and name not in fields and others.get(name, others) not in (..., value):
+        if name not in ("type", SOURCE) and name not in fields and others.get(name, others) not in (..., value):
             raise InvalidRequest(
                 f"structural_tag.{node.get('type', 'structures')} has {name} = {str(value)[:100]}, which cannot be "
                 "honoured: leave it out"

@@ -125,7 +125,7 @@ def message_request(body: MessagesBody, service: Service, headers: Mapping[str, 
         params=params,
         request_id=request_id,
         cache_salt=body.cache_salt or "",
-        scheduling=scheduling_params(fields, headers),
+        scheduling=scheduling_params(fields, headers, service),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from ipc.errors import InvalidRequest
 from ipc.structured_outputs import StructuredOutputs
 from pipeline.http.generation.tool_definitions import checked_name
+from workers.grammar.origin import SOURCE, field_of
 
 Node = dict[str, Any]  # a format of a structural tag
 _FORMATS: Final = ("text", "json_object", "json_schema", "structural_tag")
@@ -30,6 +31,10 @@ def read_answer_format(response_format: Any, structured_outputs: Any) -> Structu
 
 def as_node(spec: StructuredOutputs) -> Node:
     """The constraint as a part of a structural tag. It must not be a structural tag itself."""
+    return _node(spec) | {SOURCE: field_of(spec)}
+
+
+def _node(spec: StructuredOutputs) -> Node:
     if spec.choice is not None:
         # One terminal, because a choice may begin another one.
         lark = f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, spec.choice))}"

@@ -19,6 +19,7 @@ from pipeline.http.generation.tool_definitions import parameters_of
 from pipeline.http.parsing.families import HARMONY
 from pipeline.http.parsing.native_forms import NativeForm
 from pipeline.http.parsing.scanner import Tool
+from workers.grammar.origin import SOURCE
 
 # For models of no known family: the parser takes an answer that is one call object for a call.
 BARE_CALL: Final = NativeForm(trigger="", begin='{"name": "', middle='", "parameters": ', end="}", separator=", ")
@@ -29,6 +30,11 @@ _LIKE_CALLS: Final = {  # beginnings that parsers read as calls, of families wit
     "json": r'/[\s\[]*\{\s*"(name|arguments|parameters|type|id)"(?s:.*)/',
     "python": r"/\s*\[\s*[\w.:\/-]+\s*\((?s:.*)/",
 }
+
+
+def parameters_source(tool: Tool) -> str:
+    """The field of a request that the grammar of a tool's arguments comes from, for errors."""
+    return f"tools: the parameters of {tool['name']!r}"
 
 
 class CallFormats:
@@ -83,7 +89,7 @@ class CallFormats:
             "stop_after_first": bool(form.section_begin) or not self._is_parallel,
         }  # fmt: skip
 
-    def calls_or_json(self, schema: Any, final_answer: str = "") -> Node:
+    def calls_or_json(self, answer: Node, final_answer: str = "") -> Node:
         """Calls, or JSON that a schema describes.
 
         Bare calls are JSON too, and llguidance cannot tell two forms of JSON apart token by token. So both are one
@@ -91,7 +97,7 @@ class CallFormats:
         """
         form = self._form
         if form.trigger or form.arguments != "json":
-            return one_of(self.calls(), sequence(const(final_answer), json_value(schema)))
+            return one_of(self.calls(), sequence(const(final_answer), answer))
         key = next(each for each in ("parameters", "arguments") if each in form.middle)
         schemas: list[Any] = []
         for tool in self._tools:
@@ -100,7 +106,7 @@ class CallFormats:
             schemas.append(
                 {"type": "object", "properties": properties, "required": ["name", key], "additionalProperties": False}
             )
-        return json_value({"anyOf": [*schemas, _moved(schema, f"#/anyOf/{len(schemas)}")]})
+        return json_value({"anyOf": [*schemas, _moved(answer["json_schema"], f"#/anyOf/{len(schemas)}")]})
 
     def _calls_told_from_text(self) -> Node:
         """The same as `calls`. The text up to the first name is one literal: a lexer that could go on with free text
@@ -128,7 +134,10 @@ class CallFormats:
         # A call that ends the answer ends with a token that ends the sequence: the grammar is complete before it.
         end = form.end if form.allows_parallel_calls else ""
         content = sequence(*index, self._arguments(self._schema(tool)))
-        return {"type": "tag", "begin": f"{form.begin}{tool['name']}{before}", "content": content, "end": end}
+        return {
+            "type": "tag", "begin": f"{form.begin}{tool['name']}{before}", "content": content, "end": end,
+            SOURCE: parameters_source(tool),
+        }  # fmt: skip
 
     def _arguments(self, schema: dict[str, Any]) -> Node:
         if self._form.arguments == "python":

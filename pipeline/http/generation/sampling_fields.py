@@ -13,11 +13,11 @@ import msgspec
 from msgspec import Meta
 
 from ipc.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
-from ipc.scheduling_params import MAX_PRIORITY, SchedulingParams
+from ipc.scheduling_params import MAX_PRIORITY, SchedulingParams, no_priority
 from pipeline.http.body_schemas import ResponseFormat
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.defaults import SamplingDefaults
-from pipeline.http.service import new_id
+from pipeline.http.service import Service, new_id
 
 MAX_TEMPERATURE: Final = 2.0  # OpenAI's bound
 MAX_TOP_LOGPROBS: Final = MAX_LOGPROBS
@@ -132,12 +132,14 @@ def structured_fields(body: SamplingFields) -> dict[str, Any] | None:
     return body.structured_outputs
 
 
-def scheduling_params(body: SamplingFields, headers: Mapping[str, str]) -> SchedulingParams:
+def scheduling_params(body: SamplingFields, headers: Mapping[str, str], service: Service) -> SchedulingParams:
     """The engine's scheduling parameters. The body's tenant wins over the header's.
 
     In vLLM a lower `priority` is scheduled earlier, in the engine a higher one. Values beyond the engine's range count
-    as the end of the range, because vLLM has no bounds.
+    as the end of the range, because vLLM has no bounds. Raises HttpError 400 for a priority without effect.
     """
+    if body.priority and not service.takes_priority:  # the engine would name the other number
+        raise HttpError(400, no_priority(body.priority), param="priority")
     return SchedulingParams(
         priority=-max(-MAX_PRIORITY, min(MAX_PRIORITY, body.priority or 0)),
         tenant=body.tenant or headers.get(TENANT_HEADER, ""),

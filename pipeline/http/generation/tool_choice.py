@@ -10,16 +10,17 @@ from typing import Any, Final
 import msgspec
 
 from ipc.errors import InvalidRequest
-from ipc.structured_outputs import StructuredOutputs
+from ipc.structured_outputs import MAX_STRUCTURE_BYTES, StructuredOutputs
 from pipeline.http.generation.answer_formats import Node, as_node, read_answer_format
-from pipeline.http.generation.argument_formats import const, one_of, sequence
-from pipeline.http.generation.call_formats import BARE_CALL, FINAL_ANSWER, CallFormats
+from pipeline.http.generation.argument_formats import const, json_value, one_of, sequence
+from pipeline.http.generation.call_formats import BARE_CALL, FINAL_ANSWER, CallFormats, parameters_source
 from pipeline.http.generation.template_tools import messages_for
 from pipeline.http.generation.tool_definitions import ToolUse, parameters_of, read_tool_use
 from pipeline.http.parsing.families import HARMONY
 from pipeline.http.parsing.formats import CallForm, OutputFormat
 from pipeline.http.parsing.native_forms import JSON_LIST, NATIVE_FORMS, NativeForm
 from pipeline.http.parsing.scanner import Tool
+from workers.grammar.origin import SOURCE, field_of
 
 __all__ = ["Constraint", "constrain", "messages_for"]
 
@@ -91,7 +92,8 @@ def _grammar(
 def _of_calls(use: ToolUse, format: OutputFormat, is_parallel: bool) -> tuple[StructuredOutputs, CallForm]:
     form = _form(format)
     if form is None and use.mode == "named":
-        return StructuredOutputs(json=parameters_of(use.tools[0])), "json_arguments"
+        (tool,) = use.tools
+        return _structural_tag(json_value(parameters_of(tool)) | {SOURCE: parameters_source(tool)}), "json_arguments"
     is_parallel = is_parallel and use.mode == "required"
     formats = CallFormats(form or JSON_LIST, use.tools, follows_schemas=True, is_parallel=is_parallel)
     return _structural_tag(formats.calls()), "json_list" if form is None else "native"
@@ -114,7 +116,7 @@ def _of_either(
         return _structural_tag(formats.calls_or_text(final))
     node = as_node(answer)
     if node["type"] == "json_schema":
-        return _structural_tag(formats.calls_or_json(node["json_schema"], final), answer)
+        return _structural_tag(formats.calls_or_json(node, final), answer)
     return _structural_tag(one_of(formats.calls(), sequence(const(final), node)), answer)
 
 
@@ -122,11 +124,19 @@ def _of_answer(answer: StructuredOutputs | None, format: OutputFormat) -> Struct
     final = FINAL_ANSWER.get(_family(format))
     if answer is None or final is None or answer.structural_tag is not None:
         return answer
-    return _structural_tag(sequence(const(final), as_node(answer)), answer)
+    return _structural_tag(sequence(const(final), as_node(answer)), answer, source=field_of(answer))
 
 
-def _structural_tag(node: Node, options_of: StructuredOutputs | None = None) -> StructuredOutputs:
-    text = json.dumps({"type": "structural_tag", "format": node}, ensure_ascii=False, separators=(",", ":"))
+def _structural_tag(
+    node: Node, options_of: StructuredOutputs | None = None, *, source: str = "tools"
+) -> StructuredOutputs:
+    tag = {"type": "structural_tag", SOURCE: source, "format": node}
+    text = json.dumps(tag, ensure_ascii=False, separators=(",", ":"))
+    if (size := len(text.encode("utf-8", "surrogatepass"))) > MAX_STRUCTURE_BYTES:
+        raise InvalidRequest(
+            f"{source} cannot be used: the grammar has {size:,} bytes, more than the {MAX_STRUCTURE_BYTES:,} that a "
+            "request may have: simplify it"
+        )
     if options_of is None:
         return StructuredOutputs(structural_tag=text)
     return msgspec.structs.replace(

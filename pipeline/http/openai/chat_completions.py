@@ -26,6 +26,7 @@ from pipeline.http.openai.wire import (
     StreamOptions,
     chat_logprobs,
     check_prompt_logprobs,
+    check_stream_options,
     prompt_logprobs_value,
     usage_value,
 )
@@ -118,6 +119,7 @@ def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:
             400, f"top_logprobs ({body.top_logprobs}) must lie in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs"
         )
     check_prompt_logprobs(body.prompt_logprobs, is_stream=bool(body.stream))
+    check_stream_options(body.stream_options, is_stream=bool(body.stream))
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = sampling_params(
         body, call.service.defaults, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None
@@ -138,7 +140,7 @@ def _chat_request(call: Call, body: ChatCompletionBody) -> ChatRequest:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         cache_salt=body.cache_salt or "",
-        scheduling=scheduling_params(body, call.headers),
+        scheduling=scheduling_params(body, call.headers, call.service),
     )
 
 

@@ -17,7 +17,7 @@ from pipeline.http.generation.sampling_fields import (
     scheduling_params,
     structured_fields,
 )
-from pipeline.http.openai.wire import StreamOptions, check_prompt_logprobs
+from pipeline.http.openai.wire import StreamOptions, check_prompt_logprobs, check_stream_options
 from pipeline.http.transport import Call
 
 DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
@@ -82,6 +82,7 @@ def read_request(call: Call, body: CompletionBody) -> CompletionRequest:
     if body.logprobs is not None and not 0 <= body.logprobs <= MAX_TOP_LOGPROBS:
         raise HttpError(400, f"logprobs ({body.logprobs}) must lie in [0, {MAX_TOP_LOGPROBS}]", param="logprobs")
     check_prompt_logprobs(body.prompt_logprobs, is_stream=bool(body.stream))
+    check_stream_options(body.stream_options, is_stream=bool(body.stream))
     scores_prompt = echo and body.logprobs is not None
     forced = {
         "max_tokens": max_tokens or 1,
@@ -92,7 +93,7 @@ def read_request(call: Call, body: CompletionBody) -> CompletionRequest:
     return CompletionRequest(
         prompts=prompts,
         params=sampling_params(body, call.service.defaults, **forced),
-        scheduling=scheduling_params(body, call.headers),
+        scheduling=scheduling_params(body, call.headers, call.service),
         cache_salt=body.cache_salt or "",
         logprobs=body.logprobs,
         echo=echo,

@@ -22,6 +22,12 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers; accepted, without effect
 
 
+def check_stream_options(options: StreamOptions | None, *, is_stream: bool) -> None:
+    """Raises HttpError 400 if a whole answer is to have `stream_options`, as OpenAI's API does."""
+    if options is not None and not is_stream:
+        raise HttpError(400, "stream_options needs stream (true): set it, or leave both out", param="stream_options")
+
+
 def check_prompt_logprobs(value: int | None, *, is_stream: bool) -> None:
     """Raises HttpError 400 if a stream is to have `prompt_logprobs`. As in vLLM, only whole answers have them."""
     if value is not None and is_stream:

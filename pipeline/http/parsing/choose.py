@@ -117,6 +117,16 @@ _FAMILIES: Final[tuple[tuple[str, Callable[[_ModelFiles], bool]], ...]] = (
 )
 
 
+def read_chat_template(file: str | None) -> str | None:
+    """The text of a file that replaces the model's own chat templates; None if there is none. Raises ConfigError."""
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tokenizer.chat_template ({file!r}) cannot be read: {error}") from None
+
+
 _READ_BOTH: Final = (HARMONY, RESPONSE_TEMPLATE)  # calls and reasoning in one
 
 

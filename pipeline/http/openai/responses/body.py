@@ -9,7 +9,7 @@ import msgspec
 from pipeline.http.bodies import read_body
 from pipeline.http.errors import HttpError
 from pipeline.http.generation.sampling_fields import MAX_TOP_LOGPROBS, SamplingFields
-from pipeline.http.openai.wire import StreamOptions
+from pipeline.http.openai.wire import StreamOptions, check_stream_options
 
 INCLUDE_LOGPROBS: Final = "message.output_text.logprobs"
 _INCLUDES: Final = (  # besides logprobs: parts of items that this server never has
@@ -103,6 +103,7 @@ def read_response_body(body: bytes) -> ResponseBody:
 
 
 def _check_values(body: ResponseBody) -> None:
+    check_stream_options(body.stream_options, is_stream=bool(body.stream))
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         raise HttpError(
             400, f"max_output_tokens ({body.max_output_tokens}) must be at least 1", param="max_output_tokens"

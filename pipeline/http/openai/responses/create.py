@@ -118,7 +118,7 @@ def _chat_request(call: Call, body: ResponseBody, messages: list[dict[str, Any]]
         chat_template=body.chat_template,
         chat_template_kwargs=body.chat_template_kwargs,
         cache_salt=body.cache_salt or "",
-        scheduling=scheduling_params(body, call.headers),
+        scheduling=scheduling_params(body, call.headers, call.service),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,8 +11,9 @@ import pytest
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull
 from pipeline.batch_file import answering as module
-from pipeline.batch_file.answering import Answering, answer_all
+from pipeline.batch_file.answering import Answering, answer_all, service_of
 from pipeline.batch_file.lines import Answer, RequestLine
+from pipeline.client.outputs import Health
 from pipeline.http.errors import OPENAI
 from pipeline.http.transport import Call, EventStream, Reply
 
@@ -25,7 +27,6 @@ def line(custom_id: str, url: str = URL, method: str = "POST") -> RequestLine:
 def answers(monkeypatch: pytest.MonkeyPatch, handler: Any, lines: list[RequestLine], concurrency: int = 4) -> Any:
     """The answers by custom_id, when `handler` stands for /v1/completions."""
     monkeypatch.setitem(module.HANDLERS, URL, (handler, OPENAI))
-    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.001)
     found: dict[str, Answer] = {}
     service: Any = None
 
@@ -35,6 +36,23 @@ def answers(monkeypatch: pytest.MonkeyPatch, handler: Any, lines: list[RequestLi
 
     asyncio.run(answer_all(Answering(service), iter(lines), concurrency, settle))
     return {key: (answer.status_code, msgspec.json.decode(answer.body)) for key, answer in found.items()}
+
+
+def test_names_and_parsers_are_those_of_the_engines_http_server(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+
+    class Client:
+        async def health(self) -> Health:
+            return Health(
+                state="ready", detail="", protocol_version=1, model="m", max_model_len=64, max_open_requests=4,
+                model_folder=str(tmp_path), served_model_names=["alias", "m"], tool_parser="hermes",
+                reasoning_parser="deepseek_r1",
+            )  # fmt: skip
+
+    client: Any = Client()
+    service = asyncio.run(service_of(client))
+    assert service.model_names == ("alias", "m")
+    assert (service.format.tool_parser, service.format.reasoning_parser) == ("hermes", "deepseek_r1")
 
 
 def test_an_error_of_a_request_is_its_answer_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +87,41 @@ def test_a_full_queue_delays_a_request_and_answers_nothing(monkeypatch: pytest.M
     assert len(found) == 10
     assert {status for status, _ in found.values()} == {200}
     assert len(refused) == 30
+
+
+def test_a_full_queue_is_tried_by_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first refusals are of the requests under way; then one request tests the queue for all of them."""
+    num_asked, num_asking, most_later = 0, 0, 0
+
+    async def handler(call: Call) -> Reply:
+        nonlocal num_asked, num_asking, most_later
+        num_asked += 1
+        num_asking += 1
+        if 100 < num_asked <= 105:
+            most_later = max(most_later, num_asking)
+        await asyncio.sleep(0)
+        num_asking -= 1
+        if num_asked <= 105:
+            raise QueueFull("the queue is full", 0.001)
+        return Reply({})
+
+    found = answers(monkeypatch, handler, [line(str(i)) for i in range(200)], concurrency=100)
+    assert (len(found), most_later) == (200, 1)
+
+
+def test_an_error_that_nobody_raises_on_purpose_is_the_answer_of_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(call: Call) -> Reply:
+        if call.body == b'"odd"':
+            raise ZeroDivisionError("a fault of ours")
+        return Reply(object() if call.body == b'"mute"' else {})
+
+    found = answers(monkeypatch, handler, [line("a"), line("odd"), line("mute"), line("z")])
+    assert {key: status for key, (status, _) in found.items()} == {"a": 200, "odd": 500, "mute": 500, "z": 200}
+    request_id = found["odd"][1]["error"]["message"].rpartition(" ")[2]
+    assert request_id in caplog.text
+    assert "a fault of ours" in caplog.text
 
 
 def test_no_more_requests_run_at_a_time_than_allowed_and_none_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,15 +69,15 @@ def run(
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> tuple[list[Output | RingfeedError], float, int]:
     """Results, the time that it took, and how many were reported."""
-    num_reported = 0
+    results: dict[int, Output | RingfeedError] = {}
 
-    def advance() -> None:
-        nonlocal num_reported
-        num_reported += 1
+    def settle(index: int, result: Output | RingfeedError) -> None:
+        assert index not in results
+        results[index] = result
 
     with asyncio.Runner(loop_factory=MadeUpTime) as runner:
-        results = runner.run(Batch(ask, count, window, pause=pause, advance=advance).run())
-        return results, runner.get_loop().time(), num_reported
+        runner.run(Batch(ask, range(count), window, pause=pause, settle=settle).run())
+        return [results[i] for i in range(count)], runner.get_loop().time(), len(results)
 
 
 def texts(results: list[Output | RingfeedError]) -> list[str]:

@@ -32,4 +32,6 @@ def test_a_key_file_may_have_comments_empty_lines_and_the_mark_of_an_editor(tmp_
     ],
 )
 def test_a_key_may_be_in_either_header(headers: dict[str, str], status: int) -> None:
-    assert ask(app_of(FakeEngine(), keys=["k"]), "/tokenize", {"prompt": "x"}, headers).status_code == status
+    answer = ask(app_of(FakeEngine(), keys=["k"]), "/tokenize", {"prompt": "x"}, headers)
+    assert answer.status_code == status
+    assert answer.headers.get("www-authenticate") == ('Bearer realm="ringfeed"' if status == 401 else None)

@@ -474,6 +474,15 @@ def test_health_and_stats_answer_by_their_query_id() -> None:
     assert gateway.answers(Stats)[0] == Stats(query_id=3, roles={"gateway": {"num_open": 0.0}})
 
 
+def test_health_has_the_http_servers_names_and_parsers() -> None:
+    settings = {"served_model_names": ["a", "b"], "tool_parser": "hermes", "reasoning_parser": "none"}
+    gateway = Harness(**settings, policy={"policy": "fair"})
+    gateway.client(Query(query_id=1, what="health"))
+    (health,) = gateway.answers(Health)
+    assert health.policy == "fair"
+    assert {name: getattr(health, name) for name in settings} == settings
+
+
 def test_stats_have_the_arrays_that_the_query_names() -> None:
     gateway = Harness()
     gateway.client(Query(query_id=1, what="stats", arrays=["recent", "unknown"]))

@@ -16,7 +16,7 @@ from pipeline.http.generation.tool_choice import Constraint, constrain
 from pipeline.http.generation.tool_definitions import parameters_of
 from pipeline.http.parsing.families import REASONING_TAGS
 from pipeline.http.parsing.formats import OutputFormat
-from tests.unit.workers.grammar.grammar_tools import accepts
+from tests.unit.workers.grammar.grammar_tools import accepts, compiled
 
 SCHEMA: Final = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 JSON_SCHEMA: Final = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
@@ -34,6 +34,7 @@ KEYWORDS: Final = [
     "type", "properties", "required", "enum", "const", "anyOf", "allOf", "oneOf", "items", "$ref", "$defs", "a",
     "pattern", "minLength", "maxLength", "additionalProperties", "nullable", "description",
 ]  # fmt: skip
+BAD_FORMAT: Final = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "foo"}}}
 TOOLS: Final = [tool("f", parameters=SCHEMA), tool("g")]
 STRICT: Final = [tool("f", parameters=SCHEMA, strict=True), tool("g")]
 
@@ -63,6 +64,40 @@ def test_nothing_is_constrained_where_nothing_is_asked(fields: Any, call_form: s
     assert constraint.structured is None
     assert constraint.call_form == call_form
     assert [each["name"] for each in constraint.tools] == tools
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"tool_choice": "required"}, "tools: the parameters of 'bad'"),
+        ({"family": "pythonic", "tool_choice": "required"}, "tools: the parameters of 'bad'"),
+        ({"family": "qwen3_coder", "tool_choice": "required"}, "tools: the parameters of 'bad'"),
+        ({"tool_choice": "auto"}, "tools: the parameters of 'bad'"),
+        ({"family": None, "tool_choice": named("bad")}, "tools: the parameters of 'bad'"),
+        ({"family": None, "tool_choice": "auto"}, "tools: the parameters of 'bad'"),
+        ({"response_format": BAD_FORMAT}, "structured_outputs.json"),
+        ({"family": None, "response_format": BAD_FORMAT}, "tools"),
+        ({"family": "harmony", "tools": None, "response_format": BAD_FORMAT}, "structured_outputs.json"),
+    ],
+    ids=str,
+)
+def test_an_error_of_a_schema_names_the_tool_or_field_that_has_it(fields: dict[str, Any], name: str) -> None:
+    broken = {"type": "object", "properties": {"a": {"type": "foo"}}, "required": ["a"]}
+    parameters = SCHEMA if fields.get("response_format") else broken
+    tools = [tool("good", parameters=SCHEMA, strict=True), tool("bad", parameters=parameters, strict=True)]
+    spec = constrained(**{"tools": tools, **fields}).structured
+    assert spec is not None
+    with pytest.raises(InvalidRequest) as refused:
+        compiled(spec)
+    assert str(refused.value).startswith(f"{name} cannot be used: ")
+    assert "foo" in str(refused.value)
+
+
+def nested(width: int, key: str) -> dict[str, Any]:
+    """A small schema that stands for width ** 8 values."""
+    definitions = {f"d{i}": {key: [{"$ref": f"#/$defs/d{i + 1}"}] * width} for i in range(9)}
+    properties = {"a": {"$ref": "#/$defs/d0"}}
+    return {"type": "object", "$defs": {**definitions, "d9": {"type": "integer"}}, "properties": properties}
 
 
 @pytest.mark.parametrize(

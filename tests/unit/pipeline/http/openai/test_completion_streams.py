@@ -140,6 +140,26 @@ def test_values_left_out_are_the_models_then_those_of_openai() -> None:
     assert (engine.params[-1].temperature, engine.params[-1].top_k) == (0.6, 3)
 
 
+def test_a_priority_without_effect_is_refused_with_the_number_of_the_request() -> None:
+    app = app_of(FakeEngine(["a"]))
+    app.state.service.takes_priority = False
+    answer = ask(app, PATH, {"prompt": "ab", "priority": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
+    assert answer.json()["error"]["message"].startswith("priority (1) has no effect")
+    assert ask(app, PATH, {"prompt": "ab", "priority": 0}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions", "/v1/responses"])
+def test_stream_options_need_a_stream(path: str) -> None:
+    prompt = {PATH: "prompt", "/v1/responses": "input"}.get(path)
+    body = {prompt: "ab"} if prompt else {"messages": [{"role": "user", "content": "ab"}]}
+    for stream in ({}, {"stream": False}):
+        answer = ask(
+            app_of(FakeEngine(["a"])), path, {**body, **stream, "stream_options": {"include_obfuscation": True}}
+        )
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream_options")
+
+
 @pytest.mark.parametrize(("given", "engines"), [(5, -5), (-5, 5), (10**6, -1_000), (-(10**6), 1_000), (None, 0)])
 def test_a_lower_priority_is_scheduled_earlier_as_in_vllm(given: int | None, engines: int) -> None:
     engine = FakeEngine(["a"])
