@@ -153,7 +153,9 @@ def requests_of(served: Served, engine: Pipeline) -> list[Generate]:
     thinking = [*prompt, served.id("<think>")]
     others: list[tuple[str, list[int], dict[str, Any]]] = [
         ("n = 3", prompt, {"n": 3}),
-        ("n = 3 of different lengths", prompt, {"n": 3, "stop_token_ids": list(range(5, 45)), "max_tokens": 30}),
+        ("n = 3 of different lengths", prompt, {
+            "n": 3, "stop_token_ids": list(range(5, 21)), "logit_bias": dict.fromkeys(range(5, 21), 1.0),
+        }),
         ("n = 3 with a stop string", prompt, {"n": 3, "stop": [stops[0]], "logprobs": 1}),
         *((f"stop {stop!r}", prompt, {"stop": [stop, "\N{REPLACEMENT CHARACTER}" * 3]}) for stop in stops),
         ("stop included", prompt, {"stop": stops[-1:], "include_stop_str_in_output": True}),
