@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import AsyncClient, Client, EngineUnavailable, Output, Pipeline, SamplingParams
+from pipeline import AsyncClient, Client, EngineUnavailable, Output, Pipeline, SamplingParams, TokenLogprob
 from pipeline.environment.module_search import module_environment
 from tests.integration.conftest import TINY_CONFIG
-from tests.reference.chaos.questions import Answer, Question, compare, questions
+from tests.reference.chaos.questions import Answer, Question, Sample, compare, questions
 from tests.reference.chaos.run import ENGINE, Plan, disturb
 from tests.reference.poisoned import MARK, TOKEN_ID
 
@@ -27,6 +27,28 @@ pytestmark = pytest.mark.slow
 
 NULL = {"path": str(TINY_CONFIG.parent / "tiny-model"), "load_format": "null", "null_step_ms": 5.0, "device": "cpu"}
 FIRST = [question for question in questions() if question.name in ("greedy", "n", "grammar, schema", "logprobs")]
+
+
+def test_the_comparison_sees_what_is_lost_doubled_or_changed() -> None:
+    def answer(token_ids: list[int], text: str, **values: Any) -> Answer:
+        return Answer([Sample(token_ids, text, "length", **values)], usage=(3, len(token_ids)))
+
+    row = TokenLogprob(4, -0.5, {4: -0.5, 5: -1.5})
+    expected = answer([4, 5, 6], "abc", logprobs=[row] * 3)
+    assert compare(expected, answer([4, 5, 6], "abc", logprobs=[row] * 3)) == ("equal", "")
+    far = TokenLogprob(4, -0.51, {4: -0.51, 5: -1.5})
+    for got, verdict in (
+        (answer([4, 6], "abc", logprobs=[row] * 3), "lost"),
+        (answer([4, 5, 5, 6], "abc", logprobs=[row] * 3), "doubled"),
+        (answer([4, 5, 7], "abc", logprobs=[row] * 3), "changed"),
+        (answer([4, 5, 6], "abbc", logprobs=[row] * 3), "doubled"),
+        (answer([4, 5, 6], "ac", logprobs=[row] * 3), "lost"),
+        (answer([4, 5, 6], "abc", logprobs=[row] * 2), "lost"),
+        (answer([4, 5, 6], "abc", logprobs=[row, far, row]), "changed"),
+        (answer([4, 5, 6], "abc"), "changed"),
+        (Answer(expected.samples, usage=(3, 4)), "changed"),
+    ):
+        assert compare(expected, got)[0] == verdict, got
 
 
 def test_answers_under_kills_and_hangs_are_those_of_the_undisturbed_engine(tmp_path: Path) -> None:
@@ -51,7 +73,7 @@ async def die_while_draining(pipeline: Pipeline) -> None:
         while (await client.health()).state != "draining":
             await asyncio.sleep(0.01)
         os.kill(pipeline.pids["gpu"], signal.SIGKILL)
-        os.kill(pipeline.pids["scheduler"], signal.SIGKILL)
+        os.kill(pipeline.pids["gateway"], signal.SIGKILL)
         for answer in await asyncio.gather(*streams):
             assert compare(expected, answer) == ("equal", "")
     assert await asyncio.to_thread(pipeline.wait, 60) == 0
