@@ -16,7 +16,8 @@ from ipc.ring import Ring
 from ipc.stats_page import StatsPage
 from ipc.trace import TraceRing
 from pipeline.client.endpoint import runtime_folder
-from pipeline.engine.wiring import Process, Wiring, doorbell_key, ring_key, stats_key, trace_key
+from pipeline.engine.instances import Process
+from pipeline.engine.wiring import Wiring, doorbell_key, ring_key, stats_key, trace_key
 
 _REPLACED: Final = ("ring.", "listener.", "socket.")
 

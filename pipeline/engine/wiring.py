@@ -1,4 +1,4 @@
-"""What follows from a table of roles, rings and sockets: every process, and what each of them is given. Has no effects.
+"""What each process of an engine is given, and what changes when processes are started again. Has no effects.
 
 A descriptor is known here by a key, such as "ring.step@1" or "doorbell.gpu". `shared_resources.py` opens a descriptor
 for each key. A worker's bootstrap names a descriptor by its place in the worker's list of keys.
@@ -20,32 +20,12 @@ import msgspec
 from ipc.ring import RingHandle
 from ipc.stats_page import StatsHandle
 from ipc.trace import TraceHandle
+from pipeline.engine.instances import Instances, Process, RingInstance
 from pipeline.engine.role_settings import EngineFacts
-from pipeline.engine.topology import CONTROL, LAUNCHER, RingRow, Role, SocketRow, Table
+from pipeline.engine.topology import CONTROL, LAUNCHER, Table
 from workers.bootstrap import MAIN, RingEnd, WorkerBootstrap
 
 _FIRST_EPOCHS: Final[Mapping[str, int]] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process of a role."""
-
-    name: str  # "gateway", "tokenizer.0", ...
-    role: Role
-    index: int
-
-
-@dataclass(frozen=True)
-class RingInstance:
-    """One ring in memory, and the processes that have a part in it."""
-
-    name: str  # "step", "prompt.0", ...
-    index: int  # among the rings of one name in the table
-    row: RingRow
-    writer: str
-    owner: str  # of the read cursor
-    readers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -91,16 +71,14 @@ class Wiring:
         self.facts = facts
         self._epochs = epochs
         self._died_starting = died_starting
-        self._by_role = {role.name: _processes(role, facts) for role in table.roles}
-        self.processes = tuple(process for role in table.roles for process in self._by_role[role.name])
-        self.rings = tuple(
-            ring for name in dict.fromkeys(row.name for row in table.rings) for ring in self._rings(name)
-        )
+        self._instances = Instances(table, facts)
+        self.processes = self._instances.processes
+        self.rings = self._instances.rings
         self.sockets = {row.name: row for row in table.sockets}
 
     def names(self, roles: Iterable[str]) -> tuple[str, ...]:
         """The names of all processes of these roles."""
-        return tuple(process.name for role in roles for process in self._of_role(role))
+        return self._instances.names(roles)
 
     @property
     def start_sequence(self) -> tuple[Process, ...]:
@@ -119,7 +97,7 @@ class Wiring:
 
     def process(self, name: str) -> Process:
         """The process of this name."""
-        return next(process for process in self.processes if process.name == name)
+        return self._instances.process(name)
 
     def epoch(self, name: str) -> int:
         """How often this process was started."""
@@ -171,13 +149,12 @@ class Wiring:
         """The other processes that have a ring or a socket in common with one of these."""
         met: set[str] = set()
         for ring in self.rings:
-            parts = {ring.writer, ring.owner, *ring.readers}
-            if not parts.isdisjoint(started):
-                met |= parts
+            if not ring.parts.isdisjoint(started):
+                met |= ring.parts
         for row in self.table.sockets:
             if row.name == CONTROL:
                 continue
-            bound, connected = set(self.names((row.bound_by,))), set(self.names(self._connecting(row)))
+            bound, connected = set(self.names((row.bound_by,))), set(self.names(self._instances.connecting(row)))
             if not bound.isdisjoint(started):
                 met |= connected
             elif not connected.isdisjoint(started):
@@ -196,10 +173,10 @@ class Wiring:
     def _worker(self, process: Process, place: _Places) -> WorkerBootstrap:
         role, facts = process.role, self.facts
         bound = [row for row in self.table.sockets if row.bound_by == role.name]
-        connected = [row for row in self.table.sockets if role.name in self._connecting(row)]
+        connected = [row for row in self.table.sockets if role.name in self._instances.connecting(row)]
         rings: dict[str, list[RingEnd]] = {}
         for ring in self.rings:
-            if process.name in (ring.writer, ring.owner, *ring.readers):
+            if process.name in ring.parts:
                 rings.setdefault(ring.row.name, []).append(self._ring_end(process, ring, place))
         traces = _tracks(process) if facts.traced else {}
         pages = self.processes if role.reads_statistics else ()
@@ -222,7 +199,7 @@ class Wiring:
             peers={
                 peer: [self.identity(name) for name in self.names((peer,))]
                 for row in bound
-                for peer in self._connecting(row)
+                for peer in self._instances.connecting(row)
             },
             kept={name: place(name) for name in role.keeps if name in facts.lent},
         )
@@ -244,40 +221,6 @@ class Wiring:
             doorbells=[place(doorbell_key(name)) for name in woken],
         )
 
-    def _rings(self, name: str) -> list[RingInstance]:
-        """All rings of one name in the table; numbered if there are several."""
-        rings: list[tuple[RingRow, str | None]] = []  # with the process of `one_per` that it belongs to
-        for row in self.table.rings:
-            if row.name == name:
-                rings += [
-                    (row, process) for process in ((None,) if row.one_per is None else self.names((row.one_per,)))
-                ]
-
-        def part(row: RingRow, role: str, of: str | None) -> tuple[str, ...]:
-            return (of,) if of is not None and role == row.one_per else self.names((role,))
-
-        return [
-            RingInstance(
-                name=name if len(rings) == 1 else f"{name}.{index}",
-                index=index,
-                row=row,
-                writer=part(row, row.written_by, of)[0],
-                owner=part(row, row.released_by, of)[0],
-                readers=tuple(process for role in row.read_by for process in part(row, role, of)),
-            )
-            for index, (row, of) in enumerate(rings)
-        ]
-
-    def _connecting(self, row: SocketRow) -> tuple[str, ...]:
-        return tuple(self._by_role) if row.connected_by is None else row.connected_by
-
-    def _of_role(self, role: str) -> tuple[Process, ...]:
-        if role == LAUNCHER:
-            return ()
-        if role not in self._by_role:
-            raise ValueError(f"the table has no role {role!r}; it has {', '.join(self._by_role)}")
-        return self._by_role[role]
-
 
 def ring_key(ring: str, epoch: int) -> str:
     return f"ring.{ring}@{epoch}"
@@ -293,14 +236,6 @@ def stats_key(process: str) -> str:
 
 def trace_key(track: str) -> str:
     return f"trace.{track}"
-
-
-def _processes(role: Role, facts: EngineFacts) -> tuple[Process, ...]:
-    count = 1 if role.count is None else role.count(facts.config)
-    return tuple(
-        Process(f"{role.name}.{index}" if index or role.is_numbered else role.name, role, index)
-        for index in range(count)
-    )
 
 
 def _tracks(process: Process) -> dict[str, str]:

@@ -11,9 +11,10 @@ import zmq
 from ipc.channels import bind_private_router, receive_from, send_to
 from ipc.messages import Start, WorkerToLauncher
 from pipeline.engine.child_process import ChildProcess, SpareProcess
+from pipeline.engine.instances import Process
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.topology import CONTROL
-from pipeline.engine.wiring import Process, Wiring
+from pipeline.engine.wiring import Wiring
 
 logger = logging.getLogger(__name__)
 

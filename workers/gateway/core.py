@@ -7,6 +7,7 @@
     prompts that wait for or are at a tokenizer     to prompt_dispatch.py,
     outputs, acknowledgements, slow clients         to client_flow.py,
     processes that were started again               to recovery.py,
+    queries of health and statistics                to queries.py,
     values that clients keep                        to kept_values.py,
     the checks of clients' frames                   to client_frames.py.
 """
@@ -19,7 +20,6 @@ from typing import Any
 
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed, RingfeedError
 from ipc.messages import (
-    PROTOCOL_VERSION,
     CacheCleared,
     Cancel,
     ClearCache,
@@ -30,7 +30,6 @@ from ipc.messages import (
     DetokenizedText,
     Drained,
     Generate,
-    Health,
     Keep,
     KeptValue,
     Outputs,
@@ -39,18 +38,16 @@ from ipc.messages import (
     Recall,
     Received,
     Refused,
-    Stats,
-    StatsArray,
     TokenizeDone,
 )
-from ipc.record_layout import HostArray
 from ipc.scheduling_params import no_priority
 from workers.gateway.cache_clears import CacheClears
 from workers.gateway.client_flow import PROBE_INTERVAL_S, ClientFlow
 from workers.gateway.client_frames import MAX_ERROR_CHARS, UnreadableFrame, read_client_frames
-from workers.gateway.config import HEALTH_FIELDS, GatewayBootstrap
+from workers.gateway.config import GatewayBootstrap
 from workers.gateway.kept_values import KeptValues
 from workers.gateway.outbox import Outbox, Peer, Send
+from workers.gateway.queries import EngineQueries, RoleArrays, RoleStats
 from workers.gateway.recovery import Recovery
 from workers.gateway.request_lifecycle import RequestLifecycle
 from workers.gateway.request_table import RequestTable
@@ -58,9 +55,6 @@ from workers.gateway.request_timers import to_ns
 from workers.gateway.serving_state import ServingState
 
 logger = logging.getLogger(__name__)
-
-RoleStats = dict[str, dict[str, float]]  # of each role, its counters by name
-RoleArrays = dict[str, dict[str, HostArray]]  # of each role that has any, its arrays by name, int64
 
 
 class Gateway:
@@ -82,7 +76,7 @@ class Gateway:
         self.num_refused = 0
         self.num_queue_full = 0  # refused because something was full
         self._bootstrap = bootstrap
-        self._snapshot_stats = snapshot_stats
+        self._queries = EngineQueries(bootstrap, snapshot_stats)
         self._clears = CacheClears()
         self.recovery = Recovery(self.table, self.requests, self._clears, self._outbox)
         self.kept = KeptValues(bootstrap.frontend.max_kept_bytes)
@@ -151,7 +145,7 @@ class Gateway:
         if isinstance(message, Cancel):
             self.requests.cancel(identity, message.request_id, now)
         elif isinstance(message, Query):
-            self._outbox.add(Peer.CLIENT, self._answer(message), identity)
+            self._outbox.add(Peer.CLIENT, self._queries.answer(message, self.serving), identity)
         elif isinstance(message, ClearCache):
             clear_id = self._clears.add(identity, message.query_id, to_ns(now))
             self._outbox.add(Peer.SCHEDULER, ClearCache(query_id=clear_id))
@@ -159,21 +153,6 @@ class Gateway:
             self._flow.received(identity, message.receipts)
         else:
             self._flow.acknowledge(identity, message.count, now)
-
-    def _answer(self, query: Query) -> Health | Stats:
-        if query.what == "stats":
-            roles, arrays = self._snapshot_stats(query.arrays)
-            return Stats(query_id=query.query_id, roles=roles, arrays=_encoded(arrays))
-        return Health(
-            query_id=query.query_id,
-            state=self.serving.state,
-            detail=self.serving.detail,
-            protocol_version=PROTOCOL_VERSION,
-            model=self._bootstrap.model_name,
-            max_open_requests=self._bootstrap.frontend.max_open_requests,
-            policy=self._bootstrap.policy.policy,
-            **{name: getattr(self._bootstrap, name) for name in HEALTH_FIELDS},
-        )
 
     def _refuse(self, identity: bytes, request_id: str, error: RingfeedError) -> None:
         self.num_refused += 1
@@ -277,10 +256,3 @@ class Gateway:
             self._flow.send_errors(client, error)
             self.requests.drop_client(client)
             self._flow.suspend(client.identity)
-
-
-def _encoded(arrays: RoleArrays) -> dict[str, dict[str, StatsArray]]:
-    return {
-        role: {name: StatsArray(list(array.shape), array.tobytes()) for name, array in of_role.items()}
-        for role, of_role in arrays.items()
-    }

@@ -43,8 +43,9 @@ from ipc.stats_page import StatsPage
 from ipc.trace import Span
 from workers.gateway.config import GatewayBootstrap, max_unread_messages
 from workers.gateway.connection_limit import Doorkeeper
-from workers.gateway.core import Gateway, RoleArrays, RoleStats
+from workers.gateway.core import Gateway
 from workers.gateway.outbox import Peer
+from workers.gateway.queries import RoleArrays, RoleStats
 from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)

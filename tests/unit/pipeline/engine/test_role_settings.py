@@ -26,6 +26,6 @@ def test_the_gateway_knows_the_http_servers_names_and_parsers(
     sections: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     config = config_from_dict({"model": {"path": "/m"}, **sections})
-    worker = WorkerBootstrap(role="gateway", endpoints={}, doorbell_fd=-1, stats=None, launcher_pid=1)  # type: ignore[arg-type]
+    worker = WorkerBootstrap(role="gateway", doorbell_fd=-1, stats=None, launcher_pid=1)  # type: ignore[arg-type]
     gateway = role_settings.gateway(facts(config=config), worker)
     assert {name: getattr(gateway, name) for name in expected} == expected
