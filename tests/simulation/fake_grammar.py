@@ -37,6 +37,7 @@ class FakeGrammar:
         self.told: dict[int, list[int]] = {}  # tokens of each sequence, in the order in which they came
         self.matchers: dict[int, int] = {}  # worker of each sequence that is compiled and not released
         self.compiles: list[tuple[int, Compile]] = []  # not answered yet
+        self._num_known: dict[int, int] = {}  # tokens of each resumed sequence that its Compile brought
         self._owed: deque[_Owed] = deque()
         self.num_masks: dict[int, int] = {}  # that each sequence has got
         self._has_mask: set[int] = set()  # sequences that got one of this device: the next comes with a token
@@ -53,6 +54,8 @@ class FakeGrammar:
                     keys = range(message.key, message.key + message.num_samples)
                     assert not self.matchers.keys() & set(keys), "a request was compiled twice"
                     self.matchers |= dict.fromkeys(keys, worker)
+                    num_known = [len(token_ids) // 4 for token_ids in message.known]
+                    self._num_known |= zip(keys, num_known, strict=False)  # [] = none
                 else:
                     for key in message.keys:
                         assert self.matchers.pop(key, worker) == worker, "a sequence was released by another worker"
@@ -132,8 +135,11 @@ class FakeGrammar:
                 assert key in (0, owner), "the mask is of another sequence"
                 assert key or owner not in scheduler._open, "an open sequence gets no mask"
                 for sequence in scheduler._open.find([key] if key else []):
-                    num_known = scheduler._table.num_tokens[sequence.row] - sequence.num_prompt
-                    assert len(self.told[key]) == num_known, f"sequence {key} was told {self.told[key]} before its mask"
+                    num_output = scheduler._table.num_tokens[sequence.row] - sequence.num_prompt
+                    told = self.told[key]
+                    assert self._num_known.get(key, 0) + len(told) == num_output, (
+                        f"{key} was told {told} before its mask"
+                    )
 
     def _is_old(self, request: MaskRequestRecord) -> bool:
         return int(request.mask_epoch[0]) < self._epoch

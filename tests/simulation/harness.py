@@ -8,7 +8,6 @@ an actor moves `now_ns`.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, Protocol
@@ -110,7 +109,6 @@ class Simulation:
         self.epoch = 1  # of the GPU process
         self.now_ns = 0
         self.num_submitted = 0
-        self.dead_workers: deque[int] = deque()  # of grammar; the GPU process is told in its next turn
         self._credits = depth if credits is None else credits
         self._shape, self._depth, self._num_blocks = shape, depth, num_blocks
         self._mask_records = mask_records
@@ -222,8 +220,6 @@ class Simulation:
         return True
 
     def _take_step(self) -> bool:
-        if self.dead_workers:
-            self.executor.grammar_died(self.dead_workers.popleft())
         held = self.executor.held_back
         submitted = self.executor.submit_next(self.now_ns) is not None
         self.num_submitted += submitted

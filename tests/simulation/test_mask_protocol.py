@@ -55,13 +55,6 @@ def simulate(
         scheduler.waiting.append(arriving.pop(0))
         return True
 
-    def answer(worker: int) -> bool:
-        was_dead = workers[worker].is_dead
-        acted = workers[worker].act()
-        if workers[worker].is_dead and not was_dead and random.random() < 0.5:  # else nobody tells the GPU process
-            simulation.dead_workers.append(worker)
-        return acted
-
     def pass_time() -> bool:
         """Only masks that are not to come in time are waited for."""
         held, deadline_ns = executor.held_back, executor.mask_deadline_ns
@@ -72,8 +65,8 @@ def simulate(
 
     simulation.add_actor("tokenizer", arrive)
     simulation.add_actor("clock", pass_time)
-    for i in range(len(workers)):
-        simulation.add_actor(f"grammar.{i}", lambda i=i: answer(i))
+    for i, worker in enumerate(workers):
+        simulation.add_actor(f"grammar.{i}", worker.act)
     try:
         simulation.run(scheduler, lambda: not arriving and scheduler.is_idle and all(w.is_idle for w in workers))
     finally:

@@ -104,7 +104,7 @@ class Rewiring:
         self._completion = completion
 
     def __call__(self, bootstrap: GpuBootstrap) -> None:
-        """Take over the new rings of a new scheduler, or the present ring of a new grammar process.
+        """Take over the new rings of a new scheduler. A new grammar process continues its ring: nothing changes then.
 
         A new scheduler has new tokenizers and new grammar processes, so all rings are new. Raises TimeoutError if the
         device does not finish the steps of the dead scheduler: this process must end then.
@@ -115,11 +115,6 @@ class Rewiring:
             self._executor.replace_rings(attach_rings(bootstrap))
             self._completion.ring_scheduler = self._worker.ring("result").wake
             logger.info("takes steps from a new scheduler")
-            return
-        for i in range(bootstrap.shape.num_grammar_workers):
-            name = f"grammar.{i}"
-            if self._worker.epochs.get(name) != old.epochs.get(name):
-                self._executor.grammar_returned(i)
 
 
 def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> Executor:

@@ -53,15 +53,14 @@ class Inbox:
         self._schedule = schedule
         self._scheduler = scheduler
         self._outbox = outbox
-        self._worker = worker
         self._take_bootstraps = take_bootstraps
         self._accepted: list[int] = []
         self._answers: list[SchedulerToGateway] = []
         self._use(worker)
 
     def _use(self, worker: WorkerBootstrap) -> None:
-        self._worker = worker
         self._gateway = worker.peer("gateway")
+        self._tokenizers = worker.peers["tokenizer"]
         self.grammars = worker.peers.get("grammar", [])
         self._alive = {identity for identities in worker.peers.values() for identity in identities}
 
@@ -102,13 +101,13 @@ class Inbox:
     def rewire(self, worker: WorkerBootstrap) -> None:
         """Tokenizers or grammar processes were started again."""
         self._send_answers()
-        before = self._worker
+        tokenizers, grammars = self._tokenizers, self.grammars
         self._use(worker)
-        for index, (old, new) in enumerate(zip(before.peers["tokenizer"], worker.peers["tokenizer"], strict=True)):
+        for index, (old, new) in enumerate(zip(tokenizers, self._tokenizers, strict=True)):
             if old != new:
                 self._scheduler.prompts.fence(index + 1)  # ring 0 is our own
                 self._outbox.add(self._gateway, [Fenced(tokenizer=old)])
-        for index, (old, new) in enumerate(zip(before.peers["grammar"], worker.peers["grammar"], strict=True)):
+        for index, (old, new) in enumerate(zip(grammars, self.grammars, strict=True)):
             if old != new:
                 self._scheduler.lose_grammar_worker(index)
                 self._scheduler.regain_grammar_worker(index)

@@ -156,14 +156,6 @@ class Executor:
             return None
         return self._masks_due_since_ns(step) + self._mask_timeout_ns
 
-    def grammar_died(self, worker: int) -> None:
-        """Close at once the masks that a dead grammar worker still owes or will owe."""
-        self._rings.masks.died(worker)
-
-    def grammar_returned(self, worker: int) -> None:
-        """Wait for the masks of this grammar worker again: a new process writes its ring."""
-        self._rings.masks.returned(worker)
-
     def replace_rings(self, rings: GpuRings) -> None:
         """Take steps from new rings, from ticket 1 on: the processes at their other ends are new.
 
@@ -290,7 +282,7 @@ class Executor:
         if not self._earlier_are_published(step):
             return False
         is_late = now_ns >= self._masks_due_since_ns(step) + self._mask_timeout_ns
-        return is_late or self._rings.masks.are_decided(step.owed)
+        return is_late or self._rings.masks.are_there(step.owed)
 
     def _earlier_are_published(self, step: Submitted) -> bool:
         return step.ticket == 1 or self._rings.result.is_published(step.ticket - 1)

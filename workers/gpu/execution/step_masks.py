@@ -2,7 +2,7 @@
 
 Owns the mask rings' read cursors and the one buffer of masks. It decides which masks are used and which count as
 closed: a closed mask allows no token, so its sequence ends with an error and the step goes on. A mask is closed if its
-record is late, names another step, holds another number of masks or none, or is owed by a worker that is dead.
+record is late, names another step, or holds another number of masks or none.
 
 One buffer serves all steps, because step k's masks are copied only after result k-1 has been published:
 
@@ -52,7 +52,6 @@ class StepMasks:
         field = mask_layout(shape).fields["masks"]
         self._sources = [[tensor_view(field, record) for record in device_records(device, ring)] for ring in rings]
         self.ready = device.event("masks_ready")
-        self._dead: set[int] = set()
         self._reported: set[int] = set()
         self._finished = [0] * len(rings)  # by worker: the newest ticket of a step whose result is published
         self._cursors = threading.Lock()  # two threads release records
@@ -68,18 +67,9 @@ class StepMasks:
                 owed += (OwedMasks(worker, ticket, start, int(record.num_masks[worker])),)
         return owed
 
-    def are_decided(self, owed: Sequence[OwedMasks]) -> bool:
-        """Whether each of the masks is there or can never come."""
-        return all(part.worker in self._dead or self._is_published(part) for part in owed)
-
-    def died(self, worker: int) -> None:
-        """A grammar worker is dead: what it has not published is closed from now on."""
-        self._dead.add(worker)
-
-    def returned(self, worker: int) -> None:
-        """A new process is at work for this grammar worker, and continues its ring."""
-        self._dead.discard(worker)
-        self._reported.discard(worker)
+    def are_there(self, owed: Sequence[OwedMasks]) -> bool:
+        """Whether all of the masks are there."""
+        return all(map(self._is_published, owed))
 
     def copy(self, step: Submitted) -> None:
         """Enqueue the copies of the step's masks, and zeros for the closed ones, and record `ready`.

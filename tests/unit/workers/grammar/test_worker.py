@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -86,6 +87,7 @@ class Surroundings:
             stats=stats,
             launcher_pid=os.getpid(),
         )
+        self.common = common
         self.process = WorkerProcess(common)
         bootstrap = GrammarBootstrap(worker=common, model_path=str(TINY), shape=SHAPE, compile_timeout_s=5.0)
         self.in_wait: list[Callable[[], None]] = []  # what the process does next from within `wait`
@@ -148,7 +150,8 @@ class Surroundings:
         close_handle(self.masks.handle)
         self.masks = Ring.create("mask", mask_layout(SHAPE), NUM_RECORDS, epoch)
         end = RingEnd(handle=self.masks.handle, writes=True, doorbells=[self.bells["gpu"].fd])
-        self.in_wait.append(lambda: self.workers[0].replace_device(end))
+        worker = msgspec.structs.replace(self.common, rings={**self.common.rings, "mask": [end]})
+        self.in_wait.append(lambda: self.workers[0].rewire(worker))
         self.bells["grammar"].ring()
         return self.answer(ticket)
 

@@ -265,9 +265,9 @@ def test_the_sequences_of_a_dead_process_are_interrupted_and_the_others_go_on() 
 
 def test_a_request_whose_grammar_seems_to_have_ended_two_processes_is_refused() -> None:
     engine = engine_of()
-    assert engine.send(1, [1], params(2), num_suspected=1) is Arrival.PARKED
-    assert engine.send(2, [2], params(2), num_suspected=2) is Arrival.REFUSED
-    assert engine.send(3, [3], SamplingParams(max_tokens=2), num_suspected=2) is Arrival.QUEUED
+    assert engine.send(1, [1], params(2), num_suspected=1, known=[[]]) is Arrival.PARKED
+    assert engine.send(2, [2], params(2), num_suspected=2, known=[[]]) is Arrival.REFUSED
+    assert engine.send(3, [3], SamplingParams(max_tokens=2), num_suspected=2, known=[[]]) is Arrival.QUEUED
     compile_all(engine)
     engine.drain()
     code, text = engine.errors[2]

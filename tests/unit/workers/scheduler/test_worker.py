@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -39,13 +38,11 @@ from ipc.ring import Ring, close_handle
 from ipc.sampling_params import SamplingParams
 from ipc.stats_page import StatsPage
 from tests.simulation.fake_gpu import FakeGpu, expected_tokens
-from tests.simulation.scheduled_engine import ScheduledEngine
 from tests.unit.workers.private_sockets import PrivateSockets
 from workers.bootstrap import RingEnd, WorkerBootstrap
 from workers.process import StopWorker, WorkerProcess
-from workers.scheduler import worker
 from workers.scheduler.config import ARRAYS, COUNTERS, SchedulerBootstrap, SchedulerConfig
-from workers.scheduler.worker import StepChannel, eos_token_ids, run
+from workers.scheduler.worker import eos_token_ids, run
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=4)
 NUM_BLOCKS = 64
@@ -72,7 +69,7 @@ class Surroundings:
             role="scheduler",
             listeners=self.sockets.listeners,
             sockets=self.sockets.sockets,
-            peers={"gateway": [b"gateway@1"]},
+            peers={"gateway": [b"gateway@1"], "tokenizer": [b"tokenizer.0@1"]},
             rings={
                 "step": [RingEnd(handle=self.steps.handle, writes=True, doorbells=[self.bells["gpu"].fd])],
                 "result": [RingEnd(handle=self.results.handle)],
@@ -85,10 +82,10 @@ class Surroundings:
             stats=stats,
             launcher_pid=os.getpid(),
         )
-        self.common = common
         self.process = WorkerProcess(common)
         self.in_wait: list[Callable[[], None]] = []  # what the process does next from within `wait`
-        self.channels: list[StepChannel] = []
+        self.rewirings: list[Callable[[Any], None]] = []  # what it does with a further bootstrap
+        self.process.on_rewire = self.rewirings.append  # type: ignore[method-assign]
         wait = self.process.wait
 
         def wait_and_do(timeout_ms: int | None = None) -> set[Any]:
@@ -99,7 +96,7 @@ class Surroundings:
             return ready
 
         self.process.wait = wait_and_do  # type: ignore[method-assign]
-        bootstrap = SchedulerBootstrap(
+        self.bootstrap = SchedulerBootstrap(
             worker=common,
             scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64),
             shape=SHAPE,
@@ -107,22 +104,17 @@ class Surroundings:
             eos_token_ids=[],
         )
         self.failure: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, args=(bootstrap,))
+        self.thread = threading.Thread(target=self._run)
         self.thread.start()
         self.gateway = self.sockets.connect(self.context, "schedule", b"gateway@1")
-        self.tokenizer = self.sockets.connect(self.context, "schedule")
+        self.tokenizer = self.sockets.connect(self.context, "schedule", b"tokenizer.0@1")
         self.heard: list[Any] = []  # StepOutputs
         self.accepted: list[int] = []
         self.answers: list[Any] = []  # to the gateway
 
-    def _run(self, bootstrap: SchedulerBootstrap) -> None:
-        def make(*args: Any) -> StepChannel:
-            self.channels.append(StepChannel(*args))
-            return self.channels[-1]
-
+    def _run(self) -> None:
         try:
-            with patch.object(worker, "StepChannel", make):
-                run(self.process, bootstrap)
+            run(self.process, self.bootstrap)
         except StopWorker:
             pass
         except BaseException as error:
@@ -189,12 +181,17 @@ class Surroundings:
             "step": [RingEnd(handle=self.steps.handle, writes=True, doorbells=[self.bells["gpu"].fd])],
             "result": [RingEnd(handle=self.results.handle)],
         }
-        rewired = msgspec.structs.replace(self.common, rings={**self.common.rings, **new})
-        self.in_wait.append(lambda: self.channels[0].replace_device(rewired, was_ready=True))
-        self.bells["scheduler"].ring()
-        self.until(lambda: not self.in_wait)
+        self.rewire(rings={**self.bootstrap.worker.rings, **new})
         for handle in old:
             close_handle(handle)
+
+    def rewire(self, **changed: Any) -> None:
+        """Another process was started again: the scheduler gets a bootstrap that differs in this."""
+        worker = msgspec.structs.replace(self.bootstrap.worker, **changed)
+        self.bootstrap = msgspec.structs.replace(self.bootstrap, worker=worker)
+        self.in_wait.append(lambda: self.rewirings[-1](self.bootstrap))
+        self.bells["scheduler"].ring()
+        self.until(lambda: not self.in_wait)
 
     def counters(self, *names: str) -> tuple[float, ...]:
         counters = self.stats.snapshot()
@@ -281,27 +278,6 @@ def test_the_gateway_hears_of_an_arrival_before_it_hears_that_the_request_is_not
     assert [opened.key for outputs in surroundings.heard for opened in outputs.opened] == [1]
     surroundings.until(surroundings.bells["tokenizer"].drain)
     assert surroundings.prompts[1].num_free() == 8
-
-
-def test_a_request_that_arrives_together_with_its_withdrawal_is_either_accepted_or_withdrawn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def answers(*messages: Any) -> list[Any]:
-        monkeypatch.setattr(worker, "receive_from", lambda *_: [(b"", message) for message in messages])
-        return worker.take_messages(no_socket, engine.scheduler, [])
-
-    engine = ScheduledEngine()
-    no_socket: Any = None
-    arrivals = {}
-    for key in (1, 2, 3):
-        ticket = engine.publish_prompt([key])
-        route = Route(client=b"c", request_id=str(key), stream=True)
-        arrivals[key] = Tokenized(key, route, SamplingParams(max_tokens=1), 0, 1, ticket, num_prompt_tokens=1)
-    assert answers(Withdraw(keys=[1]), arrivals[1]) == [Withdrawn(keys=[1])]
-    assert answers(arrivals[2], Withdraw(keys=[2])) == [Accepted(keys=[2])]
-    assert answers(arrivals[3], CancelRequests(keys=[3]), Withdraw(keys=[3])) == [
-        Accepted(keys=[3]), Withdrawn(keys=[3]),
-    ]  # fmt: skip
 
 
 def test_the_tokenizer_is_woken_when_its_records_are_free_and_the_counters_say_what_happened(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,23 +116,6 @@ def test_a_step_held_back_is_dropped_and_its_mask_is_not_taken_for_the_new_sched
     assert engine.is_released(0)
 
 
-def test_a_new_grammar_process_continues_its_ring_and_its_masks_count_again() -> None:
-    engine = Engine()
-    engine.executor.grammar_died(0)
-    engine.plan(1)
-    assert engine.submit() is not None, "a dead process was waited for"
-    assert engine.results() == tokens(-1)
-    engine.executor.grammar_returned(0)
-    engine.plan(1)
-    assert engine.submit() is None, "the new process's mask is not waited for"
-    engine.answer(0, 1, 3)  # to the request that the dead process left unanswered
-    assert engine.submit() is None
-    engine.answer(0, 2, 5)
-    assert engine.submit() is not None
-    assert engine.results() == tokens(5)
-    assert engine.is_released(0)
-
-
 def is_mapped(address: int) -> bool:
     return f"{address:x}-" in Path("/proc/self/maps").read_text()
 
@@ -215,16 +197,3 @@ def test_a_gpu_process_serves_one_scheduler_after_the_other() -> None:
             worker.run(Rewired([first, second]), first.bootstrap)  # type: ignore[arg-type]
         assert first.steps.num_unreleased == second.steps.num_unreleased == 0
         assert second.results.is_published(1)
-
-
-def test_only_the_grammar_process_that_was_started_again_has_returned() -> None:
-    returned: list[int] = []
-    executor: Any = SimpleNamespace(grammar_returned=returned.append)
-    unused: Any = None
-    shape = replace(SHAPE, num_grammar_workers=3)
-    with gpu_process(NULL, shape) as gpu:
-        rewire = worker.Rewiring(gpu.bootstrap, executor, unused)
-        for epochs in ({"grammar.1": 2}, {"grammar.1": 2, "tokenizer.0": 7}, {"grammar.1": 3, "grammar.2": 2}):
-            own = replace(gpu.bootstrap.worker, epochs=gpu.bootstrap.worker.epochs | epochs)
-            rewire(replace(gpu.bootstrap, worker=own))
-    assert returned == [1, 1, 2]

@@ -243,33 +243,6 @@ def test_a_record_of_another_step_or_number_of_masks_counts_as_closed(
     assert engine.is_released(0)
 
 
-def test_a_dead_workers_masks_are_closed_at_once_and_those_that_it_published_are_used() -> None:
-    engine = Engine()
-    engine.answer(0, 1, 9)
-    engine.executor.grammar_died(0)
-    engine.plan(1, 1)
-    assert engine.submit() is None, "the other worker's mask is not there"
-    engine.answer(1, 1, 34)
-    assert engine.submit() is not None
-    assert engine.results() == tokens(9, 34)
-    engine.plan(1)
-    assert engine.submit() is not None
-    assert engine.results() == tokens(NO_TOKEN)
-
-
-def test_a_dead_workers_masks_are_not_closed_while_the_step_before_may_read_its_own() -> None:
-    engine = Engine()
-    engine.answer(0, 1, 9)
-    engine.plan(1)
-    engine.plan(1)
-    assert engine.submit() is not None
-    engine.executor.grammar_died(0)
-    assert engine.submit() is None
-    assert engine.results() == tokens(9)
-    assert engine.submit() is not None
-    assert engine.results() == tokens(NO_TOKEN)
-
-
 def test_a_step_that_owes_masks_which_its_sampler_would_ignore_is_refused() -> None:
     engine = Engine()
     engine.plan(1)
@@ -346,7 +319,7 @@ def test_the_publishing_thread_wakes_the_launching_thread_only_for_a_step_held_b
     device, woken = LateWaiter(), threading.Event()
     engine = Engine(device)
     completion = ResultPublisher(device, engine.executor, ring_scheduler=lambda: None, wake=woken.set)
-    engine.executor.grammar_died(0)
+    engine.answer(0, 2, 9)
     engine.plan(num_free=1)
     step = engine.submit()
     assert step is not None
