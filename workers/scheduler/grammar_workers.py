@@ -6,19 +6,23 @@
     lose      a process has died; its sequences have ended, and its messages wait for its successor
     regain    its successor takes messages
 
+One of the requests that a process had may have ended it. So each of them is a suspect when its client sends it again:
+its grammar is compiled alone, and the next one only when the suspect has got a token or has ended. If the process dies
+until then, the suspect is marked again, and no other request is. With MAX_SUSPECTED marks a request is refused.
+
 Knows no sockets: the scheduler's process takes the messages and sends them. Ends no sequence: the scheduler does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from ipc.errors import InvalidRequest, RequestFailed
 from ipc.messages import Compile, Ended, ReleaseMatchers, SchedulerToGrammar, Tokenized, split_keys
 from workers.scheduler.sequence import Sequence
 
-MAX_SUSPECTED: Final = 2  # deaths of a grammar process that a request may seem to have caused
+MAX_SUSPECTED: Final = 3  # deaths of a grammar process: one with other requests, and two with this one alone
 ANSWER_SLACK_S: Final = 10.0  # beyond the time to compile: the first grammar also waits for the vocabulary
 
 
@@ -29,9 +33,16 @@ class GrammarWorkers:
         num_workers: 0 = requests with structured outputs cannot be served.
         compile_timeout_s: a grammar process takes at most so long for one grammar.
         clock: nanoseconds.
+        num_tokens: of a sequence, prompt and output together.
     """
 
-    def __init__(self, num_workers: int, compile_timeout_s: float, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        compile_timeout_s: float,
+        clock: Callable[[], int],
+        num_tokens: Callable[[Sequence], int],
+    ) -> None:
         limit_s = compile_timeout_s + ANSWER_SLACK_S
         self.silence = (  # the error of those that `expired` returns
             f"the grammar process of this request has answered nothing for {limit_s:g} s "
@@ -39,7 +50,9 @@ class GrammarWorkers:
         )
         self._limit_ns = round(limit_s * 1e9)
         self._clock = clock
+        self._num_tokens = num_tokens
         self._parked: dict[int, dict[int, Sequence]] = {}  # by the request's key: its open sequences by their keys
+        self._suspects: dict[int, dict[int, Sequence]] = {}  # the same of requests with a mark, parked or not
         self._workers = [_Worker() for _ in range(num_workers)]
 
     def __len__(self) -> int:
@@ -61,28 +74,34 @@ class GrammarWorkers:
             return None
         return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
 
-    def lose(self, index: int, followed: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
-        """A process has died. `followed` are its open sequences.
+    def lose(self, index: int, followed: list[Sequence], *, was_ready: bool) -> tuple[list[Sequence], list[Sequence]]:
+        """A process has died. `followed` are its open sequences; `was_ready`: it may have begun with their grammars.
 
-        Returns those whose grammars it was compiling, so that one of them may have ended it, and the others that it
-        knew. The caller ends both. Grammars that were not sent yet wait for the successor.
+        Returns the sequences that get a mark, and the others that it knew. The caller ends both. Grammars that were
+        not sent yet wait for the successor.
         """
         worker = self._workers[index]
         unsent = {message.key for message in worker.compiles}
         known = [sequence for sequence in followed if sequence.request_key not in unsent]
-        suspects = [sequence for sequence in known if sequence.request_key in worker.unanswered]
-        others = [sequence for sequence in known if sequence.request_key not in worker.unanswered]
+
+        def is_marked(sequence: Sequence) -> bool:
+            key = sequence.request_key
+            return was_ready and (key not in self._suspects if worker.trial is None else key == worker.trial)
+
+        marked = [sequence for sequence in known if is_marked(sequence)]
+        others = [sequence for sequence in known if not is_marked(sequence)]
         worker.lose(unsent)
-        return suspects, others
+        return marked, others
 
     def regain(self, index: int) -> None:
         """A new process has taken the place of one that had died. It gets the messages since then."""
         self._workers[index].regain(self._clock())
 
-    def park(self, sequences: list[Sequence], num_samples: int) -> None:
+    def park(self, sequences: list[Sequence], num_samples: int, *, is_suspect: bool = False) -> None:
         """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it.
 
-        The request has `num_samples`; those without a sequence have ended, and need no matcher.
+        The request has `num_samples`; those without a sequence have ended, and need no matcher. `is_suspect`: it may
+        have ended a grammar process before.
         """
         first, request = sequences[0], sequences[0].request_key
         spec = first.params.structured_outputs
@@ -92,8 +111,10 @@ class GrammarWorkers:
         for sequence in sequences:
             sequence.grammar_worker = index
         self._parked[request] = {sequence.key: sequence for sequence in sequences}
+        if is_suspect:
+            self._suspects[request] = dict(self._parked[request])
         worker.num_sequences += len(sequences)
-        worker.asked(request, self._clock())
+        worker.unanswered.add(request)
         known = {sequence.key: sequence.known_output.tobytes() for sequence in sequences}
         keys = range(request, request + num_samples)
         worker.compiles.append(
@@ -120,10 +141,11 @@ class GrammarWorkers:
         worker.num_sequences -= 1
         worker.released.append(sequence.key)
         request = sequence.request_key
-        if (parked := self._parked.get(request)) is not None:
-            del parked[sequence.key]
-            if not parked:
-                del self._parked[request]
+        for by_request in (self._parked, self._suspects):
+            if (open_ones := by_request.get(request)) is not None:
+                del open_ones[sequence.key]
+                if not open_ones:
+                    del by_request[request]
 
     @property
     def next_timer_ns(self) -> int | None:
@@ -139,11 +161,21 @@ class GrammarWorkers:
 
     def take_messages(self) -> list[tuple[int, list[SchedulerToGrammar]]]:
         """The messages to each grammar process since the last call, by its index, in order."""
+        for worker in self._workers:
+            if worker.trial is not None and self._has_passed(worker.trial, worker):
+                worker.trial = None
         return [
             (index, messages)
             for index, worker in enumerate(self._workers)
-            if worker.has_messages and (messages := worker.take())
+            if worker.has_messages and (messages := worker.take(self._suspects, self._clock()))
         ]
+
+    def _has_passed(self, request: int, worker: _Worker) -> bool:
+        """Whether a suspect has ended, or has got past the point at which it may have ended a process."""
+        left = self._suspects.get(request, {}).values()
+        return request not in worker.sent and all(
+            each.has_row and self._num_tokens(each) > each.num_known for each in left
+        )
 
     def _sequences(self, key: int) -> list[Sequence]:
         return list(self._parked.get(key, {}).values())
@@ -156,19 +188,25 @@ class _Worker:
         self.is_away = False  # it has died, and its successor is not there yet
         self.num_sequences = 0  # open ones
         self.unanswered: set[int] = set()  # keys of requests
+        self.sent: set[int] = set()  # those among them that it has
+        self.trial: int | None = None  # the suspect that it has alone
         self.heard_ns = 0  # since when it could have answered: its last answer, or the first question after that
         self.compiles: list[Compile] = []
         self.released: list[int] = []
         self._given_up: set[int] = set()  # requests that ended because it did not answer
 
     @property
-    def precedence(self) -> tuple[bool, bool, int]:
-        """The process with the lowest one gets the next request. One that may hang is asked after the others."""
-        return self.is_away, bool(self._given_up), self.num_sequences + len(self.unanswered)
+    def precedence(self) -> tuple[bool, bool, bool, int]:
+        """The process with the lowest one gets the next request. One that may hang, or may
+        die, is asked after the others."""
+        is_on_trial = self.trial is not None
+        return self.is_away, bool(self._given_up), is_on_trial, self.num_sequences + len(self.unanswered)
 
     def lose(self, unsent: set[int]) -> None:
         self.is_away = True
         self.unanswered = unsent
+        self.sent.clear()
+        self.trial = None
         self._given_up.clear()
 
     def regain(self, now_ns: int) -> None:
@@ -177,31 +215,42 @@ class _Worker:
 
     @property
     def owes_answers(self) -> bool:
-        return bool(self.unanswered) and not self.is_away
-
-    def asked(self, key: int, now_ns: int) -> None:
-        if not self.unanswered:
-            self.heard_ns = now_ns
-        self.unanswered.add(key)
+        return bool(self.sent) and not self.is_away
 
     def answered(self, key: int, now_ns: int) -> None:
         self.unanswered.discard(key)
+        self.sent.discard(key)
         self._given_up.discard(key)
         self.heard_ns = now_ns
 
     def give_up(self) -> list[int]:
-        """The unanswered requests. They are waited for no more."""
-        keys = sorted(self.unanswered)
-        self._given_up |= self.unanswered
-        self.unanswered.clear()
+        """The requests that it has not answered. They are waited for no more."""
+        keys = sorted(self.sent)
+        self._given_up |= self.sent
+        self.unanswered -= self.sent
+        self.sent.clear()
         return keys
 
     @property
     def has_messages(self) -> bool:
         return bool(self.compiles or self.released) and not self.is_away
 
-    def take(self) -> list[SchedulerToGrammar]:
-        """A sequence is released after its grammar was sent, so this order of the two kinds is the right one."""
-        messages: list[SchedulerToGrammar] = [*self.compiles, *split_keys(ReleaseMatchers, self.released)]
-        self.compiles, self.released = [], []
-        return messages
+    def take(self, suspects: Collection[int], now_ns: int) -> list[SchedulerToGrammar]:
+        """A sequence is released after its grammar was sent, so this order of the two kinds is the right one.
+
+        A grammar of `suspects` is sent when the process has no other one to compile, and keeps later ones waiting.
+        """
+        messages: list[SchedulerToGrammar] = []
+        while self.compiles and self.trial is None:
+            if (key := self.compiles[0].key) in suspects:
+                if self.sent:
+                    break
+                self.trial = key
+            self.heard_ns = self.heard_ns if self.sent else now_ns
+            self.sent.add(key)
+            messages.append(self.compiles.pop(0))
+        waiting = [range(each.key, each.key + each.num_samples) for each in self.compiles]
+        kept = [key for key in self.released if any(key in keys for keys in waiting)]
+        released = [key for key in self.released if key not in kept] if kept else self.released
+        self.released = kept
+        return [*messages, *split_keys(ReleaseMatchers, released)]

@@ -109,6 +109,7 @@ class Inbox:
                 self._outbox.add(self._gateway, [Fenced(tokenizer=old)])
         for index, (old, new) in enumerate(zip(grammars, self.grammars, strict=True)):
             if old != new:
-                self._scheduler.lose_grammar_worker(index)
+                name = old.decode().rpartition("@")[0]
+                self._scheduler.lose_grammar_worker(index, was_ready=name not in worker.died_starting)
                 self._scheduler.regain_grammar_worker(index)
                 self._outbox.forget(old)

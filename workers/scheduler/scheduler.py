@@ -98,7 +98,10 @@ class Scheduler:
         self._kv_cache = KVCache(shape, num_blocks, self._table)
         self._open = OpenSequences(config.queue_timeout_s, clock)
         self._outputs = OutputBuffer()
-        self._grammar_workers = GrammarWorkers(shape.num_grammar_workers, grammar.compile_timeout_s, clock)
+        self._grammar_workers = GrammarWorkers(
+            shape.num_grammar_workers, grammar.compile_timeout_s, clock,
+            num_tokens=lambda sequence: int(self._table.num_tokens[sequence.row]),
+        )  # fmt: skip
         self.mask_requests = MaskRequests(mask_rings, self._table, mask_epoch)
         checks = RequestChecks(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
@@ -144,10 +147,10 @@ class Scheduler:
         if sequences and not had_work:
             self._work_since_ns = self._clock()
 
-    def lose_grammar_worker(self, worker: int) -> None:
-        """A grammar process has died: its sequences are interrupted. Those whose grammars it was compiling may have
-        ended it."""
-        suspects, others = self._grammar_workers.lose(worker, self._open.followed_by(worker))
+    def lose_grammar_worker(self, worker: int, *, was_ready: bool = True) -> None:
+        """A grammar process has died: its sequences are interrupted. If it was ready, one of them may be the cause."""
+        followed = self._open.followed_by(worker)
+        suspects, others = self._grammar_workers.lose(worker, followed, was_ready=was_ready)
         self._endings.fail(suspects, Interrupted.code, GRAMMAR_DIED, suspected=True)
         self._endings.fail(others, Interrupted.code, GRAMMAR_DIED)
 

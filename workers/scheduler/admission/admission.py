@@ -103,7 +103,8 @@ class Admission:
         sequences = sequences_of(message, max_len, ids, lease, self._eos_token_ids, block_size)
         has_grammar = message.params.structured_outputs is not None
         if has_grammar:
-            self._grammar_workers.park(sequences, message.params.n)
+            is_suspect = message.resume is not None and message.resume.num_suspected > 0
+            self._grammar_workers.park(sequences, message.params.n, is_suspect=is_suspect)
         for sequence in sequences:
             self._open.add(sequence, message)
             (self.queue.park if has_grammar else self.queue.add)(sequence)

@@ -259,20 +259,93 @@ def test_the_sequences_of_a_dead_process_are_interrupted_and_the_others_go_on() 
     assert engine.ends == dict.fromkeys((1, 2, 3, 5), "error") | {4: "length", 6: "length", 7: "cancelled"}
     assert {engine.errors[key][0] for key in (1, 2, 3, 5)} == {Interrupted.code}
     assert "has died" in engine.errors[1][1]
-    assert engine.suspected == {2, 5}, "their grammars were not compiled"
+    assert engine.suspected == {1, 2, 3, 5}, "each of them may have ended its process"
     engine.check_empty()
 
 
 def test_a_request_whose_grammar_seems_to_have_ended_two_processes_is_refused() -> None:
     engine = engine_of()
-    assert engine.send(1, [1], params(2), num_suspected=1, known=[[]]) is Arrival.PARKED
-    assert engine.send(2, [2], params(2), num_suspected=2, known=[[]]) is Arrival.REFUSED
-    assert engine.send(3, [3], SamplingParams(max_tokens=2), num_suspected=2, known=[[]]) is Arrival.QUEUED
+    assert engine.send(1, [1], params(2), known=[[]], num_suspected=2) is Arrival.PARKED
+    assert engine.send(2, [2], params(2), known=[[]], num_suspected=3) is Arrival.REFUSED
+    assert engine.send(3, [3], SamplingParams(max_tokens=2), known=[[]], num_suspected=3) is Arrival.QUEUED
     compile_all(engine)
     engine.drain()
     code, text = engine.errors[2]
     assert code == RequestFailed.code
     assert "its grammar has ended a grammar process twice" in text
+
+
+def compiling(engine: ScheduledEngine) -> list[int]:
+    """The requests whose grammars are at a grammar process."""
+    hear_all(engine)
+    return sorted(message.key for _, message in engine.grammar.compiles)
+
+
+def test_a_suspect_has_its_grammar_process_alone_until_it_has_got_a_token() -> None:
+    engine = engine_of()
+    engine.send(1, [1], params(3))
+    assert compiling(engine) == [1]
+    for key in (2, 3):
+        engine.send(key, [key], params(3), known=[[]], num_suspected=1)
+    engine.send(4, [4], params(3))
+    engine.send(5, [5], params(3), known=[[]], num_suspected=1)
+    engine.scheduler.cancel([5])
+    assert compiling(engine) == [1], "a suspect waits until the process has nothing to compile"
+    engine.grammar.compile(engine.scheduler)
+    assert compiling(engine) == [2]
+    engine.grammar.compile(engine.scheduler)
+    assert compiling(engine) == [], "2 has no token yet"
+    while not engine.tokens.get(2):
+        engine.step()
+    assert compiling(engine) == [3]
+    engine.grammar.compile(engine.scheduler)
+    while not engine.tokens.get(3):
+        engine.step()
+    assert compiling(engine) == [4], "5 is a suspect, and waits although it was cancelled"
+    compile_all(engine)
+    engine.drain()
+    assert engine.ends == dict.fromkeys((1, 2, 3, 4), "length") | {5: "cancelled"}
+    compile_all(engine)
+    engine.check_empty()
+
+
+def test_only_the_suspect_that_is_alone_is_marked_again() -> None:
+    engine = engine_of()
+    engine.send(1, [1], params(9))
+    hear_all(engine)
+    engine.grammar.compile(engine.scheduler)
+    engine.step()
+    for key in (2, 3):
+        engine.send(key, [key], params(3), known=[[]], num_suspected=1)
+    assert compiling(engine) == [2]
+    engine.scheduler.lose_grammar_worker(0)
+    engine.grammar.restart(0)
+    engine.scheduler.regain_grammar_worker(0)
+    engine.hear()
+    assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2}), "1 is not marked, and 3 waits"
+    assert compiling(engine) == [3]
+    engine.scheduler.lose_grammar_worker(0, was_ready=False)
+    engine.grammar.restart(0)
+    engine.scheduler.regain_grammar_worker(0)
+    engine.drain()
+    assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2, 3}), "it died as it started"
+    engine.check_empty()
+
+
+def test_a_request_that_has_a_mark_is_not_marked_with_others() -> None:
+    engine = engine_of()
+    engine.send(1, [1], params(9), known=[[]], num_suspected=1)
+    hear_all(engine)
+    engine.grammar.compile(engine.scheduler)
+    while not engine.tokens.get(1):
+        engine.step()
+    engine.send(2, [2], params(9))
+    assert compiling(engine) == [2]
+    engine.scheduler.lose_grammar_worker(0)
+    engine.grammar.restart(0)
+    engine.scheduler.regain_grammar_worker(0)
+    engine.drain()
+    assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2})
 
 
 def test_answers_for_ended_requests_are_ignored() -> None:
