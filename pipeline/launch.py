@@ -38,6 +38,7 @@ from pipeline.http.listener import open_listener, read_keys, url_of
 from pipeline.http.parsing.choose import choose_format
 from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
+from workers.gateway.client_keys import check_key_files
 from workers.process import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def launch(
         # Faults of these are errors of the configuration, and not of an HTTP process.
         read_keys(config.http)
         choose_format(model.folder, config.http.tool_parser, config.http.reasoning_parser)
+    check_key_files(config.frontend)
     endpoint = config.frontend.endpoint or default_endpoint()
     with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
         lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}
@@ -172,7 +174,14 @@ def launch(
         supervisor = Supervisor(
             wiring,
             resources,
-            Announcer(endpoint, model.name, _describe(config, model), status_fd, front=_front(config, model, url)),
+            Announcer(
+                endpoint,
+                model.name,
+                _describe(config, model),
+                status_fd,
+                local_endpoint=facts.local_endpoint,
+                front=_front(config, model, url),
+            ),
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,
             lifeline_fd=lifeline_fd,

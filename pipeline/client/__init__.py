@@ -20,6 +20,6 @@ How `for output in client.generate(chat, stream=True)` gets from the call to the
       8. sync_client.py    Stream.__next__ waits for OutputStream.next and returns the Output to the `for` loop.
 
 Without `stream=True`, Session.whole calls Session.start, waits for the end, and returns everything as one Output. An
-asyncio program uses AsyncClient directly, without steps 1 and 8. batch.py runs the requests of `generate_batch`.
-endpoint.py checks endpoints and finds the default one.
+asyncio program uses AsyncClient directly, without steps 1 and 8. batch_requests.py and batch.py run the requests
+of `generate_batch`. endpoint.py checks endpoints and finds the default one. keys.py reads a client's key file.
 """

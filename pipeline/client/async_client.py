@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Literal, Self, Unpack, overload
@@ -16,7 +17,7 @@ from ipc.errors import EngineUnavailable, ProtocolError
 from ipc.messages import PROTOCOL_VERSION, DetokenizedText, KeptValue, Stats
 from ipc.messages import Health as HealthMessage
 from ipc.sampling_params import SamplingParams
-from pipeline.client.batch import Batch
+from pipeline.client.batch_requests import run_batch
 from pipeline.client.endpoint import check_client_endpoint, default_endpoint
 from pipeline.client.inputs import (
     Prompt,
@@ -29,10 +30,10 @@ from pipeline.client.inputs import (
     scheduling_params,
     tokenize_frame,
 )
+from pipeline.client.keys import ClientKeys
 from pipeline.client.outputs import EngineStats, Health, Output, TokenizedPrompt, tokenized_prompt
 from pipeline.client.session import Session, new_id
 from pipeline.client.streams import OutputStream
-from pipeline.terminal.progress_bar import progress_bar
 
 DEFAULT_TIMEOUT_S: Final = 10.0
 DEFAULT_PARAMS: Final = SamplingParams()
@@ -47,18 +48,28 @@ class AsyncClient:
             user's default endpoint.
         timeout_s: seconds that a request waits until an engine is reachable, and that a query waits for its answer
             (default 10); then EngineUnavailable is raised. None = no limit.
+        key_file: this client's keys for an engine at a TCP address, made by `ringfeed keys`; None (default) = the file
+            that the environment variable RINGFEED_KEY_FILE names, if any.
 
-    Raises ConfigError for an endpoint of another form. Requests raise InvalidRequest (change the request), QueueFull
-    (try again later), EngineUnavailable (the engine starts, drains or is gone) or RequestFailed. All of them are
-    RingfeedErrors. `close()`, leaving the `async with` block, or dropping the last reference cancels open requests.
-    The client can be used on another event loop once its first loop has stopped. In a forked child it opens its own
-    connection.
+    Raises ConfigError for an endpoint of another form and for a key file that cannot be used. Requests raise
+    InvalidRequest (change the request), QueueFull (try again later), EngineUnavailable (the engine starts, drains or is
+    gone) or RequestFailed. All of them are RingfeedErrors. `close()`, leaving the `async with` block, or dropping the
+    last reference cancels open requests. The client can be used on another event loop once its first loop has stopped.
+    In a forked child it opens its own connection.
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        key_file: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.endpoint = default_endpoint() if endpoint is None else check_client_endpoint(endpoint)
         self._timeout_s = checked_timeout(timeout_s)
-        self._session = Session(self.endpoint, self._timeout_s, is_default=endpoint is None)
+        keys = ClientKeys(self.endpoint, key_file)
+        self.key_file = keys.path
+        self._session = Session(self.endpoint, keys, self._timeout_s, is_default=endpoint is None)
 
     @overload
     def generate(
@@ -147,18 +158,8 @@ class AsyncClient:
         prompts, params_of = batch_of(prompts, params)
         if not prompts:
             return []
-        request_ids = [new_id() for _ in prompts]
-        num_samples = max(each.n if isinstance(each, SamplingParams) else 1 for each in params_of)
-        window = (await self.health()).max_open_requests // num_samples
-        with progress_bar("generating", len(prompts), shown=progress) as advance:
-            results = await Batch(
-                lambda i: self._session.whole(prompts[i], params_of[i], request_ids[i], "", options),
-                len(prompts), window, pause=self._session.pause, advance=advance,
-            ).run()  # fmt: skip
-        return [
-            result if isinstance(result, Output) else Output.failed(request_id, str(result))
-            for request_id, result in zip(request_ids, results, strict=True)
-        ]
+        window = (await self.health()).max_open_requests
+        return await run_batch(self._session, prompts, params_of, options, window, progress=progress)
 
     async def cancel(self, request_id: str) -> None:
         """End an open request of this client with finish reason "cancelled". Unknown ids are ignored."""
@@ -290,7 +291,7 @@ class AsyncClient:
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
-        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
+        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s, key_file=self.key_file), ()
 
     async def __aenter__(self) -> Self:
         return self

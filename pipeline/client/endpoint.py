@@ -77,6 +77,18 @@ def check_endpoint(endpoint: str) -> None:
             raise ConfigError('must name an IP address of this machine ("127.0.0.1"), an interface, or "*"') from None
 
 
+def is_private(endpoint: str) -> bool:
+    """Whether only programs of this machine can connect: a Unix socket, or a loopback address given as a number."""
+    match = _TCP.fullmatch(endpoint)
+    if match is None:
+        return True
+    try:
+        address = ipaddress.ip_address(match["host"].strip("[]"))
+    except ValueError:  # "*", or an interface, whose addresses may change
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 def check_client_endpoint(endpoint: object) -> str:
     """Raise ConfigError if no client can connect to this endpoint. Its host, unlike a listener's, may be a name."""
     is_text = isinstance(endpoint, str) and endpoint.isprintable()

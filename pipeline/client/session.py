@@ -24,6 +24,7 @@ from pipeline.client.callbacks import wake, weakly
 from pipeline.client.connection import Connection
 from pipeline.client.endpoint import where_else
 from pipeline.client.inputs import Prompt, generate_frame
+from pipeline.client.keys import ClientKeys
 from pipeline.client.loop_thread import CLOSED
 from pipeline.client.outputs import Output
 from pipeline.client.pending import PendingAnswers
@@ -39,8 +40,9 @@ class Session:
     its connection. `timeout_s`: how long a request waits until an engine is reachable; None = no limit.
     """
 
-    def __init__(self, endpoint: str, timeout_s: float | None, *, is_default: bool) -> None:
+    def __init__(self, endpoint: str, keys: ClientKeys, timeout_s: float | None, *, is_default: bool) -> None:
         self._endpoint = endpoint
+        self._keys = keys
         self._timeout_s = timeout_s
         self._is_default = is_default  # this user's default endpoint
         self._closed = False
@@ -246,6 +248,7 @@ class Session:
             self._connection = Connection(
                 self._endpoint,
                 loop,
+                self._keys,
                 on_frames=weakly(self._take_frames),
                 on_up=weakly(self._send_unsent),
                 on_down=weakly(self._lose_engine),
@@ -278,6 +281,10 @@ class Session:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         within = "" if timeout_s is None else f" within {timeout_s:g} s"
         text = f"no engine answers at {self._endpoint}{within}: is it started, and is this its endpoint?"
+        if self._connection is not None and self._connection.refusal:
+            return EngineUnavailable(
+                f"no connection to the engine at {self._endpoint}{within}: {self._connection.refusal}"
+            )
         return EngineUnavailable(f"{text} {where_else(self._endpoint)}" if self._is_default else text)
 
 

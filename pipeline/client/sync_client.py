@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal, Self, Unpack, overload
@@ -23,15 +24,23 @@ class Client:
             user's default endpoint.
         timeout_s: seconds that a request waits until an engine is reachable, and that a query waits for its answer
             (default 10); then EngineUnavailable is raised. None = no limit.
+        key_file: this client's keys for an engine at a TCP address, made by `ringfeed keys`; None (default) = the file
+            that the environment variable RINGFEED_KEY_FILE names, if any.
 
     The first call starts a thread and connects. `close()` ends both, and so does dropping the last reference to the
     client and its streams. In a forked child the client starts its own thread and connection. Errors are those of
     AsyncClient.
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        key_file: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._timeout_s = timeout_s
-        self._client = AsyncClient(endpoint, timeout_s=timeout_s)
+        self._client = AsyncClient(endpoint, timeout_s=timeout_s, key_file=key_file)
         self._thread = LoopThread(at_end=self._client.close)
         weakref.finalize(self, self._thread.close_soon).atexit = False  # at exit the process ends anyway
 
@@ -181,7 +190,9 @@ class Client:
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
-        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s), ()
+        return functools.partial(
+            type(self), self.endpoint, timeout_s=self._timeout_s, key_file=self._client.key_file
+        ), ()
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from ipc.records import PROMPT_RECORD_TOKENS, StepShape
-from pipeline.client.endpoint import connectable, own_folder
+from pipeline.client.endpoint import own_folder
 from pipeline.engine.config import Config
 from pipeline.engine.model_files import ServedModel
 from pipeline.http.config import HttpBootstrap
@@ -68,6 +68,11 @@ class EngineFacts:
         )
 
     @property
+    def local_endpoint(self) -> str:
+        """The Unix socket where the gateway serves clients of this user without keys."""
+        return self.endpoint if self.endpoint.startswith("ipc://") else f"ipc://{self.run_folder}/clients.sock"
+
+    @property
     def num_step_records(self) -> int:
         """Of the rings that carry steps, results and masks: a record is never overwritten before it is read."""
         return 2 * self.config.ring.depth
@@ -85,6 +90,7 @@ def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
         worker=worker,
         frontend=facts.config.frontend,
         endpoint=facts.endpoint,
+        local_endpoint=facts.local_endpoint,
         endpoint_folder=None if folder is None else str(folder),
         run_dir=str(facts.run_folder),
         model_name=facts.model.name,
@@ -150,7 +156,7 @@ def http(facts: EngineFacts, worker: WorkerBootstrap) -> HttpBootstrap:
     return HttpBootstrap(
         worker=worker,
         http=facts.config.http,
-        endpoint=connectable(facts.endpoint),
+        endpoint=facts.local_endpoint,
         model_name=facts.model.name,
         model_folder=facts.model.folder,
         chat_template=facts.config.tokenizer.chat_template,

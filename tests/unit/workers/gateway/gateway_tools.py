@@ -59,6 +59,7 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
         ),
         "frontend": frontend,
         "endpoint": f"ipc://{folder}/front/client.sock",
+        "local_endpoint": f"ipc://{folder}/front/client.sock",
         "endpoint_folder": None,
         "run_dir": folder,
         "model_name": "tiny",
