@@ -26,7 +26,7 @@ from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
 from pipeline.engine.announcer import Announcer, HttpFront
 from pipeline.engine.config import Config, config_from_dict, find_origin, load_config, to_toml
 from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
-from pipeline.engine.role_settings import EngineFacts
+from pipeline.engine.role_settings import EngineFacts, local_endpoint
 from pipeline.engine.shared_resources import SharedResources
 from pipeline.engine.signals import signal_pipe
 from pipeline.engine.supervisor import Supervisor
@@ -149,7 +149,9 @@ def launch(
         choose_format(model.folder, config.http.tool_parser, config.http.reasoning_parser)
     check_key_files(config.frontend)
     endpoint = config.frontend.endpoint or default_endpoint()
-    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
+    run_folder = runtime_folder() / f"ringfeed-run-{secrets.token_hex(4)}"
+    claimed = EndpointClaim(local_endpoint(endpoint, run_folder), PATIENCE_S)
+    with signal_pipe() as signal_fd, closing(claimed) as claim, ExitStack() as stack:
         lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}
         url = None
         if config.http is not None:
@@ -160,7 +162,7 @@ def launch(
             config=config,
             model=model,
             endpoint=endpoint,
-            run_folder=runtime_folder() / f"ringfeed-run-{secrets.token_hex(4)}",
+            run_folder=run_folder,
             launcher_pid=os.getpid(),
             log_level=log_level,
             traced=recorder is not None,

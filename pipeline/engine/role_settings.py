@@ -70,7 +70,7 @@ class EngineFacts:
     @property
     def local_endpoint(self) -> str:
         """The Unix socket where the gateway serves clients of this user without keys."""
-        return self.endpoint if self.endpoint.startswith("ipc://") else f"ipc://{self.run_folder}/clients.sock"
+        return local_endpoint(self.endpoint, self.run_folder)
 
     @property
     def num_step_records(self) -> int:
@@ -84,8 +84,15 @@ class EngineFacts:
         return max(MIN_PROMPT_RECORDS, 2 * longest)
 
 
+def local_endpoint(endpoint: str, run_folder: Path) -> str:
+    """The endpoint itself if it is a Unix socket; else one in a private folder, which lasts as long as the engine."""
+    return endpoint if endpoint.startswith("ipc://") else f"ipc://{run_folder}-clients/client.sock"
+
+
 def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
     scheduler, folder = facts.config.scheduler, own_folder(facts.endpoint)
+    if facts.local_endpoint != facts.endpoint:
+        folder = Path(facts.local_endpoint.removeprefix("ipc://")).parent
     return GatewayBootstrap(
         worker=worker,
         frontend=facts.config.frontend,

@@ -133,7 +133,7 @@ class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     frontend: FrontendConfig
     endpoint: str  # where to listen, resolved
     local_endpoint: str  # a Unix socket where to listen as well, without keys; equal to `endpoint` if that is one
-    endpoint_folder: str | None  # the endpoint's folder, removed when empty; None: it belongs to the user
+    endpoint_folder: str | None  # the local endpoint's folder, removed when empty; None: it belongs to the user
     run_dir: str  # the engine's private folder; the gateway removes it if the launcher dies
     model_name: str
     model_folder: str = ""

@@ -50,8 +50,7 @@ def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
         shutil.rmtree(bootstrap.run_dir, ignore_errors=True)
         raise
     finally:
-        if bootstrap.endpoint.startswith(_IPC):
-            Path(bootstrap.endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
+        Path(bootstrap.local_endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
         if bootstrap.endpoint_folder is not None:
             with contextlib.suppress(OSError):  # not empty: another engine of this user listens in it
                 Path(bootstrap.endpoint_folder).rmdir()
