@@ -124,19 +124,17 @@ def connectable(endpoint: str) -> str:
 
 
 class EndpointClaim:
-    """The right to listen on an endpoint, from construction until `close()`, or until all its holders have ended.
+    """The right to listen on a Unix socket, from construction until `close()`, or until all its holders have ended.
 
-    `fd` goes to the process that listens. As long as that process holds it, no other engine can claim the endpoint. It
-    is None for tcp, where the kernel itself refuses a second listener. Makes a missing folder, private to the user.
-    Raises ConfigError if another process still listens there after `patience_s`, or the folder is unsuitable.
+    `fd` goes to the process that listens. As long as that process holds it, no other engine can claim the endpoint. For
+    tcp the kernel itself refuses a second listener. Makes a missing folder, private to the user. Raises ConfigError if
+    another process still listens there after `patience_s`, or the folder is unsuitable.
     """
 
     def __init__(self, endpoint: str, patience_s: float = 0.0) -> None:
         self.fd: int | None = None
         self._path: Path | None = None
         self._owned_folder: Path | None = None
-        if not endpoint.startswith(_IPC):
-            return
         path = Path(endpoint.removeprefix(_IPC))
         self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

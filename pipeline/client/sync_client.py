@@ -49,6 +49,11 @@ class Client:
         """Where the engine listens."""
         return self._client.endpoint
 
+    @property
+    def key_file(self) -> str | None:
+        """The file with this client's keys, as an absolute path."""
+        return self._client.key_file
+
     @overload
     def generate(
         self,
@@ -190,9 +195,7 @@ class Client:
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
-        return functools.partial(
-            type(self), self.endpoint, timeout_s=self._timeout_s, key_file=self._client.key_file
-        ), ()
+        return functools.partial(type(self), self.endpoint, timeout_s=self._timeout_s, key_file=self.key_file), ()
 
     def __enter__(self) -> Self:
         return self

@@ -169,8 +169,10 @@ def test_only_allowed_keys_pass_the_handshake_and_this_users_socket_needs_none(
         "key of another server": allowed._replace(server=unknown.public),
         "allowed key without its secret": allowed._replace(secret=unknown.secret),
     }
+    clients = []  # kept: a monitor's name is taken until its socket is closed
     for what, pair in strangers.items():
         client, monitor = dealer(context, endpoint, pair)
+        clients.append(client)
         client.send(b"stranger")
         assert next_event(monitor, zmq.EVENT_HANDSHAKE_SUCCEEDED, *FAILED) in FAILED, what
     with engine.stranger() as plain:
