@@ -14,13 +14,13 @@ import zmq
 
 from ipc.channels import bind_further, bind_router
 from ipc.codec import MAX_FRAME_BYTES
+from workers.gateway.client_frames import MAX_FRAMES
 from workers.gateway.client_keys import Curve
 from workers.gateway.config import GatewayBootstrap, max_unread_messages
 from workers.gateway.connection_limit import Doorkeeper
 from workers.process import WorkerProcess
 
 MAX_READ_AHEAD: Final = 16  # messages of one client that libzmq reads ahead; each may have a large prompt
-MAX_FRAMES: Final = 2  # of one message; the core refuses two with a text, because a REQ socket sends two
 _MAX_STEPS: Final = 1_000  # messages read, and frames dropped, in one turn
 
 
@@ -74,6 +74,8 @@ class ClientsSocket:
             for _ in range(_MAX_STEPS):
                 if self._dropping:
                     self._dropping = self.router.recv(zmq.DONTWAIT, copy=False).more
+                    if not self._dropping:
+                        self._doorkeeper.trim_soon()
                 elif frames := self._receive():
                     yield frames
         except zmq.Again:

@@ -20,6 +20,7 @@ import ctypes
 import fcntl
 import ipaddress
 import logging
+import math
 import os
 import resource
 import socket
@@ -44,6 +45,8 @@ MAX_ALL_UNFINISHED_BYTES: Final = 256 << 20
 LOOK_MS: Final = 50  # between two looks at what TCP connections have sent
 _LOOK_MS_PER_CONNECTION: Final = 0.1  # a look takes about 5 us for each: at most a twentieth of a processor
 _HEARTBEAT_BYTES_PER_S: Final = 64  # ZeroMQ's own messages are not unfinished ones: about 41 with CURVE
+_TRIM_AFTER_S: Final = 1.0
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: `close` resets the connection
 _LOG_EVERY_S: Final = 10.0
 _MONITOR: Final = "inproc://clients.connections"
 _BYTES_RECEIVED: Final = struct.Struct("=128xQ")  # tcpi_bytes_received in the kernel's struct tcp_info
@@ -72,6 +75,7 @@ class Doorkeeper:
         self.suspicion = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._has_rung = False
         self._looked_at = 0.0
+        self._trim_at = math.inf
         self._next_log = 0.0
 
     def attach(self, clients: zmq.Socket[Any]) -> None:
@@ -93,6 +97,7 @@ class Doorkeeper:
             fd = self._suspects.pop()
             if fd not in self.delivered:
                 self.close(fd, "a connection that has sent more than a message may have")
+                self.trim_soon()
 
     def close(self, fd: int, what: str) -> None:
         """Close a connection of this socket, if it is still open."""
@@ -101,6 +106,10 @@ class Doorkeeper:
         if time.monotonic() >= self._next_log:
             self._next_log = time.monotonic() + _LOG_EVERY_S
             logger.warning("closing %s (%d refused so far)", what, self._stats.num_connections_refused[0])
+
+    def trim_soon(self) -> None:
+        """Give memory back to the kernel in a moment: libzmq frees a large number of frames, and malloc keeps them."""
+        self._trim_at = time.monotonic() + _TRIM_AFTER_S
 
     def _run(self, context: zmq.Context[Any]) -> None:
         # A shadow context: another thread may destroy the process's own context, which must not close this socket.
@@ -111,11 +120,15 @@ class Doorkeeper:
         with events, contextlib.suppress(zmq.ContextTerminated):
             events.connect(_MONITOR)
             while True:
-                left_ms = max(0, round((next_look - time.monotonic()) * 1e3)) if self._taken else None
+                is_due = self._taken or self._trim_at < math.inf
+                left_ms = max(0, round((next_look - time.monotonic()) * 1e3)) if is_due else None
                 if events.poll(left_ms):
                     self._take_event(*struct.unpack("=HI", events.recv_multipart()[0]))
-                if self._taken and time.monotonic() >= next_look:
+                if is_due and time.monotonic() >= next_look:
                     self._look()
+                    if time.monotonic() >= self._trim_at:
+                        self._trim_at = math.inf
+                        _trim()
                     next_look = time.monotonic() + max(LOOK_MS, _LOOK_MS_PER_CONNECTION * len(self._taken)) / 1e3
 
     def _take_event(self, event: int, fd: int) -> None:
@@ -176,6 +189,9 @@ class Doorkeeper:
             try:
                 name = connection.getsockname()
                 if connection.family != socket.AF_UNIX or name in self._paths:  # the kernel has not reused the number
+                    if connection.family != socket.AF_UNIX:
+                        # The kernel's window may be closed, and then the peer would not notice a mere end.
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     connection.shutdown(socket.SHUT_RDWR)  # libzmq notices the shutdown, and closes it
             finally:
                 connection.detach()
@@ -199,6 +215,11 @@ def _address_of(fd: int) -> str | None:
 def _is_loopback(address: str) -> bool:
     ip = ipaddress.ip_address(address)
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _trim() -> None:
+    with contextlib.suppress(AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bytes_read(fd: int) -> int:

@@ -20,7 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 from ipc.channels import connect_dealer
 from ipc.key_files import KeyPair, make_key_pair, read_secret_file, write_public_file, write_secret_file
 from tests.unit.workers.gateway.gateway_tools import bootstrap
-from workers.gateway import client_keys, clients_socket, connection_limit
+from workers.gateway import client_frames, client_keys, clients_socket, connection_limit
 from workers.gateway.clients_socket import ClientsSocket
 
 DEADLINE_S: Final = 20.0
@@ -249,7 +249,7 @@ def test_the_frames_of_a_long_message_are_dropped_in_bounded_turns_and_not_kept(
         assert is_closed(connection)
     good, _ = dealer(context, engine.bootstrap.endpoint)
     assert is_heard(good)
-    assert [len(frames) for frames in engine.messages] == [1 + clients_socket.MAX_FRAMES, 2]
+    assert [len(frames) for frames in engine.messages] == [1 + client_frames.MAX_FRAMES, 2]
     assert engine.num_turns - turns >= 5_000 // 100
 
 
