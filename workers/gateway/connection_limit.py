@@ -99,9 +99,9 @@ class Doorkeeper:
                 self.close(fd, "a connection that has sent more than a message may have")
                 self.trim_soon()
 
-    def close(self, fd: int, what: str) -> None:
-        """Close a connection of this socket, if it is still open."""
-        self._shut_down(fd)
+    def close(self, fd: int, what: str, *, is_new: bool = False) -> None:
+        """Close a connection of this socket, if it is still open. `is_new`: it has sent nothing yet."""
+        self._shut_down(fd, is_new)
         self._stats.num_connections_refused[0] += 1
         if time.monotonic() >= self._next_log:
             self._next_log = time.monotonic() + _LOG_EVERY_S
@@ -154,14 +154,14 @@ class Doorkeeper:
         if len(self._open) > self._max_connections or fd >= limit - min(limit // 2, MAX_RESERVE):
             self.close(
                 fd, f"a new connection: {len(self._open)} are open (frontend.max_connections {self._max_connections}, "
-                f"ulimit -n {limit})",
+                f"ulimit -n {limit})", is_new=True,
             )  # fmt: skip
         elif counted := self._open[fd]:
             self._of_address[counted] += 1
             if self._of_address[counted] > self._max_of_address:
                 self.close(
                     fd, f"a new connection of {counted}, which has {self._of_address[counted]} "
-                    f"(frontend.max_connections_per_address {self._max_of_address})",
+                    f"(frontend.max_connections_per_address {self._max_of_address})", is_new=True,
                 )  # fmt: skip
 
     def _look(self) -> None:
@@ -183,13 +183,13 @@ class Doorkeeper:
             os.eventfd_write(self.suspicion, 1)
             self._has_rung = True
 
-    def _shut_down(self, fd: int) -> None:
+    def _shut_down(self, fd: int, is_new: bool) -> None:
         with contextlib.suppress(OSError):  # the connection is closed already
             connection = socket.socket(fileno=fd)
             try:
                 name = connection.getsockname()
                 if connection.family != socket.AF_UNIX or name in self._paths:  # the kernel has not reused the number
-                    if connection.family != socket.AF_UNIX:
+                    if connection.family != socket.AF_UNIX and not is_new:
                         # The kernel's window may be closed, and then the peer would not notice a mere end.
                         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     connection.shutdown(socket.SHUT_RDWR)  # libzmq notices the shutdown, and closes it
