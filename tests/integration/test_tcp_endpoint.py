@@ -45,6 +45,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 def check(report: Report, num_frames: int) -> None:
     assert report.sent.num_frames >= num_frames
+    assert report.sent.num_unanswered == 0
     assert report.ended == []
     assert report.faults == []
     assert report.num_good > 8

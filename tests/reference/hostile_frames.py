@@ -189,6 +189,7 @@ class Sent:
     num_frames: int = 0
     num_connections: int = 0
     num_handshakes: int = 0
+    num_unanswered: int = 0  # queries on connections that stayed open, within DEADLINE_S
 
 
 class RawSender:
@@ -197,8 +198,9 @@ class RawSender:
     A stranger has no key at an engine that requires one, so it only tries handshakes.
     """
 
-    def __init__(self, port: int, seed: int, num_frames: int, *, is_stranger: bool = False) -> None:
+    def __init__(self, port: int, seed: int, num_frames: int, until: float, *, is_stranger: bool = False) -> None:
         self._port = port
+        self._until = until  # of the monotonic clock: no new connection afterwards
         self._is_stranger = is_stranger
         self._maker = FrameMaker(seed)
         self._num_frames = num_frames
@@ -211,7 +213,7 @@ class RawSender:
             for life in list(open_now):
                 if next(life, True):
                     open_now.remove(life)
-                    if self.sent.num_frames < self._num_frames:
+                    if self.sent.num_frames < self._num_frames and time.monotonic() < self._until:
                         open_now.append(self._life())
         return self.sent
 
@@ -234,7 +236,7 @@ class RawSender:
                 return
             connection.sendall(GREETING + ready())  # fits in the kernel's buffer
             answer = b""
-            while not answer.endswith(b"\x08Identity\0\0\0\0"):
+            while b"\x08Identity\0\0\0\0" not in answer:
                 received = self._receive(connection)
                 if received == b"":
                     return
@@ -244,7 +246,7 @@ class RawSender:
                 batch = [maker.frames() for _ in range(100)]
                 yield from self._exchange(connection, b"".join(wire for wire, _ in batch))
                 sent.num_frames += sum(count for _, count in batch)
-                if sent.num_frames >= self._num_frames:
+                if sent.num_frames >= self._num_frames or time.monotonic() >= self._until:
                     break
             sent.num_frames += 1
             yield from self._catch_up(connection)
@@ -267,8 +269,11 @@ class RawSender:
         """Wait until the engine has read everything: an end of the connection would discard the rest."""
         query, mark = self._maker.last_query()
         yield from self._exchange(connection, zmtp(query))
-        tail: bytes = b""
+        tail, until = b"", time.monotonic() + DEADLINE_S
         while mark not in tail:
+            if time.monotonic() >= until:
+                self.sent.num_unanswered += 1
+                return
             received = self._receive(connection)
             if received == b"":
                 raise ConnectionResetError
@@ -284,11 +289,11 @@ class RawSender:
             return None
 
 
-def send_with_key(port: int, seed: int, num_frames: int, key_file: str) -> Sent:
+def send_with_key(port: int, seed: int, num_frames: int, until: float, key_file: str) -> Sent:
     """The same frames from a client that the engine knows."""
     maker, sent, keys = FrameMaker(seed), Sent(), read_secret_file(key_file)
     with zmq.Context() as context:
-        while sent.num_frames < num_frames:
+        while sent.num_frames < num_frames and time.monotonic() < until:
             sent.num_connections += 1
             with context.socket(zmq.DEALER) as client:
                 client.setsockopt(zmq.LINGER, 1_000)
@@ -314,13 +319,13 @@ def send_with_key(port: int, seed: int, num_frames: int, key_file: str) -> Sent:
     return sent
 
 
-def _send(port: int, seed: int, num_frames: int, key_file: str | None, results: Any) -> None:
+def _send(port: int, seed: int, num_frames: int, until: float, key_file: str | None, results: Any) -> None:
     """What a process of senders does."""
     if key_file is None:
-        results.put(RawSender(port, seed, num_frames).run())
+        results.put(RawSender(port, seed, num_frames, until).run())
         return
-    strangers = RawSender(port, seed, num_frames // 20, is_stranger=True).run()
-    sent = send_with_key(port, seed, num_frames - strangers.num_frames, key_file)
+    strangers = RawSender(port, seed, num_frames // 20, until, is_stranger=True).run()
+    sent = send_with_key(port, seed, num_frames - strangers.num_frames, until, key_file)
     results.put(
         Sent(
             sent.num_frames + strangers.num_frames,
@@ -381,10 +386,10 @@ class Run:
         self.key_file = key_file
         self.port = int(pipeline.endpoint.rpartition(":")[2])
 
-    async def frames(self, num_frames: int, seed: int, every_s: float = 1.0) -> Report:
-        """Send frames, and say how the engine fared."""
+    async def frames(self, num_frames: int, seed: int, max_s: float = 3_600.0) -> Report:
+        """Send frames for at most `max_s` seconds, and say how the engine fared."""
         pipeline, gateway = self.pipeline, psutil.Process(self.pipeline.pids["gateway"])
-        async with AsyncClient(pipeline.endpoint, timeout_s=None, key_file=self.key_file) as client:
+        async with AsyncClient(pipeline.endpoint, timeout_s=DEADLINE_S, key_file=self.key_file) as client:
             good = GoodClient(client)
             task = asyncio.ensure_future(good.run())
             while good.num_answers < len(PROMPTS) and not good.faults:
@@ -392,29 +397,37 @@ class Run:
             sizes, before, begin = [gateway.memory_info().rss], await client.stats(), time.monotonic()
             spawn = multiprocessing.get_context("spawn")
             results = spawn.Queue()
-            sender = spawn.Process(target=_send, args=(self.port, seed, num_frames, self.key_file, results))
+            sender = spawn.Process(
+                target=_send, args=(self.port, seed, num_frames, begin + max_s, self.key_file, results)
+            )
             sender.start()
-            most = sizes[0]
+            most, sent = sizes[0], Sent()
             try:
-                while results.empty() and sender.exitcode in (None, 0):
-                    await asyncio.sleep(every_s)
-                    if gateway.is_running():
+                while results.empty() and not self._ended():
+                    assert sender.exitcode in (None, 0), "the senders have failed"
+                    await asyncio.sleep(0.2)
+                    with contextlib.suppress(psutil.NoSuchProcess):
                         most = max(most, gateway.memory_info().rss)
-                sent: Sent = results.get(timeout=DEADLINE_S)
+                if not self._ended():
+                    sent = results.get(timeout=DEADLINE_S)
+                    await self._settle(client)
             finally:
                 sender.kill()
                 sender.join()
-            await self._settle(client)
             task.cancel()
             await asyncio.wait([task])
+            if ended := self._ended():
+                return Report(sent, time.monotonic() - begin, 0, good.num_answers, good.faults, ended, sizes, None)
             after = await client.stats()
             kept = await client.recall(STRANGERS_KEY) if self.key_file is not None else None
-        ended = [role for role, pid in pipeline.pids.items() if not psutil.pid_exists(pid)]
-        ended += [role for role in before if before[role]["num_starts"] != after[role]["num_starts"]]
+        ended = [role for role in before if before[role]["num_starts"] != after[role]["num_starts"]]
         return Report(
             sent, time.monotonic() - begin, after["gateway"]["num_received"] - before["gateway"]["num_received"],
             good.num_answers, good.faults, ended, [*sizes, most, gateway.memory_info().rss], kept,
         )  # fmt: skip
+
+    def _ended(self) -> list[str]:
+        return [role for role, pid in self.pipeline.pids.items() if not psutil.pid_exists(pid)]
 
     async def _settle(self, client: AsyncClient) -> None:
         """Wait until the requests of hostile clients are gone, and their connections."""
@@ -449,17 +462,19 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--frames", type=int, default=20_000)
     parser.add_argument("--curve", action="store_true", help="the engine requires keys")
+    parser.add_argument("--seconds", type=float, default=3_600.0, help="send for at most this long")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings, key_file = endpoint_settings(Path(folder) if options.curve else None)
         with Pipeline(options.config, settings) as pipeline:
-            report = asyncio.run(Run(pipeline, key_file).frames(options.frames, options.seed))
+            report = asyncio.run(Run(pipeline, key_file).frames(options.frames, options.seed, options.seconds))
             warnings = [line for line in pipeline.log_text().splitlines() if " ERROR " in line or "Traceback" in line]
     sent, sizes = report.sent, " -> ".join(f"{size / 2**20:.0f}" for size in report.gateway_bytes)
     print(
         f"{sent.num_frames:,} frames in {report.seconds:.0f} s ({sent.num_frames / report.seconds:,.0f} a second), "
-        f"{sent.num_connections:,} connections, {sent.num_handshakes:,} bad handshakes; the gateway read "
+        f"{sent.num_connections:,} connections, {sent.num_handshakes:,} bad handshakes, "
+        f"{sent.num_unanswered} unanswered; the gateway read "
         f"{report.num_received:,.0f} messages"
     )
     print(f"gateway's memory (before -> most -> after): {sizes} MiB")

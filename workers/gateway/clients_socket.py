@@ -92,12 +92,14 @@ class ClientsSocket:
         if self._has_tcp and not self._may_send(head):
             return None
         if has_more:
-            self._doorkeeper.close(head.get(zmq.SRCFD), "the connection of a client that sends messages of many frames")
+            self._doorkeeper.close(
+                _connection_of(head), "the connection of a client that sends messages of many frames"
+            )
         return frames
 
     def _may_send(self, head: zmq.Frame) -> bool:
         """Whether the client's key is still allowed; if not, its connection is closed. Notes who has sent a message."""
-        fd = head.get(zmq.SRCFD)
+        fd = _connection_of(head)
         if not self._doorkeeper.is_tcp(fd):
             return True
         self._doorkeeper.delivered.add(fd)
@@ -107,3 +109,12 @@ class ClientsSocket:
             fd, "the connection of a client whose key is not in frontend.client_keys_folder any more"
         )
         return False
+
+
+def _connection_of(head: zmq.Frame) -> int:
+    """The descriptor of the connection that a frame came from. -1 if libzmq does not know: peers of ZMTP 1 and 2."""
+    try:
+        fd: int = head.get(zmq.SRCFD)
+    except zmq.ZMQError:
+        return -1
+    return fd

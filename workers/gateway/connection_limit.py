@@ -184,6 +184,8 @@ class Doorkeeper:
             self._has_rung = True
 
     def _shut_down(self, fd: int, is_new: bool) -> None:
+        if fd < 0:
+            return
         with contextlib.suppress(OSError):  # the connection is closed already
             connection = socket.socket(fileno=fd)
             try:

@@ -82,7 +82,7 @@ class Engine:
         connection.sendall(greeting)
         if greeting == HELLO and self.bootstrap.frontend.server_key_file is None:
             received = b""
-            while not received.endswith(b"Identity\0\0\0\0"):
+            while b"Identity\0\0\0\0" not in received:
                 received += connection.recv(1_000)
         return connection
 
@@ -287,6 +287,18 @@ def test_a_handshake_that_stops_ends_its_connection(
     monkeypatch.setattr(connection_limit, "HANDSHAKE_TIMEOUT_MS", 50)
     with start().stranger(part) as connection:
         assert is_closed(connection)
+
+
+def test_peers_of_old_protocols_do_no_harm(start: Callable[..., Engine], context: zmq.Context[Any]) -> None:
+    """libzmq knows no connection of their messages."""
+    engine = start()
+    old = b"\xff" + bytes(8) + b"\x7f\x01\x05" + b"\0\0"  # ZMTP 2.0, DEALER, no identity
+    with engine.stranger(old) as connection:
+        connection.sendall(b"\0\x01x" + b"\x01\0" * 3 + b"\0\0")
+        eventually(lambda: len(engine.messages) == 2)
+        good, _ = dealer(context, engine.bootstrap.endpoint)
+        assert is_heard(good)
+        assert [frames[1:] for frames in engine.messages] == [[b"x"], [b"", b""], [b"hi"]]
 
 
 def test_heartbeats_of_an_idle_client_are_no_unfinished_message() -> None:
