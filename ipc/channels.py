@@ -61,16 +61,31 @@ def bind_router(
     _set_common_options(socket, endpoint, max_frame_bytes, send_mark, receive_mark)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
-    if prepare is not None:
-        prepare(socket)
     if listener_fd is not None:
         socket.setsockopt(zmq.USE_FD, os.dup(listener_fd))
+    _bind(socket, endpoint, prepare)
+    return socket
+
+
+def bind_further(
+    socket: zmq.Socket[Any], endpoint: str, *, prepare: Callable[[zmq.Socket[Any]], None] | None = None
+) -> None:
+    """Bind a bound ROUTER to a second endpoint. Options that `prepare` sets do not apply to the first one.
+
+    Raises EngineUnavailable, with the endpoint, if it cannot be bound.
+    """
+    _set_transport_options(socket, endpoint)
+    _bind(socket, endpoint, prepare)
+
+
+def _bind(socket: zmq.Socket[Any], endpoint: str, prepare: Callable[[zmq.Socket[Any]], None] | None) -> None:
+    if prepare is not None:
+        prepare(socket)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
         raise EngineUnavailable(f"cannot listen on {endpoint}: {error.strerror or error}") from None
-    return socket
 
 
 def bind_private_router(context: zmq.Context[Any], listener_fd: int) -> zmq.Socket[Any]:
@@ -114,9 +129,14 @@ def _set_common_options(
         (zmq.RCVHWM, receive_mark),
         (zmq.LINGER, 1_000),
         (zmq.MAXMSGSIZE, max_frame_bytes),
-        (zmq.IPV6, int(endpoint.startswith("tcp://["))),  # with it "*" and an interface's name would mean IPv6 as well
     ):
         socket.setsockopt(option, value)
+    _set_transport_options(socket, endpoint)
+
+
+def _set_transport_options(socket: zmq.Socket[Any], endpoint: str) -> None:
+    # With IPV6 "*" and an interface's name would mean IPv6 as well.
+    socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
     if endpoint.startswith("tcp:"):  # over ipc the kernel reports a peer's death, and a stopped peer is not dead
         socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)

@@ -10,7 +10,7 @@ from typing import Final
 from ipc.errors import EngineUnavailable, InvalidRequest, QueueFull, RequestFailed
 from pipeline import Client, Pipeline, SamplingParams
 from pipeline.cli import run_module
-from pipeline.terminal.engine_options import add_engine_options, pipeline_arguments
+from pipeline.terminal.engine_options import add_endpoint_options, add_engine_options, pipeline_arguments
 from pipeline.terminal.reporting import print_error
 
 _TIMEOUT_S: Final = 5.0  # for an engine to answer; one that still starts answers too
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='the turns of a conversation; "-" = standard input. Without any, prompts are read from the terminal, or '
         "all of standard input is one prompt",
     )  # fmt: skip
-    parser.add_argument("--endpoint", help="where the running engine listens (default: this user's default endpoint)")
+    add_endpoint_options(parser)
     add_engine_options(parser)
     group = parser.add_argument_group("the answers")
     group.add_argument("--system", metavar="TEXT", help="a system message that begins the conversation")
@@ -125,7 +125,7 @@ def _connect(options: argparse.Namespace, stack: contextlib.ExitStack) -> Client
         return stack.enter_context(Pipeline(**arguments, startup_timeout_s=None)).client
     if options.set:
         raise InvalidRequest("--set changes an engine that is started here: give --config or --model too")
-    client = stack.enter_context(Client(options.endpoint, timeout_s=_TIMEOUT_S))
+    client = stack.enter_context(Client(options.endpoint, timeout_s=_TIMEOUT_S, key_file=options.key_file))
     try:
         if client.health().state == "starting":
             print("the engine is starting ...", file=sys.stderr, flush=True)

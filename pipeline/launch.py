@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -22,7 +23,7 @@ import msgspec
 from ipc.block_hash import SEED_BYTES
 from ipc.errors import ConfigError, EngineUnavailable
 from pipeline.cli import run_module
-from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint
+from pipeline.client.endpoint import PATIENCE_S, EndpointClaim, default_endpoint, runtime_folder
 from pipeline.engine.announcer import Announcer, HttpFront
 from pipeline.engine.config import Config, config_from_dict, find_origin, load_config, to_toml
 from pipeline.engine.model_files import ModelNotHere, ServedModel, check_device, find_model
@@ -38,6 +39,7 @@ from pipeline.http.listener import open_listener, read_keys, url_of
 from pipeline.http.parsing.choose import choose_format, read_chat_template
 from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
+from workers.gateway.client_keys import check_key_files
 from workers.process import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
@@ -144,8 +146,16 @@ def launch(
     model = find_model(config)
     if config.http is not None:
         _check_http(config, config.http, model)
+    check_key_files(config.frontend)
     endpoint = config.frontend.endpoint or default_endpoint()
-    with signal_pipe() as signal_fd, closing(EndpointClaim(endpoint, PATIENCE_S)) as claim, ExitStack() as stack:
+    local_endpoint, local_folder = endpoint, None
+    if not endpoint.startswith("ipc://"):
+        local_folder = runtime_folder() / f"ringfeed-clients-{secrets.token_hex(4)}"
+        local_endpoint = f"ipc://{local_folder}/client.sock"
+    claimed = EndpointClaim(local_endpoint, PATIENCE_S)
+    with signal_pipe() as signal_fd, closing(claimed) as claim, ExitStack() as stack:
+        if local_folder is not None:
+            stack.callback(shutil.rmtree, local_folder, ignore_errors=True)
         lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}
         url = None
         if config.http is not None:
@@ -156,6 +166,7 @@ def launch(
             config=config,
             model=model,
             endpoint=endpoint,
+            local_endpoint=local_endpoint,
             launcher_pid=os.getpid(),
             log_level=log_level,
             traced=recorder is not None,
@@ -169,7 +180,14 @@ def launch(
         supervisor = Supervisor(
             wiring,
             resources,
-            Announcer(endpoint, model.name, _describe(config, model), status_fd, front=_front(config, model, url)),
+            Announcer(
+                endpoint,
+                model.name,
+                _describe(config, model),
+                status_fd,
+                local_endpoint=local_endpoint,
+                front=_front(config, model, url),
+            ),
             config.supervisor,
             drain_timeout_s=config.frontend.drain_timeout_s,
             signal_fd=signal_fd,

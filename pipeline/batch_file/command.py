@@ -17,7 +17,7 @@ from pipeline.batch_file.answering import Answering, answer_all, service_of
 from pipeline.batch_file.lines import Answer, AnswerLine, RequestLine, check_requests, read_requests
 from pipeline.batch_file.output_file import OutputFile
 from pipeline.http.service import new_id
-from pipeline.terminal.engine_options import add_engine_options, pipeline_arguments
+from pipeline.terminal.engine_options import add_endpoint_options, add_engine_options, pipeline_arguments
 from pipeline.terminal.progress_bar import progress_bar
 
 _MAX_CONCURRENCY: Final = 1_024
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("input", metavar="IN.jsonl", help='file with one request a line; "-" = standard input')
     parser.add_argument("output", type=Path, metavar="OUT.jsonl", help="file for the answers; it may hold earlier ones")
-    parser.add_argument("--endpoint", help="where the running engine listens (default: this user's default endpoint)")
+    add_endpoint_options(parser)
     add_engine_options(parser)
     parser.add_argument(
         "--retry-failed", action="store_true", help="ask requests again that OUT.jsonl reports as failed"
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
             if starts_engine:
                 print("starting an engine ...", file=sys.stderr, flush=True)
                 arguments = pipeline_arguments(options)
-                endpoint = stack.enter_context(Pipeline(**arguments, startup_timeout_s=None)).endpoint
+                endpoint = stack.enter_context(Pipeline(**arguments, startup_timeout_s=None)).client.endpoint
             try:
                 num_failed += asyncio.run(_answer(options, endpoint, source, output, done, num_left))
             except BaseException:
@@ -99,7 +99,7 @@ async def _answer(
 ) -> int:
     """Answer what is left. Returns the number of requests that failed."""
     num_failed = 0
-    async with AsyncClient(endpoint, timeout_s=_TIMEOUT_S) as client:
+    async with AsyncClient(endpoint, timeout_s=_TIMEOUT_S, key_file=options.key_file) as client:
         health = await client.health()  # raises if there is no engine
         if health.state == "starting":
             health = await client.wait_ready(None)

@@ -7,6 +7,7 @@ the same client for callers without an event loop. Loads neither torch nor trans
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Literal, Self, Unpack, overload
 
@@ -16,6 +17,7 @@ from pipeline.client.async_queries import AsyncQueries
 from pipeline.client.batch import Batch
 from pipeline.client.endpoint import check_client_endpoint, default_endpoint
 from pipeline.client.inputs import Prompt, SchedulingOptions, batch_of, checked_timeout, new_id, scheduling_params
+from pipeline.client.keys import ClientKeys
 from pipeline.client.outputs import Output
 from pipeline.client.session import Session
 from pipeline.client.streams import OutputStream
@@ -37,12 +39,14 @@ class AsyncClient(AsyncQueries):
         resume_timeout_s: seconds that an open request or query waits for an engine that continues it, after a process
             of its engine has died or the connection was lost (default 60); then Interrupted is raised. New text or
             tokens begin a new wait. 0 = it fails at once; None = no limit.
+        key_file: this client's keys for an engine at a TCP address, made by `ringfeed keys`; None (default) = the file
+            that the environment variable RINGFEED_KEY_FILE names, if any.
 
-    Raises ConfigError for an endpoint of another form. Requests raise InvalidRequest (change the request), QueueFull
-    (try again later), EngineUnavailable (the engine starts, drains or is gone) or RequestFailed. All of them are
-    RingfeedErrors. `close()`, leaving the `async with` block, or dropping the last reference cancels open requests.
-    The client can be used on another event loop once its first loop has stopped. In a forked child it opens its own
-    connection.
+    Raises ConfigError for an endpoint of another form and for a key file that cannot be used. Requests raise
+    InvalidRequest (change the request), QueueFull (try again later), EngineUnavailable (the engine starts, drains or is
+    gone) or RequestFailed. All of them are RingfeedErrors. `close()`, leaving the `async with` block, or dropping the
+    last reference cancels open requests. The client can be used on another event loop once its first loop has stopped.
+    In a forked child it opens its own connection.
     """
 
     def __init__(
@@ -51,14 +55,17 @@ class AsyncClient(AsyncQueries):
         *,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         resume_timeout_s: float | None = DEFAULT_RESUME_TIMEOUT_S,
+        key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self._resume_timeout_s = checked_timeout(resume_timeout_s, "resume_timeout_s")
         timeout_s = checked_timeout(timeout_s)
         endpoint, is_default = (
             (default_endpoint(), True) if endpoint is None else (check_client_endpoint(endpoint), False)
         )
+        keys = ClientKeys(endpoint, key_file)
+        self.key_file = keys.path
         super().__init__(
-            endpoint, timeout_s, Session(endpoint, timeout_s, self._resume_timeout_s, is_default=is_default)
+            endpoint, timeout_s, Session(endpoint, keys, timeout_s, self._resume_timeout_s, is_default=is_default)
         )
 
     @overload
@@ -178,7 +185,7 @@ class AsyncClient(AsyncQueries):
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
         timeouts = {"timeout_s": self._timeout_s, "resume_timeout_s": self._resume_timeout_s}
-        return functools.partial(type(self), self.endpoint, **timeouts), ()
+        return functools.partial(type(self), self.endpoint, **timeouts, key_file=self.key_file), ()
 
     async def __aenter__(self) -> Self:
         return self

@@ -17,10 +17,16 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ipc.channels import connect_dealer
+from pipeline.client.callbacks import weakly
+from pipeline.client.keys import ClientKeys
 from pipeline.environment import forks
 from pipeline.environment.descriptors import check_room, hold_standard_descriptors
 
-_EVENTS: Final = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_FAILED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_EVENTS: Final = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
+_RETRY_REFUSED_S: Final = 0.5  # ZeroMQ itself does not connect again after a refusal
 _NUM_DESCRIPTORS: Final = 20  # about a dozen, with some to spare
 _BURST: Final = 256  # frames read before other tasks of the loop can run
 
@@ -30,20 +36,25 @@ class Connection:
 
     `on_frames` gets the frames that have arrived, in order. `on_up` is called after the engine has come, and `on_down`
     after it has gone and `on_frames` has got its last frames. In between, ZeroMQ keeps trying to connect. The loop
-    refers to the connection until it is closed. Raises EngineUnavailable if too few descriptors are free.
+    refers to the connection until it is closed. `refusal` says why the last handshake failed; "" = it did not. The
+    connection tries again after a moment, because the engine's keys may change. Raises EngineUnavailable if too few
+    descriptors are free.
     """
 
     def __init__(
         self,
         endpoint: str,
         loop: asyncio.AbstractEventLoop,
+        keys: ClientKeys,
         *,
         on_frames: Callable[[list[bytes]], None],
         on_up: Callable[[], None],
         on_down: Callable[[], None],
     ) -> None:
         self.is_up = False
+        self.refusal = ""
         self._endpoint = endpoint
+        self._keys = keys
         self._loop = loop
         self._on_frames = on_frames
         self._on_up = on_up
@@ -87,12 +98,13 @@ class Connection:
             _close_connection_to(self._endpoint, self._transport_fd)
 
     def _open(self) -> None:
-        self._socket = connect_dealer(self._context, self._endpoint, prepare=self._attach_monitor)
+        self._socket = connect_dealer(self._context, self._endpoint, prepare=self._prepare)
         self._loop.add_reader(_option(self._socket, zmq.FD), self._take_frames)
         self._loop.add_reader(_option(self._monitor, zmq.FD), self._take_events)
         self._loop.call_soon(self._take_events)  # events from before the readers were added
 
-    def _attach_monitor(self, socket: zmq.Socket[Any]) -> None:
+    def _prepare(self, socket: zmq.Socket[Any]) -> None:
+        self._keys.apply(socket)
         self._monitor: zmq.Socket[Any] = socket.get_monitor_socket(_EVENTS)
 
     def _close_dropped(self) -> None:
@@ -137,8 +149,12 @@ class Connection:
                 self._transport_fd = message["value"]
                 continue
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.is_up = True
+                self.is_up, self.refusal = True, ""
                 self._on_up()
+                continue
+            if event & _FAILED:
+                self.refusal = self._keys.explain(event)
+                self._loop.call_later(_RETRY_REFUSED_S, weakly(self._retry), self._socket)
                 continue
             self._transport_fd = None
             if self.is_up:
@@ -148,6 +164,11 @@ class Connection:
                 self._open()
                 self._on_down()
                 return
+
+    def _retry(self, refused: zmq.Socket[Any]) -> None:
+        if not self._closed and not self.is_up and self._socket is refused:
+            self._close_socket(linger_ms=0)
+            self._open()
 
 
 def _option(socket: zmq.Socket[Any], option: int) -> int:

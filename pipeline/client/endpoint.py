@@ -77,6 +77,18 @@ def check_endpoint(endpoint: str) -> None:
             raise ConfigError('must name an IP address of this machine ("127.0.0.1"), an interface, or "*"') from None
 
 
+def is_private(endpoint: str) -> bool:
+    """Whether only programs of this machine can connect: a Unix socket, or a loopback address given as a number."""
+    match = _TCP.fullmatch(endpoint)
+    if match is None:
+        return True
+    try:
+        address = ipaddress.ip_address(match["host"].strip("[]"))
+    except ValueError:  # "*", or an interface, whose addresses may change
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 def check_client_endpoint(endpoint: object) -> str:
     """Raise ConfigError if no client can connect to this endpoint. Its host, unlike a listener's, may be a name."""
     is_text = isinstance(endpoint, str) and endpoint.isprintable()
@@ -89,9 +101,11 @@ def check_client_endpoint(endpoint: object) -> str:
     return str(endpoint)
 
 
-def no_engine(endpoint: str, timeout_s: float | None, is_default: bool) -> EngineUnavailable:
-    """The error of a client that has found no engine within this time."""
+def no_engine(endpoint: str, timeout_s: float | None, is_default: bool, refusal: str = "") -> EngineUnavailable:
+    """The error of a client that has found no engine within this time. `refusal`: why one there has refused it."""
     within = "" if timeout_s is None else f" within {timeout_s:g} s"
+    if refusal:
+        return EngineUnavailable(f"no connection to the engine at {endpoint}{within}: {refusal}")
     text = f"no engine answers at {endpoint}{within}: is it started, and is this its endpoint?"
     return EngineUnavailable(f"{text} {where_else(endpoint)}" if is_default else text)
 
@@ -119,19 +133,17 @@ def connectable(endpoint: str) -> str:
 
 
 class EndpointClaim:
-    """The right to listen on an endpoint, from construction until `close()`, or until all its holders have ended.
+    """The right to listen on a Unix socket, from construction until `close()`, or until all its holders have ended.
 
-    `fd` goes to the process that listens. As long as that process holds it, no other engine can claim the endpoint. It
-    is None for tcp, where the kernel itself refuses a second listener. Makes a missing folder, private to the user.
-    Raises ConfigError if another process still listens there after `patience_s`, or the folder is unsuitable.
+    `fd` goes to the process that listens. As long as that process holds it, no other engine can claim the endpoint. For
+    tcp the kernel itself refuses a second listener. Makes a missing folder, private to the user. Raises ConfigError if
+    another process still listens there after `patience_s`, or the folder is unsuitable.
     """
 
     def __init__(self, endpoint: str, patience_s: float = 0.0) -> None:
         self.fd: int | None = None
         self._path: Path | None = None
         self._owned_folder: Path | None = None
-        if not endpoint.startswith(_IPC):
-            return
         path = Path(endpoint.removeprefix(_IPC))
         self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

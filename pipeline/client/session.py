@@ -25,6 +25,7 @@ from pipeline.client.connection import Connection
 from pipeline.client.endpoint import no_engine
 from pipeline.client.inputs import Prompt, client_frame, generate_message, new_id
 from pipeline.client.interruption import OpenQuery
+from pipeline.client.keys import ClientKeys
 from pipeline.client.loop_thread import CLOSED
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.outputs import Output
@@ -43,10 +44,17 @@ class Session:
     """
 
     def __init__(
-        self, endpoint: str, timeout_s: float | None, resume_timeout_s: float | None, *, is_default: bool
+        self,
+        endpoint: str,
+        keys: ClientKeys,
+        timeout_s: float | None,
+        resume_timeout_s: float | None,
+        *,
+        is_default: bool,
     ) -> None:
         self.has_ended: Callable[[], bool] = lambda: False  # whether the engine has ended for good
         self._endpoint = endpoint
+        self._keys = keys
         self._timeout_s = timeout_s
         self._resume_timeout_s = resume_timeout_s
         self._is_default = is_default  # this user's default endpoint
@@ -254,6 +262,7 @@ class Session:
             self._connection = Connection(
                 self._endpoint,
                 loop,
+                self._keys,
                 on_frames=weakly(self._take_frames),
                 on_up=weakly(self._meet_engine),
                 on_down=weakly(self._lose_engine),
@@ -294,4 +303,6 @@ class Session:
             self._resumer.meet_engine()
 
     def _no_engine(self, timeout_s: float | None = None) -> EngineUnavailable:
-        return no_engine(self._endpoint, self._timeout_s if timeout_s is None else timeout_s, self._is_default)
+        refusal = "" if self._connection is None else self._connection.refusal
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return no_engine(self._endpoint, timeout_s, self._is_default, refusal)

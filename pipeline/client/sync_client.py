@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, Self, Unpack, overload
@@ -33,6 +34,8 @@ class Client:
         resume_timeout_s: seconds that an open request or query waits for an engine that continues it, after a process
             of its engine has died or the connection was lost (default 60); then Interrupted is raised. New text or
             tokens begin a new wait. 0 = it fails at once; None = no limit.
+        key_file: this client's keys for an engine at a TCP address, made by `ringfeed keys`; None (default) = the file
+            that the environment variable RINGFEED_KEY_FILE names, if any.
 
     The first call starts a thread and connects. `close()` ends both, and so does dropping the last reference to the
     client and its streams. In a forked child the client starts its own thread and connection. Errors are those of
@@ -45,9 +48,10 @@ class Client:
         *,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         resume_timeout_s: float | None = DEFAULT_RESUME_TIMEOUT_S,
+        key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self._timeouts = {"timeout_s": timeout_s, "resume_timeout_s": resume_timeout_s}
-        self._client = AsyncClient(endpoint, **self._timeouts)
+        self._client = AsyncClient(endpoint, **self._timeouts, key_file=key_file)
         self._thread = LoopThread(at_end=self._client.close)
         weakref.finalize(self, self._thread.close_soon).atexit = False  # at exit the process ends anyway
 
@@ -55,6 +59,11 @@ class Client:
     def endpoint(self) -> str:
         """Where the engine listens."""
         return self._client.endpoint
+
+    @property
+    def key_file(self) -> str | None:
+        """The file with this client's keys, as an absolute path."""
+        return self._client.key_file
 
     @overload
     def generate(
@@ -201,7 +210,7 @@ class Client:
 
     def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
-        return functools.partial(type(self), self.endpoint, **self._timeouts), ()
+        return functools.partial(type(self), self.endpoint, **self._timeouts, key_file=self.key_file), ()
 
     def __enter__(self) -> Self:
         return self

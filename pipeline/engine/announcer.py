@@ -42,8 +42,9 @@ class Announcer:
     """Reports the stages of one engine's start.
 
     `status_fd`, if given, gets one JSON object a line: {"event": "spawned", "endpoint": ..., "pids": {role: pid}} and
-    {"event": "ready", "endpoint": ..., "http_url": ..., "info": {...}}. `close()` closes it. `front`: of the HTTP
-    server, if there is one.
+    {"event": "ready", "endpoint": ..., "local_endpoint": ..., "http_url": ..., "info": {...}}. `close()` closes it.
+    `local_endpoint`: where clients of this user need no keys (default: `endpoint`). `front`: of the HTTP server, if
+    there is one.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Announcer:
         details: str,
         status_fd: int | None = None,
         *,
+        local_endpoint: str | None = None,
         front: HttpFront | None = None,
     ) -> None:
         self._endpoint = endpoint
+        self._local_endpoint = local_endpoint or endpoint
         self._front = front
         self._model_name = model_name
         self._details = details
@@ -104,7 +107,9 @@ class Announcer:
             url = self._front.url
             logger.info("serving %s (a page for browsers, and the APIs of OpenAI and Anthropic); try:", url)
             logger.info("  %s", self._front.curl())
-        self._tell_program(event="ready", endpoint=self._endpoint, http_url=url, info=info)
+        self._tell_program(
+            event="ready", endpoint=self._endpoint, local_endpoint=self._local_endpoint, http_url=url, info=info
+        )
 
     def close(self) -> None:
         """Remove the progress bar and close the pipe."""

@@ -21,7 +21,7 @@ from ipc.errors import ConfigError
 from pipeline.client.endpoint import check_endpoint
 from pipeline.engine.config_combinations import COMBINED, check_combinations
 from pipeline.engine.config_fields import fields_of, toml_value
-from pipeline.engine.config_paths import file_path, model_path
+from pipeline.engine.config_paths import file_path, folder_path, model_path
 from pipeline.engine.supervisor_config import SupervisorConfig
 from pipeline.http.config import HttpConfig
 from workers.gateway.config import FrontendConfig
@@ -171,7 +171,8 @@ def to_toml(config: Config) -> str:
 
 _PATHS: Final = {
     ("model", "path"): model_path, ("tokenizer", "chat_template"): file_path, ("http", "api_key_file"): file_path,
-    ("http", "tls_cert"): file_path, ("http", "tls_key"): file_path,
+    ("http", "tls_cert"): file_path, ("http", "tls_key"): file_path, ("frontend", "server_key_file"): file_path,
+    ("frontend", "client_keys_folder"): folder_path,
 }  # fmt: skip
 
 
@@ -228,12 +229,15 @@ class _Builder:
                 raise ConfigError(f"{origin}: {name} ({value!r}) is not UTF-8 text")
         sections: dict[str, Any] = {section: SECTIONS[section](**values) for section, values in self._values.items()}
         config = Config(**sections)
-        origins = {self._origins.get(name, self._source) for name in COMBINED}
-        # One value of a pair that came from the command line is the one to name.
-        origin = next((o for o in sorted(origins) if o != self._source), self._source)
         try:
-            check_combinations(scheduler=config.scheduler, cache=config.cache, model=config.model, http=config.http)
+            check_combinations(
+                scheduler=config.scheduler, cache=config.cache, model=config.model, frontend=config.frontend,
+                http=config.http,
+            )  # fmt: skip
         except ConfigError as error:
+            # One value of the combination that came from the command line is the one to name.
+            origins = {self._origins.get(name, self._source) for name in COMBINED if name in str(error)}
+            origin = next((o for o in sorted(origins) if o != self._source), self._source)
             raise ConfigError(f"{origin}: {error}") from None
         return config
 

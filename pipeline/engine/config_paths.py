@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -22,11 +23,20 @@ def model_path(path: str, folder: Path) -> str:
 
 def file_path(path: str, folder: Path) -> str:
     """A file, seen from `folder`, as an absolute path. Raises ValueError with value and rule if there is none."""
+    return _existing(path, folder, "a file", Path.is_file)
+
+
+def folder_path(path: str, folder: Path) -> str:
+    """The same for a folder."""
+    return _existing(path, folder, "a folder", Path.is_dir)
+
+
+def _existing(path: str, folder: Path, what: str, exists: Callable[[Path], bool]) -> str:
     try:
         local = (folder / Path(path).expanduser()).resolve()
-        is_file = local.is_file()
+        is_there = exists(local)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"({path!r}) cannot be a file: {getattr(error, 'strerror', None) or error}") from None
-    if not is_file:
-        raise ValueError(f"({path!r}) must be a file; there is none at {local}")
+        raise ValueError(f"({path!r}) cannot be {what}: {getattr(error, 'strerror', None) or error}") from None
+    if not is_there:
+        raise ValueError(f"({path!r}) must be {what}; there is none at {local}")
     return str(local)

@@ -82,6 +82,7 @@ class Pipeline:
         self._process: EngineProcess | None = None
         self._client: Client | None = None
         self.endpoint = connectable(self.config.frontend.endpoint or "")
+        self._local_endpoint = ""  # where this user's clients need no keys, once the engine is ready
         self.http_url: str | None = None
         self._pids: dict[str, int] = {}
 
@@ -101,7 +102,7 @@ class Pipeline:
         """
         if self._client is None:
             engine = self._started()
-            self._client = Client(self.endpoint)
+            self._client = Client(self._local_endpoint or self.endpoint)
             self._client.keep_alive(engine)
         return self._client
 
@@ -193,7 +194,7 @@ class Pipeline:
             for event in engine.events(self._startup_timeout_s):
                 self._pids |= event.get("pids", {})
                 if event["event"] == "ready":
-                    self.http_url = event["http_url"]
+                    self.http_url, self._local_endpoint = event["http_url"], event["local_endpoint"]
                     return
         except TimeoutError:
             raise self._startup_error(f"is not ready after startup_timeout_s ({self._startup_timeout_s} s)") from None

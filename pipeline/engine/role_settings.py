@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from ipc.records import PROMPT_RECORD_TOKENS, StepShape
-from pipeline.client.endpoint import connectable, own_folder
+from pipeline.client.endpoint import own_folder
 from pipeline.engine.config import Config
 from pipeline.engine.model_files import ServedModel
 from pipeline.http.config import HttpBootstrap, HttpConfig
@@ -39,6 +40,7 @@ class EngineFacts:
     """What is settled about one engine before any of its processes runs.
 
     Args:
+        local_endpoint: a Unix socket where clients of this user need no keys; `endpoint` itself if that is one.
         cache_seed: the root of the names of its KV blocks; None = prompts are not cached.
         lent: descriptors of the launcher that a role may keep open (`Role.keeps`), by name.
         num_blocks: KV blocks of the first start of the GPU process; None = this is the first.
@@ -48,6 +50,7 @@ class EngineFacts:
     config: Config
     model: ServedModel
     endpoint: str
+    local_endpoint: str
     launcher_pid: int
     log_level: str = "INFO"
     traced: bool = False
@@ -83,10 +86,13 @@ class EngineFacts:
 def gateway(facts: EngineFacts, worker: WorkerBootstrap) -> GatewayBootstrap:
     scheduler, folder = facts.config.scheduler, own_folder(facts.endpoint)
     server = facts.config.http or HttpConfig()
+    if facts.local_endpoint != facts.endpoint:
+        folder = Path(facts.local_endpoint.removeprefix("ipc://")).parent
     return GatewayBootstrap(
         worker=worker,
         frontend=facts.config.frontend,
         endpoint=facts.endpoint,
+        local_endpoint=facts.local_endpoint,
         endpoint_folder=None if folder is None else str(folder),
         model_name=facts.model.name,
         model_folder=facts.model.folder,
@@ -157,7 +163,7 @@ def http(facts: EngineFacts, worker: WorkerBootstrap) -> HttpBootstrap:
     return HttpBootstrap(
         worker=worker,
         http=facts.config.http,
-        endpoint=connectable(facts.endpoint),
+        endpoint=facts.local_endpoint,
         model_name=facts.model.name,
         model_folder=facts.model.folder,
         chat_template=facts.config.tokenizer.chat_template,

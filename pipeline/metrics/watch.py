@@ -20,6 +20,7 @@ from rich.text import Text
 from pipeline.cli import run_module
 from pipeline.client.sync_client import Client
 from pipeline.metrics.figures import DeviceTime, Figures, Roles, Window
+from pipeline.terminal.engine_options import add_endpoint_options
 
 _BAR_CELLS: Final = 50
 _STYLES: Final = {
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _EXAMPLES
     parser.set_defaults(run=run)
-    parser.add_argument("--endpoint", help="where the engine listens (default: this user's default endpoint)")
+    add_endpoint_options(parser)
     parser.add_argument("--interval", type=_interval, default=1.0, metavar="S", help="seconds between two readings")
     parser.add_argument("--count", type=_count, metavar="N", help="end after N readings (default: no end)")
 
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Show the engine's gauges. Raises RingfeedError."""
     try:
-        with Client(options.endpoint) as client, Live(auto_refresh=False) as live:
+        with Client(options.endpoint, key_file=options.key_file) as client, Live(auto_refresh=False) as live:
             watch(client.stats, lambda view: live.update(view, refresh=True), options.interval, options.count)
     except KeyboardInterrupt:
         return  # the usual end: exit status 0

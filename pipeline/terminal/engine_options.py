@@ -27,6 +27,15 @@ def add_engine_options(parser: argparse.ArgumentParser, default: Path | None = N
     )  # fmt: skip
 
 
+def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--endpoint` and `--key-file`, which choose a running engine."""
+    parser.add_argument("--endpoint", help="where the running engine listens (default: this user's default endpoint)")
+    parser.add_argument(
+        "--key-file", metavar="FILE",
+        help="this client's keys for a tcp:// endpoint, made by `ringfeed keys` (default: $RINGFEED_KEY_FILE)",
+    )  # fmt: skip
+
+
 def check_engine_options(options: argparse.Namespace, *, required: bool) -> None:
     """Raise ConfigError for options that exclude each other, or for none of them where one is `required`."""
     if options.config is not None and options.model is not None:

@@ -20,6 +20,7 @@ from ipc.messages import (
 )
 from ipc.sampling_params import SamplingParams
 
+MAX_FRAMES: Final = 2  # read of one message; the others are dropped unread. A REQ socket sends two
 MAX_ERROR_CHARS: Final = 1_000
 MAX_CACHE_SALT_CHARS: Final = 256
 MAX_CLOCK_S: Final = 253_370_000_000  # in the year 9998: a date in every time zone
@@ -37,7 +38,8 @@ class UnreadableFrame(Exception):
 def read_client_frames(frames: list[bytes]) -> ClientMessage:
     """Decode and check one message; it is complete and consistent afterwards. Raises UnreadableFrame."""
     if len(frames) != 1:
-        error = ProtocolError(f"a message must be one frame and not {len(frames)}: use a DEALER socket, not a REQ")
+        number = len(frames) if len(frames) < MAX_FRAMES else f"{MAX_FRAMES} or more"
+        error = ProtocolError(f"a message must be one frame and not {number}: use a DEALER socket, not a REQ")
         raise UnreadableFrame("", error)
     frame = frames[0]
     if len(frame) > MAX_CLIENT_FRAME_BYTES:

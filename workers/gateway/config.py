@@ -29,8 +29,31 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         Annotated[
             str,
             Meta(
-                description="Where the engine listens: `ipc:///path` or `tcp://host:port`. Not set: a socket in a "
-                "private folder of this user, which `Client()` without an endpoint finds."
+                description="Where the engine listens: `ipc:///path` or `tcp://host:port`. A TCP address that other "
+                "machines can reach needs `server_key_file` and `client_keys_folder`. Not set: a socket in a private "
+                "folder of this user, which `Client()` without an endpoint finds."
+            ),
+        ]
+        | None
+    ) = None
+    server_key_file: (
+        Annotated[
+            str,
+            Meta(
+                description="The engine's key pair (ZeroMQ CURVE): `server.key_secret` of `ringfeed keys`, with mode "
+                "0600. Connections to a TCP endpoint are then encrypted, and only clients of `client_keys_folder` can "
+                "connect."
+            ),
+        ]
+        | None
+    ) = None
+    client_keys_folder: (
+        Annotated[
+            str,
+            Meta(
+                description="The folder with the public keys of the clients that may connect, one file `NAME.key` "
+                "each: `clients` of `ringfeed keys`. The engine sees added, changed and removed files within a second; "
+                "it disconnects a client whose key is removed when the client next sends a message."
             ),
         ]
         | None
@@ -45,6 +68,15 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             "`ulimit -n` if that is less. At start the engine raises `ulimit -n` to the hard limit.",
         ),
     ] = 4_096
+    max_connections_per_address: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_048_576,
+            description="Open TCP connections from one IP address. The engine closes further connections at once. "
+            "Loopback addresses are exempt.",
+        ),
+    ] = 256
     max_open_requests: Annotated[
         int,
         Meta(
@@ -95,12 +127,13 @@ class FrontendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class GatewayBootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """Sockets: binds `tokenize` and `deliver`; connects to `schedule` and `detokenize`."""
+    """Sockets: binds `tokenize` and `deliver`; connects to `schedule` and `detokenize`. Clients: see `endpoint`."""
 
     worker: WorkerBootstrap
     frontend: FrontendConfig
     endpoint: str  # where to listen, resolved
-    endpoint_folder: str | None  # the endpoint's folder, removed when empty; None: it belongs to the user
+    local_endpoint: str  # a Unix socket where to listen as well, without keys; equal to `endpoint` if that is one
+    endpoint_folder: str | None  # the local endpoint's folder, removed when empty; None: it belongs to the user
     model_name: str
     model_folder: str = ""
     chat_template: str | None = None

@@ -12,20 +12,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
-
-import zmq
+from typing import Final
 
 from ipc.channels import (
     SendResult,
-    bind_router,
     receive,
     receive_frames,
     receive_from,
     send_frames_to,
     try_send_to,
 )
-from ipc.codec import MAX_FRAME_BYTES, decode, encode
+from ipc.codec import decode, encode
 from ipc.errors import ConfigError, EngineUnavailable, Interrupted
 from ipc.messages import (
     Abort,
@@ -41,8 +38,8 @@ from ipc.messages import (
 )
 from ipc.stats_page import StatsPage
 from ipc.trace import Span
-from workers.gateway.config import GatewayBootstrap, max_unread_messages
-from workers.gateway.connection_limit import Doorkeeper
+from workers.gateway.clients_socket import ClientsSocket
+from workers.gateway.config import GatewayBootstrap
 from workers.gateway.core import Gateway
 from workers.gateway.outbox import Peer
 from workers.gateway.queries import RoleArrays, RoleStats
@@ -51,7 +48,6 @@ from workers.process import StopWorker, WorkerProcess
 logger = logging.getLogger(__name__)
 
 CLIENT_TURN_S: Final = 0.002  # for clients' messages, before the engine's are read: a flood delays outputs by this much
-MAX_READ_AHEAD: Final = 16  # messages of one client that libzmq reads ahead; each may have a large prompt
 MAX_SLEEP_MS: Final = 3_600_000  # `poll` cannot take time-outs of months
 _IPC: Final = "ipc://"
 _LAUNCHER_DIED = "the engine's launcher died"
@@ -62,8 +58,7 @@ def run(process: WorkerProcess, bootstrap: GatewayBootstrap) -> None:
     try:
         GatewayWorker(process, bootstrap, _watch_launcher(bootstrap)).serve()
     finally:
-        if bootstrap.endpoint.startswith(_IPC):
-            Path(bootstrap.endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
+        Path(bootstrap.local_endpoint.removeprefix(_IPC)).unlink(missing_ok=True)
         if bootstrap.endpoint_folder is not None:
             with contextlib.suppress(OSError):  # not empty: another engine of this user listens in it
                 Path(bootstrap.endpoint_folder).rmdir()
@@ -88,12 +83,13 @@ class GatewayWorker:
         self.core = Gateway(bootstrap, self._snapshot_stats)
         if bootstrap.endpoint_folder is not None:
             _keep_folder(Path(bootstrap.endpoint_folder))
-        self.clients = _bind_frontend(process, bootstrap)
+        self.clients = ClientsSocket(process, bootstrap)
         self.tokenizers = process.bind("tokenize")
         self.deliveries = process.bind("deliver")
         self.scheduler = process.connect("schedule")
         self.detokenizer = process.connect("detokenize")
-        for source in (self.clients, self.tokenizers, self.deliveries, self.scheduler, launcher_fd):
+        sockets = (self.tokenizers, self.deliveries, self.scheduler)
+        for source in (*self.clients.sources, *sockets, launcher_fd):
             process.watch(source)
         process.on_control(self._on_control)
         process.on_rewire(self._on_rewire)
@@ -159,7 +155,7 @@ class GatewayWorker:
     def _read_clients(self, now: float) -> None:
         core, trace = self.core, self.process.trace
         turn_ends = time.monotonic() + CLIENT_TURN_S
-        for frames in receive_frames(self.clients):  # one message of each client in turn
+        for frames in self.clients.read():
             with trace[Span.REQUEST]:
                 core.client_frames(frames[0], frames[1:], now)
             if time.monotonic() >= turn_ends:
@@ -197,7 +193,7 @@ class GatewayWorker:
             for peer, identity, message in outbox:
                 frame = message if isinstance(message, bytes) else encode(message)
                 if peer is Peer.CLIENT:
-                    result = try_send_to(self.clients, identity, frame)
+                    result = try_send_to(self.clients.router, identity, frame)
                     if result is SendResult.GONE:
                         self.core.client_gone(identity)  # adds messages to the outbox
                     elif result is SendResult.FULL:
@@ -234,28 +230,6 @@ def _keep_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.lstat().st_uid != os.getuid():
         raise ConfigError(f"{folder} belongs to another user")
-
-
-def _bind_frontend(process: WorkerProcess, bootstrap: GatewayBootstrap) -> zmq.Socket[Any]:
-    """The clients' socket. If it is a file, only this user may connect to it.
-
-    libzmq disconnects a client without an answer if a message exceeds MAX_FRAME_BYTES. The core refuses a message of
-    more than MAX_CLIENT_FRAME_BYTES, which is less, with a text.
-    """
-    doorkeeper = Doorkeeper(bootstrap.endpoint, bootstrap.frontend.max_connections, process.stats)
-    before = os.umask(0o177)
-    try:
-        return bind_router(
-            process.context,
-            bootstrap.endpoint,
-            max_frame_bytes=MAX_FRAME_BYTES,
-            handover=False,
-            send_mark=max_unread_messages(bootstrap),
-            receive_mark=MAX_READ_AHEAD,
-            prepare=doorkeeper.attach,
-        )
-    finally:
-        os.umask(before)
 
 
 def _watch_launcher(bootstrap: GatewayBootstrap) -> int:

@@ -65,7 +65,8 @@ METRICS: Final = (
     Metric("ringfeed_clients", "Clients of the engine with open requests.", total("gateway", "num_clients")),
     Metric("ringfeed_client_connections", "Connections to the engine's socket.", total("gateway", "num_connections")),
     Metric(
-        "ringfeed_client_connections_refused_total", "Connections that the engine closed because it had too many.",
+        "ringfeed_client_connections_refused_total",
+        "Connections that the engine closed because they, or what they sent, exceeded a limit.",
         total("gateway", "num_connections_refused"),
     ),
     Metric("ringfeed_requests_finished_total", "Requests that ended for any reason.", total("gateway", "num_finished")),

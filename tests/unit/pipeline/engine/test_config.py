@@ -288,8 +288,47 @@ def test_a_claim_waits_for_the_endpoint_that_a_dying_engine_still_holds(
         ("ipc:///tmp/*:1/s", "ipc:///tmp/*:1/s"),
     ],
 )
-def test_a_pipelines_client_connects_to_the_loopback_of_a_wildcard(endpoint: str, reached_at: str) -> None:
-    assert Pipeline({"model": {"path": "/m"}}, {"frontend.endpoint": endpoint}).endpoint == reached_at
+def test_a_pipelines_endpoint_for_clients_is_the_loopback_of_a_wildcard(
+    endpoint: str, reached_at: str, tmp_path: Path
+) -> None:
+    (tmp_path / "server.key_secret").touch()
+    keys = {"server_key_file": str(tmp_path / "server.key_secret"), "client_keys_folder": str(tmp_path)}
+    frontend = {"endpoint": endpoint} | (keys if endpoint.startswith("tcp") else {})
+    assert Pipeline({"model": {"path": "/m"}, "frontend": frontend}).endpoint == reached_at
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "[::]", "192.0.2.7", "[2001:db8::7]", "lo", "[::ffff:192.0.2.7]"])
+def test_an_endpoint_that_other_machines_reach_is_refused_without_keys(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^config: frontend\.endpoint \(tcp://.*\) .*run `ringfeed keys` and set"):
+        config_from_dict({"model": {"path": "/m"}, "frontend": {"endpoint": f"tcp://{host}:5601"}})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "[::1]", "[::ffff:127.0.0.1]"])
+def test_an_endpoint_of_this_machine_needs_no_keys(host: str) -> None:
+    assert config_from_dict({"model": {"path": "/m"}, "frontend": {"endpoint": f"tcp://{host}:5601"}})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"endpoint": "tcp://*:1", "server_key_file": "f"},
+            "server_key_file is given without frontend.client_keys_folder",
+        ),
+        (
+            {"endpoint": "tcp://*:1", "client_keys_folder": "."},
+            "client_keys_folder is given without frontend.server_key",
+        ),
+        ({"server_key_file": "f", "client_keys_folder": "."}, "has no effect with frontend.endpoint (not set)"),
+        ({"server_key_file": "g"}, "frontend.server_key_file ('g') must be a file; there is none at"),
+        ({"client_keys_folder": "f"}, "frontend.client_keys_folder ('f') must be a folder; there is none at"),
+    ],
+)
+def test_keys_that_would_protect_nothing_are_refused(given: dict[str, str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(ConfigError) as raised:
+        config_from_dict({"model": {"path": "/m"}, "frontend": given}, folder=tmp_path)
+    assert expected in str(raised.value)
 
 
 def test_an_endpoint_is_not_taken_from_a_file_or_a_stranger(tmp_path: Path) -> None:

@@ -34,7 +34,12 @@ EXTRA = Role(
 
 def facts(**changes: Any) -> EngineFacts:
     config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}, "grammar": {"num_workers": 2}})
-    fields = {"endpoint": "ipc:///e/client.sock", "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}} | changes
+    fields = {
+        "endpoint": "ipc:///e/client.sock",
+        "local_endpoint": "ipc:///e/client.sock",
+        "launcher_pid": 7,
+        "lent": {ENDPOINT_CLAIM: 3},
+    } | changes
     return EngineFacts(config=config, model=MODEL, **fields)
 
 

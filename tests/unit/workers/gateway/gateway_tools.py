@@ -53,6 +53,7 @@ def bootstrap(folder: str = "/nowhere", **changes: Any) -> GatewayBootstrap:
         ),
         "frontend": frontend,
         "endpoint": f"ipc://{folder}/front/client.sock",
+        "local_endpoint": f"ipc://{folder}/front/client.sock",
         "endpoint_folder": None,
         "model_name": "tiny",
         "max_model_len": 128,

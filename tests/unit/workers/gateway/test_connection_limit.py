@@ -28,11 +28,13 @@ import json, resource, sys, types
 import zmq
 from ipc.channels import bind_router, receive_frames, send_frames_to
 from workers.gateway import connection_limit as connections
+from workers.gateway.config import FrontendConfig
 endpoint, limit, most, connections.HANDSHAKE_TIMEOUT_MS = sys.argv[1], *map(int, sys.argv[2:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 stats = types.SimpleNamespace(num_connections=[0], num_connections_refused=[0])
+limits = FrontendConfig(max_connections=most)
 context = zmq.Context()
-clients = bind_router(context, endpoint, prepare=connections.Doorkeeper(endpoint, most, stats).attach)
+clients = bind_router(context, endpoint, prepare=connections.Doorkeeper((endpoint,), limits, stats).attach)
 print(flush=True)
 while clients.poll():
     for frames in receive_frames(clients):
