@@ -44,13 +44,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        endpoint: str,
-        keys: ClientKeys,
-        timeout_s: float | None,
-        resume_timeout_s: float | None,
-        *,
-        is_default: bool,
+        self, endpoint: str, keys: ClientKeys, timeout_s: float | None, resume_timeout_s: float | None, is_default: bool
     ) -> None:
         self.has_ended: Callable[[], bool] = lambda: False  # whether the engine has ended for good
         self._endpoint = endpoint
@@ -304,5 +298,4 @@ class Session:
 
     def _no_engine(self, timeout_s: float | None = None) -> EngineUnavailable:
         refusal = "" if self._connection is None else self._connection.refusal
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        return no_engine(self._endpoint, timeout_s, self._is_default, refusal)
+        return no_engine(self._endpoint, timeout_s or self._timeout_s, self._is_default, refusal)

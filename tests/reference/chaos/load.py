@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import httpx
+import httpx2
 
 from pipeline import AsyncClient, Output, RingfeedError
 from tests.reference.chaos.faults import Fault
@@ -66,7 +66,7 @@ class Load:
             self._expected.append(Answer.whole(await self._client.generate(question.prompt, question.params)))
         self._model = (await self._client.health()).model
         if self._http_url is not None:
-            async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
+            async with httpx2.AsyncClient(timeout=TIMEOUT_S) as http:
                 self._expected_http = [await self._http_text(http, body, []) for body in _HTTP_BODIES]
 
     def stop(self) -> None:
@@ -143,14 +143,14 @@ class Load:
             self.tally.latencies_s.append((now, now - begun))
 
     async def _http(self, first: int) -> None:
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
+        async with httpx2.AsyncClient(timeout=TIMEOUT_S) as http:
             for number in itertools.count(first):
                 if self._stopped:
                     return
                 index, begun, parts = number % len(_HTTP_BODIES), time.monotonic(), list[str]()
                 try:
                     text = await self._http_text(http, _HTTP_BODIES[index], parts)
-                except httpx.HTTPError as error:
+                except httpx2.HTTPError as error:
                     if any(
                         fault.role == "http" for fault in self._faults[bisect.bisect_left(self._times(), begun - 1) :]
                     ):
@@ -166,18 +166,18 @@ class Load:
     def _times(self) -> list[float]:
         return [fault.at for fault in self._faults]
 
-    async def _http_text(self, http: httpx.AsyncClient, body: dict[str, Any], parts: list[str]) -> str:
+    async def _http_text(self, http: httpx2.AsyncClient, body: dict[str, Any], parts: list[str]) -> str:
         """The text of a stream. Raises HTTPError if it is not complete."""
         url = f"{self._http_url}/v1/completions"
         async with http.stream("POST", url, json={**body, "model": self._model, "stream": True}) as response:
             if response.status_code != 200:
-                raise httpx.HTTPError(f"{response.status_code}: {(await response.aread()).decode()}")
+                raise httpx2.HTTPError(f"{response.status_code}: {(await response.aread()).decode()}")
             async for line in response.aiter_lines():
                 data = line.removeprefix("data: ")
                 if data == "[DONE]":
                     return "".join(parts)
                 event = json.loads(data) if data else {}
                 if "error" in event:
-                    raise httpx.HTTPError(f"error in the stream: {event['error']}")
+                    raise httpx2.HTTPError(f"error in the stream: {event['error']}")
                 parts += [choice["text"] for choice in event.get("choices", ())]
-        raise httpx.HTTPError("the stream ended without [DONE]")
+        raise httpx2.HTTPError("the stream ended without [DONE]")
