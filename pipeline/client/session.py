@@ -194,8 +194,7 @@ class Session:
 
     def close(self) -> None:
         """Cancel open requests, fail them and open queries, and disconnect. Call it on any running loop."""
-        self._closed = True
-        loop = self._loop
+        self._closed, loop = True, self._loop
         if loop is None or loop is asyncio.get_running_loop() or not loop.is_running():
             self._close()
         else:
@@ -297,5 +296,5 @@ class Session:
             self._resumer.meet_engine()
 
     def _no_engine(self, timeout_s: float | None = None) -> EngineUnavailable:
-        refusal = "" if self._connection is None else self._connection.refusal
+        refusal = self._connection.refusal if self._connection else ""
         return no_engine(self._endpoint, timeout_s or self._timeout_s, self._is_default, refusal)

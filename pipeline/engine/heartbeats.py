@@ -4,7 +4,8 @@
                                          for hang_timeout_s    the process counts as dead
 
 Only processes that have said Ready are asked. Before, `start_timeout_s` bounds their start. A process may announce work
-that takes longer (`Busy`). If the launcher itself was stopped for a while, everybody gets that time back.
+that takes longer (`Busy`). One that says that it ends (`Failed`) has EXIT_S to do so. If the launcher itself was stopped
+for a while, everybody gets that time back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pipeline.engine.supervisor_config import SupervisorConfig
 
 PING_INTERVAL_S: Final = 2.0  # at most; a quarter of a shorter hang_timeout_s
 SUSPECT_S: Final = 5.0  # at most; half of a shorter hang_timeout_s
+EXIT_S: Final = 10.0  # at most; half of a shorter hang_timeout_s. A process answers its clients before it ends
 
 
 @dataclass
@@ -25,6 +27,7 @@ class _Watched:
     stalled_s: float = 0.0
     busy_until: float = 0.0
     is_ready: bool = False
+    ends: float | None = None  # when it said that it ends
 
 
 class Heartbeats:
@@ -34,6 +37,7 @@ class Heartbeats:
         self._config = config
         self._interval_s = min(PING_INTERVAL_S, config.hang_timeout_s / 4)
         self._suspect_s = min(SUSPECT_S, config.hang_timeout_s / 2)
+        self._exit_s = min(EXIT_S, config.hang_timeout_s / 2)
         self._watched: dict[str, _Watched] = {}
         self._next_ping = 0.0
         self.number = 0  # of the newest round of pings
@@ -46,6 +50,11 @@ class Heartbeats:
         """A process is ready: from now on it is asked."""
         watched = self._watched[name]
         watched.is_ready, watched.heard = True, now
+
+    def ends(self, name: str, now: float) -> None:
+        """A process has said that it ends: it answers nothing any more."""
+        if name in self._watched:
+            self._watched[name].ends = now
 
     def starting(self, names: Iterable[str]) -> frozenset[str]:
         """Those of these processes that have not been ready, and were not forgotten."""
@@ -73,6 +82,8 @@ class Heartbeats:
         if late_s > self._interval_s:  # this process was stopped itself: answers have waited unread
             for watched in self._watched.values():
                 watched.heard += late_s
+                if watched.ends is not None:
+                    watched.ends += late_s
         self._next_ping = now + self._interval_s
         self.number += 1
         return [name for name, watched in self._watched.items() if watched.is_ready]
@@ -94,7 +105,10 @@ class Heartbeats:
         config = self._config
         hung: dict[str, str] = {}
         for name, watched in self._watched.items():
-            if not watched.is_ready:
+            if watched.ends is not None:
+                if now - watched.ends > self._exit_s:
+                    hung[name] = f"{name} has failed and has not ended for {now - watched.ends:.0f} s"
+            elif not watched.is_ready:
                 if now - watched.heard > config.start_timeout_s:
                     hung[name] = f"{name} was not ready within supervisor.start_timeout_s ({config.start_timeout_s:g})"
             elif self._silence_s(watched, now) > config.hang_timeout_s:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from ipc.errors import RingError
-from ipc.messages import Busy, Drain, EngineState, Ping, Pong, Ready
+from ipc.errors import RingfeedError
+from ipc.messages import Busy, Drain, EngineState, Failed, Ping, Pong, Ready
 from pipeline.engine.announcer import Announcer
 from pipeline.engine.child_process import ChildProcess
 from pipeline.engine.heartbeats import Heartbeats
@@ -60,6 +60,11 @@ class Recovery:
     def busy(self, worker: ChildProcess, message: Busy) -> None:
         self._heartbeats.busy(worker.name, message.seconds, time.monotonic())
 
+    def failed(self, worker: ChildProcess, message: Failed) -> None:
+        """A process says that it ends, and why."""
+        worker.last_words = f"{worker.name} failed: {message.error_message}"
+        self._heartbeats.ends(worker.name, time.monotonic())
+
     # What follows
 
     def timeout_s(self) -> float:
@@ -84,7 +89,7 @@ class Recovery:
         self._tell_fronts(names)  # before their clients hear `Interrupted`, so that a front that drains waits for them
         try:
             pids = self._workers.replace(wiring, started)
-        except RingError as error:
+        except (RingfeedError, OSError) as error:  # no memory, no descriptors, or no further process
             return f"{what}; it cannot be started again: {error}"
         self.spawned(pids)
         return None
@@ -101,12 +106,10 @@ class Recovery:
                     self._workers.start(worker)
         for name in self._heartbeats.round_due(now):
             self._workers.tell(name, Ping(number=self._heartbeats.number))
-        for name, why in self._heartbeats.hung(now).items():
-            if (hanging := self._workers.get(name)) is not None:
-                hanging.kill()
-                self._workers.bury(name)
-                if loss := self.died(name, f"{why}, and was killed"):
-                    return loss
+        while hung := self._heartbeats.hung(now):  # asked again: one may restart with another
+            name, why = next(iter(hung.items()))
+            if loss := self._kill(name, why):
+                return loss
         if self._announcer.is_ready:
             self._tell_fronts()
             if self._serves and not drains:
@@ -115,6 +118,16 @@ class Recovery:
             if drains and worker.is_front and worker.serves and not worker.is_draining:
                 worker.is_draining = self._workers.tell(worker.name, Drain())
         return None
+
+    def _kill(self, name: str, why: str) -> str | None:
+        """Kill a process that hangs. Returns why the engine cannot go on; None: it can."""
+        self._heartbeats.ended(name)
+        worker = self._workers.get(name)
+        if worker is None:
+            return None
+        worker.kill()
+        self._workers.bury(name)
+        return self.died(name, worker.last_words or f"{why}, and was killed")
 
     def _facts(self) -> EngineFacts:
         """With what the first GPU process has found out: one that takes its place must do with the same."""

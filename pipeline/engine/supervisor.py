@@ -250,7 +250,6 @@ class Supervisor:
                 case Progress():
                     self._announcer.progress(message)
                 case Ready():
-                    self._workers.info |= message.info
                     self._recovery.ready(worker, message)
                 case Drained():
                     worker.has_drained = True
@@ -259,7 +258,7 @@ class Supervisor:
                 case Busy():
                     self._recovery.busy(worker, message)
                 case Failed():
-                    worker.last_words = f"{worker.name} failed: {message.error_message}"
+                    self._recovery.failed(worker, message)
                     if not self._announcer.is_ready and self._loss is None:
                         self._loss = worker.last_words  # it may take long to end
 

@@ -70,7 +70,8 @@ class WorkerSet:
     def replace(self, wiring: Wiring, started: tuple[Process, ...]) -> dict[str, int]:
         """Start processes again, and tell those that they meet. Those that still live are killed.
 
-        Returns the new ids by name. Raises RingError if there is not enough memory for the new rings.
+        Returns the new ids by name. Raises RingError or OSError if memory, descriptors or processes are used up, and
+        EngineUnavailable if no socket can be made.
         """
         names = {process.name for process in started}
         for worker in self:

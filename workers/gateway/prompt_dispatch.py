@@ -21,28 +21,19 @@ counts four bytes of its message as a token. That is exact for token ids, and cl
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from ipc.errors import QueueFull
-from ipc.messages import ClientRequest, DetokenizeQuery, GatewayToTokenizer, Generate
+from ipc.messages import GatewayToTokenizer
 from workers.gateway.config import GatewayBootstrap
 from workers.queueing.drain_rate import DrainRate
 from workers.queueing.policies import NO_ROW, Policy, make_policy
 
 BYTES_PER_TOKEN: Final = 4  # of a message; estimated
 
-# Resident memory, rounded up from what each of 100,000 requests of a kind took (CPython 3.11, x86-64).
-REQUEST_OVERHEAD_BYTES: Final = 1_664  # of the message, its entries in the tables and its timers
-TENANT_OVERHEAD_BYTES: Final = 640  # of a tenant with "fair": each request may have its own
-CHAT_OVERHEAD_BYTES: Final = 320  # of the objects that hold a chat's JSON
-SAMPLE_OVERHEAD_BYTES: Final = 160  # of each sample of a resumed request, with the gateway's count of its tokens
-ITEM_OVERHEAD_BYTES: Final = 80  # of each item of a parameter that is a list or a map
-
-_LISTS: Final = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "logprob_token_ids")
 _num_bytes: Final = attrgetter("num_bytes")
 MAX_DEATHS: Final = 2  # of tokenizers while a prompt was in work
 
@@ -73,12 +64,20 @@ class Prompt:
 class TokenizerLoad:
     """The prompts under way to one tokenizer."""
 
-    __slots__ = ("identity", "num_bytes", "prompts")
+    __slots__ = ("identity", "is_alone", "num_bytes", "prompts")
 
     def __init__(self, identity: bytes) -> None:
         self.identity = identity
+        self.is_alone = False  # whether its one prompt is a suspect
         self.num_bytes = 0  # of the prompts' frames
         self.prompts: dict[int, Prompt] = {}  # by key
+
+
+class Lost(NamedTuple):
+    """What a dead tokenizer had and does not wait again."""
+
+    poisonous: list[Prompt]  # have ended two tokenizers
+    ended: list[int]  # keys of requests that had ended before
 
 
 class PromptDispatcher:
@@ -94,7 +93,6 @@ class PromptDispatcher:
         self._max_under_way = bootstrap.tokenizer_window
         self._max_under_way_bytes = bootstrap.tokenizer_window_bytes
         self._config = bootstrap.policy
-        self._overhead_bytes = REQUEST_OVERHEAD_BYTES + (TENANT_OVERHEAD_BYTES if self._config.policy == "fair" else 0)
         self._departures = DrainRate()  # of held bytes
         self.clear()
 
@@ -113,29 +111,6 @@ class PromptDispatcher:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting) + len(self._suspects)
-
-    def held_bytes(self, message: ClientRequest, frame_bytes: int) -> int:
-        """About how many bytes of memory a request takes while it waits; rounded up.
-
-        Counts its frame, or its text if that is larger: a string is as wide as its widest character, up to four times
-        the frame. Adds the memory of its Python objects, which even the smallest request has.
-        """
-        overhead, ids = self._overhead_bytes, 0
-        if isinstance(message, DetokenizeQuery):
-            return frame_bytes + overhead
-        chat, texts = message.chat, [message.prompt or ""]
-        if isinstance(message, Generate):
-            params = message.params
-            texts += *params.stop, *params.bad_words
-            overhead += sum(len(getattr(params, name) or ()) for name in _LISTS) * ITEM_OVERHEAD_BYTES
-            if message.resume is not None:  # its token ids are bytes, which take as much as in the frame
-                overhead += len(message.resume.samples) * SAMPLE_OVERHEAD_BYTES
-                ids = sum(len(sample.token_ids) for sample in message.resume.samples)
-        if chat is not None:
-            overhead += CHAT_OVERHEAD_BYTES
-            if chat.template is not None:  # JSON is bytes, which take as much as in the frame
-                texts.append(chat.template)
-        return max(frame_bytes, sum(map(sys.getsizeof, texts)) + ids) + overhead
 
     def check_room(self, held_bytes: int, now_ns: int) -> None:
         """Raise QueueFull if a request of this many bytes would exceed the bound."""
@@ -184,8 +159,8 @@ class PromptDispatcher:
                 return
             _, prompt = self._suspects.popitem(last=False)
             self.num_bytes -= prompt.held_bytes
+            load.is_alone = True
             yield self._send(load, prompt)
-            self._with_room.pop(load.identity, None)  # alone
         while self._waiting and self._with_room:
             load = min(self._with_room.values(), key=_num_bytes)
             yield self._send(load, self._take_next(now_ns))
@@ -215,6 +190,7 @@ class PromptDispatcher:
             load = self._loads[identity] = TokenizerLoad(identity)
         prompt = load.prompts.pop(key, None)
         if prompt is not None:
+            load.is_alone = False
             load.num_bytes -= prompt.num_bytes
             self._end_in_policy(prompt)
         if self._has_room(load) and self._is_fenced(load):
@@ -232,13 +208,14 @@ class PromptDispatcher:
         load = self._loads.pop(identity, None)
         self._dead[identity] = load or TokenizerLoad(identity)
 
-    def lost(self, identity: bytes) -> list[Prompt]:
-        """Let the prompts wait again that a dead tokenizer has not handed over.
+    def is_replaced(self, identity: bytes) -> bool:
+        """Whether this tokenizer has died, and `lost` was not called for it."""
+        return identity in self._dead
 
-        Returns those among them that have ended two tokenizers: they are forgotten.
-        """
-        load = self._dead.pop(identity, None)
-        in_work = list(load.prompts.values()) if load is not None else []
+    def lost(self, identity: bytes) -> Lost:
+        """Let the prompts wait again that a dead tokenizer had and the scheduler does not have."""
+        load = self._dead.pop(identity)
+        in_work = list(load.prompts.values())
         for prompt in in_work:
             self._end_in_policy(prompt)
         if in_work:
@@ -246,15 +223,26 @@ class PromptDispatcher:
         self._with_room |= {
             each.identity: each for each in self._loads.values() if self._has_room(each) and self._is_fenced(each)
         }
-        return self._send_again([prompt for prompt in self._sent.values() if prompt.tokenizer == identity], in_work)
+        ended = [prompt.key for prompt in in_work if prompt.key not in self._sent]
+        prompts = [prompt for prompt in self._sent.values() if prompt.tokenizer == identity]
+        return Lost(self._send_again(prompts, in_work), ended)
 
-    def lost_all(self) -> None:
-        """Let all prompts wait again that the scheduler does not have: scheduler and tokenizers were replaced."""
+    def lost_all(self) -> set[int]:
+        """Let all prompts wait again that tokenizers had: scheduler and tokenizers were replaced.
+
+        Returns the keys of those that were handed over: the scheduler may have had them. They are forgotten.
+        """
+        in_tokenizers: set[int] = set()
         for load in [*self._loads.values(), *self._dead.values()]:
+            in_tokenizers |= load.prompts.keys()
             for prompt in load.prompts.values():
                 self._end_in_policy(prompt)
         self._loads, self._with_room, self._dead = {}, {}, {}
+        handed_over = self._sent.keys() - in_tokenizers
+        for key in handed_over:
+            del self._sent[key]
         self._send_again(list(self._sent.values()), [])
+        return handed_over
 
     def _send_again(self, prompts: list[Prompt], suspects: list[Prompt]) -> list[Prompt]:
         ended: list[Prompt] = []
@@ -277,4 +265,6 @@ class PromptDispatcher:
             self._policy.end(prompt)
 
     def _has_room(self, load: TokenizerLoad) -> bool:
+        if load.is_alone:
+            return False
         return len(load.prompts) < self._max_under_way and load.num_bytes < self._max_under_way_bytes

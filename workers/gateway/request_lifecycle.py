@@ -44,6 +44,7 @@ from workers.gateway.client_flow import ClientFlow
 from workers.gateway.config import GatewayBootstrap
 from workers.gateway.outbox import Outbox, Peer
 from workers.gateway.prompt_dispatch import PromptDispatcher
+from workers.gateway.prompt_memory import held_bytes
 from workers.gateway.request_table import ClientSession, Request, RequestState, RequestTable, SampleEnd, known_tokens
 from workers.gateway.request_timers import RequestTimers, to_ns
 
@@ -59,6 +60,7 @@ class RequestLifecycle:
         self.num_cancelled = 0
         self.num_out_of_time: Counter[str] = Counter()  # before they reached the scheduler, by finish reason
         self._max_open_requests = bootstrap.frontend.max_open_requests
+        self._policy = bootstrap.policy.policy
         self._table = table
         self._flow = flow
         self._outbox = outbox
@@ -71,18 +73,18 @@ class RequestLifecycle:
         now_ns = to_ns(now)
         num_samples = message.params.n if isinstance(message, Generate) else 1
         self._table.check_open_requests(identity, message.request_id, num_samples, self._max_open_requests, now_ns)
-        held_bytes = self.prompts.held_bytes(message, frame_bytes)
-        self.prompts.check_room(held_bytes, now_ns)
+        num_held = held_bytes(message, frame_bytes, self._policy)
+        self.prompts.check_room(num_held, now_ns)
         num_prompt_tokens = len(message.token_ids or b"") // 4
         request = self._table.open(identity, message.request_id, num_samples, now_ns, num_prompt_tokens)
         if isinstance(message, Generate):
             request.known = known_tokens(message.resume)
-            self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, held_bytes)
+            self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, num_held)
         else:
             request.is_query = True
             self._timers.set(request.key, message.scheduling, now_ns)
             query = TokenizerQuery(key=request.key, query=message, arrived_ns=now_ns)
-            self.prompts.add(query, frame_bytes, held_bytes)
+            self.prompts.add(query, frame_bytes, num_held)
         self.dispatch(now)
 
     def _tokenize(self, request: Request, message: Generate, now_ns: int) -> Tokenize:

@@ -130,6 +130,16 @@ class GatewayWorker:
                 continue
             with trace[Span.DELIVER]:
                 core.delivery(decode(frames[1], Delivery), frames[2:], now)
+        self._read_scheduler(now)
+        for identity, done in receive_from(self.tokenizers, TokenizeDone):
+            if not self._is_alive("tokenizer", identity):
+                continue
+            core.tokenizer_done(identity, done.key, now)
+            if done.answer is not None or done.error_code:
+                core.answered(done, now)
+
+    def _read_scheduler(self, now: float) -> None:
+        core = self.core
         for message in receive(self.scheduler, SchedulerToGateway):
             if isinstance(message, Accepted):
                 core.accepted(message.keys)
@@ -139,12 +149,6 @@ class GatewayWorker:
                 core.recovery.fenced(message.tokenizer, now)
             else:
                 core.cache_cleared(message.query_id, now)
-        for identity, done in receive_from(self.tokenizers, TokenizeDone):
-            if not self._is_alive("tokenizer", identity):
-                continue
-            core.tokenizer_done(identity, done.key, now)
-            if done.answer is not None or done.error_code:
-                core.answered(done, now)
 
     def _is_alive(self, role: str, identity: bytes) -> bool:
         """Whether this is a process that lives. A message of a dead one may still arrive."""
@@ -167,15 +171,16 @@ class GatewayWorker:
 
     def _on_rewire(self, bootstrap: GatewayBootstrap) -> None:
         """Processes were started again. If the scheduler was, then all processes between it and us were."""
-        before, self.peers = self.peers, bootstrap.worker.peers
+        before, self.peers, now = self.peers, bootstrap.worker.peers, time.monotonic()
         if before["detokenizer"] != self.peers["detokenizer"]:
+            self._read_scheduler(now)  # the dead one's last words
             self.scheduler = self.process.reconnect("schedule", self.scheduler)
             self.detokenizer = self.process.reconnect("detokenize", self.detokenizer)
             self.process.watch(self.scheduler)
-            self.core.recovery.core_replaced(time.monotonic())
+            self.core.recovery.core_replaced(now)
             return
         for identity in set(before["tokenizer"]) - set(self.peers["tokenizer"]):
-            self.core.recovery.tokenizer_replaced(identity)
+            self.core.recovery.tokenizer_replaced(identity, now)
 
     def _on_control(self, message: Start | Drain | Abort | EngineState) -> None:
         if isinstance(message, Start):

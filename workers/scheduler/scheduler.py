@@ -171,7 +171,7 @@ class Scheduler:
         return self._admission.withdraw(keys)
 
     def cancel(self, keys: list[int]) -> None:
-        """End sequences now. Tokens that steps in flight sample for them are dropped. Ignores keys without a sequence."""
+        """End sequences now. Tokens of steps in flight for them are dropped. Ignores keys without a sequence."""
         self._admission.forget_withdrawn(keys)
         self.counts["num_cancelled"] += self._endings.early(self._open.find(keys), "cancelled")
 

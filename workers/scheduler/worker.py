@@ -61,7 +61,9 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     schedule = process.bind("schedule")
     detokenizer = process.connect("detokenize")
     process.watch(schedule)
-    bootstrap, info = _await_start(process, bootstrap)
+    first = bootstrap
+    further, info = _await_start(process)
+    bootstrap = [first, *further][-1]
     prompts = bootstrap.worker.rings["prompt"]
     scheduler = Scheduler(
         bootstrap.scheduler,
@@ -78,7 +80,9 @@ def run(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> None:
     )
     steps = StepChannel(scheduler, process, bootstrap)
     outbox = Outbox(schedule)
-    inbox = Inbox(schedule, scheduler, outbox, bootstrap.worker, process.take_bootstraps)
+    inbox = Inbox(schedule, scheduler, outbox, first.worker, process.take_bootstraps)
+    for each in further:  # the gateway waits for the fence of each tokenizer that has died meanwhile
+        inbox.rewire(each.worker)
 
     def rewire(new: SchedulerBootstrap) -> None:
         steps.rewire(new.worker)
@@ -187,31 +191,27 @@ class StepChannel:
             self._mask_requests[grammar].wake()
 
 
-def _await_start(process: WorkerProcess, bootstrap: SchedulerBootstrap) -> tuple[SchedulerBootstrap, dict[str, int]]:
+def _await_start(process: WorkerProcess) -> tuple[list[SchedulerBootstrap], dict[str, int]]:
     """Sleep until the launcher's Start arrives.
 
-    Returns our newest bootstrap, and the facts that the GPU process and the tokenizers have reported.
+    Returns our further bootstraps, and the facts that the GPU process and the tokenizers have reported.
     """
-    newest = bootstrap
+    further: list[SchedulerBootstrap] = []
     starts: list[Start] = []
 
     def on_control(message: Any) -> None:
         if isinstance(message, Start):
             starts.append(message)
 
-    def on_rewire(new: SchedulerBootstrap) -> None:
-        nonlocal newest
-        newest = new
-
     process.on_control(on_control)
-    process.on_rewire(on_rewire)
+    process.on_rewire(further.append)
     while not starts:
         process.wait()
     num_blocks = starts[0].info.get("num_blocks", 0)
     if num_blocks < 1:
         raise EngineUnavailable(f"the GPU process reported {num_blocks} KV blocks; the scheduler needs at least 1")
     logger.info("scheduling with %d KV blocks", num_blocks)
-    return newest, starts[0].info
+    return further, starts[0].info
 
 
 def eos_token_ids(of_model: list[int], info: dict[str, int]) -> list[int]:

@@ -30,6 +30,7 @@ from ipc.scheduling_params import SchedulingParams
 from tests.unit.workers.gateway.gateway_tools import TOKENIZERS, Harness, answer_to, generate
 from workers.gateway import unread_answers
 from workers.gateway.outbox import Peer
+from workers.gateway.prompt_memory import held_bytes
 
 
 def tokenize(request_id: str, prompt: str | None = "hello", **fields: Any) -> TokenizeQuery:
@@ -270,8 +271,7 @@ def test_an_answer_that_finds_no_room_in_its_clients_queue_does_not_count_as_unr
 
 
 def test_the_memory_of_a_waiting_query_counts_its_text_and_its_template() -> None:
-    prompts = Harness().core.requests.prompts
     wide = tokenize("q", "🙂" + "a" * 1_000)  # every character takes four bytes in memory
-    assert prompts.held_bytes(wide, len(encode(wide))) > 4_000
+    assert held_bytes(wide, len(encode(wide)), "fifo") > 4_000
     many = detokenize("q", 1_000)
-    assert prompts.held_bytes(many, len(encode(many))) > 4_000
+    assert held_bytes(many, len(encode(many)), "fifo") > 4_000

@@ -22,6 +22,7 @@ from ipc.messages import (
     EOS_TOKEN_ID,
     Accepted,
     CancelRequests,
+    Fenced,
     Ready,
     Route,
     SchedulerToGateway,
@@ -315,6 +316,21 @@ def test_requests_go_on_with_a_new_gpu_process(surroundings: Surroundings) -> No
         surroundings.until(lambda key=key, expected=expected: surroundings.tokens_of(key) == expected)
     surroundings.until(lambda: surroundings.counters("num_free_rows", "num_upload_records") == (SHAPE.max_num_seqs, 0))
     assert surroundings.counters("num_preemptions", "num_free_blocks") == (0, NUM_BLOCKS)
+
+
+def test_tokenizers_that_die_before_the_scheduler_has_started_are_fenced_all_the_same(
+    surroundings: Surroundings,
+) -> None:
+    for epoch in (1, 2):
+        surroundings.send(epoch, [7, 7], 2)  # by a tokenizer that dies before it is heard
+        surroundings.rewire(
+            peers={**surroundings.bootstrap.worker.peers, "tokenizer": [f"tokenizer.0@{epoch + 1}".encode()]}
+        )
+    surroundings.start()
+    fences = [Fenced(tokenizer=b"tokenizer.0@1"), Fenced(tokenizer=b"tokenizer.0@2")]
+    surroundings.until(lambda: surroundings.look() or surroundings.answers == fences)
+    assert surroundings.prompts[1].num_free() == 8
+    assert surroundings.bells["tokenizer"].drain(), "the new tokenizer may be waiting for room"
 
 
 def test_the_counters_say_what_rows_and_rings_hold_until_the_gpu_process_answers(surroundings: Surroundings) -> None:
