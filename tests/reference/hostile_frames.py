@@ -33,7 +33,7 @@ from ipc.sampling_params import SamplingParams
 from ipc.scheduling_params import SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 from pipeline import AsyncClient, Pipeline, cli
-from pipeline.client.inputs import detokenize_frame, generate_frame, keep_frame, recall_frame, tokenize_frame
+from pipeline.client.inputs import detokenize_frame, generate_message, keep_frame, recall_frame, tokenize_frame
 from tests.reference.hostile_bodies import PROMPTS
 
 DEADLINE_S: Final = 60.0
@@ -49,9 +49,9 @@ _CHAT: Final = [{"role": "system", "content": "Be brief."}, {"role": "user", "co
 _SCHEDULING: Final = SchedulingParams(deadline_s=5.0, tenant="t")
 _RESUMED: Final = Resume(samples=[ResumedSample(token_ids=bytes(4), num_chars=1, has_ended=False)], num_suspected=0)
 VALID: Final[tuple[bytes, ...]] = (
-    generate_frame(_ID, "A class", _FIRST, True, "", _SCHEDULING),
-    generate_frame(_ID, [5, 6, 7], _SECOND, False, "salt", SchedulingParams()),
-    generate_frame(_ID, _CHAT, _THIRD, True, "", SchedulingParams(queue_timeout_s=1.0)),
+    encode(generate_message(_ID, "A class", _FIRST, True, "", _SCHEDULING)),
+    encode(generate_message(_ID, [5, 6, 7], _SECOND, False, "salt")),
+    encode(generate_message(_ID, _CHAT, _THIRD, True, "", SchedulingParams(queue_timeout_s=1.0))),
     encode(Generate(request_id=_ID, params=SamplingParams(max_tokens=3), prompt="A", resume=_RESUMED, clock_s=1.0)),
     encode(Cancel(request_id=_ID)),
     encode(Delivered(count=3)),
