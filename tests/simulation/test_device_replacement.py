@@ -99,7 +99,7 @@ def check(traffic: DyingTraffic, engine: ScheduledEngine) -> None:
     assert not interrupted or traffic.num_grammar_deaths
     assert all(traffic.sequences[key][1].structured_outputs for key in interrupted)
     for key in guilty | interrupted:
-        assert engine.tokens[key] == traffic.expected(key)[: len(engine.tokens[key])]
+        assert engine.tokens[key] == traffic.rest(key)[: len(engine.tokens[key])]
     check_masks(traffic, engine)
     for key, end in engine.ends.items():
         if key not in guilty | interrupted:

@@ -67,6 +67,12 @@ class GrammarCore:
             self._loading = threading.Thread(target=self._load_vocabulary, name="vocabulary", daemon=True)
             self._loading.start()
 
+    def finish_loading(self) -> None:
+        """Load the vocabulary now, or wait until it is loaded."""
+        self.start_loading()
+        assert self._loading is not None, "start_loading has made the thread"
+        self._loading.join()
+
     def compile(self, message: Compile) -> None:
         """Have a grammar compiled as soon as the vocabulary is loaded."""
         key, keys = message.key, range(message.key, message.key + message.num_samples)

@@ -53,6 +53,8 @@ def run(process: WorkerProcess, bootstrap: GrammarBootstrap) -> None:
     worker = GrammarWorker(process, bootstrap, core)
     process.on_control(lambda message: core.start_loading() if isinstance(message, Start) else None)
     process.on_rewire(lambda new: worker.rewire(new.worker))
+    if bootstrap.worker.epoch > 1:
+        core.finish_loading()  # a process that is ready may begin with a grammar: a death from now on makes suspects
     process.ready()
     worker.serve()
 
