@@ -2,8 +2,8 @@
 
 A command's module has `add_arguments(parser)`, which also sets the default `run`: a function of the parsed options that
 returns the exit status, or None for 0. The module is imported only when the command is used, so that `ringfeed --help`
-is quick. `python -m pipeline.launch`, `.chat`, `.demo`, `.metrics`, `.bench` and `.timeline` are the
-same commands.
+is quick. `python -m pipeline.launch`, `.chat`, `.demo`, `.metrics`, `.bench`, `.recording` and `.timeline`
+are the same commands.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ COMMANDS: Final = {
     "demo": _Command("pipeline.demo", "tour: launch an engine, stream a chat, run a batch, show the figures"),
     "metrics": _Command("pipeline.metrics.watch", "show what a running engine does, live"),
     "bench": _Command("pipeline.bench.__main__", "measure ringfeed on this machine"),
+    "replay": _Command("pipeline.recording.__main__", "run recorded steps again, and compare every token"),
     "timeline": _Command("pipeline.timeline.__main__", "draw recorded timelines"),
 }
 _OWN_OPTIONS: Final = ("-h", "--help", "--version")

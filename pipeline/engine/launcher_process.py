@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -43,7 +43,7 @@ class EngineProcess:
     nothing.
     """
 
-    def __init__(self, config: str, arguments: tuple[str, ...], *, log: IO[bytes], folder: Path | None) -> None:
+    def __init__(self, config: str, arguments: Sequence[str], *, log: IO[bytes], folder: Path | None) -> None:
         hold_standard_descriptors()
         check_room(_NUM_DESCRIPTORS, "starting an engine")
         self.owner_pid = os.getpid()
