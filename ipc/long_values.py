@@ -82,6 +82,11 @@ def places(layout: Layout[Any], bits: int) -> Iterator[tuple[Field, int]]:
             start += field.num_items
 
 
+def num_words(layout: Layout[Any], bits: int) -> int:
+    """The number of encoded words with these bits."""
+    return 1 + sum(field.num_items for field, _ in places(layout, bits))
+
+
 def _fills() -> dict[str, float]:
     fills: dict[str, float] = {}
     for column in declared_fields(LongColumns):

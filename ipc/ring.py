@@ -131,6 +131,11 @@ class Ring(Generic[R]):
 
     # Reader
 
+    def memory(self, ticket: int) -> memoryview:
+        """The bytes of this ticket's record, [layout.num_bytes], published or not."""
+        start = self.record_offsets[ticket % self.num_slots]
+        return self.buffer[start : start + self.layout.num_bytes]
+
     def is_published(self, ticket: int) -> bool:
         return self._slot_words[ticket % self.num_slots].load(_TICKET) == ticket
 

@@ -2,8 +2,8 @@
 
 A command's module has `add_arguments(parser)`, which also sets the default `run`: a function of the parsed options that
 returns the exit status, or None for 0. The module is imported only when the command is used, so that `ringfeed --help`
-is quick. `python -m pipeline.launch`, `.chat`, `.demo`, `.metrics`, `.bench`, `.keys` and `.timeline` are the
-same commands.
+is quick. `python -m pipeline.launch`, `.chat`, `.demo`, `.metrics`, `.bench`, `.keys`, `.recording` and `.timeline`
+are the same commands.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ COMMANDS: Final = {
     "keys": _Command(
         "pipeline.keys", "make the keys by which an engine and its clients on other machines know each other"
     ),
+    "replay": _Command("pipeline.recording.__main__", "run recorded steps again, and compare every token"),
     "timeline": _Command("pipeline.timeline.__main__", "draw recorded timelines"),
 }
 _OWN_OPTIONS: Final = ("-h", "--help", "--version")

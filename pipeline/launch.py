@@ -37,9 +37,11 @@ from pipeline.environment.descriptors import check_room, raise_descriptor_limit
 from pipeline.http.config import HTTP_LISTENER, HttpConfig
 from pipeline.http.listener import open_listener, read_keys, url_of
 from pipeline.http.parsing.choose import choose_format, read_chat_template
+from pipeline.recording.file import DEFAULT_RECORD_LIMIT_GB, recording_file
 from pipeline.terminal.engine_options import add_engine_options, check_engine_options
 from pipeline.timeline.recorder import Recorder
 from workers.gateway.client_keys import check_key_files
+from workers.gpu.config import RECORDING
 from workers.process import LOG_FORMAT
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeline", metavar="FILE",
         help="write a trace of all processes and the device for ui.perfetto.dev (compressed if FILE ends in .gz)",
     )  # fmt: skip
+    parser.add_argument(
+        "--record", metavar="FILE",
+        help="write every step with its prompts and results for `ringfeed replay FILE`; FILE holds what users write",
+    )  # fmt: skip
+    parser.add_argument(
+        "--record-limit", type=_gigabytes, default=DEFAULT_RECORD_LIMIT_GB, metavar="GB",
+        help="the recording ends when FILE is that large",
+    )  # fmt: skip
     programs = parser.add_argument_group("for programs that start an engine")
     programs.add_argument(
         "--status-fd", type=_descriptor, metavar="FD", help="write start-up events to this descriptor, one JSON a line"
@@ -109,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
             return 0
         return launch(
             config, log_level=options.log_level, status_fd=options.status_fd, lifeline_fd=options.lifeline_fd,
-            timeline=options.timeline,
+            timeline=options.timeline, record=options.record, record_limit_bytes=round(options.record_limit * 1e9),
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{find_origin(str(error), source, options.set)}: {error}") from None
@@ -126,6 +136,8 @@ def launch(
     status_fd: int | None = None,
     lifeline_fd: int | None = None,
     timeline: str | os.PathLike[str] | None = None,
+    record: str | os.PathLike[str] | None = None,
+    record_limit_bytes: int = round(DEFAULT_RECORD_LIMIT_GB * 1e9),
     table: Table = ENGINE,
 ) -> int:
     """Run an engine until it is told to end, and return the exit status. Call it in the main thread.
@@ -136,6 +148,8 @@ def launch(
         status_fd: a descriptor for start-up events, one JSON object a line (`engine/announcer.py`).
         lifeline_fd: a descriptor; the engine ends soon after its other end is closed.
         timeline: a file for a trace of all processes and the device.
+        record: a file for every step of the GPU process.
+        record_limit_bytes: of that file.
         table: declares the processes, rings and sockets.
 
     Raises ConfigError before any process is started.
@@ -162,6 +176,8 @@ def launch(
             listener = stack.enter_context(open_listener(config.http))
             lent[HTTP_LISTENER], url = listener.fileno(), url_of(config.http, listener)
         recorder = None if timeline is None else stack.enter_context(Recorder(timeline))
+        if record is not None:
+            lent[RECORDING] = stack.enter_context(recording_file(record))
         facts = EngineFacts(
             config=config,
             model=model,
@@ -172,6 +188,7 @@ def launch(
             traced=recorder is not None,
             cache_seed=secrets.token_bytes(SEED_BYTES) if config.cache.prefix_caching else None,
             lent=lent,
+            record_limit_bytes=record_limit_bytes,
         )
         wiring = Wiring(table, facts)
         resources = stack.enter_context(closing(SharedResources(wiring)))  # the supervisor closes it first
@@ -246,6 +263,16 @@ def _print_resolved(config: Config) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # TOML is always UTF-8
     print(to_toml(config))
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = 0.0
+    if not 0 < gigabytes < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of gigabytes above 0, for example 0.5")
+    return gigabytes
 
 
 def _descriptor(text: str) -> int:

@@ -50,6 +50,7 @@ class Pipeline:
         log: a file for the engine's log; None (default) = only `log_text()` has it.
         startup_timeout_s: seconds that the engine may take to be ready (default 120); None = no limit.
         timeline: a file for a trace of all processes and the device (`ringfeed serve --timeline`).
+        record: a file for every step of the GPU process, prompts included (`ringfeed serve --record`).
 
     A relative model path starts at the current folder; in a TOML file it starts at the file's folder. Without
     `frontend.endpoint` the engine gets a private endpoint. Without `http.port` its HTTP server takes a free port;
@@ -70,14 +71,18 @@ class Pipeline:
         log: str | os.PathLike[str] | None = None,
         startup_timeout_s: float | None = 120.0,
         timeline: str | os.PathLike[str] | None = None,
+        record: str | os.PathLike[str] | None = None,
     ) -> None:
         self._overrides = override_strings(overrides)
-        if timeline is not None and not isinstance(timeline, str | os.PathLike):
-            raise ConfigError(f"timeline ({timeline!r}) must be the path of a file")
+        self._files: list[str] = []  # options of `ringfeed serve`
+        for name, path in (("timeline", timeline), ("record", record)):
+            if path is not None:
+                if not isinstance(path, str | os.PathLike):
+                    raise ConfigError(f"{name} ({path!r}) must be the path of a file")
+                self._files += [f"--{name}", os.fspath(path)]
         self._source, self.config = _resolve(config, model, self._overrides)
         self._log_path = log
         self._startup_timeout_s = checked_timeout(startup_timeout_s, "startup_timeout_s")
-        self._timeline = timeline
         self._log: IO[bytes] | None = None
         self._process: EngineProcess | None = None
         self._client: Client | None = None
@@ -123,10 +128,9 @@ class Pipeline:
             )
         if config.http is not None and config.http.port is None:
             config = msgspec.structs.replace(config, http=msgspec.structs.replace(config.http, port=0))
-        timeline = () if self._timeline is None else ("--timeline", os.fspath(self._timeline))
         hold_standard_descriptors()
         self._log = _open_log(self._log_path)
-        self._process = EngineProcess(to_toml(config), timeline, log=self._log, folder=folder)
+        self._process = EngineProcess(to_toml(config), self._files, log=self._log, folder=folder)
         self._pids["launcher"] = self._process.process.pid
         try:
             self._wait_ready(self._process)

@@ -45,7 +45,7 @@ class EngineProcess:
     nothing.
     """
 
-    def __init__(self, config: str, arguments: tuple[str, ...], *, log: IO[bytes], folder: Path | None) -> None:
+    def __init__(self, config: str, arguments: Sequence[str], *, log: IO[bytes], folder: Path | None) -> None:
         hold_standard_descriptors()
         check_room(_NUM_DESCRIPTORS, "starting an engine")
         self.owner_pid = os.getpid()

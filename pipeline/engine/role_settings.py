@@ -45,6 +45,7 @@ class EngineFacts:
         lent: descriptors of the launcher that a role may keep open (`Role.keeps`), by name.
         num_blocks: KV blocks of the first start of the GPU process; None = this is the first.
         device_bytes: bytes of the device that the first start took.
+        record_limit_bytes: of the recording, if its file is among `lent`.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class EngineFacts:
     lent: Mapping[str, int]
     num_blocks: int | None = None
     device_bytes: int = 0
+    record_limit_bytes: int = 0
 
     @cached_property
     def shape(self) -> StepShape:
@@ -155,6 +157,7 @@ def gpu(facts: EngineFacts, worker: WorkerBootstrap) -> GpuBootstrap:
         mask_timeout_s=facts.config.grammar.mask_timeout_s,
         num_blocks=facts.num_blocks,
         device_bytes=facts.device_bytes,
+        record_limit_bytes=facts.record_limit_bytes,
     )
 
 

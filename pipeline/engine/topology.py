@@ -24,7 +24,7 @@ from workers.bootstrap import WorkerBootstrap
 from workers.detokenizer.config import ARRAYS as DETOKENIZER_ARRAYS
 from workers.detokenizer.config import COUNTERS as DETOKENIZER_COUNTERS
 from workers.gateway.config import COUNTERS as GATEWAY_COUNTERS
-from workers.gpu.config import COMPLETION
+from workers.gpu.config import COMPLETION, RECORDING
 from workers.gpu.config import COUNTERS as GPU_COUNTERS
 from workers.grammar.config import COUNTERS as GRAMMAR_COUNTERS
 from workers.scheduler.config import ARRAYS as SCHEDULER_ARRAYS
@@ -161,6 +161,7 @@ ENGINE: Final = Table(
         Role(
             name=GPU, module="workers.gpu", bootstrap=role_settings.gpu, counters=GPU_COUNTERS, start_order=1,
             restarts_with=(GPU,), threads=(COMPLETION,), has_spare=lambda config: config.supervisor.spare_gpu_process,
+            keeps=(RECORDING,),
         ),
         # A client of the gateway, so it starts after it. It answers "starting" from the moment when it can.
         Role(

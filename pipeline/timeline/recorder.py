@@ -7,11 +7,9 @@ but the engine continues.
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import logging
 import os
-import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from typing import Any, Final, Self
 
 from ipc.errors import ConfigError
 from ipc.trace import TraceRing
+from pipeline.environment.claimed_file import open_claimed
 from pipeline.timeline.chrome import ChromeEvents
 
 logger = logging.getLogger(__name__)
@@ -40,17 +39,7 @@ class Recorder:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._num_dropped: dict[str, int] = {}
-        try:
-            self._file = open(self.path, "ab", buffering=0, opener=_open_at_once)  # noqa: SIM115
-        except OSError as error:
-            raise self._unwritable(error) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-        except OSError:
-            self._file.close()
-            raise ConfigError(f"--timeline {self.path}: another engine writes to it: choose another file") from None
-        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-            self._file.truncate(0)
+        self._file = open_claimed(self.path, "--timeline")
 
     def start(self, rings: Sequence[TraceRing], label: str) -> None:
         """Record from now on. `rings` are in the order of the timeline, from top to bottom.
@@ -112,10 +101,3 @@ class Recorder:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file for writing. A pipe without a reader is an error, because no signal would end the wait for one."""
-    fd = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    os.set_blocking(fd, True)
-    return fd

@@ -13,6 +13,7 @@ from workers.gpu.startup_stages import COUNTERS as STARTUP_COUNTERS
 
 VARLEN_BLOCK_TOKENS: Final = 256  # FlashAttention reads blocks of this size or a multiple of it
 COUNTERS: Final = ("num_steps", "launch_ns", "num_rows", "num_late_masks", "mask_wait_ns", *STARTUP_COUNTERS)
+RECORDING: Final = "recording"  # the file of `--record`, among the descriptors that the launcher lends
 COMPLETION: Final = "completion"  # the thread that waits for the device and publishes results
 
 
@@ -130,7 +131,7 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
 
     Rings: reads `step`, every `prompt` ring and every `mask` ring by ticket. `prompt` ring 0 is the scheduler's upload
     ring, the others are the tokenizers', in order. `mask` rings are the grammar workers', in order. Rank 0 also
-    releases `step` and the `mask` rings, and writes `result`, which no other rank has.
+    releases `step` and the `mask` rings, and writes `result`, which no other rank has. Rank 0 writes the recording.
     """
 
     worker: WorkerBootstrap
@@ -142,3 +143,4 @@ class GpuBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     # Of the first start, as its `Ready.info` said: the KV blocks, and the bytes of the device that the process took.
     num_blocks: int | None = None
     device_bytes: int = 0
+    record_limit_bytes: int = 0  # of the file that `worker.kept` names as RECORDING

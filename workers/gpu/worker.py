@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ipc.errors import ConfigError
 from ipc.mask_records import mask_layout
 from ipc.records import StepShape, prompt_layout, result_layout, step_layout
 from ipc.trace import Span
-from workers.gpu.config import COMPLETION, GpuBootstrap
+from workers.gpu.config import COMPLETION, RECORDING, CacheConfig, GpuBootstrap, ModelConfig
 from workers.gpu.device.base import Device
 from workers.gpu.device.choose import make_device
 from workers.gpu.device.timed import TimedDevice
@@ -39,8 +40,10 @@ from workers.gpu.memory.former_process import wait_for_memory
 from workers.gpu.memory.kv_cache import free_memory_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
 from workers.gpu.profiling.step_profiler import StepProfiler
+from workers.gpu.recording.recording import Recording
+from workers.gpu.recording.segment import segment_start
 from workers.gpu.startup_stages import IMPORTING, Stages
-from workers.process import WorkerProcess
+from workers.process import StopWorker, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,10 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
         stages = Stages(process.progress, process.begun_at_ns)
         memory = MemoryUse()
         try:
-            loaded = load(stages.progress, bootstrap)
+            loaded = load(
+                stages.progress, bootstrap.model, bootstrap.cache, bootstrap.shape,
+                num_blocks=bootstrap.num_blocks, device_bytes=bootstrap.device_bytes,
+            )  # fmt: skip
             memory = loaded.memory
             if loaded.device.torch_device.type == "cpu":
                 loaded = replace(loaded, runner=AnnouncedRunner(loaded.runner, process.busy))
@@ -77,10 +83,14 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
             profiler = (
                 None if path is None else StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL)
             )
-            process.on_rewire(Rewiring(bootstrap, executor, completion))
+            recording = begin_recording(bootstrap, loaded)
+            if recording is not None:
+                executor.tap = recording.take
+            process.on_rewire(Rewiring(bootstrap, executor, completion, recording))
             process.stalled_s = lambda: executor.stalled_s(time.monotonic_ns())
             process.ready(num_blocks=loaded.num_blocks, device_bytes=device_bytes(loaded))
-            run_steps(process, executor, completion, profiler)
+            with closing_recording(recording):
+                run_steps(process, executor, completion, profiler)
         except Exception as error:
             if is_out_of_memory(error):
                 raise ConfigError(out_of_memory_text(error, stages, bootstrap, memory)) from error
@@ -98,10 +108,17 @@ def prepare() -> None:
 class Rewiring:
     """Connects the executor to processes that the launcher has started again."""
 
-    def __init__(self, bootstrap: GpuBootstrap, executor: Executor, completion: ResultPublisher) -> None:
+    def __init__(
+        self,
+        bootstrap: GpuBootstrap,
+        executor: Executor,
+        completion: ResultPublisher,
+        recording: Recording | None = None,
+    ) -> None:
         self._worker = bootstrap.worker
         self._executor = executor
         self._completion = completion
+        self._recording = recording
 
     def __call__(self, bootstrap: GpuBootstrap) -> None:
         """Take over the new rings of a new scheduler. A new grammar process continues its ring: nothing changes then.
@@ -113,8 +130,33 @@ class Rewiring:
         if self._worker.ring("step").handle.epoch != old.ring("step").handle.epoch:
             self._completion.settle(_SETTLE_TIMEOUT_S)
             self._executor.replace_rings(attach_rings(bootstrap))
+            if self._recording is not None:
+                self._recording.rings_replaced(self._worker.ring("step").handle.epoch)
             self._completion.ring_scheduler = self._worker.ring("result").wake
             logger.info("takes steps from a new scheduler")
+
+
+def begin_recording(bootstrap: GpuBootstrap, loaded: Loaded) -> Recording | None:
+    """The recording of this process's steps; None without `--record`, and in processes that publish no results."""
+    fd = bootstrap.worker.kept.get(RECORDING)
+    if fd is None or bootstrap.worker.index > 0:
+        return None
+    start = segment_start(bootstrap, loaded.num_blocks, loaded.device.torch_device)
+    return Recording(fd, bootstrap.record_limit_bytes, start)
+
+
+@contextmanager
+def closing_recording(recording: Recording | None) -> Iterator[None]:
+    """End the recording with this process, however its work ends."""
+    reason = "failed"
+    try:
+        yield
+    except StopWorker:
+        reason = "stopped"
+        raise
+    finally:
+        if recording is not None:
+            recording.close(reason)
 
 
 def make_executor(progress: Report, bootstrap: GpuBootstrap, loaded: Loaded) -> Executor:
@@ -195,11 +237,22 @@ def device_bytes(loaded: Loaded) -> int:
     return max(0, loaded.free_bytes - free_memory_bytes(device)) if device.type == "cuda" else 0
 
 
-def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
-    """Load the model that the bootstrap names. Raises ConfigError or ModelUnsupported if it cannot run here."""
-    model, shape, cache = bootstrap.model, bootstrap.shape, bootstrap.cache
-    if bootstrap.num_blocks is not None:
-        cache = structs.replace(cache, num_blocks=bootstrap.num_blocks)
+def load(
+    progress: Report,
+    model: ModelConfig,
+    cache: CacheConfig,
+    shape: StepShape,
+    *,
+    num_blocks: int | None = None,
+    device_bytes: int = 0,
+) -> Loaded:
+    """Load a model. Raises ConfigError or ModelUnsupported if it cannot run here.
+
+    Of an earlier process in whose place this one is: `num_blocks`, its KV blocks, and `device_bytes`, which it took of
+    the device and which may not be free again yet.
+    """
+    if num_blocks is not None:
+        cache = structs.replace(cache, num_blocks=num_blocks)
     if model.load_format == "null":
         torch.set_num_threads(1)
         timed = TimedDevice()
@@ -216,7 +269,7 @@ def load(progress: Report, bootstrap: GpuBootstrap) -> Loaded:
     device = make_device(model.device)
     free_bytes = 0
     if device.torch_device.type == "cuda":
-        wait_for_memory(bootstrap.device_bytes, lambda: free_memory_bytes(device.torch_device), progress)
+        wait_for_memory(device_bytes, lambda: free_memory_bytes(device.torch_device), progress)
         free_bytes = free_memory_bytes(device.torch_device)
     loaded = load_model(model, cache, shape, device.torch_device, progress)
     buckets = Buckets(shape, captures=loaded.can_be_captured) if device.torch_device.type == "cuda" else None

@@ -7,12 +7,13 @@ new rings take the place of the old ones as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ipc.errors import RingFull
-from ipc.records import result_layout, step_layout
+from ipc.records import ResultRecord, result_layout, step_layout
 from ipc.ring import Ring
 from workers.gpu.device.base import Device
 from workers.gpu.execution.accesses import Copied
@@ -20,6 +21,7 @@ from workers.gpu.execution.record_parts import result_parts, step_parts
 from workers.gpu.execution.rings import GpuRings, device_records
 from workers.gpu.execution.row_tables import RowTables
 from workers.gpu.execution.step_masks import StepMasks
+from workers.gpu.execution.steps import Submitted
 from workers.gpu.execution.uploads import Uploads
 
 
@@ -58,3 +60,11 @@ class AttachedRings:
         for ring in rings:
             self._device.unregister_host(ring.buffer)
             ring.close()
+
+
+# Sees each complete result before anything that its step has read is released.
+Tap = Callable[[AttachedRings, Submitted, ResultRecord], None]
+
+
+def no_tap(rings: AttachedRings, step: Submitted, result: ResultRecord) -> None:
+    """Steps are not recorded."""

@@ -37,8 +37,8 @@ and the grammar worker makes the masks from that result's tokens. Later steps st
 
 The second half is enqueued when result k is published and each owed mask is there, or counts as closed (see
 `step_masks.py`). The device has nothing to do in between only if the masks come after the end of the first half. The
-launching thread sleeps until its doorbell rings: the grammar worker rings it after it has published masks, and the
-thread that publishes result k rings it if a step is held back.
+launching thread sleeps until its doorbell rings: after a grammar worker has published masks, and after result k if a
+step is held back.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ import torch
 
 from ipc.records import SamplerVariant, StepShape, result_layout, step_layout
 from workers.gpu.device.base import Device
-from workers.gpu.execution.attached_rings import AttachedRings
+from workers.gpu.execution.attached_rings import AttachedRings, Tap, no_tap
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.execution.model_runner import ModelRunner
 from workers.gpu.execution.record_parts import needed_parts, result_parts, step_parts
@@ -109,6 +109,7 @@ class Executor:
         self.under_way: deque[Submitted] = deque()  # oldest first
         self.held_back: Submitted | None = None  # its first half is enqueued, and its second half waits for masks
         self._published_at_ns = 0  # when the newest result was published
+        self.tap: Tap = no_tap
         device.settle()
 
     def bucket(self, num_seqs: int, num_tokens: int) -> tuple[int, int]:
@@ -118,8 +119,7 @@ class Executor:
     def warm_up(self, progress: Callable[[float], None]) -> None:
         """Launch every captured piece once, before the first step, so that no step waits for a capture.
 
-        The record is all zero until then, which is a step without sequences: only the trash row and the trash block
-        are written.
+        The record is all zero until then, a step without sequences: only trash row and trash block are written.
         """
         work = list(self._work.captured())
         for i, piece in enumerate(work, start=1):
@@ -183,8 +183,7 @@ class Executor:
         return max(0, now_ns - since_ns) * 1e-9
 
     def publish(self) -> None:
-        """Publish the oldest step's result and release its record and its mask records. Its `outputs_done` must just
-        have fired.
+        """Publish the oldest step's result, whose `outputs_done` must just have fired, and release its records.
 
         Ring the scheduler's doorbell afterwards, and if a step is `held_back`, have `submit_next` called again.
         """
@@ -197,11 +196,12 @@ class Executor:
             start_ns, end_ns, step.received_at_ns, seen_at_ns
         )
         record.received_at_ns[0] = step.received_at_ns
+        for part in step.owed:
+            record.closed_masks[part.worker] = part in step.closed
+        self.tap(self._rings, step, record)
         self._rings.step.release_through(step.ticket)
         if step.owed:
             self._rings.masks.finish(step.owed)
-            for part in step.owed:
-                record.closed_masks[part.worker] = part in step.closed
         self._published_at_ns = seen_at_ns
         ring.publish()
         self.under_way.popleft()  # last: until then no other thread sees the next step as the oldest

@@ -85,6 +85,10 @@ class StepMasks:
                 self._close(target)
         self._device.record(self.ready, self._copy_in)
 
+    def read(self, part: OwedMasks) -> bytes:
+        """The masks that `copy` has copied, [num_masks, mask_words] int32, until `finish`."""
+        return self._rings[part.worker].record(part.ticket).masks[: part.num_masks].tobytes()
+
     def finish(self, owed: Sequence[OwedMasks]) -> None:
         """Release the records of a step whose outputs are copied."""
         for part in owed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ipc.long_values import long_layout, places
+from ipc.long_values import long_layout, num_words, places
 from ipc.records import PROMPT_RECORD_TOKENS, UPLOAD_RING, PromptRecord, StepRecord
 from ipc.ring import Ring
 from workers.gpu.device.base import Device
@@ -41,6 +41,27 @@ class Uploads:
             for field, start in places(self._long_layout, int(admit.long_columns[admission])):
                 column = field.of(self._tables.long_values)[row]
                 self._copy(UPLOAD_RING, long_ticket, start, column.view(torch.int32))
+
+    def read(self, record: StepRecord, admission: int) -> tuple[bytes, bytes]:
+        """An admission's ids and the words of its long values, each empty if it brings none.
+
+        The step's result must not be published yet: the scheduler releases these records when it has applied it.
+        """
+        admit = record.admit
+        ids = self._read(int(admit.ring[admission]), int(admit.ticket[admission]), int(admit.length[admission]))
+        if not (long_ticket := int(admit.long_ticket[admission])):
+            return ids, b""
+        bits = int(admit.long_columns[admission])
+        return ids, self._read(UPLOAD_RING, long_ticket, num_words(self._long_layout, bits))
+
+    def _read(self, ring_index: int, ticket: int, count: int) -> bytes:
+        """The first `count` words of consecutive records."""
+        ring = self._rings[ring_index]
+        parts = [
+            ring.record(ticket + start // PROMPT_RECORD_TOKENS).token_ids[: count - start]
+            for start in range(0, count, PROMPT_RECORD_TOKENS)
+        ]
+        return b"".join(part.tobytes() for part in parts)
 
     def _copy(self, ring_index: int, ticket: int, start: int, target: torch.Tensor) -> None:
         """Copy words of consecutive records to `target` [n] int32. `start` counts from the first record's first."""

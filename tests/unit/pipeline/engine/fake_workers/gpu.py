@@ -13,7 +13,7 @@ def run_out_of_memory(process: Any, bootstrap: GpuBootstrap) -> None:
 
     from workers.gpu import worker
 
-    def load(progress: Any, bootstrap: GpuBootstrap) -> Any:
+    def load(progress: Any, *_: Any, **__: Any) -> Any:
         progress("loading weights", 0.4, 16 << 30)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
 

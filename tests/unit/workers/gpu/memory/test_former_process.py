@@ -8,7 +8,6 @@ import pytest
 
 from ipc.errors import ConfigError
 from ipc.records import StepShape
-from tests.reference.gpu_process import gpu_process
 from tests.reference.tiny_models import make_tiny_model
 from workers.gpu import worker
 from workers.gpu.config import CacheConfig, ModelConfig
@@ -67,8 +66,7 @@ def test_a_process_that_is_started_again_takes_the_number_of_blocks_of_the_first
 ) -> None:
     folder = make_tiny_model("llama", tmp_path) if load_format == "dummy" else "unused"
     model = ModelConfig(path=str(folder), load_format=load_format, device="cpu", num_threads=1)
-    with gpu_process(model, SHAPE, CacheConfig(block_size=4)) as gpu:
-        first = worker.load(lambda *_: None, gpu.bootstrap)
+    cache = CacheConfig(block_size=4)
+    first = worker.load(lambda *_: None, model, cache, SHAPE)
     assert first.num_blocks == 64, "every sequence at its full length"
-    with gpu_process(model, SHAPE, CacheConfig(block_size=4), num_blocks=40) as gpu:
-        assert worker.load(lambda *_: None, gpu.bootstrap).num_blocks == 40
+    assert worker.load(lambda *_: None, model, cache, SHAPE, num_blocks=40).num_blocks == 40

@@ -1,0 +1,1 @@
+"""`--record FILE` in the launcher, and `ringfeed replay FILE`."""
