@@ -16,16 +16,25 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import AsyncClient, Client, EngineUnavailable, Output, Pipeline, SamplingParams, TokenLogprob
+from pipeline import (
+    AsyncClient,
+    Client,
+    EngineUnavailable,
+    Output,
+    Pipeline,
+    SamplingParams,
+    StructuredOutputs,
+    TokenLogprob,
+)
 from pipeline.environment.module_search import module_environment
 from tests.integration.conftest import TINY_CONFIG
 from tests.reference.chaos.questions import Answer, Question, Sample, compare, questions
 from tests.reference.chaos.run import ENGINE, Plan, disturb
-from tests.reference.poisoned import MARK, TOKEN_ID
+from tests.reference.poisoned import CHOICE, MARK, TOKEN_ID
 
 pytestmark = pytest.mark.slow
 
-NULL = {"path": str(TINY_CONFIG.parent / "tiny-model"), "load_format": "null", "null_step_ms": 5.0, "device": "cpu"}
+NULL = {"path": str(TINY_CONFIG.parent / "tiny-model"), "load_format": "null", "null_step_ms": 2.0, "device": "cpu"}
 FIRST = [question for question in questions() if question.name in ("greedy", "n", "grammar, schema", "logprobs")]
 
 
@@ -54,7 +63,7 @@ def test_the_comparison_sees_what_is_lost_doubled_or_changed() -> None:
 def test_answers_under_kills_and_hangs_are_those_of_the_undisturbed_engine(tmp_path: Path) -> None:
     """And the engine is at rest afterwards. Then it drains, and processes die meanwhile."""
     with Pipeline(TINY_CONFIG, ENGINE, log=tmp_path / "log") as pipeline:
-        plan = Plan(num_kills=15, num_hangs=2, seconds=20.0, seed=1, num_streams=32, batch_size=75)
+        plan = Plan(num_kills=15, num_hangs=2, seconds=15.0, seed=1, num_streams=25, batch_size=50)
         result = asyncio.run(disturb(pipeline, plan))
         assert not result.faulty, str(result)
         assert len(result.faults) == 17
@@ -158,21 +167,27 @@ def pids(launcher: subprocess.Popen[bytes], module: str) -> set[int]:
 
 def test_a_request_that_kills_its_process_ends_alone(tmp_path: Path) -> None:
     endpoint, log = f"ipc://{tmp_path}/s", tmp_path / "log"
-    config = {"model": NULL, "tokenizer": {"num_workers": 2}, "frontend": {"endpoint": endpoint}}
-    params = SamplingParams(max_tokens=300, ignore_eos=True)
-    prompts: list[Any] = [f"Number {number} of many" for number in range(12)]
+    config = {"model": NULL, "tokenizer": {"num_workers": 2}, "grammar": {"num_workers": 1}}
+    plain = SamplingParams(max_tokens=100, ignore_eos=True)
+    requests: list[tuple[Any, SamplingParams]] = [(f"Number {number} of many", plain) for number in range(10)]
+    requests += [("Choose", choice("the cat", "a mouse")), ("Choose again", choice("some birds", "no bird"))]
+    poisons = [
+        (f"Here {MARK}.", plain, "the prompt of this request has ended two tokenizer processes"),
+        ([30, TOKEN_ID], plain, "its computation has ended the GPU process twice"),
+        ("Choose", choice("the cat", CHOICE), "its grammar has ended a grammar process twice"),
+    ]
 
-    def ids(outputs: list[Output]) -> list[list[int]]:
-        return [output.token_ids for output in outputs]
+    def ask(client: Client, asked: list[tuple[Any, SamplingParams]]) -> list[Output]:
+        return client.generate_batch([prompt for prompt, _ in asked], [params for _, params in asked])
 
-    with served(["tests.reference.poisoned", json.dumps(config)], endpoint, log), Client(endpoint) as client:
-        expected = ids(client.generate_batch(prompts, params))
-        poisons = {
-            f"Here {MARK}.": "the prompt of this request has ended two tokenizer processes",
-            (30, TOKEN_ID): "its computation has ended the GPU process twice",
-        }
-        prompts[5:5] = [each if isinstance(each, str) else list(each) for each in poisons]
-        outputs = client.generate_batch(prompts, params)
-        for output, error in zip(outputs[5:7], poisons.values(), strict=True):
+    command = ["tests.reference.poisoned", json.dumps({**config, "frontend": {"endpoint": endpoint}})]
+    with served(command, endpoint, log), Client(endpoint) as client:
+        expected = [output.token_ids for output in ask(client, requests)]
+        outputs = ask(client, [*((prompt, params) for prompt, params, _ in poisons), *requests])
+        for output, (_, _, error) in zip(outputs, poisons, strict=False):
             assert error in (output.error or "")
-        assert ids(outputs[:5] + outputs[7:]) == expected
+        assert [output.token_ids for output in outputs[len(poisons) :]] == expected
+
+
+def choice(*texts: str) -> SamplingParams:
+    return SamplingParams(structured_outputs=StructuredOutputs(choice=list(texts)))

@@ -86,7 +86,11 @@ class GrammarWorkers:
 
         def is_marked(sequence: Sequence) -> bool:
             key = sequence.request_key
-            return was_ready and (key not in self._suspects if worker.trial is None else key == worker.trial)
+            if worker.trial is None:
+                return was_ready and key not in self._suspects
+            # Between the two, the process has nothing to do for a suspect.
+            is_in_work = key in worker.sent or sequence.has_row
+            return was_ready and key == worker.trial and is_in_work
 
         marked = [sequence for sequence in known if is_marked(sequence)]
         others = [sequence for sequence in known if not is_marked(sequence)]
@@ -146,6 +150,7 @@ class GrammarWorkers:
                 del open_ones[sequence.key]
                 if not open_ones:
                     del by_request[request]
+                    worker.withdraw(request)
 
     @property
     def next_timer_ns(self) -> int | None:
@@ -216,6 +221,16 @@ class _Worker:
     @property
     def owes_answers(self) -> bool:
         return bool(self.sent) and not self.is_away
+
+    def withdraw(self, key: int) -> None:
+        """A request has ended. If the process has not got its grammar yet, it never gets it."""
+        for message in self.compiles:
+            if message.key == key:
+                self.compiles.remove(message)
+                self.unanswered.discard(key)
+                keys = range(key, key + message.num_samples)
+                self.released = [each for each in self.released if each not in keys]
+                return
 
     def answered(self, key: int, now_ns: int) -> None:
         self.unanswered.discard(key)

@@ -34,7 +34,7 @@ def main() -> int:
     )  # fmt: skip
     log = options.log or Path(tempfile.mkstemp(prefix="chaos-", suffix=".log")[1])
     print(f"seed {plan.seed}; the engine's log: {log}", flush=True)
-    result = run(options.config, plan, dict(each.split("=", 1) for each in options.set), log)
+    result = run(options.config, plan, options.set, log)
     print(result)
     return 1 if result.faulty else 0
 

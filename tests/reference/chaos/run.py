@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -67,11 +67,9 @@ class Result:
         return "\n\n".join([*parts, "\n".join(["FAULTS:", *self.faulty]) if self.faulty else "no faults"])
 
 
-def run(
-    config: str | os.PathLike[str] | Mapping[str, Any], plan: Plan, overrides: Mapping[str, Any], log: Path
-) -> Result:
+def run(config: str | os.PathLike[str] | Mapping[str, Any], plan: Plan, overrides: Sequence[str], log: Path) -> Result:
     """Start an engine, disturb it, and end it."""
-    with Pipeline(config, {**ENGINE, **overrides}, log=log) as pipeline:
+    with Pipeline(config, [*(f"{key}={value}" for key, value in ENGINE.items()), *overrides], log=log) as pipeline:
         return asyncio.run(disturb(pipeline, plan))
 
 

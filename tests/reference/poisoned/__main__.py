@@ -13,7 +13,7 @@ from workers.process import LOG_FORMAT
 logging.basicConfig(level="INFO", format=LOG_FORMAT.format(role="launcher"))
 roles = tuple(
     dataclasses.replace(role, module=f"tests.reference.poisoned.{role.name}")
-    if role.name in ("tokenizer", "gpu")
+    if role.name in ("tokenizer", "gpu", "grammar")
     else role
     for role in ENGINE.roles
 )

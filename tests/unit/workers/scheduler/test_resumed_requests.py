@@ -171,6 +171,7 @@ def test_a_grammar_is_compiled_with_what_its_sequences_have_and_its_masks_begin_
 def test_the_end_of_a_parked_request_whose_first_sample_has_ended_is_its_sequences_end() -> None:
     engine = ScheduledEngine(num_grammar_workers=1)
     engine.send(1, PROMPT, params(n=2, structured_outputs=SPEC), known=[None, []])
+    engine.grammar.hear(engine.scheduler)
     assert engine.scheduler.withdraw([1]) == [1], "the gateway cancels it by the keys of all samples"
     engine.scheduler.cancel([1, 2])
     engine.grammar.hear(engine.scheduler)

@@ -301,11 +301,10 @@ def test_a_suspect_has_its_grammar_process_alone_until_it_has_got_a_token() -> N
     engine.grammar.compile(engine.scheduler)
     while not engine.tokens.get(3):
         engine.step()
-    assert compiling(engine) == [4], "5 is a suspect, and waits although it was cancelled"
+    assert compiling(engine) == [4], "5 was cancelled"
     compile_all(engine)
     engine.drain()
     assert engine.ends == dict.fromkeys((1, 2, 3, 4), "length") | {5: "cancelled"}
-    compile_all(engine)
     engine.check_empty()
 
 
@@ -330,6 +329,21 @@ def test_only_the_suspect_that_is_alone_is_marked_again() -> None:
     engine.drain()
     assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2, 3}), "it died as it started"
     engine.check_empty()
+
+
+def test_a_suspect_that_waits_for_a_row_is_not_marked() -> None:
+    engine = engine_of(max_num_seqs=1)
+    engine.send(9, [9], SamplingParams(max_tokens=9))
+    engine.step()
+    engine.send(1, [1], params(9), known=[[]], num_suspected=1)
+    hear_all(engine)
+    engine.grammar.compile(engine.scheduler)
+    engine.step()
+    engine.scheduler.lose_grammar_worker(0)
+    engine.grammar.restart(0)
+    engine.scheduler.regain_grammar_worker(0)
+    engine.drain()
+    assert (engine.suspected, engine.errors[1][0]) == (set(), Interrupted.code)
 
 
 def test_a_request_that_has_a_mark_is_not_marked_with_others() -> None:
