@@ -4,8 +4,8 @@
                                          for hang_timeout_s    the process counts as dead
 
 Only processes that have said Ready are asked. Before, `start_timeout_s` bounds their start. A process may announce work
-that takes longer (`Busy`). One that says that it ends (`Failed`) has EXIT_S to do so. If the launcher itself was stopped
-for a while, everybody gets that time back.
+that takes longer (`Busy`). One that says that it ends (`Failed`) has EXIT_S to do so. If the launcher itself was
+stopped for a while, everybody gets that time back.
 """
 
 from __future__ import annotations
