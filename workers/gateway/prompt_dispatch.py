@@ -21,13 +21,13 @@ counts four bytes of its message as a token. That is exact for token ids, and cl
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Final, NamedTuple
 
 from ipc.errors import QueueFull
-from ipc.messages import GatewayToTokenizer
+from ipc.messages import GatewayToTokenizer, Tokenize
 from workers.gateway.config import GatewayBootstrap
 from workers.queueing.drain_rate import DrainRate
 from workers.queueing.policies import NO_ROW, Policy, make_policy
@@ -35,6 +35,7 @@ from workers.queueing.policies import NO_ROW, Policy, make_policy
 BYTES_PER_TOKEN: Final = 4  # of a message; estimated
 
 _num_bytes: Final = attrgetter("num_bytes")
+MAX_ENDED: Final = 1_024  # more than a tokenizer's ring has records, so a dead one's last messages have none before
 MAX_DEATHS: Final = 2  # of tokenizers while a prompt was in work
 
 
@@ -43,13 +44,14 @@ class Prompt:
 
     __slots__ = (
         "arrived_ns", "held_bytes", "key", "message", "num_bytes", "num_deaths", "num_prompt", "priority", "rank",
-        "tenant", "tokenizer",
+        "tenant", "tokenizer", "was_sent",
     )  # fmt: skip
     row = NO_ROW
 
     def __init__(self, message: GatewayToTokenizer, frame_bytes: int, held_bytes: int) -> None:
         self.message = message
         self.tokenizer = b""  # identity of the one that has it
+        self.was_sent = False  # to that one, as far as we know
         self.num_deaths = 0  # of tokenizers while this prompt was in work
         self.key = message.key
         self.priority = message.scheduling.priority
@@ -64,20 +66,22 @@ class Prompt:
 class TokenizerLoad:
     """The prompts under way to one tokenizer."""
 
-    __slots__ = ("identity", "is_alone", "num_bytes", "prompts")
+    __slots__ = ("ended", "identity", "is_alone", "is_gone", "num_bytes", "prompts")
 
     def __init__(self, identity: bytes) -> None:
         self.identity = identity
         self.is_alone = False  # whether its one prompt is a suspect
+        self.is_gone = False  # whether it cannot be reached any more
         self.num_bytes = 0  # of the prompts' frames
         self.prompts: dict[int, Prompt] = {}  # by key
+        self.ended: deque[int] = deque(maxlen=MAX_ENDED)  # keys of prompts that the scheduler has not accepted
 
 
 class Lost(NamedTuple):
     """What a dead tokenizer had and does not wait again."""
 
     poisonous: list[Prompt]  # have ended two tokenizers
-    ended: list[int]  # keys of requests that had ended before
+    ended: list[int]  # keys of requests that had ended before: the scheduler may expect them in vain
 
 
 class PromptDispatcher:
@@ -144,9 +148,16 @@ class PromptDispatcher:
             self._policy.end(prompt)
         self.num_bytes -= prompt.held_bytes
 
-    def forget(self, key: int) -> None:
-        """The scheduler has this prompt, or its request has ended: it is never sent again."""
+    def accepted(self, key: int) -> None:
+        """The scheduler has this prompt: it is never sent again."""
         self._sent.pop(key, None)
+
+    def forget(self, key: int) -> None:
+        """The request of a prompt has ended: it is never sent again."""
+        prompt = self._sent.pop(key, None)
+        if prompt is not None and isinstance(prompt.message, Tokenize):
+            load = self._loads.get(prompt.tokenizer) or self._dead[prompt.tokenizer]
+            load.ended.append(key)
 
     def dispatch(self, now_ns: int) -> Iterator[tuple[bytes, GatewayToTokenizer]]:
         """Yield waiting prompts in the policy's order while a tokenizer has room, each with its tokenizer's identity.
@@ -154,7 +165,7 @@ class PromptDispatcher:
         A prompt goes to the tokenizer with the fewest bytes under way. While suspects wait, nothing else is sent.
         """
         while self._suspects:
-            load = next((each for each in self._loads.values() if not each.prompts and self._is_fenced(each)), None)
+            load = next((each for each in self._loads.values() if not each.prompts and self._takes_prompts(each)), None)
             if load is None:
                 return
             _, prompt = self._suspects.popitem(last=False)
@@ -178,7 +189,7 @@ class PromptDispatcher:
     def _send(self, load: TokenizerLoad, prompt: Prompt) -> tuple[bytes, GatewayToTokenizer]:
         load.prompts[prompt.key] = self._sent[prompt.key] = prompt
         load.num_bytes += prompt.num_bytes
-        prompt.tokenizer = load.identity
+        prompt.tokenizer, prompt.was_sent = load.identity, True
         if not self._has_room(load):
             self._with_room.pop(load.identity, None)
         return load.identity, prompt.message
@@ -193,14 +204,27 @@ class PromptDispatcher:
             load.is_alone = False
             load.num_bytes -= prompt.num_bytes
             self._end_in_policy(prompt)
-        if self._has_room(load) and self._is_fenced(load):
+        if self._has_room(load):
             self._with_room[identity] = load
 
     # Tokenizers die
 
-    def _is_fenced(self, load: TokenizerLoad) -> bool:
-        """Whether the scheduler takes nothing more from dead tokenizers of the same name: it clears their ring."""
-        return not any(dead.rpartition(b"@")[0] == load.identity.rpartition(b"@")[0] for dead in self._dead)
+    def _takes_prompts(self, load: TokenizerLoad) -> bool:
+        """Whether a tokenizer can be reached, and the scheduler takes nothing more from dead ones of the same name.
+
+        Before that the scheduler may still clear their ring, which is the ring of this one.
+        """
+        name = load.identity.rpartition(b"@")[0]
+        return not load.is_gone and not any(dead.rpartition(b"@")[0] == name for dead in self._dead)
+
+    def unreachable(self, identity: bytes, key: int) -> None:
+        """A prompt could not be sent, because its tokenizer has died: it cannot be the reason. `replaced` follows."""
+        load = self._loads.get(identity)
+        if load is not None:
+            load.is_gone = True
+            self._with_room.pop(identity, None)
+            if key in load.prompts:
+                load.prompts[key].was_sent = False
 
     def replaced(self, identity: bytes) -> None:
         """This tokenizer has died: it gets no more prompts. `lost` says which of its prompts to send again."""
@@ -218,14 +242,12 @@ class PromptDispatcher:
         in_work = list(load.prompts.values())
         for prompt in in_work:
             self._end_in_policy(prompt)
-        if in_work:
-            in_work[0].num_deaths += 1  # prompts are encoded in their order
-        self._with_room |= {
-            each.identity: each for each in self._loads.values() if self._has_room(each) and self._is_fenced(each)
-        }
-        ended = [prompt.key for prompt in in_work if prompt.key not in self._sent]
+        received = [prompt for prompt in in_work if prompt.was_sent]
+        if received:
+            received[0].num_deaths += 1  # prompts are encoded in their order
+        self._with_room |= {each.identity: each for each in self._loads.values() if self._has_room(each)}
         prompts = [prompt for prompt in self._sent.values() if prompt.tokenizer == identity]
-        return Lost(self._send_again(prompts, in_work), ended)
+        return Lost(self._send_again(prompts, received), list(load.ended))
 
     def lost_all(self) -> set[int]:
         """Let all prompts wait again that tokenizers had: scheduler and tokenizers were replaced.
@@ -265,6 +287,5 @@ class PromptDispatcher:
             self._policy.end(prompt)
 
     def _has_room(self, load: TokenizerLoad) -> bool:
-        if load.is_alone:
-            return False
-        return len(load.prompts) < self._max_under_way and load.num_bytes < self._max_under_way_bytes
+        has_room = len(load.prompts) < self._max_under_way and load.num_bytes < self._max_under_way_bytes
+        return has_room and not load.is_alone and self._takes_prompts(load)

@@ -49,7 +49,7 @@ class Recovery:
             self._fenced_early.add(identity)
             return
         lost = prompts.lost(identity)
-        self._outbox.cancel(lost.ended)  # the scheduler may expect them, and will never get them
+        self._outbox.cancel(lost.ended)
         poisonous = [self._table.request(prompt.key) for prompt in lost.poisonous]
         for request in filter(None, poisonous):
             if not self._end_withdrawn(request, now):

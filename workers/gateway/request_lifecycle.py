@@ -132,7 +132,7 @@ class RequestLifecycle:
             if request is None:  # ended already
                 continue
             request.state = RequestState.ACCEPTED
-            self.prompts.forget(key)
+            self.prompts.accepted(key)
             if request.is_cancelled:
                 self._outbox.cancel(request.keys)
                 if request.client is None:

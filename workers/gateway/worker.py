@@ -205,7 +205,7 @@ class GatewayWorker:
                         self.core.client_full(identity, message)  # adds messages too
                 elif peer is Peer.TOKENIZER:
                     if not send_frames_to(self.tokenizers, identity, frame):
-                        logger.debug("%s has died", identity.decode())  # its prompts are sent again after the fence
+                        self.core.requests.prompts.unreachable(identity, message.key)
                 elif peer is Peer.LAUNCHER:
                     self.process.say(message)
                 else:
