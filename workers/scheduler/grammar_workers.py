@@ -21,6 +21,7 @@ from typing import Final
 from ipc.errors import InvalidRequest, RequestFailed
 from ipc.messages import Compile, Ended, ReleaseMatchers, SchedulerToGrammar, Tokenized, split_keys
 from workers.scheduler.sequence import Sequence
+from workers.scheduler.sequence_table import SequenceTable
 
 MAX_SUSPECTED: Final = 3  # deaths of a grammar process: one with other requests, and two with this one alone
 ANSWER_SLACK_S: Final = 10.0  # beyond the time to compile: the first grammar also waits for the vocabulary
@@ -33,7 +34,7 @@ class GrammarWorkers:
         num_workers: 0 = requests with structured outputs cannot be served.
         compile_timeout_s: a grammar process takes at most so long for one grammar.
         clock: nanoseconds.
-        num_tokens: of a sequence, prompt and output together.
+        table: of the sequences that have rows.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class GrammarWorkers:
         num_workers: int,
         compile_timeout_s: float,
         clock: Callable[[], int],
-        num_tokens: Callable[[Sequence], int],
+        table: SequenceTable,
     ) -> None:
         limit_s = compile_timeout_s + ANSWER_SLACK_S
         self.silence = (  # the error of those that `expired` returns
@@ -50,7 +51,7 @@ class GrammarWorkers:
         )
         self._limit_ns = round(limit_s * 1e9)
         self._clock = clock
-        self._num_tokens = num_tokens
+        self._table = table
         self._parked: dict[int, dict[int, Sequence]] = {}  # by the request's key: its open sequences by their keys
         self._suspects: dict[int, dict[int, Sequence]] = {}  # the same of requests with a mark, parked or not
         self._workers = [_Worker() for _ in range(num_workers)]
@@ -179,7 +180,7 @@ class GrammarWorkers:
         """Whether a suspect has ended, or has got past the point at which it may have ended a process."""
         left = self._suspects.get(request, {}).values()
         return request not in worker.sent and all(
-            each.has_row and self._num_tokens(each) > each.num_known for each in left
+            each.has_row and self._table.num_tokens[each.row] > each.num_known for each in left
         )
 
     def _sequences(self, key: int) -> list[Sequence]:

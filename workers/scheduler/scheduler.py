@@ -98,10 +98,7 @@ class Scheduler:
         self._kv_cache = KVCache(shape, num_blocks, self._table)
         self._open = OpenSequences(config.queue_timeout_s, clock)
         self._outputs = OutputBuffer()
-        self._grammar_workers = GrammarWorkers(
-            shape.num_grammar_workers, grammar.compile_timeout_s, clock,
-            num_tokens=lambda sequence: int(self._table.num_tokens[sequence.row]),
-        )  # fmt: skip
+        self._grammar_workers = GrammarWorkers(shape.num_grammar_workers, grammar.compile_timeout_s, clock, self._table)
         self.mask_requests = MaskRequests(mask_rings, self._table, mask_epoch)
         checks = RequestChecks(
             shape.max_model_len, shape.block_size, num_blocks, config.max_num_waiting, shape.max_num_seqs,
