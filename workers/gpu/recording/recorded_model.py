@@ -28,9 +28,13 @@ def load_recorded(
     if device is not None:
         model = structs.replace(model, device=device)
     recorded = (start.config_sha256, start.weights_sha256)
-    for what, then, now in zip(("config.json", "weight files"), recorded, fingerprint(model), strict=True):
+    for what, then, now in zip(
+        ("config.json is", "names or sizes of weight files are"), recorded, fingerprint(model), strict=True
+    ):
         if then != now:
-            raise ConfigError(f"was recorded with another model: {model.path} has another {what}")
+            raise ConfigError(
+                f"was recorded with another model: in {model.path}, {what} not the same (--model names another folder)"
+            )
     if model.load_format != "null" and start.device == "cpu":
         model = structs.replace(model, num_threads=start.num_threads)
     loaded = load(progress, model, start.cache, start.shape, num_blocks=start.num_blocks)
