@@ -27,10 +27,12 @@ def load_recorded(
         model = structs.replace(model, path=path)
     if device is not None:
         model = structs.replace(model, device=device)
-    recorded = (start.config_sha256, start.weights_sha256)
-    for what, then, now in zip(("config.json", "weight files"), recorded, fingerprint(model), strict=True):
-        if then != now:
-            raise ConfigError(f"was recorded with another model: {model.path} has another {what}")
+    config_sha256, weights_sha256 = fingerprint(model)
+    if (config_sha256, weights_sha256) != (start.config_sha256, start.weights_sha256):
+        what = "config.json" if config_sha256 != start.config_sha256 else "names and sizes of weight files"
+        raise ConfigError(
+            f"was recorded with another model: {what} of {model.path} differ: give the right folder (--model)"
+        )
     if model.load_format != "null" and start.device == "cpu":
         model = structs.replace(model, num_threads=start.num_threads)
     loaded = load(progress, model, start.cache, start.shape, num_blocks=start.num_blocks)
