@@ -13,7 +13,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,16 @@ REWIRED = {
 }
 
 
+def mostly_slow(*fast: str, of: Sequence[str] = ROLES) -> list[Any]:
+    """Roles as parameters of a test. It takes seconds with each: the fast suite has room for a few."""
+    return [role if role in fast else pytest.param(role, marks=pytest.mark.slow) for role in of]
+
+
 def times_ready(engine: Engine) -> int:
     return engine.log().count("all processes serve again")
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", mostly_slow("gpu", "scheduler"))
 def test_a_killed_worker_is_started_again_with_its_group_and_the_others_are_rewired(
     launch: Callable[..., Engine], role: str
 ) -> None:
@@ -210,6 +215,7 @@ def test_a_killed_worker_is_started_again_with_its_group_and_the_others_are_rewi
     engine.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_workers_may_die_while_others_are_started_again(launch: Callable[..., Engine]) -> None:
     engine = launch(num_grammar_workers=1).until_ready()
     for role in ("scheduler", "gpu", "detokenizer", "tokenizer.1", "gateway", "grammar.0", "scheduler"):
@@ -222,7 +228,7 @@ def test_workers_may_die_while_others_are_started_again(launch: Callable[..., En
     engine.assert_nothing_left()
 
 
-@pytest.mark.parametrize("role", ["gpu", "scheduler", "gateway"])
+@pytest.mark.parametrize("role", mostly_slow("gpu", of=("gpu", "scheduler", "gateway")))
 def test_an_engine_whose_worker_dies_too_often_ends_and_says_so(launch: Callable[..., Engine], role: str) -> None:
     engine = launch({f"FAKE_{role.upper()}": "killed again"}, supervisor={"max_restarts": 3}).until_ready()
     os.kill(engine.pids[role], signal.SIGKILL)
@@ -234,7 +240,7 @@ def test_an_engine_whose_worker_dies_too_often_ends_and_says_so(launch: Callable
     engine.assert_nothing_left()
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", mostly_slow("tokenizer.1"))
 def test_a_stopped_worker_is_killed_and_started_again(launch: Callable[..., Engine], role: str) -> None:
     engine = launch(supervisor={"hang_timeout_s": 1.0}).until_ready()
     os.kill(engine.pids[role], signal.SIGSTOP)
@@ -250,6 +256,7 @@ def test_a_stopped_worker_is_killed_and_started_again(launch: Callable[..., Engi
     engine.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_worker_whose_work_makes_no_progress_is_killed_and_started_again(launch: Callable[..., Engine]) -> None:
     engine = launch({"FAKE_GPU": "stalled"}).until_ready()
     eventually(lambda: times_ready(engine) == 1)
@@ -275,6 +282,7 @@ def test_a_worker_that_fails_while_the_engine_comes_up_ends_it(launch: Callable[
     assert "grammar.0 failed: this model cannot be run: the engine ends" in engine.log()
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_start_in_time_ends_the_engine(launch: Callable[..., Engine]) -> None:
     engine = launch({"FAKE_GPU": "slow"}, supervisor={"start_timeout_s": 2.0})
     assert engine.process.wait(20) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from ipc.codec import decode, encode
 from ipc.ring import RingHandle
-from ipc.stats_page import StatsHandle
+from ipc.stats_page import StatsHandle, StatsPage
 from ipc.trace import TraceHandle
 from pipeline.engine.config import config_from_dict
 from pipeline.engine.model_files import ServedModel
@@ -301,6 +302,24 @@ def test_resources_have_a_descriptor_for_every_key_and_leave_none_open() -> None
     resources.close()
     resources.traces.clear()  # a mapping holds a descriptor of its own
     assert open_descriptors() == before
+
+
+def test_renewed_resources_keep_no_old_ring_in_memory_and_clear_the_pages_of_new_processes() -> None:
+    wiring = Wiring(ENGINE, facts())
+    resources = SharedResources(wiring)
+    role = wiring.process("gpu").role
+    (fd,) = resources.descriptors(["stats.gpu"])
+    page = StatsPage(StatsHandle("gpu", fd, role.counters, role.arrays))
+    page.values.num_starts[0] = page.values.num_wakeups[0] = 3
+    wiring, started = wiring.after_death("gpu")
+    resources.renew(wiring, started)
+    assert (page.values.num_starts[0], page.values.num_wakeups[0]) == (3, 0)
+    segments = [os.readlink(f"/proc/self/fd/{number}") for number in open_descriptors()]
+    maps = Path("/proc/self/maps").read_text()
+    for ring in ("step", "result"):
+        assert sum(ring in segment for segment in segments if "ringfeed" in segment) == 1
+        assert f"ringfeed-{ring}" not in maps
+    resources.close()
 
 
 def open_descriptors() -> set[str]:
