@@ -35,13 +35,10 @@ EXTRA = Role(
 
 def facts(**changes: Any) -> EngineFacts:
     config = config_from_dict({"model": {"path": "/m"}, "tokenizer": {"num_workers": 2}, "grammar": {"num_workers": 2}})
-    fields = {
-        "endpoint": "ipc:///e/client.sock",
-        "local_endpoint": "ipc:///e/client.sock",
-        "launcher_pid": 7,
-        "lent": {ENDPOINT_CLAIM: 3},
-    } | changes
-    return EngineFacts(config=config, model=MODEL, **fields)
+    endpoints = {"endpoint": "ipc:///e/client.sock", "local_endpoint": "ipc:///e/client.sock"}
+    return EngineFacts(
+        **{"config": config, "model": MODEL, **endpoints, "launcher_pid": 7, "lent": {ENDPOINT_CLAIM: 3}, **changes}
+    )
 
 
 def two_gpus() -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -162,7 +163,7 @@ class Trace:
         made = bootstrap(policy={"policy": self.policy}, tokenizer_window=rng.choice([1, 2, 4]))
         self.bootstrap: GatewayBootstrap = msgspec.structs.replace(made, worker=self._with_peers(made.worker))
         self.core = Gateway(self.bootstrap, snapshot_stats)
-        self.core.start()
+        self.core.serving.start(0.0)
         self.clients, self.deliveries, self.tokenizers = Socket(), Socket(), Socket(self.connected, rng)
         self.worker = self._worker()
         self.process.rewire = self._rewire
@@ -183,7 +184,8 @@ class Trace:
         worker: Any = object.__new__(GatewayWorker)
         worker.process, worker.bootstrap, worker.core = self.process, self.bootstrap, self.core
         worker.peers = self.bootstrap.worker.peers
-        worker.clients, worker.deliveries, worker.tokenizers = self.clients, self.deliveries, self.tokenizers
+        worker.clients = SimpleNamespace(router=self.clients)
+        worker.deliveries, worker.tokenizers = self.deliveries, self.tokenizers
         worker.scheduler, worker.detokenizer = self.process.schedule[1], Socket()
         worker._read_scheduler = self._read_scheduler
         return worker
