@@ -8,11 +8,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from ipc.codec import encode
-from ipc.records import StepShape
+from ipc.records import StepShape, result_layout, step_layout
 from pipeline.recording.replay import Replay, replay
 from tests.simulation.harness import ToyModel
 from workers.gpu.config import CacheConfig, ModelConfig
@@ -20,6 +21,7 @@ from workers.gpu.device.cpu import CpuDevice
 from workers.gpu.execution.executor import Executor
 from workers.gpu.memory.account import MemoryUse
 from workers.gpu.recording.frames import FILE_START, Frame, RecordedStep, RecordingFile, SegmentStart, pack_chunk
+from workers.gpu.recording.packing import StepPacking
 from workers.gpu.recording.recording import Recording
 from workers.gpu.recording.segment import layout_hashes, versions
 from workers.gpu.worker import Loaded
@@ -83,3 +85,15 @@ def change_step(path: Path, number: int, change: Callable[[RecordedStep], Record
     assert isinstance(step, RecordedStep)
     frames[steps[number - 1]] = change(step)
     write_frames(path, frames)
+
+
+def with_other_token(step: RecordedStep, shape: StepShape) -> RecordedStep:
+    """The step with another result for the first of its sequences that got a token."""
+    packing = StepPacking(shape)
+    memory, result_memory = (memoryview(bytearray(f(shape).num_bytes)) for f in (step_layout, result_layout))
+    record, result = step_layout(shape).views(memory), result_layout(shape).views(result_memory)
+    packing.unpack_step(step.step, record, memory)
+    packing.unpack_result(step.result, record, result_memory)
+    (sampled,) = np.nonzero(record.seq_sample[: int(record.num_seqs[0])])
+    result.token_ids[sampled[0]] ^= 1
+    return replace(step, result=packing.pack(record, memory, result_memory)[1])

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from ipc.errors import ConfigError
-from ipc.records import NO_TOKEN, StepShape, result_layout
+from ipc.records import NO_TOKEN, StepShape
 from pipeline.recording.__main__ import verdict
 from pipeline.recording.file import recording_file
 from tests.reference.recordings import (
@@ -21,6 +21,7 @@ from tests.reference.recordings import (
     recorded,
     replay_toy,
     toy_segment,
+    with_other_token,
     write_frames,
 )
 from tests.simulation.harness import ToyModel
@@ -74,19 +75,7 @@ def test_a_recorded_run_is_the_same_when_it_is_replayed(path: Path, monkeypatch:
 
 
 def test_a_changed_token_is_found_at_its_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = result_layout(SHAPE).fields
-    assert list(packed)[:2] == ["token_ids", "finish"], "the counted fields that a packed result begins with"
-
-    def other_token(step: RecordedStep) -> RecordedStep:
-        result = bytearray(step.result)
-        whole = sum(packed[name].num_bytes for name in packed if packed[name].shape[0] != SHAPE.max_num_seqs
-                    and not name.startswith("prompt"))  # fmt: skip
-        ids = np.frombuffer(result, np.int32, 1, whole)
-        assert ids[0] != NO_TOKEN
-        ids[0] ^= 1
-        return replace(step, result=bytes(result))
-
-    change_step(path, 6, other_token)
+    change_step(path, 6, lambda step: with_other_token(step, SHAPE))
     comparison = replay_toy(path, monkeypatch).comparison
     assert comparison.first is not None
     assert (comparison.first.step, comparison.first.what) == (6, "token")
