@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -73,6 +72,12 @@ class _Segments:
                 comparison.add(frame.ticket, *self._replayer.run(frame))
             except ConfigError as error:
                 raise ConfigError(f"is damaged: step {comparison.num_steps + 1}: {error}") from None
+            except (
+                IndexError,
+                RuntimeError,
+            ) as error:  # of torch: values that no scheduler makes, or too little memory
+                text = " ".join(str(error).split())
+                raise ConfigError(f"step {comparison.num_steps + 1} cannot be run: {text}") from error
         elif isinstance(frame, SegmentEnd):
             if frame.reason == "full":
                 self.found.notes.append("the recording had reached its limit: the engine went on behind its last step")
@@ -95,7 +100,6 @@ class _Segments:
         if self._replayer is not None:
             self._replayer.close()
             self._replayer = None
-            gc.collect()
 
     def _begin(self, start: SegmentStart) -> None:
         from workers.gpu.recording.recorded_model import load_recorded

@@ -97,3 +97,20 @@ def with_other_token(step: RecordedStep, shape: StepShape) -> RecordedStep:
     (sampled,) = np.nonzero(record.seq_sample[: int(record.num_seqs[0])])
     result.token_ids[sampled[0]] ^= 1
     return replace(step, result=packing.pack(record, memory, result_memory)[1])
+
+
+def with_field(step: RecordedStep, shape: StepShape, field: str, value: int) -> RecordedStep:
+    """The step with another value in the first entry of a field of its record. Everything else stays."""
+    packing, layout = StepPacking(shape), step_layout(shape)
+    memory = memoryview(bytearray(layout.num_bytes))
+    record = layout.views(memory)
+    packing.unpack_step(step.step, record, memory)
+    entry = layout.fields[field].of(record)
+    assert entry[0] != value
+    if field.startswith("num_"):  # in front of the packed record, as in memory
+        packed = bytearray(step.step)
+        np.frombuffer(packed, np.int32, 1, layout.fields[field].offset)[0] = value
+        return replace(step, step=bytes(packed))
+    entry[0] = value
+    result = memoryview(bytearray(result_layout(shape).num_bytes))
+    return replace(step, step=packing.pack(record, memory, result)[0])

@@ -71,6 +71,7 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve"], "give a configuration, --config FILE, or a model, --model PATH_OR_HUB_ID"),
         (["serve", "--config", "a.toml", "--model", "b"], "--config a.toml and --model b are both given: give one;"),
         (["serve", "--modle=x"], "unrecognized arguments: --modle=x"),
+        (["serve", "--model", "a", "--record-limit", "0"], "'0' must be a number of gigabytes above 0"),
         (["serve", "--config", "/nowhere.toml"], "/nowhere.toml: cannot be read: No such file or directory"),
         (["serve", "--model", "/nowhere"], "--model /nowhere: model.path ('/nowhere'): there is no such folder"),
         (["serve", "--model", "a", "--set", "ring.depht=1"], "there is no key ring.depht: did you mean depth?"),
@@ -82,6 +83,7 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "hi", "--raw", "--system", "x"], "--system and --raw are both given"),
         (["chat", "hi", "--model", "m", "--endpoint", "tcp://h:1"], "give one of them"),
         (["bench", "hots"], "did you mean host?"),
+        (["replay", "/nowhere"], "/nowhere: cannot be read"),
         (["timeline", "/nowhere", "-o", "/tmp/x.svg"], "/nowhere: cannot be read"),
     ],
 )

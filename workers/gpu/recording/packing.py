@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ipc.errors import ConfigError
-from ipc.record_layout import Layout, declared_fields
+from ipc.record_layout import FIELD_ALIGNMENT, Field, Layout, declared_fields
 from ipc.records import ResultFields, SamplerVariant, StepFields, StepRecord, StepShape, result_layout, step_layout
 
 Counts = Mapping[str, int]
@@ -37,14 +37,21 @@ class Packing:
     """
 
     def __init__(self, kind: type, layout: Layout[Any]) -> None:
-        self._whole: list[tuple[int, int]] = []  # offset, bytes
+        self._whole: list[tuple[int, int]] = []  # offset, bytes; neighbours are one
         self._counted: dict[str, list[tuple[int, int]]] = {}  # by count: offset, bytes of an entry
         for declared, field in zip(declared_fields(kind), layout.fields.values(), strict=True):
             count = _OPTIONAL.get(field.name) or _COUNT_OF.get(str(declared.array.dims[0]))
             if count is None:
-                self._whole.append((field.offset, field.num_bytes))
+                self._add_whole(field)
             else:
                 self._counted.setdefault(count, []).append((field.offset, field.num_bytes // field.shape[0]))
+
+    def _add_whole(self, field: Field) -> None:
+        start, size = field.offset, field.num_bytes
+        if self._whole and start - sum(self._whole[-1]) < FIELD_ALIGNMENT:  # nothing lies in between: one copy for both
+            former = self._whole.pop()[0]
+            start, size = former, start - former + size
+        self._whole.append((start, size))
 
     def pack(self, memory: memoryview, counts: Counts) -> bytes:
         """Copy what means anything."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+
+import torch
 from msgspec import structs
 
 from ipc.errors import ConfigError
@@ -35,6 +38,8 @@ def load_recorded(
         )
     if model.load_format != "null" and start.device == "cpu":
         model = structs.replace(model, num_threads=start.num_threads)
+    gc.collect()  # the model of the segment before
+    torch.cuda.empty_cache()  # does nothing without CUDA
     loaded = load(progress, model, start.cache, start.shape, num_blocks=start.num_blocks)
     here = {"device": device_name(loaded.device.torch_device), **versions()}
     there = {"device": start.device, **start.versions}
