@@ -14,8 +14,8 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
 import msgspec
@@ -162,14 +162,9 @@ def launch(
         _check_http(config, config.http, model)
     check_key_files(config.frontend)
     endpoint = config.frontend.endpoint or default_endpoint()
-    local_endpoint, local_folder = endpoint, None
-    if not endpoint.startswith("ipc://"):
-        local_folder = runtime_folder() / f"ringfeed-clients-{secrets.token_hex(4)}"
-        local_endpoint = f"ipc://{local_folder}/client.sock"
-    claimed = EndpointClaim(local_endpoint, PATIENCE_S)
-    with signal_pipe() as signal_fd, closing(claimed) as claim, ExitStack() as stack:
-        if local_folder is not None:
-            stack.callback(shutil.rmtree, local_folder, ignore_errors=True)
+    with signal_pipe() as signal_fd, ExitStack() as stack:
+        local_endpoint = stack.enter_context(_local_endpoint(endpoint))
+        claim = stack.enter_context(closing(EndpointClaim(local_endpoint, PATIENCE_S)))
         lent = {} if claim.fd is None else {ENDPOINT_CLAIM: claim.fd}
         url = None
         if config.http is not None:
@@ -211,6 +206,19 @@ def launch(
             lifeline_fd=lifeline_fd,
         )
         return supervisor.run()
+
+
+@contextmanager
+def _local_endpoint(endpoint: str) -> Iterator[str]:
+    """A Unix socket for this user's programs: `endpoint` if it is one; else one whose folder goes with the engine."""
+    if endpoint.startswith("ipc://"):
+        yield endpoint
+        return
+    folder = runtime_folder() / f"ringfeed-clients-{secrets.token_hex(4)}"
+    try:
+        yield f"ipc://{folder}/client.sock"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_http(config: Config, http: HttpConfig, model: ServedModel) -> None:

@@ -15,12 +15,13 @@ import msgspec
 import pytest
 import zmq
 
-from ipc.channels import bind_router, receive_from, send_to
+from ipc.channels import receive_from, send_to
 from ipc.codec import encode
 from ipc.descriptor_passing import descriptor_channel, send_with_descriptors
 from ipc.doorbell import Doorbell
 from ipc.messages import Ready, Stop, WorkerToLauncher
 from ipc.stats_page import StatsPage
+from tests.unit.workers.private_sockets import PrivateSockets
 from workers.bootstrap import WorkerBootstrap
 
 DEADLINE_S = 20.0
@@ -66,14 +67,14 @@ def test_a_spare_process_begins_when_its_bootstrap_comes(
 ) -> None:
     process, channel = spare
     bell, page = Doorbell.create(), StatsPage.create("spare", ())
-    endpoint = f"ipc://{tmp_path}/control"
-    with zmq.Context() as context, closing(bind_router(context, endpoint)) as control:
+    sockets = PrivateSockets(tmp_path)
+    with zmq.Context() as context, closing(sockets.bind(context, "control")) as control:
         worker = WorkerBootstrap(
-            role="spare", endpoints={"control": endpoint}, doorbell_fd=0, stats=msgspec.structs.replace(page, fd=1),
-            launcher_pid=os.getpid(),
+            role="spare", sockets={"control": 2}, doorbell_fd=0, stats=msgspec.structs.replace(page, fd=1),
+            launcher_pid=os.getpid(), descriptors=["doorbell.spare", "stats.spare", "socket.control@1"],
         )  # fmt: skip
         sent_at_ns = time.monotonic_ns()
-        send_with_descriptors(channel, encode(Bootstrap(worker=worker)), [bell.fd, page.fd])
+        send_with_descriptors(channel, encode(Bootstrap(worker=worker)), [bell.fd, page.fd, sockets.sockets["control"]])
         assert control.poll(DEADLINE_S * 1_000)
         ((identity, message),) = receive_from(control, WorkerToLauncher)
         assert isinstance(message, Ready)
@@ -81,6 +82,7 @@ def test_a_spare_process_begins_when_its_bootstrap_comes(
         send_to(control, identity, Stop())
         assert process.wait(DEADLINE_S) == 0
     bell.close()
+    sockets.close()
     os.close(page.fd)
 
 

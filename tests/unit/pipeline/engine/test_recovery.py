@@ -60,6 +60,9 @@ class Workers:
         worker.is_started = True
         worker.serves = not worker.is_front and not worker.starts_after
 
+    def keep_spares(self) -> None:
+        """No role has any."""
+
     def replace(self, wiring: Wiring, started: tuple[Process, ...]) -> dict[str, int]:
         if self.failure is not None:
             raise self.failure

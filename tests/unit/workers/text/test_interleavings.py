@@ -72,7 +72,7 @@ class Engine:
         self.waiting: dict[str, bytes] = {}  # open requests (sent, not refused, not ended) and their clients
         self.num_finals: dict[str, int] = {}
         self.lost: set[str] = set()  # requests of clients that were away at some time
-        self.gateway.start()
+        self.gateway.serving.start(self.now)
         for tokenizer in TOKENIZERS:
             self.put("tokenizer>gateway", (tokenizer, TokenizeDone(key=0)))
 
@@ -325,7 +325,7 @@ def test_an_engine_that_ends_in_the_midst_of_things_answers_everybody_once(end: 
         if end == "abort":
             engine.gateway.abort(EngineUnavailable("the GPU process died"))
         else:
-            engine.gateway.drain(engine.now)
+            engine.gateway.serving.drain(engine.now)
             for _ in range(engine.draw.randint(0, 50)):
                 engine.anything()
             engine.tick(30.0)
