@@ -42,6 +42,8 @@ def test_a_file_a_dict_and_a_config_give_the_same_engine() -> None:
         ),
         ({"model": 5}, r"model \(5\) must be a folder or a hub id"),
         ({"model": ""}, r"model='': model.path \(''\) must be a folder or a hub id"),
+        ({"model": "m", "record": 5}, r"record \(5\) must be the path of a file"),
+        ({"model": "m", "timeline": 5}, r"timeline \(5\) must be the path of a file"),
         ({"model": "a", "overrides": {"ring.depth": 9}}, r"--set ring.depth=9: ring.depth \(9\) must lie in \[1, 8\]"),
     ],
 )
