@@ -270,8 +270,12 @@ class Supervisor:
             logger.warning("%s", why)
 
     def _last_words(self, worker: ChildProcess) -> str:
-        """Why a dead worker has ended. Its Failed says more than its exit status, and may still be on its way."""
-        deadline = time.monotonic() + _LAST_WORDS_S
+        """Why a dead worker has ended. Its Failed says more than its exit status, and may still be on its way.
+
+        Only a worker that exits with status 1 says it. For the others nothing waits: masks that a dead grammar process
+        owes would be late before anybody hears of its death.
+        """
+        deadline = time.monotonic() + (_LAST_WORDS_S if worker.process.wait() == 1 else 0.0)
         while not worker.last_words and (left := deadline - time.monotonic()) > 0:
             self._take_messages(int(left * 1000) + 1)
         return worker.last_words or f"{worker.name} {worker.describe_exit()}"

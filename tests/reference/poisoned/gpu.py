@@ -1,6 +1,7 @@
 """`python -m tests.reference.poisoned.gpu`: a GPU process that dies of some tokens."""
 
 import os
+import signal
 
 import torch
 
@@ -16,7 +17,7 @@ logits = NullModel.logits
 
 def logits_or_die(self: NullModel, batch: StepBatch, *, out: torch.Tensor | None = None) -> torch.Tensor:
     if bool((batch.input_ids == TOKEN_ID).any()):
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
     return logits(self, batch, out=out)
 
 

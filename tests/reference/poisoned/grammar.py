@@ -1,6 +1,7 @@
 """`python -m tests.reference.poisoned.grammar`: a grammar process that dies when it follows some grammars."""
 
 import os
+import signal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ def fill_or_die(
     self: GrammarCore, keys: list[int], token_ids: list[int], masks: NDArray[np.int32]
 ) -> list[MatcherFailed]:
     if poisonous.intersection(keys):
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
     return fill(self, keys, token_ids, masks)
 
 

@@ -1,6 +1,7 @@
 """`python -m tests.reference.poisoned.tokenizer`: a tokenizer that dies of some texts."""
 
 import os
+import signal
 
 from ipc.messages import Tokenize
 from tests.reference.poisoned import MARK
@@ -15,7 +16,7 @@ encode = PromptEncoder.encode
 
 def encode_or_die(self: PromptEncoder, request: Tokenize) -> Encoded:
     if MARK in (request.prompt or ""):
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
     return encode(self, request)
 
 
