@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ import msgspec
 
 from pipeline.http.app import ROUTES
 from pipeline.http.transport import Endpoint
+from tests.reference.good_requests import NUM_TOKENS, GoodRequests
 
 DEADLINE_S: Final = 60.0  # of one answer
 _TOOL: Final = {
@@ -96,9 +98,6 @@ _FIELDS: Final = {  # path: the names of all fields of its body
     for route in ROUTES
     if isinstance(route.endpoint, Endpoint) and route.endpoint.operation.body is not None
 }
-
-
-PROMPTS: Final = ("A class", "A list", "The json module", "def f(")  # of good requests
 
 
 class Text(str):
@@ -357,33 +356,23 @@ async def send_all(port: int, seed: int, count: int, num_connections: int = 32) 
     return report
 
 
-@dataclass
-class GoodClient:
-    """Sends the same valid requests again and again, and checks that the answers stay the same."""
+class GoodClient(GoodRequests):
+    """Good requests to the server that the hostile bodies go to."""
 
-    port: int
-    num_answers: int = 0
-    faults: list[str] = field(default_factory=list)
-    _first: dict[str, list[int]] = field(default_factory=dict)
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self._port = port
 
-    async def run(self) -> None:
-        """Until cancelled. Prompt by prompt, the first answer is what all later ones must be."""
-        await asyncio.gather(*(self._repeat(prompt) for prompt in PROMPTS))
-
-    async def _repeat(self, prompt: str) -> None:
-        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        request = Request("POST", "/v1/completions", [], msgspec.json.encode(body))
-        with contextlib.closing(Connection(self.port)) as connection:
+    async def answers(self, prompt: str) -> AsyncIterator[list[int] | str]:
+        options = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        request = Request("POST", "/v1/completions", [], msgspec.json.encode({"prompt": prompt, **options}))
+        with contextlib.closing(Connection(self._port)) as connection:
             while True:
                 answer = await connection.ask(request)
-                self.num_answers += 1
-                if answer.status != 200:
-                    self.faults.append(f"{prompt}: status {answer.status}: {answer.body[:300]!r}")
-                    continue
-                tokens = msgspec.json.decode(answer.body)["choices"][0]["token_ids"]
-                if len(tokens) != 12 or tokens != self._first.setdefault(prompt, tokens):
-                    self.faults.append(f"{prompt}: {tokens} instead of {self._first[prompt]}")
-                await asyncio.sleep(0.02)
+                if answer.status == 200:
+                    yield msgspec.json.decode(answer.body)["choices"][0]["token_ids"]
+                else:
+                    yield f"status {answer.status}: {answer.body[:300]!r}"
 
 
 async def send_beside_good_ones(port: int, seed: int, count: int) -> tuple[Report, GoodClient]:

@@ -21,7 +21,8 @@ import msgspec
 import psutil
 
 from pipeline import AsyncClient, Pipeline
-from tests.reference.hostile_bodies import PROMPTS, Connection, GoodClient, Request
+from tests.reference.good_requests import PROMPTS
+from tests.reference.hostile_bodies import Connection, GoodClient, Request
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ from ipc.scheduling_params import SchedulingParams
 from ipc.structured_outputs import StructuredOutputs
 from pipeline import AsyncClient, Pipeline, cli
 from pipeline.client.inputs import detokenize_frame, generate_message, keep_frame, recall_frame, tokenize_frame
-from tests.reference.hostile_bodies import PROMPTS
+from tests.reference.good_requests import NUM_TOKENS, PROMPTS, GoodRequests
 
 DEADLINE_S: Final = 60.0
 STRANGERS_KEY: Final = "kept by a stranger"
@@ -335,33 +335,23 @@ def _send(port: int, seed: int, num_frames: int, until: float, key_file: str | N
     )
 
 
-@dataclass
-class GoodClient:
-    """Sends the same requests again and again over the same endpoint, and checks that the answers stay the same."""
+class GoodClient(GoodRequests):
+    """Good requests over the endpoint that the hostile frames go to."""
 
-    client: AsyncClient
-    num_answers: int = 0
-    faults: list[str] = field(default_factory=list)
-    _first: dict[str, list[int]] = field(default_factory=dict)
+    def __init__(self, client: AsyncClient) -> None:
+        super().__init__()
+        self._client = client
 
-    async def run(self) -> None:
-        """Until cancelled. Prompt by prompt, the first answer is what all later ones must be."""
-        await asyncio.gather(*(self._repeat(prompt) for prompt in PROMPTS))
-
-    async def _repeat(self, prompt: str) -> None:
-        params = SamplingParams(max_tokens=12, ignore_eos=True)
+    async def answers(self, prompt: str) -> AsyncIterator[list[int] | str]:
+        params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
         while True:
             try:
                 async with asyncio.timeout(DEADLINE_S):
-                    tokens = list((await self.client.generate(prompt, params)).token_ids)
+                    tokens = list((await self._client.generate(prompt, params)).token_ids)
             except Exception as error:
-                self.faults.append(f"{prompt}: {error!r}")
-                await asyncio.sleep(0.1)
-                continue
-            self.num_answers += 1
-            if len(tokens) != 12 or tokens != self._first.setdefault(prompt, tokens):
-                self.faults.append(f"{prompt}: {tokens} instead of {self._first[prompt]}")
-            await asyncio.sleep(0.02)
+                yield repr(error)
+            else:
+                yield tokens
 
 
 @dataclass

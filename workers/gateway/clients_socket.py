@@ -98,7 +98,10 @@ class ClientsSocket:
         return frames
 
     def _may_send(self, head: zmq.Frame) -> bool:
-        """Whether the client's key is still allowed; if not, its connection is closed. Notes who has sent a message."""
+        """Whether the client may send: its key is still allowed. Otherwise this closes its connection.
+
+        The doorkeeper hears that the connection has delivered a message.
+        """
         fd = _connection_of(head)
         if not self._doorkeeper.is_tcp(fd):
             return True
