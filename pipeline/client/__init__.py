@@ -24,7 +24,7 @@ wait. resuming.py asks for the engine's health and sends the request again, with
 that have arrived. The engine continues behind them, so the caller sees only a pause.
 
 Without `stream=True`, Session.whole calls Session.start, waits for the end, and returns everything as one Output. An
-asyncio program uses AsyncClient directly, without steps 1 and 8. async_queries.py has its other questions.
-batch_requests.py and batch.py run the requests of `generate_batch`. endpoint.py checks endpoints and finds the default
-one. keys.py reads a client's key file.
+asyncio program uses AsyncClient directly, without steps 1 and 8. async_queries.py has its other questions. batch.py
+runs the requests of `generate_batch`. endpoint.py checks endpoints and finds the default one. keys.py reads a client's
+key file.
 """

@@ -69,12 +69,11 @@ class OpenQuery:
         self.needs_ready = is_queued
         self.interruption: Interruption | None = None  # None: it was not interrupted
 
-    def interrupt(self, cause: RingfeedError, now: float, *, is_suspected: bool = False) -> Interruption:
-        """The engine has lost it. `is_suspected` has no meaning for a query."""
+    def interrupt(self, cause: RingfeedError, now: float) -> None:
+        """The engine has lost it."""
         if self.interruption is None:
             self.interruption = Interruption()
         self.interruption.begin(cause, now)
-        return self.interruption
 
     def sent_again(self) -> None:
         """It was sent again."""

@@ -85,8 +85,8 @@ class OpenRequest:
 
     __slots__ = (
         "_num_prompt_logprobs", "_num_suspected", "_prompt_position", "_waiter", "abandoned", "cancelled", "deadline",
-        "ended", "error", "interruption", "is_deaf", "key", "lost", "message", "prompt_usage", "request_id",
-        "samples", "unread",
+        "ended", "error", "interruption", "is_deaf", "is_suspected", "key", "lost", "message", "prompt_usage",
+        "request_id", "samples", "unread",
     )  # fmt: skip
     needs_ready: Final = True  # only an engine that is ready or recovering takes it
 
@@ -109,6 +109,7 @@ class OpenRequest:
         self.interruption: Interruption | None = None  # None: it was not interrupted since its last news
         self.prompt_usage: Usage | None = None  # arrived, taken or not
         self._num_suspected = 0
+        self.is_suspected = False  # in this attempt a sample may have ended a process of the engine
         self._num_prompt_logprobs = 0  # positions of the prompt whose log-probabilities have arrived
         self._prompt_position = 0  # the same of the present attempt, which computes them again
         self._waiter: asyncio.Future[None] | None = None  # its reader, asleep
@@ -180,15 +181,14 @@ class OpenRequest:
         if self.message.scheduling.deadline_s is not None:
             self.deadline = now + self.message.scheduling.deadline_s
 
-    def interrupt(self, cause: RingfeedError, now: float, *, is_suspected: bool = False) -> Interruption:
-        """The engine has lost the request. `is_suspected`: the request may have ended a process of the engine."""
+    def interrupt(self, cause: RingfeedError, now: float) -> None:
+        """The engine has lost the request."""
         if self.interruption is None:
             self.interruption = Interruption()
         self.interruption.begin(cause, now)
-        self._num_suspected += is_suspected
+        self._num_suspected += self.is_suspected
         self._prompt_position = 0
-        self.is_deaf, self.lost = True, None
-        return self.interruption
+        self.is_deaf, self.is_suspected, self.lost = True, False, None
 
     def sent_again(self) -> None:
         """The request was sent again."""

@@ -146,19 +146,16 @@ class PendingAnswers:
         """A sample has ended. If no other sample is open, the request has ended too, or can be resumed."""
         if final.finish_reason == "error":
             error = error_from_code(final.error_code, final.error_message, final.retry_after_s)
+            request.is_suspected |= final.suspected
             if isinstance(error, Interrupted) and final.num_open:
                 request.lost = final
             else:
-                self._take_error(
-                    request, error, QueueFull, is_suspected=final.suspected, is_open=final.num_open > 0
-                )  # fmt: skip
+                self._take_error(request, error, QueueFull, is_open=final.num_open > 0)
             return
         lost = request.lost
         request.end_sample(sample, final)
         if final.num_open == 0 and lost is not None:
-            self._take_error(
-                request, error_from_code(lost.error_code, lost.error_message), (), is_suspected=lost.suspected
-            )
+            self._take_error(request, error_from_code(lost.error_code, lost.error_message), ())
         elif final.num_open == 0:
             del self.requests[request.request_id]
 
@@ -168,7 +165,6 @@ class PendingAnswers:
         error: RingfeedError,
         passing: type[RingfeedError] | tuple[type[RingfeedError], ...],
         *,
-        is_suspected: bool = False,
         is_open: bool = False,
     ) -> None:
         """The engine does not answer a question: it waits to be sent again, or fails.
@@ -177,20 +173,20 @@ class PendingAnswers:
         attempt. `is_open`: the id stays in use, because other samples of the request still run.
         """
         if isinstance(error, Interrupted) or (question.interruption is not None and isinstance(error, passing)):
-            self.interrupt(question, error, is_suspected=is_suspected)
+            self.interrupt(question, error)
             return
         if not is_open:
             self.remove(question)
         question.fail(error)
 
-    def interrupt(self, question: Question, error: RingfeedError, *, is_suspected: bool = False) -> None:
+    def interrupt(self, question: Question, error: RingfeedError) -> None:
         """The engine has lost a question. It waits to be sent again, unless nobody wants its answer any more."""
         if isinstance(question, OpenRequest) and (question.ended or question.abandoned or question.cancelled):
             self.remove(question)
             if not question.ended:
                 question.end_here("cancelled")
         elif self._resumes:
-            question.interrupt(error, time.monotonic(), is_suspected=is_suspected)
+            question.interrupt(error, time.monotonic())
             self.waiting[question.key] = question
             self._on_waiting()
         else:

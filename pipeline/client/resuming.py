@@ -117,8 +117,8 @@ class Resumer:
             answers = self._connection.is_up and self._state
             state = self._state if answers else f"no engine answers at {self._endpoint}"
             question.fail(Interrupted(
-                f"{interruption.cause}; no engine continued the request within resume_timeout_s "
-                f"({self._limit_s:g} s): {state}"
+                f"{interruption.cause}; no engine continued it within {self._limit_s:g} s "
+                f"(resume_timeout_s of the client): {state}"
             ))  # fmt: skip
         return math.inf
 

@@ -134,7 +134,7 @@ CORE: Final = (SCHEDULER, DETOKENIZER, TOKENIZER, GRAMMAR)
 
 ENGINE: Final = Table(
     roles=(
-        # Spawned first: if the launcher is killed while it spawns, the gateway removes the run folder. The gateway
+        # Spawned first: if the launcher is killed while it spawns, the gateway removes the clients' socket. It
         # keeps the endpoint's claim, because it outlives a killed launcher by a moment.
         Role(
             name=GATEWAY, module="workers.gateway", bootstrap=role_settings.gateway, counters=GATEWAY_COUNTERS,

@@ -174,7 +174,7 @@ def test_a_request_that_kills_its_process_ends_alone(tmp_path: Path) -> None:
     poisons = [
         (f"Here {MARK}.", plain, "the prompt of this request has ended two tokenizer processes"),
         ([30, TOKEN_ID], plain, "its computation has ended the GPU process twice"),
-        ("Choose", choice("the cat", CHOICE), "its grammar has ended a grammar process twice"),
+        ("Choose", choice("the cat", CHOICE), "the grammar of this request has ended a grammar process twice"),
     ]
 
     def ask(client: Client, asked: list[tuple[Any, SamplingParams]]) -> list[Output]:

@@ -47,7 +47,7 @@ class GrammarWorkers:
         limit_s = compile_timeout_s + ANSWER_SLACK_S
         self.silence = (  # the error of those that `expired` returns
             f"the grammar process of this request has answered nothing for {limit_s:g} s "
-            f"(grammar.compile_timeout_s + {ANSWER_SLACK_S:g}): send the request again"
+            f"(grammar.compile_timeout_s + {ANSWER_SLACK_S:g})"
         )
         self._limit_ns = round(limit_s * 1e9)
         self._clock = clock
@@ -70,7 +70,10 @@ class GrammarWorkers:
                 "set it to 1 or more"
             )
         elif message.resume is not None and message.resume.num_suspected >= MAX_SUSPECTED:
-            code, text = RequestFailed.code, "its grammar has ended a grammar process twice: simplify the grammar"
+            code, text = (
+                RequestFailed.code,
+                "the grammar of this request has ended a grammar process twice: simplify the grammar",
+            )
         else:
             return None
         return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)

@@ -61,7 +61,7 @@ COUNTS: Final = (
     "num_cancelled", "num_refused", "num_queue_full", "num_deadline", "num_queue_timeout", "num_not_finite",
     "num_preemptions", "num_cached_tokens", "num_excluded", "num_structured_unfinished",
 )  # fmt: skip
-GRAMMAR_DIED: Final = "the grammar process of this request has died: send the request again"
+GRAMMAR_DIED: Final = "the grammar process of this request has died"
 GUILTY: Final = "this request failed: its computation has ended the GPU process twice; do not send it unchanged again"
 _DEFAULT_LIMITS: Final = GrammarLimits()
 

@@ -17,7 +17,8 @@ async def health(call: Call) -> Reply:
 
 
 async def ready(call: Call) -> Reply:
-    """Status 200 while the engine accepts requests; 503 while it starts, drains, has failed or does not answer."""
+    """Status 200 while the engine accepts requests; 503 while it starts, recovers, drains, has failed or does not
+    answer."""
     state, detail = await _state(call)
     return Reply(_body(call, state, detail), 200 if state == "ready" else 503)
 

@@ -29,7 +29,7 @@ def excluded(sequence: Sequence, num_tokens: int, late_after_s: float | None) ->
     if late_after_s is not None:
         text = (
             f"{begin} the mask of its grammar did not come within grammar.mask_timeout_s ({late_after_s:g}), or its "
-            "grammar process failed; send the request again"
+            "grammar process failed"
         )
         return _error(sequence, Interrupted, text)
     if not sequence.has_grammar:

@@ -272,7 +272,7 @@ def test_a_request_whose_grammar_seems_to_have_ended_two_processes_is_refused() 
     engine.drain()
     code, text = engine.errors[2]
     assert code == RequestFailed.code
-    assert "its grammar has ended a grammar process twice" in text
+    assert "the grammar of this request has ended a grammar process twice" in text
 
 
 def compiling(engine: ScheduledEngine) -> list[int]:
