@@ -10,6 +10,7 @@ stopped for a while, everybody gets that time back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -40,6 +41,7 @@ class Heartbeats:
         self._exit_s = min(EXIT_S, config.hang_timeout_s / 2)
         self._watched: dict[str, _Watched] = {}
         self._next_ping = 0.0
+        self._amnesty_until = 0.0  # until then work without progress is no hang
         self.number = 0  # of the newest round of pings
 
     def began(self, name: str, now: float) -> None:
@@ -55,6 +57,10 @@ class Heartbeats:
         """A process has said that it ends: it answers nothing any more."""
         if name in self._watched:
             self._watched[name].ends = now
+
+    def killed(self, name: str) -> None:
+        """A process was killed. It stays known until it has ended, and is not killed again."""
+        self.ends(name, math.inf)
 
     def starting(self, names: Iterable[str]) -> frozenset[str]:
         """Those of these processes that have not been ready, and were not forgotten."""
@@ -80,8 +86,11 @@ class Heartbeats:
             return ()
         late_s = now - self._next_ping if self.number else 0.0
         if late_s > self._interval_s:  # this process was stopped itself: answers have waited unread
+            self._amnesty_until = now + self._config.hang_timeout_s  # others may have been stopped as well
             for watched in self._watched.values():
-                watched.heard += late_s
+                watched.heard = min(now, watched.heard + late_s)  # an answer may have been read just now
+                if watched.busy_until > self._next_ping:
+                    watched.busy_until += late_s
                 if watched.ends is not None:
                     watched.ends += late_s
         self._next_ping = now + self._interval_s
@@ -115,10 +124,9 @@ class Heartbeats:
                 hung[name] = f"{self._text(name, watched, now)} (supervisor.hang_timeout_s {config.hang_timeout_s:g})"
         return hung
 
-    @staticmethod
-    def _silence_s(watched: _Watched, now: float) -> float:
+    def _silence_s(self, watched: _Watched, now: float) -> float:
         silence_s = 0.0 if now < watched.busy_until else now - max(watched.heard, watched.busy_until)
-        return max(silence_s, watched.stalled_s)
+        return silence_s if now < self._amnesty_until else max(silence_s, watched.stalled_s)
 
     @staticmethod
     def _text(name: str, watched: _Watched, now: float) -> str:

@@ -49,7 +49,8 @@ class Recovery:
 
     def ready(self, worker: ChildProcess, message: Ready) -> None:
         """A process has loaded, or serves."""
-        self._workers.info |= message.info
+        # What the first GPU process has found out holds for its successors.
+        self._workers.info = {**message.info, **self._workers.info}
         worker.is_ready, worker.serves = True, worker.is_started
         self._heartbeats.ready(worker.name, time.monotonic())
         self._announcer.worker_ready(worker.name)
@@ -69,7 +70,7 @@ class Recovery:
 
     def timeout_s(self) -> float:
         """The longest time until the next `go_on`."""
-        if any(worker.starts_after and not worker.is_started for worker in self._workers):
+        if self._announcer.is_ready and any(each.starts_after and not each.is_started for each in self._workers):
             return _POLL_S  # a new connection sends no event
         return self._heartbeats.timeout_s(time.monotonic())
 
@@ -94,11 +95,8 @@ class Recovery:
         self.spawned(pids)
         return None
 
-    def go_on(self, *, drains: bool) -> str | None:
-        """Do what is due. Returns why the engine cannot go on; None: it can.
-
-        `drains`: the fronts are to finish open requests and take no new ones.
-        """
+    def go_on(self, *, drains: bool) -> None:
+        """Do what is due. `drains`: the fronts are to finish open requests and take no new ones."""
         now = time.monotonic()
         if self._announcer.is_ready:
             for worker in self._workers:
@@ -106,10 +104,12 @@ class Recovery:
                     self._workers.start(worker)
         for name in self._heartbeats.round_due(now):
             self._workers.tell(name, Ping(number=self._heartbeats.number))
-        while hung := self._heartbeats.hung(now):  # asked again: one may restart with another
-            name, why = next(iter(hung.items()))
-            if loss := self._kill(name, why):
-                return loss
+        for name, why in self._heartbeats.hung(now).items():
+            if (hanging := self._workers.get(name)) is not None:  # its death then counts like any other
+                hanging.last_words = hanging.last_words or f"{why}, and was killed"
+                hanging.serves = False
+                hanging.kill()
+            self._heartbeats.killed(name)
         if self._announcer.is_ready:
             self._tell_fronts()
             if self._serves and not drains:
@@ -117,17 +117,6 @@ class Recovery:
         for worker in self._workers:
             if drains and worker.is_front and worker.serves and not worker.is_draining:
                 worker.is_draining = self._workers.tell(worker.name, Drain())
-        return None
-
-    def _kill(self, name: str, why: str) -> str | None:
-        """Kill a process that hangs. Returns why the engine cannot go on; None: it can."""
-        self._heartbeats.ended(name)
-        worker = self._workers.get(name)
-        if worker is None:
-            return None
-        worker.kill()
-        self._workers.bury(name)
-        return self.died(name, worker.last_words or f"{why}, and was killed")
 
     def _facts(self) -> EngineFacts:
         """With what the first GPU process has found out: one that takes its place must do with the same."""

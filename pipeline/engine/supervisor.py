@@ -242,7 +242,7 @@ class Supervisor:
                 self._lose(self._recovery.died(worker.name, what) if self._loss is None else what)
         self._end_requests.take_in(readable)
         if not self._stopping and self._loss is None:
-            self._lose(self._recovery.go_on(drains=self._is_draining))
+            self._recovery.go_on(drains=self._is_draining)
 
     def _take_messages(self, timeout_ms: int = 0) -> None:
         for worker, message in self._workers.hear(timeout_ms):

@@ -30,7 +30,7 @@ class WorkerSet:
         self._resources = resources
         self._poller = poller
         self._workers: dict[str, ChildProcess] = {}
-        self._spares: dict[str, SpareProcess] = {}  # by module
+        self._spares: dict[str, SpareProcess | None] = {}  # by module; None: it cannot be spawned
         (listener,) = resources.descriptors([wiring.listener_key(CONTROL)])
         self._control = bind_private_router(context, listener)
         poller.register(self._control, zmq.POLLIN)
@@ -59,7 +59,11 @@ class WorkerSet:
         """Start a spare process for each role that has one and lacks it. A spare that died is not started again."""
         for role in self.wiring.table.roles:
             if role.has_spare(self.wiring.facts.config) and role.module not in self._spares:
-                self._spares[role.module] = SpareProcess(role.module)
+                self._spares[role.module] = None
+                try:
+                    self._spares[role.module] = SpareProcess(role.module)
+                except OSError as error:  # the engine serves without
+                    logger.warning("no spare process of %s: %s", role.module, error)
 
     def _take_spare(self, module: str) -> SpareProcess | None:
         spare = self._spares.get(module)
@@ -74,10 +78,7 @@ class WorkerSet:
         EngineUnavailable if no socket can be made.
         """
         names = {process.name for process in started}
-        for worker in self:
-            if worker.name in names:
-                worker.kill()
-                self.bury(worker.name)
+        self._end(worker for worker in self if worker.name in names)
         self._resources.renew(wiring, started)
         self.wiring = wiring
         for process in wiring.neighbours(names):
@@ -122,9 +123,15 @@ class WorkerSet:
 
     def kill_all(self) -> None:
         for spare in self._spares.values():
-            spare.end()
+            if spare is not None:
+                spare.end()
         self._spares.clear()
-        for worker in self:
+        self._end(self)
+
+    def _end(self, workers: Iterable[ChildProcess]) -> None:
+        """Kill processes, all at once, and wait for their ends."""
+        ending = list(workers)
+        for worker in ending:
             worker.kill()
-        for worker in self:
+        for worker in ending:
             self.bury(worker.name)

@@ -132,6 +132,18 @@ def test_a_launcher_that_was_stopped_itself_gives_everybody_the_time_back() -> N
     assert sorted(watch.hung()) == ["gpu", "scheduler"], "its lateness hides a process that hangs"
 
 
+def test_after_it_was_stopped_itself_an_answer_that_has_waited_hides_no_later_hang() -> None:
+    watch = Watch("gpu", "scheduler")
+    watch.run(10)
+    watch.answering.clear()
+    watch.now += 3_600
+    watch.heartbeats.answered("gpu", 3_600.0, watch.now)  # read before the next round; the GPU process stood still too
+    watch.heartbeats.round_due(watch.now)
+    assert watch.suspects() == watch.hung() == []
+    watch.run(31)
+    assert "gpu" in watch.hung()
+
+
 def test_a_short_time_out_has_shorter_rounds() -> None:
     heartbeats = Heartbeats(SupervisorConfig(hang_timeout_s=1.0))
     heartbeats.began("gpu", 0.0)

@@ -28,9 +28,10 @@ class Worker:
         self.is_ready = self.is_started = self.serves = self.is_draining = False
         self.told_state: EngineState | None = None
         self.last_words = ""
+        self.is_killed = False
 
     def kill(self) -> None:
-        pass
+        self.is_killed = True
 
 
 class Workers:
@@ -99,7 +100,7 @@ class Engine:
         for _ in range(2):
             for worker in self.workers:
                 self.recovery.ready(worker, Ready(role=worker.name))  # type: ignore[arg-type]
-            assert self.recovery.go_on(drains=False) is None
+            self.recovery.go_on(drains=False)
 
     def silence(self, *names: str, seconds: float) -> str | None:
         """So much time passes, in which all others answer. Returns why the engine ends."""
@@ -109,8 +110,12 @@ class Engine:
             for worker in self.workers:
                 if worker.is_ready and worker.name not in names:
                     self.recovery._heartbeats.answered(worker.name, 0.0, self.now)
-            if loss := self.recovery.go_on(drains=False):
-                return loss
+            self.recovery.go_on(drains=False)
+            for worker in self.workers:  # as the supervisor does, which hears of their deaths
+                if worker.is_killed and self.workers.get(worker.name) is worker:
+                    self.workers.bury(worker.name)
+                    if loss := self.recovery.died(worker.name, worker.last_words):
+                        return loss
         return None
 
     def states(self) -> list[EngineState]:
