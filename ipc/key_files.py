@@ -63,15 +63,6 @@ def read_public_file(path: str | os.PathLike[str]) -> bytes:
     return key
 
 
-def read_public_folder(folder: str | os.PathLike[str]) -> dict[bytes, str]:
-    """The names of all certificates `NAME.key` in a folder, by public key. Raises ConfigError for the first bad one."""
-    try:
-        paths = sorted(path for path in Path(folder).iterdir() if path.suffix == PUBLIC_SUFFIX)
-    except OSError as error:
-        raise ConfigError(f"{os.fspath(folder)} cannot be read: {error.strerror}") from None
-    return {read_public_file(path): path.stem for path in paths}
-
-
 def write_secret_file(path: Path, keys: KeyPair) -> None:
     """Make a secret file with mode 0600. Raises FileExistsError if there is one."""
     server = f'    server-key = "{keys.server.decode()}"\n' if keys.server else ""

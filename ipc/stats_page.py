@@ -73,6 +73,8 @@ class StatsPage:
         if pid := int(values.pop("pid")):
             with contextlib.suppress(OSError):  # it has ended
                 self._cpu_ns = time.clock_gettime_ns(_cpu_clock(pid))
+        else:  # the next writer has not begun
+            self._cpu_ns = 0
         return {"cpu_ns": float(self._cpu_ns), **values}
 
     def clear(self) -> None:
@@ -80,7 +82,6 @@ class StatsPage:
         num_starts = int(self.values.num_starts[0])
         self._map[:] = bytes(len(self._map))
         self.values.num_starts[0] = num_starts
-        self._cpu_ns = 0
 
     def copy_arrays(self, names: Iterable[str]) -> dict[str, HostArray]:
         """Copies of those arrays, int64, that this page has; it ignores other names."""

@@ -82,10 +82,6 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
         """Of this process, on every socket. Another process of the same name has another one."""
         return f"{self.role}@{self.epoch}".encode()
 
-    def epochs_of(self, role: str) -> list[int]:
-        """Of all processes of a role, in order."""
-        return [epoch for name, epoch in self.epochs.items() if name.partition(".")[0] == role]
-
     def ring(self, name: str) -> RingEnd:
         """Our end of the one ring of this name."""
         (end,) = self.rings[name]
@@ -155,7 +151,9 @@ class BootstrapChannel(Generic[B]):
 
     def has_more(self) -> bool:
         """Whether `receive` would not wait."""
-        return bool(select.select([self._channel], [], [], 0)[0])
+        poller = select.poll()  # not select(): the descriptor's number may be large
+        poller.register(self._channel, select.POLLIN)
+        return bool(poller.poll(0))
 
     def close_unnamed(self) -> None:
         """Close the descriptors that the newest bootstrap does not name. Mappings of their memory stay valid."""

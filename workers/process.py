@@ -113,8 +113,8 @@ class WorkerProcess:
     def on_rewire(self, handler: Callable[[Any], None]) -> None:
         """Call `handler` with each further bootstrap of this process, from within `wait()`.
 
-        Its `worker.epochs` say which processes were started again. A ring of an epoch that we know has the descriptor
-        that we know. Afterwards this process closes the descriptors that the bootstrap does not name.
+        The epochs of its rings and the identities of its peers say what is new. A ring of an epoch that we know has the
+        descriptor that we know. Afterwards this process closes the descriptors that the bootstrap does not name.
         """
         self._on_rewire = handler
 

@@ -93,8 +93,8 @@ class Doorkeeper:
             self._has_rung = False
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.suspicion)
-        while self._suspects:
-            fd = self._suspects.pop()
+        for fd in list(self._suspects):  # the other thread may forget one meanwhile
+            self._suspects.discard(fd)
             if fd not in self.delivered:
                 self.close(fd, "a connection that has sent more than a message may have")
                 self.trim_soon()

@@ -214,8 +214,10 @@ class PromptDispatcher:
 
         Before that the scheduler may still clear their ring, which is the ring of this one.
         """
+        if load.is_gone or not self._dead:
+            return not load.is_gone
         name = load.identity.rpartition(b"@")[0]
-        return not load.is_gone and not any(dead.rpartition(b"@")[0] == name for dead in self._dead)
+        return not any(dead.rpartition(b"@")[0] == name for dead in self._dead)
 
     def unreachable(self, identity: bytes, key: int) -> None:
         """A prompt could not be sent, because its tokenizer has died: it cannot be the reason. `replaced` follows."""

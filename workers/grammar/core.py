@@ -123,8 +123,8 @@ class GrammarCore:
 
     def knows_some(self, keys: list[int]) -> bool:
         """Whether some sequence has a matcher, or all have ended. False: they are sequences of a predecessor."""
-        open_keys = [key for key in keys if key != NO_KEY]
-        return not open_keys or (self._matchers is not None and any(key in self._matchers for key in open_keys))
+        matchers = self._matchers
+        return (matchers is not None and any(key in matchers for key in keys)) or not any(keys)  # NO_KEY is 0
 
     def follow(self, keys: list[int], token_ids: list[int]) -> None:
         """Advance each sequence by its newest token, if it has one. Unknown sequences are ignored: they have ended, or

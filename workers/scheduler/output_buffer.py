@@ -56,10 +56,12 @@ class OutputBuffer:
 
     def take(self) -> StepOutputs | None:
         """The next message; None: there is nothing to send. Call until None: a large burst takes several messages."""
-        num_opened = self._num_opened()
-        opened, self.opened = self.opened[:num_opened], self.opened[num_opened:]
-        if self.opened:  # a token may belong to a request that is still to be opened
-            return StepOutputs(opened=opened)
+        opened: list[Opened] = []
+        if self.opened:
+            num_opened = self._num_opened()
+            opened, self.opened = self.opened[:num_opened], self.opened[num_opened:]
+            if self.opened:  # a token may belong to a request that is still to be opened
+                return StepOutputs(opened=opened)
         if not (opened or self._keys or self.ended or self.prompt_logprobs):
             return None
         admitted, self.admitted = self.admitted[:MAX_ITEMS], self.admitted[MAX_ITEMS:]

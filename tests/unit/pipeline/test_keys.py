@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.key_files import read_public_folder, read_secret_file
+from ipc.key_files import read_public_file, read_secret_file
 from pipeline import cli
 from pipeline.engine.config import config_from_toml
 from workers.gateway.client_keys import check_key_files
@@ -24,7 +24,8 @@ def test_the_printed_lines_and_files_make_an_engine_and_its_clients(
     server = read_secret_file(folder / "server.key_secret")
     clients = {name: read_secret_file(folder / f"{name}.key_secret") for name in ("laptop", "ci")}
     assert {keys.server for keys in clients.values()} == {server.public}
-    assert read_public_folder(folder / "clients") == {keys.public: name for name, keys in clients.items()}
+    allowed = {path.name: read_public_file(path) for path in (folder / "clients").iterdir()}
+    assert allowed == {f"{name}.key": keys.public for name, keys in clients.items()}
     assert all(str(folder / f"{name}.key_secret") in shown for name in clients)
     assert folder.stat().st_mode & 0o077 == 0
 

@@ -62,6 +62,7 @@ class Recording:
         self._num_taken = 0  # bytes, by the recording thread so far
         self._stopped = threading.Event()
         self.is_on = True
+        self._thread: threading.Thread | None = None
         self._end, is_full = find_end(fd)
         if is_full:
             self._give_up("is full: this process is not recorded")
@@ -94,8 +95,9 @@ class Recording:
         if self.is_on:
             self._put(SegmentEnd(reason))
             self._stopped.set()
+        if self._thread is not None:
             self._thread.join()
-            self.is_on = False
+        self.is_on = False
 
     def _put(self, frame: Frame) -> None:
         try:
@@ -118,6 +120,8 @@ class Recording:
         except OSError as error:
             self._give_up(f"cannot be written any more ({error.strerror}): it ends here")
             os.ftruncate(self._fd, self._end)
+        finally:
+            self._queue.clear()
 
     def _write_queued(self) -> None:
         while self._queue and self.is_on:
@@ -140,5 +144,5 @@ class Recording:
 
     def _give_up(self, why: str) -> None:
         self.is_on = False
-        self._queue.clear()
+        self._stopped.set()  # the recording thread ends, and frees what is queued
         logger.warning("the recording %s", why)
