@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from ipc.errors import EngineUnavailable, QueueFull, RingfeedError
+from pipeline.client.backoff import FIRST_PAUSE_S, LONGEST_PAUSE_S, jittered
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
-_FIRST_PAUSE_S: Final = 0.1  # after a refusal without `retry_after_s`; doubled for each further refusal
-_LONGEST_PAUSE_S: Final = 2.0
-_JITTER: Final = 0.25  # share of a pause that is random, so that clients refused together do not retry together
 
 
 class Batch(Generic[Request, Answer]):
@@ -96,14 +93,14 @@ class Batch(Generic[Request, Answer]):
         if retry_after_s > 0:
             self._pause_s = retry_after_s
         elif not self._was_refused:  # the first since workers were resumed
-            self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
+            self._pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self._pause_s))
         self._was_refused = True
         self._delay()
         if self._resumer is None:
             self._resumer = self._tasks.create_task(self._resume_parked())
 
     def _delay(self) -> None:
-        self._next_at = asyncio.get_running_loop().time() + self._pause_s * random.uniform(1.0, 1.0 + _JITTER)
+        self._next_at = asyncio.get_running_loop().time() + jittered(self._pause_s)
 
     async def _resume_parked(self) -> None:
         """Resume parked workers, more each time, until no worker is parked or no request is left."""

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
-from typing import Any, Final
+from typing import Any
 
 from ipc.errors import RingfeedError
-
-_FIRST_PAUSE_S: Final = 0.1  # before the second attempt without news in between; doubled for each further one
-_LONGEST_PAUSE_S: Final = 2.0
-_JITTER: Final = 0.25  # share of a pause that is random, so that questions refused together do not return together
+from pipeline.client.backoff import FIRST_PAUSE_S, LONGEST_PAUSE_S, jittered
 
 
 class Interruption:
@@ -37,8 +33,8 @@ class Interruption:
         self.cause, self._since = cause, now
         pause_s = cause.retry_after_s
         if not pause_s and self._num_attempts:
-            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (self._num_attempts - 1))
-        self.retry_at = now + pause_s * random.uniform(1.0, 1.0 + _JITTER)
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self._num_attempts - 1))
+        self.retry_at = now + jittered(pause_s)
 
     def sent(self, now: float) -> None:
         """The question was sent again."""

@@ -35,7 +35,7 @@ class Sample:
     """One sample of a request, with the text and tokens that have arrived and are unread."""
 
     __slots__ = (
-        "final", "index", "is_unread", "known", "logprobs", "num_chars", "prompt_logprobs", "prompt_usage", "texts",
+        "_known", "_num_chars", "final", "index", "is_unread", "logprobs", "prompt_logprobs", "prompt_usage", "texts",
         "token_ids", "without_logprob",
     )  # fmt: skip
 
@@ -50,15 +50,26 @@ class Sample:
         self.prompt_usage: Usage | None = None  # arrived and not taken
         self.final: FinalOutput | None = None
         self.is_unread = False
-        self.known = array("i")  # all tokens that have arrived, read or not, while the sample is open
-        self.num_chars = 0  # of the text that has arrived, in code points
+        self._known = array("i")  # the tokens that were taken, while the sample is open
+        self._num_chars = 0  # of the text that was taken, in code points
 
     @property
     def resumed(self) -> ResumedSample:
         """What has arrived. The engine does not run an ended sample again, so it needs no tokens of it."""
         if self.final is not None:
             return ResumedSample(has_ended=True)
-        return ResumedSample(token_ids=self.known.tobytes(), num_chars=self.num_chars)
+        num_chars = self._num_chars + sum(map(len, self.texts))
+        return ResumedSample(token_ids=array("i", [*self._known, *self.token_ids]).tobytes(), num_chars=num_chars)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that have arrived, taken or not, while the sample is open."""
+        return len(self._known) + len(self.token_ids)
+
+    def end(self, final: FinalOutput) -> None:
+        """The sample has ended. Nothing of it will be asked for again."""
+        self.final = final
+        del self._known[:]
 
     def take(self, request_id: str) -> Output:
         """Take everything unread as one Output."""
@@ -70,7 +81,10 @@ class Sample:
         if self.prompt_logprobs or self.without_logprob:
             output.prompt_logprobs = [*self.without_logprob, *prompt_logprobs(self.prompt_logprobs)]
             self.prompt_logprobs, self.without_logprob = [], []
-        if self.final is not None:
+        if self.final is None:
+            self._known.fromlist(self.token_ids)
+            self._num_chars += len(output.text)
+        else:
             output.finish_reason, output.times = self.final.finish_reason, self.final.times
             output.stop_reason = self.final.stop_string or None
         self.texts, self.token_ids, self.logprobs, self.is_unread = [], [], [], False
@@ -127,8 +141,6 @@ class OpenRequest:
             sample = self.samples[index]
             if text:
                 sample.texts.append(text)
-                sample.num_chars += len(text)
-            sample.known.fromlist(token_ids)
             if sample.token_ids:
                 sample.token_ids += token_ids
             else:
@@ -140,7 +152,7 @@ class OpenRequest:
 
         Those of positions that arrived before an interruption are dropped.
         """
-        num = len(part[0].token_ids) // self.samples[index].known.itemsize
+        num = len(part[0].token_ids) // 4
         self._prompt_position += num
         num_new = self._prompt_position - self._num_prompt_logprobs
         if num_new <= 0:
@@ -172,7 +184,7 @@ class OpenRequest:
         prompt = self.prompt_usage or Usage(0, 0)
         for sample in self.samples:
             self._end(sample, FinalOutput(
-                reason, prompt.prompt_tokens, len(sample.known), num_cached_tokens=prompt.num_cached_tokens
+                reason, prompt.prompt_tokens, sample.num_tokens, num_cached_tokens=prompt.num_cached_tokens
             ))  # fmt: skip
         self.ended = True
 
@@ -269,8 +281,7 @@ class OpenRequest:
 
     def _end(self, sample: Sample, final: FinalOutput) -> None:
         if sample.final is None:
-            sample.final = final
-            del sample.known[:]
+            sample.end(final)
             self._has_news(sample)
 
     def _has_news(self, sample: Sample) -> None:

@@ -211,7 +211,7 @@ def test_a_lost_connection_resumes_on_the_next_engine_and_repeats_nothing(gatewa
     gateway.say(news("r", "a", (1,)))
     assert next(stream).text == "a"
     gateway.say(news("r", "\u00e9", (2,)))  # it arrives, and the caller does not read it
-    wait_until(lambda: client._client._session._pending.requests["r"].samples[0].num_chars == 2)
+    wait_until(lambda: client._client._session._pending.requests["r"].samples[0].resumed.num_chars == 2)
     gateway.stop()
     wait_for_resume(client)
     successor = FakeGateway(gateway.endpoint)
