@@ -20,6 +20,7 @@ import msgspec
 from ipc.codec import decode
 from ipc.descriptor_passing import receive_with_descriptors
 from ipc.doorbell import Doorbell
+from ipc.identity import identity_of
 from ipc.record_layout import Layout, R
 from ipc.ring import Ring, RingHandle
 from ipc.stats_page import StatsHandle
@@ -80,7 +81,7 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def identity(self) -> bytes:
         """Of this process, on every socket. Another process of the same name has another one."""
-        return f"{self.role}@{self.epoch}".encode()
+        return identity_of(self.role, self.epoch)
 
     def ring(self, name: str) -> RingEnd:
         """Our end of the one ring of this name."""

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
+from ipc.identity import identity_of
 from ipc.ring import RingHandle
 from ipc.stats_page import StatsHandle
 from ipc.trace import TraceHandle
@@ -114,7 +115,7 @@ class Wiring:
 
     def identity(self, name: str) -> bytes:
         """Of a process on every socket."""
-        return f"{name}@{self.epoch(name)}".encode()
+        return identity_of(name, self.epoch(name))
 
     def after_death(
         self, dead: str, facts: EngineFacts | None = None, died_starting: Collection[str] = frozenset()

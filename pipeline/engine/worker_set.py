@@ -9,6 +9,7 @@ from typing import Any
 import zmq
 
 from ipc.channels import bind_private_router, receive_from, send_to
+from ipc.identity import name_of
 from ipc.messages import Start, WorkerToLauncher
 from pipeline.engine.child_process import ChildProcess, SpareProcess
 from pipeline.engine.instances import Process
@@ -110,7 +111,7 @@ class WorkerSet:
         if timeout_ms and not self._control.poll(timeout_ms):
             return
         for identity, message in receive_from(self._control, WorkerToLauncher):
-            worker = self._workers.get(identity.decode().rpartition("@")[0])
+            worker = self._workers.get(name_of(identity))
             if worker is not None and identity == self.wiring.identity(worker.name):
                 yield worker, message
 

@@ -27,6 +27,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from ipc.errors import QueueFull
+from ipc.identity import name_of
 from ipc.messages import GatewayToTokenizer, Tokenize
 from workers.gateway.config import GatewayBootstrap
 from workers.queueing.drain_rate import DrainRate
@@ -216,8 +217,7 @@ class PromptDispatcher:
         """
         if load.is_gone or not self._dead:
             return not load.is_gone
-        name = load.identity.rpartition(b"@")[0]
-        return not any(dead.rpartition(b"@")[0] == name for dead in self._dead)
+        return name_of(load.identity) not in map(name_of, self._dead)
 
     def unreachable(self, identity: bytes, key: int) -> None:
         """A prompt could not be sent, because its tokenizer has died: it cannot be the reason. `replaced` follows."""

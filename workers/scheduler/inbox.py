@@ -13,6 +13,7 @@ from typing import Any, Final
 import zmq
 
 from ipc.channels import receive_from
+from ipc.identity import name_of
 from ipc.messages import (
     Accepted,
     CacheCleared,
@@ -109,7 +110,7 @@ class Inbox:
                 self._outbox.add(self._gateway, [Fenced(tokenizer=old)])
         for index, (old, new) in enumerate(zip(grammars, self.grammars, strict=True)):
             if old != new:
-                name = old.decode().rpartition("@")[0]
+                name = name_of(old)
                 self._scheduler.lose_grammar_worker(index, was_ready=name not in worker.died_starting)
                 self._scheduler.regain_grammar_worker(index)
                 self._outbox.forget(old)
