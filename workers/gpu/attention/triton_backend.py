@@ -36,6 +36,17 @@ class Tuning:
     programs: int = 0  # that share a multiprocessor: for decode
 
 
+# Of decodes: the most bytes of one KV head's K at one position, and the tile sizes up to there.
+_DECODE_TUNINGS: Final = (
+    (128, Tuning(positions=64, warps=2, stages=3, programs=6)),
+    (256, Tuning(positions=64, warps=4, stages=2, programs=4)),
+)
+_NARROW_DECODE_TUNINGS: Final = (  # of a cache of 8 bits
+    (64, Tuning(positions=128, warps=2, stages=3, programs=6)),
+    (128, Tuning(positions=128, warps=4, stages=2, programs=4)),
+)
+
+
 class TritonBackend:
     """See `AttentionBackend`. `decode_tuning` and `prefill_tuning` override the choice that is made by head size and
     device."""
@@ -74,6 +85,7 @@ class TritonStep:
         sliding_window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        value_scale: float = 1.0,
     ) -> torch.Tensor:
         if query.stride(-1) != 1:
             query = query.contiguous()
@@ -89,6 +101,7 @@ class TritonStep:
             query if sinks is None else sinks,
             window=sliding_window or 0,
             scales=(scaling, _LOG2_E * scaling) if softcap is None else (scaling / softcap, _LOG2_E * softcap),
+            value_scale=None if value_scale == 1.0 else value_scale,
             meta={
                 "NUM_KV_HEADS": num_kv_heads,
                 "GROUP": num_heads // num_kv_heads,
@@ -109,7 +122,7 @@ class TritonStep:
         return result
 
     def _decode(self, call: _Call) -> None:
-        tuning = self._decode_tuning or choose_decode_tuning(call.query.device, call.key_bytes)
+        tuning = self._decode_tuning or choose_decode_tuning(call.query.device, call.key_bytes, call.key_cache.dtype)
         num_kv_heads, group = int(call.meta["NUM_KV_HEADS"]), int(call.meta["GROUP"])
         num_parts = choose_num_parts(call.query.device, tuning, num_kv_heads)
         key = (num_parts, call.window, tuning.positions)
@@ -142,6 +155,7 @@ class TritonStep:
             self._batch.num_tokens,
             *call.strides(self._batch.block_table),
             *call.scales,
+            call.value_scale,
             BLOCK_GROUP=max(triton.next_power_of_2(group), _SMALLEST_PRODUCT),
             UNIT=tuning.positions,
             DEPENDENT_LAUNCH=dependent_launch,
@@ -154,6 +168,7 @@ class TritonStep:
             *shares,
             parts,
             call.sinks,
+            call.value_scale,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             NUM_SHARES=_SMALLEST_PRODUCT,
@@ -166,7 +181,9 @@ class TritonStep:
         )
 
     def _prefill(self, call: _Call) -> None:
-        tuning = self._prefill_tuning or choose_prefill_tuning(call.query.device, call.key_bytes, call.query.dtype)
+        tuning = self._prefill_tuning or choose_prefill_tuning(
+            call.query.device, call.key_bytes, call.key_cache.dtype, call.query.dtype
+        )
         group = int(call.meta["GROUP"])
         rows = max(tuning.rows, triton.next_power_of_2(group))
         block_q = rows // group
@@ -183,6 +200,7 @@ class TritonStep:
             call.sinks,
             *call.strides(self._batch.block_table),
             *call.scales,
+            call.value_scale,
             BLOCK_M=rows,
             BLOCK_N=tuning.positions,
             WINDOW=call.window,
@@ -203,6 +221,7 @@ class _Call:
     sinks: torch.Tensor
     window: int  # 0 = none
     scales: tuple[float, float]  # scale of the scores before and after the soft cap
+    value_scale: float | None  # None = 1: the kernels are then compiled without it
     meta: dict[str, int | bool | str]
 
     @property
@@ -233,27 +252,34 @@ def is_dependent_launch_possible(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
-    """Choose tile sizes for `key_bytes`, the bytes of one KV head's K at one position.
+def choose_decode_tuning(device: torch.device, key_bytes: int, cache_dtype: torch.dtype) -> Tuning:
+    """Choose tile sizes for `key_bytes`, the bytes of one KV head's K at one position in the cache.
 
-    The values are the fastest of about forty that were measured on an H200, for 128 and 256 bytes.
+    The values for 16 bits are the fastest of about forty that were measured on an H200, for 128 and 256 bytes. Those
+    for 8 bits are not measured yet: twice the positions, so that a read has as many bytes.
     """
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1)
-    if key_bytes <= 128:
-        return Tuning(positions=64, warps=2, stages=3, programs=6)
-    if key_bytes <= 256:
-        return Tuning(positions=64, warps=4, stages=2, programs=4)
-    return Tuning(positions=32, warps=4, stages=_stages(device, 2 * key_bytes * 32, at_most=3), programs=2)
+    is_narrow = cache_dtype.itemsize == 1
+    for most_bytes, tuning in _NARROW_DECODE_TUNINGS if is_narrow else _DECODE_TUNINGS:
+        if key_bytes <= most_bytes:
+            return tuning
+    positions = 64 if is_narrow else 32
+    return Tuning(positions, warps=4, stages=_stages(device, 2 * key_bytes * positions, at_most=3), programs=2)
 
 
-def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dtype) -> Tuning:
+def choose_prefill_tuning(device: torch.device, key_bytes: int, cache_dtype: torch.dtype, dtype: torch.dtype) -> Tuning:
+    """Choose tile sizes for products in `dtype`, the query's, and `key_bytes` as in `choose_decode_tuning`."""
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1, rows=16)
     if dtype == torch.float32:  # small products in registers, not on the matrix units
         return Tuning(positions=32, warps=8, stages=1, rows=32)
-    rows, positions = 128, 64 if key_bytes <= 256 else 32
-    stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=rows * key_bytes)
+    query_bytes = key_bytes // cache_dtype.itemsize * dtype.itemsize  # of one row of a product
+    rows, positions = 128, 64 if query_bytes <= 256 else 32
+    held = rows * query_bytes
+    if cache_dtype != dtype:
+        held += 2 * positions * query_bytes  # K and V after their conversion
+    stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=held)
     return Tuning(positions, warps=8, stages=stages, rows=rows)
 
 

@@ -58,6 +58,7 @@ def decode(
     table_stride: tl.tensor,
     inner_scale: tl.tensor,
     outer_scale: tl.tensor,
+    value_scale: tl.tensor | None,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -136,7 +137,7 @@ def decode(
         )
         is_element = is_head[:, None] & (dim_v < DIM_V)[None, :]
         if own_end - own_begin == num_units:
-            normalized = normalize(maximum, total, output, sinks, head, is_head, SINKS)
+            normalized = normalize(maximum, total, output, sinks, head, is_head, value_scale, SINKS)
             at = (query_token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
             tl.store(result + at, normalized.to(result.dtype.element_ty), mask=is_element)
         else:
@@ -156,6 +157,7 @@ def combine(
     share_total: tl.tensor,
     parts: tl.tensor,
     sinks: tl.tensor,
+    value_scale: tl.tensor | None,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_SHARES: tl.constexpr,  # shares that one iteration reads
@@ -195,6 +197,6 @@ def combine(
         total = total * decay + tl.sum(own_total * weight, 0)
         output = output * decay[:, None] + tl.sum(own_output * weight[:, None], 0)[None, :]
         maximum = new_maximum
-    normalized = normalize(maximum, total, output, sinks, head, head >= 0, SINKS)
+    normalized = normalize(maximum, total, output, sinks, head, head >= 0, value_scale, SINKS)
     at = (query_token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
     tl.store(result + at, normalized.to(result.dtype.element_ty), mask=(dim_v < DIM_V)[None, :])

@@ -35,6 +35,7 @@ def prefill(
     table_stride: tl.tensor,
     inner_scale: tl.tensor,
     outer_scale: tl.tensor,
+    value_scale: tl.tensor | None,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -168,7 +169,7 @@ def prefill(
             PRECISION=PRECISION,
             EXACT=True,
         )
-    normalized = normalize(maximum, total, output, sinks, head, is_row, SINKS)
+    normalized = normalize(maximum, total, output, sinks, head, is_row, value_scale, SINKS)
     dim_v = tl.arange(0, BLOCK_DIM_V)
     at = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
     tl.store(result + at, normalized.to(result.dtype.element_ty), mask=is_row[:, None] & (dim_v < DIM_V)[None, :])

@@ -26,7 +26,7 @@ def attend_range(
     maximum: tl.tensor,  # [M] float32
     total: tl.tensor,  # [M] float32
     output: tl.tensor,  # [M, BLOCK_DIM_V] float32
-    query: tl.tensor,  # [M, BLOCK_DIM_K]
+    query: tl.tensor,  # [M, BLOCK_DIM_K]; K and V are converted to its dtype, which changes them only if of 8 bits
     query_position: tl.tensor,  # [M] int32: a row sees KV up to and including its position
     begin: tl.tensor,
     end: tl.tensor,  # end of the range of KV positions; without CAUSAL the range is a multiple of BLOCK_N
@@ -74,7 +74,7 @@ def attend_range(
             key = tl.load(key_at)
         else:
             key = tl.load(key_at, mask=(dim_k < DIM_K)[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
         if SOFTCAP:
             scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * inner_scale * LOG2_E)))  # tanh
         if CAUSAL:
@@ -90,6 +90,7 @@ def attend_range(
             value = tl.load(value_at)
         else:
             value = tl.load(value_at, mask=(dim_v < DIM_V)[None, :], other=0.0)
+        value = value.to(query.dtype)
         if EXACT:
             is_bad = value - value != 0
             value = tl.where(is_bad, tl.zeros_like(value), value)
@@ -111,9 +112,11 @@ def normalize(
     sinks: tl.tensor,
     head: tl.tensor,
     mask: tl.tensor,
+    value_scale: tl.tensor | None,
     SINKS: tl.constexpr,
 ) -> tl.tensor:
     """Return the softmax's result, [M, BLOCK_DIM_V]. `sinks`, indexed by `head` [M], add weight but no value.
+    `value_scale` is a factor of V; None = 1.
 
     A total of NaN makes the row NaN. So does a total of 0, which means that every score of the row was -inf.
     """
@@ -123,4 +126,7 @@ def normalize(
         decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.exp2(sink - new_maximum)
         output = output * decay[:, None]
-    return output / total[:, None]
+    output = output / total[:, None]
+    if value_scale is not None:
+        output = output * value_scale
+    return output

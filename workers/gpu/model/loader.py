@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -28,6 +27,7 @@ from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.memory.account import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.memory.kv_cache import KVCache, choose_num_blocks
 from workers.gpu.memory.out_of_memory import is_out_of_memory
+from workers.gpu.model.cache_format import check_cache_dtype, choose_cache_format
 from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
@@ -40,8 +40,7 @@ from workers.gpu.model.quantization import (
     loading_quantized,
 )
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
-from workers.gpu.model.weight_files import weight_files
-from workers.gpu.model.weights import Progress, make_blank, read_weights
+from workers.gpu.model.weights import Progress, files_to_read, make_blank, read_weights
 from workers.gpu.startup_stages import LOADING
 
 logger = logging.getLogger(__name__)
@@ -76,6 +75,7 @@ def load_model(
         torch.set_num_threads(config.num_threads)
 
     backend = make_backend(config.attention, device)
+    check_cache_dtype(cache, device)
     progress("reading config.json", 0.0)
     model_config = load_config(config.path)
     check_config(model_config, shape.max_model_len)
@@ -89,6 +89,7 @@ def load_model(
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
 
+    facts = choose_cache_format(facts, cache, config.path, files_to_read(config))
     step = largest_step(model, facts, shape, device, backend)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         progress("compiling the model", 0.0)
@@ -106,7 +107,7 @@ def load_model(
         shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=captures, row_states=facts.row_states
     )
     num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
-    kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
+    kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device, facts.kv_scales)
     progress("allocating the KV cache", 1.0)
     logger.info(
         "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
@@ -187,24 +188,19 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
 
     Raises ConfigError or ModelUnsupported.
     """
-    reads_files = config.load_format != "dummy"
-    files = weight_files(_folder(config.path)) if reads_files else []
-    if reads_files:
+    files = files_to_read(config)
+    if files:
         check_quantization(config.path, files[0].parent, model_config)
     with _blaming_config(config.path, model_config):  # covers this line only, not errors of the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
-    if reads_files:
+    if files:
         model = _read_weights(config, files, model_config, blank, device, progress)
     else:
         model = _random_weights(config, model_config, device)
     model.eval().requires_grad_(False)
     progress(LOADING, 1.0)
     return model
-
-
-def _folder(path: str) -> Path:
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
 
 
 def _read_weights(
