@@ -11,7 +11,6 @@ import torch
 from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.execution.step_batch import StepBatch
 
-
 E4M3_NAN = 0x7F  # as a byte
 
 

@@ -53,15 +53,18 @@ class _Gatherer:
 
     def __call__(self, cache: torch.Tensor, group: _Group) -> torch.Tensor:
         """Return the group's K or V, a view of shape [G, num_kv_heads, L, head_dim]."""
+        is_narrow = cache.dtype == E4M3
+        if is_narrow:  # as bytes, because torch's operations on float8 depend on the device
+            cache = cache.view(torch.uint8)
         sizes = (group.blocks.shape[0], *cache.shape[1:])
         if self._memory.numel() < math.prod(sizes) or self._memory.dtype != cache.dtype:
             self._memory = cache.new_empty(math.prod(sizes))
         blocks = self._memory[: math.prod(sizes)].view(sizes)
         torch.index_select(cache, 0, group.blocks, out=blocks)
-        if cache.dtype == E4M3:
+        if is_narrow:
             if self._widened.numel() < blocks.numel():
                 self._widened = torch.empty(blocks.numel(), device=cache.device)
-            blocks = self._widened[: blocks.numel()].view(sizes).copy_(blocks)
+            blocks = self._widened[: blocks.numel()].view(sizes).copy_(blocks.view(E4M3))
         return blocks.view(group.num_seqs, -1, *cache.shape[2:])[:, : group.num_keys].transpose(1, 2)
 
 

@@ -99,7 +99,7 @@ def _checked(path: str, name: str, tensor: torch.Tensor) -> float:
     scale = float(tensor.float().item())
     if not (math.isfinite(scale) and scale >= _SMALLEST_SCALE):
         raise ModelUnsupported(
-            f"model.path ({path!r}): the KV cache's scale {name} is {scale:g}, and a scale has to be positive and "
-            f"finite: {_CURE}"
+            f"model.path ({path!r}): the KV cache's scale {name} is {scale:g}, and a scale has to be finite and "
+            f"at least {_SMALLEST_SCALE:.2g}: {_CURE}"
         )
     return scale
