@@ -36,14 +36,15 @@ class Tuning:
     programs: int = 0  # that share a multiprocessor: for decode
 
 
-# Of decodes: the most bytes of one KV head's K at one position, and the tile sizes up to there.
+# Of decodes: the most bytes of one KV head's K at one position in the cache, and the tile sizes up to there. `programs`
+# of them fit a multiprocessor's registers and shared memory.
 _DECODE_TUNINGS: Final = (
     (128, Tuning(positions=64, warps=2, stages=3, programs=6)),
     (256, Tuning(positions=64, warps=4, stages=2, programs=4)),
 )
 _NARROW_DECODE_TUNINGS: Final = (  # of a cache of 8 bits
-    (64, Tuning(positions=128, warps=2, stages=3, programs=6)),
-    (128, Tuning(positions=128, warps=4, stages=2, programs=4)),
+    (64, Tuning(positions=128, warps=4, stages=3, programs=4)),
+    (128, Tuning(positions=128, warps=4, stages=3, programs=3)),
 )
 
 
@@ -122,7 +123,7 @@ class TritonStep:
         return result
 
     def _decode(self, call: _Call) -> None:
-        tuning = self._decode_tuning or choose_decode_tuning(call.query.device, call.key_bytes, call.key_cache.dtype)
+        tuning = self._decode_tuning or choose_decode_tuning(*call.tuned_for)
         num_kv_heads, group = int(call.meta["NUM_KV_HEADS"]), int(call.meta["GROUP"])
         num_parts = choose_num_parts(call.query.device, tuning, num_kv_heads)
         key = (num_parts, call.window, tuning.positions)
@@ -158,6 +159,7 @@ class TritonStep:
             call.value_scale,
             BLOCK_GROUP=max(triton.next_power_of_2(group), _SMALLEST_PRODUCT),
             UNIT=tuning.positions,
+            PAIRED=call.has_pairs,
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
@@ -181,9 +183,7 @@ class TritonStep:
         )
 
     def _prefill(self, call: _Call) -> None:
-        tuning = self._prefill_tuning or choose_prefill_tuning(
-            call.query.device, call.key_bytes, call.key_cache.dtype, call.query.dtype
-        )
+        tuning = self._prefill_tuning or choose_prefill_tuning(*call.tuned_for)
         group = int(call.meta["GROUP"])
         rows = max(tuning.rows, triton.next_power_of_2(group))
         block_q = rows // group
@@ -225,9 +225,16 @@ class _Call:
     meta: dict[str, int | bool | str]
 
     @property
-    def key_bytes(self) -> int:
-        """Bytes of one KV head's K or V at one position, the larger of the two, padded as the kernels hold it."""
-        return max(int(self.meta["BLOCK_DIM_K"]), int(self.meta["BLOCK_DIM_V"])) * self.key_cache.element_size()
+    def has_pairs(self) -> bool:
+        """Whether the decode kernel reads V as pairs of 8 bits: if half of its padded heads still make a product."""
+        is_even = int(self.meta["DIM_V"]) % 2 == 0 and int(self.meta["BLOCK_DIM_V"]) >= 2 * _SMALLEST_PRODUCT
+        return is_even and self.value_cache.dtype.itemsize == 1
+
+    @property
+    def tuned_for(self) -> tuple[torch.device, int, torch.dtype, torch.dtype]:
+        """What the tile sizes depend on. The head size is that of K or V, the larger, padded as the kernels hold it."""
+        head_dim = max(int(self.meta["BLOCK_DIM_K"]), int(self.meta["BLOCK_DIM_V"]))
+        return self.query.device, head_dim, self.key_cache.dtype, self.query.dtype
 
     def strides(self, block_table: torch.Tensor) -> tuple[int, ...]:
         return (
@@ -252,15 +259,17 @@ def is_dependent_launch_possible(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def choose_decode_tuning(device: torch.device, key_bytes: int, cache_dtype: torch.dtype) -> Tuning:
-    """Choose tile sizes for `key_bytes`, the bytes of one KV head's K at one position in the cache.
+def choose_decode_tuning(device: torch.device, head_dim: int, cache_dtype: torch.dtype, dtype: torch.dtype) -> Tuning:
+    """Choose tile sizes for padded heads of `head_dim` elements in the cache, and queries of `dtype`.
 
     The values for 16 bits are the fastest of about forty that were measured on an H200, for 128 and 256 bytes. Those
-    for 8 bits are not measured yet: twice the positions, so that a read has as many bytes.
+    for 8 bits are not measured. They follow from the compiled code: a tile of twice as many positions has as many
+    bytes, and half the instructions per byte of one of 64.
     """
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1)
-    is_narrow = cache_dtype.itemsize == 1
+    is_narrow = cache_dtype.itemsize == 1 and dtype.itemsize == 2  # in float32, what is read is wide at once
+    key_bytes = head_dim * (1 if is_narrow else dtype.itemsize)
     for most_bytes, tuning in _NARROW_DECODE_TUNINGS if is_narrow else _DECODE_TUNINGS:
         if key_bytes <= most_bytes:
             return tuning
@@ -268,19 +277,19 @@ def choose_decode_tuning(device: torch.device, key_bytes: int, cache_dtype: torc
     return Tuning(positions, warps=4, stages=_stages(device, 2 * key_bytes * positions, at_most=3), programs=2)
 
 
-def choose_prefill_tuning(device: torch.device, key_bytes: int, cache_dtype: torch.dtype, dtype: torch.dtype) -> Tuning:
-    """Choose tile sizes for products in `dtype`, the query's, and `key_bytes` as in `choose_decode_tuning`."""
+def choose_prefill_tuning(device: torch.device, head_dim: int, cache_dtype: torch.dtype, dtype: torch.dtype) -> Tuning:
+    """Choose tile sizes, for the same arguments."""
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1, rows=16)
     if dtype == torch.float32:  # small products in registers, not on the matrix units
         return Tuning(positions=32, warps=8, stages=1, rows=32)
-    query_bytes = key_bytes // cache_dtype.itemsize * dtype.itemsize  # of one row of a product
-    rows, positions = 128, 64 if query_bytes <= 256 else 32
-    held = rows * query_bytes
+    row_bytes = head_dim * dtype.itemsize  # of a product
+    rows, positions = 128, 64 if row_bytes <= 256 else 32
+    held_bytes = rows * row_bytes
     if cache_dtype != dtype:
-        held += 2 * positions * query_bytes  # K and V after their conversion
-    stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=held)
-    return Tuning(positions, warps=8, stages=stages, rows=rows)
+        held_bytes += 2 * positions * row_bytes  # K and V after their conversion
+    stage_bytes = 2 * head_dim * cache_dtype.itemsize * positions
+    return Tuning(positions, warps=8, stages=_stages(device, stage_bytes, at_most=3, besides=held_bytes), rows=rows)
 
 
 def _stages(device: torch.device, stage_bytes: int, *, at_most: int, besides: int = 0) -> int:

@@ -28,7 +28,7 @@ from workers.gpu.attention.triton_plan import (
     PART_ENTRY,
     PART_UNIT,
 )
-from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize
+from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize, scale_query
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def decode(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIRED: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (parts * NUM_KV_HEADS). Attention of the decodes; see the module."""
@@ -107,11 +108,13 @@ def decode(
         is_head = group < GROUP
         query_at = query + query_token * query_token_stride + head[:, None] * query_head_stride + dim_k[None, :]
         query_rows = tl.load(query_at, mask=is_head[:, None] & (dim_k < DIM_K)[None, :], other=0.0)
+        query_rows, query_scale = scale_query(query_rows, key_cache)
         maximum, total, output = attend_range(
             tl.full([BLOCK_GROUP], NO_SCORE, tl.float32),
             tl.zeros([BLOCK_GROUP], tl.float32),
             tl.zeros([BLOCK_GROUP, BLOCK_DIM_V], tl.float32),
             query_rows,
+            query_scale,
             tl.zeros([BLOCK_GROUP], tl.int32) + (end - 1),
             begin + own_begin * UNIT,
             tl.minimum(begin + own_end * UNIT, end),
@@ -134,6 +137,7 @@ def decode(
             WINDOW=0,  # `begin` already accounts for the window
             SOFTCAP=SOFTCAP,
             PRECISION=PRECISION,
+            PAIRED=PAIRED,
         )
         is_element = is_head[:, None] & (dim_v < DIM_V)[None, :]
         if own_end - own_begin == num_units:

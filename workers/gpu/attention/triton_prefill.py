@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from workers.gpu.attention.triton_plan import COLUMNS, TILE_POSITION, TILE_ROW, TILE_STOP, TILE_TOKEN
-from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize
+from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize, scale_query
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def prefill(
     dim_k = tl.arange(0, BLOCK_DIM_K)
     query_at = query + (token * query_token_stride + head * query_head_stride)[:, None] + dim_k[None, :]
     query_rows = tl.load(query_at, mask=is_row[:, None] & (dim_k < DIM_K)[None, :], other=0.0)
+    query_rows, query_scale = scale_query(query_rows, key_cache)
     blocks = block_table + tl.load(tile + TILE_ROW).to(tl.int64) * table_stride
 
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
@@ -84,6 +85,7 @@ def prefill(
             total,
             output,
             query_rows,
+            query_scale,
             position,
             0,
             edge,
@@ -112,6 +114,7 @@ def prefill(
         total,
         output,
         query_rows,
+        query_scale,
         position,
         edge,
         end,
@@ -145,6 +148,7 @@ def prefill(
             tl.zeros([BLOCK_M], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32),
             query_rows,
+            query_scale,
             position,
             start,
             end,

@@ -185,12 +185,15 @@ def test_kv_is_written_where_the_slot_mapping_says_and_nowhere_else() -> None:
     ],
     ids=str,
 )
-def test_a_cache_of_8_bits_is_read_with_its_scales(options: dict[str, Any]) -> None:
-    step = make_paged_step([(1, 130), (12, 33), (1, 8)], num_seqs=4, num_tokens=20, scales=SCALES)
+@pytest.mark.parametrize("head_dim", [16, 32])  # 32: V is read in pairs
+def test_a_cache_of_8_bits_is_read_with_its_scales(head_dim: int, options: dict[str, Any]) -> None:
+    step = make_paged_step(
+        [(1, 90), (12, 33), (1, 8)], num_seqs=4, num_tokens=20, head_dim=head_dim, scales=SCALES
+    )  # fmt: skip
     assert_equal(run(step, **options), attend(step, scaling=0.25, **options))
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim", "head_dim_v"), [(6, 24, 16), (2, 80, 80)])
+@pytest.mark.parametrize(("num_heads", "head_dim", "head_dim_v"), [(6, 24, 16), (2, 40, 80), (2, 32, 33)])
 def test_a_cache_of_8_bits_may_have_any_heads(num_heads: int, head_dim: int, head_dim_v: int) -> None:
     step = make_paged_step(
         [(1, 37), (9, 19)], num_heads=num_heads, head_dim=head_dim, head_dim_v=head_dim_v, scales=(1.0, 0.01)
@@ -198,18 +201,25 @@ def test_a_cache_of_8_bits_may_have_any_heads(num_heads: int, head_dim: int, hea
     assert_equal(run(step), attend(step, scaling=0.25))
 
 
-def test_a_query_of_half_precision_reads_a_cache_of_8_bits_in_its_own_dtype() -> None:
-    step = make_paged_step([(1, 90), (9, 40)], dtype=torch.float16, head_dim=64, scales=SCALES)
-    result = run(step, scaling=0.125)
-    assert result.dtype == torch.float16
-    assert_equal(result, attend(step, scaling=0.125), tolerance=1e-3)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 60_000.0), (torch.bfloat16, 1.0), (torch.bfloat16, 1e-30), (torch.bfloat16, 1e30)],
+)
+def test_a_query_of_16_bits_may_have_any_size_beside_a_cache_of_8_bits(dtype: torch.dtype, size: float) -> None:
+    """The products are in float16, whose range is smaller."""
+    step = make_paged_step([(1, 90), (9, 40)], dtype=dtype, head_dim=64, scales=SCALES)
+    query = (step.query.float() / step.query.float().abs().amax(-1, keepdim=True) * size).to(dtype)
+    step = dataclasses.replace(step, query=query)
+    result = run(step, scaling=0.5 / size, softcap=2.0)
+    assert result.dtype == dtype
+    assert_equal(result, attend(step, scaling=0.5 / size, softcap=2.0), tolerance=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 9}], ids=str)
 def test_nan_in_a_cache_of_8_bits_reaches_the_tokens_that_see_it_and_no_others(options: dict[str, Any]) -> None:
     for seed, plant_options in enumerate(PLANTS[:3]):
         step = make_paged_step(
-            [(1, 40), (21, 37), (1, 9), (5, 5)], num_seqs=6, num_tokens=32, seed=seed, scales=SCALES
+            [(1, 40), (21, 37), (1, 9), (5, 5)], num_seqs=6, num_tokens=32, head_dim=32, seed=seed, scales=SCALES
         )  # fmt: skip
         found = check_planted(
             TritonBackend(), step, {**plant_options, "seed": seed}, TOLERANCE, scaling=0.25, **options

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ipc.errors import ConfigError, ModelUnsupported
 from ipc.records import StepShape
+from tests.reference.narrow_cache import NUM_NEW, check_logits, make_scaled_model
 from tests.reference.packed_steps import run_packed
-from tests.reference.tiny_models import VOCAB_SIZE, make_tiny_model, reference_logits, reference_model
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.memory.kv_cache import KVScales, quantize
+from workers.gpu.memory.kv_cache import KVScales
 from workers.gpu.model.cache_format import check_cache_dtype, read_cache_scales
 from workers.gpu.model.loader import LoadedModel, load_model
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4)
-NUM_NEW = 4
-SCALES = [KVScales(0.05, 0.02), KVScales(0.01, 0.03), KVScales(), KVScales(0.2, 0.3)]  # 0.01 makes K of 4.5 saturate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,49 +97,9 @@ def test_a_gpu_that_cannot_convert_8_bits_is_refused(monkeypatch: pytest.MonkeyP
 def test_logits_are_those_of_transformers_with_k_and_v_rounded_to_8_bits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rounding of float32 may change how a number is rounded to 8 bits, and with it all later tokens. That is rare,
-    and a small part of the difference that 8 bits make."""
-    folder = make_tiny_model(family, tmp_path, seed=1)
-    reference = reference_model(folder)
-    scales = SCALES[: reference.config.num_hidden_layers]
-    add_scales(folder, scales)
+    folder = make_scaled_model(family, tmp_path)
     loaded = load(folder, CacheConfig(dtype="fp8_e4m3", num_blocks=64))
     assert 4 * loaded.memory.kv_blocks == load(folder, CacheConfig(num_blocks=64)).memory.kv_blocks
-
-    rng = random.Random(2)
-    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in (2, 13, 41)]
-    sequences = run_packed(loaded.runner, prompts, NUM_NEW, num_blocks=64, seed=3)
-    plain = [reference_logits(reference, sequence.token_ids[:-1])[-NUM_NEW:] for sequence in sequences]
-    round_kv(reference, scales, monkeypatch)
-    rounded = [reference_logits(reference, sequence.token_ids[:-1])[-NUM_NEW:] for sequence in sequences]
-    errors = []
-    for sequence, exact, expected in zip(sequences, plain, rounded, strict=True):
-        logits = torch.stack(sequence.logits)
-        of_8_bits = (expected - exact).norm() / exact.norm()
-        assert 0.01 < of_8_bits < 0.5, "attention of these wide weights is sharp"
-        errors.append(float((logits - expected).norm() / exact.norm()))
-        assert errors[-1] < 0.15 * of_8_bits
-    assert min(errors) < 1e-4
-
-
-def add_scales(folder: Path, scales: list[KVScales]) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for index, layer in enumerate(scales):
-        tensors[f"model.layers.{index}.self_attn.k_scale"] = torch.tensor(layer.key)
-        tensors[f"model.layers.{index}.self_attn.v_scale"] = torch.tensor([layer.value])
-    save_file(tensors, file, {"format": "pt"})
-
-
-def round_kv(model: Any, scales: list[KVScales], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a reference model round K and V to 8 bits before its attention."""
-    modeling = sys.modules[type(model).__module__]
-    attend = modeling.eager_attention_forward  # type: ignore[attr-defined]
-
-    def attend_rounded(module: Any, query: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        layer = scales[module.layer_idx]
-        key = quantize(key, layer.key).float() * layer.key
-        value = quantize(value, layer.value).float() * layer.value
-        return attend(module, query, key, value, *rest, **more)
-
-    monkeypatch.setattr(modeling, "eager_attention_forward", attend_rounded)
+    check_logits(
+        folder, lambda prompts: run_packed(loaded.runner, prompts, NUM_NEW, num_blocks=64, seed=3), monkeypatch
+    )  # fmt: skip
