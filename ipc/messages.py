@@ -88,6 +88,10 @@ class ResumedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     num_chars: int = 0  # of text, in code points
     has_ended: bool = False  # its end has arrived too: it is not run again
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) // 4
+
 
 class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """What a client has received of a request that was interrupted. The engine goes on from there.
@@ -97,6 +101,16 @@ class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     samples: BoundedList[ResumedSample]  # [params.n]
     num_suspected: int = 0  # deaths of a process that this request may have caused, as `Interrupted` said
+
+
+def open_samples(num_samples: int, resume: Resume | None) -> dict[int, int]:
+    """The samples of a request that have not ended, each with the number of tokens that its client has received.
+
+    These are all `num_samples` samples of a new request, without tokens.
+    """
+    if resume is None:
+        return dict.fromkeys(range(num_samples), 0)
+    return {i: sample.num_tokens for i, sample in enumerate(resume.samples) if not sample.has_ended}
 
 
 class Generate(Message, frozen=True):
