@@ -734,7 +734,6 @@ class Drained(Message, frozen=True):
 class Pong(Message, frozen=True):
     """worker -> launcher, answers a `Ping`: the process's loop goes round."""
 
-    number: int
     stalled_s: float = 0.0  # for how long work that others wait for has made no progress here; 0 = there is none
 
 
@@ -746,8 +745,6 @@ class Busy(Message, frozen=True):
 
 class Ping(Message, frozen=True):
     """launcher -> worker, every few seconds once the worker is ready. A worker that answers nothing is killed."""
-
-    number: int
 
 
 class EngineState(Message, frozen=True):

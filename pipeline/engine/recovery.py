@@ -103,7 +103,7 @@ class Recovery:
                 if not worker.is_started and (worker.is_ready or worker.starts_after):
                     self._workers.start(worker)
         for name in self._heartbeats.round_due(now):
-            self._workers.tell(name, Ping(number=self._heartbeats.number))
+            self._workers.tell(name, Ping())
         for name, why in self._heartbeats.hung(now).items():
             if (hanging := self._workers.get(name)) is not None:  # its death then counts like any other
                 hanging.last_words = hanging.last_words or f"{why}, and was killed"

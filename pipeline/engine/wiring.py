@@ -185,7 +185,6 @@ class Wiring:
             role=process.name,
             index=process.index,
             epoch=self.epoch(process.name),
-            epochs=self.epochs,
             died_starting=sorted(self._died_starting),
             launcher_pid=facts.launcher_pid,
             outlives_launcher=role.outlives_launcher,

@@ -175,7 +175,6 @@ def test_a_death_gives_new_epochs_to_what_cannot_go_on_and_to_nothing_else(
         old, new = (set(wiring.plan(process).descriptors) for wiring in (before, after))
         if old != new:
             assert process.name in group | {each.name for each in after.neighbours(group)}
-        assert Given(after, process.name).worker.epochs == after.epochs
 
 
 def test_who_meets_a_new_process_is_told() -> None:
