@@ -72,7 +72,7 @@ def test_the_engines_own_table_gives_the_documented_processes() -> None:
     assert started == [
         "gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1", "grammar.0", "grammar.1",
     ]  # fmt: skip
-    assert {Given(wiring, name).plan.module for name in started} == {
+    assert {Given(wiring, name).plan.process.role.module for name in started} == {
         f"workers.{role}" for role in ("gateway", "gpu", "scheduler", "detokenizer", "tokenizer", "grammar")
     }
     assert wiring.tracks == (
@@ -204,7 +204,7 @@ def test_an_extra_role_of_another_package_is_one_row() -> None:
     assert wiring.fronts == ("gateway", "extra.0", "extra.1")
     assert wiring.start_sequence[-1].name == "extra.1"
     extra = Given(wiring, "extra.1")
-    assert extra.plan.module == "pipeline.extra"
+    assert extra.plan.process.role.module == "pipeline.extra"
     assert extra.worker.stats.counters == ("num_connections",)
     assert set(extra.worker.sockets) == {"control"}
     assert extra.keys([extra.worker.traces["main"].fd]) == ["trace.extra.1"]
