@@ -15,7 +15,7 @@ from pipeline.client.inputs import generate_message
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.outputs import Output
 from pipeline.client.pending import PendingAnswers
-from tests.unit.pipeline.client.test_client import int32
+from tests.unit.pipeline.client.fake_gateway import int32
 
 TEXTS = st.lists(st.text(max_size=3), min_size=1, max_size=6)  # of each token of one sample
 
