@@ -522,7 +522,7 @@ def test_a_query_waits_no_longer_than_its_own_time_out(gateway: FakeGateway) -> 
 
 def test_a_pickled_client_keeps_its_times() -> None:
     client = pickle.loads(pickle.dumps(Client("ipc:///x/y", timeout_s=3, resume_timeout_s=None)))
-    assert client._timeouts == {"timeout_s": 3, "resume_timeout_s": None}
+    assert (client._client._timeout_s, client._client._resume_timeout_s) == (3, None)
     asynchronous = pickle.loads(pickle.dumps(AsyncClient("ipc:///x/y", resume_timeout_s=5)))
     assert asynchronous._resume_timeout_s == 5
     with pytest.raises(InvalidRequest, match=r"resume_timeout_s \(-1\)"):

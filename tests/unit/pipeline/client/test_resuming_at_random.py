@@ -93,7 +93,7 @@ def read(request: OpenRequest, taken: list[Output]) -> None:
 def test_random_cuts_of_an_answer_deliver_all_of_it_once(
     answer: list[list[str]], events: list[tuple[int, int, int] | str]
 ) -> None:
-    pending = PendingAnswers("ipc:///x/y", resumes=True, on_waiting=lambda: None)
+    pending = PendingAnswers("ipc:///x/y", resumes=True)
     message = generate_message("r", "hi", SamplingParams(n=len(answer)), True)
     request = pending.requests["r"] = OpenRequest(message)
     engine, taken = Engine(answer, message), list[Output]()
