@@ -16,6 +16,7 @@ import triton
 from workers.gpu.attention.triton_decode import combine, decode
 from workers.gpu.attention.triton_plan import plan_decodes, plan_tiles
 from workers.gpu.attention.triton_prefill import prefill
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.probed_model import ProbedModel
 
@@ -225,12 +226,6 @@ def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) ->
         return _NO_DEVICE_PARTS
     num_programs = torch.cuda.get_device_properties(device).multi_processor_count * tuning.programs
     return max(2, num_programs // num_kv_heads)
-
-
-def is_dependent_launch_possible(device: torch.device) -> bool:
-    """Whether the device supports programmatic dependent launch (compute capability 9 and later): a kernel may start
-    before the kernel that it depends on has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
