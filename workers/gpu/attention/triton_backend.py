@@ -122,6 +122,7 @@ class TritonStep:
         dim_v = int(call.meta["DIM_V"])
         num_programs = num_parts * num_kv_heads
         dependent_launch = is_dependent_launch_possible(call.query.device)
+        launch = {"launch_pdl": True} if dependent_launch else {}
         shape = (num_programs, group, dim_v)
         if shape not in self._shares:
             sums = torch.empty(2, num_programs, 2, group, dtype=torch.float32, device=call.query.device)
@@ -148,13 +149,17 @@ class TritonStep:
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
+            **launch,
             **call.meta,
         )
-        combine[(num_parts - 1, num_kv_heads * group)](
+        by_entry = len(entries) < num_parts
+        combine[(len(entries) if by_entry else num_parts - 1, num_kv_heads * group)](
             call.result,
             *shares,
+            entries,
             parts,
             call.sinks,
+            BY_ENTRY=by_entry,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             NUM_SHARES=_SMALLEST_PRODUCT,
@@ -163,7 +168,7 @@ class TritonStep:
             SINKS=call.meta["SINKS"],
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=4,
-            **({"launch_pdl": True} if dependent_launch else {}),
+            **launch,
         )
 
     def _prefill(self, call: _Call) -> None:
