@@ -6,7 +6,7 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from workers.gpu.model.cache_format import check_cache_dtype, choose_cache_forma
 from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
+from workers.gpu.model.linear_layers import tune_products, use_products
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.quantization import (
@@ -41,6 +42,7 @@ from workers.gpu.model.quantization import (
 )
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, files_to_read, make_blank, read_weights
+from workers.gpu.products.multiply import Shape
 from workers.gpu.startup_stages import LOADING
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def load_model(
     Raises ConfigError for a folder, length or cache that cannot work, and ModelUnsupported for a model that would
     compute wrong results. Silences transformers' own output for the rest of the process.
 
-        configuration > weights > gate > fused projections > compiled layers > largest step measured > KV cache
+        configuration > weights > gate > fused projections > products > compiled layers > tuning > KV cache
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -88,13 +90,16 @@ def load_model(
     backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
+    products = use_products(model, config, facts.cache_dtype, device)
 
-    facts = choose_cache_format(facts, cache, config.path, files_to_read(config))
-    step = largest_step(model, facts, shape, device, backend)
+    stored = choose_cache_format(facts, cache, config.path, files_to_read(config))
+    step = largest_step(model, stored, shape, device, backend)
+    gated: Collection[Shape] = ()
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         progress("compiling the model", 0.0)
-        compile_layers(model, step)
+        gated = compile_layers(model, step) or ()
         progress("compiling the model", 1.0)
+    tune_products(model, products, gated, facts.cache_dtype, shape.max_num_batched_tokens, device, progress)
 
     progress("measuring the largest step", 0.0)
     step_bytes = measure_step_bytes(step, device, shape)
@@ -106,8 +111,8 @@ def load_model(
     left_bytes = reserved_bytes(
         shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=captures, row_states=facts.row_states
     )
-    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
-    kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device, facts.kv_scales)
+    num_blocks = choose_num_blocks(stored.layers, cache, shape, stored.cache_dtype, device, left_bytes)
+    kv_cache = KVCache(stored.layers, num_blocks, shape.block_size, stored.cache_dtype, device, stored.kv_scales)
     progress("allocating the KV cache", 1.0)
     logger.info(
         "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
@@ -227,10 +232,8 @@ def _read_weights(
             "model?"
         )
     if report.missing:  # transformers would continue with random ones
-        raise ConfigError(
-            f"model.path ({config.path!r}) lacks {len(report.missing)} of the model's weights, {report.missing[0]} "
-            "among them"
-        )
+        lacks = f"lacks {len(report.missing)} of the model's weights, {report.missing[0]} among them"
+        raise ConfigError(f"model.path ({config.path!r}) {lacks}")
     return model
 
 

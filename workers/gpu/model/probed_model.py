@@ -16,7 +16,7 @@ class ProbedModel:
     """The facts that the probe found about a model that passed the gate."""
 
     layers: list[LayerShape]
-    cache_dtype: torch.dtype  # of K and V: the model's, or the cache's own after `choose_cache_format`
+    cache_dtype: torch.dtype  # the model's own of K and V; the cache's in the result of `choose_cache_format`
     vocab_size: int  # width of the logits
     logits_dtype: torch.dtype
     has_softcap: bool  # in at least one layer's attention
