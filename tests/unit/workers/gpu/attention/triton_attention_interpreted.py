@@ -217,7 +217,7 @@ def test_a_query_of_16_bits_may_have_any_size_beside_a_cache_of_8_bits(dtype: to
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 9}], ids=str)
 def test_nan_in_a_cache_of_8_bits_reaches_the_tokens_that_see_it_and_no_others(options: dict[str, Any]) -> None:
-    for seed, plant_options in enumerate(PLANTS[:3]):
+    for seed, plant_options in enumerate(PLANTS[:2]):
         step = make_paged_step(
             [(1, 40), (21, 37), (1, 9), (5, 5)], num_seqs=6, num_tokens=32, head_dim=32, seed=seed, scales=SCALES
         )  # fmt: skip
