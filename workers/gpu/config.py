@@ -52,6 +52,14 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             f"torch >= 2.13 and a `cache.block_size` of {VARLEN_BLOCK_TOKENS} or a multiple of it."
         ),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "fp8"],
+        Meta(
+            description="Format of the weights of the decoder layers' linear layers. `none`: as `dtype` says. `fp8`: "
+            "8-bit floating point (e4m3) with one scale per output channel, made while the model loads. The head stays "
+            "as `dtype` says."
+        ),
+    ] = "none"
     compile: Annotated[
         Literal["auto", "on", "off"],
         Meta(
@@ -108,6 +116,13 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ]
         | None
     ) = None
+    dtype: Annotated[
+        Literal["auto", "fp8_e4m3"],
+        Meta(
+            description="Type of stored K and V. `auto`: as `model.dtype` says. `fp8_e4m3`: 8-bit floating point, with "
+            "the checkpoint's scales or 1."
+        ),
+    ] = "auto"
     memory_share: Annotated[
         float,
         Meta(
