@@ -117,7 +117,7 @@ class _Benchmark:
         """Measure engine and peers, and print the rows. Returns whether a peer failed."""
         arguments, work = self._arguments, self._work
         before = self._measure_rates()
-        rates = Rates(before["read_bytes_per_s"], before["matrix_flops_per_s"])
+        rates = Rates.of(before)
         self._say({"rates": "before", **before})
         rows: list[Row] = []
         for depth in arguments.depth:
@@ -207,7 +207,8 @@ class _Benchmark:
         """Return the model's sizes for the bounds; or None, and the reason why there are no bounds."""
         plain = json.loads((Path(self._facts.folder) / "config.json").read_text())
         try:
-            return ModelShape.from_config(plain, self._config.model.dtype), ""
+            model = self._config.model
+            return ModelShape.from_config(plain, model.dtype, model.quantization, self._config.cache.dtype), ""
         except ConfigError as error:
             return None, str(error)
 
