@@ -119,7 +119,7 @@ def profile_figures(profile: dict[str, Any] | None) -> Row:
             "profile_idle_max_us": profile.get("between_steps_max_us"),
             "profile_kernels": [
                 [name[:_MAX_NAME], count, round(total_us)]
-                for name, count, total_us in profile["kernels"][:_MAX_KERNELS]
+                for name, count, total_us, *_ in profile["kernels"][:_MAX_KERNELS]
             ],
         }
     )
