@@ -88,6 +88,10 @@ class ResumedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     num_chars: int = 0  # of text, in code points
     has_ended: bool = False  # its end has arrived too: it is not run again
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) // 4
+
 
 class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """What a client has received of a request that was interrupted. The engine goes on from there.
@@ -97,6 +101,16 @@ class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     samples: BoundedList[ResumedSample]  # [params.n]
     num_suspected: int = 0  # deaths of a process that this request may have caused, as `Interrupted` said
+
+
+def open_samples(num_samples: int, resume: Resume | None) -> dict[int, int]:
+    """The samples of a request that have not ended, each with the number of tokens that its client has received.
+
+    These are all `num_samples` samples of a new request, without tokens.
+    """
+    if resume is None:
+        return dict.fromkeys(range(num_samples), 0)
+    return {i: sample.num_tokens for i, sample in enumerate(resume.samples) if not sample.has_ended}
 
 
 class Generate(Message, frozen=True):
@@ -720,7 +734,6 @@ class Drained(Message, frozen=True):
 class Pong(Message, frozen=True):
     """worker -> launcher, answers a `Ping`: the process's loop goes round."""
 
-    number: int
     stalled_s: float = 0.0  # for how long work that others wait for has made no progress here; 0 = there is none
 
 
@@ -732,8 +745,6 @@ class Busy(Message, frozen=True):
 
 class Ping(Message, frozen=True):
     """launcher -> worker, every few seconds once the worker is ready. A worker that answers nothing is killed."""
-
-    number: int
 
 
 class EngineState(Message, frozen=True):

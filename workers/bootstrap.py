@@ -58,7 +58,6 @@ class WorkerBootstrap(msgspec.Struct, frozen=True, kw_only=True):
     role: str  # this process's name: "gateway", "tokenizer.0", ...
     index: int = 0  # among the processes of its role: the tokenizer's number, the GPU process's rank
     epoch: int = 1  # of this process: how often it was started
-    epochs: dict[str, int] = {}  # of every process of the engine, by its name
     died_starting: list[str] = []  # processes whose former one died before it was ready
     descriptors: list[str] = []  # the keys of all descriptors, by their places
     launcher_pid: int

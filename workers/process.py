@@ -157,7 +157,7 @@ class WorkerProcess:
                 if isinstance(message, Stop):
                     raise StopWorker
                 if isinstance(message, Ping):
-                    send(self._control, Pong(number=message.number, stalled_s=self.stalled_s()))
+                    send(self._control, Pong(stalled_s=self.stalled_s()))
                 elif self._on_control is not None:
                     self._on_control(message)
         if self._channel is not None and self._channel.fd in ready:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import msgspec
 
 from ipc.errors import InvalidRequest
 from pipeline.batch_file.lines import AnswerLine, read_answers
+from pipeline.environment.claimed_file import claim
 
 
 class OutputFile:
@@ -52,17 +51,9 @@ class OutputFile:
             raise InvalidRequest(
                 f"OUT.jsonl ({str(self._path)!r}) must be a regular file, because a stopped batch goes on with it"
             )
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not claim(fd, name := f"OUT.jsonl ({str(self._path)!r})"):
             raise InvalidRequest(
-                f"OUT.jsonl ({str(self._path)!r}): another batch writes this file: wait for its end, or give another "
-                "output file"
-            ) from None
-        except OSError as error:
-            print(
-                f"warning: OUT.jsonl cannot be locked ({error.strerror}): start no second batch with it meanwhile",
-                file=sys.stderr,
+                f"{name}: another batch writes this file: wait for its end, or give another output file"
             )
 
     def _is_at_path(self, fd: int) -> bool:

@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several benchmarks have. They refuse unusable values before anything is run."""
+"""Command-line arguments that several benchmarks have, and types that refuse unusable values before anything is run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.engine.small_model import CONFIG
+
 N = TypeVar("N", int, float)
+
+
+def add_engine(parser: argparse.ArgumentParser, default: Path | None = CONFIG) -> None:
+    """Add `--config`, which is required if there is no default, and `--set`, whose values are `overrides`."""
+    parser.add_argument(
+        "--config", type=Path, default=default, required=default is None, metavar="FILE", help="the engine"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
+        help="change one key of the configuration; may be repeated",
+    )  # fmt: skip
 
 
 def positive(text: str) -> float:

@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import AsyncClient, Pipeline, SamplingParams, StructuredOutputs
-from pipeline.bench.arguments import comma_separated, positive
+from pipeline.bench.arguments import add_engine, comma_separated, positive
 from pipeline.bench.engine import STARTUP_TIMEOUT_S
 from pipeline.bench.steady_streams import steady_streams
 from pipeline.engine.config import load_config
 from pipeline.engine.model_files import find_model
-from pipeline.engine.small_model import CONFIG
 from pipeline.metrics.figures import Figures, Window
 from pipeline.timeline.reader import load_timeline
 
@@ -58,11 +57,7 @@ SCHEMA: Final[dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the engine")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
-        help="override a configuration value; any number of times",
-    )  # fmt: skip
+    add_engine(parser)
     parser.add_argument("--num-seqs", type=comma_separated(int), default=[32, 256], help="comma-separated")
     parser.add_argument(
         "--step-ms", type=_step_times, default=[1.0, 4.0, 10.0], help="device time of a step, comma-separated, or model"

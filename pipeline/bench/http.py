@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import AsyncClient, Pipeline, SamplingParams
-from pipeline.bench.arguments import comma_separated, positive
+from pipeline.bench.arguments import add_engine, comma_separated, positive
 from pipeline.bench.engine import STARTUP_TIMEOUT_S
 from pipeline.bench.http_streams import Stream, Target, steady_http_streams
-from pipeline.engine.small_model import CONFIG
 
 WARM_UP_S: Final = 1.5
 NUM_PROBES: Final = 60  # requests by each way for the time to the first token
@@ -39,11 +38,7 @@ _MESSAGES: Final = [{"role": "user", "content": "What is the for statement?"}]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the engine")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
-        help="override a configuration value; any number of times",
-    )  # fmt: skip
+    add_engine(parser)
     parser.add_argument("--streams", type=comma_separated(int), default=[1, 32, 256], help="comma-separated")
     parser.add_argument(
         "--step-ms", type=comma_separated(float), default=[4.0, 10.0], help="device time of a step, comma-separated"

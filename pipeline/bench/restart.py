@@ -24,11 +24,10 @@ from rich.table import Table
 
 from ipc.errors import ConfigError, EngineUnavailable
 from pipeline import AsyncClient, Pipeline, SamplingParams
-from pipeline.bench.arguments import positive
+from pipeline.bench.arguments import add_engine, positive
 from pipeline.bench.engine import STARTUP_TIMEOUT_S
-from pipeline.engine.small_model import CONFIG
+from pipeline.bench.steady_streams import steady_streams
 
-PROMPT: Final = "The for statement"
 _LOOK_S: Final = 0.02
 _TEXTS: Final = {
     "startup_imports_ns": "imports",
@@ -43,11 +42,7 @@ _TEXTS: Final = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the engine")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
-        help="override a configuration value; any number of times",
-    )  # fmt: skip
+    add_engine(parser)
     parser.add_argument("--streams", type=int, default=32, help="that run when the process dies")
     parser.add_argument("--warm-up", type=positive, default=1.0, help="seconds from the first tokens to the death")
     parser.add_argument("--timeout", type=positive, default=120.0, help="longest pause, in seconds")
@@ -111,40 +106,26 @@ async def _kill_under_streams(
 ) -> Restart:
     arrivals_ns: list[list[int]] = [[] for _ in range(num_streams)]
     params = SamplingParams(ignore_eos=True)  # up to the model's length
-
-    async with AsyncClient(endpoint) as client:
-
-        async def stream(index: int) -> None:
-            while True:  # a stream that ends at the model's length is replaced
-                async for _ in client.generate(PROMPT, params, stream=True):
-                    arrivals_ns[index].append(time.monotonic_ns())
-
-        async def all_have_tokens_after(moment_ns: float) -> None:
-            while not all(each and each[-1] > moment_ns for each in arrivals_ns):
-                done, _ = await asyncio.wait(tasks, timeout=_LOOK_S, return_when=asyncio.FIRST_EXCEPTION)
-                for task in done:
-                    task.result()
-
-        async def replaced(died_ns: int) -> Mapping[str, float]:
-            """The counters of the process that is ready in place of the one that died."""
-            while (counters := (await client.stats())["gpu"])["startup_ready_at_ns"] < died_ns:
-                await asyncio.sleep(_LOOK_S)
-            return counters
-
-        tasks = [asyncio.create_task(stream(i)) for i in range(num_streams)]
-        try:
-            async with asyncio.timeout(timeout_s):
-                await all_have_tokens_after(0)
-            await asyncio.sleep(warm_up_s)
+    try:
+        async with (
+            asyncio.timeout(timeout_s + warm_up_s) as limit,
+            AsyncClient(endpoint) as client,
+            steady_streams(
+                client, num_streams, lambda _: params, warm_up_s, lambda i: arrivals_ns[i].append(time.monotonic_ns())
+            ) as wait_until,
+        ):
             died_ns = time.monotonic_ns()
             kill()
-            async with asyncio.timeout(timeout_s):
-                counters = await replaced(died_ns)
-                await all_have_tokens_after(counters["startup_ready_at_ns"])
-        except TimeoutError:
-            raise EngineUnavailable(f"not every stream had a token within {timeout_s:g} s (--timeout)") from None
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+            counters = await _counters_of_successor(client, died_ns)
+            await wait_until(lambda: all(each[-1] > counters["startup_ready_at_ns"] for each in arrivals_ns))
+    except TimeoutError:
+        raise EngineUnavailable(f"not every stream had a token within {timeout_s:g} s (--timeout)") from None
     return Restart.of(counters, died_ns, arrivals_ns)
+
+
+async def _counters_of_successor(client: AsyncClient, died_ns: int) -> Mapping[str, float]:
+    """The counters of the process that is ready in place of the one that died."""
+    while (counters := (await client.stats())["gpu"])["startup_ready_at_ns"] < died_ns:
+        await asyncio.sleep(_LOOK_S)
+    return counters

@@ -23,7 +23,7 @@ import msgspec
 from rich.console import Console
 
 from ipc.errors import ConfigError, InvalidRequest
-from pipeline.bench.arguments import comma_separated, made_folder, positive
+from pipeline.bench.arguments import add_engine, comma_separated, made_folder, positive
 from pipeline.bench.engine import Engine
 from pipeline.bench.figures import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
 from pipeline.bench.kernel_table import KernelTable, kernel_table
@@ -44,12 +44,8 @@ SPARE_ROWS: Final = 32  # for arrivals beside background streams
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the engine")
+    add_engine(parser, default=None)
     parser.add_argument("--model", type=Path, help="a folder instead of the configuration's; config.json is enough")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
-        help="change one key of the configuration; may be repeated",
-    )  # fmt: skip
     parser.add_argument("--num-requests", type=int, default=32, help="that arrive at once")
     parser.add_argument("--prompt-len", type=int, default=128, help="tokens; longer ones with --output-len 1 = prefill")
     parser.add_argument("--output-len", type=int, default=1024, help="tokens")

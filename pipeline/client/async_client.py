@@ -182,7 +182,7 @@ class AsyncClient(AsyncQueries):
         """Fail interrupted requests once `has_ended()`: nobody starts the engine again. Call it before first use."""
         self._session.has_ended = has_ended
 
-    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+    def __reduce__(self) -> tuple[functools.partial[Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
         timeouts = {"timeout_s": self._timeout_s, "resume_timeout_s": self._resume_timeout_s}
         return functools.partial(type(self), self.endpoint, **timeouts, key_file=self.key_file), ()

@@ -65,12 +65,6 @@ class OpenQuery:
         self.needs_ready = is_queued
         self.interruption: Interruption | None = None  # None: it was not interrupted
 
-    def interrupt(self, cause: RingfeedError, now: float) -> None:
-        """The engine has lost it."""
-        if self.interruption is None:
-            self.interruption = Interruption()
-        self.interruption.begin(cause, now)
-
     def sent_again(self) -> None:
         """It was sent again."""
 

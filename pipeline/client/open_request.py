@@ -193,11 +193,8 @@ class OpenRequest:
         if self.message.scheduling.deadline_s is not None:
             self.deadline = now + self.message.scheduling.deadline_s
 
-    def interrupt(self, cause: RingfeedError, now: float) -> None:
-        """The engine has lost the request."""
-        if self.interruption is None:
-            self.interruption = Interruption()
-        self.interruption.begin(cause, now)
+    def end_attempt(self) -> None:
+        """The engine has lost the request, which waits for another attempt."""
         self._num_suspected += self.is_suspected
         self._prompt_position = 0
         self.is_deaf, self.is_suspected, self.lost = True, False, None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
 
 from ipc.codec import decode
 from ipc.errors import (
@@ -26,44 +25,42 @@ from ipc.messages import (
     DetokenizedText,
     FinalOutput,
     GatewayToClient,
+    Health,
     KeptValue,
     Message,
     Outputs,
     PromptTokens,
     Refused,
 )
-from pipeline.client.interruption import OpenQuery
+from pipeline.client.interruption import Interruption, OpenQuery
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.outputs import Usage, read_token_bytes
 
 logger = logging.getLogger(__name__)
 
 Question = OpenRequest | OpenQuery
-HEALTH_ID: Final = 0  # query id of the client's own queries, which no caller awaits; a session's begin at 1
 
 
 class PendingAnswers:
     """Open requests by request id, and open queries by query id.
 
-    `resumes`: whether a question that the engine has lost waits to be sent again. Otherwise it fails. `on_waiting` is
-    called after a question has begun to wait.
+    `resumes`: whether a question that the engine has lost waits to be sent again. Otherwise it fails.
     """
 
-    def __init__(self, endpoint: str, *, resumes: bool, on_waiting: Callable[[], None]) -> None:
+    def __init__(self, endpoint: str, *, resumes: bool) -> None:
         self.requests: dict[str, OpenRequest] = {}
         self.queries: dict[int | str, OpenQuery] = {}  # by query id; those that can be refused, by request id
         self.unsent: dict[str | int, bytes] = {}  # the frames of those that wait for their first engine
         self.waiting: dict[str | int, Question] = {}  # those that were interrupted and wait to be sent again
+        self.on_waiting: Callable[[], None] = lambda: None  # called after a question has begun to wait
+        self.on_health: Callable[[Health], None] = lambda _: None  # called with each Health of the engine
         self._endpoint = endpoint
         self._resumes = resumes
-        self._on_waiting = on_waiting
 
     @property
     def are_awaited(self) -> bool:
         """Whether a caller still waits for any of them."""
-        return any(query_id != HEALTH_ID for query_id in self.queries) or any(
-            not request.abandoned for request in self.requests.values()
-        )
+        return bool(self.queries) or any(not request.abandoned for request in self.requests.values())
 
     def take_frames(self, frames: list[bytes]) -> tuple[int, list[int]]:
         """Give messages of the engine to the requests and queries that wait for them.
@@ -90,6 +87,9 @@ class PendingAnswers:
                     if message.receipt:
                         receipts.append(message.receipt)
                     self._answer_query(message.request_id, message)
+                case Health():
+                    self._answer_query(message.query_id, message)
+                    self.on_health(message)
                 case _:
                     self._answer_query(message.query_id, message)
         return num_outputs, receipts
@@ -186,9 +186,13 @@ class PendingAnswers:
             if not question.ended:
                 question.end_here("cancelled")
         elif self._resumes:
-            question.interrupt(error, time.monotonic())
+            if question.interruption is None:
+                question.interruption = Interruption()
+            question.interruption.begin(error, time.monotonic())
+            if isinstance(question, OpenRequest):
+                question.end_attempt()
             self.waiting[question.key] = question
-            self._on_waiting()
+            self.on_waiting()
         else:
             self.remove(question)
             question.fail(error)
@@ -200,7 +204,6 @@ class PendingAnswers:
                 self.interrupt(question, type(error)(*error.args))
 
     def _questions(self) -> list[Question]:
-        self.queries.pop(HEALTH_ID, None)  # nobody awaits it
         return [*self.requests.values(), *self.queries.values()]
 
     def take_back(self, question: Question) -> bool:

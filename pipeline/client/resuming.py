@@ -11,19 +11,20 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from ipc.codec import encode
 from ipc.errors import EngineUnavailable, Interrupted, InvalidRequest
 from ipc.messages import Health, Query
 from pipeline.client.callbacks import weakly
 from pipeline.client.connection import Connection
-from pipeline.client.interruption import Interruption, OpenQuery
+from pipeline.client.interruption import Interruption
 from pipeline.client.open_request import OpenRequest
-from pipeline.client.pending import HEALTH_ID, PendingAnswers, Question
+from pipeline.client.pending import PendingAnswers, Question
 
 _FIRST_PAUSE_S: Final = 0.02  # between two looks; doubled after each
 _LONGEST_PAUSE_S: Final = 0.5
+_QUERY_ID: Final = 0  # no caller's query has it: a session's begin at 1
 
 
 class Resumer:
@@ -59,6 +60,8 @@ class Resumer:
         self._pause_s = _FIRST_PAUSE_S
         self._state = ""  # of the engine, when it was last asked over this connection
         self._model: str | None = None  # that it had then
+        self._is_asking = False  # for its health
+        pending.on_waiting, pending.on_health = weakly(self.wake), weakly(self._take_health)
 
     def wake(self) -> None:
         """Look at the waiting questions soon: another one waits, or the engine has come."""
@@ -94,11 +97,12 @@ class Resumer:
         now = time.monotonic()
         next_end = min([self._end_late(question, now) for question in list(waiting.values())], default=math.inf)
         if not waiting:
+            self._is_asking = False
             return
         if self._connection.is_up:
             due = [question for question in waiting.values() if _interruption(question).retry_at <= now]
             self._send([question for question in due if not question.needs_ready])
-            if any(question.needs_ready for question in due) and HEALTH_ID not in self._pending.queries:
+            if any(question.needs_ready for question in due) and not self._is_asking:
                 self._ask_health()
         self._timer = self._loop.call_later(min(self._pause_s, next_end - now), weakly(self._look))
         self._pause_s = min(2.0 * self._pause_s, _LONGEST_PAUSE_S)
@@ -123,16 +127,12 @@ class Resumer:
         return math.inf
 
     def _ask_health(self) -> None:
-        frame = encode(Query(query_id=HEALTH_ID, what="health"))
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        self._pending.queries[HEALTH_ID] = OpenQuery(HEALTH_ID, answer, frame, is_queued=False)
-        answer.add_done_callback(weakly(self._take_health))
-        self._connection.send(frame)
+        self._is_asking = True
+        self._connection.send(encode(Query(query_id=_QUERY_ID, what="health")))
 
-    def _take_health(self, answer: asyncio.Future[Any]) -> None:
-        if answer.cancelled() or answer.exception() is not None:
-            return
-        health: Health = answer.result()
+    def _take_health(self, health: Health) -> None:
+        """The engine has told its health, perhaps because a caller has asked for it."""
+        self._is_asking = False
         if self._model not in (None, health.model):
             self._fail_requests(health.model)
         self._model = health.model

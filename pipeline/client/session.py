@@ -62,9 +62,7 @@ class Session:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection: Connection | None = None
         self._resumer: Resumer | None = None
-        self._pending = PendingAnswers(
-            self._endpoint, resumes=self._resume_timeout_s != 0, on_waiting=weakly(self._wake_resumer)
-        )
+        self._pending = PendingAnswers(self._endpoint, resumes=self._resume_timeout_s != 0)
         self._pauses = Pauses()
 
     async def whole(
@@ -226,10 +224,6 @@ class Session:
 
     def _lose_engine(self) -> None:
         self._pending.lose_engine(EngineUnavailable(f"the engine at {self._endpoint} is gone"))
-
-    def _wake_resumer(self) -> None:
-        if self._resumer is not None:
-            self._resumer.wake()
 
     # The event loop and the connection
 

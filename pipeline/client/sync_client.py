@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol, Self, Unpack, overload
 
 from ipc.sampling_params import SamplingParams
@@ -50,8 +50,7 @@ class Client:
         resume_timeout_s: float | None = DEFAULT_RESUME_TIMEOUT_S,
         key_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._timeouts = {"timeout_s": timeout_s, "resume_timeout_s": resume_timeout_s}
-        self._client = AsyncClient(endpoint, **self._timeouts, key_file=key_file)
+        self._client = AsyncClient(endpoint, timeout_s=timeout_s, resume_timeout_s=resume_timeout_s, key_file=key_file)
         self._thread = LoopThread(at_end=self._client.close)
         weakref.finalize(self, self._thread.close_soon).atexit = False  # at exit the process ends anyway
 
@@ -208,9 +207,10 @@ class Client:
         """Cancel open requests and disconnect. Waiting threads get EngineUnavailable. A second call does nothing."""
         self._thread.close()
 
-    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+    def __reduce__(self) -> tuple[functools.partial[Self], tuple[()]]:
         """A pickled copy, in this or another process, is a new client of the same engine."""
-        return functools.partial(type(self), self.endpoint, **self._timeouts, key_file=self.key_file), ()
+        copy, nothing = self._client.__reduce__()
+        return functools.partial(type(self), *copy.args, **copy.keywords), nothing
 
     def __enter__(self) -> Self:
         return self

@@ -54,9 +54,7 @@ class ChildProcess:
     def __init__(
         self, plan: WorkerPlan, descriptors: Callable[[Iterable[str]], list[int]], spare: SpareProcess | None = None
     ) -> None:
-        self.name = plan.name
-        self.is_front = plan.is_front
-        self.starts_after = plan.starts_after
+        self.name, self.role = plan.process.name, plan.process.role
         self.is_ready = False
         self.is_started = False  # was told Start
         self.serves = False  # as far as the launcher knows, it does its work
@@ -76,7 +74,7 @@ class ChildProcess:
                 with theirs:
                     # Before the spawn: the worker then has its bootstrap even if the launcher is killed meanwhile.
                     self.send(plan)
-                    self.process = _spawn(plan.module, theirs.fileno())
+                    self.process = _spawn(self.role.module, theirs.fileno())
             except BaseException:
                 self._channel.close()
                 raise

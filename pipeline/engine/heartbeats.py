@@ -40,9 +40,8 @@ class Heartbeats:
         self._suspect_s = min(SUSPECT_S, config.hang_timeout_s / 2)
         self._exit_s = min(EXIT_S, config.hang_timeout_s / 2)
         self._watched: dict[str, _Watched] = {}
-        self._next_ping = 0.0
+        self._next_ping = 0.0  # 0: before the first round
         self._amnesty_until = 0.0  # until then work without progress is no hang
-        self.number = 0  # of the newest round of pings
 
     def began(self, name: str, now: float) -> None:
         """A process was spawned."""
@@ -84,7 +83,7 @@ class Heartbeats:
         """The processes to ask now; none between two rounds."""
         if now < self._next_ping:
             return ()
-        late_s = now - self._next_ping if self.number else 0.0
+        late_s = now - self._next_ping if self._next_ping else 0.0
         if late_s > self._interval_s:  # this process was stopped itself: answers have waited unread
             self._amnesty_until = now + self._config.hang_timeout_s  # others may have been stopped as well
             for watched in self._watched.values():
@@ -94,7 +93,6 @@ class Heartbeats:
                 if watched.ends is not None:
                     watched.ends += late_s
         self._next_ping = now + self._interval_s
-        self.number += 1
         return [name for name, watched in self._watched.items() if watched.is_ready]
 
     def timeout_s(self, now: float) -> float:

@@ -70,7 +70,7 @@ class Recovery:
 
     def timeout_s(self) -> float:
         """The longest time until the next `go_on`."""
-        if self._announcer.is_ready and any(each.starts_after and not each.is_started for each in self._workers):
+        if self._announcer.is_ready and any(each.role.starts_after and not each.is_started for each in self._workers):
             return _POLL_S  # a new connection sends no event
         return self._heartbeats.timeout_s(time.monotonic())
 
@@ -100,10 +100,10 @@ class Recovery:
         now = time.monotonic()
         if self._announcer.is_ready:
             for worker in self._workers:
-                if not worker.is_started and (worker.is_ready or worker.starts_after):
+                if not worker.is_started and (worker.is_ready or worker.role.starts_after):
                     self._workers.start(worker)
         for name in self._heartbeats.round_due(now):
-            self._workers.tell(name, Ping(number=self._heartbeats.number))
+            self._workers.tell(name, Ping())
         for name, why in self._heartbeats.hung(now).items():
             if (hanging := self._workers.get(name)) is not None:  # its death then counts like any other
                 hanging.last_words = hanging.last_words or f"{why}, and was killed"
@@ -115,7 +115,7 @@ class Recovery:
             if self._serves and not drains:
                 self._workers.keep_spares()
         for worker in self._workers:
-            if drains and worker.is_front and worker.serves and not worker.is_draining:
+            if drains and worker.role.is_front and worker.serves and not worker.is_draining:
                 worker.is_draining = self._workers.tell(worker.name, Drain())
 
     def _facts(self) -> EngineFacts:
@@ -133,5 +133,5 @@ class Recovery:
             logger.info("all processes serve again")
         self._serves = not texts
         for worker in self._workers:
-            if worker.is_front and worker.is_started and worker.told_state != state:
+            if worker.role.is_front and worker.is_started and worker.told_state != state:
                 worker.told_state = state if self._workers.tell(worker.name, state) else None

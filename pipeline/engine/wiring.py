@@ -31,14 +31,11 @@ _FIRST_EPOCHS: Final[Mapping[str, int]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """One process to start: `python -m MODULE`, with its bootstrap and the descriptors that the bootstrap names."""
+    """One process to start, with its bootstrap and the descriptors that the bootstrap names."""
 
-    name: str
-    module: str
+    process: Process
     bootstrap: Any
     descriptors: tuple[str, ...]  # keys
-    is_front: bool
-    starts_after: tuple[str, ...]
 
 
 class _Places:
@@ -167,9 +164,7 @@ class Wiring:
         place = _Places()
         worker = self._worker(process, place)
         worker = msgspec.structs.replace(worker, descriptors=place.keys)
-        bootstrap = process.role.bootstrap(self.facts, worker)
-        role = process.role
-        return WorkerPlan(process.name, role.module, bootstrap, tuple(place.keys), role.is_front, role.starts_after)
+        return WorkerPlan(process, process.role.bootstrap(self.facts, worker), tuple(place.keys))
 
     def _worker(self, process: Process, place: _Places) -> WorkerBootstrap:
         role, facts = process.role, self.facts
@@ -185,7 +180,6 @@ class Wiring:
             role=process.name,
             index=process.index,
             epoch=self.epoch(process.name),
-            epochs=self.epochs,
             died_starting=sorted(self._died_starting),
             launcher_pid=facts.launcher_pid,
             outlives_launcher=role.outlives_launcher,

@@ -49,11 +49,10 @@ class WorkerSet:
         """Start these processes, in order. Returns their ids by name."""
         pids = {}
         for process in processes:
-            plan = self.wiring.plan(process)
-            worker = ChildProcess(plan, self._resources.descriptors, self._take_spare(plan.module))
-            self._workers[plan.name] = worker
+            plan, spare = self.wiring.plan(process), self._take_spare(process.role.module)
+            worker = self._workers[process.name] = ChildProcess(plan, self._resources.descriptors, spare)
             self._poller.register(worker.pidfd, zmq.POLLIN)
-            pids[plan.name] = worker.pid
+            pids[process.name] = worker.pid
         return pids
 
     def keep_spares(self) -> None:
@@ -103,7 +102,7 @@ class WorkerSet:
     def start(self, worker: ChildProcess) -> bool:
         """Tell a process to begin. False: it is not connected yet, or has died."""
         worker.is_started = self.tell(worker.name, Start(info=self.info))
-        worker.serves = worker.is_started and not worker.is_front and not worker.starts_after
+        worker.serves = worker.is_started and not worker.role.is_front and not worker.role.starts_after
         return worker.is_started
 
     def hear(self, timeout_ms: int = 0) -> Iterator[tuple[ChildProcess, Any]]:

@@ -1,14 +1,17 @@
-"""A file that one engine writes while it runs, and no other engine at the same time."""
+"""A file that one process writes while it runs, and no other process at the same time."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 from functools import partial
 from io import FileIO
 
 from ipc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def open_claimed(
@@ -24,14 +27,30 @@ def open_claimed(
         file = FileIO(os.fspath(path), "a+" if is_read_too else "a", opener=partial(_open_at_once, permissions))
     except OSError as error:
         raise ConfigError(f"{name}: cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not claim(file.fileno(), name):
         file.close()
-        raise ConfigError(f"{name}: another engine writes to it: choose another file") from None
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.truncate(0)
+        raise ConfigError(f"{name}: another engine writes to it: choose another file")
+    try:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.truncate(0)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"{name}: cannot be written: {error.strerror}") from None
     return file
+
+
+def claim(fd: int, name: str) -> bool:
+    """Claim an open file. False if another process has claimed it.
+
+    A file system may have no locks. Then the file counts as claimed, and a warning says so.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s: cannot be locked (%s): let no other process write to it meanwhile", name, error.strerror)
+    return True
 
 
 def _open_at_once(permissions: int, path: str, flags: int) -> int:

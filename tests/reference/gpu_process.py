@@ -75,7 +75,7 @@ def gpu_process(
 ) -> Iterator[GpuProcess]:
     """At depth 2, with one prompt ring, the scheduler's, and a mask ring for each grammar worker of the shape.
 
-    `epoch`: of the rings and of every other process. `num_blocks`: of the first start.
+    `epoch`: of the rings. `num_blocks`: of the first start.
     """
     with ExitStack() as stack:
 
@@ -97,7 +97,6 @@ def gpu_process(
             doorbell_fd=bell(),
             stats=stats,
             launcher_pid=os.getpid(),
-            epochs={"scheduler": epoch, **{f"grammar.{i}": epoch for i in range(shape.num_grammar_workers)}},
             rings={
                 "step": [RingEnd(handle=steps.handle)],
                 "result": [RingEnd(handle=results.handle, writes=True, doorbells=[bell()])],

@@ -61,7 +61,7 @@ class DyingTraffic(Traffic):
 
     def run_with_deaths(self) -> ScheduledEngine:
         rng = random.Random(f"deaths {self.seed}")
-        rate, away = rng.choice(DEATH_RATES), set[int]()
+        rate = rng.choice(DEATH_RATES)
 
         def die_at_times(_: int, engine: ScheduledEngine) -> None:
             if self.num_deaths < MAX_DEATHS and rng.random() < rate:
@@ -69,12 +69,8 @@ class DyingTraffic(Traffic):
             for worker in range(self.shape["num_grammar_workers"]):
                 if self.num_grammar_deaths < MAX_GRAMMAR_DEATHS and rng.random() < rate / 4:
                     self.num_grammar_deaths += 1
-                    away.add(worker)
                     engine.scheduler.lose_grammar_worker(worker)
                     engine.grammar.restart(worker)
-                elif worker in away and rng.random() < 0.1:
-                    away.remove(worker)
-                    engine.scheduler.regain_grammar_worker(worker)
 
         return self.run(self.depth, die_at_times)
 

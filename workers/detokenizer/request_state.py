@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ipc.messages import Ended, FinalOutput, FinishReason, Opened, PromptLogprobs, RequestTimes, ResumedSample
+from ipc.messages import (
+    Ended,
+    FinalOutput,
+    FinishReason,
+    Opened,
+    PromptLogprobs,
+    RequestTimes,
+    ResumedSample,
+    open_samples,
+)
 from workers.detokenizer.logprob_columns import LogprobColumns, words_of
 from workers.detokenizer.stop_strings import StopMatcher
 from workers.detokenizer.text_decoding import TextDecoder
@@ -40,13 +49,11 @@ class Request:
         self.num_cached_tokens = 0
         self.num_samples = opened.num_samples
         received = [] if opened.resume is None else opened.resume.samples
-        ended = {i for i, sample in enumerate(received) if sample.has_ended}
-        self.samples = [i for i in range(opened.num_samples) if i not in ended]  # those that run
+        self.samples = list(open_samples(opened.num_samples, opened.resume))  # those that run
         self.num_open = len(self.samples)  # samples whose end is not delivered
         self.num_running = len(self.samples)  # samples that have not ended
-        self.num_generated = sum(
-            len(received[i].token_ids) // 4 for i in ended
-        )  # tokens of the samples that have ended
+        # Tokens of the samples that have ended.
+        self.num_generated = sum(sample.num_tokens for sample in received if sample.has_ended)
         self.arrived_ns = opened.arrived_ns
         self.tokenized_ns = opened.tokenized_ns
         self.was_admitted = False  # one of its samples, at least

@@ -103,7 +103,7 @@ def _check_resume(resume: Resume, params: SamplingParams) -> None:
         if sample.num_chars < 0:
             raise InvalidRequest(f"{name}.num_chars ({sample.num_chars}) must be at least 0")
         _check_token_ids(sample.token_ids, f"{name}.token_ids")
-        num_tokens = len(sample.token_ids) // 4
+        num_tokens = sample.num_tokens
         if max_tokens is not None and num_tokens >= max_tokens and not sample.has_ended:
             raise InvalidRequest(
                 f"{name} has {num_tokens} tokens and has not ended; max_tokens ({max_tokens}) leaves no room for one "

@@ -7,7 +7,7 @@ for the engine's own HTTP processes and the program that launched the engine: th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 import zmq
@@ -62,13 +62,14 @@ class ClientsSocket:
         curve = () if self._curve is None else (self._curve.requests,)
         return (self.router, self._doorkeeper.suspicion, *curve)
 
-    def read(self) -> Iterator[list[bytes]]:
+    def read(self, ready: Collection[Any]) -> Iterator[list[bytes]]:
         """Yield [identity, frame...] of the messages that have arrived, one of each client in turn, without waiting.
 
         Of a message with more than MAX_FRAMES frames only the first ones are yielded. The others are dropped without
-        being kept, a bounded number in each call, and the client is disconnected.
+        being kept, a bounded number in each call, and the client is disconnected. `ready`: the sources with something
+        to read.
         """
-        if self._curve is not None:
+        if self._curve is not None and self._curve.requests in ready:
             self._curve.answer()
         try:
             for _ in range(_MAX_STEPS):

@@ -38,6 +38,7 @@ from ipc.messages import (
     Tokenize,
     TokenizeDone,
     TokenizerQuery,
+    open_samples,
 )
 from ipc.sampling_params import MAX_SEED
 from workers.gateway.client_flow import ClientFlow
@@ -45,7 +46,7 @@ from workers.gateway.config import GatewayBootstrap
 from workers.gateway.outbox import Outbox, Peer
 from workers.gateway.prompt_dispatch import PromptDispatcher
 from workers.gateway.prompt_memory import held_bytes
-from workers.gateway.request_table import ClientSession, Request, RequestState, RequestTable, SampleEnd, known_tokens
+from workers.gateway.request_table import ClientSession, Request, RequestState, RequestTable, SampleEnd
 from workers.gateway.request_timers import RequestTimers, to_ns
 
 Ends = list[tuple[Request, FinishReason]]
@@ -78,7 +79,8 @@ class RequestLifecycle:
         num_prompt_tokens = len(message.token_ids or b"") // 4
         request = self._table.open(identity, message.request_id, num_samples, now_ns, num_prompt_tokens)
         if isinstance(message, Generate):
-            request.known = known_tokens(message.resume)
+            if message.resume is not None:
+                request.known = open_samples(num_samples, message.resume)
             self.prompts.add(self._tokenize(request, message, now_ns), frame_bytes, num_held)
         else:
             request.is_query = True

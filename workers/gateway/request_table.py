@@ -7,7 +7,7 @@ from collections.abc import ValuesView
 from typing import Final, NamedTuple
 
 from ipc.errors import InvalidRequest, QueueFull, RingfeedError
-from ipc.messages import FinalOutput, FinishReason, RequestTimes, Resume
+from ipc.messages import FinalOutput, FinishReason, RequestTimes
 from workers.queueing.drain_rate import DrainRate
 
 _KEY_BITS: Final = 48  # of the requests of one epoch
@@ -21,7 +21,7 @@ class RequestState(enum.Enum):
     ACCEPTED = "accepted"  # the scheduler has it: a CancelRequests finds it
 
 
-_NEW: Final = {0: 0}
+_NEW: Final = {0: 0}  # one answer ends all samples of a new request
 
 
 class SampleEnd(NamedTuple):
@@ -59,7 +59,7 @@ class Request:
         self.is_cancelled = False
         self.is_query = False  # a tokenizer answers it, and the scheduler never sees it
         self.withdrawn_as: FinishReason | None = None  # the reason, if a Withdraw was sent
-        self.known = _NEW
+        self.known = _NEW  # the samples that need a final answer each, with the number of tokens that the client has
 
     def ends(self, reason: FinishReason) -> list[SampleEnd]:
         """The final answers of a request that ends here. They count the tokens that its client has already."""
@@ -76,16 +76,6 @@ class Request:
         times = RequestTimes(self.arrived_ns)
         final = FinalOutput("error", self.num_prompt_tokens, 0, error.code, str(error), times=times)
         return [SampleEnd(self.request_id, 0, final)]
-
-
-def known_tokens(resume: Resume | None) -> dict[int, int]:
-    """The samples that need a final answer each, with the number of tokens that the client has of them.
-
-    One answer ends all samples of a new request. A resumed one needs one for each sample that has not ended.
-    """
-    if resume is None:
-        return _NEW
-    return {i: len(sample.token_ids) // 4 for i, sample in enumerate(resume.samples) if not sample.has_ended}
 
 
 class ClientSession:

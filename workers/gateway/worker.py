@@ -10,9 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ipc.channels import (
     SendResult,
@@ -115,7 +115,7 @@ class GatewayWorker:
             ready = self.process.wait(None if timeout_s is None else min(MAX_SLEEP_MS, math.ceil(timeout_s * 1_000)))
             now = time.monotonic()
             self._read_workers(now)
-            self._read_clients(now)
+            self._read_clients(ready, now)
             core.tick(now)
             if self.launcher_fd in ready:
                 self._end_without_launcher()
@@ -156,10 +156,10 @@ class GatewayWorker:
             self.process.take_bootstraps()
         return identity in self.peers[role]
 
-    def _read_clients(self, now: float) -> None:
+    def _read_clients(self, ready: Collection[Any], now: float) -> None:
         core, trace = self.core, self.process.trace
         turn_ends = time.monotonic() + CLIENT_TURN_S
-        for frames in self.clients.read():
+        for frames in self.clients.read(ready):
             with trace[Span.REQUEST]:
                 core.client_frames(frames[0], frames[1:], now)
             if time.monotonic() >= turn_ends:

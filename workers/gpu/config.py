@@ -67,6 +67,16 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             "result is kept in `~/.cache/ringfeed` for the next start."
         ),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "fp8"],
+        Meta(
+            description="`fp8`: round the weights of the decoder layers to 8 bits while the model loads (float8 e4m3, "
+            "a scale for each output channel). Decode steps then read about half the bytes, and answers change a "
+            "little. In steps of more than 64 tokens, a GPU with products in fp8 rounds activations too. The output "
+            "head, the routers of experts, and experts in one tensor stay as they are. `none`: weights as they are "
+            "stored."
+        ),
+    ] = "none"
     num_threads: (
         Annotated[int, Meta(ge=1, le=1024, description="Threads of CPU computation. Not set: one per core.")] | None
     ) = None

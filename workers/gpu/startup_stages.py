@@ -20,6 +20,7 @@ STAGE_COUNTERS: Final = {
     "reading config.json": "startup_check_ns",
     LOADING: "startup_weights_ns",
     "checking the model": "startup_check_ns",
+    "tuning products": "startup_compile_ns",
     "compiling the model": "startup_compile_ns",
     "measuring the largest step": "startup_compile_ns",
     "allocating the KV cache": "startup_tables_ns",

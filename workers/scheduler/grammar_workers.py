@@ -3,8 +3,7 @@
     park      request -> Compile to the least loaded process
     compiled  its answer -> the sequences of the request that are still open may run
     release   an ended sequence -> ReleaseMatchers
-    lose      a process has died; its sequences have ended, and its messages wait for its successor
-    regain    its successor takes messages
+    lose      a process has died; its sequences end, and its successor gets the messages that it was not sent
 
 One of the requests that a process had may have ended it. So each of them is a suspect when its client sends it again:
 its grammar is compiled alone, and the next one only when the suspect has got a token or has ended. If the process dies
@@ -79,10 +78,10 @@ class GrammarWorkers:
         return Ended(key=message.key, finish_reason="error", error_code=code, error_message=text)
 
     def lose(self, index: int, followed: list[Sequence], *, was_ready: bool) -> tuple[list[Sequence], list[Sequence]]:
-        """A process has died. `followed` are its open sequences; `was_ready`: it may have begun with their grammars.
+        """A process has died, and another takes its place.
 
-        Returns the sequences that get a mark, and the others that it knew. The caller ends both. Grammars that were
-        not sent yet wait for the successor.
+        `followed` are its open sequences; `was_ready`: it may have begun with their grammars. Returns the sequences
+        that get a mark, and the others that it knew. The caller ends both.
         """
         worker = self._workers[index]
         unsent = {message.key for message in worker.compiles}
@@ -100,10 +99,6 @@ class GrammarWorkers:
         others = [sequence for sequence in known if not is_marked(sequence)]
         worker.lose(unsent)
         return marked, others
-
-    def regain(self, index: int) -> None:
-        """A new process has taken the place of one that had died. It gets the messages since then."""
-        self._workers[index].regain(self._clock())
 
     def park(self, sequences: list[Sequence], num_samples: int, *, is_suspect: bool = False) -> None:
         """Have the grammar of a request compiled, by the process that has the least to do. Its sequences share it.
@@ -159,13 +154,13 @@ class GrammarWorkers:
     @property
     def next_timer_ns(self) -> int | None:
         """When `expired` may have something to return; None: not before the next `park`."""
-        due_ns = [worker.heard_ns + self._limit_ns for worker in self._workers if worker.owes_answers]
+        due_ns = [worker.heard_ns + self._limit_ns for worker in self._workers if worker.sent]
         return min(due_ns, default=None)
 
     def expired(self) -> list[Sequence]:
         """The parked sequences whose process has answered nothing for too long. The caller ends them."""
         last_ns = self._clock() - self._limit_ns
-        late = [worker for worker in self._workers if worker.owes_answers and worker.heard_ns <= last_ns]
+        late = [worker for worker in self._workers if worker.sent and worker.heard_ns <= last_ns]
         return [sequence for worker in late for key in worker.give_up() for sequence in self._sequences(key)]
 
     def take_messages(self) -> list[tuple[int, list[SchedulerToGrammar]]]:
@@ -176,7 +171,7 @@ class GrammarWorkers:
         return [
             (index, messages)
             for index, worker in enumerate(self._workers)
-            if worker.has_messages and (messages := worker.take(self._suspects, self._clock()))
+            if (worker.compiles or worker.released) and (messages := worker.take(self._suspects, self._clock()))
         ]
 
     def _has_passed(self, request: int, worker: _Worker) -> bool:
@@ -194,7 +189,6 @@ class _Worker:
     """One grammar process. It answers every Compile once."""
 
     def __init__(self) -> None:
-        self.is_away = False  # it has died, and its successor is not there yet
         self.num_sequences = 0  # open ones
         self.unanswered: set[int] = set()  # keys of requests
         self.sent: set[int] = set()  # those among them that it has
@@ -205,26 +199,16 @@ class _Worker:
         self._given_up: set[int] = set()  # requests that ended because it did not answer
 
     @property
-    def precedence(self) -> tuple[bool, bool, bool, int]:
+    def precedence(self) -> tuple[bool, bool, int]:
         """The process with the lowest one gets the next request. One that may hang, or may
         die, is asked after the others."""
-        is_on_trial = self.trial is not None
-        return self.is_away, bool(self._given_up), is_on_trial, self.num_sequences + len(self.unanswered)
+        return bool(self._given_up), self.trial is not None, self.num_sequences + len(self.unanswered)
 
     def lose(self, unsent: set[int]) -> None:
-        self.is_away = True
         self.unanswered = unsent
         self.sent.clear()
         self.trial = None
         self._given_up.clear()
-
-    def regain(self, now_ns: int) -> None:
-        self.is_away = False
-        self.heard_ns = now_ns
-
-    @property
-    def owes_answers(self) -> bool:
-        return bool(self.sent) and not self.is_away
 
     def withdraw(self, key: int) -> None:
         """A request has ended. If the process has not got its grammar yet, it never gets it."""
@@ -249,10 +233,6 @@ class _Worker:
         self.unanswered -= self.sent
         self.sent.clear()
         return keys
-
-    @property
-    def has_messages(self) -> bool:
-        return bool(self.compiles or self.released) and not self.is_away
 
     def take(self, suspects: Collection[int], now_ns: int) -> list[SchedulerToGrammar]:
         """A sequence is released after its grammar was sent, so this order of the two kinds is the right one.

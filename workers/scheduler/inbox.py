@@ -112,5 +112,4 @@ class Inbox:
             if old != new:
                 name = name_of(old)
                 self._scheduler.lose_grammar_worker(index, was_ready=name not in worker.died_starting)
-                self._scheduler.regain_grammar_worker(index)
                 self._outbox.forget(old)

@@ -145,15 +145,14 @@ class Scheduler:
             self._work_since_ns = self._clock()
 
     def lose_grammar_worker(self, worker: int, *, was_ready: bool = True) -> None:
-        """A grammar process has died: its sequences are interrupted. If it was ready, one of them may be the cause."""
+        """A new grammar process takes the place of one that has died, whose sequences are interrupted.
+
+        If the dead one `was_ready`, one of them may be the cause.
+        """
         followed = self._open.followed_by(worker)
         suspects, others = self._grammar_workers.lose(worker, followed, was_ready=was_ready)
         self._endings.fail(suspects, Interrupted.code, GRAMMAR_DIED, suspected=True)
         self._endings.fail(others, Interrupted.code, GRAMMAR_DIED)
-
-    def regain_grammar_worker(self, worker: int) -> None:
-        """A new grammar process has taken the place of one that was lost."""
-        self._grammar_workers.regain(worker)
 
     def matcher_failed(self, message: MatcherFailed) -> None:
         """A grammar process cannot follow a sequence any more. Keys without an open sequence are ignored."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from ipc.block_hash import chain_hashes, read_hashes
 from ipc.long_values import long_columns_of
-from ipc.messages import Tokenized
+from ipc.messages import Tokenized, open_samples
 from ipc.record_layout import HostArray, field_names
 from ipc.records import MAX_END_IDS, NO_TOKEN, Admissions, AdmittedColumns, SamplerVariant
 from ipc.sampling_params import SamplingParams
@@ -175,7 +175,7 @@ def sequences_of(
     """
     released = replace(lease, is_waiting=False, is_released=True)
     sequences: list[Sequence] = []
-    for sample in open_samples(message):
+    for sample in open_samples(message.params.n, message.resume):
         own, leader = (released, sequences[0]) if sequences else (lease, None)
         sequence = Sequence(message, max_len, prompt_ids, own, eos_token_ids, sample, leader)
         if message.resume is not None:
@@ -187,13 +187,4 @@ def sequences_of(
 
 def num_known_of(message: Tokenized) -> list[int]:
     """The number of tokens that each sequence of a request will have when it arrives."""
-    output = [0] * message.params.n
-    if message.resume is not None:
-        output = [len(message.resume.samples[sample].token_ids) // 4 for sample in open_samples(message)]
-    return [message.num_prompt_tokens + num for num in output]
-
-
-def open_samples(message: Tokenized) -> list[int]:
-    """The samples of a request that have not ended: all of a new one."""
-    resume = message.resume
-    return [sample for sample in range(message.params.n) if resume is None or not resume.samples[sample].has_ended]
+    return [message.num_prompt_tokens + num for num in open_samples(message.params.n, message.resume).values()]

@@ -16,6 +16,7 @@ import triton
 from workers.gpu.attention.triton_decode import combine, decode
 from workers.gpu.attention.triton_plan import plan_decodes, plan_tiles
 from workers.gpu.attention.triton_prefill import prefill
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.probed_model import ProbedModel
 
@@ -121,6 +122,7 @@ class TritonStep:
         dim_v = int(call.meta["DIM_V"])
         num_programs = num_parts * num_kv_heads
         dependent_launch = is_dependent_launch_possible(call.query.device)
+        launch = {"launch_pdl": True} if dependent_launch else {}
         shape = (num_programs, group, dim_v)
         if shape not in self._shares:
             sums = torch.empty(2, num_programs, 2, group, dtype=torch.float32, device=call.query.device)
@@ -147,13 +149,17 @@ class TritonStep:
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
+            **launch,
             **call.meta,
         )
-        combine[(num_parts - 1, num_kv_heads * group)](
+        by_entry = len(entries) < num_parts
+        combine[(len(entries) if by_entry else num_parts - 1, num_kv_heads * group)](
             call.result,
             *shares,
+            entries,
             parts,
             call.sinks,
+            BY_ENTRY=by_entry,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             NUM_SHARES=_SMALLEST_PRODUCT,
@@ -162,7 +168,7 @@ class TritonStep:
             SINKS=call.meta["SINKS"],
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=4,
-            **({"launch_pdl": True} if dependent_launch else {}),
+            **launch,
         )
 
     def _prefill(self, call: _Call) -> None:
@@ -225,12 +231,6 @@ def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) ->
         return _NO_DEVICE_PARTS
     num_programs = torch.cuda.get_device_properties(device).multi_processor_count * tuning.programs
     return max(2, num_programs // num_kv_heads)
-
-
-def is_dependent_launch_possible(device: torch.device) -> bool:
-    """Whether the device supports programmatic dependent launch (compute capability 9 and later): a kernel may start
-    before the kernel that it depends on has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:

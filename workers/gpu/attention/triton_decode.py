@@ -22,6 +22,9 @@ from workers.gpu.attention.triton_plan import (
     CUT_TOKEN,
     ENTRY_BEGIN,
     ENTRY_END,
+    ENTRY_IS_WHOLE,
+    ENTRY_LAST_PART,
+    ENTRY_PART,
     ENTRY_ROW,
     ENTRY_TOKEN,
     ENTRY_UNIT,
@@ -74,7 +77,8 @@ def decode(
 ) -> None:
     """Grid (parts * NUM_KV_HEADS). Attention of the decodes; see the module."""
     if DEPENDENT_LAUNCH:
-        gdc_launch_dependents()  # the combining kernel may start now; it waits in gdc_wait
+        gdc_wait()  # for the KV of this step, and for the plan if it was made just before
+        gdc_launch_dependents()
     program = tl.program_id(0)
     kv_head = program % NUM_KV_HEADS
     group = tl.arange(0, BLOCK_GROUP)
@@ -154,8 +158,10 @@ def combine(
     shares: tl.tensor,
     share_maximum: tl.tensor,
     share_total: tl.tensor,
+    entries: tl.tensor,
     parts: tl.tensor,
     sinks: tl.tensor,
+    BY_ENTRY: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_SHARES: tl.constexpr,  # shares that one iteration reads
@@ -164,16 +170,30 @@ def combine(
     SINKS: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (parts - 1, query heads): combine the shares of the entry that begins in a part and ends in a later one."""
-    first_part = tl.program_id(0)
-    part = parts + first_part * COLUMNS
+    """Combine the shares of each entry that begins in one part and ends in a later one.
+
+    Grid (entries, query heads) with BY_ENTRY, which serves few entries; else (parts - 1, query heads): at most one
+    entry leaves each part.
+    """
     if DEPENDENT_LAUNCH:
-        gdc_wait()  # waits for the shares, and for the plan if it was made just before
-    query_token = tl.load(part + CUT_TOKEN).to(tl.int64)
-    last_part = tl.load(part + CUT_PART)
-    is_whole = tl.load(part + CUT_IS_WHOLE)
-    if query_token < 0:
-        return
+        gdc_wait()  # for the shares
+        gdc_launch_dependents()
+    if BY_ENTRY:
+        entry = entries + tl.program_id(0) * COLUMNS
+        first_part = tl.load(entry + ENTRY_PART)
+        last_part = tl.load(entry + ENTRY_LAST_PART)
+        if first_part == last_part:
+            return
+        query_token = tl.load(entry + ENTRY_TOKEN).to(tl.int64)
+        is_whole = tl.load(entry + ENTRY_IS_WHOLE)
+    else:
+        first_part = tl.program_id(0)
+        part = parts + first_part * COLUMNS
+        query_token = tl.load(part + CUT_TOKEN).to(tl.int64)
+        last_part = tl.load(part + CUT_PART)
+        is_whole = tl.load(part + CUT_IS_WHOLE)
+        if query_token < 0:
+            return
 
     head = tl.program_id(1) + tl.zeros([1], tl.int32)
     dim_v = tl.arange(0, BLOCK_DIM_V)

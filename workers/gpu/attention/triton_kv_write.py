@@ -7,6 +7,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible
 
 
 def write_kv(
@@ -25,6 +28,7 @@ def write_kv(
     dim_v = value.shape[-1]
     for cache in (key_cache, value_cache):
         assert cache.is_contiguous(), "a kv_slot is an offset into a contiguous cache"
+    dependent_launch = is_dependent_launch_possible(key.device)
     _write_kv[(num_tokens,)](
         key,
         value,
@@ -39,7 +43,9 @@ def write_kv(
         BLOCK_HEADS=triton.next_power_of_2(num_heads),
         BLOCK_DIM_K=triton.next_power_of_2(dim_k),
         BLOCK_DIM_V=triton.next_power_of_2(dim_v),
+        DEPENDENT_LAUNCH=dependent_launch,
         num_warps=4,
+        **({"launch_pdl": True} if dependent_launch else {}),
     )
 
 
@@ -62,7 +68,11 @@ def _write_kv(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM_K: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
+    if DEPENDENT_LAUNCH:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     kv_slot = tl.load(slot_mapping + token)
     head = tl.arange(0, BLOCK_HEADS)[:, None]

@@ -53,9 +53,8 @@ class Buckets:
 
 
 def _decode_sizes(max_size: int) -> list[int]:
-    """2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ... (There is no 1:
-    torch.compile would compile the layers once more for a batch of one token.)"""
-    sizes = [2, 4, 8, 16]
+    """1, 2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ..."""
+    sizes = [1, 2, 4, 8, 16]
     while sizes[-1] < max_size:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return sizes

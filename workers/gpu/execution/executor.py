@@ -168,6 +168,10 @@ class Executor:
         old, self._rings = self._rings, AttachedRings(self._device, rings, self.tables, self._copy_in, self._work.masks)
         old.close()
 
+    def close(self) -> None:
+        """Unmap the rings. The device must be idle, and no step may follow."""
+        self._rings.close()
+
     def stalled_s(self, now_ns: int) -> float:
         """For how many seconds the oldest step has made no progress, by CLOCK_MONOTONIC; 0.0 = no step is due.
 

@@ -1,8 +1,8 @@
 """Compiles a model's decoder layers with torch.compile, which fuses the operations between matrix products and
 attention.
 
-Each layer is compiled alone. All layers of a kind share one graph for any number of tokens except 1, so that start-up
-does not take longer for deeper models. The small modules beside the layers, a last norm and rotary angles, get a graph
+Each layer is compiled alone. All layers of a kind share one graph for any number of tokens, so that start-up does not
+take longer for deeper models. The small modules beside the layers, a last norm and rotary angles, get a graph
 each. The compiled code is kept on disk for the next start.
 """
 
@@ -19,11 +19,12 @@ import torch.fx.experimental._config
 from torch import nn
 
 from workers.gpu.attention.interface import layer_index, set_layer_indices
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible
 from workers.gpu.model.head import Head
 
 logger = logging.getLogger(__name__)
 
-_MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer, and more for batches of one token
+_MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer
 
 
 def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any = "inductor") -> bool:
@@ -32,15 +33,19 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
 
     Returns whether the layers are compiled. If torch cannot compile the model, logs a warning and leaves it as it was.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
     dynamo = torch._dynamo
     torch.fx.experimental._config.use_duck_shape = False  # equal sizes are a coincidence, not a constraint
+    torch.fx.experimental._config.backed_size_oblivious = True  # so is a size of 1
     dynamo.config.specialize_float = True  # scales and epsilons are constants; as inputs they would cost a second trace
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MAX_GRAPHS)
     layers = decoder_layers(model)
     if not layers:
         logger.warning("the model runs without torch.compile: cannot find the list of decoder layers in this model")
         return False
+    # Compiled kernels then start while the kernel in front ends, as ours do.
+    device = next(layers[0].parameters()).device
+    torch._inductor.config.triton.enable_pdl = is_dependent_launch_possible(device)
     set_layer_indices(model)
     failure = _compile(layers, run, backend)
     if failure is not None:
@@ -87,6 +92,7 @@ def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
     ]
 
 
-def cache_folder() -> Path:
-    """Return the folder for compiled code. TORCHINDUCTOR_CACHE_DIR overrides it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfeed" / "inductor"
+def cache_folder(name: str) -> Path:
+    """Return the folder for what one start keeps for the next: "inductor" (TORCHINDUCTOR_CACHE_DIR overrides it), or
+    "products"."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfeed" / name

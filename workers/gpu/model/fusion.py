@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -93,21 +92,21 @@ def fuse_projections(groups: Sequence[Projections]) -> Callable[[], None]:
 
 
 class FusedProjections(nn.Module):
-    """Replaces the first layer of a group. `parts` holds the results of the other layers until their FusedPart is
-    called."""
+    """Replaces the first layer of a group by one layer for all, `joined` [sum of sizes, in_features]. `parts` holds the
+    results of the other layers until their FusedPart is called."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
         self.in_features = layers[0].in_features
         self.out_features = self.sizes[0]
-        self.weight = _join([layer.weight for layer in layers])  # [sum of sizes, in_features]
-        self.bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
+        bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
+        self.joined = linear_of(_join([layer.weight for layer in layers]), bias)
         self.parts: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., sizes[0]], a view of the product of all."""
-        first, *others = torch.split(linear(x, self.weight, self.bias), self.sizes, -1)
+        first, *others = torch.split(self.joined(x), self.sizes, -1)
         self.parts.update(enumerate(others, start=1))
         return first
 
@@ -127,6 +126,13 @@ class FusedPart(nn.Module):
         forward."""
         part: torch.Tensor = self._parts.pop(self._index)
         return part
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear layer of these parameters, [out_features, in_features] and [out_features]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
 
 
 def _join(parameters: Sequence[torch.Tensor]) -> nn.Parameter:

@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+
+from workers.gpu.products.multiply import multiply
+from workers.gpu.products.product import Product
 
 
-class Head(nn.Module):
+class Head(Product):
     """Replaces a model's last linear layer. A forward writes to `out` [S, out_features], if that is set and fits."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = layer.in_features
-        self.out_features = layer.out_features
-        self.weight = layer.weight  # [out_features, in_features]
-        self.bias = None
+        super().__init__(layer.weight)
         self.out: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]"""
         rows, out = x.reshape(-1, self.in_features), self.out
         if out is None or out.shape != (rows.shape[0], self.out_features) or out.dtype != x.dtype:
-            return linear(x, self.weight)
-        return torch.mm(rows, self.weight.t(), out=out).view(*x.shape[:-1], self.out_features)
+            return super().forward(x)
+        return multiply(rows, self.weight, out=out).view(*x.shape[:-1], self.out_features)
 
 
 def replace_head(model: nn.Module) -> Head | None:

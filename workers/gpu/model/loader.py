@@ -31,6 +31,7 @@ from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
+from workers.gpu.model.linear_layers import use_products
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.quantization import (
@@ -68,7 +69,7 @@ def load_model(
     Raises ConfigError for a folder, length or cache that cannot work, and ModelUnsupported for a model that would
     compute wrong results. Silences transformers' own output for the rest of the process.
 
-        configuration > weights > gate > fused projections > compiled layers > largest step measured > KV cache
+        configuration > weights > gate > fused projections > products > compiled layers > largest step > KV cache
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -88,6 +89,7 @@ def load_model(
     backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
+    use_products(model, config, facts, shape.max_model_len, shape.max_num_batched_tokens, progress)
 
     step = largest_step(model, facts, shape, device, backend)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):

@@ -57,11 +57,11 @@ class Replayer:
         self._uploads, uploads = _ring("prompt", prompt_layout(), num_records)
         masks = [_ring(f"mask.{i}", mask_layout(shape), _NUM_SLOTS) for i in range(shape.num_grammar_workers)]
         self._masks: list[Ring[MaskRecord]] = [ours for ours, _ in masks]
-        self._gpu = GpuRings(steps, results, [uploads], [theirs for _, theirs in masks])
+        rings = GpuRings(steps, results, [uploads], [theirs for _, theirs in masks])
         self._expected_memory = memoryview(bytearray(result_layout(shape).num_bytes))
         self._expected = result_layout(shape).views(self._expected_memory)
         self._executor = Executor(
-            loaded.device, loaded.runner, shape, 1, start.num_blocks, self._gpu, buckets=loaded.buckets
+            loaded.device, loaded.runner, shape, 1, start.num_blocks, rings, buckets=loaded.buckets
         )  # fmt: skip
         if loaded.buckets is not None:
             capture_graphs(progress, loaded.device, self._executor)
@@ -94,10 +94,9 @@ class Replayer:
     def close(self) -> None:
         """Unmap the rings. Records that `run` returned must not be used afterwards."""
         self._device.settle()
-        theirs: list[Ring[Any]] = [self._gpu.step, self._gpu.result, *self._gpu.prompts, *self._gpu.masks]
-        for ring in theirs:
-            self._device.unregister_host(ring.buffer)
-        for ring in (*theirs, self._steps, self._results, self._uploads, *self._masks):
+        self._executor.close()
+        ours: list[Ring[Any]] = [self._steps, self._results, self._uploads, *self._masks]
+        for ring in ours:
             ring.close()
 
     def _check(self, record: StepRecord) -> None:

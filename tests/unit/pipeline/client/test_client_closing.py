@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -20,16 +20,9 @@ from pipeline import AsyncClient, Client
 from pipeline.client.loop_thread import LoopThread
 from pipeline.environment.module_search import module_environment
 from tests.unit.pipeline.client.client_scripts import WAIT_S, run_script, wait_until
-from tests.unit.pipeline.client.test_client import END, FakeGateway, news
+from tests.unit.pipeline.client.fake_gateway import END, FakeGateway, news
 
 FULL = FinalOutput("error", 3, 0, "queue_full", "full", retry_after_s=60.0)
-
-
-@pytest.fixture
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGateway]:
-    gateway = FakeGateway(f"ipc://{tmp_path_factory.mktemp('f')}/s")
-    yield gateway
-    gateway.stop()
 
 
 def ask_for_ever(client: Client) -> None:

@@ -15,14 +15,7 @@ import pytest
 from ipc.messages import Cancel, Generate
 from pipeline import AsyncClient, Client
 from tests.unit.pipeline.client.client_scripts import in_child, run_script
-from tests.unit.pipeline.client.test_client import END, FakeGateway, news
-
-
-@pytest.fixture
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGateway]:
-    gateway = FakeGateway(f"ipc://{tmp_path_factory.mktemp('f')}/s")
-    yield gateway
-    gateway.stop()
+from tests.unit.pipeline.client.fake_gateway import END, FakeGateway, news
 
 
 @pytest.fixture

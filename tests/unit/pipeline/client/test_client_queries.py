@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,22 +29,9 @@ from ipc.messages import (
 )
 from ipc.scheduling_params import SchedulingParams
 from pipeline import AsyncClient, Chat, Client, TokenizedPrompt
-from tests.unit.pipeline.client.test_client import FakeGateway, int32, news
+from tests.unit.pipeline.client.fake_gateway import FakeGateway, int32, news
 
 TABLE = TokenBytes(token_ids=int32(4, 7), lengths=int32(2, 1), data=b"hi!")
-
-
-@pytest.fixture
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGateway]:
-    gateway = FakeGateway(f"ipc://{tmp_path_factory.mktemp('f')}/s")
-    yield gateway
-    gateway.stop()
-
-
-@pytest.fixture
-def client(gateway: FakeGateway) -> Iterator[Client]:
-    with Client(gateway.endpoint) as client:
-        yield client
 
 
 def two_tokens(query: TokenizeQuery) -> list[Any]:

@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from pipeline.client.loop_thread import LoopThread
 from pipeline.environment.module_search import module_environment
 from pipeline.terminal.progress_bar import progress_bar
 from tests.unit.pipeline.client.client_scripts import WAIT_S
-from tests.unit.pipeline.client.test_client import END, FakeGateway, news
+from tests.unit.pipeline.client.fake_gateway import END, FakeGateway, news
 
 
 @pytest.fixture
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGateway]:
-    gateway = FakeGateway(f"ipc://{tmp_path_factory.mktemp('f')}/s")
+def gateway(gateway: FakeGateway) -> FakeGateway:
+    """It answers requests, and leaves streams open."""
     gateway.on_generate = lambda g: [] if g.stream else [news(g.request_id, f"re {g.prompt}", (1,), END)]
-    yield gateway
-    gateway.stop()
+    return gateway
 
 
 def test_an_asyncio_client_serves_one_event_loop_after_another(gateway: FakeGateway) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ from ipc.messages import (
 from pipeline import AsyncClient, Client, Output, SamplingParams
 from pipeline.client.outputs import Usage
 from tests.unit.pipeline.client.client_scripts import WAIT_S, in_child, wait_until
-from tests.unit.pipeline.client.test_client import (
+from tests.unit.pipeline.client.fake_gateway import (
     CANCELLED,
     END,
     FakeGateway,
@@ -43,19 +43,6 @@ from tests.unit.pipeline.client.test_client import (
 )
 
 LOST = FinalOutput("error", 3, 0, Interrupted.code, "the scheduler has died")
-
-
-@pytest.fixture
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGateway]:
-    gateway = FakeGateway(f"ipc://{tmp_path_factory.mktemp('f')}/s")
-    yield gateway
-    gateway.stop()
-
-
-@pytest.fixture
-def client(gateway: FakeGateway) -> Iterator[Client]:
-    with Client(gateway.endpoint) as client:
-        yield client
 
 
 def rows(request_id: str, *parts: tuple[int, str, tuple[int, ...], FinalOutput | None]) -> Outputs:
@@ -535,7 +522,7 @@ def test_a_query_waits_no_longer_than_its_own_time_out(gateway: FakeGateway) -> 
 
 def test_a_pickled_client_keeps_its_times() -> None:
     client = pickle.loads(pickle.dumps(Client("ipc:///x/y", timeout_s=3, resume_timeout_s=None)))
-    assert client._timeouts == {"timeout_s": 3, "resume_timeout_s": None}
+    assert (client._client._timeout_s, client._client._resume_timeout_s) == (3, None)
     asynchronous = pickle.loads(pickle.dumps(AsyncClient("ipc:///x/y", resume_timeout_s=5)))
     assert asynchronous._resume_timeout_s == 5
     with pytest.raises(InvalidRequest, match=r"resume_timeout_s \(-1\)"):

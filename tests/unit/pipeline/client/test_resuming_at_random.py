@@ -15,7 +15,7 @@ from pipeline.client.inputs import generate_message
 from pipeline.client.open_request import OpenRequest
 from pipeline.client.outputs import Output
 from pipeline.client.pending import PendingAnswers
-from tests.unit.pipeline.client.test_client import int32
+from tests.unit.pipeline.client.fake_gateway import int32
 
 TEXTS = st.lists(st.text(max_size=3), min_size=1, max_size=6)  # of each token of one sample
 
@@ -93,7 +93,7 @@ def read(request: OpenRequest, taken: list[Output]) -> None:
 def test_random_cuts_of_an_answer_deliver_all_of_it_once(
     answer: list[list[str]], events: list[tuple[int, int, int] | str]
 ) -> None:
-    pending = PendingAnswers("ipc:///x/y", resumes=True, on_waiting=lambda: None)
+    pending = PendingAnswers("ipc:///x/y", resumes=True)
     message = generate_message("r", "hi", SamplingParams(n=len(answer)), True)
     request = pending.requests["r"] = OpenRequest(message)
     engine, taken = Engine(answer, message), list[Output]()

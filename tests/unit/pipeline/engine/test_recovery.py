@@ -24,7 +24,7 @@ from tests.unit.pipeline.engine.test_topology import CORE_PROCESSES, facts
 
 class Worker:
     def __init__(self, process: Process) -> None:
-        self.name, self.is_front, self.starts_after = process.name, process.role.is_front, process.role.starts_after
+        self.name, self.role = process.name, process.role
         self.is_ready = self.is_started = self.serves = self.is_draining = False
         self.told_state: EngineState | None = None
         self.last_words = ""
@@ -59,7 +59,7 @@ class Workers:
 
     def start(self, worker: Worker) -> None:
         worker.is_started = True
-        worker.serves = not worker.is_front and not worker.starts_after
+        worker.serves = not worker.role.is_front and not worker.role.starts_after
 
     def keep_spares(self) -> None:
         """No role has any."""

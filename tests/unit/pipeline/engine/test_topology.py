@@ -72,7 +72,7 @@ def test_the_engines_own_table_gives_the_documented_processes() -> None:
     assert started == [
         "gateway", "gpu", "scheduler", "detokenizer", "tokenizer.0", "tokenizer.1", "grammar.0", "grammar.1",
     ]  # fmt: skip
-    assert {Given(wiring, name).plan.module for name in started} == {
+    assert {Given(wiring, name).plan.process.role.module for name in started} == {
         f"workers.{role}" for role in ("gateway", "gpu", "scheduler", "detokenizer", "tokenizer", "grammar")
     }
     assert wiring.tracks == (
@@ -175,7 +175,6 @@ def test_a_death_gives_new_epochs_to_what_cannot_go_on_and_to_nothing_else(
         old, new = (set(wiring.plan(process).descriptors) for wiring in (before, after))
         if old != new:
             assert process.name in group | {each.name for each in after.neighbours(group)}
-        assert Given(after, process.name).worker.epochs == after.epochs
 
 
 def test_who_meets_a_new_process_is_told() -> None:
@@ -205,7 +204,7 @@ def test_an_extra_role_of_another_package_is_one_row() -> None:
     assert wiring.fronts == ("gateway", "extra.0", "extra.1")
     assert wiring.start_sequence[-1].name == "extra.1"
     extra = Given(wiring, "extra.1")
-    assert extra.plan.module == "pipeline.extra"
+    assert extra.plan.process.role.module == "pipeline.extra"
     assert extra.worker.stats.counters == ("num_connections",)
     assert set(extra.worker.sockets) == {"control"}
     assert extra.keys([extra.worker.traces["main"].fd]) == ["trace.extra.1"]

@@ -65,8 +65,8 @@ class Engine:
         for source in self.clients.sources:
             poller.register(source, zmq.POLLIN)
         while not self._ends.is_set():
-            poller.poll(20)
-            for frames in self.clients.read():
+            ready = dict(poller.poll(20))
+            for frames in self.clients.read(ready):
                 self.messages.append(frames)
                 with contextlib.suppress(zmq.ZMQError):
                     self.clients.router.send_multipart([frames[0], *frames[1:]], zmq.DONTWAIT)

@@ -100,7 +100,7 @@ class Process:
     def take_bootstraps(self) -> None:
         while self.launcher:
             bootstrap = self.launcher.popleft()
-            self._scheduler = bootstrap.worker.epochs["scheduler"]
+            self._scheduler = int(bootstrap.worker.peers["detokenizer"][0].rpartition(b"@")[2])  # they restart together
             self.rewire(bootstrap)
 
     def reconnect(self, name: str, former: Socket) -> Socket:
@@ -195,7 +195,7 @@ class Trace:
 
     def _with_peers(self, worker: Any) -> Any:
         peers = {"tokenizer": self.identities(), "detokenizer": [f"detokenizer@{self.epochs['scheduler']}".encode()]}
-        return msgspec.structs.replace(worker, peers=peers, epochs=dict(self.epochs))
+        return msgspec.structs.replace(worker, peers=peers)
 
     def _rewire(self, bootstrap: GatewayBootstrap) -> None:
         if bootstrap.worker.peers["detokenizer"] == self.worker.peers["detokenizer"]:

@@ -18,6 +18,7 @@ from tests.unit.conftest import INTERPRETED
     [
         "attention/triton_attention",
         "execution/triton_batch_builder",
+        "products/triton_few_rows",
         "sampling/triton_sampler",
         "sampling/triton_adjustments",
     ],

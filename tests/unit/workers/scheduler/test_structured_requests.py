@@ -236,22 +236,20 @@ def test_the_sequences_of_a_dead_process_are_interrupted_and_the_others_go_on() 
     engine.plan()
     engine.plan()
     engine.scheduler.lose_grammar_worker(0)
-    assert engine.scheduler.take_grammar_messages() == [], "nothing is sent to a dead process"
     engine.grammar.restart(0)
     assert engine.send(5, [5], params(2)) is Arrival.PARKED
     hear_all(engine)
-    assert [worker for worker, message in engine.grammar.compiles if message.key == 5] == [1]
-    engine.scheduler.lose_grammar_worker(1)
-    engine.grammar.restart(1)
+    assert [worker for worker, message in engine.grammar.compiles if message.key == 5] == [0]
     assert engine.send(6, [6], params(2)) is Arrival.PARKED
     assert engine.send(7, [7], params(2)) is Arrival.PARKED
     engine.scheduler.cancel([7])
-    hear_all(engine)
-    assert not engine.grammar.compiles
+    for worker in (0, 1):  # the successor has died as well; it was not sent request 6
+        engine.scheduler.lose_grammar_worker(worker)
+        engine.grammar.restart(worker)
     engine.clock.now_ns += 1_000 * SECOND
     engine.scheduler.expire()
-    engine.scheduler.lose_grammar_worker(0)  # its successor has died as well; it did not know request 6
-    engine.scheduler.regain_grammar_worker(0)
+    hear_all(engine)
+    assert [(worker, message.key) for worker, message in engine.grammar.compiles] == [(0, 6)]
     engine.clock.now_ns += 9 * SECOND
     engine.scheduler.expire()
     compile_all(engine)
@@ -319,13 +317,11 @@ def test_only_the_suspect_that_is_alone_is_marked_again() -> None:
     assert compiling(engine) == [2]
     engine.scheduler.lose_grammar_worker(0)
     engine.grammar.restart(0)
-    engine.scheduler.regain_grammar_worker(0)
     engine.hear()
     assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2}), "1 is not marked, and 3 waits"
     assert compiling(engine) == [3]
     engine.scheduler.lose_grammar_worker(0, was_ready=False)
     engine.grammar.restart(0)
-    engine.scheduler.regain_grammar_worker(0)
     engine.drain()
     assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2, 3}), "it died as it started"
     engine.check_empty()
@@ -341,7 +337,6 @@ def test_a_suspect_that_waits_for_a_row_is_not_marked() -> None:
     engine.step()
     engine.scheduler.lose_grammar_worker(0)
     engine.grammar.restart(0)
-    engine.scheduler.regain_grammar_worker(0)
     engine.drain()
     assert (engine.suspected, engine.errors[1][0]) == (set(), Interrupted.code)
 
@@ -357,7 +352,6 @@ def test_a_request_that_has_a_mark_is_not_marked_with_others() -> None:
     assert compiling(engine) == [2]
     engine.scheduler.lose_grammar_worker(0)
     engine.grammar.restart(0)
-    engine.scheduler.regain_grammar_worker(0)
     engine.drain()
     assert (engine.suspected, set(engine.errors)) == ({2}, {1, 2})
 

@@ -53,7 +53,7 @@ def live(process: WorkerProcess, bootstrap: Any, *, bind: list[str], connect: li
                 process.say(Drained())
 
     process.on_control(obey)
-    process.on_rewire(lambda new: logger.info("rewired: %s", new.worker.epochs))
+    process.on_rewire(lambda new: logger.info("rewired: %s", new.worker.peers))
     if misbehaviour == "slow":
         process.progress("loading", 0.5)
     elif process.role != "scheduler":

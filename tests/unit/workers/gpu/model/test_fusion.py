@@ -68,7 +68,7 @@ def test_fusing_holds_the_weights_once_and_undoing_it_gives_the_layers_back() ->
     undo = fuse_projections(find(block))
     fused = block.query
     assert isinstance(fused, FusedProjections)
-    storage = fused.weight.untyped_storage()
+    storage = fused.joined.weight.untyped_storage()
     assert all(layer.weight.untyped_storage().data_ptr() == storage.data_ptr() for layer in layers)
     assert storage.nbytes() == sum(weight.nbytes for weight in weights)
     undo()

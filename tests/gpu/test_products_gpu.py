@@ -1,0 +1,111 @@
+"""The products of few rows on a CUDA device: every plan that may be chosen, alone and behind other kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.products.multiply import can_scale, chosen, key_of, multiply, run_plan
+from workers.gpu.products.plan import ROW_CLASSES, VECTOR_ROWS, Plan, candidates
+from workers.gpu.products.product import Product
+from workers.gpu.products.tuning import KeptPlans, choose_plans, error_of
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+SHAPES = [(3072, 2048), (4096, 14336), (960, 576), (1024, 4096)]  # outputs, inputs
+
+
+def make_product(
+    num_outputs: int, num_inputs: int, *, is_fp8: bool, has_bias: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Product:
+    weight = torch.randn(num_outputs, num_inputs, device=CUDA).mul_(num_inputs**-0.5).to(dtype)
+    product = Product(weight, torch.randn(num_outputs, device=CUDA).to(dtype) if has_bias else None)
+    if is_fp8:
+        product.to_fp8()
+    return product
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES)
+@torch.inference_mode()
+def test_every_candidate_is_right_for_all_its_numbers_of_rows(num_outputs: int, num_inputs: int, is_fp8: bool) -> None:
+    product = make_product(num_outputs, num_inputs, is_fp8=is_fp8, has_bias=num_outputs == 1024)
+    for rows in ROW_CLASSES:
+        plans = candidates(rows, num_outputs, num_inputs)
+        for plan in plans:
+            for num_rows in {1, rows} | ({3, rows - 1} if rows > VECTOR_ROWS else set()):
+                assert error_of(plan, product, torch.bfloat16, num_rows) < 4e-3, (plan, num_rows)
+    assert candidates(VECTOR_ROWS, num_outputs, num_inputs) or num_inputs == 576
+
+
+@torch.inference_mode()
+def test_float16_and_float32_are_right() -> None:
+    for dtype, tolerance in ((torch.float16, 1e-3), (torch.float32, 1e-5)):
+        product = make_product(1024, 4096, is_fp8=False, dtype=dtype)
+        for plan in (Plan("vector", 4, 512, 4, 4), Plan("matrix", 64, 64, 4, 2, split=2)):
+            assert error_of(plan, product, dtype, 2) < tolerance
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@torch.inference_mode()
+def test_a_chain_of_products_gives_the_same_bits_in_every_replay(is_fp8: bool) -> None:
+    """Each product starts before the one in front has ended. If it read too early, replays would differ."""
+    products = [make_product(2048, 2048, is_fp8=is_fp8) for _ in range(12)]
+    for rows, plan in ((2, Plan("vector", 2, 2048, 4, 1)), (16, Plan("matrix", 64, 128, 4, 4, split=8))):
+        x = torch.randn(rows, 2048, device=CUDA).bfloat16()
+
+        def chain(x: torch.Tensor = x, plan: Plan = plan) -> torch.Tensor:
+            for each in products:
+                x = run_plan(plan, x, each.weight, each.scale, each.bias)
+            return x
+
+        expected = x
+        for each in products:
+            expected = run_plan(plan, expected, each.weight, each.scale, each.bias)
+            torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = chain()
+        for _ in range(50):
+            result.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(result, expected)
+
+
+@torch.inference_mode()
+def test_many_rows_in_fp8_are_near_their_product_in_float32() -> None:
+    product = make_product(1024, 2048, is_fp8=True, has_bias=True)
+    x = torch.randn(300, 2048, device=CUDA).bfloat16()
+    x[7] *= 1e-4
+    assert product.scale is not None
+    assert product.bias is not None
+    assert can_scale(x, product.weight)
+    result = multiply(x, product.weight, product.scale, product.bias)
+    full = from_fp8(product.weight, product.scale, torch.float32)
+    expected = torch.nn.functional.linear(x.float(), full, product.bias.float())
+    error = (result.float() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 0.05
+
+
+@torch.inference_mode()
+def test_plans_are_measured_once_and_read_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = [make_product(2048, 2048, is_fp8=True) for _ in range(8)]
+    key = key_of(products[0].weight, torch.bfloat16, VECTOR_ROWS)
+    chosen.clear()
+    choose_plans(products, torch.bfloat16, 2, CUDA, tmp_path)
+    first = chosen[key]  # reads half the bytes of the vendor's fp8 product, whose least number of rows is higher
+    assert key in KeptPlans(tmp_path, CUDA)
+    chosen.clear()
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("workers.gpu.products.tuning._fastest", fail)
+    choose_plans(products, torch.bfloat16, 2, CUDA, tmp_path)
+    assert chosen == {key: first}
+    chosen.clear()

@@ -1,0 +1,147 @@
+"""Products in place of linear layers: the same results, 8 bits within their bound, and plans that are kept on disk."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
+from workers.gpu.products.multiply import computing_plainly, key_of, multiply
+from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
+from workers.gpu.products.product import Product, quantizable, replace_linears
+from workers.gpu.products.tuning import KeptPlans
+
+CPU = torch.device("cpu")
+
+
+class Layer(nn.Module):
+    """A router, a linear layer with a bias, and one inside a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, 8, bias=False)
+        self.up = nn.Linear(32, 320)
+        self.others = nn.ModuleList([nn.Linear(320, 288, bias=False)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.others[0](self.up(x)) * self.router(x).amax(-1, keepdim=True)
+        return result
+
+
+@torch.inference_mode()
+def test_products_take_the_place_of_linear_layers_on_the_same_weights() -> None:
+    layer, x = Layer().eval(), torch.randn(2, 3, 32)
+    weights = {name: weight.data_ptr() for name, weight in layer.named_parameters()}
+    expected = layer(x)
+    assert len(products := replace_linears([layer])) == 3
+    assert torch.equal(layer(x), expected)
+    assert {name: weight.data_ptr() for name, weight in layer.named_parameters()} == weights
+    assert {product.out_features for product in quantizable(products)} == {320, 288}
+
+
+@torch.inference_mode()
+def test_rounding_to_fp8_halves_the_bytes_and_changes_a_product_by_a_few_percent() -> None:
+    product, x = Product(torch.randn(300, 256).bfloat16()), torch.randn(5, 256).bfloat16()
+    exact = product(x).float()
+    num_bytes = product.weight.nbytes
+    product.to_fp8()
+    assert product.scale is not None
+    assert product.weight.dtype == FP8
+    assert 2 * product.weight.nbytes == num_bytes
+    result = product(x)
+    full = from_fp8(product.weight, product.scale, torch.float32)
+    torch.testing.assert_close(result.float(), x.float() @ full.T, rtol=0.02, atol=0.2)
+    assert 0.005 < (result.float() - exact).norm() / exact.norm() < 0.04
+    with computing_plainly():
+        assert torch.equal(product(x), result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_each_row_in_fp8_keeps_its_largest_number_whatever_its_size(dtype: torch.dtype) -> None:
+    rows = torch.randn(4, 64) * torch.tensor([1e-6, 1, 1e4, 0])[:, None]
+    rows[1, 0] = 0
+    values, scale = to_fp8(rows.to(dtype))
+    assert values.float().abs().amax(1)[:3].tolist() == [LARGEST] * 3
+    restored = from_fp8(values, scale, torch.float32)
+    assert (restored[3] == 0).all()
+    error = (restored - rows.to(dtype).float()).abs().amax(1)
+    assert (error[:3] <= rows.abs().amax(1)[:3] / 25).all()  # half a step of the largest numbers is 1/28 of them
+
+
+def test_what_is_not_a_number_does_not_vanish_in_fp8() -> None:
+    values, scale = to_fp8(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [1.0, 2.0]]))
+    restored = from_fp8(values, scale, torch.float32)
+    assert restored[0].isnan().any()
+    assert not restored[1].isfinite().all()
+    assert restored[2].isfinite().all()
+
+
+def test_float16_does_not_overflow_before_the_scale() -> None:
+    weight, scale = to_fp8(torch.ones(300, 4096))
+    x = torch.ones(3, 4096, dtype=torch.float16)
+    assert torch.equal(multiply(x, weight, scale), torch.full((3, 300), 4096.0).half())
+
+
+@torch.inference_mode()
+def test_the_result_can_be_written_where_it_is_wanted() -> None:
+    x, weight, bias = torch.randn(3, 64), torch.randn(48, 64), torch.randn(48)
+    for fp8 in (False, True):
+        stored, scale = to_fp8(weight) if fp8 else (weight, None)
+        out = torch.full((3, 48), torch.nan)
+        expected = multiply(x, stored, scale, bias)
+        assert multiply(x, stored, scale, bias, out) is out
+        torch.testing.assert_close(out, expected)
+
+
+def test_every_number_of_rows_has_its_class_and_plans_fit_their_shapes() -> None:
+    assert [row_class(rows) for rows in (1, 2, 3, 16, 17, 33, MAX_ROWS, MAX_ROWS + 1)] == [
+        2,
+        2,
+        16,
+        16,
+        32,
+        64,
+        64,
+        None,
+    ]
+    for num_outputs, num_inputs in ((6144, 4096), (4096, 14336), (128256, 2048), (960, 576), (100, 60)):
+        for rows in ROW_CLASSES:
+            plans = candidates(rows, num_outputs, num_inputs)
+            assert all(plan.fits(num_outputs, num_inputs) for plan in plans)
+            assert all((plan.kernel == "vector") == (rows <= VECTOR_ROWS) for plan in plans)
+            assert plans or num_inputs < 1024
+            assert len(set(plans)) == len(plans)
+
+
+def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = key_of(torch.empty(64, 32), torch.bfloat16, 16)
+    other = key_of(torch.empty(32, 32), torch.bfloat16, 16)
+    plan = Plan("matrix", 64, 32, 4, 3, split=2)
+    plans = KeptPlans(tmp_path / "new", CPU)
+    assert key not in plans
+    plans[key], plans[other] = plan, None
+    plans.write()
+    plans = KeptPlans(tmp_path / "new", CPU)
+    assert plans[key] == plan
+    assert plans[other] is None
+    (file,) = (tmp_path / "new").iterdir()
+    for damage in ('{"a": 1', '{"a": {"kernel": "matrix"}}', "[]"):
+        file.write_text(damage)
+        with caplog.at_level(logging.WARNING):
+            assert key not in KeptPlans(tmp_path / "new", CPU)
+        assert "measured again" in caplog.text
+        caplog.clear()
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    plans = KeptPlans(tmp_path / "file" / "folder", CPU)
+    plans[key_of(torch.empty(64, 32), torch.bfloat16, 16)] = None
+    plans.write()
+    assert "each start measures them" in caplog.text

@@ -1,0 +1,81 @@
+"""The kernels for few rows against float64, under Triton's interpreter. Run by test_triton_kernels.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.reference.triton_interpreter import let_scalars_end_ranges
+from workers.gpu.products.fp8 import FP8, to_fp8
+from workers.gpu.products.plan import Plan
+from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows, rows_to_fp8
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
+let_scalars_end_ranges()
+
+VECTOR = Plan("vector", 4, 16, 4, 1)
+VECTOR_PIPELINED = Plan("vector", 2, 32, 4, 4)
+MATRIX = Plan("matrix", 16, 16, 4, 4)
+SPLIT = Plan("matrix", 32, 16, 4, 2, split=3)
+NUM_OUTPUTS, NUM_INPUTS = 64, 96
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def product(
+    plan: Plan, num_rows: int, dtype: torch.dtype, *, is_fp8: bool = False, has_bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel computes of random rows, which lie in a wider tensor, and the same in float64."""
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, NUM_INPUTS + 8, generator=generator).to(dtype)[:, :NUM_INPUTS]
+    weight = torch.randn(NUM_OUTPUTS, NUM_INPUTS, generator=generator).to(dtype)
+    full, scale = weight.double(), None
+    if is_fp8:
+        weight, scale = to_fp8(weight)
+        full = weight.double() * scale.double()[:, None]
+    bias = torch.randn(NUM_OUTPUTS, generator=generator).to(dtype) if has_bias else None
+    out = torch.empty(num_rows, NUM_OUTPUTS, dtype=dtype)
+    scratch = Scratch(torch.device("cpu"))
+    for _ in range(2):  # the second finds what the first left of its shares
+        out.fill_(math.nan)
+        multiply_few_rows(plan, x, weight, scale, bias, out, scratch, dependent_launch=False)
+        assert not scratch.ended.any()
+    return out, x.double() @ full.T + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("plan", "num_rows"),
+    [(VECTOR, 1), (VECTOR_PIPELINED, 2), (MATRIX, 3), (SPLIT, 1), (SPLIT, 17)],
+    ids=lambda value: value if isinstance(value, int) else f"{value.kernel} {value.tile_n}",
+)
+def test_products_are_right(plan: Plan, num_rows: int, dtype: torch.dtype, is_fp8: bool) -> None:
+    if plan.kernel == "matrix" and dtype == torch.bfloat16:
+        dtype = torch.float16  # the interpreter's product takes the bits of bfloat16 as integers
+    out, expected = product(plan, num_rows, dtype, is_fp8=is_fp8, has_bias=num_rows % 2 == 1)
+    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("plan", "num_rows"), [(VECTOR, 2), (SPLIT, 5)], ids=["vector", "matrix"])
+def test_numbers_that_are_not_finite_stay_in_their_row_and_output(plan: Plan, num_rows: int) -> None:
+    x, weight = torch.ones(num_rows, NUM_INPUTS), torch.ones(NUM_OUTPUTS, NUM_INPUTS)
+    x[1, 5], weight[7, 90] = math.nan, math.inf
+    out = torch.empty(num_rows, NUM_OUTPUTS)
+    multiply_few_rows(plan, x, weight, None, None, out, Scratch(x.device), dependent_launch=False)
+    assert out[1].isnan().all()
+    assert out[0, 7] == math.inf
+    assert (out[0, torch.arange(NUM_OUTPUTS) != 7] == NUM_INPUTS).all()
+
+
+def test_rows_become_fp8_as_weights_do() -> None:
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-30, 1e-3, 1, 1e3, 0])[:, None]
+    values, scale = rows_to_fp8(x[:, :40])
+    expected, expected_scale = to_fp8(x[:, :40])
+    assert scale.shape == (5, 1)
+    torch.testing.assert_close(scale[:, 0], expected_scale)
+    assert values.dtype == FP8
+    assert (values.float() - expected.float()).abs().max() <= 32  # a tie between two neighbours, at most
+    assert (values.float() == expected.float()).float().mean() > 0.98

@@ -1,0 +1,26 @@
+"""Weights in 8 bits: float8 e4m3, one float32 scale for each output channel."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+FP8: Final = torch.float8_e4m3fn
+LARGEST: Final = torch.finfo(FP8).max  # 448
+_SMALLEST_SCALE: Final = 2.0**-100  # of a channel of zeros: any positive scale serves
+
+
+def to_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `values` [N, K] in fp8 and the float32 scale [N] of each row, so that values ~ fp8 * scale.
+
+    A row's scale makes its largest number 448, the largest of the format, so nothing overflows. NaN and infinity make
+    the row's scale NaN or infinite: they do not vanish.
+    """
+    scale = (values.abs().amax(1).float() / LARGEST).clamp(min=_SMALLEST_SCALE)
+    return (values.float() / scale[:, None]).to(FP8), scale
+
+
+def from_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return weights [N, K] of fp8 and their scales [N] in `dtype`."""
+    return (weight.float() * scale[:, None]).to(dtype)

@@ -1,0 +1,137 @@
+"""Computes a product in the way that was found fastest on this device, or as the vendor's library does.
+
+`ringfeed::multiply` is one operator of a compiled graph, because compiled code serves any number of rows, and the way
+depends on it. The ways are chosen at start (see `tuning`), and are the same for all products of a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import linear
+
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible
+from workers.gpu.products.plan import Plan, row_class
+
+_FP8_UNIT: Final = 16  # the vendor's product takes multiples of it
+
+Key = tuple[int, int, torch.dtype, torch.dtype, int]  # N, K, dtypes of weight and x, one of ROW_CLASSES
+
+chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
+_scratch: dict[torch.device, Any] = {}
+_plainly = False
+
+
+def key_of(weight: torch.Tensor, x_dtype: torch.dtype, rows: int) -> Key:
+    return weight.shape[0], weight.shape[1], weight.dtype, x_dtype, rows
+
+
+@contextmanager
+def computing_plainly() -> Iterator[None]:
+    """Compute the products inside this block from dequantised weights by torch's own product: what ours must equal."""
+    global _plainly
+    outer, _plainly = _plainly, True
+    try:
+        yield
+    finally:
+        _plainly = outer
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return x [M, K] times `weight` [N, K] plus `bias` [N], as [M, N] in the dtype of x; in `out`, if that is given.
+
+    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output.
+    """
+    rows = row_class(x.shape[0])
+    plan = None if rows is None or not x.is_cuda or _plainly else chosen.get(key_of(weight, x.dtype, rows))
+    if plan is not None and x.stride(1) == 1:
+        return run_plan(plan, x, weight, scale, bias, out)
+    if scale is None:
+        return _plain(x, weight, bias, out)
+    if x.is_cuda and not _plainly and can_scale(x, weight):
+        return _scaled(x, weight, scale, bias, out)
+    return _unscaled(x, weight, scale, bias, out)
+
+
+def run_plan(
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows  # without CUDA there may be no triton
+
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+    if x.device not in _scratch:
+        _scratch[x.device] = Scratch(x.device)
+    multiply_few_rows(
+        plan, x, weight, scale, bias, out, _scratch[x.device],
+        dependent_launch=is_dependent_launch_possible(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return linear(x, weight, bias)
+    torch.mm(x, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def _unscaled(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    """The product with weights as the dtype of x holds them, which is exact, and then with their scales."""
+    # Without its scale, a product can be too large for float16.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    result = (linear(x.to(dtype), weight.to(dtype)).float() * scale).to(x.dtype)
+    if bias is not None:
+        result += bias
+    return result if out is None else out.copy_(result)
+
+
+def can_scale(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the vendor's library multiplies these in fp8: by shape, dtype and device (compute capability 8.9)."""
+    return (
+        weight.shape[0] % _FP8_UNIT == 0
+        and weight.shape[1] % _FP8_UNIT == 0
+        and x.dtype == torch.bfloat16  # the only dtype of results with a scale for each row
+        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    )
+
+
+def _scaled(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    """The product in fp8: x gets a scale for each row, as it comes."""
+    from workers.gpu.products.triton_few_rows import rows_to_fp8
+
+    values, x_scale = rows_to_fp8(x)
+    result = torch._scaled_mm(
+        values, weight.t(), scale_a=x_scale, scale_b=scale[None, :], bias=bias, out_dtype=x.dtype, use_fast_accum=True
+    )
+    return result if out is None else out.copy_(result)
+
+
+@torch.library.custom_op("ringfeed::multiply", mutates_args=())
+def _operator(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return multiply(x, weight, scale, bias)
+
+
+@_operator.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,67 @@
+"""How the kernels for few rows compute a product: tile sizes, pipelining, and the choices worth a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+MAX_ROWS: Final = 64  # of a product that streams its weights; the vendor's library computes larger ones
+VECTOR_ROWS: Final = 2  # up to here without matrix units
+ROW_CLASSES: Final = (VECTOR_ROWS, 16, 32, MAX_ROWS)  # one plan serves all products of more rows than the class before
+_MULTIPROCESSORS: Final = 132  # of an H100 or H200: splits give about one to five programs for each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to compute y[M, N] = x[M, K] w[N, K]^T on a device.
+
+    Args:
+        kernel: "vector": multiplies and adds in float32, for at most VECTOR_ROWS rows. "matrix": matrix units.
+        tile_n: outputs of a program.
+        tile_k: inputs that it reads at a time.
+        warps: of a program.
+        stages: reads of weights under way; 1 = one tile ahead in registers.
+        split: programs that share the inputs of an output.
+    """
+
+    kernel: Literal["vector", "matrix"]
+    tile_n: int
+    tile_k: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    def fits(self, num_outputs: int, num_inputs: int) -> bool:
+        """Whether the tiles divide the weights: the kernels read whole tiles only."""
+        return num_outputs % self.tile_n == 0 and num_inputs % (self.tile_k * self.split) == 0
+
+
+# The fastest few of about forty that were measured on an H200 for the products of Llama 3.1 8B and 3.2 1B.
+_VECTOR: Final = (
+    Plan("vector", 4, 1024, 4, 1),
+    Plan("vector", 2, 2048, 4, 1),
+    Plan("vector", 4, 1024, 4, 4),
+    Plan("vector", 8, 1024, 4, 1),
+    Plan("vector", 4, 512, 4, 4),
+)
+_MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
+_SPLITS: Final = (1, 2, 4, 7, 8, 16)
+
+
+def row_class(num_rows: int) -> int | None:
+    """The rows of the plan that serves a product of `num_rows` rows; None = more than MAX_ROWS."""
+    return next((rows for rows in ROW_CLASSES if num_rows <= rows), None)
+
+
+def candidates(rows: int, num_outputs: int, num_inputs: int) -> list[Plan]:
+    """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty."""
+    if rows <= VECTOR_ROWS:
+        return [plan for plan in _VECTOR if plan.fits(num_outputs, num_inputs)]
+    found = []
+    for base in _MATRIX:
+        plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
+        fitting = [plan for plan in plans if plan.fits(num_outputs, num_inputs)]
+        programs = {plan: num_outputs // plan.tile_n * plan.split for plan in fitting}
+        enough = [plan for plan in fitting if 0.9 * _MULTIPROCESSORS <= programs[plan] <= 5 * _MULTIPROCESSORS]
+        found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - _MULTIPROCESSORS))[:1]
+    return found

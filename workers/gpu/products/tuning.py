@@ -1,0 +1,169 @@
+"""Measures, at a first start, which plan computes each product fastest on this device, and keeps the result on disk.
+
+A plan is chosen where it beats the vendor's product. Products are measured one after another on the weights of all
+layers, which are more than the device's caches hold, in a graph, as a step runs them. A process that starts in the
+place of one that died reads the same file, so it computes the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.products.multiply import Key, chosen, key_of, multiply, run_plan
+from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
+from workers.gpu.products.product import Product
+
+logger = logging.getLogger(__name__)
+
+_REPLAYS: Final = 5
+_WORTH: Final = 0.98  # of the vendor's time: a plan that gains less is not chosen
+_TOLERANCE: Final = 2e-2  # of a product in 16 bits, as the norm of its error over the norm of the result
+_MAX_MEASURED: Final = 16  # layers, whose weights take turns
+
+
+def choose_plans(
+    products: Sequence[Product],
+    x_dtype: torch.dtype,
+    max_rows: int,
+    device: torch.device,
+    folder: Path,
+    progress: Callable[[float], None] = lambda _: None,
+) -> None:
+    """Choose the plan of each shape of these products, for steps of up to `max_rows` rows, and check each product.
+
+    Reads what an earlier start on the same kind of device measured from a file in `folder`, and adds to it.
+    """
+    kept = KeptPlans(folder, device)
+    groups: dict[tuple[Any, ...], list[Product]] = {}
+    for product in products:
+        weight = product.weight
+        groups.setdefault((*weight.shape, weight.dtype, product.bias is None), []).append(product)
+    classes = [rows for i, rows in enumerate(ROW_CLASSES) if i == 0 or ROW_CLASSES[i - 1] < max_rows]
+    works = [(group, rows) for group in groups.values() for rows in classes]
+    for i, (group, rows) in enumerate(works):
+        progress(i / len(works))
+        key = key_of(group[0].weight, x_dtype, rows)
+        if key not in kept:
+            kept[key] = _fastest(group, x_dtype, rows, device)
+        plan = kept[key]
+        if plan is None:
+            chosen.pop(key, None)
+        elif (error := max(error_of(plan, product, x_dtype, rows) for product in group)) < _TOLERANCE:
+            chosen[key] = plan
+        else:
+            logger.warning("products %s run as the vendor's library computes them: ours differ by %.2g", key, error)
+    kept.write()
+
+
+def error_of(plan: Plan, product: Product, x_dtype: torch.dtype, rows: int) -> float:
+    """The norm of a plan's error over the norm of the product in float32, on random rows; NaN counts as infinite."""
+    weight, scale, bias = product.weight, product.scale, product.bias
+    generator = torch.Generator(weight.device).manual_seed(rows)
+    x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device).to(x_dtype)
+    out = torch.full((rows, weight.shape[0]), torch.nan, dtype=x_dtype, device=weight.device)
+    run_plan(plan, x, weight, scale, bias, out)
+    full = weight.float() if scale is None else from_fp8(weight, scale, torch.float32)
+    expected = torch.nn.functional.linear(x.float(), full, None if bias is None else bias.float())
+    error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def _fastest(group: Sequence[Product], x_dtype: torch.dtype, rows: int, device: torch.device) -> Plan | None:
+    """The plan that computes a product of `rows` rows in the shortest time; None = the vendor's library does."""
+    measured = list(group[:_MAX_MEASURED])
+    weight = measured[0].weight
+    x = torch.randn(rows, weight.shape[1], device=device).to(x_dtype)
+    chosen.pop(key_of(weight, x_dtype, rows), None)
+
+    def vendor() -> None:
+        for each in measured:
+            multiply(x, each.weight, each.scale, each.bias)
+
+    times: dict[Plan | None, float] = {None: _WORTH * _time_us(vendor, device)}
+    for plan in candidates(rows, *weight.shape):
+
+        def ours(plan: Plan = plan) -> None:
+            for each in measured:
+                run_plan(plan, x, each.weight, each.scale, each.bias)
+
+        try:
+            times[plan] = _time_us(ours, device)
+        except Exception as error:  # too much shared memory, or a compiler that fails: another plan serves
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            logger.debug("%s cannot run here: %r", plan, error)
+    return min(times, key=times.__getitem__)
+
+
+def _time_us(work: Callable[[], None], device: torch.device) -> float:
+    """Microseconds of `work` in a graph, the median of a few replays."""
+    work()  # compiles
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times: list[float] = []
+    for _ in range(_REPLAYS + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    graph.reset()
+    return statistics.median(times[1:])
+
+
+class KeptPlans:
+    """The plans in a file: one for each kind of device, version of torch, and state of these kernels' code."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        sources = [(Path(__file__).parent / name).read_bytes() for name in ("plan.py", "triton_few_rows.py")]
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        known = hashlib.sha256(b"\0".join((name.encode(), torch.__version__.encode(), *sources))).hexdigest()[:16]
+        self._path = folder / f"{known}.json"
+        self._plans: dict[str, Plan | None] = {}
+        self._is_new = False
+        try:
+            stored = json.loads(self._path.read_bytes())
+            self._plans = {key: plan and Plan(**plan) for key, plan in stored.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("cannot read the plans of products in %s, so they are measured again: %s", self._path, error)
+
+    def __contains__(self, key: Key) -> bool:
+        return str(key) in self._plans
+
+    def __getitem__(self, key: Key) -> Plan | None:
+        return self._plans[str(key)]
+
+    def __setitem__(self, key: Key, plan: Plan | None) -> None:
+        self._plans[str(key)] = plan
+        self._is_new = True
+
+    def write(self) -> None:
+        """Put new plans on disk, all at once. If that fails, the next start measures again."""
+        if not self._is_new:
+            return
+        stored = {key: plan and asdict(plan) for key, plan in self._plans.items()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            own = self._path.with_suffix(f".{os.getpid()}")
+            own.write_text(json.dumps(stored, indent=1))
+            own.replace(self._path)
+        except OSError as error:
+            logger.warning(
+                "cannot keep the plans of products in %s, so each start measures them: %s", self._path, error
+            )
