@@ -21,10 +21,10 @@ ATTENTION: Final = "attention"
 HEAD: Final = "head"
 OTHER: Final = "others"
 # Names of cuBLAS, CUTLASS, torch's operators on the CPU, Inductor's templates, and our own kernels.
-_PRODUCT: Final = re.compile(r"nvjet|gemm|gemv|cutlass|_tem_fused|product|^aten::(linear|addmm|mm)$", re.IGNORECASE)
-_SUM_OF_PARTS: Final = re.compile(  # of products that are split over their inputs
-    r"split_?k.*reduce|reduce.*split_?k|product.*(sum|reduce|combine)|(sum|reduce|combine).*product", re.IGNORECASE
+_PRODUCT: Final = re.compile(
+    r"nvjet|gemm|gemv|cutlass|_tem_fused|^_(vector|matrix)$|^aten::(linear|addmm|mm)$", re.IGNORECASE
 )
+_SUM_OF_PARTS: Final = re.compile(r"split_?k.*reduce|reduce.*split_?k", re.IGNORECASE)  # of cuBLAS's split products
 _ATTENTION: Final = re.compile(r"^(decode|prefill|combine)$|flash|fmha|attention", re.IGNORECASE)
 _COMBINE: Final = re.compile(r"combine", re.IGNORECASE)  # the kernels of attention that read no KV
 _FUSED: Final = re.compile(r"^triton_(poi|red|per)_")  # Inductor names these after neighbours, products included

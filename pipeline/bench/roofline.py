@@ -18,14 +18,14 @@ token looks up. Both would raise the bounds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ipc.errors import ConfigError
+from workers.gpu.products.plan import MAX_ROWS
 
 _FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")  # families with the same projections and full attention
 _BYTES_PER_VALUE: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-FEW_ROWS: Final = 64  # products of more rows multiply in the weights' format, if the device can
 _FP8_SPEED: Final = 2.0  # times the 16-bit matrix rate, on devices whose fp8 rate was not measured
 
 
@@ -59,19 +59,19 @@ class WeightFormat:
     Args:
         bits: of one weight.
         scale_bytes_per_output: of the scales that belong to an output channel.
-        is_fp8: whether a product of many rows multiplies in fp8.
+        multiplies_in_fp8: whether products of many rows do.
     """
 
     bits: int
     scale_bytes_per_output: int = 0
-    is_fp8: bool = False
+    multiplies_in_fp8: bool = False
 
     def num_bytes(self, num_inputs: int, num_outputs: int) -> int:
         """Return the bytes of the weights and scales of one product."""
         return num_inputs * num_outputs * self.bits // 8 + num_outputs * self.scale_bytes_per_output
 
 
-_QUANTIZED: Final = {"fp8": WeightFormat(bits=8, scale_bytes_per_output=4, is_fp8=True)}
+_QUANTIZED: Final = {"fp8": WeightFormat(bits=8, scale_bytes_per_output=4, multiplies_in_fp8=True)}
 _KV_BYTES: Final = {"fp8_e4m3": 1}
 
 
@@ -139,6 +139,9 @@ class ModelShape:
         if cache_dtype not in ("auto", *_KV_BYTES):
             raise ConfigError(f"no floor is known for cache.dtype = {cache_dtype!r}")
         bytes_per_value = _BYTES_PER_VALUE[dtype]
+        weights = _QUANTIZED.get(quantization, WeightFormat(bits=8 * bytes_per_value))
+        if dtype != "bfloat16":  # the engine multiplies in fp8 only for bfloat16 activations
+            weights = replace(weights, multiplies_in_fp8=False)
         num_heads = text["num_attention_heads"]
         return ModelShape(
             hidden_size=text["hidden_size"],
@@ -149,7 +152,7 @@ class ModelShape:
             head_dim=text.get("head_dim") or text["hidden_size"] // num_heads,
             vocab_size=text["vocab_size"],
             bytes_per_value=bytes_per_value,
-            layer_weights=_QUANTIZED.get(quantization, WeightFormat(bits=8 * bytes_per_value)),
+            layer_weights=weights,
             bytes_per_kv_value=_KV_BYTES.get(cache_dtype, bytes_per_value),
         )
 
@@ -192,7 +195,7 @@ class ModelShape:
 
     def _operations(self, work: StepWork) -> Iterator[_Operation]:
         """Return the operations of a step. One operation stands for the same one in all layers."""
-        in_fp8 = self.layer_weights.is_fp8 and work.num_tokens > FEW_ROWS
+        in_fp8 = self.layer_weights.multiplies_in_fp8 and work.num_tokens > MAX_ROWS
         for num_inputs, num_outputs in self._projections().values():
             num_bytes = self.layer_weights.num_bytes(num_inputs, num_outputs)
             flops = 2 * work.num_tokens * num_inputs * num_outputs

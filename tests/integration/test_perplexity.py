@@ -16,6 +16,7 @@ NOT_BUILT: Final = pytest.mark.xfail(strict=True, reason="the engine does not co
 FP8_WEIGHTS, FP8_KV = "model.quantization=fp8", "cache.dtype=fp8_e4m3"
 # Over 2,048 tokens, rounding takes transformers' perplexity of 12.68 to 12.73 (weights), 12.72 (KV) and 12.76 (both).
 MOST_RATIO: Final = 1.02
+UNROUNDED: Final = ("o_proj", "down_proj")  # the engine leaves layers of few outputs as they are; these have 256
 FEW_ROWS: Final = 32  # tokens of a step: so products of few rows are computed, which leave activations as they are
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def plain() -> Scores:
 def rounded(config: Config) -> Scores:
     """Transformers with values rounded as `config` says."""
     model = plain_model(FOLDER)
-    assert round_as(model, config)
+    assert round_as(model, config, unlike=UNROUNDED)
     return score_reference(model, CHUNKS)
 
 
@@ -54,7 +55,7 @@ def test_rounding_shows_and_costs_little(plain: Scores, overrides: list[str]) ->
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param([FP8_WEIGHTS], marks=NOT_BUILT),
+        [FP8_WEIGHTS],
         pytest.param([FP8_KV], marks=NOT_BUILT),
         pytest.param([FP8_WEIGHTS, FP8_KV], marks=NOT_BUILT),
     ],

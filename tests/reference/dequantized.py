@@ -7,7 +7,7 @@ forward stays transformers' own. Nothing of the engine is used.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -37,27 +37,31 @@ def through_e4m3(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
 
 
-def decoder_linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """Return the linear layers of the decoder layers of a plain model, by name. The head is none of them."""
+def decoder_linears(model: Any, unlike: Sequence[str] = ()) -> Iterator[tuple[str, nn.Linear]]:
+    """Return the linear layers of the decoder layers of a plain model, by name. The head is none of them.
+
+    Args:
+        unlike: the last parts of names of layers to leave out.
+    """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None) or decoder.h
     for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in unlike:
             yield name, module
 
 
 @torch.no_grad()
-def round_weights(model: Any, rounding: Round = fp8_per_row) -> int:
-    """Replace the weight of each linear layer of the decoder layers by `rounding(weight)`. Returns their number."""
-    layers = list(decoder_linears(model))
+def round_weights(model: Any, rounding: Round = fp8_per_row, unlike: Sequence[str] = ()) -> int:
+    """Replace the weight of each of `decoder_linears` by `rounding(weight)`. Returns their number."""
+    layers = list(decoder_linears(model, unlike))
     for _, layer in layers:
         layer.weight.copy_(rounding(layer.weight))
     return len(layers)
 
 
-def round_activations(model: Any, rounding: Round = fp8_per_row) -> None:
-    """Let each linear layer of the decoder layers multiply `rounding(x)` instead of x."""
-    for _, layer in decoder_linears(model):
+def round_activations(model: Any, rounding: Round = fp8_per_row, unlike: Sequence[str] = ()) -> None:
+    """Let each of `decoder_linears` multiply `rounding(x)` instead of x."""
+    for _, layer in decoder_linears(model, unlike):
         layer.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))
 
 

@@ -105,14 +105,18 @@ def plain_model(folder: Path, device: torch.device | None = None) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def round_as(model: Any, config: Config, activations: bool = False) -> bool:
-    """Round a plain model as `config` says; `activations`: those of the rounded products too. Returns whether anything
-    is rounded."""
+def round_as(model: Any, config: Config, *, activations: bool = False, unlike: Sequence[str] = ()) -> bool:
+    """Round a plain model as `config` says. Returns whether anything is rounded.
+
+    Args:
+        activations: round those of the products with rounded weights too.
+        unlike: linear layers whose weights stay as they are, by the last part of their names.
+    """
     weights, kv = WEIGHTS[config.model.quantization], KV[config.cache.dtype]
     if weights is not None:
-        round_weights(model, weights)
+        round_weights(model, weights, unlike)
         if activations:
-            round_activations(model)
+            round_activations(model, unlike=unlike)
     if kv is not None:
         round_kv(model, kv)
     return weights is not None or kv is not None
@@ -155,7 +159,7 @@ def main() -> None:
     _print("ringfeed", ours, ours)
     model = plain_model(arguments.folder, make_device(config.model.device).torch_device)
     _print("transformers, float32", score_reference(model, chunks), ours)
-    if round_as(model, config, arguments.round_activations):
+    if round_as(model, config, activations=arguments.round_activations):
         _print("transformers, float32, rounded", score_reference(model, chunks), ours)
 
 

@@ -52,14 +52,6 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             f"torch >= 2.13 and a `cache.block_size` of {VARLEN_BLOCK_TOKENS} or a multiple of it."
         ),
     ] = "auto"
-    quantization: Annotated[
-        Literal["none", "fp8"],
-        Meta(
-            description="Format of the weights of the decoder layers' linear layers. `none`: as `dtype` says. `fp8`: "
-            "8-bit floating point (e4m3) with one scale per output channel, made while the model loads. The head stays "
-            "as `dtype` says."
-        ),
-    ] = "none"
     compile: Annotated[
         Literal["auto", "on", "off"],
         Meta(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ SHAPE = ModelShape(
 )  # fmt: skip
 LAYER = [
     ["nvjet_small", 2.0], ["_write_kv", 0.5], ["decode", 3.0], ["combine", 1.0], ["nvjet_small", 2.0],
-    ["triton_red_fused_add_mm_mul_0", 0.5], ["nvjet_large", 4.0], ["gemvx", 3.0],
+    ["triton_red_fused_add_mm_mul_0", 0.5], ["_matrix", 4.0], ["gemvx", 3.0],
     ["cublasLt::splitKreduce_kernel", 1.0],
 ]  # fmt: skip
 STEP = [["_write_time", 0.25], *LAYER, *LAYER, ["nvjet_large", 5.0], ["_finish_rows", 1.0], ["_write_time", 0.25]]
@@ -43,7 +44,7 @@ def test_products_are_told_apart_by_their_place_and_have_the_bytes_of_their_weig
     rows = by_label(table.rows)
     assert rows["query, key, value", "nvjet_small"] == (2, 4, 2 * 2 * 32)
     assert rows["output", "nvjet_small"] == (2, 4, 2 * 2 * 16)
-    assert rows["gate, up", "nvjet_large"] == (2, 8, 2 * 2 * 48)
+    assert rows["gate, up", "_matrix"] == (2, 8, 2 * 2 * 48)
     assert rows["down", "gemvx"] == (2, 6, 2 * 2 * 24)
     assert rows["down: sum of parts", "cublasLt::splitKreduce_kernel"] == (2, 2, None)
     assert rows["head", "nvjet_large"] == (1, 5, 80)
@@ -56,6 +57,22 @@ def test_products_are_told_apart_by_their_place_and_have_the_bytes_of_their_weig
     assert groups["attention", ""] == (4, 8, 240)
     assert sum(row.us for row in table.groups) == pytest.approx(sum(us for _, us in STEP))
     assert (table.busy_us, table.step_us) == (45, 50)
+
+
+@pytest.mark.parametrize(
+    ("module", "kernels"),
+    [
+        ("attention/triton_decode", ["decode", "combine"]),
+        ("attention/triton_prefill", ["prefill"]),
+        ("products/triton_few_rows", ["_vector", "_matrix"]),
+    ],
+)
+def test_our_own_kernels_still_have_the_names_that_the_table_knows(module: str, kernels: list[str]) -> None:
+    source = (Path(__file__).parents[4] / "workers" / "gpu" / f"{module}.py").read_text()
+    for kernel in kernels:
+        assert f"\ndef {kernel}(\n" in source
+        profile = profile_of([[kernel, 1.0]])
+        assert kernel_table(profile, None).groups[0].group != "others"
 
 
 def test_products_that_were_not_fused_are_found_as_well() -> None:
@@ -92,7 +109,7 @@ def test_fp8_weights_and_an_fp8_cache_are_fewer_bytes() -> None:
         "bfloat16", "fp8", "fp8_e4m3",
     )  # fmt: skip
     rows = by_label(kernel_table(profile_of(STEP), shape).rows)
-    assert rows["gate, up", "nvjet_large"][2] == 2 * (48 + 4 * 12)
+    assert rows["gate, up", "_matrix"][2] == 2 * (48 + 4 * 12)
     assert rows["attention", "decode"][2] == 15 * 8
     assert rows["head", "nvjet_large"][2] == 80
 
@@ -121,7 +138,7 @@ def test_the_printed_table_has_shares_of_the_read_rate_and_what_is_no_kernel() -
     assert lines[0].startswith("depth 2: medians of 3 of 4 steps")
     assert "15 tokens of KV" in lines[0]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
-    assert ["gate, up", "nvjet_large", "2", "8.0", "0.0", "15"] in cells  # 192 bytes in 8 us are 24 of 160 MB/s
+    assert ["gate, up", "_matrix", "2", "8.0", "0.0", "15"] in cells  # 192 bytes in 8 us are 24 of 160 MB/s
     assert ["", "_write_kv", "2", "1.0", "", ""] in cells
     assert ["idle", "", "", "5.0", "", ""] in cells
     assert cells[-1][:4] == ["step, profiled", "", "", "50.0"]

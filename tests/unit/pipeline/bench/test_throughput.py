@@ -93,13 +93,13 @@ def test_a_roofline_takes_the_longer_side_of_each_operation() -> None:
     assert SHAPE.roofline_s(work, RATES) == pytest.approx(120 * 0.04 + max(32 / 100, 160 / 200) + 40 * 0.02)
 
 
-def formatted(quantization: str = "none", cache_dtype: str = "auto") -> ModelShape:
+def formatted(quantization: str = "none", cache_dtype: str = "auto", dtype: str = "bfloat16") -> ModelShape:
     return ModelShape.from_config(
         {
             "model_type": "llama", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 10,
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2,
         },
-        "bfloat16", quantization, cache_dtype,
+        dtype, quantization, cache_dtype,
     )  # fmt: skip
 
 
@@ -124,7 +124,8 @@ def test_only_products_of_many_rows_multiply_at_the_fp8_rate(measured: float | N
         expected_s = 2 * num_tokens * 120 / layers_rate + others_s
         assert formatted("fp8").roofline_s(work, rates) == pytest.approx(expected_s)
         assert formatted("fp8").matrix_s(work, rates) == pytest.approx(expected_s)
-        assert SHAPE.matrix_s(work, rates) == pytest.approx(2 * num_tokens * 12 + others_s)
+        for shape in (SHAPE, formatted("fp8", dtype="float16")):
+            assert shape.matrix_s(work, rates) == pytest.approx(2 * num_tokens * 12 + others_s)
 
 
 def test_operations_count_causal_attention_and_the_head_of_outputs_only() -> None:
