@@ -6,7 +6,7 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
-from workers.gpu.model.linear_layers import use_products
+from workers.gpu.model.linear_layers import tune_products, use_products
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.quantization import (
@@ -43,6 +43,7 @@ from workers.gpu.model.quantization import (
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weight_files import weight_files
 from workers.gpu.model.weights import Progress, make_blank, read_weights
+from workers.gpu.products.multiply import Shape
 from workers.gpu.startup_stages import LOADING
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def load_model(
     Raises ConfigError for a folder, length or cache that cannot work, and ModelUnsupported for a model that would
     compute wrong results. Silences transformers' own output for the rest of the process.
 
-        configuration > weights > gate > fused projections > products > compiled layers > largest step > KV cache
+        configuration > weights > gate > fused projections > products > compiled layers > tuning > KV cache
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -89,13 +90,15 @@ def load_model(
     backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
-    use_products(model, config, facts, shape.max_model_len, shape.max_num_batched_tokens, progress)
+    products = use_products(model, config, facts.cache_dtype, device)
 
     step = largest_step(model, facts, shape, device, backend)
+    gated: Collection[Shape] = ()
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         progress("compiling the model", 0.0)
-        compile_layers(model, step)
+        gated = compile_layers(model, step) or ()
         progress("compiling the model", 1.0)
+    tune_products(model, products, gated, facts.cache_dtype, shape.max_num_batched_tokens, device, progress)
 
     progress("measuring the largest step", 0.0)
     step_bytes = measure_step_bytes(step, device, shape)
@@ -233,10 +236,8 @@ def _read_weights(
             "model?"
         )
     if report.missing:  # transformers would continue with random ones
-        raise ConfigError(
-            f"model.path ({config.path!r}) lacks {len(report.missing)} of the model's weights, {report.missing[0]} "
-            "among them"
-        )
+        lacks = f"lacks {len(report.missing)} of the model's weights, {report.missing[0]} among them"
+        raise ConfigError(f"model.path ({config.path!r}) {lacks}")
     return model
 
 
