@@ -9,7 +9,8 @@ settings say (`tests/reference/dequantized.py`).
 
 The differences of log-probabilities say more than perplexity does where only weights are rounded. Rounded KV or
 activations amplify the least difference, because it moves values to the next number of the format; in a deep model,
-two right results can differ by half as much as either differs from exact values. Their perplexities agree.
+two right results can differ by half as much as either differs from exact values (SmolLM2-135M in float32 and float64:
+0.054, and 0.10 from exact values). Their perplexities then differ by less than 1 %.
 
 `--rows N` computes a chunk in steps of N tokens: products of few rows may run by other kernels than those of many.
 """
