@@ -133,13 +133,6 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ]
         | None
     ) = None
-    dtype: Annotated[
-        Literal["auto", "fp8_e4m3"],
-        Meta(
-            description="Type of stored K and V. `auto`: as `model.dtype` says. `fp8_e4m3`: 8-bit floating point, with "
-            "the checkpoint's scales or 1."
-        ),
-    ] = "auto"
     memory_share: Annotated[
         float,
         Meta(
