@@ -63,7 +63,7 @@ def test_captured_steps_of_every_family_give_the_tokens_of_generate(
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_cache_of_8_bits_gives_the_logits_of_transformers_with_k_and_v_rounded(
-    family: str, compile: Literal["on", "off"], device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, compile: Literal["on", "off"], device: Any, tmp_path: Path
 ) -> None:
     folder = make_scaled_model(family, tmp_path)
     with torch.inference_mode():
@@ -76,7 +76,7 @@ def test_a_cache_of_8_bits_gives_the_logits_of_transformers_with_k_and_v_rounded
     def generate(prompts: Sequence[Sequence[int]]) -> list[PackedSequence]:
         return run_packed(runner, prompts, NUM_NEW, num_blocks=NUM_BLOCKS, block_size=SHAPE.block_size, seed=3)
 
-    check_logits(folder, generate, monkeypatch)
+    check_logits(folder, generate)
 
 
 def test_experts_in_bfloat16_are_captured_and_give_the_same_tokens_at_every_depth(device: Any, tmp_path: Path) -> None:

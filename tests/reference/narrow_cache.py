@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.reference.dequantized import round_kv
 from tests.reference.packed_steps import PackedSequence
 from tests.reference.tiny_models import VOCAB_SIZE, make_tiny_model, reference_logits, reference_model
-from workers.gpu.memory.kv_cache import KVScales, quantize
+from workers.gpu.memory.kv_cache import KVScales
 
 NUM_NEW: Final = 4
 PROMPT_LENGTHS: Final = (2, 13, 41)
@@ -37,7 +36,6 @@ def make_scaled_model(family: str, folder: Path) -> Path:
 def check_logits(
     folder: Path,
     generate: Callable[[Sequence[Sequence[int]]], Sequence[PackedSequence]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Check the logits of `generate`, which generates NUM_NEW tokens greedily for each prompt.
 
@@ -48,7 +46,7 @@ def check_logits(
     sequences = generate([[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS])
     reference = reference_model(folder)
     plain = [reference_logits(reference, sequence.token_ids[:-1])[-NUM_NEW:] for sequence in sequences]
-    _round_kv(reference, monkeypatch)
+    round_kv(reference, scales={index: (layer.key, layer.value) for index, layer in enumerate(SCALES)})
     rounded = [reference_logits(reference, sequence.token_ids[:-1])[-NUM_NEW:] for sequence in sequences]
     errors = []
     for sequence, exact, expected in zip(sequences, plain, rounded, strict=True):
@@ -57,17 +55,3 @@ def check_logits(
         errors.append(float((torch.stack(sequence.logits).float().cpu() - expected).norm() / exact.norm()))
         assert errors[-1] < 0.15 * of_8_bits
     assert min(errors) < 1e-4
-
-
-def _round_kv(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a reference model round K and V to 8 bits before its attention."""
-    modeling = sys.modules[type(model).__module__]
-    attend = modeling.eager_attention_forward  # type: ignore[attr-defined]
-
-    def attend_rounded(module: Any, query: Any, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        layer = SCALES[module.layer_idx]
-        key = quantize(key, layer.key).float() * layer.key
-        value = quantize(value, layer.value).float() * layer.value
-        return attend(module, query, key, value, *rest, **more)
-
-    monkeypatch.setattr(modeling, "eager_attention_forward", attend_rounded)

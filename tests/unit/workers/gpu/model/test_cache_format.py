@@ -94,13 +94,9 @@ def test_a_gpu_that_cannot_convert_8_bits_is_refused(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-def test_logits_are_those_of_transformers_with_k_and_v_rounded_to_8_bits(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_are_those_of_transformers_with_k_and_v_rounded_to_8_bits(family: str, tmp_path: Path) -> None:
     folder = make_scaled_model(family, tmp_path)
     loaded = load(folder, CacheConfig(dtype="fp8_e4m3", num_blocks=64))
     layers = loaded.runner._cache.key + loaded.runner._cache.value
     assert loaded.memory.kv_blocks == sum(layer.numel() for layer in layers), "not one byte for each number"
-    check_logits(
-        folder, lambda prompts: run_packed(loaded.runner, prompts, NUM_NEW, num_blocks=64, seed=3), monkeypatch
-    )  # fmt: skip
+    check_logits(folder, lambda prompts: run_packed(loaded.runner, prompts, NUM_NEW, num_blocks=64, seed=3))
