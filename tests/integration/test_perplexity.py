@@ -12,7 +12,6 @@ from tests.reference.perplexity import Scores, documentation, plain_model, round
 
 FOLDER: Final = Path(__file__).parents[2] / "configs" / "tiny-model"
 CHUNKS: Final = documentation(FOLDER, 1024)
-NOT_BUILT: Final = pytest.mark.xfail(strict=True, reason="the engine does not compute in this format yet")
 FP8_WEIGHTS, FP8_KV = "model.quantization=fp8", "cache.dtype=fp8_e4m3"
 # Over 2,048 tokens, rounding takes transformers' perplexity of 12.68 to 12.73 (weights), 12.72 (KV) and 12.76 (both).
 MOST_RATIO: Final = 1.02
@@ -52,15 +51,7 @@ def test_rounding_shows_and_costs_little(plain: Scores, overrides: list[str]) ->
     assert plain.perplexity < scores.perplexity < MOST_RATIO * plain.perplexity
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [FP8_WEIGHTS],
-        pytest.param([FP8_KV], marks=NOT_BUILT),
-        pytest.param([FP8_WEIGHTS, FP8_KV], marks=NOT_BUILT),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("overrides", [[FP8_WEIGHTS], [FP8_KV], [FP8_WEIGHTS, FP8_KV]], ids=str)
 def test_an_engine_computes_like_transformers_with_rounded_values(plain: Scores, overrides: list[str]) -> None:
     ours, reference = score_ours(config_of(*overrides), CHUNKS, FEW_ROWS), rounded(config_of(*overrides))
     # Sums in another order move a few values of KV across the border between two e4m3 values.
