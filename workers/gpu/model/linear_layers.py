@@ -16,7 +16,7 @@ from workers.gpu.model.head import replace_head
 from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.weights import Progress
 from workers.gpu.products.multiply import computing_plainly
-from workers.gpu.products.product import quantizable, replace_linears
+from workers.gpu.products.product import quantizable, replace_linears, stored_scale
 from workers.gpu.products.tuning import choose_plans
 
 
@@ -25,20 +25,18 @@ def use_products(
 ) -> None:
     """Replace the linear layers of a checked model, for steps of up to `max_rows` tokens.
 
+    Layers whose checkpoint stores fp8 compute in fp8 with the checkpoint's scales, whatever `quantization` is.
     Frees the 16-bit weights layer by layer. Raises ConfigError if `quantization` finds nothing to round, and
     ModelUnsupported if the rounded model does not compute what its dequantised weights say.
     """
     device = next(model.parameters()).device
     is_fp8 = config.quantization == "fp8"
-    if device.type != "cuda" and not is_fp8:
+    layers = decoder_layers(model)
+    is_stored = any(stored_scale(module) is not None for layer in layers for module in layer.modules())
+    if device.type != "cuda" and not is_fp8 and not is_stored:
         return  # torch's own products serve
-    products = replace_linears(decoder_layers(model))
+    products = replace_linears(layers)
     if is_fp8:
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ConfigError(
-                f'model.quantization ("fp8"): the weights of model.path ({config.path!r}) are quantised already: leave '
-                "it out"
-            )
         rounded = quantizable(products)
         if not rounded:
             raise ConfigError(
@@ -55,7 +53,7 @@ def use_products(
     with computing_plainly():
         expected = probe_logits(model, max_model_len, device)
     if not is_near(probe_logits(model, max_model_len, device), expected, facts.cache_dtype):
+        cure = "leave model.quantization out" if is_fp8 else "use an unquantised checkpoint of the model"
         raise ModelUnsupported(
-            f"model.path ({config.path!r}): its products in 8 bits do not give what the weights say: leave "
-            "model.quantization out"
+            f"model.path ({config.path!r}): its products in 8 bits do not give what the weights say: {cure}"
         )

@@ -6,7 +6,7 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,13 @@ from workers.gpu.memory.account import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.memory.kv_cache import KVCache, choose_num_blocks
 from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.compile import compile_layers
+from workers.gpu.model.formats.stored_format import StoredFormat
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
 from workers.gpu.model.linear_layers import use_products
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.model.probed_model import ProbedModel
-from workers.gpu.model.quantization import (
-    check_quantization,
-    check_tensors,
-    drop_empty_declarations,
-    loading_quantized,
-)
+from workers.gpu.model.quantization import check_quantization, check_tensors, drop_empty_declarations, loading_quantized
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weight_files import weight_files
 from workers.gpu.model.weights import Progress, make_blank, read_weights
@@ -191,13 +187,14 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
     """
     reads_files = config.load_format != "dummy"
     files = weight_files(_folder(config.path)) if reads_files else []
+    formats: Sequence[StoredFormat] = ()
     if reads_files:
-        check_quantization(config.path, files[0].parent, model_config)
+        model_config, formats = check_quantization(config.path, files[0].parent, model_config, config.quantization)
     with _blaming_config(config.path, model_config):  # covers this line only, not errors of the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
     if reads_files:
-        model = _read_weights(config, files, model_config, blank, device, progress)
+        model = _read_weights(config, files, formats, model_config, blank, device, progress)
     else:
         model = _random_weights(config, model_config, device)
     model.eval().requires_grad_(False)
@@ -210,13 +207,13 @@ def _folder(path: str) -> Path:
 
 
 def _read_weights(
-    config: ModelConfig, files: list[Path], model_config: Any, blank: nn.Module, device: torch.device,
-    progress: Progress,
+    config: ModelConfig, files: list[Path], formats: Sequence[StoredFormat], model_config: Any, blank: nn.Module,
+    device: torch.device, progress: Progress,
 ) -> nn.Module:  # fmt: skip
     unreadable = f"the weights of model.path ({config.path!r}) cannot be read"
     try:
         with loading_quantized(config.path, model_config):
-            model, report = read_weights(files, blank, config.dtype, device, progress)
+            model, report = read_weights(files, blank, config.dtype, device, progress, formats)
     except ModelUnsupported:
         raise
     except ValueError as error:
