@@ -78,7 +78,7 @@ def check_quantization(
             "it out"
         )
     formats = stored_formats(read)
-    if formats:
+    if formats is not None:
         return _without_declaration(config), formats
     method = _method(read or unread)
     if method is None:

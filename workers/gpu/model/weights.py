@@ -45,7 +45,9 @@ class LoadReport:
 
     read: set[str]  # tensors, by their names in the files
     missing: list[str]  # weights that the files lack; the model has random ones
-    unexpected: list[str]  # tensors of the files that the model has no place for, and that its class does not ignore
+    unexpected: list[
+        str
+    ]  # tensors of the files that the model has no place for, that its class does not ignore and that are no bias of zeros
     mismatched: list[tuple[str, list[int], list[int]]]  # name, shape in the files, shape in the model
     narrow: dict[str, torch.dtype]  # tensors stored as integers or in 8 bits, and loaded as a wider dtype
 
@@ -96,7 +98,7 @@ def read_weights(
     return on_device, LoadReport(
         read=counter.names,
         missing=sorted(report["missing_keys"]),
-        unexpected=sorted(report["unexpected_keys"]),
+        unexpected=sorted(name for name in report["unexpected_keys"] if not _is_zero_bias(name, state_dict)),
         mismatched=[(name, list(stored), list(wanted)) for name, stored, wanted in sorted(report["mismatched_keys"])],
         narrow=counter.narrow,
     )
@@ -119,6 +121,11 @@ def _tensors_of(
             ) from None
         state_dict |= {name: _StoredTensor(file, name, device, counter) for name in names}
     return state_dict, dtypes
+
+
+def _is_zero_bias(name: str, state_dict: dict[str, Any]) -> bool:
+    """Whether a tensor is a bias of zeros, as AutoGPTQ's older versions write for layers without a bias."""
+    return name.endswith(".bias") and name in state_dict and not state_dict[name].to().any()
 
 
 def _merge_parts(

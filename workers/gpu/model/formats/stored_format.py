@@ -134,3 +134,16 @@ def check_groups(weight: StoredWeight, part: str, groups: torch.Tensor, num_grou
         raise MalformedWeights(
             f"{weight.parts[part]} names the groups {int(groups.min())} to {int(groups.max())} of {num_groups}"
         )
+
+
+def dequantise_groups(
+    numbers: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor, groups: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return (numbers - zeros) * scales in `dtype`, computed in float32, [N, K].
+
+    `numbers` [N, K] int32; `zeros` [N, G] int32 and `scales` [N, G] float32 of each group; `groups` [K] int64, the
+    group of each column.
+    """
+    if zeros is not None:
+        numbers = numbers - zeros[:, groups]
+    return (numbers * scales[:, groups]).to(dtype).contiguous()

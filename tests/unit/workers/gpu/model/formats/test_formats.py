@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from ipc.errors import ConfigError, ModelUnsupported
 from tests.reference.packed_steps import run_packed
-from tests.reference.quantised_checkpoints import FLOAT8, Pack, compressed_tensors, float8, make_pair
+from tests.reference.quantised_checkpoints import (
+    FLOAT8,
+    Pack,
+    awq,
+    compressed_integers,
+    compressed_tensors,
+    float8,
+    gptq,
+    make_pair,
+)
 from tests.unit.workers.gpu.model.test_gate import load
 from workers.gpu.config import ModelConfig
 from workers.gpu.model.loader import load_config, load_weights
@@ -29,6 +38,14 @@ FP8_BLOCK = compressed_tensors("float-quantized", type="float", num_bits=8, stra
 AUTO_FP8 = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
 DEEPSEEK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [40, 24]}
 
+GPTQ = {"quant_method": "gptq", "desc_act": True, "sym": False, "lm_head": False}
+
+
+def integers(bits: int, **weights: Any) -> dict[str, Any]:
+    defaults = {"type": "int", "num_bits": bits, "strategy": "group", "group_size": None, "symmetric": True}
+    return compressed_tensors("pack-quantized", **{**defaults, **weights})
+
+
 KEPT: dict[str, tuple[Pack, Mapping[str, Any]]] = {  # formats whose products compute in the file's float8
     "compressed-tensors fp8 by channel": (float8("channel", input_scale=0.1), FP8_CHANNEL),
     "compressed-tensors fp8 by tensor": (float8("tensor"), FP8_TENSOR),
@@ -37,6 +54,15 @@ KEPT: dict[str, tuple[Pack, Mapping[str, Any]]] = {  # formats whose products co
 PLAIN: dict[str, tuple[Pack, Mapping[str, Any]]] = {
     "compressed-tensors fp8 by block": (float8("block", (40, 24)), FP8_BLOCK),
     "DeepSeek fp8": (float8("block", (40, 24), "weight_scale_inv"), DEEPSEEK),
+    "W4A16, asymmetric": (compressed_integers(4, 32, symmetric=False), integers(4, group_size=32, symmetric=False)),
+    "W4A16, act order": (compressed_integers(4, 32, act_order=True), integers(4, group_size=32, actorder="group")),
+    "W8A16 by channel": (compressed_integers(8, None), integers(8, strategy="channel")),
+    "GPTQ": (gptq(4, 32, zero_offset=1), {**GPTQ, "bits": 4, "group_size": 32}),
+    "GPTQ v2, 8 bits, act order": (
+        gptq(8, 16, act_order=True),
+        {**GPTQ, "bits": 8, "group_size": 16, "checkpoint_format": "gptq_v2"},
+    ),
+    "AWQ": (awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
 }
 
 
@@ -112,7 +138,8 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda tensors: tensors.pop(f"{NAME}.weight_scale_inv"), f"the files lack a scale of the quantised weight {NAME}.weight"),
+        (lambda tensors: tensors.pop(f"{NAME}.weight_scale_inv"),
+         f"the files lack a scale of the quantised weight {NAME}.weight ({NAME}.weight_scale or"),
         (lambda tensors: tensors.update({f"{NAME}.weight_scale_inv": torch.ones(2, 2)}),
          f"{NAME}.weight_scale_inv is [2, 2], which does not fit {NAME}.weight ([96, 64]) in blocks of 40 x 24"),
         (lambda tensors: tensors.update({f"{NAME}.weight_scale_inv": torch.ones(3, 3, dtype=torch.uint8)}),
