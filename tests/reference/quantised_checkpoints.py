@@ -22,19 +22,25 @@ Pack = Callable[[torch.Tensor], Packed]
 
 
 def make_pair(
-    folder: Path, pack: Pack, declared: Mapping[str, Any], family: str = "llama", **changes: Any
+    folder: Path,
+    pack: Pack,
+    declared: Mapping[str, Any],
+    family: str = "llama",
+    suffix: str = "_proj.weight",
+    **changes: Any,
 ) -> tuple[Path, Path]:
-    """Save a tiny model of `family` whose projections `pack` has quantised, and the same model with the dequantised
-    weights in float32. Returns both folders."""
+    """Save a tiny model of `family` whose tensors of this suffix `pack` has quantised, and the same model with the
+    dequantised weights in float32. Returns both folders."""
     stored = make_tiny_model(family, folder / "stored", **changes)
     plain = make_tiny_model(family, folder / "plain", **changes)
     parts: dict[str, torch.Tensor] = {}
     whole: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(stored / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
+        stem = name.removesuffix("weight")
+        if name.endswith(suffix):
             packed, dequantised = pack(tensor)
             whole[name] = dequantised.contiguous()
-            parts |= {name.removesuffix("weight") + suffix: part.contiguous() for suffix, part in packed.items()}
+            parts |= {stem + part: tensor.contiguous() for part, tensor in packed.items()}
         else:
             parts[name] = whole[name] = tensor
     save_file(parts, stored / "model.safetensors", {"format": "pt"})
@@ -73,8 +79,8 @@ def float8(strategy: str, block: tuple[int, int] = (1, 1), scale: str = "weight_
 def compressed_integers(
     bits: int, group_size: int | None, symmetric: bool = True, act_order: bool = False, whole_zeros: bool = False
 ) -> Pack:
-    """compressed-tensors' "pack-quantized". Without a group size, each row has one scale; `whole_zeros`: as versions
-    before 0.10 stored zero points."""
+    """compressed-tensors' "pack-quantized". Without a group size, each row has one scale; `whole_zeros`: as older
+    versions stored zero points."""
 
     def pack(weight: torch.Tensor) -> Packed:
         groups = _groups(weight.shape[1], group_size or weight.shape[1], act_order)
@@ -122,6 +128,18 @@ def awq(group_size: int) -> Pack:
         return parts, _whole(numbers, zeros, scales, groups)
 
     return pack
+
+
+def mxfp4(weight: torch.Tensor) -> Packed:
+    """gpt-oss's experts [E, K, N], as blocks of 32 numbers along K."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+    blocks = weight.transpose(1, 2).unflatten(2, (-1, 32))
+    exponents = (blocks.abs().amax(3) / 6).log2().ceil().clamp(-127, 127)
+    scaled = blocks / exponents.exp2()[..., None]
+    codes = torch.stack([(scaled - each).abs() for each in values]).argmin(0)
+    whole = (values[codes] * exponents.exp2()[..., None]).flatten(2).transpose(1, 2)
+    pairs = codes[..., 0::2] + 16 * codes[..., 1::2]
+    return {"_blocks": pairs.to(torch.uint8), "_scales": (exponents + 127).to(torch.uint8)}, whole
 
 
 def _groups(num_columns: int, group_size: int, act_order: bool) -> torch.Tensor:

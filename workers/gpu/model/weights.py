@@ -45,9 +45,7 @@ class LoadReport:
 
     read: set[str]  # tensors, by their names in the files
     missing: list[str]  # weights that the files lack; the model has random ones
-    unexpected: list[
-        str
-    ]  # tensors of the files that the model has no place for, that its class does not ignore and that are no bias of zeros
+    unexpected: list[str]  # tensors of the files without a place in the model, except known ones and biases of zeros
     mismatched: list[tuple[str, list[int], list[int]]]  # name, shape in the files, shape in the model
     narrow: dict[str, torch.dtype]  # tensors stored as integers or in 8 bits, and loaded as a wider dtype
 
@@ -96,7 +94,7 @@ def read_weights(
         if scale is not None:
             module.weight_scale = scale
     return on_device, LoadReport(
-        read=counter.names,
+        read=set(counter.names),  # without the biases that are read below
         missing=sorted(report["missing_keys"]),
         unexpected=sorted(name for name in report["unexpected_keys"] if not _is_zero_bias(name, state_dict)),
         mismatched=[(name, list(stored), list(wanted)) for name, stored, wanted in sorted(report["mismatched_keys"])],
@@ -124,8 +122,12 @@ def _tensors_of(
 
 
 def _is_zero_bias(name: str, state_dict: dict[str, Any]) -> bool:
-    """Whether a tensor is a bias of zeros, as AutoGPTQ's older versions write for layers without a bias."""
-    return name.endswith(".bias") and name in state_dict and not state_dict[name].to().any()
+    """Whether a tensor is a bias of zeros of a quantised layer. AutoGPTQ's older versions write it for layers without a
+    bias."""
+    if not name.endswith(".bias") or name not in state_dict:
+        return False
+    weight = state_dict.get(name.removesuffix("bias") + "weight")
+    return isinstance(weight, _QuantisedTensor) and not state_dict[name].to().any()
 
 
 def _merge_parts(
@@ -152,6 +154,7 @@ class _Counter:
         self._reported = 0
         self.names: set[str] = set()  # tensors that were read; any thread adds to it and to `narrow`
         self.narrow: dict[str, torch.dtype] = {}  # tensors cast from a dtype that no model computes in
+        self.dequantising = threading.Lock()  # one weight at a time, because it takes several times its memory
         self.malformed: list[MalformedWeights] = []  # quantised weights that could not be read
 
     def add(self, num_bytes: int) -> None:
@@ -220,7 +223,8 @@ class _QuantisedTensor:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> nn.Parameter:
         parts = {part: tensor.to() for part, tensor in self._parts.items()}
         try:
-            values, scale = self._format.dequantise(self._weight, parts, dtype or self.dtype)
+            with self._counter.dequantising:
+                values, scale = self._format.dequantise(self._weight, parts, dtype or self.dtype)
         except MalformedWeights as error:
             self._counter.malformed.append(error)
             raise

@@ -3,8 +3,8 @@
     weight_packed      [N, ceil(K * bits / 32)] int32: the numbers of a row, from the lowest bits of its first word on,
                        plus 2^(bits - 1)
     weight_scale       [N, groups]; [N, 1]: of each channel; [] or [1]: one for all
-    weight_zero_point  [ceil(N * bits / 32), groups] int32, packed along the rows; [N, groups] int8 by versions before
-                       0.10; missing if the numbers are symmetric
+    weight_zero_point  [ceil(N * bits / 32), groups] int32, packed along the rows; older versions: [N, groups] int8;
+                       missing if the numbers are symmetric
     weight_shape       [2]: N, K
     weight_g_idx       [K] int32: the group of each column (act order); missing, or with -1, if they are in order
 

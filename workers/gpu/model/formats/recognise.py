@@ -9,6 +9,7 @@ from workers.gpu.model.formats.awq import Awq
 from workers.gpu.model.formats.compressed_integers import CompressedIntegers
 from workers.gpu.model.formats.float8 import Float8
 from workers.gpu.model.formats.gptq import Gptq
+from workers.gpu.model.formats.mxfp4 import Mxfp4
 from workers.gpu.model.formats.stored_format import StoredFormat
 
 Formats = tuple[StoredFormat, ...]
@@ -103,4 +104,5 @@ _METHODS: Final[dict[str, Callable[[Any], Formats | None]]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _float8,
     "gptq": _gptq,
+    "mxfp4": lambda _: (Mxfp4(),),
 }

@@ -128,7 +128,8 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(quantizer_awq, "is_gptqmodel_available", lambda: False)
     make_tiny_model("llama", tmp_path)
-    edit(tmp_path, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True})
+    declared = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemv"}
+    edit(tmp_path, quantization_config=declared)
     assert "'awq'), which transformers cannot load: it needs gptqmodel, missing here" in refusal(tmp_path)
 
 
