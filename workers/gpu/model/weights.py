@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.formats.stored_format import MalformedWeights, StoredFormat, StoredWeight
 from workers.gpu.startup_stages import LOADING
 
@@ -227,6 +228,11 @@ class _QuantisedTensor:
                 values, scale = self._format.dequantise(self._weight, parts, dtype or self.dtype)
         except MalformedWeights as error:
             self._counter.malformed.append(error)
+            raise
+        except (IndexError, RuntimeError) as error:  # parts that do not fit together in another way
+            if not is_out_of_memory(error):
+                fault = f"{self._weight.name} cannot be made of its parts ({' '.join(str(error).split())[:200]})"
+                self._counter.malformed.append(MalformedWeights(fault))
             raise
         parameter = nn.Parameter(values, requires_grad=False)
         parameter.stored_scale = scale  # type: ignore[attr-defined]

@@ -18,7 +18,8 @@ def to_fp8(values: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[tor
     and infinity make the row's scale NaN or infinite: they do not vanish.
 
     With `scale`, products of fp8 numbers and this scale give the same fp8 numbers again, even if they were rounded to
-    16 bits in between. In float16 this holds for products above 6e-5 only; smaller ones have fewer bits.
+    16 bits in between. In float16 this holds for scales above 3.1e-5 only, because it stores smaller products with
+    fewer bits.
     """
     if scale is None:
         scale = (values.abs().amax(1).float() / LARGEST).clamp(min=_SMALLEST_SCALE)

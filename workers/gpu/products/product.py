@@ -46,7 +46,9 @@ def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
     """Replace every plain linear layer inside these modules by a Product on the same weights. Those that their
     checkpoint stores in fp8 are fp8 again. Returns the products."""
     products = []
-    for parent in {part for module in modules for part in module.modules()}:
+    # Without the linear layers themselves, which would keep the weights of those that are replaced.
+    parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
+    for parent in parents:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 products.append(product := Product(child.weight, child.bias))
