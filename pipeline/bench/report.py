@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.bench.figures import Row
+from pipeline.bench.kernel_table import OTHER, KernelTable, short_name
 
 _LINES: Final = {
     "num_requests": "requests",
@@ -54,6 +55,7 @@ _LINES: Final = {
     "first_token_p99_ms": "... p99 ms",
     "num_preemptions": "preemptions",
 }
+_MAX_KERNELS: Final = 40  # rows of the table of kernels
 
 
 def print_table(title: str, rows: list[Row], console: Console) -> None:
@@ -74,6 +76,34 @@ def print_table(title: str, rows: list[Row], console: Console) -> None:
         for key in ("note", "error"):
             if key in row:
                 console.print(f"{row['engine']}: {row[key]}", markup=False, highlight=False)
+
+
+def print_kernels(title: str, table: KernelTable, read_bytes_per_s: float, console: Console) -> None:
+    """Print the kernels of a step with their share of the read rate, then their groups, and the step as a whole."""
+    console.print(f"{title}: {table.note}", markup=False, highlight=False)
+    columns = Table("", "kernel", "launches", "us", "MB", "% of the read rate")
+    for column in columns.columns[2:]:
+        column.justify = "right"
+
+    def add(what: str, name: str, launches: str, us: float, num_bytes: float | None) -> None:
+        share = num_bytes and us and 100 * num_bytes / (us * 1e-6) / read_bytes_per_s
+        megabytes = "" if num_bytes is None else f"{num_bytes / 1e6:,.1f}"
+        columns.add_row(what, name, launches, f"{us:,.1f}", megabytes, "" if share is None else f"{share:.0f}")
+
+    for row in table.rows[:_MAX_KERNELS]:
+        add("" if row.group == OTHER else row.what, short_name(row.name), f"{row.launches:.4g}", row.us, row.num_bytes)
+    if rest := table.rows[_MAX_KERNELS:]:
+        launches = sum(row.launches for row in rest)
+        add("", f"{len(rest)} others", f"{launches:.4g}", sum(row.us for row in rest), None)
+    columns.add_section()
+    for row in table.groups:
+        add(row.what, "", f"{row.launches:.4g}", row.us, row.num_bytes)
+    known = [row.num_bytes for row in table.groups if row.num_bytes is not None]
+    in_kernels_us = sum(row.us for row in table.groups)
+    add("copies", "", "", max(0.0, table.busy_us - in_kernels_us), None)
+    add("idle", "", "", table.step_us - table.busy_us, None)
+    add("step, profiled", "", "", table.step_us, sum(known) if known else None)
+    console.print(columns, markup=False, highlight=False)
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +26,9 @@ from ipc.errors import ConfigError, InvalidRequest
 from pipeline.bench.arguments import add_engine, comma_separated, made_folder, positive
 from pipeline.bench.engine import Engine
 from pipeline.bench.figures import Row, engine_row, mixed_row, peer_row, profile_figures, rounded
+from pipeline.bench.kernel_table import KernelTable, kernel_table
 from pipeline.bench.peers import PEERS, PeerSpec, run_peer
-from pipeline.bench.report import print_table
+from pipeline.bench.report import print_kernels, print_table
 from pipeline.bench.roofline import ModelShape, Rates
 from pipeline.bench.workload import GREEDY, Sampling, Work
 from pipeline.engine.config import Config, load_config
@@ -68,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="run once more under torch's profiler, peers too")
     parser.add_argument(
+        "--kernels", action="store_true",
+        help="the same, and print the kernels of a step in the middle of the output, with their share of the read rate",
+    )  # fmt: skip
+    parser.add_argument(
         "--timeline", type=made_folder, metavar="FOLDER",
         help="write a trace of each depth there, and a picture of them above each other if matplotlib is installed",
     )  # fmt: skip
@@ -101,8 +106,12 @@ class _Benchmark:
             raise ConfigError(str(error)) from None
         if arguments.background < 1:
             raise ConfigError(f"--background ({arguments.background}) must be at least 1")
-        if self._mixed and (arguments.peers or arguments.profile):
-            raise ConfigError("--peers and --profile go with requests that arrive at once, not with --arrivals poisson")
+        self._kernels: dict[str, KernelTable] = {}  # by engine
+        self._profiles = arguments.profile or arguments.kernels
+        if self._mixed and (arguments.peers or self._profiles):
+            raise ConfigError(
+                "--peers, --profile and --kernels go with requests that arrive at once, not with --arrivals poisson"
+            )
         overrides = self._overrides()
         self._config = load_config(arguments.config, overrides)
         self._facts = find_model(self._config)
@@ -113,7 +122,7 @@ class _Benchmark:
         """Measure engine and peers, and print the rows. Returns whether a peer failed."""
         arguments, work = self._arguments, self._work
         before = self._measure_rates()
-        rates = Rates(before["read_bytes_per_s"], before["matrix_flops_per_s"])
+        rates = Rates.of(before)
         self._say({"rates": "before", **before})
         rows: list[Row] = []
         for depth in arguments.depth:
@@ -142,6 +151,10 @@ class _Benchmark:
         )
         console = Console(stderr=arguments.json)
         print_table(title, rows, Console(width=max(console.width, 60 + 18 * len(rows)), stderr=arguments.json))
+        for engine, table in self._kernels.items():
+            print_kernels(
+                engine, table, rates.read_bytes_per_s, Console(width=max(console.width, 130), stderr=arguments.json)
+            )
         if arguments.timeline is not None:
             files = [str(self._timeline(depth)) for depth in arguments.depth]
             timeline.main([*files, "-o", str(arguments.timeline / "depths.svg")])
@@ -161,8 +174,12 @@ class _Benchmark:
         row = engine_row(depth, work, ready_s, measured, shape, rates, max_tokens)
         if note:
             row["note"] = note
-        if arguments.profile:
-            row |= profile_figures(engine.profile(self._profiled_work()))
+        if self._profiles:
+            profile = engine.profile(self._profiled_work())
+            row |= profile_figures(profile)
+            if arguments.kernels:
+                self._kernels[row["engine"]] = table = kernel_table(profile, shape)
+                row["kernels"] = [rounded(asdict(kernel)) for kernel in table.rows]
         return row
 
     def _timeline(self, depth: int) -> Path | None:
@@ -190,10 +207,10 @@ class _Benchmark:
                 f"tokens, more than one sequence may have ({facts.max_model_len}): lower one of them, or raise "
                 "scheduler.max_model_len where the model can"
             )
-        if self._arguments.profile and self._work.output_len < PROFILE_OUTPUT_LEN:
+        if self._profiles and self._work.output_len < PROFILE_OUTPUT_LEN:
             raise ConfigError(
-                f"--profile looks at {PROFILE_OUTPUT_LEN} steps: --output-len ({self._work.output_len}) must be at "
-                "least as much"
+                f"--profile and --kernels look at {PROFILE_OUTPUT_LEN} steps: --output-len ({self._work.output_len}) "
+                "must be at least as much"
             )
         shorter = self._arguments.peer_output_len
         if shorter is not None and not 1 <= shorter <= self._work.output_len:
@@ -203,7 +220,8 @@ class _Benchmark:
         """Return the model's sizes for the bounds; or None, and the reason why there are no bounds."""
         plain = json.loads((Path(self._facts.folder) / "config.json").read_text())
         try:
-            return ModelShape.from_config(plain, self._config.model.dtype), ""
+            model = self._config.model
+            return ModelShape.from_config(plain, model.dtype, model.quantization, self._config.cache.dtype), ""
         except ConfigError as error:
             return None, str(error)
 

@@ -13,8 +13,8 @@ from workers.scheduler.config import SchedulerConfig
 
 COMBINED: Final = (
     "scheduler.max_num_seqs", "scheduler.max_num_batched_tokens", "scheduler.max_model_len", "cache.num_blocks",
-    "cache.block_size", "model.load_format", "model.null_step_ms", "model.attention", "http.tls_cert", "http.tls_key",
-    "frontend.endpoint", "frontend.server_key_file", "frontend.client_keys_folder",
+    "cache.block_size", "cache.dtype", "model.load_format", "model.null_step_ms", "model.attention", "http.tls_cert",
+    "http.tls_key", "frontend.endpoint", "frontend.server_key_file", "frontend.client_keys_folder",
 )  # fmt: skip
 
 
@@ -45,6 +45,11 @@ def check_combinations(
             f'model.attention ("varlen") reads KV blocks of {VARLEN_BLOCK_TOKENS} tokens or a multiple of that, not of '
             f"cache.block_size ({cache.block_size}): set cache.block_size to {VARLEN_BLOCK_TOKENS}, or model.attention "
             'to "auto"'
+        )
+    if model.attention == "varlen" and cache.dtype != "auto":
+        raise ConfigError(
+            f'model.attention ("varlen") reads the KV cache in the model\'s own dtype, not as cache.dtype '
+            f'("{cache.dtype}"): set model.attention or cache.dtype to "auto"'
         )
     if http is not None and (http.tls_cert is None) != (http.tls_key is None):
         given, missing = ("tls_cert", "tls_key") if http.tls_key is None else ("tls_key", "tls_cert")

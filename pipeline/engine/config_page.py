@@ -54,7 +54,7 @@ Some values are valid on their own and cannot work together. The engine refuses 
 - `scheduler.max_model_len` must not be larger than the model's own limit. It is required if the model's `config.json`
   names no limit.
 - `model.null_step_ms` needs `model.load_format = "null"`.
-- `model.attention = "varlen"` needs a `cache.block_size` of 256 or a multiple of it.
+- `model.attention = "varlen"` needs a `cache.block_size` of 256 or a multiple of it, and `cache.dtype = "auto"`.
 - `http.tls_cert` and `http.tls_key` belong together.
 
 ## All keys with their defaults

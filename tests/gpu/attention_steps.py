@@ -48,26 +48,31 @@ STEPS = [
 ]
 
 
-def check_replay(run: Callable[..., torch.Tensor], name: str, block_size: int) -> None:
+SCALES = (0.02, 3.0)  # of a cache of 8 bits: K of a normal distribution fills the format's range, V does not
+
+
+def check_replay(
+    run: Callable[..., torch.Tensor], name: str, block_size: int, scales: tuple[float, float] | None = None
+) -> None:
     """Capture `run(step, scaling=...)` on an empty batch and replay it for others of the bucket.
 
     A value that the host read during the capture would be wrong in the replay.
     """
     lengths, num_seqs, num_tokens = lengths_of(name)
+    shape = {**LLAMA_8B, "num_seqs": num_seqs, "num_tokens": num_tokens, "block_size": block_size, "scales": scales}
     steps = [
-        make_paged_step(some, num_seqs=num_seqs, num_tokens=num_tokens, block_size=block_size, seed=seed, **LLAMA_8B)
-        for seed, some in enumerate([lengths, lengths[::-1], lengths[:3]])
+        make_paged_step(some, seed=seed, **shape) for seed, some in enumerate([lengths, lengths[::-1], lengths[:3]])
     ]
     max_blocks = max(step.batch.block_table.shape[1] for step in steps)
     max_cache = max(step.key_cache.shape[0] for step in steps)
-    fixed = make_paged_step([], num_seqs=num_seqs, num_tokens=num_tokens, block_size=block_size, **LLAMA_8B)
+    fixed = make_paged_step([], **shape)
     fixed = dataclasses.replace(
         fixed,
         batch=dataclasses.replace(
             fixed.batch, block_table=torch.zeros(num_seqs + 1, max_blocks, dtype=torch.int32, device="cuda")
         ),
-        key_cache=torch.full((max_cache, *fixed.key_cache.shape[1:]), torch.nan, device="cuda", dtype=torch.bfloat16),
-        value_cache=torch.full((max_cache, *fixed.key_cache.shape[1:]), torch.nan, device="cuda", dtype=torch.bfloat16),
+        key_cache=_nan_like(fixed.key_cache, max_cache),
+        value_cache=_nan_like(fixed.value_cache, max_cache),
     )
     run(fixed, scaling=0.1)  # compiles
     torch.cuda.synchronize()
@@ -84,3 +89,7 @@ def check_replay(run: Callable[..., torch.Tensor], name: str, block_size: int) -
         result.fill_(torch.nan)
         graph.replay()
         assert_near(result, attend(step, scaling=0.1))
+
+
+def _nan_like(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    return torch.full((num_blocks, *cache.shape[1:]), torch.nan, device="cuda").to(cache.dtype)

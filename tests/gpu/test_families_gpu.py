@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from ipc.records import StepShape
+from tests.gpu.test_model_bf16 import OnTheGpu
 from tests.reference.executor_engine import executor_engine
+from tests.reference.narrow_cache import NUM_NEW, check_logits, make_scaled_model
+from tests.reference.packed_steps import PackedSequence, run_packed
 from tests.reference.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model, reference_generate
 from tests.simulation.scripted import ScriptedRequest
 from workers.gpu.config import CacheConfig, ModelConfig
@@ -54,6 +58,25 @@ def test_captured_steps_of_every_family_give_the_tokens_of_generate(
     with executor_engine(device, loaded.runner, SHAPE, 2, NUM_BLOCKS, buckets) as engine:
         engine.executor.warm_up(lambda _: None)
         assert engine.run(requests, seed=5) == expected
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_cache_of_8_bits_gives_the_logits_of_transformers_with_k_and_v_rounded(
+    family: str, compile: Literal["on", "off"], device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_scaled_model(family, tmp_path)
+    with torch.inference_mode():
+        loaded = load_model(
+            ModelConfig(path=str(folder), dtype="float32", compile=compile),
+            CacheConfig(num_blocks=NUM_BLOCKS, dtype="fp8_e4m3"), SHAPE, device.torch_device, lambda *_: None,
+        )  # fmt: skip
+    runner = OnTheGpu(loaded.runner, device.torch_device)
+
+    def generate(prompts: Sequence[Sequence[int]]) -> list[PackedSequence]:
+        return run_packed(runner, prompts, NUM_NEW, num_blocks=NUM_BLOCKS, block_size=SHAPE.block_size, seed=3)
+
+    check_logits(folder, generate, monkeypatch)
 
 
 def test_experts_in_bfloat16_are_captured_and_give_the_same_tokens_at_every_depth(device: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.reference.overflow import check_overflows, overflow_config
 pytestmark = pytest.mark.gpu
 
 
-def test_an_overflow_ends_its_own_request_and_changes_no_other(tmp_path: Path) -> None:
-    with Pipeline(overflow_config(tmp_path, "cuda")) as engine:
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8_e4m3"])
+def test_an_overflow_ends_its_own_request_and_changes_no_other(cache_dtype: str, tmp_path: Path) -> None:
+    with Pipeline(overflow_config(tmp_path, "cuda", cache_dtype)) as engine:
         check_overflows(engine.client)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,6 +40,22 @@ def test_every_candidate_is_right_for_all_its_numbers_of_rows(num_outputs: int, 
             for num_rows in {1, rows} | ({3, rows - 1} if rows > VECTOR_ROWS else set()):
                 assert error_of(plan, product, torch.bfloat16, num_rows) < 4e-3, (plan, num_rows)
     assert candidates(VECTOR_ROWS, num_outputs, num_inputs) or num_inputs == 576
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@torch.inference_mode()
+def test_every_candidate_applies_gates_and_residuals(is_fp8: bool) -> None:
+    product = make_product(4096, 2048, is_fp8=is_fp8)
+    weight, scale = product.weight, product.scale
+    for rows in ROW_CLASSES:
+        for plan in candidates(rows, 2048, 2048):
+            assert error_of(plan, product, torch.bfloat16, rows, is_gated=True) < 4e-3, plan
+        x, residual = (torch.randn(rows, width, device=CUDA).bfloat16() for width in (2048, 4096))
+        for plan in candidates(rows, 4096, 2048):
+            result = run_plan(plan, x, weight, scale, None, residual).float()
+            expected = run_plan(plan, x, weight, scale).float() + residual.float()
+            assert (result - expected).norm() / expected.norm() < 4e-3, plan
+    assert error_of(None, product, torch.bfloat16, 300, is_gated=True) < 0.05
 
 
 @torch.inference_mode()
@@ -102,7 +117,7 @@ def test_plans_are_measured_once_and_read_afterwards(tmp_path: Path, monkeypatch
     assert key in KeptPlans(tmp_path, CUDA)
     chosen.clear()
 
-    def fail(*_: Any) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr("workers.gpu.products.tuning._fastest", fail)

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline.bench import throughput
+from pipeline.bench.engine import Engine
+from pipeline.bench.kernel_table import kernel_table
+from pipeline.bench.roofline import ModelShape
+from pipeline.bench.workload import Work
 from pipeline.timeline.reader import load_timeline
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.toml"
@@ -52,3 +56,19 @@ def test_arrivals_beside_streams_give_steps_with_prompts(
     assert 0 < row["mixed_percent"] <= 100
     assert row["gap_p50_ms"] > 0
     assert row["first_token_p50_ms"] > 0
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_step_have_the_bytes_that_an_engine_read() -> None:
+    engine = Engine(CONFIG, ("scheduler.max_num_seqs=3",), vocab_size=1000)
+    profile = engine.profile(Work(num_requests=3, prompt_len=50, output_len=192))
+    shape = ModelShape.from_config(json.loads((CONFIG.parent / "tiny-model" / "config.json").read_text()))
+    table = kernel_table(profile, shape)
+    num_bytes = {row.group: row.num_bytes for row in table.groups}
+    assert num_bytes["products and head"] == shape.weight_bytes
+    attention = num_bytes["attention"]
+    assert attention is not None
+    # The profiled steps are about the 78th to the 142nd of the 192 that follow the prompts.
+    assert 3 * (50 + 70) < attention / shape.kv_bytes_per_token < 3 * (50 + 150)
+    assert sum(row.us for row in table.groups) == pytest.approx(table.busy_us)
+    assert table.busy_us < table.step_us

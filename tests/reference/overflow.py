@@ -19,7 +19,7 @@ _PARAMS: Final = SamplingParams(max_tokens=8)
 _BEGINNING: Final = [(7 * i) % 80 + 5 for i in range(48)]
 
 
-def overflow_config(folder: Path, device: str) -> dict[str, dict[str, Any]]:
+def overflow_config(folder: Path, device: str, cache_dtype: str = "auto") -> dict[str, dict[str, Any]]:
     """Save the model, in float16, and configure an engine whose few blocks are used again and again."""
     make_tiny_model("llama", folder, seed=5)
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))
@@ -35,7 +35,7 @@ def overflow_config(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     return {
         "model": {"path": str(folder), "dtype": "float16", "device": device, "num_threads": 1},
         "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 96},
-        "cache": {"block_size": 16, "num_blocks": 12},
+        "cache": {"block_size": 16, "num_blocks": 12, "dtype": cache_dtype},
     }
 
 

@@ -11,10 +11,15 @@ import torch
 from workers.gpu.attention.backend import AttentionBackend
 from workers.gpu.execution.step_batch import StepBatch
 
+E4M3_NAN = 0x7F  # as a byte
+
 
 @dataclass(frozen=True)
 class PagedStep:
-    """A step and one layer's tensors. The cache is NaN outside of the sequences, trash block included."""
+    """A step and one layer's tensors. The cache is NaN outside of the sequences, trash block included.
+
+    A cache of float8_e4m3fn holds K and V divided by the scales; `keys` and `values` are what it stands for.
+    """
 
     batch: StepBatch
     lengths: list[tuple[int, int]]  # of each real sequence: tokens in the step, KV length
@@ -23,6 +28,8 @@ class PagedStep:
     value_cache: torch.Tensor  # the same with head_dim_v
     keys: list[torch.Tensor]  # of each real sequence, [KV length, num_kv_heads, head_dim_k]
     values: list[torch.Tensor]
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 def run_backend(
@@ -40,10 +47,11 @@ def run_backend(
         step.query,
         step.key_cache,
         step.value_cache,
-        scaling=scaling,
+        scaling=scaling * step.key_scale,
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=sinks,
+        value_scale=step.value_scale,
     )
 
 
@@ -60,10 +68,12 @@ def make_paged_step(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    scales: tuple[float, float] | None = None,
 ) -> PagedStep:
     """A step of sequences with (tokens in the step, KV length), padded to `num_seqs` and `num_tokens`.
 
-    Rows and blocks are given in random order.
+    Rows and blocks are given in random order. `scales`: those of K and V in a cache of float8_e4m3fn; None = a cache of
+    `dtype`.
     """
     random = torch.Generator(device=device).manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
@@ -79,8 +89,10 @@ def make_paged_step(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, device=device, dtype=torch.float32).to(dtype)
 
-    key_cache = torch.full((trash + 1, block_size, num_kv_heads, head_dim), torch.nan, dtype=dtype, device=device)
-    value_cache = torch.full((trash + 1, block_size, num_kv_heads, head_dim_v), torch.nan, dtype=dtype, device=device)
+    key_scale, value_scale = (1.0, 1.0) if scales is None else scales
+    stored = dtype if scales is None else torch.float8_e4m3fn
+    key_cache = torch.full((trash + 1, block_size, num_kv_heads, head_dim), torch.nan, device=device).to(stored)
+    value_cache = torch.full((trash + 1, block_size, num_kv_heads, head_dim_v), torch.nan, device=device).to(stored)
     block_table = torch.full((num_seqs + 1, max(blocks_of, default=1) + 2), trash, dtype=torch.int32)
     slot_mapping = torch.full((num_tokens,), trash * block_size, dtype=torch.int64)
     cu_seqlens = torch.full((num_seqs + 1,), num_real_tokens, dtype=torch.int32)
@@ -95,10 +107,10 @@ def make_paged_step(
         position = torch.arange(length)
         kv_slots = blocks[position // block_size] * block_size + position % block_size
         slot_mapping[first_token : first_token + tokens] = kv_slots[length - tokens :]
-        keys.append(normal(length, num_kv_heads, head_dim))
-        values.append(normal(length, num_kv_heads, head_dim_v))
-        key_cache.flatten(0, 1)[kv_slots.to(device)] = keys[-1]
-        value_cache.flatten(0, 1)[kv_slots.to(device)] = values[-1]
+        for cache, scale, kept in ((key_cache, key_scale, keys), (value_cache, value_scale, values)):
+            numbers = (normal(length, num_kv_heads, cache.shape[-1]).float() / scale).to(stored)
+            kept.append(numbers.float() * scale)
+            as_bytes(cache).flatten(0, 1)[kv_slots.to(device)] = as_bytes(numbers)
         first_block += len(blocks)
         first_token += tokens
     batch = StepBatch(
@@ -113,11 +125,20 @@ def make_paged_step(
         block_size=block_size,
     )
     query = normal(num_tokens, num_heads, head_dim)
-    return PagedStep(batch, list(lengths), query, key_cache, value_cache, keys, values)
+    return PagedStep(
+        batch, list(lengths), query, key_cache, value_cache, keys, values, key_scale, value_scale
+    )  # fmt: skip
+
+
+def as_bytes(cache: torch.Tensor) -> torch.Tensor:
+    """The bytes of float8_e4m3fn, for which torch can index; other tensors as they are."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def plant(step: PagedStep, value: float, *, in_keys: bool, in_values: bool, seed: int = 0) -> torch.Tensor:
     """Put `value` into K or V of some of the positions that the step's own tokens hold, and of some older ones.
+
+    In a cache of float8_e4m3fn, which has no infinity, NaN stands for it.
 
     `step.keys` and `step.values` stay as they were: `attend` still gives the right output for tokens that do not see
     it. Returns: the positions, [sequences, longest KV length] bool.
@@ -134,7 +155,9 @@ def plant(step: PagedStep, value: float, *, in_keys: bool, in_values: bool, seed
         kv_slots = (blocks[position // block_size] * block_size + position % block_size).to(step.query.device)
         for cache, is_planted in ((step.key_cache, in_keys), (step.value_cache, in_values)):
             if is_planted:
-                cache.flatten(0, 1)[kv_slots, :, int(torch.randint(cache.shape[-1], (), generator=random))] = value
+                element = int(torch.randint(cache.shape[-1], (), generator=random))
+                is_narrow = cache.dtype == torch.float8_e4m3fn
+                as_bytes(cache).flatten(0, 1)[kv_slots, :, element] = E4M3_NAN if is_narrow else value
     return planted
 
 

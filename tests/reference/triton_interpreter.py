@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+import torch
 
 _LOWEST: Final = 19
 
@@ -36,3 +37,26 @@ def let_scalars_end_ranges() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+
+
+def convert_e4m3_as_gpus_do() -> None:
+    """Let the interpreter convert float8_e4m3fn as torch does. Its own conversion knows no NaN, loses carries and wraps
+    at overflow; tests on a GPU compare that of the GPU with torch's."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter.InterpreterBuilder.create_fp_to_fp
+    numbers = {tl.float16: torch.float16, tl.float32: torch.float32}
+
+    def convert_e4m3(self: Any, source: Any, to: Any, rounding: Any) -> Any:
+        old, new = source.dtype.scalar, to.scalar
+        data = torch.from_numpy(source.data)
+        if old == tl.float8e4nv and new in numbers:
+            data = data.view(torch.float8_e4m3fn).to(numbers[new])
+        elif old in numbers and new == tl.float8e4nv:
+            data = data.to(torch.float8_e4m3fn).view(torch.uint8)
+        else:
+            return convert(self, source, to, rounding)
+        return interpreter.TensorHandle(data.numpy(), new)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = convert_e4m3

@@ -31,7 +31,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ]
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="Type of weights, activations and KV cache. `auto`: the type that `config.json` names."),
+        Meta(
+            description="Type of weights, activations and, unless `cache.dtype` differs, KV cache. `auto`: the type "
+            "that `config.json` names."
+        ),
     ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA if the machine has it, the CPU otherwise.")
@@ -105,6 +108,18 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The paged KV cache."""
 
+    dtype: Annotated[
+        Literal["auto", "fp8_e4m3"],
+        Meta(
+            description="Type of the stored keys and values. `auto`: the type that the model computes them in. "
+            "`fp8_e4m3`: 8 bits, so the same memory holds twice as many tokens of a 16-bit model, and attention reads "
+            "half as many bytes. It rounds each stored number to 4 significant bits, an error of at most 6 %, which "
+            "changes the model's output slightly. The numbers are stored divided by a scale, one for the keys and one "
+            "for the values of each layer. The scales come from the checkpoint (`k_scale`, `v_scale` or "
+            "`output_scale`), and are 1 where it has none. Numbers beyond 448 times the scale are stored as that "
+            "limit. On a GPU it needs compute capability 8.9 or later."
+        ),
+    ] = "auto"
     block_size: Annotated[int, Meta(ge=1, le=1024, description="Tokens in one block.")] = 16
     num_blocks: (
         Annotated[

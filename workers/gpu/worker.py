@@ -39,6 +39,7 @@ from workers.gpu.memory.account import MemoryUse, bytes_taken, free_text
 from workers.gpu.memory.former_process import wait_for_memory
 from workers.gpu.memory.kv_cache import free_memory_bytes
 from workers.gpu.memory.out_of_memory import is_out_of_memory, out_of_memory_text
+from workers.gpu.profiling.step_loads import StepLoads
 from workers.gpu.profiling.step_profiler import StepProfiler
 from workers.gpu.recording.recording import Recording
 from workers.gpu.recording.segment import segment_start
@@ -80,8 +81,9 @@ def run(process: WorkerProcess, bootstrap: GpuBootstrap) -> None:
                 trace=process.trace, thread_trace=process.tracer_of(COMPLETION),
             )  # fmt: skip
             path = bootstrap.model.profile_path
+            loads = StepLoads(bootstrap.shape.max_num_seqs)
             profiler = (
-                None if path is None else StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL)
+                StepProfiler(Path(path), loaded.device.torch_device, marker=CLOCK_KERNEL, loads=loads) if path else None
             )
             recording = begin_recording(bootstrap, loaded)
             if recording is not None:
@@ -196,6 +198,8 @@ def run_steps(
         if launched.owed:
             trace.gauge(Span.MISSING_MASKS, 0 if step else sum(part.num_masks for part in launched.owed))
         if step is not None:
+            if profiler is not None:
+                profiler.note(step.record)
             completion.submitted(step)
             _count(stats, step)
             if profiler is not None:

@@ -36,17 +36,20 @@ class StepAttention(Protocol):
         sliding_window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        value_scale: float = 1.0,
     ) -> torch.Tensor:
         """Each token attends to its own sequence's KV up to and including itself. The cache holds that KV already.
 
         Args:
             query: [T, num_heads, head_dim_k], of any strides.
-            key_cache: [num_blocks + 1, block_size, num_kv_heads, head_dim_k], this layer's part of the cache.
+            key_cache: [num_blocks + 1, block_size, num_kv_heads, head_dim_k], this layer's part of the cache; of the
+                query's dtype, or of float8_e4m3fn.
             value_cache: [num_blocks + 1, block_size, num_kv_heads, head_dim_v].
-            scaling: the factor of the scores, usually head_dim_k ** -0.5.
+            scaling: the factor of the scores, usually head_dim_k ** -0.5, times the scale of the cache's K.
             sliding_window: the number of positions that a token sees, itself included; None = all.
             softcap: scores become softcap * tanh(scores / softcap), before masking.
             sinks: [num_heads], an additional logit per head; it adds to the softmax's sum and has no value vector.
+            value_scale: the scale of the cache's V, a factor of the result.
 
         Returns: [T, num_heads, head_dim_v] in the query's dtype, finite for padding tokens too.
         """

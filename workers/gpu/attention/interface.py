@@ -84,15 +84,17 @@ class PagedAttention:
     ) -> torch.Tensor:
         """Compute one layer's attention, from tensors and scalars only, so that `custom_op` can wrap it."""
         cache = self._cache
+        scales = cache.scales[layer_idx]
         cache.write(layer_idx, self._slot_mapping, key, value)
         return self._step_attention(
             query,
             cache.key[layer_idx],
             cache.value[layer_idx],
-            scaling=scaling,
+            scaling=scaling * scales.key,  # the scores are linear in K, up to the soft cap
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            value_scale=scales.value,
         )
 
 

@@ -3,6 +3,8 @@
 The backend sorts a step's sequences into groups and computes each group at once. Decodes (one token) of similar length
 share a group; each prefill chunk is one group. A group gathers its blocks of the cache into one padded tensor. Block
 numbers and masks are equal in all layers with the same window, so they are computed once per step and window.
+
+A cache of 8 bits is read as float32, and its attention is computed in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.memory.kv_cache import E4M3
 from workers.gpu.model.probed_model import ProbedModel
 
 _MAX_GATHERED: Final = 2048  # most KV positions that a group of decodes gathers: they fit a core's cache
@@ -46,14 +49,22 @@ class _Gatherer:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
+        self._widened = torch.empty(0)  # the same in float32, of a cache of 8 bits
 
     def __call__(self, cache: torch.Tensor, group: _Group) -> torch.Tensor:
         """Return the group's K or V, a view of shape [G, num_kv_heads, L, head_dim]."""
+        is_narrow = cache.dtype == E4M3
+        if is_narrow:  # as bytes, because torch's operations on float8 depend on the device
+            cache = cache.view(torch.uint8)
         sizes = (group.blocks.shape[0], *cache.shape[1:])
         if self._memory.numel() < math.prod(sizes) or self._memory.dtype != cache.dtype:
             self._memory = cache.new_empty(math.prod(sizes))
         blocks = self._memory[: math.prod(sizes)].view(sizes)
         torch.index_select(cache, 0, group.blocks, out=blocks)
+        if is_narrow:
+            if self._widened.numel() < blocks.numel():
+                self._widened = torch.empty(blocks.numel(), device=cache.device)
+            blocks = self._widened[: blocks.numel()].view(sizes).copy_(blocks.view(E4M3))
         return blocks.view(group.num_seqs, -1, *cache.shape[2:])[:, : group.num_keys].transpose(1, 2)
 
 
@@ -106,7 +117,14 @@ class _TorchStep:
         sliding_window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        value_scale: float = 1.0,
     ) -> torch.Tensor:
+        if key_cache.dtype == E4M3 and query.dtype != torch.float32:
+            wide = self(
+                query.float(), key_cache, value_cache, scaling=scaling, sliding_window=sliding_window, softcap=softcap,
+                sinks=sinks, value_scale=value_scale,
+            )  # fmt: skip
+            return wide.to(query.dtype)
         groups = self._groups.get(sliding_window)
         if groups is None:
             groups = self._groups[sliding_window] = list(self._make_groups(sliding_window))
@@ -121,7 +139,7 @@ class _TorchStep:
                 output = _attend_fused(queries, keys, values, group.mask, scaling)
             if output is None or not _is_finite(output):
                 output = _attend_in_steps(queries, keys, values, group.mask, scaling, softcap, sinks)
-            outputs.append(output)
+            outputs.append(output if value_scale == 1.0 else output * value_scale)
         if len(groups) == 1 and outputs[0].shape[0] == num_tokens:
             return outputs[0]
         result = query.new_zeros(num_tokens, num_heads, value_cache.shape[-1])

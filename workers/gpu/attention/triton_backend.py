@@ -37,6 +37,18 @@ class Tuning:
     programs: int = 0  # that share a multiprocessor: for decode
 
 
+# Of decodes: the most bytes of one KV head's K at one position in the cache, and the tile sizes up to there. `programs`
+# of them fit a multiprocessor's registers and shared memory.
+_DECODE_TUNINGS: Final = (
+    (128, Tuning(positions=64, warps=2, stages=3, programs=6)),
+    (256, Tuning(positions=64, warps=4, stages=2, programs=4)),
+)
+_NARROW_DECODE_TUNINGS: Final = (  # of a cache of 8 bits
+    (64, Tuning(positions=128, warps=4, stages=3, programs=4)),
+    (128, Tuning(positions=128, warps=4, stages=3, programs=3)),
+)
+
+
 class TritonBackend:
     """See `AttentionBackend`. `decode_tuning` and `prefill_tuning` override the choice that is made by head size and
     device."""
@@ -75,6 +87,7 @@ class TritonStep:
         sliding_window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        value_scale: float = 1.0,
     ) -> torch.Tensor:
         if query.stride(-1) != 1:
             query = query.contiguous()
@@ -90,6 +103,7 @@ class TritonStep:
             query if sinks is None else sinks,
             window=sliding_window or 0,
             scales=(scaling, _LOG2_E * scaling) if softcap is None else (scaling / softcap, _LOG2_E * softcap),
+            value_scale=None if value_scale == 1.0 else value_scale,
             meta={
                 "NUM_KV_HEADS": num_kv_heads,
                 "GROUP": num_heads // num_kv_heads,
@@ -110,7 +124,7 @@ class TritonStep:
         return result
 
     def _decode(self, call: _Call) -> None:
-        tuning = self._decode_tuning or choose_decode_tuning(call.query.device, call.key_bytes)
+        tuning = self._decode_tuning or choose_decode_tuning(*call.tuned_for)
         num_kv_heads, group = int(call.meta["NUM_KV_HEADS"]), int(call.meta["GROUP"])
         num_parts = choose_num_parts(call.query.device, tuning, num_kv_heads)
         key = (num_parts, call.window, tuning.positions)
@@ -122,6 +136,7 @@ class TritonStep:
         dim_v = int(call.meta["DIM_V"])
         num_programs = num_parts * num_kv_heads
         dependent_launch = is_dependent_launch_possible(call.query.device)
+        launch = {"launch_pdl": True} if dependent_launch else {}
         shape = (num_programs, group, dim_v)
         if shape not in self._shares:
             sums = torch.empty(2, num_programs, 2, group, dtype=torch.float32, device=call.query.device)
@@ -143,18 +158,25 @@ class TritonStep:
             self._batch.num_tokens,
             *call.strides(self._batch.block_table),
             *call.scales,
+            call.value_scale,
             BLOCK_GROUP=max(triton.next_power_of_2(group), _SMALLEST_PRODUCT),
             UNIT=tuning.positions,
+            PAIRED=call.has_pairs,
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=tuning.warps,
             num_stages=tuning.stages,
+            **launch,
             **call.meta,
         )
-        combine[(num_parts - 1, num_kv_heads * group)](
+        by_entry = len(entries) < num_parts
+        combine[(len(entries) if by_entry else num_parts - 1, num_kv_heads * group)](
             call.result,
             *shares,
+            entries,
             parts,
             call.sinks,
+            call.value_scale,
+            BY_ENTRY=by_entry,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             NUM_SHARES=_SMALLEST_PRODUCT,
@@ -163,11 +185,11 @@ class TritonStep:
             SINKS=call.meta["SINKS"],
             DEPENDENT_LAUNCH=dependent_launch,
             num_warps=4,
-            **({"launch_pdl": True} if dependent_launch else {}),
+            **launch,
         )
 
     def _prefill(self, call: _Call) -> None:
-        tuning = self._prefill_tuning or choose_prefill_tuning(call.query.device, call.key_bytes, call.query.dtype)
+        tuning = self._prefill_tuning or choose_prefill_tuning(*call.tuned_for)
         group = int(call.meta["GROUP"])
         rows = max(tuning.rows, triton.next_power_of_2(group))
         block_q = rows // group
@@ -184,6 +206,7 @@ class TritonStep:
             call.sinks,
             *call.strides(self._batch.block_table),
             *call.scales,
+            call.value_scale,
             BLOCK_M=rows,
             BLOCK_N=tuning.positions,
             WINDOW=call.window,
@@ -204,12 +227,20 @@ class _Call:
     sinks: torch.Tensor
     window: int  # 0 = none
     scales: tuple[float, float]  # scale of the scores before and after the soft cap
+    value_scale: float | None  # None = 1: the kernels are then compiled without it
     meta: dict[str, int | bool | str]
 
     @property
-    def key_bytes(self) -> int:
-        """Bytes of one KV head's K or V at one position, the larger of the two, padded as the kernels hold it."""
-        return max(int(self.meta["BLOCK_DIM_K"]), int(self.meta["BLOCK_DIM_V"])) * self.key_cache.element_size()
+    def has_pairs(self) -> bool:
+        """Whether the decode kernel reads V as pairs of 8 bits: if half of its padded heads still make a product."""
+        is_even = int(self.meta["DIM_V"]) % 2 == 0 and int(self.meta["BLOCK_DIM_V"]) >= 2 * _SMALLEST_PRODUCT
+        return is_even and self.value_cache.dtype.itemsize == 1
+
+    @property
+    def tuned_for(self) -> tuple[torch.device, int, torch.dtype, torch.dtype]:
+        """What the tile sizes depend on. The head size is that of K or V, the larger, padded as the kernels hold it."""
+        head_dim = max(int(self.meta["BLOCK_DIM_K"]), int(self.meta["BLOCK_DIM_V"]))
+        return self.query.device, head_dim, self.key_cache.dtype, self.query.dtype
 
     def strides(self, block_table: torch.Tensor) -> tuple[int, ...]:
         return (
@@ -228,28 +259,37 @@ def choose_num_parts(device: torch.device, tuning: Tuning, num_kv_heads: int) ->
     return max(2, num_programs // num_kv_heads)
 
 
-def choose_decode_tuning(device: torch.device, key_bytes: int) -> Tuning:
-    """Choose tile sizes for `key_bytes`, the bytes of one KV head's K at one position.
+def choose_decode_tuning(device: torch.device, head_dim: int, cache_dtype: torch.dtype, dtype: torch.dtype) -> Tuning:
+    """Choose tile sizes for padded heads of `head_dim` elements in the cache, and queries of `dtype`.
 
-    The values are the fastest of about forty that were measured on an H200, for 128 and 256 bytes.
+    The values for 16 bits are the fastest of about forty that were measured on an H200, for 128 and 256 bytes. Those
+    for 8 bits are not measured. They follow from the compiled code: a tile of twice as many positions has as many
+    bytes, and half the instructions per byte of one of 64.
     """
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1)
-    if key_bytes <= 128:
-        return Tuning(positions=64, warps=2, stages=3, programs=6)
-    if key_bytes <= 256:
-        return Tuning(positions=64, warps=4, stages=2, programs=4)
-    return Tuning(positions=32, warps=4, stages=_stages(device, 2 * key_bytes * 32, at_most=3), programs=2)
+    is_narrow = cache_dtype.itemsize == 1 and dtype.itemsize == 2  # in float32, what is read is wide at once
+    key_bytes = head_dim * (1 if is_narrow else dtype.itemsize)
+    for most_bytes, tuning in _NARROW_DECODE_TUNINGS if is_narrow else _DECODE_TUNINGS:
+        if key_bytes <= most_bytes:
+            return tuning
+    positions = 64 if is_narrow else 32
+    return Tuning(positions, warps=4, stages=_stages(device, 2 * key_bytes * positions, at_most=3), programs=2)
 
 
-def choose_prefill_tuning(device: torch.device, key_bytes: int, dtype: torch.dtype) -> Tuning:
+def choose_prefill_tuning(device: torch.device, head_dim: int, cache_dtype: torch.dtype, dtype: torch.dtype) -> Tuning:
+    """Choose tile sizes, for the same arguments."""
     if device.type != "cuda":
         return Tuning(positions=16, warps=4, stages=1, rows=16)
     if dtype == torch.float32:  # small products in registers, not on the matrix units
         return Tuning(positions=32, warps=8, stages=1, rows=32)
-    rows, positions = 128, 64 if key_bytes <= 256 else 32
-    stages = _stages(device, 2 * key_bytes * positions, at_most=3, besides=rows * key_bytes)
-    return Tuning(positions, warps=8, stages=stages, rows=rows)
+    row_bytes = head_dim * dtype.itemsize  # of a product
+    rows, positions = 128, 64 if row_bytes <= 256 else 32
+    held_bytes = rows * row_bytes
+    if cache_dtype != dtype:
+        held_bytes += 2 * positions * row_bytes  # K and V after their conversion
+    stage_bytes = 2 * head_dim * cache_dtype.itemsize * positions
+    return Tuning(positions, warps=8, stages=_stages(device, stage_bytes, at_most=3, besides=held_bytes), rows=rows)
 
 
 def _stages(device: torch.device, stage_bytes: int, *, at_most: int, besides: int = 0) -> int:

@@ -22,13 +22,16 @@ from workers.gpu.attention.triton_plan import (
     CUT_TOKEN,
     ENTRY_BEGIN,
     ENTRY_END,
+    ENTRY_IS_WHOLE,
+    ENTRY_LAST_PART,
+    ENTRY_PART,
     ENTRY_ROW,
     ENTRY_TOKEN,
     ENTRY_UNIT,
     PART_ENTRY,
     PART_UNIT,
 )
-from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize
+from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize, scale_query
 
 
 @triton.jit
@@ -58,6 +61,7 @@ def decode(
     table_stride: tl.tensor,
     inner_scale: tl.tensor,
     outer_scale: tl.tensor,
+    value_scale: tl.tensor | None,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -70,11 +74,13 @@ def decode(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIRED: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (parts * NUM_KV_HEADS). Attention of the decodes; see the module."""
     if DEPENDENT_LAUNCH:
-        gdc_launch_dependents()  # the combining kernel may start now; it waits in gdc_wait
+        gdc_wait()  # for the KV of this step, and for the plan if it was made just before
+        gdc_launch_dependents()
     program = tl.program_id(0)
     kv_head = program % NUM_KV_HEADS
     group = tl.arange(0, BLOCK_GROUP)
@@ -106,11 +112,13 @@ def decode(
         is_head = group < GROUP
         query_at = query + query_token * query_token_stride + head[:, None] * query_head_stride + dim_k[None, :]
         query_rows = tl.load(query_at, mask=is_head[:, None] & (dim_k < DIM_K)[None, :], other=0.0)
+        query_rows, query_scale = scale_query(query_rows, key_cache)
         maximum, total, output = attend_range(
             tl.full([BLOCK_GROUP], NO_SCORE, tl.float32),
             tl.zeros([BLOCK_GROUP], tl.float32),
             tl.zeros([BLOCK_GROUP, BLOCK_DIM_V], tl.float32),
             query_rows,
+            query_scale,
             tl.zeros([BLOCK_GROUP], tl.int32) + (end - 1),
             begin + own_begin * UNIT,
             tl.minimum(begin + own_end * UNIT, end),
@@ -133,10 +141,11 @@ def decode(
             WINDOW=0,  # `begin` already accounts for the window
             SOFTCAP=SOFTCAP,
             PRECISION=PRECISION,
+            PAIRED=PAIRED,
         )
         is_element = is_head[:, None] & (dim_v < DIM_V)[None, :]
         if own_end - own_begin == num_units:
-            normalized = normalize(maximum, total, output, sinks, head, is_head, SINKS)
+            normalized = normalize(maximum, total, output, sinks, head, is_head, value_scale, SINKS)
             at = (query_token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
             tl.store(result + at, normalized.to(result.dtype.element_ty), mask=is_element)
         else:
@@ -154,8 +163,11 @@ def combine(
     shares: tl.tensor,
     share_maximum: tl.tensor,
     share_total: tl.tensor,
+    entries: tl.tensor,
     parts: tl.tensor,
     sinks: tl.tensor,
+    value_scale: tl.tensor | None,
+    BY_ENTRY: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_SHARES: tl.constexpr,  # shares that one iteration reads
@@ -164,16 +176,30 @@ def combine(
     SINKS: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (parts - 1, query heads): combine the shares of the entry that begins in a part and ends in a later one."""
-    first_part = tl.program_id(0)
-    part = parts + first_part * COLUMNS
+    """Combine the shares of each entry that begins in one part and ends in a later one.
+
+    Grid (entries, query heads) with BY_ENTRY, which serves few entries; else (parts - 1, query heads): at most one
+    entry leaves each part.
+    """
     if DEPENDENT_LAUNCH:
-        gdc_wait()  # waits for the shares, and for the plan if it was made just before
-    query_token = tl.load(part + CUT_TOKEN).to(tl.int64)
-    last_part = tl.load(part + CUT_PART)
-    is_whole = tl.load(part + CUT_IS_WHOLE)
-    if query_token < 0:
-        return
+        gdc_wait()  # for the shares
+        gdc_launch_dependents()
+    if BY_ENTRY:
+        entry = entries + tl.program_id(0) * COLUMNS
+        first_part = tl.load(entry + ENTRY_PART)
+        last_part = tl.load(entry + ENTRY_LAST_PART)
+        if first_part == last_part:
+            return
+        query_token = tl.load(entry + ENTRY_TOKEN).to(tl.int64)
+        is_whole = tl.load(entry + ENTRY_IS_WHOLE)
+    else:
+        first_part = tl.program_id(0)
+        part = parts + first_part * COLUMNS
+        query_token = tl.load(part + CUT_TOKEN).to(tl.int64)
+        last_part = tl.load(part + CUT_PART)
+        is_whole = tl.load(part + CUT_IS_WHOLE)
+        if query_token < 0:
+            return
 
     head = tl.program_id(1) + tl.zeros([1], tl.int32)
     dim_v = tl.arange(0, BLOCK_DIM_V)
@@ -195,6 +221,6 @@ def combine(
         total = total * decay + tl.sum(own_total * weight, 0)
         output = output * decay[:, None] + tl.sum(own_output * weight[:, None], 0)[None, :]
         maximum = new_maximum
-    normalized = normalize(maximum, total, output, sinks, head, head >= 0, SINKS)
+    normalized = normalize(maximum, total, output, sinks, head, head >= 0, value_scale, SINKS)
     at = (query_token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
     tl.store(result + at, normalized.to(result.dtype.element_ty), mask=(dim_v < DIM_V)[None, :])

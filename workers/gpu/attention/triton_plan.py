@@ -36,6 +36,9 @@ ENTRY_ROW = tl.constexpr(1)  # of the block table
 ENTRY_BEGIN = tl.constexpr(2)  # first KV position it sees
 ENTRY_END = tl.constexpr(3)  # end of that range; the token's own position is the last in it
 ENTRY_UNIT = tl.constexpr(4)  # its first, on the line
+ENTRY_PART = tl.constexpr(5)  # the part in which it begins
+ENTRY_LAST_PART = tl.constexpr(6)  # the part in which it ends; a row without an entry begins and ends in part 0
+ENTRY_IS_WHOLE = tl.constexpr(7)  # 1 = it begins where its first part begins
 PART_UNIT = tl.constexpr(0)  # its first, on the line; the part ends where the next begins
 PART_ENTRY = tl.constexpr(1)  # of that unit
 CUT_TOKEN = tl.constexpr(2)  # the entry that begins in this part and ends in a later one; -1 = no such entry
@@ -53,7 +56,7 @@ _PER_PROGRAM: Final = 16  # parts or tiles that one program of the planning kern
 def plan_decodes(batch: StepBatch, *, window: int, unit: int, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide the decodes of a step into at most `num_parts` parts. `window`: the sliding window; 0 = none.
 
-    Returns: entries [S, 8] int32, unused rows last; and parts [num_parts + 1, 8] int32, empty parts last.
+    Returns: entries [S, 8] int32, rows without an entry last; and parts [num_parts + 1, 8] int32, empty parts last.
     """
     num_seqs = batch.num_seqs
     entries = torch.empty(num_seqs, COLUMNS.value, dtype=torch.int32, device=batch.seq_lens.device)
@@ -103,6 +106,11 @@ def _first_unit(part: tl.tensor, num_units: tl.tensor, num_parts: tl.tensor) -> 
 
 
 @triton.jit
+def _part_of(unit: tl.tensor, num_units: tl.tensor, num_parts: tl.tensor) -> tl.tensor:
+    return ((unit + 1) * num_parts - 1) // tl.maximum(num_units, 1)
+
+
+@triton.jit
 def _plan_decodes(
     entries: tl.tensor,
     parts: tl.tensor,
@@ -144,6 +152,7 @@ def _plan_decodes(
     unit = unit_end - own_units
     num_units = tl.sum(own_units, 0)
 
+    num_parts = tl.maximum(tl.minimum(num_units, MAX_PARTS), 1)
     if tl.program_id(0) == 0:
         entry = entries + (tl.cumsum(exists.to(tl.int32), 0) - 1) * COLUMNS
         tl.store(entry + ENTRY_TOKEN, token, mask=exists)
@@ -151,8 +160,15 @@ def _plan_decodes(
         tl.store(entry + ENTRY_BEGIN, begin, mask=exists)
         tl.store(entry + ENTRY_END, end, mask=exists)
         tl.store(entry + ENTRY_UNIT, unit, mask=exists)
+        first_part = _part_of(unit, num_units, num_parts)
+        is_whole = _first_unit(first_part, num_units, num_parts) == unit
+        tl.store(entry + ENTRY_PART, first_part, mask=exists)
+        tl.store(entry + ENTRY_LAST_PART, _part_of(unit_end - 1, num_units, num_parts), mask=exists)
+        tl.store(entry + ENTRY_IS_WHOLE, is_whole.to(tl.int32), mask=exists)
+        is_unused = (tl.sum(exists.to(tl.int32), 0) <= index) & (index < num_seqs)
+        tl.store(entries + index * COLUMNS + ENTRY_PART, 0, mask=is_unused)
+        tl.store(entries + index * COLUMNS + ENTRY_LAST_PART, 0, mask=is_unused)
 
-    num_parts = tl.maximum(tl.minimum(num_units, MAX_PARTS), 1)
     number = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     first = _first_unit(number, num_units, num_parts)
     is_before = exists[None, :] & (unit_end[None, :] <= first[:, None])
@@ -165,7 +181,7 @@ def _plan_decodes(
     tl.store(part + PART_UNIT, first, mask=is_mine)
     tl.store(part + PART_ENTRY, tl.sum(is_before.to(tl.int32), 1), mask=is_mine)
     tl.store(part + CUT_TOKEN, tl.max(tl.where(is_cut, token[None, :], -1), 1), mask=is_mine)
-    tl.store(part + CUT_PART, (cut_end * num_parts - 1) // tl.maximum(num_units, 1), mask=is_mine)
+    tl.store(part + CUT_PART, _part_of(cut_end - 1, num_units, num_parts), mask=is_mine)
     tl.store(part + CUT_IS_WHOLE, (cut_unit == first).to(tl.int32), mask=is_mine)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from workers.gpu.attention.triton_plan import COLUMNS, TILE_POSITION, TILE_ROW, TILE_STOP, TILE_TOKEN
-from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize
+from workers.gpu.attention.triton_softmax import NO_SCORE, attend_range, normalize, scale_query
 
 
 @triton.jit
@@ -35,6 +35,7 @@ def prefill(
     table_stride: tl.tensor,
     inner_scale: tl.tensor,
     outer_scale: tl.tensor,
+    value_scale: tl.tensor | None,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,6 +69,7 @@ def prefill(
     dim_k = tl.arange(0, BLOCK_DIM_K)
     query_at = query + (token * query_token_stride + head * query_head_stride)[:, None] + dim_k[None, :]
     query_rows = tl.load(query_at, mask=is_row[:, None] & (dim_k < DIM_K)[None, :], other=0.0)
+    query_rows, query_scale = scale_query(query_rows, key_cache)
     blocks = block_table + tl.load(tile + TILE_ROW).to(tl.int64) * table_stride
 
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
@@ -83,6 +85,7 @@ def prefill(
             total,
             output,
             query_rows,
+            query_scale,
             position,
             0,
             edge,
@@ -111,6 +114,7 @@ def prefill(
         total,
         output,
         query_rows,
+        query_scale,
         position,
         edge,
         end,
@@ -144,6 +148,7 @@ def prefill(
             tl.zeros([BLOCK_M], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_DIM_V], tl.float32),
             query_rows,
+            query_scale,
             position,
             start,
             end,
@@ -168,7 +173,7 @@ def prefill(
             PRECISION=PRECISION,
             EXACT=True,
         )
-    normalized = normalize(maximum, total, output, sinks, head, is_row, SINKS)
+    normalized = normalize(maximum, total, output, sinks, head, is_row, value_scale, SINKS)
     dim_v = tl.arange(0, BLOCK_DIM_V)
     at = (token * (NUM_KV_HEADS * GROUP) + head)[:, None] * DIM_V + dim_v[None, :]
     tl.store(result + at, normalized.to(result.dtype.element_ty), mask=is_row[:, None] & (dim_v < DIM_V)[None, :])

@@ -94,9 +94,11 @@ class VarlenStep:
         sliding_window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        value_scale: float = 1.0,
     ) -> torch.Tensor:
         assert softcap is None, "`check` refuses a model with a soft cap at load"
         assert sinks is None, "`check` refuses a model with sinks at load"
+        assert value_scale == 1.0, "the configuration refuses this backend with a cache of 8 bits"
         if query.stride(-1) != 1:
             query = query.contiguous()
         result = query.new_zeros(query.shape)  # zeros, because the kernel does not write padding tokens

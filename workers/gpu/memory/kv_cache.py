@@ -18,6 +18,8 @@ from ipc.records import StepShape
 from workers.gpu.config import CacheConfig
 
 MIB: Final = 1 << 20
+E4M3: Final = torch.float8_e4m3fn
+E4M3_MAX: Final = 448.0  # its largest number; the format has NaN, but no infinity
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,23 @@ class LayerShape:
         return self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
 
 
+@dataclass(frozen=True)
+class KVScales:
+    """The scales of one layer's K and V in a cache of 8 bits: a stored number times its scale is the model's number.
+
+    Both are positive and finite, and so are their inverses in float32.
+    """
+
+    key: float = 1.0
+    value: float = 1.0
+
+
 class KVCache:
     """The cache's tensors. They are allocated once, zeroed so that padding reads finite values, and live as long as
     this object.
 
     `key[i]` is [num_blocks + 1, block_size, num_kv_heads, head_dim_k] of layer i, `value[i]` the same with head_dim_v.
+    `scales[i]` are the layer's; all are 1 if `dtype` is the one that the model computes K and V in.
     """
 
     def __init__(
@@ -47,6 +61,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Sequence[KVScales] = (),  # of each layer; empty = all 1
     ) -> None:
         def zeros(layer: LayerShape, head_dim: int) -> torch.Tensor:
             return torch.zeros(num_blocks + 1, block_size, layer.num_kv_heads, head_dim, dtype=dtype, device=device)
@@ -55,22 +70,48 @@ class KVCache:
         self.block_size = block_size
         self.key = [zeros(layer, layer.head_dim_k) for layer in layers]
         self.value = [zeros(layer, layer.head_dim_v) for layer in layers]
+        self.scales = list(scales) or [KVScales()] * len(layers)
         self.num_bytes = sum(tensor.nbytes for tensor in (*self.key, *self.value))
-        self._key_slots = [key.flatten(0, 1) for key in self.key]  # views: [num_kv_slots, num_kv_heads, head_dim]
-        self._value_slots = [value.flatten(0, 1) for value in self.value]
+        self._is_quantized = dtype == E4M3
+        self._key_slots = [self._slots(key) for key in self.key]
+        self._value_slots = [self._slots(value) for value in self.value]
 
     def write(self, layer_idx: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store K and V of a step's tokens, [T, num_kv_heads, head_dim], at the kv_slots `slot_mapping`, [T] int64.
 
-        Padding tokens write to the same kv_slots of the trash block, in no fixed order, which does no harm.
+        Padding tokens write to the same kv_slots of the trash block, in no fixed order, which does no harm. A cache of
+        8 bits stores what `quantize` returns.
         """
+        scales = self.scales[layer_idx]
         if key.is_cuda:
             from workers.gpu.attention.triton_kv_write import write_kv  # without CUDA there may be no triton
 
-            write_kv(key, value, self.key[layer_idx], self.value[layer_idx], slot_mapping)
+            write_kv(
+                key, value, self.key[layer_idx], self.value[layer_idx], slot_mapping, scales.key, scales.value
+            )  # fmt: skip
             return
+        if self._is_quantized:
+            key, value = (
+                quantize(*each).view(torch.uint8) for each in ((key, scales.key), (value, scales.value))
+            )  # fmt: skip
         self._key_slots[layer_idx].index_copy_(0, slot_mapping, key)
         self._value_slots[layer_idx].index_copy_(0, slot_mapping, value)
+
+    def _slots(self, cache: torch.Tensor) -> torch.Tensor:
+        """Return a view, [num_kv_slots, num_kv_heads, head_dim]; as bytes if quantised, for which torch has
+        `index_copy_`."""
+        slots = cache.flatten(0, 1)
+        return slots.view(torch.uint8) if self._is_quantized else slots
+
+
+def quantize(numbers: torch.Tensor, scale: float) -> torch.Tensor:
+    """Divide by `scale` and round to float8_e4m3fn. Returns the same shape.
+
+    Numbers that are too large become the largest that the format has. NaN and infinity become NaN, so that a sequence
+    whose K or V is not finite is not finite either.
+    """
+    scaled = numbers.float() * (1 / scale)
+    return (scaled.clamp(-E4M3_MAX, E4M3_MAX) + (numbers - numbers)).to(E4M3)
 
 
 def choose_num_blocks(

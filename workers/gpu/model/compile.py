@@ -10,28 +10,34 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.fx.experimental._config
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 
 from workers.gpu.attention.interface import layer_index, set_layer_indices
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible
+from workers.gpu.model.epilogues import Epilogues
 from workers.gpu.model.head import Head
+from workers.gpu.products.multiply import Shape
 
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer
 
 
-def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any = "inductor") -> bool:
+def compile_layers(
+    model: nn.Module, run: Callable[[], object], *, backend: Any = "inductor"
+) -> Collection[Shape] | None:
     """Compile the layers in place with torch.compile's `backend`, and call `run`, which runs a step, to check that it
     works.
 
-    Returns whether the layers are compiled. If torch cannot compile the model, logs a warning and leaves it as it was.
+    Returns the shapes of the weights whose products apply gates. If torch cannot compile the model, logs a warning,
+    leaves it as it was, and returns None.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
     dynamo = torch._dynamo
@@ -42,19 +48,20 @@ def compile_layers(model: nn.Module, run: Callable[[], object], *, backend: Any 
     layers = decoder_layers(model)
     if not layers:
         logger.warning("the model runs without torch.compile: cannot find the list of decoder layers in this model")
-        return False
+        return None
     # Compiled kernels then start while the kernel in front ends, as ours do.
     device = next(layers[0].parameters()).device
     torch._inductor.config.triton.enable_pdl = is_dependent_launch_possible(device)
     set_layer_indices(model)
-    failure = _compile(layers, run, backend)
+    epilogues = Epilogues()
+    failure = _compile(layers, run, epilogues.before(lookup_backend(backend)))
     if failure is not None:
         logger.warning("the model runs without torch.compile, which fails on its layers: %s", failure)
-        return False
+        return None
     failure = _compile(neighbours(model, layers), run, backend)
     if failure is not None:
         logger.info("the modules beside the model's layers run without torch.compile, which fails on them: %s", failure)
-    return True
+    return epilogues.gated
 
 
 def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str | None:

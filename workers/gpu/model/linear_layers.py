@@ -1,40 +1,42 @@
 """Computes a loaded model's linear layers as our products, in 8 bits if that is configured.
 
-The layers are found by their type inside the decoder layers, never by a family's names. What changes their results is
-checked: each plan against its product in float32, and the model in 8 bits against its own dequantised weights.
+The layers are found by their type inside the decoder layers, never by a family's names. Each product is checked against
+its own dequantised weights in float32, and so is each plan that is chosen for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Final
+
+import torch
 from torch import nn
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.config import ModelConfig
 from workers.gpu.model.compile import cache_folder, decoder_layers
-from workers.gpu.model.gate import is_near, probe_logits
 from workers.gpu.model.head import replace_head
-from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.weights import Progress
-from workers.gpu.products.multiply import computing_plainly
-from workers.gpu.products.product import quantizable, replace_linears, stored_scale
-from workers.gpu.products.tuning import choose_plans
+from workers.gpu.products.multiply import Shape
+from workers.gpu.products.plan import MAX_ROWS
+from workers.gpu.products.product import Product, quantizable, replace_linears, stored_scale
+from workers.gpu.products.tuning import choose_plans, error_of
+
+_TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to fp8 too, about 0.04
 
 
-def use_products(
-    model: nn.Module, config: ModelConfig, facts: ProbedModel, max_model_len: int, max_rows: int, progress: Progress
-) -> None:
-    """Replace the linear layers of a checked model, for steps of up to `max_rows` tokens.
+def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Product]:
+    """Replace the linear layers of a checked model that computes in `dtype`. Returns the products.
 
     Layers whose checkpoint stores fp8 compute in fp8 with the checkpoint's scales, whatever `quantization` is.
     Frees the 16-bit weights layer by layer. Raises ConfigError if `quantization` finds nothing to round, and
-    ModelUnsupported if the rounded model does not compute what its dequantised weights say.
+    ModelUnsupported if a rounded product is not what its weights say.
     """
-    device = next(model.parameters()).device
     is_fp8 = config.quantization == "fp8"
     layers = decoder_layers(model)
     is_stored = any(stored_scale(module) is not None for layer in layers for module in layer.modules())
     if device.type != "cuda" and not is_fp8 and not is_stored:
-        return  # torch's own products serve
+        return []  # torch's own products serve
     products = replace_linears(layers)
     if is_fp8:
         rounded = quantizable(products)
@@ -44,16 +46,36 @@ def use_products(
             )
         for product in rounded:
             product.to_fp8()
+    for product in products:
+        if product.scale is not None:
+            _check(product, config, dtype)
+    return products
+
+
+def _check(product: Product, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Raise ModelUnsupported if a product in fp8 is not what its weights say."""
+    error = error_of(None, product, dtype, MAX_ROWS + 1)
+    if error > _TOLERANCE:
+        cure = "use an unquantised checkpoint" if config.quantization == "none" else "leave model.quantization out"
+        raise ModelUnsupported(
+            f"model.path ({config.path!r}): a product of {list(product.weight.shape)} weights in fp8 differs by "
+            f"{error:.2g} from what its weights say: {cure}"
+        )
+
+
+def tune_products(
+    model: nn.Module,
+    products: list[Product],
+    gated: Collection[Shape],
+    dtype: torch.dtype,
+    max_rows: int,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Choose how steps of up to `max_rows` tokens compute these products and the head; see `tuning`."""
     if device.type == "cuda":
         head = replace_head(model)
         choose_plans(
-            products if head is None else [*products, head], facts.cache_dtype, max_rows, device,
-            cache_folder("products"), lambda share: progress("tuning products", share),
+            products if head is None else [*products, head], dtype, max_rows, device, cache_folder("products"),
+            lambda share: progress("tuning products", share), gated,
         )  # fmt: skip
-    with computing_plainly():
-        expected = probe_logits(model, max_model_len, device)
-    if not is_near(probe_logits(model, max_model_len, device), expected, facts.cache_dtype):
-        cure = "leave model.quantization out" if is_fp8 else "use an unquantised checkpoint of the model"
-        raise ModelUnsupported(
-            f"model.path ({config.path!r}): its products in 8 bits do not give what the weights say: {cure}"
-        )

@@ -6,7 +6,7 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -28,17 +27,18 @@ from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.memory.account import MemoryUse, model_bytes, reserved_bytes
 from workers.gpu.memory.kv_cache import KVCache, choose_num_blocks
 from workers.gpu.memory.out_of_memory import is_out_of_memory
+from workers.gpu.model.cache_format import check_cache_dtype, choose_cache_format
 from workers.gpu.model.compile import compile_layers
 from workers.gpu.model.formats.stored_format import StoredFormat
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
-from workers.gpu.model.linear_layers import use_products
+from workers.gpu.model.linear_layers import tune_products, use_products
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.model.probed_model import ProbedModel
 from workers.gpu.model.quantization import check_quantization, check_tensors, drop_empty_declarations, loading_quantized
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
-from workers.gpu.model.weight_files import weight_files
-from workers.gpu.model.weights import Progress, make_blank, read_weights
+from workers.gpu.model.weights import Progress, files_to_read, make_blank, read_weights
+from workers.gpu.products.multiply import Shape
 from workers.gpu.startup_stages import LOADING
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def load_model(
     Raises ConfigError for a folder, length or cache that cannot work, and ModelUnsupported for a model that would
     compute wrong results. Silences transformers' own output for the rest of the process.
 
-        configuration > weights > gate > fused projections > products > compiled layers > largest step > KV cache
+        configuration > weights > gate > fused projections > products > compiled layers > tuning > KV cache
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -73,6 +73,7 @@ def load_model(
         torch.set_num_threads(config.num_threads)
 
     backend = make_backend(config.attention, device)
+    check_cache_dtype(cache, device)
     progress("reading config.json", 0.0)
     model_config = load_config(config.path)
     check_config(model_config, shape.max_model_len)
@@ -85,13 +86,16 @@ def load_model(
     backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
-    use_products(model, config, facts, shape.max_model_len, shape.max_num_batched_tokens, progress)
+    products = use_products(model, config, facts.cache_dtype, device)
 
-    step = largest_step(model, facts, shape, device, backend)
+    stored = choose_cache_format(facts, cache, config.path, files_to_read(config))
+    step = largest_step(model, stored, shape, device, backend)
+    gated: Collection[Shape] = ()
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         progress("compiling the model", 0.0)
-        compile_layers(model, step)
+        gated = compile_layers(model, step) or ()
         progress("compiling the model", 1.0)
+    tune_products(model, products, gated, facts.cache_dtype, shape.max_num_batched_tokens, device, progress)
 
     progress("measuring the largest step", 0.0)
     step_bytes = measure_step_bytes(step, device, shape)
@@ -103,8 +107,8 @@ def load_model(
     left_bytes = reserved_bytes(
         shape, len(facts.layers), facts.vocab_size, step_bytes, device, captures=captures, row_states=facts.row_states
     )
-    num_blocks = choose_num_blocks(facts.layers, cache, shape, facts.cache_dtype, device, left_bytes)
-    kv_cache = KVCache(facts.layers, num_blocks, shape.block_size, facts.cache_dtype, device)
+    num_blocks = choose_num_blocks(stored.layers, cache, shape, stored.cache_dtype, device, left_bytes)
+    kv_cache = KVCache(stored.layers, num_blocks, shape.block_size, stored.cache_dtype, device, stored.kv_scales)
     progress("allocating the KV cache", 1.0)
     logger.info(
         "%s: %d layers, %s, %d KV blocks of %d tokens", config.path, len(facts.layers), model.dtype, num_blocks,
@@ -185,25 +189,20 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
 
     Raises ConfigError or ModelUnsupported.
     """
-    reads_files = config.load_format != "dummy"
-    files = weight_files(_folder(config.path)) if reads_files else []
+    files = files_to_read(config)
     formats: Sequence[StoredFormat] = ()
-    if reads_files:
+    if files:
         model_config, formats = check_quantization(config.path, files[0].parent, model_config, config.quantization)
     with _blaming_config(config.path, model_config):  # covers this line only, not errors of the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
-    if reads_files:
+    if files:
         model = _read_weights(config, files, formats, model_config, blank, device, progress)
     else:
         model = _random_weights(config, model_config, device)
     model.eval().requires_grad_(False)
     progress(LOADING, 1.0)
     return model
-
-
-def _folder(path: str) -> Path:
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
 
 
 def _read_weights(
@@ -230,10 +229,8 @@ def _read_weights(
             "model?"
         )
     if report.missing:  # transformers would continue with random ones
-        raise ConfigError(
-            f"model.path ({config.path!r}) lacks {len(report.missing)} of the model's weights, {report.missing[0]} "
-            "among them"
-        )
+        lacks = f"lacks {len(report.missing)} of the model's weights, {report.missing[0]} among them"
+        raise ConfigError(f"model.path ({config.path!r}) {lacks}")
     return model
 
 

@@ -22,6 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.memory.out_of_memory import is_out_of_memory
+from workers.gpu.model.cache_format import CACHE_SCALE
 from workers.gpu.model.formats.recognise import stored_formats
 from workers.gpu.model.formats.stored_format import StoredFormat
 from workers.gpu.model.weights import LoadReport
@@ -36,9 +37,6 @@ _PACKAGE: Final = re.compile(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w.-]*)")
 _QUANTIZED: Final = re.compile(  # names of scales, zero points and packed weights, as the usual tools write them
     r"scale|zero_point|zeros|g_idx|qweight|weight_packed|weight_shape|absmax|quant_map|quant_state|SCB|weight_format"
     r"|codebook|_blocks$"
-)
-_CACHE_SCALES: Final = re.compile(  # scales of K and V for a quantised KV cache, which we do not use
-    r"\.([kv]_scale|[kv]_proj\.output_scale)$"
 )
 _CONSTANTS: Final = re.compile(  # constants that older versions stored and that the model now computes
     r"(^|\.)(rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|(attn|attention)\.bias|masked_bias"
@@ -188,7 +186,7 @@ def _exported_algorithm(file: Path) -> str | None:
 
 
 def _is_beside_the_model(name: str, config: Any, model: nn.Module, report: LoadReport) -> bool:
-    if _CONSTANTS.search(name) or _CACHE_SCALES.search(name):
+    if _CONSTANTS.search(name) or CACHE_SCALE.search(name):
         return True
     text = config.get_text_config()
     num_layers, num_extra = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))

@@ -39,7 +39,9 @@ def largest_step(
         {state.name: torch.zeros((1, *state.shape), dtype=state.dtype, device=device) for state in facts.row_states},
     )
     batch = batches.batch(num_seqs, num_tokens)
-    cache = KVCache(facts.layers, 0, shape.block_size, facts.cache_dtype, device)  # only the trash block
+    cache = KVCache(
+        facts.layers, 0, shape.block_size, facts.cache_dtype, device, facts.kv_scales
+    )  # only the trash block
     runner = PagedModelRunner(model, cache, backend, facts)
     num_rows = max_logits_rows(shape)
 

@@ -22,13 +22,16 @@ from types import EllipsisType
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from workers.gpu.config import ModelConfig
 from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.formats.stored_format import MalformedWeights, StoredFormat, StoredWeight
+from workers.gpu.model.weight_files import weight_files
 from workers.gpu.startup_stages import LOADING
 
 
@@ -49,6 +52,17 @@ class LoadReport:
     unexpected: list[str]  # tensors of the files without a place in the model, except known ones and biases of zeros
     mismatched: list[tuple[str, list[int], list[int]]]  # name, shape in the files, shape in the model
     narrow: dict[str, torch.dtype]  # tensors stored as integers or in 8 bits, and loaded as a wider dtype
+
+
+def files_to_read(model: ModelConfig) -> list[Path]:
+    """Return the files that hold the weights, at least one; none with load_format "dummy".
+
+    Raises ConfigError, naming the first file that is missing or is only a Git LFS pointer.
+    """
+    if model.load_format == "dummy":
+        return []
+    is_folder = Path(model.path).is_dir()
+    return weight_files(Path(model.path if is_folder else snapshot_download(model.path, local_files_only=True)))
 
 
 def make_blank(model_config: Any) -> nn.Module:

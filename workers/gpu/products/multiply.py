@@ -1,7 +1,8 @@
 """Computes a product in the way that was found fastest on this device, or as the vendor's library does.
 
-`ringfeed::multiply` is one operator of a compiled graph, because compiled code serves any number of rows, and the way
-depends on it. The ways are chosen at start (see `tuning`), and are the same for all products of a shape.
+`ringfeed::multiply` and `ringfeed::multiply_gated` are operators of a compiled graph, because compiled code serves any
+number of rows, and the way depends on it. The ways are chosen at start (see `tuning`), and are the same for all
+products of a shape.
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible
 from workers.gpu.products.plan import Plan, row_class
 
 _FP8_UNIT: Final = 16  # the vendor's product takes multiples of it
 
-Key = tuple[int, int, torch.dtype, torch.dtype, int]  # N, K, dtypes of weight and x, one of ROW_CLASSES
+Shape = tuple[int, int, torch.dtype]  # N, K, dtype of a weight
+# N, K, dtypes of weight and x, one of ROW_CLASSES, whether the outputs are gates and values
+Key = tuple[int, int, torch.dtype, torch.dtype, int, bool]
 
 chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
 _scratch: dict[torch.device, Any] = {}
 _plainly = False
 
 
-def key_of(weight: torch.Tensor, x_dtype: torch.dtype, rows: int) -> Key:
-    return weight.shape[0], weight.shape[1], weight.dtype, x_dtype, rows
+def shape_of(weight: torch.Tensor) -> Shape:
+    return weight.shape[0], weight.shape[1], weight.dtype
+
+
+def key_of(weight: torch.Tensor, x_dtype: torch.dtype, rows: int, is_gated: bool = False) -> Key:
+    return weight.shape[0], weight.shape[1], weight.dtype, x_dtype, rows, is_gated
 
 
 @contextmanager
@@ -45,18 +52,30 @@ def multiply(
     weight: torch.Tensor,
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    is_gated: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return x [M, K] times `weight` [N, K] plus `bias` [N], as [M, N] in the dtype of x; in `out`, if that is given.
+    """Return x [M, K] times `weight` [N, K] plus `bias` [N] and `residual` [M, N], as [M, N] in the dtype of x.
 
-    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output.
+    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output. `is_gated`: the outputs are N / 2
+    gates and as many values, and the result is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is
+    given.
     """
     rows = row_class(x.shape[0])
-    plan = None if rows is None or not x.is_cuda or _plainly else chosen.get(key_of(weight, x.dtype, rows))
-    if plan is not None and x.stride(1) == 1:
-        return run_plan(plan, x, weight, scale, bias, out)
+    plan = None
+    if rows is not None and x.is_cuda and x.stride(1) == 1 and not _plainly:
+        plan = chosen.get(key_of(weight, x.dtype, rows, is_gated))
+    if plan is not None:
+        return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
+    if is_gated or (residual is not None and scale is not None):
+        result = multiply(x, weight, scale, bias)
+        result = gated(result) if is_gated else result
+        result = result if residual is None else result.add_(residual)
+        return result if out is None else out.copy_(result)
     if scale is None:
-        return _plain(x, weight, bias, out)
+        return _plain(x, weight, bias, residual, out)
     if x.is_cuda and not _plainly and can_scale(x, weight):
         return _scaled(x, weight, scale, bias, out)
     return _unscaled(x, weight, scale, bias, out)
@@ -66,27 +85,52 @@ def run_plan(
     plan: Plan,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    is_gated: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Do what `multiply` does, by a plan that fits."""
     from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows  # without CUDA there may be no triton
 
     if out is None:
-        out = x.new_empty(x.shape[0], weight.shape[0])
+        out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
     if x.device not in _scratch:
         _scratch[x.device] = Scratch(x.device)
     multiply_few_rows(
-        plan, x, weight, scale, bias, out, _scratch[x.device],
+        plan, x, weight, scale, bias, residual, out, _scratch[x.device], is_gated=is_gated,
         dependent_launch=is_dependent_launch_possible(x.device),
     )  # fmt: skip
     return out
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-    if out is None:
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """Return silu(x[:, :N]) * x[:, N:] of x [M, 2 N]."""
+    gates, values = x.chunk(2, -1)
+    if not x.is_cuda or _plainly:
+        return silu(gates) * values
+    from workers.gpu.products.triton_rows import gate
+
+    gate(x, out := torch.empty_like(gates, memory_format=torch.contiguous_format))
+    return out
+
+
+def _plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    if residual is None and out is None:
         return linear(x, weight, bias)
-    torch.mm(x, weight.t(), out=out)
+    if residual is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        out = torch.addmm(residual, x, weight.t()) if out is None else torch.addmm(residual, x, weight.t(), out=out)
+    assert out is not None
     return out if bias is None else out.add_(bias)
 
 
@@ -116,7 +160,7 @@ def _scaled(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
     """The product in fp8: x gets a scale for each row, as it comes."""
-    from workers.gpu.products.triton_few_rows import rows_to_fp8
+    from workers.gpu.products.triton_rows import rows_to_fp8
 
     values, x_scale = rows_to_fp8(x)
     result = torch._scaled_mm(
@@ -126,12 +170,28 @@ def _scaled(
 
 
 @torch.library.custom_op("ringfeed::multiply", mutates_args=())
-def _operator(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+def _multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    return multiply(x, weight, scale, bias)
+    return multiply(x, weight, scale, bias, None if residual is None else residual.contiguous())
 
 
-@_operator.register_fake
+@_multiply.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("ringfeed::multiply_gated", mutates_args=())
+def _multiply_gated(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return multiply(x, weight, scale, bias, is_gated=True)
+
+
+@_multiply_gated.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // 2)

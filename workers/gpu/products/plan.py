@@ -43,6 +43,7 @@ _VECTOR: Final = (
     Plan("vector", 4, 1024, 4, 4),
     Plan("vector", 8, 1024, 4, 1),
     Plan("vector", 4, 512, 4, 4),
+    Plan("vector", 2, 1024, 4, 1),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
 _SPLITS: Final = (1, 2, 4, 7, 8, 16)

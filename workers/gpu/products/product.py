@@ -36,7 +36,7 @@ class Product(nn.Module):
         """[..., K] -> [..., N]"""
         rows = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
-            result = torch.ops.ringfeed.multiply(rows, self.weight, self.scale, self.bias)
+            result = torch.ops.ringfeed.multiply(rows, self.weight, self.scale, self.bias, None)
         else:
             result = multiply(rows, self.weight, self.scale, self.bias)
         return result.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]

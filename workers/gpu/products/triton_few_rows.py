@@ -42,25 +42,31 @@ def multiply_few_rows(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
     scratch: Scratch,
     *,
+    is_gated: bool,
     dependent_launch: bool,
 ) -> None:
     """Write x [M, K] times `weight` [N, K] to `out` [M, N], both of one 16-bit dtype (or float32) and with whole rows.
 
-    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output. `bias` [N] is added before rounding.
+    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output. `bias` [N] and `residual` [M, N] are
+    added before rounding. `is_gated`: the outputs are gates and as many values, and `out` [M, N / 2] gets silu(gate)
+    times value.
     """
     num_rows, num_inputs = x.shape
-    num_outputs = weight.shape[0]
+    num_outputs = out.shape[1]
     for rows in (x, weight, out):
         assert rows.stride(1) == 1, "rows are read and written in runs"
     assert plan.fits(num_outputs, num_inputs), f"{plan} for {num_outputs} x {num_inputs}"
-    assert scratch.fits(plan, num_rows, num_outputs), f"{plan} for {num_rows} rows of {num_outputs}"
-    tensors = out, x, weight, weight if scale is None else scale, weight if bias is None else bias
+    assert scratch.fits(plan, num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
+    assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"
+    tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
     common = {
-        "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "SCALED": scale is not None,
-        "BIAS": bias is not None, "DEPENDENT_LAUNCH": dependent_launch,
+        "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "GATED": is_gated,
+        "SCALED": scale is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None,
+        "DEPENDENT_LAUNCH": dependent_launch,
     }  # fmt: skip
     options = {"num_warps": plan.warps, "num_stages": plan.stages} | ({"launch_pdl": True} if dependent_launch else {})
     num_tiles = num_outputs // plan.tile_n
@@ -79,11 +85,42 @@ def multiply_few_rows(
 
 
 @triton.jit
-def _sum_of_products(
+def _add_products(
     total: tl.tensor, weights: tl.tensor, x: tl.tensor, TILE_N: tl.constexpr, TILE_K: tl.constexpr, RUN: tl.constexpr
 ) -> tl.tensor:
     """Add weights [TILE_N, TILE_K] times x [TILE_K] to total [TILE_N, TILE_K / RUN]. RUN neighbours make one sum."""
     return total + tl.sum(tl.reshape(weights * x[None, :], [TILE_N, TILE_K // RUN, RUN]), 2)
+
+
+@triton.jit
+def _finish(
+    total: tl.tensor,  # of outputs n, or of gates
+    values: tl.tensor,  # of outputs n + num_outputs, if GATED
+    scale: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    n: tl.tensor,
+    num_outputs: tl.tensor,
+    mask: tl.tensor,  # of the rows that exist; None = all
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+) -> tl.tensor:
+    """Turn sums of products into results."""
+    if SCALED:
+        total *= tl.load(scale + n)
+    if BIAS:
+        total += tl.load(bias + n).to(tl.float32)
+    if GATED:
+        if SCALED:
+            values *= tl.load(scale + n + num_outputs)
+        if BIAS:
+            values += tl.load(bias + n + num_outputs).to(tl.float32)
+        total = total / (1.0 + tl.exp(-total)) * values
+    if RESIDUAL:
+        total += tl.load(residual, mask=mask).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -93,65 +130,77 @@ def _vector(
     weight: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
+    residual: tl.tensor,
     x_stride: tl.tensor,
-    num_outputs: tl.tensor,
+    num_outputs: tl.tensor,  # of `out`
     num_inputs: tl.tensor,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     RUN: tl.constexpr,  # weights in 16 bytes, which a thread reads at once
     STAGES: tl.constexpr,
     TWO_ROWS: tl.constexpr,
+    GATED: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (N / TILE_N). One row of x, or two."""
+    """Grid (outputs / TILE_N). One row of x, or two."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     k = tl.arange(0, TILE_K)
     weight_at = weight + n[:, None].to(tl.int64) * num_inputs + k[None, :]
+    values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
     tile = tl.zeros([TILE_N, TILE_K], weight.dtype.element_ty)
+    values = tile
     if STAGES == 1:
         tile = tl.load(weight_at, eviction_policy="evict_first")
+        if GATED:
+            values = tl.load(values_at, eviction_policy="evict_first")
     if DEPENDENT_LAUNCH:
         gdc_wait()
         gdc_launch_dependents()
     total = tl.zeros([TILE_N, TILE_K // RUN], tl.float32)
     total2 = total
+    values_total = total
+    values_total2 = total
     for begin in tl.range(0, num_inputs, TILE_K, num_stages=STAGES):
         next_tile = tile
+        next_values = values
         if STAGES == 1:
             after = begin + TILE_K
             next_tile = tl.load(weight_at + after, mask=after < num_inputs, eviction_policy="evict_first")
+            if GATED:
+                next_values = tl.load(values_at + after, mask=after < num_inputs, eviction_policy="evict_first")
         else:
             tile = tl.load(weight_at + begin, eviction_policy="evict_first")
-        weights = tile.to(tl.float32)
-        total = _sum_of_products(total, weights, tl.load(x + begin + k).to(tl.float32), TILE_N, TILE_K, RUN)
+            if GATED:
+                values = tl.load(values_at + begin, eviction_policy="evict_first")
+        own = tile.to(tl.float32)
+        row = tl.load(x + begin + k).to(tl.float32)
+        total = _add_products(total, own, row, TILE_N, TILE_K, RUN)
         if TWO_ROWS:
-            second = tl.load(x + x_stride + begin + k).to(tl.float32)
-            total2 = _sum_of_products(total2, weights, second, TILE_N, TILE_K, RUN)
+            row2 = tl.load(x + x_stride + begin + k).to(tl.float32)
+            total2 = _add_products(total2, own, row2, TILE_N, TILE_K, RUN)
+        if GATED:
+            own_values = values.to(tl.float32)
+            values_total = _add_products(values_total, own_values, row, TILE_N, TILE_K, RUN)
+            if TWO_ROWS:
+                values_total2 = _add_products(values_total2, own_values, row2, TILE_N, TILE_K, RUN)
         if STAGES == 1:
             tile = next_tile
-    _write_row(out, total, scale, bias, n, SCALED, BIAS)
-    if TWO_ROWS:
-        _write_row(out + num_outputs, total2, scale, bias, n, SCALED, BIAS)
-
-
-@triton.jit
-def _write_row(
-    out: tl.tensor,
-    total: tl.tensor,
-    scale: tl.tensor,
-    bias: tl.tensor,
-    n: tl.tensor,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-) -> None:
-    result = tl.sum(total, 1)
-    if SCALED:
-        result *= tl.load(scale + n)
-    if BIAS:
-        result += tl.load(bias + n).to(tl.float32)
+            values = next_values
+    result = _finish(
+        tl.sum(total, 1), tl.sum(values_total, 1), scale, bias, residual + n, n, num_outputs, None,
+        GATED, SCALED, BIAS, RESIDUAL,
+    )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
+    if TWO_ROWS:
+        at = num_outputs + n
+        result = _finish(
+            tl.sum(total2, 1), tl.sum(values_total2, 1), scale, bias, residual + at, n, num_outputs, None,
+            GATED, SCALED, BIAS, RESIDUAL,
+        )  # fmt: skip
+        tl.store(out + at, result.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -161,11 +210,12 @@ def _matrix(
     weight: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
-    shares: tl.tensor,  # [splits, M, N] float32
-    ended: tl.tensor,  # [N / TILE_N] int32
+    residual: tl.tensor,
+    shares: tl.tensor,  # [splits, 1 or 2 with GATED, M, outputs] float32
+    ended: tl.tensor,  # [outputs / TILE_N] int32
     num_rows: tl.tensor,
     x_stride: tl.tensor,
-    num_outputs: tl.tensor,
+    num_outputs: tl.tensor,  # of `out`
     num_inputs: tl.tensor,
     own_inputs: tl.tensor,  # of a program; an argument, so that the compiler knows that reads of a row are aligned
     ROWS: tl.constexpr,  # at least M
@@ -173,11 +223,13 @@ def _matrix(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_SPLIT: tl.constexpr,
+    GATED: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (N / TILE_N, splits). Computes tiles of the transposed result: outputs by rows of x."""
+    """Grid (outputs / TILE_N, splits). Computes tiles of the transposed result: outputs by rows of x."""
     if DEPENDENT_LAUNCH:
         gdc_wait()
         gdc_launch_dependents()
@@ -187,53 +239,46 @@ def _matrix(
     m = tl.arange(0, ROWS)[None, :]
     k = split * own_inputs + tl.arange(0, TILE_K)
     weight_at = weight + n.to(tl.int64) * num_inputs + k[None, :]
+    values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
     x_at = x + m * x_stride + k[:, None]
     total = tl.zeros([TILE_N, ROWS], tl.float32)
+    values = total
     for begin in tl.range(0, own_inputs, TILE_K, num_stages=STAGES):
         tile = tl.load(weight_at + begin, eviction_policy="evict_first")
         x_tile = tl.load(x_at + begin, mask=m < num_rows, other=0.0)
         if SCALED:
             tile = tile.to(tl.float32)  # directly to bfloat16, each weight would take an instruction of its own
         total = tl.dot(tile.to(x.dtype.element_ty), x_tile, total, input_precision="ieee")
+        if GATED:
+            tile = tl.load(values_at + begin, eviction_policy="evict_first")
+            if SCALED:
+                tile = tile.to(tl.float32)
+            values = tl.dot(tile.to(x.dtype.element_ty), x_tile, values, input_precision="ieee")
+    is_own = m < num_rows
+    at = m * num_outputs + n
     is_last = True
     if HAS_SPLIT:
-        share_at = shares + m * num_outputs + n
-        tl.store(share_at + split * num_rows * num_outputs, total, mask=m < num_rows)
+        share_size = num_rows * num_outputs
+        if GATED:
+            share_size *= 2
+        share_at = shares + at
+        tl.store(share_at + split * share_size, total, mask=is_own)
+        if GATED:
+            tl.store(share_at + split * share_size + num_rows * num_outputs, values, mask=is_own)
         tl.debug_barrier()
         before = tl.atomic_add(ended + tile_n, 1, sem="acq_rel", scope="gpu")
         is_last = before == tl.num_programs(1) - 1
         if is_last:
             tl.store(ended + tile_n, 0)
             total = tl.zeros([TILE_N, ROWS], tl.float32)
+            values = total
             for i in range(tl.num_programs(1)):
-                share = tl.load(
-                    share_at + i * num_rows * num_outputs, mask=m < num_rows, other=0.0, cache_modifier=".cg"
-                )
-                total += share
+                total += tl.load(share_at + i * share_size, mask=is_own, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    values_at_share = share_at + i * share_size + num_rows * num_outputs
+                    values += tl.load(values_at_share, mask=is_own, other=0.0, cache_modifier=".cg")
     if is_last:
-        if SCALED:
-            total *= tl.load(scale + n)
-        if BIAS:
-            total += tl.load(bias + n).to(tl.float32)
-        tl.store(out + m * num_outputs + n, total.to(out.dtype.element_ty), mask=m < num_rows)
-
-
-def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x [M, K] in fp8 and the float32 scale [M, 1] of each row; see `fp8.to_fp8`."""
-    num_rows, num_inputs = x.shape
-    values = torch.empty(num_rows, num_inputs, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)
-    _rows_to_fp8[(num_rows,)](values, scale, x, x.stride(0), num_inputs, BLOCK=triton.next_power_of_2(num_inputs))
-    return values, scale
-
-
-@triton.jit
-def _rows_to_fp8(
-    values: tl.tensor, scale: tl.tensor, x: tl.tensor, x_stride: tl.tensor, num_inputs: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    own = tl.load(x + row * x_stride + k, mask=k < num_inputs, other=0.0).to(tl.float32)
-    own_scale = tl.maximum(tl.max(tl.abs(own), 0) / 448.0, 7.888609052210118e-31)
-    tl.store(scale + row, own_scale)
-    tl.store(values + row * num_inputs + k, (own / own_scale).to(tl.float8e4nv), mask=k < num_inputs)
+        result = _finish(
+            total, values, scale, bias, residual + at, n, num_outputs, is_own, GATED, SCALED, BIAS, RESIDUAL
+        )
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=is_own)

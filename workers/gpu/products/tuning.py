@@ -12,15 +12,15 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from workers.gpu.products.fp8 import from_fp8
-from workers.gpu.products.multiply import Key, chosen, key_of, multiply, run_plan
+from workers.gpu.products.multiply import Key, Shape, chosen, key_of, multiply, run_plan, shape_of
 from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
 from workers.gpu.products.product import Product
 
@@ -30,6 +30,7 @@ _REPLAYS: Final = 5
 _WORTH: Final = 0.98  # of the vendor's time: a plan that gains less is not chosen
 _TOLERANCE: Final = 2e-2  # of a product in 16 bits, as the norm of its error over the norm of the result
 _MAX_MEASURED: Final = 16  # layers, whose weights take turns
+_SOURCES: Final = ("plan.py", "triton_few_rows.py", "triton_rows.py")
 
 
 def choose_plans(
@@ -39,63 +40,79 @@ def choose_plans(
     device: torch.device,
     folder: Path,
     progress: Callable[[float], None] = lambda _: None,
+    gated: Collection[Shape] = (),
 ) -> None:
     """Choose the plan of each shape of these products, for steps of up to `max_rows` rows, and check each product.
+
+    `gated` are the shapes of products that compute gates and values. Their plans apply the gates.
 
     Reads what an earlier start on the same kind of device measured from a file in `folder`, and adds to it.
     """
     kept = KeptPlans(folder, device)
-    groups: dict[tuple[Any, ...], list[Product]] = {}
+    groups: dict[Shape, list[Product]] = {}
     for product in products:
-        weight = product.weight
-        groups.setdefault((*weight.shape, weight.dtype, product.bias is None), []).append(product)
+        groups.setdefault(shape_of(product.weight), []).append(product)
     classes = [rows for i, rows in enumerate(ROW_CLASSES) if i == 0 or ROW_CLASSES[i - 1] < max_rows]
-    works = [(group, rows) for group in groups.values() for rows in classes]
-    for i, (group, rows) in enumerate(works):
+    works = [
+        (group, rows, is_gated) for shape, group in groups.items() for rows in classes for is_gated in (shape in gated,)
+    ]
+    for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
-        key = key_of(group[0].weight, x_dtype, rows)
+        key = key_of(group[0].weight, x_dtype, rows, is_gated)
         if key not in kept:
-            kept[key] = _fastest(group, x_dtype, rows, device)
+            kept[key] = _fastest(group, x_dtype, rows, device, is_gated=is_gated)
         plan = kept[key]
         if plan is None:
             chosen.pop(key, None)
-        elif (error := max(error_of(plan, product, x_dtype, rows) for product in group)) < _TOLERANCE:
+        elif (error := max(error_of(plan, each, x_dtype, rows, is_gated=is_gated) for each in group)) < _TOLERANCE:
             chosen[key] = plan
         else:
             logger.warning("products %s run as the vendor's library computes them: ours differ by %.2g", key, error)
     kept.write()
 
 
-def error_of(plan: Plan, product: Product, x_dtype: torch.dtype, rows: int) -> float:
-    """The norm of a plan's error over the norm of the product in float32, on random rows; NaN counts as infinite."""
+def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: int, *, is_gated: bool = False) -> float:
+    """The norm of the error over the norm of the product in float32, on random rows; NaN counts as infinite.
+
+    `plan` None: of what `multiply` does.
+    """
     weight, scale, bias = product.weight, product.scale, product.bias
     generator = torch.Generator(weight.device).manual_seed(rows)
     x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device).to(x_dtype)
-    out = torch.full((rows, weight.shape[0]), torch.nan, dtype=x_dtype, device=weight.device)
-    run_plan(plan, x, weight, scale, bias, out)
     full = weight.float() if scale is None else from_fp8(weight, scale, torch.float32)
     expected = torch.nn.functional.linear(x.float(), full, None if bias is None else bias.float())
+    if is_gated:
+        gates, values = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gates) * values
+    out = torch.full_like(expected, torch.nan, dtype=x_dtype)
+    if plan is None:
+        multiply(x, weight, scale, bias, is_gated=is_gated, out=out)
+    else:
+        run_plan(plan, x, weight, scale, bias, is_gated=is_gated, out=out)
     error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-30))
     return error if error == error else float("inf")
 
 
-def _fastest(group: Sequence[Product], x_dtype: torch.dtype, rows: int, device: torch.device) -> Plan | None:
+def _fastest(
+    group: Sequence[Product], x_dtype: torch.dtype, rows: int, device: torch.device, *, is_gated: bool
+) -> Plan | None:
     """The plan that computes a product of `rows` rows in the shortest time; None = the vendor's library does."""
     measured = list(group[:_MAX_MEASURED])
     weight = measured[0].weight
-    x = torch.randn(rows, weight.shape[1], device=device).to(x_dtype)
-    chosen.pop(key_of(weight, x_dtype, rows), None)
+    num_outputs, num_inputs = weight.shape
+    x = torch.randn(rows, num_inputs, device=device).to(x_dtype)
+    chosen.pop(key_of(weight, x_dtype, rows, is_gated), None)
 
     def vendor() -> None:
         for each in measured:
-            multiply(x, each.weight, each.scale, each.bias)
+            multiply(x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
     times: dict[Plan | None, float] = {None: _WORTH * _time_us(vendor, device)}
-    for plan in candidates(rows, *weight.shape):
+    for plan in candidates(rows, num_outputs // 2 if is_gated else num_outputs, num_inputs):
 
         def ours(plan: Plan = plan) -> None:
             for each in measured:
-                run_plan(plan, x, each.weight, each.scale, each.bias)
+                run_plan(plan, x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
         try:
             times[plan] = _time_us(ours, device)
@@ -129,7 +146,9 @@ class KeptPlans:
     """The plans in a file: one for each kind of device, version of torch, and state of these kernels' code."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        sources = [(Path(__file__).parent / name).read_bytes() for name in ("plan.py", "triton_few_rows.py")]
+        sources = [
+            (Path(__file__).parent / name).read_bytes() for name in ("plan.py", "triton_few_rows.py", "triton_rows.py")
+        ]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         known = hashlib.sha256(b"\0".join((name.encode(), torch.__version__.encode(), *sources))).hexdigest()[:16]
         self._path = folder / f"{known}.json"

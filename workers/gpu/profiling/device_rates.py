@@ -4,7 +4,8 @@
 
 A separate program, so that it holds no memory of the device while an engine runs there. Prints one JSON object:
 `device`, `read_bytes_per_s` (a sum over `read_bytes` of float32, far more than any cache holds), `matrix_flops_per_s`
-(a square product of `matrix_size` in `matrix_dtype`). Each is the median of its repetitions.
+(a square product of `matrix_size` in `matrix_dtype`), and on CUDA devices that multiply in fp8
+`fp8_matrix_flops_per_s` (the same product of e4m3 values with one scale a side). Each is the median of its repetitions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _CPU_READ_BYTES: Final = 1 << 28
 _CPU_MATRIX_SIZE: Final = 1024
 _REPETITIONS: Final = 20
 _CPU_REPETITIONS: Final = 5
+_FP8_CAPABILITY: Final = (8, 9)  # CUDA devices that multiply in fp8, by torch.cuda.get_device_capability()
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def measure(device: str) -> dict[str, Any]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty(size, size, device=device, dtype=dtype)
     matrix_s = time_s(lambda: torch.mm(a, b, out=product))
-    return {
+    rates = {
         "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
         "read_bytes_per_s": num_bytes / read_s,
         "matrix_flops_per_s": 2 * size**3 / matrix_s,
@@ -58,6 +60,18 @@ def measure(device: str) -> dict[str, Any]:
         "matrix_size": size,
         "matrix_dtype": str(dtype).removeprefix("torch."),
     }
+    if on_cuda and torch.cuda.get_device_capability() >= _FP8_CAPABILITY:
+        rates["fp8_matrix_flops_per_s"] = 2 * size**3 / time_s(fp8_product(a, b))
+    return rates
+
+
+def fp8_product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return the product of two matrices whose values are converted to fp8 (e4m3) beforehand, with scales of 1."""
+    left, right = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t()  # the second: by columns
+    one = torch.ones((), device=a.device)
+    return lambda: torch._scaled_mm(
+        left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def time_cuda(work: Callable[[], object]) -> float:

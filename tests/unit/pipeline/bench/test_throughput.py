@@ -26,6 +26,7 @@ from pipeline.bench.roofline import (
     ModelShape,
     Rates,
     StepWork,
+    WeightFormat,
     bounds,
     decode_steps,
     prefill_steps,
@@ -53,7 +54,7 @@ ROOT = Path(__file__).parents[4]
 # One layer; a step of one token reads 2 * (4*8 + 4*4 + 4*12 + 6*4 + 4*10) = 320 bytes of weights, 2*2*1*2 = 8 of KV.
 SHAPE = ModelShape(
     hidden_size=4, intermediate_size=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=2, vocab_size=10,
-    bytes_per_value=2,
+    bytes_per_value=2, layer_weights=WeightFormat(bits=16), bytes_per_kv_value=2,
 )  # fmt: skip
 RATES = Rates(read_bytes_per_s=100.0, matrix_flops_per_s=200.0)
 
@@ -90,6 +91,41 @@ def test_a_roofline_takes_the_longer_side_of_each_operation() -> None:
     # Four tokens: 8 operations for each weight (40 ms), so computing is longer, except for the head of the one output.
     work = StepWork(num_tokens=4, num_outputs=1, num_kv_read=4, num_attended=10)
     assert SHAPE.roofline_s(work, RATES) == pytest.approx(120 * 0.04 + max(32 / 100, 160 / 200) + 40 * 0.02)
+
+
+def formatted(quantization: str = "none", cache_dtype: str = "auto", dtype: str = "bfloat16") -> ModelShape:
+    return ModelShape.from_config(
+        {
+            "model_type": "llama", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 10,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2,
+        },
+        dtype, quantization, cache_dtype,
+    )  # fmt: skip
+
+
+def test_fp8_weights_take_a_byte_each_and_a_scale_per_output_channel_except_in_the_head() -> None:
+    assert formatted() == SHAPE
+    assert formatted("fp8").weight_bytes == (4 * 8 + 4 * 4 + 4 * 12 + 6 * 4) + 4 * (8 + 4 + 12 + 4) + 2 * 4 * 10
+    assert formatted("fp8").kv_bytes_per_token == SHAPE.kv_bytes_per_token
+
+
+def test_an_fp8_cache_takes_a_byte_a_value_and_leaves_the_weights() -> None:
+    shape = formatted(cache_dtype="fp8_e4m3")
+    assert shape.weight_bytes == SHAPE.weight_bytes
+    assert shape.floor_s(StepWork.decode(3, 5), RATES) == pytest.approx((320 + 3 * 5 * 4) / 100)
+
+
+@pytest.mark.parametrize(("measured", "rate"), [(None, 2 * 10.0), (15.0, 15.0)])
+def test_only_products_of_many_rows_multiply_at_the_fp8_rate(measured: float | None, rate: float) -> None:
+    rates = Rates(read_bytes_per_s=1e9, matrix_flops_per_s=10.0, fp8_flops_per_s=measured)  # reading takes no time
+    for num_tokens, layers_rate in ((64, 10.0), (65, rate)):
+        work = StepWork(num_tokens, num_outputs=1, num_kv_read=1, num_attended=10)
+        others_s = (4 * 2 * 2 * 10 + 2 * 40) / 10
+        expected_s = 2 * num_tokens * 120 / layers_rate + others_s
+        assert formatted("fp8").roofline_s(work, rates) == pytest.approx(expected_s)
+        assert formatted("fp8").matrix_s(work, rates) == pytest.approx(expected_s)
+        for shape in (SHAPE, formatted("fp8", dtype="float16")):
+            assert shape.matrix_s(work, rates) == pytest.approx(2 * num_tokens * 12 + others_s)
 
 
 def test_operations_count_causal_attention_and_the_head_of_outputs_only() -> None:
@@ -129,6 +165,7 @@ def test_bounds_are_integrated_over_growing_contexts() -> None:
         {"model_type": "mixtral"},
         {"model_type": "mistral", "sliding_window": 4096},
         {"dtype": "int8"},
+        {"quantization_config": {"quant_method": "gptq"}},
     ],
 )
 def test_models_that_do_not_read_everything_have_no_floor(changes: dict[str, Any]) -> None:
@@ -154,7 +191,7 @@ def test_a_summary_has_the_longest_kernels_first() -> None:
     assert summary["window_us"] == 10
     assert summary["busy_us"] == 8
     assert summary["busy_percent"] == 80
-    assert summary["kernels"] == [["b", 1, 5], ["a", 2, 4]]
+    assert summary["kernels"] == [["b", 1, 5, 5], ["a", 2, 4, 3]]
 
 
 @pytest.mark.parametrize("skip", [0, 1])
@@ -172,7 +209,7 @@ def test_the_profiler_writes_its_window_and_nothing_of_before(tmp_path: Path) ->
         torch.mm(x, x) if step in (3, 4) else torch.cos(x)
         profiler.step()
     profile = json.loads(path.read_text())
-    names = {name for name, _, _ in profile["kernels"]}
+    names = {name for name, *_ in profile["kernels"]}
     assert "aten::mm" in names
     assert "aten::cos" not in names
     assert profile["num_steps"] == 2
@@ -186,6 +223,12 @@ def test_rates_are_measured_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured["read_bytes_per_s"] > 0
     assert measured["matrix_flops_per_s"] > 0
     assert measured["read_bytes"] == 1 << 16
+    assert Rates.of(measured).flops_per_s(in_fp8=True) == 2 * measured["matrix_flops_per_s"]
+
+
+def test_the_fp8_product_of_the_rates_is_a_product() -> None:
+    a, b = torch.randint(-4, 5, (16, 32)).bfloat16(), torch.randint(-4, 5, (32, 48)).bfloat16()
+    assert torch.equal(rates.fp8_product(a, b)(), a @ b)
 
 
 # Work

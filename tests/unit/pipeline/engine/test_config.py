@@ -105,6 +105,12 @@ def test_values_that_do_not_fit_together_are_refused_with_both_names() -> None:
     with pytest.raises(ConfigError, match="cannot hold one sequence"):
         configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=49")
     assert configure("/nowhere", "cache.num_blocks=3", "scheduler.max_model_len=48").cache.num_blocks == 3
+    varlen = ("model.attention=varlen", "cache.block_size=256")
+    assert configure("/nowhere", *varlen).cache.dtype == "auto"
+    with pytest.raises(
+        ConfigError, match=r'"varlen"\) reads .* not as cache\.dtype \("fp8_e4m3"\): set model\.attention'
+    ):
+        configure("/nowhere", *varlen, "cache.dtype=fp8_e4m3")
 
 
 def test_a_template_file_is_looked_for_beside_the_configuration_or_where_the_command_runs(

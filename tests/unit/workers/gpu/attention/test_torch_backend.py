@@ -13,6 +13,7 @@ from tests.reference.packed_steps import PackedSequence, make_batch
 from tests.reference.paged_attention import PLANTS, check_planted, make_paged_step
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.execution.step_batch import StepBatch
+from workers.gpu.memory.kv_cache import quantize
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 400
@@ -108,6 +109,37 @@ def test_each_token_attends_to_its_own_sequence_up_to_itself(step: str, extras: 
     assert output.isfinite().all()
     expected = attend_token_by_token(query, key_cache, value_cache, batch, window, softcap, sinks)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("window", "softcap", "has_sinks"), [(None, None, False), (6, 2.0, True), (9, None, True)])
+def test_a_cache_of_8_bits_is_read_with_its_scales(
+    window: int | None, softcap: float | None, has_sinks: bool, dtype: torch.dtype
+) -> None:
+    """K is 100 times as large in the cache as it is: a product of float16 would overflow there."""
+    batch = make_step(STEPS["decodes between chunks"], num_padding_tokens=3, num_padding_seqs=2)
+    query, key, value = (tensor.to(dtype) for tensor in make_tensors(batch))
+    query = query * 40
+    key_scale, value_scale = 0.01, 3.0
+    key_cache, value_cache = quantize(key, key_scale), quantize(value, value_scale)
+    sinks = torch.linspace(-2, 3, NUM_HEADS) if has_sinks else None
+    attention = make_backend("torch", torch.device("cpu")).begin_step(batch)
+    output = attention(
+        query, key_cache, value_cache, scaling=SCALING * key_scale, sliding_window=window, softcap=softcap, sinks=sinks,
+        value_scale=value_scale,
+    )  # fmt: skip
+    assert output.dtype == dtype
+    meant = (cache.double() * scale for cache, scale in ((key_cache, key_scale), (value_cache, value_scale)))
+    expected = attend_token_by_token(query, *meant, batch, window, softcap, sinks)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_nan_in_a_cache_of_8_bits_reaches_the_tokens_that_see_it_and_no_others() -> None:
+    for seed, plant_options in enumerate(PLANTS[:3]):
+        step = make_paged_step([(1, 40), (21, 37), (5, 5)], num_seqs=4, num_tokens=30, seed=seed, scales=(0.02, 3.0))
+        backend = make_backend("torch", torch.device("cpu"))
+        found = check_planted(backend, step, {**plant_options, "seed": seed}, 1e-5, scaling=0.25)
+        assert min(found) > 0, "a test needs tokens of both kinds"
 
 
 def test_one_step_serves_layers_with_and_without_a_window() -> None:

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from tests.reference.paged_attention import PLANTS, PagedStep, attend, check_planted, make_paged_step, run_backend
-from tests.reference.triton_interpreter import let_scalars_end_ranges
+from tests.reference.triton_interpreter import convert_e4m3_as_gpus_do, let_scalars_end_ranges
 from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
+from workers.gpu.memory.kv_cache import quantize
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
 TOLERANCE = 1e-5
+SCALES = (0.02, 3.0)  # of a cache of 8 bits: K of a normal distribution fills the format's range, V does not
 let_scalars_end_ranges()
+convert_e4m3_as_gpus_do()
 
 
 def run(step: PagedStep, *, scaling: float = 0.25, **options: Any) -> torch.Tensor:
@@ -170,3 +173,75 @@ def test_kv_is_written_where_the_slot_mapping_says_and_nowhere_else() -> None:
     step.value_cache.flatten(0, 1)[step.batch.slot_mapping[:6]] = value[:6]
     torch.testing.assert_close(key_cache[:-1], step.key_cache[:-1], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(value_cache[:-1], step.value_cache[:-1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sliding_window": 21},
+        {"softcap": 3.0, "sinks": torch.tensor([1.0, 2.0, -3.0, 0.5])},
+        {"sliding_window": 9, "softcap": 3.0, "sinks": torch.full((4,), 2.0)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [16, 32])  # 32: V is read in pairs
+def test_a_cache_of_8_bits_is_read_with_its_scales(head_dim: int, options: dict[str, Any]) -> None:
+    step = make_paged_step(
+        [(1, 90), (12, 33), (1, 8)], num_seqs=4, num_tokens=20, head_dim=head_dim, scales=SCALES
+    )  # fmt: skip
+    assert_equal(run(step, **options), attend(step, scaling=0.25, **options))
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim", "head_dim_v"), [(6, 24, 16), (2, 40, 80), (2, 32, 33)])
+def test_a_cache_of_8_bits_may_have_any_heads(num_heads: int, head_dim: int, head_dim_v: int) -> None:
+    step = make_paged_step(
+        [(1, 37), (9, 19)], num_heads=num_heads, head_dim=head_dim, head_dim_v=head_dim_v, scales=(1.0, 0.01)
+    )
+    assert_equal(run(step), attend(step, scaling=0.25))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 60_000.0), (torch.bfloat16, 1.0), (torch.bfloat16, 1e-30), (torch.bfloat16, 1e30)],
+)
+def test_a_query_of_16_bits_may_have_any_size_beside_a_cache_of_8_bits(dtype: torch.dtype, size: float) -> None:
+    """The products are in float16, whose range is smaller."""
+    step = make_paged_step([(1, 90), (9, 40)], dtype=dtype, head_dim=64, scales=SCALES)
+    query = (step.query.float() / step.query.float().abs().amax(-1, keepdim=True) * size).to(dtype)
+    step = dataclasses.replace(step, query=query)
+    result = run(step, scaling=0.5 / size, softcap=2.0)
+    assert result.dtype == dtype
+    assert_equal(result, attend(step, scaling=0.5 / size, softcap=2.0), tolerance=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 9}], ids=str)
+def test_nan_in_a_cache_of_8_bits_reaches_the_tokens_that_see_it_and_no_others(options: dict[str, Any]) -> None:
+    for seed, plant_options in enumerate(PLANTS[:3]):
+        step = make_paged_step(
+            [(1, 40), (21, 37), (1, 9), (5, 5)], num_seqs=6, num_tokens=32, head_dim=32, seed=seed, scales=SCALES
+        )  # fmt: skip
+        found = check_planted(
+            TritonBackend(), step, {**plant_options, "seed": seed}, TOLERANCE, scaling=0.25, **options
+        )
+        assert min(found) > 0, "a test needs tokens of both kinds"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kv_is_written_in_8_bits_as_torch_rounds_it(dtype: torch.dtype) -> None:
+    step = make_paged_step([(5, 9), (1, 3)], num_seqs=4, num_tokens=12, head_dim=24, head_dim_v=16, scales=SCALES)
+    key = (100 * torch.randn(2, 12, 24)).transpose(0, 1).to(dtype)
+    value = torch.randn(12, 2, 16).to(dtype)
+    key[:, 0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 60_000.0, -60_000.0, 0.0])
+    key_cache, value_cache = step.key_cache.clone(), step.value_cache.clone()
+    write_kv(key, value, key_cache, value_cache, step.batch.slot_mapping, *SCALES)
+    for cache, before, numbers, scale in (
+        (key_cache, step.key_cache, key, SCALES[0]),
+        (value_cache, step.value_cache, value, SCALES[1]),
+    ):
+        expected = before.clone().view(torch.uint8)
+        expected.flatten(0, 1)[step.batch.slot_mapping[:6]] = quantize(numbers[:6], scale).view(torch.uint8)
+        assert torch.equal(cache.view(torch.uint8)[:-1], expected[:-1])
+    first = key_cache.flatten(0, 1)[step.batch.slot_mapping[0], 0, :6].float()
+    assert first.isnan().tolist() == [True, True, True, False, False, False]
+    assert first[3:].tolist() == [448.0, -448.0, 0.0]

@@ -69,11 +69,11 @@ def test_compiled_layers_give_the_tokens_of_generate_from_a_graph_for_each_kind_
         graphs.append(graph)
         return lookup_backend("aot_eager")(graph, inputs)
 
-    assert compile_layers(model, step, backend=backend)
+    assert compile_layers(model, step, backend=backend) is not None
     assert len(graphs) == num_graphs + NUM_BESIDE, "layers of one kind do not share a graph"
     sequences = run_packed(loaded.runner, prompts, MAX_NEW_TOKENS, num_blocks=loaded.num_blocks, seed=3)
     assert [sequence.generated for sequence in sequences] == expected
-    assert len(graphs) <= 2 * (num_graphs + NUM_BESIDE), "a batch of more than one token was compiled again"
+    assert len(graphs) == num_graphs + NUM_BESIDE, "some number of tokens was compiled again"
 
 
 def test_what_is_beside_the_layers_is_compiled_unless_it_is_torchs_own(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_layers_stay_compiled_where_what_is_beside_them_cannot_be(
 
     norm.forward = forward
     with caplog.at_level(logging.INFO):
-        assert compile_layers(model, step, backend="aot_eager")
+        assert compile_layers(model, step, backend="aot_eager") is not None
     assert "the modules beside the model's layers run without torch.compile" in caplog.text
     assert norm._compiled_call_impl is None
     assert decoder_layers(model)[0]._compiled_call_impl is not None
@@ -128,7 +128,7 @@ def test_decoder_layers_are_those_with_attention_however_long_other_lists_are() 
 
 def test_a_model_without_a_list_of_layers_is_not_called_compiled(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert not compile_layers(Odd(0), lambda: None)
+        assert compile_layers(Odd(0), lambda: None) is None
     assert "runs without torch.compile" in caplog.text
 
 
@@ -145,6 +145,6 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(tmp_path: Path, caplog: p
 
     layer.mlp.forward = forward
     with caplog.at_level(logging.WARNING):
-        assert not compile_layers(model, step, backend="aot_eager")
+        assert compile_layers(model, step, backend="aot_eager") is None
     assert "runs without torch.compile" in caplog.text
     assert torch.equal(step(), expected)

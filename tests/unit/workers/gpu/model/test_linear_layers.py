@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipc.errors import ConfigError, RingfeedError
+from ipc.errors import ConfigError, ModelUnsupported
 from ipc.records import StepShape
 from tests.reference.tiny_models import make_tiny_model
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.model import linear_layers
 from workers.gpu.model.compile import decoder_layers
 from workers.gpu.model.loader import LoadedModel, load_model
+from workers.gpu.products import multiply
 from workers.gpu.products.product import Product
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, block_size=4)
@@ -39,9 +39,11 @@ def test_the_decoder_layers_of_a_model_become_fp8_and_the_head_does_not(
 
 def test_a_model_whose_rounded_products_are_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.gpu.products.product._ROUTER_OUTPUTS", ROUTER_OUTPUTS)
-    logits = iter((torch.ones(1, 8, 5), torch.zeros(1, 8, 5)))
-    monkeypatch.setattr(linear_layers, "probe_logits", lambda *_: next(logits))
-    with pytest.raises(RingfeedError, match=r"do not give what the weights say: leave model\.quantization out"):
+    unscaled = multiply._unscaled
+    monkeypatch.setattr(
+        multiply, "_unscaled", lambda x, weight, scale, bias, out: unscaled(x, weight, 2 * scale, bias, out)
+    )
+    with pytest.raises(ModelUnsupported, match=r"from what its weights say: leave model\.quantization out"):
         load(make_tiny_model("llama", tmp_path))
 
 

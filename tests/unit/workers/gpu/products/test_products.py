@@ -123,7 +123,7 @@ def test_the_result_can_be_written_where_it_is_wanted() -> None:
         stored, scale = to_fp8(weight) if fp8 else (weight, None)
         out = torch.full((3, 48), torch.nan)
         expected = multiply(x, stored, scale, bias)
-        assert multiply(x, stored, scale, bias, out) is out
+        assert multiply(x, stored, scale, bias, out=out) is out
         torch.testing.assert_close(out, expected)
 
 

@@ -10,7 +10,8 @@ import torch
 from tests.reference.triton_interpreter import let_scalars_end_ranges
 from workers.gpu.products.fp8 import FP8, to_fp8
 from workers.gpu.products.plan import Plan
-from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows, rows_to_fp8
+from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows
+from workers.gpu.products.triton_rows import gate, rows_to_fp8
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
@@ -25,38 +26,75 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def product(
-    plan: Plan, num_rows: int, dtype: torch.dtype, *, is_fp8: bool = False, has_bias: bool = False
+    plan: Plan,
+    num_rows: int,
+    dtype: torch.dtype,
+    *,
+    is_fp8: bool = False,
+    has_bias: bool = False,
+    has_residual: bool = False,
+    is_gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel computes of random rows, which lie in a wider tensor, and the same in float64."""
     generator = torch.Generator().manual_seed(num_rows)
+    num_weights = 2 * NUM_OUTPUTS if is_gated else NUM_OUTPUTS
     x = torch.randn(num_rows, NUM_INPUTS + 8, generator=generator).to(dtype)[:, :NUM_INPUTS]
-    weight = torch.randn(NUM_OUTPUTS, NUM_INPUTS, generator=generator).to(dtype)
+    weight = torch.randn(num_weights, NUM_INPUTS, generator=generator).to(dtype)
     full, scale = weight.double(), None
     if is_fp8:
         weight, scale = to_fp8(weight)
         full = weight.double() * scale.double()[:, None]
-    bias = torch.randn(NUM_OUTPUTS, generator=generator).to(dtype) if has_bias else None
+    bias = torch.randn(num_weights, generator=generator).to(dtype) if has_bias else None
+    residual = torch.randn(num_rows, NUM_OUTPUTS, generator=generator).to(dtype) if has_residual else None
     out = torch.empty(num_rows, NUM_OUTPUTS, dtype=dtype)
     scratch = Scratch(torch.device("cpu"))
     for _ in range(2):  # the second finds what the first left of its shares
         out.fill_(math.nan)
-        multiply_few_rows(plan, x, weight, scale, bias, out, scratch, dependent_launch=False)
+        multiply_few_rows(
+            plan, x, weight, scale, bias, residual, out, scratch, is_gated=is_gated, dependent_launch=False
+        )
         assert not scratch.ended.any()
-    return out, x.double() @ full.T + (0 if bias is None else bias.double())
+    expected = x.double() @ full.T + (0 if bias is None else bias.double())
+    if is_gated:
+        gates, values = expected.chunk(2, -1)
+        expected = gates * torch.sigmoid(gates) * values
+    return out, expected + (0 if residual is None else residual.double())
 
 
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("plan", "num_rows"),
-    [(VECTOR, 1), (VECTOR_PIPELINED, 2), (MATRIX, 3), (SPLIT, 1), (SPLIT, 17)],
-    ids=lambda value: value if isinstance(value, int) else f"{value.kernel} {value.tile_n}",
+    ("plan", "num_rows", "dtype"),
+    [
+        (VECTOR, 1, torch.bfloat16),
+        (VECTOR_PIPELINED, 2, torch.float32),
+        (MATRIX, 3, torch.float16),  # the interpreter's product takes the bits of bfloat16 as integers
+        (SPLIT, 1, torch.float32),
+        (SPLIT, 17, torch.float16),
+    ],
+    ids=lambda value: f"{value.kernel} {value.tile_n}" if isinstance(value, Plan) else str(value),
 )
 def test_products_are_right(plan: Plan, num_rows: int, dtype: torch.dtype, is_fp8: bool) -> None:
-    if plan.kernel == "matrix" and dtype == torch.bfloat16:
-        dtype = torch.float16  # the interpreter's product takes the bits of bfloat16 as integers
     out, expected = product(plan, num_rows, dtype, is_fp8=is_fp8, has_bias=num_rows % 2 == 1)
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize(
+    ("plan", "num_rows"),
+    [(VECTOR, 1), (VECTOR_PIPELINED, 2), (MATRIX, 5), (SPLIT, 17)],
+    ids=lambda value: value if isinstance(value, int) else f"{value.kernel} {value.tile_n}",
+)
+def test_gates_and_residuals_are_applied_before_rounding(plan: Plan, num_rows: int, is_fp8: bool) -> None:
+    for options in ({"is_gated": True, "has_bias": num_rows == 2}, {"has_residual": True}):
+        out, expected = product(plan, num_rows, torch.float16, is_fp8=is_fp8, **options)
+        assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.float16]
+
+
+def test_gates_of_many_rows_are_right() -> None:
+    x = torch.randn(70, 2 * 2100, generator=torch.Generator().manual_seed(0))
+    gate(x, out := torch.empty(70, 2100))
+    gates, values = x.double().chunk(2, -1)
+    torch.testing.assert_close(out.double(), gates * torch.sigmoid(gates) * values, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("plan", "num_rows"), [(VECTOR, 2), (SPLIT, 5)], ids=["vector", "matrix"])
@@ -64,7 +102,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_output(plan: Plan, nu
     x, weight = torch.ones(num_rows, NUM_INPUTS), torch.ones(NUM_OUTPUTS, NUM_INPUTS)
     x[1, 5], weight[7, 90] = math.nan, math.inf
     out = torch.empty(num_rows, NUM_OUTPUTS)
-    multiply_few_rows(plan, x, weight, None, None, out, Scratch(x.device), dependent_launch=False)
+    multiply_few_rows(plan, x, weight, None, None, None, out, Scratch(x.device), is_gated=False, dependent_launch=False)
     assert out[1].isnan().all()
     assert out[0, 7] == math.inf
     assert (out[0, torch.arange(NUM_OUTPUTS) != 7] == NUM_INPUTS).all()
