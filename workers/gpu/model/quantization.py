@@ -57,9 +57,9 @@ def check_quantization(
     """Check what a model's configuration declares about quantization, before any weight is read.
 
     `config` is transformers'; `folder` holds the model's files; `quantization` is `model.quantization`. Returns the
-    configuration to build the model from, and the formats of weights that we read ourselves, () if there are none.
-    Raises ModelUnsupported for quantised weights that cannot be loaded here, and ConfigError for weights that
-    `quantization` would quantise again.
+    configuration to build the model from, and the formats of the weights that we read ourselves. Raises
+    ModelUnsupported for quantised weights that cannot be loaded here, and ConfigError for weights that `quantization`
+    would quantise again.
     """
     read, unread = (_declared(config, key) for key in _DECLARATIONS)
     if read is None and unread is None:
@@ -70,12 +70,12 @@ def check_quantization(
                 f"transformers does not read: {_CURE}"
             )
         return config, ()
-    if quantization != "none":
+    formats = stored_formats(read or unread)
+    if quantization != "none" and formats != ():
         raise ConfigError(
             f'model.quantization ("{quantization}"): the weights of model.path ({path!r}) are quantised already: leave '
             "it out"
         )
-    formats = stored_formats(read)
     if formats is not None:
         return _without_declaration(config), formats
     method = _method(read or unread)

@@ -74,13 +74,9 @@ def make_blank(model_config: Any) -> nn.Module:
 
 
 def read_weights(
-    files: Sequence[Path],
-    blank: Any,
-    dtype: str,
-    device: torch.device,
-    progress: Progress,
+    files: Sequence[Path], blank: Any, dtype: str, device: torch.device, progress: Progress,
     formats: Sequence[StoredFormat] = (),
-) -> tuple[nn.Module, LoadReport]:
+) -> tuple[nn.Module, LoadReport]:  # fmt: skip
     """Build the model that `blank` describes on `device`. `dtype` "auto" = the dtype of its configuration.
 
     Dequantises weights that are stored in one of `formats`. Where rounding a linear layer's weight to float8 by the
@@ -104,10 +100,7 @@ def read_weights(
             raise counter.malformed[0] from None  # transformers has only written it into a report
         raise
     on_device: nn.Module = model.to(device)  # moves tensors that are in no file, such as RoPE's frequencies
-    for module in on_device.modules():
-        scale = getattr(module.weight, "stored_scale", None) if type(module) is nn.Linear else None
-        if scale is not None:
-            module.weight_scale = scale
+    _keep_scales(on_device)
     return on_device, LoadReport(
         read=set(counter.names),  # without the biases that are read below
         missing=sorted(report["missing_keys"]),
@@ -134,6 +127,14 @@ def _tensors_of(
             ) from None
         state_dict |= {name: _StoredTensor(file, name, device, counter) for name in names}
     return state_dict, dtypes
+
+
+def _keep_scales(model: nn.Module) -> None:
+    """Give each linear layer the scale that `_QuantisedTensor` left at its weight."""
+    for module in model.modules():
+        scale = getattr(module.weight, "stored_scale", None) if type(module) is nn.Linear else None
+        if scale is not None:
+            module.weight_scale = scale
 
 
 def _is_zero_bias(name: str, state_dict: dict[str, Any]) -> bool:

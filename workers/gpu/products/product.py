@@ -46,7 +46,7 @@ def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
     """Replace every plain linear layer inside these modules by a Product on the same weights. Those that their
     checkpoint stores in fp8 are fp8 again. Returns the products."""
     products = []
-    # Without the linear layers themselves, which would keep the weights of those that are replaced.
+    # A reference to a linear layer would keep its weight after it has been replaced.
     parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
     for parent in parents:
         for name, child in list(parent.named_children()):
@@ -59,8 +59,8 @@ def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
 
 
 def stored_scale(layer: nn.Module) -> torch.Tensor | None:
-    """The scale [N] float32 by which rounding this linear layer's weight gives the fp8 of its checkpoint; None for a
-    layer that is not stored in fp8 with one scale for each output or for all."""
+    """The scale [N] float32 of a linear layer whose checkpoint stores it in fp8, with a scale for each output or one.
+    Rounding the weight by this scale gives the checkpoint's numbers. None for other layers."""
     scale: torch.Tensor | None = getattr(layer, "weight_scale", None)
     return scale
 

@@ -5,8 +5,8 @@
                   Also called weight_scale_inv; both are factors: weight * scale is the true weight
 
 Sources: compressed-tensors (compressors/naive_quantized/base.py, quantization/lifecycle/forward.py: dequantize) for its
-formats float-quantized and naive-quantized; AutoFP8 (auto_fp8/quantize.py) for one scale; DeepSeek-V3
-(inference/kernel.py: weight_dequant) and transformers (integrations/finegrained_fp8.py: Fp8Dequantize) for blocks.
+formats float-quantized and naive-quantized. AutoFP8 (auto_fp8/quantize.py) for one scale. DeepSeek-V3
+(README_WEIGHTS.md) and transformers (integrations/finegrained_fp8.py: Fp8Dequantize) for blocks.
 
 `input_scale` and `activation_scale` are fixed scales of the activations. We do not use them: our products take
 activations in 16 bits, or choose a scale for each token.

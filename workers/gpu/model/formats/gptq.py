@@ -5,8 +5,8 @@
     scales   [groups, N]
     g_idx    [K] int32: the group of each row; without act order, or if it is missing, they are in order
 
-Sources: AutoGPTQ (auto_gptq/nn_modules/qlinear/qlinear_cuda.py) for "gptq"; GPTQModel
-(gptqmodel/nn_modules/qlinear/__init__.py: dequantize_weight; utils/model.py: convert_gptq_v1_to_v2_format) for both.
+Sources: AutoGPTQ (auto_gptq/nn_modules/qlinear/qlinear_cuda.py) for "gptq", and GPTQModel
+(gptqmodel/nn_modules/qlinear/__init__.py: dequantize_weight, utils/model.py: convert_gptq_v1_to_v2_format) for both.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from workers.gpu.model.formats.stored_format import (
 
 
 class Gptq:
-    """`bits` and `group_sizes` are those that config.json declares (-1: one group). `zero_offset` is what the stored
-    zero points lack."""
+    """`bits` and `group_sizes` are those that config.json declares (-1: one group). The true zero points are
+    `zero_offset` larger than the stored ones."""
 
     def __init__(self, bits: Sequence[int], group_sizes: Sequence[int], zero_offset: int) -> None:
         self._bits = bits

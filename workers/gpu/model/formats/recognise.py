@@ -16,7 +16,7 @@ Formats = tuple[StoredFormat, ...]
 
 _FLOAT8_FORMATS: Final = ("float-quantized", "naive-quantized")
 _BITS: Final = frozenset({4, 8})
-_GPTQ_ZERO_OFFSETS: Final = {"gptq": 1, "gptq_v2": 0}  # what the zero points of a format lack
+_GPTQ_ZERO_OFFSETS: Final = {"gptq": 1, "gptq_v2": 0}  # the format subtracts it from its zero points
 _AWQ_VERSIONS: Final = ("gemm", "exllama")  # the latter is repacked only when it is loaded
 
 
@@ -34,7 +34,7 @@ def stored_formats(declared: Any) -> Formats | None:
 
 
 def _compressed_tensors(declared: Any) -> Formats | None:
-    """The weights of each group have a format of their own; a group without weights quantises only activations."""
+    """Each group of layers names its format, or has the checkpoint's. A group without weights quantises activations."""
     groups = [group for group in declared["config_groups"].values() if group.get("weights")]
     named = [(group.get("format") or declared["format"], group["weights"]) for group in groups]
     float8 = [weights for name, weights in named if name in _FLOAT8_FORMATS and _is_float8(weights)]

@@ -1,4 +1,4 @@
-"""What all formats of quantised weights have in common: their interface, groups of columns, and packed integers."""
+"""The interface of the formats of quantised weights, and the code that several of them use."""
 
 from __future__ import annotations
 

@@ -170,6 +170,7 @@ def test_variants_that_tools_have_written_are_read(pack: Pack, declared: Any, tm
 
 def test_a_checkpoint_that_quantises_only_its_kv_cache_has_ordinary_weights(tmp_path: Path) -> None:
     declared = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    assert stored_formats(declared) == ()
     stored, plain = make_pair(tmp_path, lambda weight: ({"weight": weight}, weight), declared, num_hidden_layers=1)
     expected = weights(plain)
     assert all(torch.equal(tensor, expected[each]) for each, tensor in weights(stored).items())
