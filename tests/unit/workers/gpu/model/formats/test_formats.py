@@ -1,4 +1,4 @@
-"""Quantised checkpoints give the logits of their dequantised weights, exactly."""
+"""Quantised checkpoints give the logits of their dequantised weights: exactly, except where products are in float8."""
 
 from __future__ import annotations
 
