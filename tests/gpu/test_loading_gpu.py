@@ -9,19 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ipc.records import StepShape
 from pipeline.environment.module_search import module_environment
 from tests.reference.executor_engine import executor_engine
+from tests.reference.quantised_checkpoints import make_pair, mxfp4
 from tests.reference.tiny_models import make_tiny_model
+from tests.unit.workers.gpu.model.formats.test_formats import KEPT, PLAIN
 from tests.unit.workers.gpu.model.test_weights import HOLD_NOTHING_BACK, MEASURE, MIB
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.execution.buckets import Buckets
 from workers.gpu.memory.account import bytes_taken, reserved_bytes
-from workers.gpu.model.loader import load_model
+from workers.gpu.model.loader import load_config, load_model, load_weights
 from workers.gpu.model.weight_files import weight_files
 from workers.gpu.model.weights import make_blank, read_weights
+from workers.gpu.products.product import Product, replace_linears
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +80,31 @@ def test_weights_on_the_gpu_are_those_on_the_cpu(dtype: str, tmp_path: Path) -> 
         for name, tensor in {**dict(on_cpu.named_parameters()), **dict(on_cpu.named_buffers())}.items():
             assert tensors[name].is_cuda, name
             assert torch.equal(tensors[name].cpu(), tensor), name
+
+
+@pytest.mark.parametrize("name", [*KEPT, *PLAIN, "mxfp4"])
+def test_quantised_weights_are_dequantised_on_the_gpu_as_on_the_cpu(name: str, tmp_path: Path) -> None:
+    if name == "mxfp4":
+        stored, plain = make_pair(tmp_path, mxfp4, {"quant_method": "mxfp4"}, "gpt_oss", "_proj")
+    else:
+        stored, plain = make_pair(tmp_path, *(KEPT | PLAIN)[name])
+    models = [
+        load_weights(
+            ModelConfig(path=str(folder), device=str(device), dtype="bfloat16"), load_config(str(folder)), device,
+            lambda *_: None,
+        )
+        for folder, device in ((stored, torch.device("cuda", 0)), (plain, torch.device("cpu")))
+    ]  # fmt: skip
+    on_gpu, expected = (model.state_dict() for model in models)
+    for each, tensor in expected.items():
+        assert on_gpu[each].is_cuda, each
+        assert torch.equal(on_gpu[each].cpu(), tensor), each
+    if name in KEPT:
+        file = load_file(stored / "model.safetensors")
+        replace_linears([models[0]])
+        for each, product in models[0].named_modules():
+            if isinstance(product, Product) and product.scale is not None:
+                assert torch.equal(product.weight.cpu().view(torch.uint8), file[f"{each}.weight"].view(torch.uint8))
 
 
 @pytest.mark.parametrize(("limit_mib", "stage"), [(200, "loading weights"), (2000, "allocating the KV cache")])

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workers.gpu.products.product import stored_scale
+
 
 @dataclass(frozen=True)
 class Projections:
@@ -102,6 +104,9 @@ class FusedProjections(nn.Module):
         self.out_features = self.sizes[0]
         bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
         self.joined = linear_of(_join([layer.weight for layer in layers]), bias)
+        scales = [scale for layer in layers if (scale := stored_scale(layer)) is not None]
+        if len(scales) == len(layers):
+            self.joined.weight_scale = torch.cat(scales)
         self.parts: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

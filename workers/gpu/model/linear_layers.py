@@ -19,7 +19,7 @@ from workers.gpu.model.head import replace_head
 from workers.gpu.model.weights import Progress
 from workers.gpu.products.multiply import Shape
 from workers.gpu.products.plan import MAX_ROWS
-from workers.gpu.products.product import Product, quantizable, replace_linears
+from workers.gpu.products.product import Product, quantizable, replace_linears, stored_scale
 from workers.gpu.products.tuning import choose_plans, error_of
 
 _TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to fp8 too, about 0.04
@@ -28,19 +28,17 @@ _TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to 
 def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Product]:
     """Replace the linear layers of a checked model that computes in `dtype`. Returns the products.
 
+    Layers whose checkpoint stores fp8 compute in fp8 with the checkpoint's scales, whatever `quantization` is.
     Frees the 16-bit weights layer by layer. Raises ConfigError if `quantization` finds nothing to round, and
     ModelUnsupported if a rounded product is not what its weights say.
     """
     is_fp8 = config.quantization == "fp8"
-    if device.type != "cuda" and not is_fp8:
+    layers = decoder_layers(model)
+    is_stored = any(stored_scale(module) is not None for layer in layers for module in layer.modules())
+    if device.type != "cuda" and not is_fp8 and not is_stored:
         return []  # torch's own products serve
-    products = replace_linears(decoder_layers(model))
+    products = replace_linears(layers)
     if is_fp8:
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ConfigError(
-                f'model.quantization ("fp8"): the weights of model.path ({config.path!r}) are quantised already: leave '
-                "it out"
-            )
         rounded = quantizable(products)
         if not rounded:
             raise ConfigError(
@@ -48,13 +46,21 @@ def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, devi
             )
         for product in rounded:
             product.to_fp8()
-            error = error_of(None, product, dtype, MAX_ROWS + 1)
-            if error > _TOLERANCE:
-                raise ModelUnsupported(
-                    f"model.path ({config.path!r}): a product of {list(product.weight.shape)} weights in fp8 differs "
-                    f"by {error:.2g} from what its weights say: leave model.quantization out"
-                )
+    for product in products:
+        if product.scale is not None:
+            _check(product, config, dtype)
     return products
+
+
+def _check(product: Product, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Raise ModelUnsupported if a product in fp8 is not what its weights say."""
+    error = error_of(None, product, dtype, MAX_ROWS + 1)
+    if error > _TOLERANCE:
+        cure = "use an unquantised checkpoint" if config.quantization == "none" else "leave model.quantization out"
+        raise ModelUnsupported(
+            f"model.path ({config.path!r}): a product of {list(product.weight.shape)} weights in fp8 differs by "
+            f"{error:.2g} from what its weights say: {cure}"
+        )
 
 
 def tune_products(

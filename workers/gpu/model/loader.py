@@ -6,7 +6,7 @@ Reads a local folder or the local hub cache, never the network, and never a pick
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,13 @@ from workers.gpu.memory.kv_cache import KVCache, choose_num_blocks
 from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.cache_format import check_cache_dtype, choose_cache_format
 from workers.gpu.model.compile import compile_layers
+from workers.gpu.model.formats.stored_format import StoredFormat
 from workers.gpu.model.fusion import find_projections, fuse_projections
 from workers.gpu.model.gate import check_config, is_near, prepare_model, probe_logits, probe_model
 from workers.gpu.model.linear_layers import tune_products, use_products
 from workers.gpu.model.paged_runner import PagedModelRunner
 from workers.gpu.model.probed_model import ProbedModel
-from workers.gpu.model.quantization import (
-    check_quantization,
-    check_tensors,
-    drop_empty_declarations,
-    loading_quantized,
-)
+from workers.gpu.model.quantization import check_quantization, check_tensors, drop_empty_declarations, loading_quantized
 from workers.gpu.model.step_memory import find_wait, largest_step, measure_step_bytes
 from workers.gpu.model.weights import Progress, files_to_read, make_blank, read_weights
 from workers.gpu.products.multiply import Shape
@@ -194,13 +190,14 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
     Raises ConfigError or ModelUnsupported.
     """
     files = files_to_read(config)
+    formats: Sequence[StoredFormat] = ()
     if files:
-        check_quantization(config.path, files[0].parent, model_config)
+        model_config, formats = check_quantization(config.path, files[0].parent, model_config, config.quantization)
     with _blaming_config(config.path, model_config):  # covers this line only, not errors of the weights
         blank = make_blank(model_config)
     progress(LOADING, 0.0)
     if files:
-        model = _read_weights(config, files, model_config, blank, device, progress)
+        model = _read_weights(config, files, formats, model_config, blank, device, progress)
     else:
         model = _random_weights(config, model_config, device)
     model.eval().requires_grad_(False)
@@ -209,13 +206,13 @@ def load_weights(config: ModelConfig, model_config: Any, device: torch.device, p
 
 
 def _read_weights(
-    config: ModelConfig, files: list[Path], model_config: Any, blank: nn.Module, device: torch.device,
-    progress: Progress,
+    config: ModelConfig, files: list[Path], formats: Sequence[StoredFormat], model_config: Any, blank: nn.Module,
+    device: torch.device, progress: Progress,
 ) -> nn.Module:  # fmt: skip
     unreadable = f"the weights of model.path ({config.path!r}) cannot be read"
     try:
         with loading_quantized(config.path, model_config):
-            model, report = read_weights(files, blank, config.dtype, device, progress)
+            model, report = read_weights(files, blank, config.dtype, device, progress, formats)
     except ModelUnsupported:
         raise
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""Refuses quantised weights that transformers would load without their scales, which would give noise.
+"""Chooses how quantised weights are read: by our own `formats`, or by transformers. Refuses all others.
 
-transformers only warns of a quantization method that it does not know, and loads the numbers as they are stored. It
-loads the methods that it knows, but some of these need packages that are not installed. The files show other cases: a
-tensor that the model has no place for may be the scale of another.
+transformers only warns of a quantization method that it does not know, and loads the numbers as they are stored: noise.
+It loads the methods that it knows, but some of these need packages that are not installed. The files show other cases:
+a tensor that the model has no place for may be the scale of another.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import transformers
 from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
-from ipc.errors import ModelUnsupported
+from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.memory.out_of_memory import is_out_of_memory
 from workers.gpu.model.cache_format import CACHE_SCALE
+from workers.gpu.model.formats.recognise import stored_formats
+from workers.gpu.model.formats.stored_format import StoredFormat
 from workers.gpu.model.weights import LoadReport
 
 # Keys of config.json. transformers reads only the first.
@@ -49,11 +51,15 @@ def drop_empty_declarations(config: Any) -> None:
             del each.quantization_config
 
 
-def check_quantization(path: str, folder: Path, config: Any) -> None:
+def check_quantization(
+    path: str, folder: Path, config: Any, quantization: str = "none"
+) -> tuple[Any, tuple[StoredFormat, ...]]:
     """Check what a model's configuration declares about quantization, before any weight is read.
 
-    `config` is transformers'; `folder` holds the model's files. Raises ModelUnsupported for quantised weights that
-    transformers cannot load here.
+    `config` is transformers'; `folder` holds the model's files; `quantization` is `model.quantization`. Returns the
+    configuration to build the model from, and the formats of the weights that we read ourselves. Raises
+    ModelUnsupported for quantised weights that cannot be loaded here, and ConfigError for weights that `quantization`
+    would quantise again.
     """
     read, unread = (_declared(config, key) for key in _DECLARATIONS)
     if read is None and unread is None:
@@ -63,7 +69,15 @@ def check_quantization(path: str, folder: Path, config: Any) -> None:
                 f"model.path ({path!r}): {_EXPORT} says that the weights are quantised ({algorithm}), which "
                 f"transformers does not read: {_CURE}"
             )
-        return
+        return config, ()
+    formats = stored_formats(read or unread)
+    if quantization != "none" and formats != ():
+        raise ConfigError(
+            f'model.quantization ("{quantization}"): the weights of model.path ({path!r}) are quantised already: leave '
+            "it out"
+        )
+    if formats is not None:
+        return _without_declaration(config), formats
     method = _method(read or unread)
     if method is None:
         raise ModelUnsupported(
@@ -78,6 +92,7 @@ def check_quantization(path: str, folder: Path, config: Any) -> None:
     with loading_quantized(path, config):
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(read), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
+    return config, ()
 
 
 @contextmanager
@@ -131,6 +146,15 @@ def check_tensors(path: str, config: Any, model: nn.Module, report: LoadReport) 
             f"model.path ({path!r}): the weights are quantised ({name} is stored as {stored}), and "
             f"config.json does not say how: {_CURE}"
         )
+
+
+def _without_declaration(config: Any) -> Any:
+    """Return a copy of a transformers configuration that says nothing of quantization."""
+    plain = copy.deepcopy(config)
+    for each in (plain, plain.get_text_config()):
+        if hasattr(each, _DECLARATIONS[0]):
+            del each.quantization_config
+    return plain
 
 
 def _declared(config: Any, key: str) -> Any:

@@ -11,13 +11,18 @@ LARGEST: Final = torch.finfo(FP8).max  # 448
 _SMALLEST_SCALE: Final = 2.0**-100  # of a channel of zeros: any positive scale serves
 
 
-def to_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_fp8(values: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `values` [N, K] in fp8 and the float32 scale [N] of each row, so that values ~ fp8 * scale.
 
-    A row's scale makes its largest number 448, the largest of the format, so nothing overflows. NaN and infinity make
-    the row's scale NaN or infinite: they do not vanish.
+    Without `scale`, a row's scale makes its largest number 448, the largest of the format, so nothing overflows. NaN
+    and infinity make the row's scale NaN or infinite: they do not vanish.
+
+    With `scale`, products of fp8 numbers and this scale give the same fp8 numbers again, even if they were rounded to
+    16 bits in between. In float16 this holds for scales above 3.1e-5 only, because it stores smaller products with
+    fewer bits.
     """
-    scale = (values.abs().amax(1).float() / LARGEST).clamp(min=_SMALLEST_SCALE)
+    if scale is None:
+        scale = (values.abs().amax(1).float() / LARGEST).clamp(min=_SMALLEST_SCALE)
     return (values.float() / scale[:, None]).to(FP8), scale
 
 

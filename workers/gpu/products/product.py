@@ -26,9 +26,10 @@ class Product(nn.Module):
         self.scale: torch.Tensor | None
         self.register_buffer("scale", None)
 
-    def to_fp8(self) -> None:
-        """Round the weight to fp8. Its memory is free afterwards, unless something else holds it."""
-        values, self.scale = to_fp8(self.weight.data)
+    def to_fp8(self, scale: torch.Tensor | None = None) -> None:
+        """Round the weight to fp8, by `scale` [N] float32 if it is given. Its memory is free afterwards, unless
+        something else holds it."""
+        values, self.scale = to_fp8(self.weight.data, scale)
         self.weight = nn.Parameter(values, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,14 +43,26 @@ class Product(nn.Module):
 
 
 def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
-    """Replace every plain linear layer inside these modules by a Product on the same weights. Returns the products."""
+    """Replace every plain linear layer inside these modules by a Product on the same weights. Those that their
+    checkpoint stores in fp8 are fp8 again. Returns the products."""
     products = []
-    for parent in {part for module in modules for part in module.modules()}:
+    # A reference to a linear layer would keep its weight after it has been replaced.
+    parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
+    for parent in parents:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 products.append(product := Product(child.weight, child.bias))
+                if (scale := stored_scale(child)) is not None:
+                    product.to_fp8(scale)
                 setattr(parent, name, product)
     return products
+
+
+def stored_scale(layer: nn.Module) -> torch.Tensor | None:
+    """The scale [N] float32 of a linear layer whose checkpoint stores it in fp8, with a scale for each output or one.
+    Rounding the weight by this scale gives the checkpoint's numbers. None for other layers."""
+    scale: torch.Tensor | None = getattr(layer, "weight_scale", None)
+    return scale
 
 
 def quantizable(products: Iterable[Product]) -> list[Product]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,35 @@ def test_each_row_in_fp8_keeps_its_largest_number_whatever_its_size(dtype: torch
     assert (restored[3] == 0).all()
     error = (restored - rows.to(dtype).float()).abs().amax(1)
     assert (error[:3] <= rows.abs().amax(1)[:3] / 25).all()  # half a step of the largest numbers is 1/28 of them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_by_the_scale_that_the_values_were_made_with_gives_their_numbers_again(dtype: torch.dtype) -> None:
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8).repeat(64, 1)  # no NaN
+    scale = torch.rand(64) * torch.logspace(-6, 1, 64) + 1e-9
+    values, kept = to_fp8(from_fp8(codes.view(FP8), scale, dtype), scale)
+    assert kept is scale
+    assert torch.equal(values.view(torch.uint8), codes)
+
+
+def test_a_layer_that_its_checkpoint_stores_in_fp8_frees_its_wide_weight_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = [nn.Sequential(nn.Linear(32, 320)) for _ in range(3)]
+    for layer in layers:
+        layer[0].weight_scale = torch.ones(320)
+    weights = [weakref.ref(layer[0].weight) for layer in layers]
+    alive: list[int] = []
+    to_fp8_of_product = Product.to_fp8
+
+    def count(product: Product, scale: torch.Tensor | None = None) -> None:
+        to_fp8_of_product(product, scale)
+        alive.append(sum(weight() is not None for weight in weights))
+
+    monkeypatch.setattr(Product, "to_fp8", count)
+    products = replace_linears(layers)
+    assert all(product.weight.dtype == FP8 for product in products)
+    assert alive == [3, 2, 1]
 
 
 def test_what_is_not_a_number_does_not_vanish_in_fp8() -> None:
