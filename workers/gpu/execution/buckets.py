@@ -53,8 +53,10 @@ class Buckets:
 
 
 def _decode_sizes(max_size: int) -> list[int]:
-    """1, 2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ..."""
-    sizes = [1, 2, 4, 8, 16]
+    """2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ... (There is no 1:
+    torch.compile would compile the layers once more for a batch of one token. `backed_size_oblivious`, which prevents
+    that, makes torch 2.11's inductor fail on a GPU: it no longer knows that the layers' first dimension is 1.)"""
+    sizes = [2, 4, 8, 16]
     while sizes[-1] < max_size:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return sizes

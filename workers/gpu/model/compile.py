@@ -1,8 +1,8 @@
 """Compiles a model's decoder layers with torch.compile, which fuses the operations between matrix products and
 attention.
 
-Each layer is compiled alone. All layers of a kind share one graph for any number of tokens, so that start-up does not
-take longer for deeper models. The small modules beside the layers, a last norm and rotary angles, get a graph
+Each layer is compiled alone. All layers of a kind share one graph for any number of tokens except 1, so that start-up
+does not take longer for deeper models. The small modules beside the layers, a last norm and rotary angles, get a graph
 each. The compiled code is kept on disk for the next start.
 """
 
@@ -27,7 +27,7 @@ from workers.gpu.products.multiply import Shape
 
 logger = logging.getLogger(__name__)
 
-_MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer
+_MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer, and more for batches of one token
 
 
 def compile_layers(
@@ -42,7 +42,6 @@ def compile_layers(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
     dynamo = torch._dynamo
     torch.fx.experimental._config.use_duck_shape = False  # equal sizes are a coincidence, not a constraint
-    torch.fx.experimental._config.backed_size_oblivious = True  # so is a size of 1
     dynamo.config.specialize_float = True  # scales and epsilons are constants; as inputs they would cost a second trace
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MAX_GRAPHS)
     layers = decoder_layers(model)
