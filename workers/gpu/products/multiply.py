@@ -113,7 +113,8 @@ def gated(x: torch.Tensor) -> torch.Tensor:
         return silu(gates) * values
     from workers.gpu.products.triton_rows import gate
 
-    gate(x, out := torch.empty_like(gates, memory_format=torch.contiguous_format))
+    out = torch.empty_like(gates, memory_format=torch.contiguous_format)
+    gate(x, out, dependent_launch=is_dependent_launch_possible(x.device))
     return out
 
 

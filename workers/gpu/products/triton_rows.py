@@ -7,20 +7,29 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _GATE_BLOCK = 2048
 
 
-def gate(x: torch.Tensor, out: torch.Tensor) -> None:
+def gate(x: torch.Tensor, out: torch.Tensor, *, dependent_launch: bool) -> None:
     """Write silu(x[:, :N]) * x[:, N:] to `out` [M, N]; x [M, 2 N] has whole rows."""
     num_rows, num_outputs = out.shape
     for rows in (x, out):
         assert rows.is_contiguous(), "rows follow each other"
-    _gate[(num_rows, triton.cdiv(num_outputs, _GATE_BLOCK))](out, x, num_outputs, BLOCK=_GATE_BLOCK, num_warps=4)
+    _gate[(num_rows, triton.cdiv(num_outputs, _GATE_BLOCK))](
+        out, x, num_outputs, BLOCK=_GATE_BLOCK, DEPENDENT_LAUNCH=dependent_launch, num_warps=4,
+        **({"launch_pdl": True} if dependent_launch else {}),
+    )  # fmt: skip
 
 
 @triton.jit
-def _gate(out: tl.tensor, x: tl.tensor, num_outputs: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _gate(
+    out: tl.tensor, x: tl.tensor, num_outputs: tl.tensor, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr
+) -> None:
+    if DEPENDENT_LAUNCH:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_own = n < num_outputs

@@ -30,6 +30,7 @@ _REPLAYS: Final = 5
 _WORTH: Final = 0.98  # of the vendor's time: a plan that gains less is not chosen
 _TOLERANCE: Final = 2e-2  # of a product in 16 bits, as the norm of its error over the norm of the result
 _MAX_MEASURED: Final = 16  # layers, whose weights take turns
+_CHECKED_OUTPUTS: Final = 4096  # at a time
 _SOURCES: Final = ("plan.py", "triton_few_rows.py", "triton_rows.py")
 
 
@@ -44,7 +45,8 @@ def choose_plans(
 ) -> None:
     """Choose the plan of each shape of these products, for steps of up to `max_rows` rows, and check each product.
 
-    `gated` are the shapes of products that compute gates and values. Their plans apply the gates.
+    `gated` are the shapes of products that compute gates and values. They get a plan that applies the gates, where it
+    is faster than their product and another kernel for the gates.
 
     Reads what an earlier start on the same kind of device measured from a file in `folder`, and adds to it.
     """
@@ -54,7 +56,10 @@ def choose_plans(
         groups.setdefault(shape_of(product.weight), []).append(product)
     classes = [rows for i, rows in enumerate(ROW_CLASSES) if i == 0 or ROW_CLASSES[i - 1] < max_rows]
     works = [
-        (group, rows, is_gated) for shape, group in groups.items() for rows in classes for is_gated in (shape in gated,)
+        (group, rows, is_gated)
+        for shape, group in groups.items()
+        for rows in classes
+        for is_gated in ((False, True) if shape in gated else (False,))
     ]
     for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
@@ -79,8 +84,9 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
     weight, scale, bias = product.weight, product.scale, product.bias
     generator = torch.Generator(weight.device).manual_seed(rows)
     x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device).to(x_dtype)
-    full = weight.float() if scale is None else from_fp8(weight, scale, torch.float32)
-    expected = torch.nn.functional.linear(x.float(), full, None if bias is None else bias.float())
+    expected = _in_float32(x, weight, scale)
+    if bias is not None:
+        expected += bias.float()
     if is_gated:
         gates, values = expected.chunk(2, -1)
         expected = torch.nn.functional.silu(gates) * values
@@ -93,21 +99,29 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
     return error if error == error else float("inf")
 
 
+def _in_float32(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """x times the dequantised weight, a part of the outputs at a time: the device may be almost full."""
+    parts = torch.split(weight, _CHECKED_OUTPUTS)
+    scales = [None] * len(parts) if scale is None else torch.split(scale, _CHECKED_OUTPUTS)
+    full = (w.float() if s is None else from_fp8(w, s, torch.float32) for w, s in zip(parts, scales, strict=True))
+    return torch.cat([torch.nn.functional.linear(x.float(), part) for part in full], dim=1)
+
+
 def _fastest(
     group: Sequence[Product], x_dtype: torch.dtype, rows: int, device: torch.device, *, is_gated: bool
 ) -> Plan | None:
-    """The plan that computes a product of `rows` rows in the shortest time; None = the vendor's library does."""
+    """The plan that computes a product of `rows` rows in the shortest time; None = `multiply` does without one."""
     measured = list(group[:_MAX_MEASURED])
     weight = measured[0].weight
     num_outputs, num_inputs = weight.shape
     x = torch.randn(rows, num_inputs, device=device).to(x_dtype)
     chosen.pop(key_of(weight, x_dtype, rows, is_gated), None)
 
-    def vendor() -> None:
+    def otherwise() -> None:
         for each in measured:
             multiply(x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
-    times: dict[Plan | None, float] = {None: _WORTH * _time_us(vendor, device)}
+    times: dict[Plan | None, float] = {None: _WORTH * _time_us(otherwise, device)}
     for plan in candidates(rows, num_outputs // 2 if is_gated else num_outputs, num_inputs):
 
         def ours(plan: Plan = plan) -> None:
