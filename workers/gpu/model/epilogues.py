@@ -76,7 +76,7 @@ class Epilogues:
             gated = graph.call_function(torch.ops.ringfeed.multiply_gated, (x, weight, scale, bias))
             result.replace_all_uses_with(graph.call_method("view", (gated, *view.args[1:-1], sizes[0])))
         assert isinstance(weight, Node)
-        self.gated.add(shape_of(_example(weight)))
+        self.gated.add(shape_of(_example(weight), _example(scale) if isinstance(scale, Node) else None))
         return True
 
 

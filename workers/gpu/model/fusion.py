@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workers.gpu.products.int4 import join_scales
 from workers.gpu.products.product import stored_scale
 
 
@@ -105,8 +106,8 @@ class FusedProjections(nn.Module):
         bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
         self.joined = linear_of(_join([layer.weight for layer in layers]), bias)
         scales = [scale for layer in layers if (scale := stored_scale(layer)) is not None]
-        if len(scales) == len(layers):
-            self.joined.weight_scale = torch.cat(scales)
+        if len(scales) == len(layers) and (scale := join_scales(scales)) is not None:
+            self.joined.weight_scale = scale
         self.parts: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -79,8 +79,9 @@ def read_weights(
 ) -> tuple[nn.Module, LoadReport]:  # fmt: skip
     """Build the model that `blank` describes on `device`. `dtype` "auto" = the dtype of its configuration.
 
-    Dequantises weights that are stored in one of `formats`. Where rounding a linear layer's weight to float8 by the
-    file's scale gives the file's numbers, the layer gets that scale as its attribute `weight_scale`, [N] float32.
+    Dequantises weights that are stored in one of `formats`. Where rounding a linear layer's weight to float8 or to 4
+    bits by the file's scale gives the file's numbers, the layer gets that scale as its attribute `weight_scale`; see
+    `product.stored_scale`.
 
     Raises RuntimeError for a file that is not a complete safetensors file, MalformedWeights for quantised weights that
     cannot be read, and the errors of transformers.

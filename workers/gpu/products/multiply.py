@@ -15,25 +15,28 @@ import torch
 from torch.nn.functional import linear, silu
 
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible
+from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.plan import Plan, row_class
 
 _FP8_UNIT: Final = 16  # the vendor's product takes multiples of it
 
-Shape = tuple[int, int, torch.dtype]  # N, K, dtype of a weight
-# N, K, dtypes of weight and x, one of ROW_CLASSES, whether the outputs are gates and values
-Key = tuple[int, int, torch.dtype, torch.dtype, int, bool]
+Shape = tuple[int, int, torch.dtype, int]  # N, columns and dtype of a weight, and the inputs of a group of 4 bits or 0
+# the shape, the dtype of x, one of ROW_CLASSES, whether the outputs are gates and values
+Key = tuple[Shape, torch.dtype, int, bool]
 
 chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
 _scratch: dict[torch.device, Any] = {}
 _plainly = False
 
 
-def shape_of(weight: torch.Tensor) -> Shape:
-    return weight.shape[0], weight.shape[1], weight.dtype
+def shape_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Shape:
+    return weight.shape[0], weight.shape[1], weight.dtype, group_of(weight, scale)
 
 
-def key_of(weight: torch.Tensor, x_dtype: torch.dtype, rows: int, is_gated: bool = False) -> Key:
-    return weight.shape[0], weight.shape[1], weight.dtype, x_dtype, rows, is_gated
+def key_of(
+    weight: torch.Tensor, scale: torch.Tensor | None, x_dtype: torch.dtype, rows: int, is_gated: bool = False
+) -> Key:
+    return shape_of(weight, scale), x_dtype, rows, is_gated
 
 
 @contextmanager
@@ -59,16 +62,20 @@ def multiply(
 ) -> torch.Tensor:
     """Return x [M, K] times `weight` [N, K] plus `bias` [N] and `residual` [M, N], as [M, N] in the dtype of x.
 
-    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output. `is_gated`: the outputs are N / 2
-    gates and as many values, and the result is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is
-    given.
+    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output, or is [N, K / 4] in 4 bits with a
+    `scale` [1 or 2, K / G, N], see `int4`. `is_gated`: the outputs are N / 2 gates and as many values, and the result
+    is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is given.
+
+    Without a plan, a weight in 4 bits is dequantised for this product only.
     """
     rows = row_class(x.shape[0])
     plan = None
     if rows is not None and x.is_cuda and x.stride(1) == 1 and not _plainly:
-        plan = chosen.get(key_of(weight, x.dtype, rows, is_gated))
+        plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
     if plan is not None:
         return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
+    if scale is not None and group_of(weight, scale):
+        weight, scale = _dequantised(weight, scale, x.dtype), None
     if is_gated or (residual is not None and scale is not None):
         result = multiply(x, weight, scale, bias)
         result = gated(result) if is_gated else result
@@ -93,7 +100,7 @@ def run_plan(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do what `multiply` does, by a plan that fits."""
-    from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows  # without CUDA there may be no triton
+    from workers.gpu.products.few_rows import Scratch, multiply_few_rows  # without CUDA there may be no triton
 
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
@@ -116,6 +123,15 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(gates, memory_format=torch.contiguous_format)
     gate(x, out, dependent_launch=is_dependent_launch_possible(x.device))
     return out
+
+
+def _dequantised(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in 4 bits as [N, K] in `dtype`."""
+    if not weight.is_cuda or _plainly:
+        return from_int4(weight, scale, dtype)
+    from workers.gpu.products.triton_int4 import dequantise
+
+    return dequantise(weight, scale, dtype)
 
 
 def _plain(

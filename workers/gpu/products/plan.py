@@ -18,7 +18,7 @@ class Plan:
     Args:
         kernel: "vector": multiplies and adds in float32, for at most VECTOR_ROWS rows. "matrix": matrix units.
         tile_n: outputs of a program.
-        tile_k: inputs that it reads at a time.
+        tile_k: columns of the weight that it reads at a time: inputs, or in 4 bits a quarter of the inputs.
         warps: of a program.
         stages: reads of weights under way; 1 = one tile ahead in registers.
         split: programs that share the inputs of an output.
@@ -31,9 +31,11 @@ class Plan:
     stages: int
     split: int = 1
 
-    def fits(self, num_outputs: int, num_inputs: int) -> bool:
-        """Whether the tiles divide the weights: the kernels read whole tiles only."""
-        return num_outputs % self.tile_n == 0 and num_inputs % (self.tile_k * self.split) == 0
+    def fits(self, num_outputs: int, num_columns: int, group: int = 0) -> bool:
+        """Whether the tiles divide the weights: the kernels read whole tiles only. Tiles of weights in 4 bits lie in
+        one of their groups of `group` inputs; 0 = another format."""
+        is_whole = num_outputs % self.tile_n == 0 and num_columns % (self.tile_k * self.split) == 0
+        return is_whole and group % self.tile_k == 0
 
 
 # The fastest few of about forty that were measured on an H200 for the products of Llama 3.1 8B and 3.2 1B.
@@ -46,6 +48,23 @@ _VECTOR: Final = (
     Plan("vector", 2, 1024, 4, 1),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
+# Of weights in 4 bits, for groups of 128, 64 and 32 inputs, or more. Not measured yet.
+_VECTOR_INT4: Final = (
+    Plan("vector", 8, 128, 4, 1),
+    Plan("vector", 8, 128, 4, 4),
+    Plan("vector", 4, 128, 2, 1),
+    Plan("vector", 16, 64, 4, 1),
+    Plan("vector", 16, 64, 4, 4),
+    Plan("vector", 8, 64, 2, 1),
+    Plan("vector", 16, 32, 2, 1),
+    Plan("vector", 16, 32, 2, 4),
+)
+_MATRIX_INT4: Final = (
+    Plan("matrix", 64, 128, 4, 3),
+    Plan("matrix", 64, 64, 4, 4),
+    Plan("matrix", 128, 64, 4, 3),
+    Plan("matrix", 64, 32, 4, 4),
+)
 _SPLITS: Final = (1, 2, 4, 7, 8, 16)
 
 
@@ -54,14 +73,18 @@ def row_class(num_rows: int) -> int | None:
     return next((rows for rows in ROW_CLASSES if num_rows <= rows), None)
 
 
-def candidates(rows: int, num_outputs: int, num_inputs: int) -> list[Plan]:
-    """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty."""
+def candidates(rows: int, num_outputs: int, num_columns: int, group: int = 0) -> list[Plan]:
+    """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty.
+
+    `group`: see `Plan.fits`.
+    """
     if rows <= VECTOR_ROWS:
-        return [plan for plan in _VECTOR if plan.fits(num_outputs, num_inputs)]
+        plans = list(_VECTOR_INT4 if group else _VECTOR)
+        return [plan for plan in plans if plan.fits(num_outputs, num_columns, group)]
     found = []
-    for base in _MATRIX:
+    for base in _MATRIX_INT4 if group else _MATRIX:
         plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
-        fitting = [plan for plan in plans if plan.fits(num_outputs, num_inputs)]
+        fitting = [plan for plan in plans if plan.fits(num_outputs, num_columns, group)]
         programs = {plan: num_outputs // plan.tile_n * plan.split for plan in fitting}
         enough = [plan for plan in fitting if 0.9 * _MULTIPROCESSORS <= programs[plan] <= 5 * _MULTIPROCESSORS]
         found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - _MULTIPROCESSORS))[:1]

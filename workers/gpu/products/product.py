@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from workers.gpu.products.fp8 import to_fp8
+from workers.gpu.products.int4 import to_int4
 from workers.gpu.products.multiply import multiply
 
 _ROUTER_OUTPUTS = 256  # at most; layers of so few outputs choose experts by small differences, and have few bytes
 
 
 class Product(nn.Module):
-    """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, or in fp8 with `scale` [N] float32.
+    """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, in fp8 with `scale` [N] float32, or
+    in 4 bits, [N, K / 4] with `scale` [1 or 2, K / G, N], see `int4`.
 
     It shares the memory of the tensors that it is made of."""
 
@@ -32,6 +34,12 @@ class Product(nn.Module):
         values, self.scale = to_fp8(self.weight.data, scale)
         self.weight = nn.Parameter(values, requires_grad=False)
 
+    def to_int4(self, scale: torch.Tensor) -> None:
+        """Pack the weight into the 4 bits that it was made of, by its scales and zero points; see `int4`. Its memory
+        is free afterwards, unless something else holds it."""
+        self.scale = scale
+        self.weight = nn.Parameter(to_int4(self.weight.data, scale), requires_grad=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]"""
         rows = x.reshape(-1, self.in_features)
@@ -44,7 +52,7 @@ class Product(nn.Module):
 
 def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
     """Replace every plain linear layer inside these modules by a Product on the same weights. Those that their
-    checkpoint stores in fp8 are fp8 again. Returns the products."""
+    checkpoint stores in fp8 or in 4 bits are so again. Returns the products."""
     products = []
     # A reference to a linear layer would keep its weight after it has been replaced.
     parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
@@ -53,14 +61,15 @@ def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
             if type(child) is nn.Linear:
                 products.append(product := Product(child.weight, child.bias))
                 if (scale := stored_scale(child)) is not None:
-                    product.to_fp8(scale)
+                    (product.to_int4 if scale.ndim == 3 else product.to_fp8)(scale)
                 setattr(parent, name, product)
     return products
 
 
 def stored_scale(layer: nn.Module) -> torch.Tensor | None:
-    """The scale [N] float32 of a linear layer whose checkpoint stores it in fp8, with a scale for each output or one.
-    Rounding the weight by this scale gives the checkpoint's numbers. None for other layers."""
+    """The scale of a linear layer whose checkpoint stores it in fp8, with a scale for each output or one, or in groups
+    of 4 bits: [N] float32 or [1 or 2, K / G, N], see `int4`. Rounding the weight by this scale gives the checkpoint's
+    numbers. None for other layers."""
     scale: torch.Tensor | None = getattr(layer, "weight_scale", None)
     return scale
 

@@ -14,74 +14,11 @@ wait. Weights depend on no kernel, so `vector` reads its first tile before it wa
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.gpu.products.plan import VECTOR_ROWS, Plan
-
-_SHARES = 1 << 22  # float32 values that programs of one product can share
-
-
-class Scratch:
-    """Memory of a device for products that are split. Products of one stream follow each other, so all share it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.shares = torch.empty(_SHARES, dtype=torch.float32, device=device)
-        self.ended = torch.zeros(1 << 14, dtype=torch.int32, device=device)  # programs, by tile of outputs; 0 at rest
-
-    def fits(self, plan: Plan, num_rows: int, num_outputs: int) -> bool:
-        has_shares = plan.split * num_rows * num_outputs <= self.shares.numel()
-        return plan.split == 1 or (has_shares and num_outputs // plan.tile_n <= self.ended.numel())
-
-
-def multiply_few_rows(
-    plan: Plan,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    scratch: Scratch,
-    *,
-    is_gated: bool,
-    dependent_launch: bool,
-) -> None:
-    """Write x [M, K] times `weight` [N, K] to `out` [M, N], both of one 16-bit dtype (or float32) and with whole rows.
-
-    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output. `bias` [N] and `residual` [M, N] are
-    added before rounding. `is_gated`: the outputs are gates and as many values, and `out` [M, N / 2] gets silu(gate)
-    times value.
-    """
-    num_rows, num_inputs = x.shape
-    num_outputs = out.shape[1]
-    for rows in (x, weight, out):
-        assert rows.stride(1) == 1, "rows are read and written in runs"
-    assert plan.fits(num_outputs, num_inputs), f"{plan} for {num_outputs} x {num_inputs}"
-    assert scratch.fits(plan, num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
-    assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"
-    tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
-    common = {
-        "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "GATED": is_gated,
-        "SCALED": scale is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None,
-        "DEPENDENT_LAUNCH": dependent_launch,
-    }  # fmt: skip
-    options = {"num_warps": plan.warps, "num_stages": plan.stages} | ({"launch_pdl": True} if dependent_launch else {})
-    num_tiles = num_outputs // plan.tile_n
-    if plan.kernel == "vector":
-        assert num_rows <= VECTOR_ROWS
-        _vector[(num_tiles,)](
-            *tensors, x.stride(0), num_outputs, num_inputs, RUN=min(16 // weight.itemsize, plan.tile_k),
-            TWO_ROWS=num_rows == 2, **common, **options,
-        )  # fmt: skip
-        return
-    _matrix[(num_tiles, plan.split)](
-        *tensors, scratch.shares, scratch.ended, num_rows, x.stride(0), num_outputs, num_inputs,
-        num_inputs // plan.split, ROWS=max(16, triton.next_power_of_2(num_rows)), HAS_SPLIT=plan.split > 1,
-        **common, **options,
-    )  # fmt: skip
+from workers.gpu.products.triton_int4 import add_planes, dot_planes
 
 
 @triton.jit
@@ -133,7 +70,7 @@ def _vector(
     residual: tl.tensor,
     x_stride: tl.tensor,
     num_outputs: tl.tensor,  # of `out`
-    num_inputs: tl.tensor,
+    num_inputs: tl.tensor,  # columns of the weight; in 4 bits a quarter of the inputs, and so for tiles
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     RUN: tl.constexpr,  # weights in 16 bytes, which a thread reads at once
@@ -143,6 +80,8 @@ def _vector(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs of a group of 4 bits; 0 = another format
+    ZEROS: tl.constexpr,  # whether groups have zero points
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (outputs / TILE_N). One row of x, or two."""
@@ -150,6 +89,8 @@ def _vector(
     k = tl.arange(0, TILE_K)
     weight_at = weight + n[:, None].to(tl.int64) * num_inputs + k[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
+    num_weights = num_outputs * 2 if GATED else num_outputs
+    zeros_after = 4 * num_inputs // GROUP * num_weights if GROUP else 0
     tile = tl.zeros([TILE_N, TILE_K], weight.dtype.element_ty)
     values = tile
     if STAGES == 1:
@@ -175,17 +116,28 @@ def _vector(
             tile = tl.load(weight_at + begin, eviction_policy="evict_first")
             if GATED:
                 values = tl.load(values_at + begin, eviction_policy="evict_first")
-        own = tile.to(tl.float32)
-        row = tl.load(x + begin + k).to(tl.float32)
-        total = _add_products(total, own, row, TILE_N, TILE_K, RUN)
-        if TWO_ROWS:
-            row2 = tl.load(x + x_stride + begin + k).to(tl.float32)
-            total2 = _add_products(total2, own, row2, TILE_N, TILE_K, RUN)
-        if GATED:
-            own_values = values.to(tl.float32)
-            values_total = _add_products(values_total, own_values, row, TILE_N, TILE_K, RUN)
+        if GROUP:
+            total, total2 = add_planes(
+                total, total2, tile, x + begin + k, x_stride, scale + n[:, None], zeros_after, num_weights, num_inputs,
+                begin, RUN, GROUP, ZEROS, TWO_ROWS,
+            )  # fmt: skip
+            if GATED:
+                values_total, values_total2 = add_planes(
+                    values_total, values_total2, values, x + begin + k, x_stride, scale + num_outputs + n[:, None],
+                    zeros_after, num_weights, num_inputs, begin, RUN, GROUP, ZEROS, TWO_ROWS,
+                )  # fmt: skip
+        else:
+            own = tile.to(tl.float32)
+            row = tl.load(x + begin + k).to(tl.float32)
+            total = _add_products(total, own, row, TILE_N, TILE_K, RUN)
             if TWO_ROWS:
-                values_total2 = _add_products(values_total2, own_values, row2, TILE_N, TILE_K, RUN)
+                row2 = tl.load(x + x_stride + begin + k).to(tl.float32)
+                total2 = _add_products(total2, own, row2, TILE_N, TILE_K, RUN)
+            if GATED:
+                own_values = values.to(tl.float32)
+                values_total = _add_products(values_total, own_values, row, TILE_N, TILE_K, RUN)
+                if TWO_ROWS:
+                    values_total2 = _add_products(values_total2, own_values, row2, TILE_N, TILE_K, RUN)
         if STAGES == 1:
             tile = next_tile
             values = next_values
@@ -216,7 +168,7 @@ def _matrix(
     num_rows: tl.tensor,
     x_stride: tl.tensor,
     num_outputs: tl.tensor,  # of `out`
-    num_inputs: tl.tensor,
+    num_inputs: tl.tensor,  # as in `_vector`
     own_inputs: tl.tensor,  # of a program; an argument, so that the compiler knows that reads of a row are aligned
     ROWS: tl.constexpr,  # at least M
     TILE_N: tl.constexpr,
@@ -227,6 +179,8 @@ def _matrix(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs of a group of 4 bits; 0 = another format
+    ZEROS: tl.constexpr,  # whether groups have zero points
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (outputs / TILE_N, splits). Computes tiles of the transposed result: outputs by rows of x."""
@@ -241,19 +195,34 @@ def _matrix(
     weight_at = weight + n.to(tl.int64) * num_inputs + k[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
     x_at = x + m * x_stride + k[:, None]
+    num_weights = num_outputs * 2 if GATED else num_outputs
+    zeros_after = 4 * num_inputs // GROUP * num_weights if GROUP else 0
     total = tl.zeros([TILE_N, ROWS], tl.float32)
     values = total
     for begin in tl.range(0, own_inputs, TILE_K, num_stages=STAGES):
         tile = tl.load(weight_at + begin, eviction_policy="evict_first")
-        x_tile = tl.load(x_at + begin, mask=m < num_rows, other=0.0)
-        if SCALED:
-            tile = tile.to(tl.float32)  # directly to bfloat16, each weight would take an instruction of its own
-        total = tl.dot(tile.to(x.dtype.element_ty), x_tile, total, input_precision="ieee")
-        if GATED:
-            tile = tl.load(values_at + begin, eviction_policy="evict_first")
+        if GROUP:
+            column = split * own_inputs + begin
+            total = dot_planes(
+                total, tile, x_at + begin, m < num_rows, scale + n, zeros_after, num_weights, num_inputs, column,
+                GROUP, ZEROS,
+            )  # fmt: skip
+            if GATED:
+                tile = tl.load(values_at + begin, eviction_policy="evict_first")
+                values = dot_planes(
+                    values, tile, x_at + begin, m < num_rows, scale + num_outputs + n, zeros_after, num_weights,
+                    num_inputs, column, GROUP, ZEROS,
+                )  # fmt: skip
+        else:
+            x_tile = tl.load(x_at + begin, mask=m < num_rows, other=0.0)
             if SCALED:
-                tile = tile.to(tl.float32)
-            values = tl.dot(tile.to(x.dtype.element_ty), x_tile, values, input_precision="ieee")
+                tile = tile.to(tl.float32)  # directly to bfloat16, each weight would take an instruction of its own
+            total = tl.dot(tile.to(x.dtype.element_ty), x_tile, total, input_precision="ieee")
+            if GATED:
+                tile = tl.load(values_at + begin, eviction_policy="evict_first")
+                if SCALED:
+                    tile = tile.to(tl.float32)
+                values = tl.dot(tile.to(x.dtype.element_ty), x_tile, values, input_precision="ieee")
     is_own = m < num_rows
     at = m * num_outputs + n
     is_last = True

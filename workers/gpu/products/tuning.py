@@ -20,6 +20,7 @@ from typing import Final
 import torch
 
 from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.multiply import Key, Shape, chosen, key_of, multiply, run_plan, shape_of
 from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
 from workers.gpu.products.product import Product
@@ -31,7 +32,7 @@ _WORTH: Final = 0.98  # of the vendor's time: a plan that gains less is not chos
 _TOLERANCE: Final = 2e-2  # of a product in 16 bits, as the norm of its error over the norm of the result
 _MAX_MEASURED: Final = 16  # layers, whose weights take turns
 _CHECKED_OUTPUTS: Final = 4096  # at a time
-_SOURCES: Final = ("plan.py", "triton_few_rows.py", "triton_rows.py")
+_SOURCES: Final = ("few_rows.py", "plan.py", "triton_few_rows.py", "triton_int4.py", "triton_rows.py")
 
 
 def choose_plans(
@@ -53,7 +54,7 @@ def choose_plans(
     kept = KeptPlans(folder, device)
     groups: dict[Shape, list[Product]] = {}
     for product in products:
-        groups.setdefault(shape_of(product.weight), []).append(product)
+        groups.setdefault(shape_of(product.weight, product.scale), []).append(product)
     classes = [rows for i, rows in enumerate(ROW_CLASSES) if i == 0 or ROW_CLASSES[i - 1] < max_rows]
     works = [
         (group, rows, is_gated)
@@ -63,7 +64,7 @@ def choose_plans(
     ]
     for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
-        key = key_of(group[0].weight, x_dtype, rows, is_gated)
+        key = key_of(group[0].weight, group[0].scale, x_dtype, rows, is_gated)
         if key not in kept:
             kept[key] = _fastest(group, x_dtype, rows, device, is_gated=is_gated)
         plan = kept[key]
@@ -83,7 +84,7 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
     """
     weight, scale, bias = product.weight, product.scale, product.bias
     generator = torch.Generator(weight.device).manual_seed(rows)
-    x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device).to(x_dtype)
+    x = torch.randn(rows, product.in_features, generator=generator, device=weight.device).to(x_dtype)
     expected = _in_float32(x, weight, scale)
     if bias is not None:
         expected += bias.float()
@@ -102,9 +103,16 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
 def _in_float32(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """x times the dequantised weight, a part of the outputs at a time: the device may be almost full."""
     parts = torch.split(weight, _CHECKED_OUTPUTS)
-    scales = [None] * len(parts) if scale is None else torch.split(scale, _CHECKED_OUTPUTS)
-    full = (w.float() if s is None else from_fp8(w, s, torch.float32) for w, s in zip(parts, scales, strict=True))
+    scales = [None] * len(parts) if scale is None else torch.split(scale, _CHECKED_OUTPUTS, -1)
+    full = (_wide(w, s) for w, s in zip(parts, scales, strict=True))
     return torch.cat([torch.nn.functional.linear(x.float(), part) for part in full], dim=1)
+
+
+def _wide(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """A weight of any format in float32, [N, K]."""
+    if scale is None:
+        return weight.float()
+    return (from_int4 if group_of(weight, scale) else from_fp8)(weight, scale, torch.float32)
 
 
 def _fastest(
@@ -112,17 +120,18 @@ def _fastest(
 ) -> Plan | None:
     """The plan that computes a product of `rows` rows in the shortest time; None = `multiply` does without one."""
     measured = list(group[:_MAX_MEASURED])
-    weight = measured[0].weight
-    num_outputs, num_inputs = weight.shape
-    x = torch.randn(rows, num_inputs, device=device).to(x_dtype)
-    chosen.pop(key_of(weight, x_dtype, rows, is_gated), None)
+    weight, scale = measured[0].weight, measured[0].scale
+    num_outputs, num_columns = weight.shape
+    x = torch.randn(rows, measured[0].in_features, device=device).to(x_dtype)
+    chosen.pop(key_of(weight, scale, x_dtype, rows, is_gated), None)
 
     def otherwise() -> None:
         for each in measured:
             multiply(x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
     times: dict[Plan | None, float] = {None: _WORTH * _time_us(otherwise, device)}
-    for plan in candidates(rows, num_outputs // 2 if is_gated else num_outputs, num_inputs):
+    outputs = num_outputs // 2 if is_gated else num_outputs
+    for plan in candidates(rows, outputs, num_columns, group_of(weight, scale)):
 
         def ours(plan: Plan = plan) -> None:
             for each in measured:
@@ -160,9 +169,7 @@ class KeptPlans:
     """The plans in a file: one for each kind of device, version of torch, and state of these kernels' code."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        sources = [
-            (Path(__file__).parent / name).read_bytes() for name in ("plan.py", "triton_few_rows.py", "triton_rows.py")
-        ]
+        sources = [(Path(__file__).parent / name).read_bytes() for name in _SOURCES]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         known = hashlib.sha256(b"\0".join((name.encode(), torch.__version__.encode(), *sources))).hexdigest()[:16]
         self._path = folder / f"{known}.json"

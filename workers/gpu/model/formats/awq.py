@@ -43,7 +43,7 @@ class Awq:
 
     def dequantise(
         self, weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         packed, qzeros, scales = parts["qweight"], parts["qzeros"], parts["scales"]
         check_dimensions(weight, parts, "qweight", "qzeros", "scales")
         check_dtype(weight, parts, "qweight", torch.int32)
@@ -53,7 +53,7 @@ class Awq:
         check_shape(weight, parts, "qzeros", [num_groups, num_words(num_outputs, _BITS)])
         groups = groups_of_columns(weight, "scales", num_groups, num_inputs, self._group_sizes, packed.device)
         numbers, zeros = (_in_order(words)[:, :num_outputs].t() for words in (packed, qzeros))
-        return dequantise_groups(numbers, zeros, scales.t().float(), groups, dtype), None
+        return dequantise_groups(numbers, zeros, scales.t(), groups, dtype, _BITS)
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:

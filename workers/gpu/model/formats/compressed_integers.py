@@ -49,7 +49,7 @@ class CompressedIntegers:
 
     def dequantise(
         self, weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         packed = parts["weight_packed"]
         check_dtype(weight, parts, "weight_packed", torch.int32)
         check_dimensions(weight, parts, "weight_packed")
@@ -57,7 +57,7 @@ class CompressedIntegers:
         num_rows, num_columns = (int(size) for size in parts["weight_shape"])
         bits = find_bits(weight, "weight_packed", packed.shape[1], num_columns, self._bits)
         check_shape(weight, parts, "weight_packed", [num_rows, num_words(num_columns, bits)])
-        scale = parts["weight_scale"].float()
+        scale = parts["weight_scale"]
         if scale.numel() == 1:
             scale = scale.reshape(1, 1).expand(num_rows, 1)
         if scale.ndim != 2 or len(scale) != num_rows:
@@ -65,9 +65,9 @@ class CompressedIntegers:
                 f"{weight.parts['weight_scale']} is {list(scale.shape)}, and not [{num_rows}, groups]"
             )
         groups = self._groups(weight, parts, scale.shape[1], num_columns)
-        numbers = unpack(packed, bits)[:, :num_columns] - (1 << (bits - 1))
+        numbers = unpack(packed, bits)[:, :num_columns]
         zeros = self._zeros(weight, parts, bits, num_rows, scale.shape[1])
-        return dequantise_groups(numbers, zeros, scale, groups, dtype), None
+        return dequantise_groups(numbers, zeros, scale, groups, dtype, bits)
 
     def _groups(
         self, weight: StoredWeight, parts: Mapping[str, torch.Tensor], num_groups: int, num_columns: int
@@ -86,13 +86,13 @@ class CompressedIntegers:
     def _zeros(
         self, weight: StoredWeight, parts: Mapping[str, torch.Tensor], bits: int, num_rows: int, num_groups: int
     ) -> torch.Tensor | None:
-        """Return the zero points [N, groups] int32, or None."""
+        """Return the zero points [N, groups] int32, raised as the numbers are, or None."""
         zeros = parts.get("weight_zero_point")
         if zeros is None:
             return None
         check_dtype(weight, parts, "weight_zero_point", torch.int32, torch.int8)
         if zeros.dtype == torch.int8:
             check_shape(weight, parts, "weight_zero_point", [num_rows, num_groups])
-            return zeros.int()
+            return zeros.int() + (1 << (bits - 1))
         check_shape(weight, parts, "weight_zero_point", [num_words(num_rows, bits), num_groups])
-        return unpack(zeros.t(), bits)[:, :num_rows].t() - (1 << (bits - 1))
+        return unpack(zeros.t(), bits)[:, :num_rows].t()

@@ -44,7 +44,7 @@ class Gptq:
 
     def dequantise(
         self, weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         packed, qzeros, scales, group_of = parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx")
         check_dimensions(weight, parts, "qweight", "qzeros", "scales")
         check_dtype(weight, parts, "qweight", torch.int32)
@@ -63,4 +63,4 @@ class Gptq:
         check_shape(weight, parts, "qweight", [num_words(num_inputs, bits), num_outputs])
         numbers = unpack(packed.t(), bits)[:, :num_inputs]
         zeros = unpack(qzeros, bits)[:, :num_outputs].t() + self._zero_offset
-        return dequantise_groups(numbers, zeros, scales.t().float(), groups, dtype), None
+        return dequantise_groups(numbers, zeros, scales.t(), groups, dtype, bits)

@@ -8,7 +8,10 @@ from typing import Final, Protocol
 
 import torch
 
+from workers.gpu.products.int4 import scale_of
+
 _WORD_BITS: Final = 32
+_HELD_BITS: Final = 4  # by our products
 
 
 class MalformedWeights(ValueError):
@@ -42,8 +45,9 @@ class StoredFormat(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight in `dtype`, usually [N, K], computed in float32 on the device of its parts.
 
-        Returns also the scale [N] float32 of each row, if the parts are float8 e4m3 with one scale for each row or for
-        all: rounding the weight by this scale gives the float8 values of the file again. Raises MalformedWeights.
+        Returns also the scale of the weight, if our products hold it as the file does: [N] float32 for float8 e4m3 with
+        one scale for each row or for all; [1 or 2, groups, N] for 4 bits, see `products.int4`. Rounding the weight by
+        this scale gives the numbers of the file again. Raises MalformedWeights.
         """
         ...
 
@@ -137,13 +141,22 @@ def check_groups(weight: StoredWeight, part: str, groups: torch.Tensor, num_grou
 
 
 def dequantise_groups(
-    numbers: torch.Tensor, zeros: torch.Tensor | None, scales: torch.Tensor, groups: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return (numbers - zeros) * scales in `dtype`, computed in float32, [N, K].
+    numbers: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    dtype: torch.dtype,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (numbers - zeros) * scales in `dtype`, computed in float32, [N, K], and their scale if our products hold
+    them in 4 bits; see `StoredFormat.dequantise`.
 
-    `numbers` [N, K] int32; `zeros` [N, G] int32 and `scales` [N, G] float32 of each group; `groups` [K] int64, the
-    group of each column.
+    `numbers` [N, K] int32, from 0 to 2^bits - 1; `zeros` [N, G] int32 (None: 2^(bits - 1)) and `scales` [N, G] of each
+    group; `groups` [K] int64, the group of each column.
     """
-    if zeros is not None:
-        numbers = numbers - zeros[:, groups]
-    return (numbers * scales[:, groups]).to(dtype).contiguous()
+    num_columns, num_groups = len(groups), scales.shape[1]
+    numbers = numbers - (1 << (bits - 1) if zeros is None else zeros[:, groups])
+    values = (numbers * scales.float()[:, groups]).to(dtype).contiguous()
+    in_order = torch.arange(num_columns, device=groups.device) // max(num_columns // num_groups, 1)
+    is_held = bits == _HELD_BITS and torch.equal(groups, in_order)
+    return values, scale_of(scales, zeros, values) if is_held else None

@@ -75,7 +75,7 @@ def test_patterns_are_found_whole_and_give_the_same(variation: str, gates: int, 
     layer.compile(fullgraph=True, dynamic=True, backend=epilogues.before(backend))
     torch.testing.assert_close(layer(x), expected)
     assert sum(node.target is torch.ops.ringfeed.multiply_gated for node in seen) == gates
-    assert epilogues.gated == ({(2 * WIDTH, WIDTH, torch.float32)} if gates else set())
+    assert epilogues.gated == ({(2 * WIDTH, WIDTH, torch.float32, 0)} if gates else set())
     products = [node for node in seen if node.target is torch.ops.ringfeed.multiply]
     assert len(products) == 2 - gates
     assert sum(node.args[4] is not None for node in products) == residuals

@@ -150,8 +150,8 @@ def test_every_number_of_rows_has_its_class_and_plans_fit_their_shapes() -> None
 def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key = key_of(torch.empty(64, 32), torch.bfloat16, 16)
-    other = key_of(torch.empty(32, 32), torch.bfloat16, 16)
+    key = key_of(torch.empty(64, 32), None, torch.bfloat16, 16)
+    other = key_of(torch.empty(32, 32), None, torch.bfloat16, 16)
     plan = Plan("matrix", 64, 32, 4, 3, split=2)
     plans = KeptPlans(tmp_path / "new", CPU)
     assert key not in plans
@@ -172,6 +172,6 @@ def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     plans = KeptPlans(tmp_path / "file" / "folder", CPU)
-    plans[key_of(torch.empty(64, 32), torch.bfloat16, 16)] = None
+    plans[key_of(torch.empty(64, 32), None, torch.bfloat16, 16)] = None
     plans.write()
     assert "each start measures them" in caplog.text

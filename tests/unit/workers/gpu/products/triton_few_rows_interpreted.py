@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.reference.triton_interpreter import let_scalars_end_ranges
+from workers.gpu.products.few_rows import Scratch, multiply_few_rows
 from workers.gpu.products.fp8 import FP8, to_fp8
+from workers.gpu.products.int4 import from_int4, scale_of, to_int4
 from workers.gpu.products.plan import Plan
-from workers.gpu.products.triton_few_rows import Scratch, multiply_few_rows
+from workers.gpu.products.triton_int4 import dequantise
 from workers.gpu.products.triton_rows import gate, rows_to_fp8
 
 torch.set_num_threads(1)
@@ -21,8 +23,22 @@ VECTOR = Plan("vector", 4, 16, 4, 1)
 VECTOR_PIPELINED = Plan("vector", 2, 32, 4, 4)
 MATRIX = Plan("matrix", 16, 16, 4, 4)
 SPLIT = Plan("matrix", 32, 16, 4, 2, split=3)
-NUM_OUTPUTS, NUM_INPUTS = 64, 96
+NUM_OUTPUTS, NUM_COLUMNS = 64, 96
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def four_bits(
+    num_outputs: int, num_inputs: int, group: int, has_zeros: bool, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random weights in 4 bits, their scale, and the same in float64."""
+    numbers = torch.randint(16, (num_outputs, num_inputs // group, group), generator=generator)
+    zeros = torch.randint(1, 17, (num_outputs, num_inputs // group), generator=generator)
+    zeros = zeros if has_zeros else torch.full_like(zeros, 8)
+    scales = (torch.rand(num_outputs, num_inputs // group, generator=generator) / 32 + 0.01).half()
+    full = ((numbers - zeros[..., None]) * scales.double()[..., None]).flatten(1)
+    scale = scale_of(scales, zeros, full)
+    assert scale is not None
+    return to_int4(full, scale), scale, full
 
 
 def product(
@@ -30,23 +46,28 @@ def product(
     num_rows: int,
     dtype: torch.dtype,
     *,
-    is_fp8: bool = False,
+    stored: str = "16 bits",
     has_bias: bool = False,
     has_residual: bool = False,
     is_gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel computes of random rows, which lie in a wider tensor, and the same in float64."""
     generator = torch.Generator().manual_seed(num_rows)
-    num_weights = 2 * NUM_OUTPUTS if is_gated else NUM_OUTPUTS
-    x = torch.randn(num_rows, NUM_INPUTS + 8, generator=generator).to(dtype)[:, :NUM_INPUTS]
-    weight = torch.randn(num_weights, NUM_INPUTS, generator=generator).to(dtype)
+    num_outputs, num_inputs = NUM_OUTPUTS, NUM_COLUMNS
+    if stored.startswith("4 bits"):  # of which the interpreter takes its time
+        num_outputs, num_inputs = 2 * plan.tile_n, 4 * plan.tile_k * plan.split * (1 if plan.split > 1 else 2)
+    num_weights = 2 * num_outputs if is_gated else num_outputs
+    x = torch.randn(num_rows, num_inputs + 8, generator=generator).to(dtype)[:, :num_inputs]
+    weight = torch.randn(num_weights, num_inputs, generator=generator).to(dtype)
     full, scale = weight.double(), None
-    if is_fp8:
+    if stored == "fp8":
         weight, scale = to_fp8(weight)
         full = weight.double() * scale.double()[:, None]
+    elif stored != "16 bits":
+        weight, scale, full = four_bits(num_weights, num_inputs, 32, "zero" in stored, generator)
     bias = torch.randn(num_weights, generator=generator).to(dtype) if has_bias else None
-    residual = torch.randn(num_rows, NUM_OUTPUTS, generator=generator).to(dtype) if has_residual else None
-    out = torch.empty(num_rows, NUM_OUTPUTS, dtype=dtype)
+    residual = torch.randn(num_rows, num_outputs, generator=generator).to(dtype) if has_residual else None
+    out = torch.empty(num_rows, num_outputs, dtype=dtype)
     scratch = Scratch(torch.device("cpu"))
     for _ in range(2):  # the second finds what the first left of its shares
         out.fill_(math.nan)
@@ -61,7 +82,7 @@ def product(
     return out, expected + (0 if residual is None else residual.double())
 
 
-@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("stored", ["16 bits", "fp8"])
 @pytest.mark.parametrize(
     ("plan", "num_rows", "dtype"),
     [
@@ -73,21 +94,47 @@ def product(
     ],
     ids=lambda value: f"{value.kernel} {value.tile_n}" if isinstance(value, Plan) else str(value),
 )
-def test_products_are_right(plan: Plan, num_rows: int, dtype: torch.dtype, is_fp8: bool) -> None:
-    out, expected = product(plan, num_rows, dtype, is_fp8=is_fp8, has_bias=num_rows % 2 == 1)
+def test_products_are_right(plan: Plan, num_rows: int, dtype: torch.dtype, stored: str) -> None:
+    out, expected = product(plan, num_rows, dtype, stored=stored, has_bias=num_rows % 2 == 1)
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("stored", ["16 bits", "fp8"])
 @pytest.mark.parametrize(
     ("plan", "num_rows"),
     [(VECTOR, 1), (VECTOR_PIPELINED, 2), (MATRIX, 5), (SPLIT, 17)],
     ids=lambda value: value if isinstance(value, int) else f"{value.kernel} {value.tile_n}",
 )
-def test_gates_and_residuals_are_applied_before_rounding(plan: Plan, num_rows: int, is_fp8: bool) -> None:
+def test_gates_and_residuals_are_applied_before_rounding(plan: Plan, num_rows: int, stored: str) -> None:
     for options in ({"is_gated": True, "has_bias": num_rows == 2}, {"has_residual": True}):
-        out, expected = product(plan, num_rows, torch.float16, is_fp8=is_fp8, **options)
+        out, expected = product(plan, num_rows, torch.float16, stored=stored, **options)
         assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_rows", "dtype", "stored", "options"),
+    [
+        (VECTOR, 1, torch.bfloat16, "4 bits with zero points", {"is_gated": True, "has_bias": True}),
+        (VECTOR_PIPELINED, 2, torch.float32, "4 bits", {"has_residual": True}),
+        (VECTOR_PIPELINED, 2, torch.float16, "4 bits with zero points", {"is_gated": True}),
+        (MATRIX, 3, torch.float16, "4 bits", {"is_gated": True}),
+        (SPLIT, 1, torch.float32, "4 bits with zero points", {"has_bias": True, "has_residual": True}),
+        (SPLIT, 17, torch.float16, "4 bits", {"is_gated": True}),
+    ],
+    ids=lambda value: f"{value.kernel} {value.tile_n}" if isinstance(value, Plan) else str(value),
+)
+def test_products_of_weights_in_4_bits_are_right(
+    plan: Plan, num_rows: int, dtype: torch.dtype, stored: str, options: dict[str, bool]
+) -> None:
+    out, expected = product(plan, num_rows, dtype, stored=stored, **options)
+    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("group", [32, 576], ids=["groups", "channels"])
+def test_weights_in_4_bits_become_wide(group: int) -> None:
+    for has_zeros in (False, True):
+        weight, scale, _ = four_bits(20, 576, group, has_zeros, torch.Generator().manual_seed(0))
+        assert torch.equal(dequantise(weight, scale, torch.float16), from_int4(weight, scale, torch.float16))
 
 
 def test_gates_of_many_rows_are_right() -> None:
@@ -99,13 +146,13 @@ def test_gates_of_many_rows_are_right() -> None:
 
 @pytest.mark.parametrize(("plan", "num_rows"), [(VECTOR, 2), (SPLIT, 5)], ids=["vector", "matrix"])
 def test_numbers_that_are_not_finite_stay_in_their_row_and_output(plan: Plan, num_rows: int) -> None:
-    x, weight = torch.ones(num_rows, NUM_INPUTS), torch.ones(NUM_OUTPUTS, NUM_INPUTS)
+    x, weight = torch.ones(num_rows, NUM_COLUMNS), torch.ones(NUM_OUTPUTS, NUM_COLUMNS)
     x[1, 5], weight[7, 90] = math.nan, math.inf
     out = torch.empty(num_rows, NUM_OUTPUTS)
     multiply_few_rows(plan, x, weight, None, None, None, out, Scratch(x.device), is_gated=False, dependent_launch=False)
     assert out[1].isnan().all()
     assert out[0, 7] == math.inf
-    assert (out[0, torch.arange(NUM_OUTPUTS) != 7] == NUM_INPUTS).all()
+    assert (out[0, torch.arange(NUM_OUTPUTS) != 7] == NUM_COLUMNS).all()
 
 
 def test_rows_become_fp8_as_weights_do() -> None:

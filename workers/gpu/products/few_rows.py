@@ -1,0 +1,76 @@
+"""Launches the kernels for few rows, and keeps the memory that they share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+
+from workers.gpu.products.int4 import PLANES, group_of
+from workers.gpu.products.plan import VECTOR_ROWS, Plan
+from workers.gpu.products.triton_few_rows import _matrix, _vector
+
+_SHARES: Final = 1 << 22  # float32 values that programs of one product can share
+
+
+class Scratch:
+    """Memory of a device for products that are split. Products of one stream follow each other, so all share it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.shares = torch.empty(_SHARES, dtype=torch.float32, device=device)
+        self.ended = torch.zeros(1 << 14, dtype=torch.int32, device=device)  # programs, by tile of outputs; 0 at rest
+
+    def fits(self, plan: Plan, num_rows: int, num_outputs: int) -> bool:
+        has_shares = plan.split * num_rows * num_outputs <= self.shares.numel()
+        return plan.split == 1 or (has_shares and num_outputs // plan.tile_n <= self.ended.numel())
+
+
+def multiply_few_rows(
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: Scratch,
+    *,
+    is_gated: bool,
+    dependent_launch: bool,
+) -> None:
+    """Write x [M, K] times `weight` [N, K] to `out` [M, N], both of one 16-bit dtype (or float32) and with whole rows.
+
+    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output, or is [N, K / 4] in 4 bits with a
+    `scale` [1 or 2, K / G, N]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs are
+    gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
+    """
+    num_rows, num_outputs = out.shape
+    num_columns, group = weight.shape[1], group_of(weight, scale)
+    assert x.shape == (num_rows, num_columns * (PLANES if group else 1))
+    for rows in (x, weight, out):
+        assert rows.stride(1) == 1, "rows are read and written in runs"
+    assert plan.fits(num_outputs, num_columns, group), f"{plan} for {num_outputs} x {num_columns}, {group}"
+    assert scratch.fits(plan, num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
+    assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"
+    tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
+    common = {
+        "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "GATED": is_gated,
+        "SCALED": scale is not None and not group, "BIAS": bias is not None, "RESIDUAL": residual is not None,
+        "GROUP": group, "ZEROS": scale is not None and group > 0 and len(scale) == 2,
+        "DEPENDENT_LAUNCH": dependent_launch,
+    }  # fmt: skip
+    options = {"num_warps": plan.warps, "num_stages": plan.stages} | ({"launch_pdl": True} if dependent_launch else {})
+    num_tiles = num_outputs // plan.tile_n
+    if plan.kernel == "vector":
+        assert num_rows <= VECTOR_ROWS
+        _vector[(num_tiles,)](
+            *tensors, x.stride(0), num_outputs, num_columns, RUN=min(16 // weight.itemsize, plan.tile_k),
+            TWO_ROWS=num_rows == 2, **common, **options,
+        )  # fmt: skip
+        return
+    _matrix[(num_tiles, plan.split)](
+        *tensors, scratch.shares, scratch.ended, num_rows, x.stride(0), num_outputs, num_columns,
+        num_columns // plan.split, ROWS=max(16, triton.next_power_of_2(num_rows)), HAS_SPLIT=plan.split > 1,
+        **common, **options,
+    )  # fmt: skip
