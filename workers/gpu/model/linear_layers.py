@@ -1,4 +1,4 @@
-"""Computes a loaded model's linear layers as our products, in 8 bits if that is configured.
+"""Computes a loaded model's linear layers as our products, in 8 bits if that is configured, or as the checkpoint does.
 
 The layers are found by their type inside the decoder layers, never by a family's names. Each product is checked against
 its own dequantised weights in float32, and so is each plan that is chosen for it.
@@ -28,9 +28,11 @@ _TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to 
 def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Product]:
     """Replace the linear layers of a checked model that computes in `dtype`. Returns the products.
 
-    Layers whose checkpoint stores fp8 compute in fp8 with the checkpoint's scales, whatever `quantization` is.
-    Frees the 16-bit weights layer by layer. Raises ConfigError if `quantization` finds nothing to round, and
-    ModelUnsupported if a rounded product is not what its weights say.
+    Layers whose checkpoint stores fp8, or groups of 4 bits, compute in this format with the checkpoint's scales. Frees
+    the 16-bit weights layer by layer; until then, all of them are in memory.
+
+    Raises ConfigError if `quantization` finds nothing to round, and ModelUnsupported if a rounded product is not what
+    its weights say.
     """
     is_fp8 = config.quantization == "fp8"
     layers = decoder_layers(model)
@@ -53,13 +55,14 @@ def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, devi
 
 
 def _check(product: Product, config: ModelConfig, dtype: torch.dtype) -> None:
-    """Raise ModelUnsupported if a product in fp8 is not what its weights say."""
+    """Raise ModelUnsupported if a product in fewer than 16 bits is not what its weights say."""
     error = error_of(None, product, dtype, MAX_ROWS + 1)
     if error > _TOLERANCE:
         cure = "use an unquantised checkpoint" if config.quantization == "none" else "leave model.quantization out"
         raise ModelUnsupported(
-            f"model.path ({config.path!r}): a product of {list(product.weight.shape)} weights in fp8 differs by "
-            f"{error:.2g} from what its weights say: {cure}"
+            f"model.path ({config.path!r}): a product of {product.out_features} x {product.in_features} weights in "
+            f"{4 if product.scale is not None and product.scale.ndim == 3 else 8} bits differs by {error:.2g} from "
+            f"what its weights say: {cure}"
         )
 
 

@@ -3,8 +3,9 @@
     weight  [N, K / 4] int16: column c of a row holds the numbers of the inputs c, K / 4 + c, 2 K / 4 + c and
             3 K / 4 + c, from the lowest bits on: four planes. So a kernel that reads a run of columns needs four runs
             of inputs, and moves no number from one thread to another.
-    scale   [1 or 2, K / G, N]: the scale of each group of G inputs and each output, and then its zero point, in the
-            dtype in which the checkpoint stores the scales. Without zero points, they are 8.
+    scale   [1 or 2, N, K / G]: the scale of each output and each group of G inputs, and then its zero point, in the
+            dtype in which the checkpoint stores the scales. Without zero points, they are 8. The scales of an output
+            lie together, so that a program finds most of them in its cache.
 
 A product's scale with three dimensions means this format; one with one dimension means fp8.
 """
@@ -24,7 +25,7 @@ _ROWS: Final = 1024  # that are packed at a time, because float32 takes eight ti
 
 def scale_of(scales: torch.Tensor, zeros: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor | None:
     """Return the scales [N, groups] and zero points [N, groups] int32 (None: 8) of weights as one tensor
-    [1 or 2, groups, N].
+    [1 or 2, N, groups].
 
     `values` [N, K] are the dequantised weights. Returns None if this format cannot hold such groups, or if the dtype of
     `values` is too narrow to tell the numbers by them.
@@ -36,12 +37,12 @@ def scale_of(scales: torch.Tensor, zeros: torch.Tensor | None, values: torch.Ten
         return None
     has_zeros = zeros is not None and bool((zeros != MIDDLE).any())
     parts = [scales, zeros.to(scales.dtype)] if has_zeros and zeros is not None else [scales]
-    return torch.stack([part.t() for part in parts])
+    return torch.stack(parts)
 
 
 def group_of(weight: torch.Tensor, scale: torch.Tensor | None) -> int:
     """The inputs of a group of a weight in this format; 0 for other formats."""
-    return 0 if scale is None or scale.ndim != 3 else PLANES * weight.shape[1] // scale.shape[1]
+    return 0 if scale is None or scale.ndim != 3 else PLANES * weight.shape[1] // scale.shape[2]
 
 
 def to_int4(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -50,14 +51,14 @@ def to_int4(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     They are the numbers of the checkpoint: rounding to 16 bits moved a value by less than half of its scale, if the
     scale is at least the smallest number of that dtype, in float16 2^-24.
     """
-    parts = zip(torch.split(values, _ROWS), torch.split(scale.float(), _ROWS, -1), strict=True)
+    parts = zip(torch.split(values, _ROWS), torch.split(scale.float(), _ROWS, 1), strict=True)
     return torch.cat([_pack(own, own_scale) for own, own_scale in parts])
 
 
 def _pack(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     num_rows, num_inputs = values.shape
     factors, zeros = _of_rows(scale)
-    numbers = (values.float().view(num_rows, scale.shape[1], -1) / factors).round_() + zeros
+    numbers = (values.float().view(num_rows, scale.shape[2], -1) / factors).round_() + zeros
     planes = numbers.clamp_(0, 15).to(torch.int32).view(num_rows, PLANES, num_inputs // PLANES)
     words = planes[:, 0] | planes[:, 1] << 4 | planes[:, 2] << 8 | planes[:, 3] << 12
     return words.to(torch.int16)  # the upper half of the words becomes negative
@@ -68,23 +69,21 @@ def from_int4(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
     num_rows, num_columns = weight.shape
     factors, zeros = _of_rows(scale.float())
     numbers = torch.stack([(weight >> 4 * plane) & 15 for plane in range(PLANES)], dim=1)
-    full = (numbers.view(num_rows, scale.shape[1], -1) - zeros) * factors
+    full = (numbers.view(num_rows, scale.shape[2], -1) - zeros) * factors
     return full.view(num_rows, PLANES * num_columns).to(dtype)
 
 
 def _of_rows(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
     """The factors and zero points, each [N, groups, 1]."""
-    factors = scale[0].t()[..., None]
-    return factors, scale[1].t()[..., None] if len(scale) == 2 else float(MIDDLE)
+    return scale[0, ..., None], scale[1, ..., None] if len(scale) == 2 else float(MIDDLE)
 
 
 def join_scales(scales: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Join the scales of weights by outputs, in this format or in fp8. Returns None if they are not of one kind."""
-    first = scales[0]
-    if any(each.shape[1:-1] != first.shape[1:-1] or each.dtype != first.dtype for each in scales):
+    if len({(each.ndim, each.shape[2:], each.dtype) for each in scales}) > 1:
         return None
-    if any(each.ndim != first.ndim for each in scales):
-        return None
-    if first.ndim == 3 and any(len(each) == 2 for each in scales):
+    if scales[0].ndim == 1:
+        return torch.cat(list(scales))
+    if any(len(each) == 2 for each in scales):
         scales = [each if len(each) == 2 else torch.cat([each, torch.full_like(each, MIDDLE)]) for each in scales]
-    return torch.cat(list(scales), -1)
+    return torch.cat(list(scales), 1)

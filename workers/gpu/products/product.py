@@ -16,7 +16,7 @@ _ROUTER_OUTPUTS = 256  # at most; layers of so few outputs choose experts by sma
 
 class Product(nn.Module):
     """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, in fp8 with `scale` [N] float32, or
-    in 4 bits, [N, K / 4] with `scale` [1 or 2, K / G, N], see `int4`.
+    in 4 bits, [N, K / 4] with `scale` [1 or 2, N, K / G], see `int4`.
 
     It shares the memory of the tensors that it is made of."""
 
@@ -68,7 +68,7 @@ def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
 
 def stored_scale(layer: nn.Module) -> torch.Tensor | None:
     """The scale of a linear layer whose checkpoint stores it in fp8, with a scale for each output or one, or in groups
-    of 4 bits: [N] float32 or [1 or 2, K / G, N], see `int4`. Rounding the weight by this scale gives the checkpoint's
+    of 4 bits: [N] float32 or [1 or 2, N, K / G], see `int4`. Rounding the weight by this scale gives the checkpoint's
     numbers. None for other layers."""
     scale: torch.Tensor | None = getattr(layer, "weight_scale", None)
     return scale

@@ -89,8 +89,8 @@ def _vector(
     k = tl.arange(0, TILE_K)
     weight_at = weight + n[:, None].to(tl.int64) * num_inputs + k[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
-    num_weights = num_outputs * 2 if GATED else num_outputs
-    zeros_after = 4 * num_inputs // GROUP * num_weights if GROUP else 0
+    num_groups = 4 * num_inputs // GROUP if GROUP else 0
+    zeros_after = num_groups * num_outputs * (2 if GATED else 1)
     tile = tl.zeros([TILE_N, TILE_K], weight.dtype.element_ty)
     values = tile
     if STAGES == 1:
@@ -118,13 +118,14 @@ def _vector(
                 values = tl.load(values_at + begin, eviction_policy="evict_first")
         if GROUP:
             total, total2 = add_planes(
-                total, total2, tile, x + begin + k, x_stride, scale + n[:, None], zeros_after, num_weights, num_inputs,
-                begin, RUN, GROUP, ZEROS, TWO_ROWS,
+                total, total2, tile, x + begin + k, x_stride, scale + n * num_groups, zeros_after, num_inputs, begin,
+                RUN, GROUP, ZEROS, TWO_ROWS,
             )  # fmt: skip
             if GATED:
                 values_total, values_total2 = add_planes(
-                    values_total, values_total2, values, x + begin + k, x_stride, scale + num_outputs + n[:, None],
-                    zeros_after, num_weights, num_inputs, begin, RUN, GROUP, ZEROS, TWO_ROWS,
+                    values_total, values_total2, values, x + begin + k, x_stride,
+                    scale + (num_outputs + n) * num_groups, zeros_after, num_inputs, begin,
+                    RUN, GROUP, ZEROS, TWO_ROWS,
                 )  # fmt: skip
         else:
             own = tile.to(tl.float32)
@@ -195,22 +196,22 @@ def _matrix(
     weight_at = weight + n.to(tl.int64) * num_inputs + k[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
     x_at = x + m * x_stride + k[:, None]
-    num_weights = num_outputs * 2 if GATED else num_outputs
-    zeros_after = 4 * num_inputs // GROUP * num_weights if GROUP else 0
+    num_groups = 4 * num_inputs // GROUP if GROUP else 0
+    zeros_after = num_groups * num_outputs * (2 if GATED else 1)
     total = tl.zeros([TILE_N, ROWS], tl.float32)
     values = total
     for begin in tl.range(0, own_inputs, TILE_K, num_stages=STAGES):
         tile = tl.load(weight_at + begin, eviction_policy="evict_first")
         if GROUP:
+            scale_at = scale + (tile_n * TILE_N + tl.arange(0, TILE_N)) * num_groups
             column = split * own_inputs + begin
             total = dot_planes(
-                total, tile, x_at + begin, m < num_rows, scale + n, zeros_after, num_weights, num_inputs, column,
-                GROUP, ZEROS,
+                total, tile, x_at + begin, m < num_rows, scale_at, zeros_after, num_inputs, column, GROUP, ZEROS
             )  # fmt: skip
             if GATED:
                 tile = tl.load(values_at + begin, eviction_policy="evict_first")
                 values = dot_planes(
-                    values, tile, x_at + begin, m < num_rows, scale + num_outputs + n, zeros_after, num_weights,
+                    values, tile, x_at + begin, m < num_rows, scale_at + num_outputs * num_groups, zeros_after,
                     num_inputs, column, GROUP, ZEROS,
                 )  # fmt: skip
         else:

@@ -17,18 +17,21 @@ _ROWS, _COLUMNS = 16, 128  # of a weight that a program makes wide
 def plane_of(
     tile: tl.tensor, scale_at: tl.tensor, zero_at: tl.tensor, J: tl.constexpr, ZEROS: tl.constexpr
 ) -> tl.tensor:
-    """Return plane J of columns, as float32 numbers less their zero points, and what to multiply them with.
+    """Return plane J of columns, as float32 numbers less their zero points, and what to multiply them with, [N, 1].
 
-    `tile` [N, C] int16 is of one group; `scale_at` and `zero_at` [N, 1] point to its scales and zero points.
+    `tile` [N, C] int16 is of one group; `scale_at` and `zero_at` [N] point to its scales and zero points. They have one
+    dimension, because a thread would read a column once for each of its numbers.
 
     A number in the lowest bits of 2^23 as float32 is 2^23 + number, so one instruction cuts it out and converts it. A
     number 4 bits higher counts 16 times as much; both are exact. The scale makes up for it.
     """
     UNIT: tl.constexpr = 16 if J % 2 == 1 else 1
     number = ((tile.to(tl.int32) >> (J // 2 * 8)) & (15 * UNIT)) | 0x4B000000
-    zero = tl.load(zero_at).to(tl.float32) if ZEROS else 8.0
+    lowest = 8388608.0 + 8.0 * UNIT
+    if ZEROS:
+        lowest = (8388608.0 + tl.load(zero_at).to(tl.float32) * UNIT)[:, None]
     factor = tl.load(scale_at).to(tl.float32) * (1.0 / UNIT)
-    return number.to(tl.float32, bitcast=True) - (8388608.0 + zero * UNIT), factor
+    return number.to(tl.float32, bitcast=True) - lowest, factor[:, None]
 
 
 @triton.jit
@@ -38,9 +41,8 @@ def add_planes(
     tile: tl.tensor,  # [N, C] int16
     x_at: tl.tensor,  # [C]: at the inputs of the first plane
     x_stride: tl.tensor,
-    scale_at: tl.tensor,  # [N, 1]: at the first group
+    scale_at: tl.tensor,  # [N]: at the first group
     zeros_after: tl.tensor,  # numbers from a scale to its zero point
-    num_outputs: tl.tensor,  # of the weight
     num_columns: tl.tensor,  # of the weight
     begin: tl.tensor,  # the column of the tile
     RUN: tl.constexpr,
@@ -51,7 +53,7 @@ def add_planes(
     """Add the products of weights with one row of x or two. RUN neighbours make one sum."""
     SHAPE: tl.constexpr = [tile.shape[0], tile.shape[1] // RUN, RUN]
     for j in tl.static_range(4):
-        own_scale_at = scale_at + (j * num_columns + begin) // GROUP * num_outputs
+        own_scale_at = scale_at + (j * num_columns + begin) // GROUP
         numbers, factor = plane_of(tile, own_scale_at, own_scale_at + zeros_after, j, ZEROS)
         row = tl.load(x_at + j * num_columns).to(tl.float32)
         total += tl.sum(tl.reshape(numbers * row[None, :], SHAPE), 2) * factor
@@ -69,7 +71,6 @@ def dot_planes(
     is_own: tl.tensor,  # [1, ROWS]: whether the row exists
     scale_at: tl.tensor,  # as in `add_planes`, and all below
     zeros_after: tl.tensor,
-    num_outputs: tl.tensor,
     num_columns: tl.tensor,
     begin: tl.tensor,
     GROUP: tl.constexpr,
@@ -77,7 +78,7 @@ def dot_planes(
 ) -> tl.tensor:
     """Add the products of weights with rows of x, on the matrix units."""
     for j in tl.static_range(4):
-        own_scale_at = scale_at + (j * num_columns + begin) // GROUP * num_outputs
+        own_scale_at = scale_at + (j * num_columns + begin) // GROUP
         numbers, factor = plane_of(tile, own_scale_at, own_scale_at + zeros_after, j, ZEROS)
         x_tile = tl.load(x_at + j * num_columns, mask=is_own, other=0.0)
         total += tl.dot(numbers.to(x_tile.dtype), x_tile, input_precision="ieee") * factor
@@ -114,11 +115,12 @@ def _dequantise(
     is_own = (n < num_outputs) & (c < num_columns)
     tile = tl.load(weight + n.to(tl.int64) * num_columns + c, mask=is_own, other=0).to(tl.int32)
     out_at = out + n.to(tl.int64) * (4 * num_columns) + c
+    num_groups = 4 * num_columns // GROUP
     for j in tl.static_range(4):
-        scale_at = scale + (j * num_columns + c) // GROUP * num_outputs + n
+        scale_at = scale + n * num_groups + (j * num_columns + c) // GROUP
         zero = 8.0
         if ZEROS:
-            zero = tl.load(scale_at + 4 * num_columns // GROUP * num_outputs, mask=is_own, other=0.0).to(tl.float32)
+            zero = tl.load(scale_at + num_outputs * num_groups, mask=is_own, other=0.0).to(tl.float32)
         number = ((tile >> (4 * j)) & 15).to(tl.float32) - zero
         value = number * tl.load(scale_at, mask=is_own, other=0.0).to(tl.float32)
         tl.store(out_at + j * num_columns, value.to(out.dtype.element_ty), mask=is_own)

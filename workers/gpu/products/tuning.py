@@ -103,7 +103,7 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
 def _in_float32(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """x times the dequantised weight, a part of the outputs at a time: the device may be almost full."""
     parts = torch.split(weight, _CHECKED_OUTPUTS)
-    scales = [None] * len(parts) if scale is None else torch.split(scale, _CHECKED_OUTPUTS, -1)
+    scales = [None] * len(parts) if scale is None else torch.split(scale, _CHECKED_OUTPUTS, 1 if scale.ndim == 3 else 0)
     full = (_wide(w, s) for w, s in zip(parts, scales, strict=True))
     return torch.cat([torch.nn.functional.linear(x.float(), part) for part in full], dim=1)
 

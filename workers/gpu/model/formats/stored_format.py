@@ -46,7 +46,7 @@ class StoredFormat(Protocol):
         """Return the weight in `dtype`, usually [N, K], computed in float32 on the device of its parts.
 
         Returns also the scale of the weight, if our products hold it as the file does: [N] float32 for float8 e4m3 with
-        one scale for each row or for all; [1 or 2, groups, N] for 4 bits, see `products.int4`. Rounding the weight by
+        one scale for each row or for all; [1 or 2, N, groups] for 4 bits, see `products.int4`. Rounding the weight by
         this scale gives the numbers of the file again. Raises MalformedWeights.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
+from workers.gpu.products.int4 import from_int4, join_scales, scale_of, to_int4
 from workers.gpu.products.multiply import computing_plainly, key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
@@ -82,23 +84,83 @@ def test_rounding_by_the_scale_that_the_values_were_made_with_gives_their_number
     assert torch.equal(values.view(torch.uint8), codes)
 
 
-def test_a_layer_that_its_checkpoint_stores_in_fp8_frees_its_wide_weight_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("has_zeros", [False, True], ids=["symmetric", "zero points"])
+def test_packing_dequantised_weights_gives_all_16_numbers_again(
+    dtype: torch.dtype, scale_dtype: torch.dtype, has_zeros: bool
+) -> None:
+    """The numbers are packed at once, and one by one here: plane j of column c is input j * K / 4 + c."""
+    num_rows, num_groups = 68, 3
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.stack([torch.randperm(32, generator=generator) % 16 for _ in range(num_rows * num_groups)])
+    numbers = numbers.view(num_rows, num_groups, 32)
+    zeros = torch.arange(num_rows * num_groups).view(num_rows, num_groups) % 17 if has_zeros else None
+    scales = (torch.rand(num_rows, num_groups, generator=generator) + 0.5) * torch.logspace(-6.8, 3, num_rows)[:, None]
+    scales[-1] *= -1
+    scales = scales.to(scale_dtype)
+    less = 8 if zeros is None else zeros[..., None]
+    values = ((numbers - less) * scales.float()[..., None]).to(dtype).flatten(1)
+    scale = scale_of(scales, zeros, values)
+    assert scale is not None
+    assert scale.dtype == scale_dtype
+    assert len(scale) == 1 + has_zeros
+    weight = to_int4(values, scale)
+    assert weight.nbytes * 2 == values.numel()
+    planes = numbers.view(num_rows, 4, 24).tolist()
+    expected = [[sum(planes[n][j][c] << 4 * j for j in range(4)) for c in range(24)] for n in range(num_rows)]
+    assert (weight.int() & 0xFFFF).tolist() == expected
+    assert torch.equal(from_int4(weight, scale, dtype), values)
+
+
+@pytest.mark.parametrize(
+    ("scales", "values"),
+    [
+        (torch.tensor([[0.0]]), torch.zeros(1, 32)),
+        (torch.tensor([[torch.nan]]), torch.zeros(1, 32)),
+        (torch.tensor([[5e-8]]), torch.full((1, 32), 5e-8).half()),  # less than float16's steps
+        (torch.tensor([[9e3]]), torch.full((1, 32), 7.2e4).half()),  # more than it holds
+        (torch.ones(1, 1), torch.zeros(1, 48)),
+        (torch.ones(1, 2), torch.zeros(1, 48)),
+        (torch.ones(1, 1, dtype=torch.int32), torch.zeros(1, 32)),
+    ],
+    ids=["zero", "NaN", "tiny", "large", "groups of 48", "groups of 24", "integers"],
+)
+def test_groups_whose_numbers_would_be_lost_stay_wide(scales: torch.Tensor, values: torch.Tensor) -> None:
+    assert scale_of(scales, None, values) is None
+
+
+def test_scales_are_joined_if_they_are_of_one_kind() -> None:
+    plain, zeros = torch.ones(1, 3, 2), torch.stack([torch.ones(5, 2), torch.full((5, 2), 3.0)])
+    joined = join_scales([plain, zeros])
+    assert joined is not None
+    assert joined[0].tolist() == [[1.0, 1.0]] * 8
+    assert joined[1].tolist() == [[8.0, 8.0]] * 3 + [[3.0, 3.0]] * 5
+    for other in (torch.ones(1, 5, 4), torch.ones(5), plain.half()):
+        assert join_scales([plain, other]) is None
+
+
+@pytest.mark.parametrize("scale", [torch.ones(320), torch.ones(2, 320, 1)], ids=["fp8", "4 bits"])
+def test_a_layer_that_its_checkpoint_stores_in_few_bits_frees_its_wide_weight_at_once(
+    scale: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = [nn.Sequential(nn.Linear(32, 320)) for _ in range(3)]
     for layer in layers:
-        layer[0].weight_scale = torch.ones(320)
+        layer[0].weight_scale = scale
     weights = [weakref.ref(layer[0].weight) for layer in layers]
     alive: list[int] = []
-    to_fp8_of_product = Product.to_fp8
 
-    def count(product: Product, scale: torch.Tensor | None = None) -> None:
-        to_fp8_of_product(product, scale)
-        alive.append(sum(weight() is not None for weight in weights))
+    def count(convert: Callable[..., None]) -> Callable[..., None]:
+        def counted(product: Product, scale: torch.Tensor) -> None:
+            convert(product, scale)
+            alive.append(sum(weight() is not None for weight in weights))
 
-    monkeypatch.setattr(Product, "to_fp8", count)
+        return counted
+
+    for name in ("to_fp8", "to_int4"):
+        monkeypatch.setattr(Product, name, count(getattr(Product, name)))
     products = replace_linears(layers)
-    assert all(product.weight.dtype == FP8 for product in products)
+    assert all(product.weight.dtype == (FP8 if scale.ndim == 1 else torch.int16) for product in products)
     assert alive == [3, 2, 1]
 
 
@@ -119,8 +181,8 @@ def test_float16_does_not_overflow_before_the_scale() -> None:
 @torch.inference_mode()
 def test_the_result_can_be_written_where_it_is_wanted() -> None:
     x, weight, bias = torch.randn(3, 64), torch.randn(48, 64), torch.randn(48)
-    for fp8 in (False, True):
-        stored, scale = to_fp8(weight) if fp8 else (weight, None)
+    groups = torch.ones(1, 48, 2)
+    for stored, scale in ((weight, None), to_fp8(weight), (to_int4(weight, groups), groups)):
         out = torch.full((3, 48), torch.nan)
         expected = multiply(x, stored, scale, bias)
         assert multiply(x, stored, scale, bias, out=out) is out

@@ -27,7 +27,8 @@ from workers.gpu.config import ModelConfig
 from workers.gpu.model.formats.compressed_integers import CompressedIntegers
 from workers.gpu.model.formats.float8 import Float8
 from workers.gpu.model.formats.recognise import stored_formats
-from workers.gpu.model.loader import load_config, load_weights
+from workers.gpu.model.loader import LoadedModel, load_config, load_weights
+from workers.gpu.products.int4 import from_int4
 from workers.gpu.products.product import Product
 
 PROMPTS = [[3, 14, 15, 92, 65], [35] * 20]
@@ -47,6 +48,11 @@ def integers(bits: int, **weights: Any) -> dict[str, Any]:
     return compressed_tensors("pack-quantized", **{**defaults, **weights})
 
 
+IN_4_BITS = (
+    "W4A16, asymmetric",
+    "GPTQ",
+    "AWQ",
+)  # of those below, the ones whose products compute in the file's numbers
 KEPT: dict[str, tuple[Pack, Mapping[str, Any]]] = {  # formats whose products compute in the file's float8
     "compressed-tensors fp8 by channel": (float8("channel", input_scale=0.1), FP8_CHANNEL),
     "compressed-tensors fp8 by tensor": (float8("tensor"), FP8_TENSOR),
@@ -73,7 +79,10 @@ def _one_thread() -> None:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    loaded = load(folder, "safetensors")
+    return logits_of(load(folder, "safetensors"))
+
+
+def logits_of(loaded: LoadedModel) -> torch.Tensor:
     sequences = run_packed(loaded.runner, PROMPTS, 4, num_blocks=loaded.num_blocks)
     return torch.stack([each for sequence in sequences for each in sequence.logits])
 
@@ -86,7 +95,29 @@ def weights(folder: Path, dtype: Any = "float32") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_quantised_checkpoint_gives_the_logits_of_its_dequantised_weights(name: str, tmp_path: Path) -> None:
     stored, plain = make_pair(tmp_path, *PLAIN[name], num_hidden_layers=1)
-    assert torch.equal(logits(stored), logits(plain))
+    loaded = load(stored, "safetensors")
+    assert torch.equal(logits_of(loaded), logits(plain))
+    model: Any = loaded.runner._model
+    products = [module for module in model.modules() if type(module) is Product]
+    assert [product.weight.dtype for product in products] == ([torch.int16] * 4 if name in IN_4_BITS else [])
+
+
+@pytest.mark.parametrize("name", IN_4_BITS)
+def test_a_16_bit_model_has_the_numbers_of_a_4_bit_file_and_not_its_wide_weights(name: str, tmp_path: Path) -> None:
+    stored, plain = make_pair(tmp_path, *PLAIN[name], num_hidden_layers=1, dtype="bfloat16")
+    loaded = load(stored, "safetensors")
+    expected = weights(plain, "bfloat16")
+    model: Any = loaded.runner._model
+    products = {each: module for each, module in model.named_modules() if type(module) is Product}
+    assert len(products) == 4
+    for each, product in products.items():
+        parent, _, last = each.removesuffix(".joined").rpartition(".")
+        parts = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}.get(last, (last,))
+        whole = torch.cat([expected[f"{parent}.{part}.weight"] for part in parts])
+        assert product.scale is not None
+        assert 4 * product.weight.nbytes == whole.nbytes
+        assert torch.equal(from_int4(product.weight, product.scale, torch.bfloat16), whole)
+    assert torch.equal(logits_of(loaded), logits(plain))
 
 
 def test_the_experts_of_gpt_oss_are_dequantised(tmp_path: Path) -> None:
