@@ -32,7 +32,8 @@ class Launches:
 
     def ptx(self) -> str:
         """Compile for the arguments of the only launch."""
-        ((args, kwargs),) = self._calls
+        ((args, given_by_name),) = self._calls
+        kwargs = dict(given_by_name)
         parameters = list(inspect.signature(self._kernel.fn).parameters.values())
         names = [parameter.name for parameter in parameters]
         given = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
