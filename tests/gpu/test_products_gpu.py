@@ -35,11 +35,11 @@ def make_product(
 def test_every_candidate_is_right_for_all_its_numbers_of_rows(num_outputs: int, num_inputs: int, is_fp8: bool) -> None:
     product = make_product(num_outputs, num_inputs, is_fp8=is_fp8, has_bias=num_outputs == 1024)
     for rows in ROW_CLASSES:
-        plans = candidates(rows, num_outputs, num_inputs)
+        plans = candidates(rows, num_outputs, num_inputs, product.weight.itemsize)
         for plan in plans:
             for num_rows in {1, rows} | ({3, rows - 1} if rows > VECTOR_ROWS else set()):
                 assert error_of(plan, product, torch.bfloat16, num_rows) < 4e-3, (plan, num_rows)
-    assert candidates(VECTOR_ROWS, num_outputs, num_inputs) or num_inputs == 576
+    assert candidates(VECTOR_ROWS, num_outputs, num_inputs, product.weight.itemsize) or num_inputs == 576
 
 
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "fp8"])
@@ -48,10 +48,10 @@ def test_every_candidate_applies_gates_and_residuals(is_fp8: bool) -> None:
     product = make_product(4096, 2048, is_fp8=is_fp8)
     weight, scale = product.weight, product.scale
     for rows in ROW_CLASSES:
-        for plan in candidates(rows, 2048, 2048):
+        for plan in candidates(rows, 4096, 2048, weight.itemsize, is_gated=True):
             assert error_of(plan, product, torch.bfloat16, rows, is_gated=True) < 4e-3, plan
         x, residual = (torch.randn(rows, width, device=CUDA).bfloat16() for width in (2048, 4096))
-        for plan in candidates(rows, 4096, 2048):
+        for plan in candidates(rows, 4096, 2048, weight.itemsize):
             result = run_plan(plan, x, weight, scale, None, residual).float()
             expected = run_plan(plan, x, weight, scale).float() + residual.float()
             assert (result - expected).norm() / expected.norm() < 4e-3, plan

@@ -8,6 +8,7 @@ from typing import Final, Literal
 MAX_ROWS: Final = 64  # of a product that streams its weights; the vendor's library computes larger ones
 VECTOR_ROWS: Final = 2  # up to here without matrix units
 ROW_CLASSES: Final = (VECTOR_ROWS, 16, 32, MAX_ROWS)  # one plan serves all products of more rows than the class before
+MAX_SHARES: Final = 1 << 22  # float32 values that the programs of one product share, if it is split
 _MULTIPROCESSORS: Final = 132  # of an H100 or H200: splits give about one to five programs for each
 
 
@@ -46,6 +47,16 @@ _VECTOR: Final = (
     Plan("vector", 2, 1024, 4, 1),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
+# Weights of one byte: as many bytes under way take larger tiles.
+_NARROW_VECTOR: Final = (
+    Plan("vector", 4, 2048, 4, 1),
+    Plan("vector", 8, 1024, 4, 1),
+    Plan("vector", 16, 1024, 8, 1),
+    Plan("vector", 8, 1024, 4, 4),
+    Plan("vector", 4, 2048, 4, 4),
+    Plan("vector", 4, 1024, 4, 1),
+)
+_NARROW_MATRIX: Final = (*_MATRIX, Plan("matrix", 64, 256, 4, 3), Plan("matrix", 128, 128, 8, 3))
 _SPLITS: Final = (1, 2, 4, 7, 8, 16)
 
 
@@ -54,15 +65,26 @@ def row_class(num_rows: int) -> int | None:
     return next((rows for rows in ROW_CLASSES if num_rows <= rows), None)
 
 
-def candidates(rows: int, num_outputs: int, num_inputs: int) -> list[Plan]:
-    """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty."""
+def candidates(
+    rows: int, num_outputs: int, num_inputs: int, weight_bytes: int, *, is_gated: bool = False
+) -> list[Plan]:
+    """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty.
+
+    The weight is [num_outputs, num_inputs], of `weight_bytes` each. With gates a program computes pairs of its outputs.
+    """
+    vector, matrix = (_NARROW_VECTOR, _NARROW_MATRIX) if weight_bytes == 1 else (_VECTOR, _MATRIX)
+    num_results = num_outputs // 2 if is_gated else num_outputs
     if rows <= VECTOR_ROWS:
-        return [plan for plan in _VECTOR if plan.fits(num_outputs, num_inputs)]
+        return [plan for plan in vector if plan.fits(num_results, num_inputs)]
     found = []
-    for base in _MATRIX:
+    for base in matrix:
         plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
-        fitting = [plan for plan in plans if plan.fits(num_outputs, num_inputs)]
-        programs = {plan: num_outputs // plan.tile_n * plan.split for plan in fitting}
+        fitting = [
+            plan
+            for plan in plans
+            if plan.fits(num_results, num_inputs) and (plan.split == 1 or plan.split * rows * num_outputs <= MAX_SHARES)
+        ]
+        programs = {plan: num_results // plan.tile_n * plan.split for plan in fitting}
         enough = [plan for plan in fitting if 0.9 * _MULTIPROCESSORS <= programs[plan] <= 5 * _MULTIPROCESSORS]
         found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - _MULTIPROCESSORS))[:1]
     return found

@@ -19,16 +19,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.gpu.products.plan import VECTOR_ROWS, Plan
-
-_SHARES = 1 << 22  # float32 values that programs of one product can share
+from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
 
 
 class Scratch:
     """Memory of a device for products that are split. Products of one stream follow each other, so all share it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.shares = torch.empty(_SHARES, dtype=torch.float32, device=device)
+        self.shares = torch.empty(MAX_SHARES, dtype=torch.float32, device=device)
         self.ended = torch.zeros(1 << 14, dtype=torch.int32, device=device)  # programs, by tile of outputs; 0 at rest
 
     def fits(self, plan: Plan, num_rows: int, num_outputs: int) -> bool:

@@ -122,7 +122,7 @@ def _fastest(
             multiply(x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
     times: dict[Plan | None, float] = {None: _WORTH * _time_us(otherwise, device)}
-    for plan in candidates(rows, num_outputs // 2 if is_gated else num_outputs, num_inputs):
+    for plan in candidates(rows, num_outputs, num_inputs, weight.itemsize, is_gated=is_gated):
 
         def ours(plan: Plan = plan) -> None:
             for each in measured:

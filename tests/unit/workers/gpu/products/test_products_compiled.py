@@ -44,7 +44,7 @@ def test_plans_compile_read_in_wide_runs_and_wait_in_the_right_order(is_gated: b
     weight = torch.randn(8192, 2048).bfloat16()
     weight, scale = to_fp8(weight) if is_fp8 else (weight, None)
     for rows in ROW_CLASSES:
-        for plan in candidates(rows, 4096 if is_gated else 8192, 2048)[:4]:
+        for plan in candidates(rows, 8192, 2048, weight.itemsize, is_gated=is_gated):
             ptx = ptx_of(plan, rows, weight, scale, is_gated=is_gated)
             assert waits_before_it_lets_others_start(ptx), plan
             if rows > VECTOR_ROWS:
