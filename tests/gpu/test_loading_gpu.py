@@ -17,7 +17,7 @@ from pipeline.environment.module_search import module_environment
 from tests.reference.executor_engine import executor_engine
 from tests.reference.quantised_checkpoints import make_pair, mxfp4
 from tests.reference.tiny_models import make_tiny_model
-from tests.unit.workers.gpu.model.formats.test_formats import KEPT, PLAIN
+from tests.unit.workers.gpu.model.formats.test_formats import IN_4_BITS, KEPT, PLAIN
 from tests.unit.workers.gpu.model.test_weights import HOLD_NOTHING_BACK, MEASURE, MIB
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.execution.buckets import Buckets
@@ -25,6 +25,7 @@ from workers.gpu.memory.account import bytes_taken, reserved_bytes
 from workers.gpu.model.loader import load_config, load_model, load_weights
 from workers.gpu.model.weight_files import weight_files
 from workers.gpu.model.weights import make_blank, read_weights
+from workers.gpu.products.int4 import from_int4
 from workers.gpu.products.product import Product, replace_linears
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +100,14 @@ def test_quantised_weights_are_dequantised_on_the_gpu_as_on_the_cpu(name: str, t
     for each, tensor in expected.items():
         assert on_gpu[each].is_cuda, each
         assert torch.equal(on_gpu[each].cpu(), tensor), each
+    if name in IN_4_BITS:
+        replace_linears([models[0]])
+        products = {each: module for each, module in models[0].named_modules() if isinstance(module, Product)}
+        assert any(product.scale is not None for product in products.values())
+        for each, product in products.items():
+            if product.scale is not None:
+                wide = from_int4(product.weight, product.scale, torch.bfloat16)
+                assert torch.equal(wide.cpu(), expected[f"{each}.weight"])
     if name in KEPT:
         file = load_file(stored / "model.safetensors")
         replace_linears([models[0]])

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 import triton
 
 from workers.gpu.products.int4 import PLANES, group_of
-from workers.gpu.products.plan import VECTOR_ROWS, Plan
+from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
 from workers.gpu.products.triton_few_rows import _matrix, _vector
-
-_SHARES: Final = 1 << 22  # float32 values that programs of one product can share
 
 
 class Scratch:
     """Memory of a device for products that are split. Products of one stream follow each other, so all share it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.shares = torch.empty(_SHARES, dtype=torch.float32, device=device)
+        self.shares = torch.empty(MAX_SHARES, dtype=torch.float32, device=device)
         self.ended = torch.zeros(1 << 14, dtype=torch.int32, device=device)  # programs, by tile of outputs; 0 at rest
 
     def fits(self, plan: Plan, num_rows: int, num_outputs: int) -> bool:

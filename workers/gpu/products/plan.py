@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 MAX_ROWS: Final = 64  # of a product that streams its weights; the vendor's library computes larger ones
 VECTOR_ROWS: Final = 2  # up to here without matrix units
 ROW_CLASSES: Final = (VECTOR_ROWS, 16, 32, MAX_ROWS)  # one plan serves all products of more rows than the class before
+MAX_SHARES: Final = 1 << 22  # float32 values that the programs of one product share, if it is split
 _MULTIPROCESSORS: Final = 132  # of an H100 or H200: splits give about one to five programs for each
 
 
@@ -48,9 +50,19 @@ _VECTOR: Final = (
     Plan("vector", 2, 1024, 4, 1),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
+# Weights of one byte: as many bytes under way take larger tiles.
+_NARROW_VECTOR: Final = (
+    Plan("vector", 4, 2048, 4, 1),
+    Plan("vector", 8, 1024, 4, 1),
+    Plan("vector", 16, 1024, 8, 1),
+    Plan("vector", 8, 1024, 4, 4),
+    Plan("vector", 4, 2048, 4, 4),
+    Plan("vector", 4, 1024, 4, 1),
+)
+_NARROW_MATRIX: Final = (*_MATRIX, Plan("matrix", 64, 256, 4, 3), Plan("matrix", 128, 128, 8, 3))
 # Of weights in 4 bits, for groups of 32 inputs or more. Not measured yet. A tile has fewer columns than the program has
 # threads: the compiler would else move x between them.
-_VECTOR_INT4: Final = (
+_INT4_VECTOR: Final = (
     Plan("vector", 16, 64, 4, 1),
     Plan("vector", 16, 64, 4, 4),
     Plan("vector", 16, 64, 4, 8),
@@ -59,12 +71,13 @@ _VECTOR_INT4: Final = (
     Plan("vector", 16, 32, 2, 1),
     Plan("vector", 16, 32, 2, 8),
 )
-_MATRIX_INT4: Final = (
+_INT4_MATRIX: Final = (
     Plan("matrix", 64, 128, 4, 3),
     Plan("matrix", 64, 64, 4, 4),
     Plan("matrix", 128, 64, 4, 3),
     Plan("matrix", 64, 32, 4, 4),
 )
+_INT4_MAX_X: Final = 4096  # numbers of x for a tile of one plane; four planes of more do not fit in shared memory
 _SPLITS: Final = (1, 2, 4, 7, 8, 16)
 
 
@@ -73,19 +86,31 @@ def row_class(num_rows: int) -> int | None:
     return next((rows for rows in ROW_CLASSES if num_rows <= rows), None)
 
 
-def candidates(rows: int, num_outputs: int, num_columns: int, group: int = 0) -> list[Plan]:
+def candidates(
+    rows: int, num_outputs: int, num_columns: int, weight_bytes: int, *, is_gated: bool = False, group: int = 0
+) -> list[Plan]:
     """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty.
 
-    `group`: see `Plan.fits`.
+    The weight is [num_outputs, num_columns], of `weight_bytes` each. With gates a program computes pairs of its
+    outputs. `group`: see `Plan.fits`.
     """
+    vector: Sequence[Plan] = _NARROW_VECTOR if weight_bytes == 1 else _VECTOR
+    matrix: Sequence[Plan] = _NARROW_MATRIX if weight_bytes == 1 else _MATRIX
+    if group:
+        vector, matrix = _INT4_VECTOR, [plan for plan in _INT4_MATRIX if plan.tile_k * rows <= _INT4_MAX_X]
+    num_results = num_outputs // 2 if is_gated else num_outputs
     if rows <= VECTOR_ROWS:
-        plans = list(_VECTOR_INT4 if group else _VECTOR)
-        return [plan for plan in plans if plan.fits(num_outputs, num_columns, group)]
+        return [plan for plan in vector if plan.fits(num_results, num_columns, group)]
     found = []
-    for base in _MATRIX_INT4 if group else _MATRIX:
+    for base in matrix:
         plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
-        fitting = [plan for plan in plans if plan.fits(num_outputs, num_columns, group)]
-        programs = {plan: num_outputs // plan.tile_n * plan.split for plan in fitting}
+        fitting = [
+            plan
+            for plan in plans
+            if plan.fits(num_results, num_columns, group)
+            and (plan.split == 1 or plan.split * rows * num_outputs <= MAX_SHARES)
+        ]
+        programs = {plan: num_results // plan.tile_n * plan.split for plan in fitting}
         enough = [plan for plan in fitting if 0.9 * _MULTIPROCESSORS <= programs[plan] <= 5 * _MULTIPROCESSORS]
         found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - _MULTIPROCESSORS))[:1]
     return found

@@ -130,8 +130,8 @@ def _fastest(
             multiply(x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
     times: dict[Plan | None, float] = {None: _WORTH * _time_us(otherwise, device)}
-    outputs = num_outputs // 2 if is_gated else num_outputs
-    for plan in candidates(rows, outputs, num_columns, group_of(weight, scale)):
+    inputs = group_of(weight, scale)
+    for plan in candidates(rows, num_outputs, num_columns, weight.itemsize, is_gated=is_gated, group=inputs):
 
         def ours(plan: Plan = plan) -> None:
             for each in measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -201,12 +202,16 @@ def test_every_number_of_rows_has_its_class_and_plans_fit_their_shapes() -> None
         None,
     ]
     for num_outputs, num_inputs in ((6144, 4096), (4096, 14336), (128256, 2048), (960, 576), (100, 60)):
-        for rows in ROW_CLASSES:
-            plans = candidates(rows, num_outputs, num_inputs)
+        for rows, weight_bytes in itertools.product(ROW_CLASSES, (1, 2)):
+            plans = candidates(rows, num_outputs, num_inputs, weight_bytes)
             assert all(plan.fits(num_outputs, num_inputs) for plan in plans)
             assert all((plan.kernel == "vector") == (rows <= VECTOR_ROWS) for plan in plans)
             assert plans or num_inputs < 1024
             assert len(set(plans)) == len(plans)
+            for group in (32, 64, 128, num_inputs):
+                plans = candidates(rows, num_outputs, num_inputs // 4, 2, group=group)
+                assert all(plan.fits(num_outputs, num_inputs // 4, group) for plan in plans)
+                assert plans or num_inputs < 1024
 
 
 def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
