@@ -68,8 +68,10 @@ def from_int4(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
     """Return a weight [N, K / 4] in `dtype`, [N, K], computed in float32."""
     num_rows, num_columns = weight.shape
     factors, zeros = _of_rows(scale.float())
-    numbers = torch.stack([(weight >> 4 * plane) & 15 for plane in range(PLANES)], dim=1)
-    full = (numbers.view(num_rows, scale.shape[2], -1) - zeros) * factors
+    full = torch.empty(num_rows, PLANES, num_columns, device=weight.device)
+    for plane in range(PLANES):
+        full[:, plane] = (weight >> 4 * plane) & 15
+    full.view(num_rows, scale.shape[2], -1).sub_(zeros).mul_(factors)
     return full.view(num_rows, PLANES * num_columns).to(dtype)
 
 

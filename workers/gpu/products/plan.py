@@ -70,13 +70,16 @@ _INT4_VECTOR: Final = (
     Plan("vector", 16, 128, 8, 4),
     Plan("vector", 16, 32, 2, 1),
     Plan("vector", 16, 32, 2, 8),
+    Plan("vector", 32, 16, 2, 4),
 )
 _INT4_MATRIX: Final = (
     Plan("matrix", 64, 128, 4, 3),
     Plan("matrix", 64, 64, 4, 4),
     Plan("matrix", 128, 64, 4, 3),
     Plan("matrix", 64, 32, 4, 4),
+    Plan("matrix", 64, 16, 4, 4),
 )
+_INT4_NARROW: Final = 16  # columns of a tile that reads in short runs: only for weights that no wider one divides
 _INT4_MAX_X: Final = 4096  # numbers of x for a tile of one plane; four planes of more do not fit in shared memory
 _SPLITS: Final = (1, 2, 4, 7, 8, 16)
 
@@ -97,7 +100,9 @@ def candidates(
     vector: Sequence[Plan] = _NARROW_VECTOR if weight_bytes == 1 else _VECTOR
     matrix: Sequence[Plan] = _NARROW_MATRIX if weight_bytes == 1 else _MATRIX
     if group:
-        vector, matrix = _INT4_VECTOR, [plan for plan in _INT4_MATRIX if plan.tile_k * rows <= _INT4_MAX_X]
+        least = _INT4_NARROW if num_columns % (2 * _INT4_NARROW) else 2 * _INT4_NARROW
+        vector = [plan for plan in _INT4_VECTOR if plan.tile_k >= least]
+        matrix = [plan for plan in _INT4_MATRIX if plan.tile_k >= least and plan.tile_k * rows <= _INT4_MAX_X]
     num_results = num_outputs // 2 if is_gated else num_outputs
     if rows <= VECTOR_ROWS:
         return [plan for plan in vector if plan.fits(num_results, num_columns, group)]

@@ -10,9 +10,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from workers.gpu.model.epilogues import Epilogues
+from workers.gpu.products.multiply import shape_of
 from workers.gpu.products.product import Product
 
-WIDTH = 24
+WIDTH = 32
 
 
 class Layer(nn.Module):
@@ -23,6 +24,9 @@ class Layer(nn.Module):
         self.variation = variation
         self.up = Product(torch.randn(2 * WIDTH, WIDTH))
         self.down = Product(torch.randn(WIDTH, WIDTH))
+        if variation == "4 bits":
+            self.up.to_int4(torch.ones(1, 2 * WIDTH, 1))
+            self.down.to_int4(torch.ones(1, WIDTH, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         sizes = [WIDTH - 4, WIDTH + 4] if self.variation == "uneven" else [WIDTH, WIDTH]
@@ -51,6 +55,7 @@ class Layer(nn.Module):
     ("variation", "gates", "residuals"),
     [
         ("plain", 1, 1),
+        ("4 bits", 1, 1),
         ("gelu", 0, 1),
         ("uneven", 0, 1),
         ("gate used twice", 0, 1),
@@ -75,7 +80,7 @@ def test_patterns_are_found_whole_and_give_the_same(variation: str, gates: int, 
     layer.compile(fullgraph=True, dynamic=True, backend=epilogues.before(backend))
     torch.testing.assert_close(layer(x), expected)
     assert sum(node.target is torch.ops.ringfeed.multiply_gated for node in seen) == gates
-    assert epilogues.gated == ({(2 * WIDTH, WIDTH, torch.float32, 0)} if gates else set())
+    assert epilogues.gated == ({shape_of(layer.up.weight, layer.up.scale)} if gates else set())
     products = [node for node in seen if node.target is torch.ops.ringfeed.multiply]
     assert len(products) == 2 - gates
     assert sum(node.args[4] is not None for node in products) == residuals
