@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, compile
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def multiply_few_rows(
 ) -> None:
     """Write x [M, K] times `weight` [N, K] to `out` [M, N], both of one 16-bit dtype (or float32) and with whole rows.
 
-    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output, or is [N, K / 4] in 4 bits with a
+    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output, or is [N, K / 8] in 4 bits with a
     `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs are
     gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
     """

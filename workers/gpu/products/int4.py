@@ -1,7 +1,7 @@
 """Weights in 4 bits, in groups of inputs: (number - zero) * scale, with a number of 0 to 15.
 
-    weight  [N, K / 4] int16: column c of a row holds the numbers of the inputs c, K / 4 + c, 2 K / 4 + c and
-            3 K / 4 + c, from the lowest bits on: four planes. So a kernel that reads a run of columns needs four runs
+    weight  [N, K / 8] int32: column c of a row holds the numbers of the inputs c, K / 8 + c, 2 K / 8 + c to
+            7 K / 8 + c, from the lowest bits on: eight planes. So a kernel that reads a run of columns needs eight runs
             of inputs, and moves no number from one thread to another.
     scale   [1 or 2, N, K / G]: the scale of each output and each group of G inputs, and then its zero point, in the
             dtype in which the checkpoint stores the scales. Without zero points, they are 8. The scales of an output
@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-PLANES: Final = 4  # numbers in a column
+PLANES: Final = 8  # numbers in a column
 MIDDLE: Final = 8  # the zero point of weights that store none
 _GROUP_UNIT: Final = 32
 _ROWS: Final = 1024  # that are packed at a time, because float32 takes eight times the memory of a weight
@@ -46,7 +46,7 @@ def group_of(weight: torch.Tensor, scale: torch.Tensor | None) -> int:
 
 
 def to_int4(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the weight [N, K / 4] int16 whose dequantised numbers, in any float dtype, are `values` [N, K].
+    """Return the weight [N, K / 8] int32 whose dequantised numbers, in any float dtype, are `values` [N, K].
 
     They are the numbers of the checkpoint: rounding to 16 bits moved a value by less than half of its scale, if the
     scale is at least the smallest number of that dtype, in float16 2^-24.
@@ -60,12 +60,14 @@ def _pack(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     factors, zeros = _of_rows(scale)
     numbers = (values.float().view(num_rows, scale.shape[2], -1) / factors).round_() + zeros
     planes = numbers.clamp_(0, 15).to(torch.int32).view(num_rows, PLANES, num_inputs // PLANES)
-    words = planes[:, 0] | planes[:, 1] << 4 | planes[:, 2] << 8 | planes[:, 3] << 12
-    return words.to(torch.int16)  # the upper half of the words becomes negative
+    words = planes[:, 0].clone()
+    for plane in range(1, PLANES):
+        words |= planes[:, plane] << 4 * plane
+    return words
 
 
 def from_int4(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a weight [N, K / 4] in `dtype`, [N, K], computed in float32."""
+    """Return a weight [N, K / 8] in `dtype`, [N, K], computed in float32."""
     num_rows, num_columns = weight.shape
     factors, zeros = _of_rows(scale.float())
     full = torch.empty(num_rows, PLANES, num_columns, device=weight.device)

@@ -62,7 +62,7 @@ def multiply(
 ) -> torch.Tensor:
     """Return x [M, K] times `weight` [N, K] plus `bias` [N] and `residual` [M, N], as [M, N] in the dtype of x.
 
-    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output, or is [N, K / 4] in 4 bits with a
+    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output, or is [N, K / 8] in 4 bits with a
     `scale` [1 or 2, N, K / G], see `int4`. `is_gated`: the outputs are N / 2 gates and as many values, and the result
     is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is given.
 

@@ -20,7 +20,7 @@ class Plan:
     Args:
         kernel: "vector": multiplies and adds in float32, for at most VECTOR_ROWS rows. "matrix": matrix units.
         tile_n: outputs of a program.
-        tile_k: columns of the weight that it reads at a time: inputs, or in 4 bits a quarter of the inputs.
+        tile_k: columns of the weight that it reads at a time: inputs, or in 4 bits an eighth of the inputs.
         warps: of a program.
         stages: reads of weights under way; 1 = one tile ahead in registers.
         split: programs that share the inputs of an output.
@@ -61,26 +61,25 @@ _NARROW_VECTOR: Final = (
 )
 _NARROW_MATRIX: Final = (*_MATRIX, Plan("matrix", 64, 256, 4, 3), Plan("matrix", 128, 128, 8, 3))
 # Of weights in 4 bits, for groups of 32 inputs or more. Not measured yet. A tile has fewer columns than the program has
-# threads: the compiler would else move x between them.
+# threads, and on the matrix units fewer outputs: the compiler would else move x or scales between threads.
 _INT4_VECTOR: Final = (
-    Plan("vector", 16, 64, 4, 1),
-    Plan("vector", 16, 64, 4, 4),
-    Plan("vector", 16, 64, 4, 8),
-    Plan("vector", 32, 64, 4, 4),
-    Plan("vector", 16, 128, 8, 4),
-    Plan("vector", 16, 32, 2, 1),
-    Plan("vector", 16, 32, 2, 8),
-    Plan("vector", 32, 16, 2, 4),
+    Plan("vector", 16, 32, 4, 1),
+    Plan("vector", 16, 32, 4, 4),
+    Plan("vector", 16, 32, 4, 8),
+    Plan("vector", 32, 32, 4, 4),
+    Plan("vector", 16, 64, 8, 4),
+    Plan("vector", 32, 64, 8, 1),
+    Plan("vector", 8, 32, 2, 1),
+    Plan("vector", 16, 16, 2, 4),
 )
 _INT4_MATRIX: Final = (
-    Plan("matrix", 64, 128, 4, 3),
-    Plan("matrix", 64, 64, 4, 4),
-    Plan("matrix", 128, 64, 4, 3),
+    Plan("matrix", 64, 64, 4, 3),
     Plan("matrix", 64, 32, 4, 4),
+    Plan("matrix", 128, 32, 8, 3),
     Plan("matrix", 64, 16, 4, 4),
 )
 _INT4_NARROW: Final = 16  # columns of a tile that reads in short runs: only for weights that no wider one divides
-_INT4_MAX_X: Final = 4096  # numbers of x for a tile of one plane; four planes of more do not fit in shared memory
+_INT4_MAX_X: Final = 2048  # numbers of x for a tile of one plane; eight planes of more do not fit in shared memory
 _SPLITS: Final = (1, 2, 4, 7, 8, 16)
 
 
@@ -104,9 +103,9 @@ def candidates(
         vector = [plan for plan in _INT4_VECTOR if plan.tile_k >= least]
         matrix = [plan for plan in _INT4_MATRIX if plan.tile_k >= least and plan.tile_k * rows <= _INT4_MAX_X]
     num_results = num_outputs // 2 if is_gated else num_outputs
-    if rows <= VECTOR_ROWS:
-        return [plan for plan in vector if plan.fits(num_results, num_columns, group)]
-    found = []
+    found = [plan for plan in vector if plan.fits(num_results, num_columns, group)] if rows <= VECTOR_ROWS else []
+    if rows <= VECTOR_ROWS and not group:  # the matrix units pay for one row only where numbers must be unpacked
+        return found
     for base in matrix:
         plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
         fitting = [

@@ -16,7 +16,7 @@ _ROUTER_OUTPUTS = 256  # at most; layers of so few outputs choose experts by sma
 
 class Product(nn.Module):
     """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, in fp8 with `scale` [N] float32, or
-    in 4 bits, [N, K / 4] with `scale` [1 or 2, N, K / G], see `int4`.
+    in 4 bits, [N, K / 8] with `scale` [1 or 2, N, K / G], see `int4`.
 
     It shares the memory of the tensors that it is made of."""
 

@@ -70,7 +70,7 @@ def _vector(
     residual: tl.tensor,
     x_stride: tl.tensor,
     num_outputs: tl.tensor,  # of `out`
-    num_inputs: tl.tensor,  # columns of the weight; in 4 bits a quarter of the inputs, and so for tiles
+    num_inputs: tl.tensor,  # columns of the weight; in 4 bits an eighth of the inputs, and so for tiles
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     RUN: tl.constexpr,  # weights in 16 bytes, which a thread reads at once
@@ -89,7 +89,7 @@ def _vector(
     k = tl.arange(0, TILE_K)
     weight_at = weight + n[:, None].to(tl.int64) * num_inputs + k[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
-    num_groups = 4 * num_inputs // GROUP if GROUP else 0
+    num_groups = 8 * num_inputs // GROUP if GROUP else 0
     zeros_after = num_groups * num_outputs * (2 if GATED else 1)
     tile = tl.zeros([TILE_N, TILE_K], weight.dtype.element_ty)
     values = tile
@@ -196,7 +196,7 @@ def _matrix(
     weight_at = weight + n.to(tl.int64) * num_inputs + k[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * num_inputs
     x_at = x + m * x_stride + k[:, None]
-    num_groups = 4 * num_inputs // GROUP if GROUP else 0
+    num_groups = 8 * num_inputs // GROUP if GROUP else 0
     zeros_after = num_groups * num_outputs * (2 if GATED else 1)
     total = tl.zeros([TILE_N, ROWS], tl.float32)
     values = total

@@ -15,30 +15,31 @@ _ROWS, _COLUMNS = 16, 128  # of a weight that a program makes wide
 
 @triton.jit
 def plane_of(
-    tile: tl.tensor, scale_at: tl.tensor, zero_at: tl.tensor, J: tl.constexpr, ZEROS: tl.constexpr
+    tile: tl.tensor, scale_at: tl.tensor, zero_at: tl.tensor, hidden: tl.tensor, J: tl.constexpr, ZEROS: tl.constexpr
 ) -> tl.tensor:
-    """Return plane J of columns, as float32 numbers less their zero points, and what to multiply them with, [N, 1].
+    """Return plane J of columns, as float32 numbers less their zero points, and their scales, [N, 1].
 
-    `tile` [N, C] int16 is of one group; `scale_at` and `zero_at` [N] point to its scales and zero points. They have one
-    dimension, because a thread would read a column once for each of its numbers.
+    `tile` [N, C] int32 is of one group; `scale_at` and `zero_at` [N] point to its scales and zero points. They have one
+    dimension, because a thread would read a column once for each of its numbers. `hidden` is 0; see `add_planes`.
 
-    A number in the lowest bits of 2^23 as float32 is 2^23 + number, so one instruction cuts it out and converts it. A
-    number 4 bits higher counts 16 times as much; both are exact. The scale makes up for it.
+    A number in the lowest bits of 2^23 as float32 is 2^23 + number. One that lies PLACE bits higher, in a float32 of as
+    much smaller an exponent, is 2^(23 - PLACE) + number. So setting the exponent converts it, and a subtraction, which
+    is exact, takes the rest and the zero point away.
     """
-    UNIT: tl.constexpr = 16 if J % 2 == 1 else 1
-    number = ((tile.to(tl.int32) >> (J // 2 * 8)) & (15 * UNIT)) | 0x4B000000
-    lowest = 8388608.0 + 8.0 * UNIT
+    PLACE: tl.constexpr = 4 * J if J < 5 else 4 * J - 12
+    word = tile if J < 5 else tile >> 12
+    number = (word & (15 << PLACE)) | (((150 - PLACE) << 23) + hidden)
+    lowest = float(1 << (23 - PLACE)) + 8.0
     if ZEROS:
-        lowest = (8388608.0 + tl.load(zero_at).to(tl.float32) * UNIT)[:, None]
-    factor = tl.load(scale_at).to(tl.float32) * (1.0 / UNIT)
-    return number.to(tl.float32, bitcast=True) - lowest, factor[:, None]
+        lowest = (float(1 << (23 - PLACE)) + tl.load(zero_at).to(tl.float32))[:, None]
+    return number.to(tl.float32, bitcast=True) - lowest, tl.load(scale_at).to(tl.float32)[:, None]
 
 
 @triton.jit
 def add_planes(
     total: tl.tensor,  # [N, C / RUN] float32, of the first row
     total2: tl.tensor,  # of the second
-    tile: tl.tensor,  # [N, C] int16
+    tile: tl.tensor,  # [N, C] int32
     x_at: tl.tensor,  # [C]: at the inputs of the first plane
     x_stride: tl.tensor,
     scale_at: tl.tensor,  # [N]: at the first group
@@ -50,11 +51,16 @@ def add_planes(
     ZEROS: tl.constexpr,
     TWO_ROWS: tl.constexpr,
 ) -> tl.tensor:
-    """Add the products of weights with one row of x or two. RUN neighbours make one sum."""
+    """Add the products of weights with one row of x or two. RUN neighbours make one sum.
+
+    The compiler does not know that `hidden` is 0. So it keeps the exponents in registers, and one instruction cuts a
+    number out and sets its exponent: an instruction takes one constant only.
+    """
     SHAPE: tl.constexpr = [tile.shape[0], tile.shape[1] // RUN, RUN]
-    for j in tl.static_range(4):
-        own_scale_at = scale_at + (j * num_columns + begin) // GROUP
-        numbers, factor = plane_of(tile, own_scale_at, own_scale_at + zeros_after, j, ZEROS)
+    hidden = num_columns >> 30
+    for j in tl.static_range(8):
+        own_scale_at = scale_at + ((j * num_columns + begin).to(tl.uint32) // GROUP).to(tl.int32)
+        numbers, factor = plane_of(tile, own_scale_at, own_scale_at + zeros_after, hidden, j, ZEROS)
         row = tl.load(x_at + j * num_columns).to(tl.float32)
         total += tl.sum(tl.reshape(numbers * row[None, :], SHAPE), 2) * factor
         if TWO_ROWS:
@@ -66,7 +72,7 @@ def add_planes(
 @triton.jit
 def dot_planes(
     total: tl.tensor,  # [N, ROWS] float32
-    tile: tl.tensor,  # [N, C] int16
+    tile: tl.tensor,  # [N, C] int32
     x_at: tl.tensor,  # [C, ROWS]: at the inputs of the first plane
     is_own: tl.tensor,  # [1, ROWS]: whether the row exists
     scale_at: tl.tensor,  # as in `add_planes`, and all below
@@ -76,10 +82,13 @@ def dot_planes(
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
 ) -> tl.tensor:
-    """Add the products of weights with rows of x, on the matrix units."""
-    for j in tl.static_range(4):
-        own_scale_at = scale_at + (j * num_columns + begin) // GROUP
-        numbers, factor = plane_of(tile, own_scale_at, own_scale_at + zeros_after, j, ZEROS)
+    """Add the products of weights with rows of x, on the matrix units.
+
+    Nothing is `hidden` here: with it, the compiler would move the numbers between threads after their conversion.
+    """
+    for j in tl.static_range(8):
+        own_scale_at = scale_at + ((j * num_columns + begin).to(tl.uint32) // GROUP).to(tl.int32)
+        numbers, factor = plane_of(tile, own_scale_at, own_scale_at + zeros_after, 0, j, ZEROS)
         x_tile = tl.load(x_at + j * num_columns, mask=is_own, other=0.0)
         total += tl.dot(numbers.to(x_tile.dtype), x_tile, input_precision="ieee") * factor
     return total
@@ -113,10 +122,10 @@ def _dequantise(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     is_own = (n < num_outputs) & (c < num_columns)
-    tile = tl.load(weight + n.to(tl.int64) * num_columns + c, mask=is_own, other=0).to(tl.int32)
-    out_at = out + n.to(tl.int64) * (4 * num_columns) + c
-    num_groups = 4 * num_columns // GROUP
-    for j in tl.static_range(4):
+    tile = tl.load(weight + n.to(tl.int64) * num_columns + c, mask=is_own, other=0)
+    out_at = out + n.to(tl.int64) * (8 * num_columns) + c
+    num_groups = 8 * num_columns // GROUP
+    for j in tl.static_range(8):
         scale_at = scale + n * num_groups + (j * num_columns + c) // GROUP
         zero = 8.0
         if ZEROS:

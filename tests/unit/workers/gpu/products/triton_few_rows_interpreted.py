@@ -55,7 +55,7 @@ def product(
     generator = torch.Generator().manual_seed(num_rows)
     num_outputs, num_inputs = NUM_OUTPUTS, NUM_COLUMNS
     if stored.startswith("4 bits"):  # of which the interpreter takes its time
-        num_outputs, num_inputs = 2 * plan.tile_n, 4 * plan.tile_k * plan.split * (1 if plan.split > 1 else 2)
+        num_outputs, num_inputs = 2 * plan.tile_n, 8 * plan.tile_k * plan.split * (1 if plan.split > 1 else 2)
     num_weights = 2 * num_outputs if is_gated else num_outputs
     x = torch.randn(num_rows, num_inputs + 8, generator=generator).to(dtype)[:, :num_inputs]
     weight = torch.randn(num_weights, num_inputs, generator=generator).to(dtype)

@@ -99,7 +99,7 @@ def test_a_quantised_checkpoint_gives_the_logits_of_its_dequantised_weights(name
     assert torch.equal(logits_of(loaded), logits(plain))
     model: Any = loaded.runner._model
     products = [module for module in model.modules() if type(module) is Product]
-    assert [product.weight.dtype for product in products] == ([torch.int16] * 4 if name in IN_4_BITS else [])
+    assert [product.weight.dtype for product in products] == ([torch.int32] * 4 if name in IN_4_BITS else [])
 
 
 @pytest.mark.parametrize("name", IN_4_BITS)
