@@ -148,9 +148,10 @@ def _unscaled(
 
 
 def can_scale(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the vendor's library multiplies these in fp8: by shape, dtype and device (compute capability 8.9)."""
+    """Whether the vendor's library multiplies these in fp8: by shapes, dtype and device (compute capability 8.9)."""
     return (
-        weight.shape[0] % _FP8_UNIT == 0
+        x.shape[0] > 0  # an expert may get no tokens
+        and weight.shape[0] % _FP8_UNIT == 0
         and weight.shape[1] % _FP8_UNIT == 0
         and x.dtype == torch.bfloat16  # the only dtype of results with a scale for each row
         and torch.cuda.get_device_capability(x.device) >= (8, 9)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
-from workers.gpu.products.multiply import computing_plainly, key_of, multiply
+from workers.gpu.products.multiply import can_scale, computing_plainly, key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
 from workers.gpu.products.tuning import KeptPlans
@@ -127,17 +127,17 @@ def test_the_result_can_be_written_where_it_is_wanted() -> None:
         torch.testing.assert_close(out, expected)
 
 
+def test_products_without_rows_have_no_plan_because_a_kernel_would_read_a_row_that_does_not_exist() -> None:
+    assert row_class(0) is None
+    weight, scale = to_fp8(torch.randn(32, 64))
+    x = torch.empty(0, 64, dtype=torch.bfloat16)
+    assert not can_scale(x, weight)
+    assert multiply(x, weight, scale).shape == (0, 32)
+
+
 def test_every_number_of_rows_has_its_class_and_plans_fit_their_shapes() -> None:
-    assert [row_class(rows) for rows in (1, 2, 3, 16, 17, 33, MAX_ROWS, MAX_ROWS + 1)] == [
-        2,
-        2,
-        16,
-        16,
-        32,
-        64,
-        64,
-        None,
-    ]
+    served = {1: 2, 2: 2, 3: 16, 16: 16, 17: 32, 33: 64, MAX_ROWS: 64, MAX_ROWS + 1: None}
+    assert {rows: row_class(rows) for rows in served} == served
     for num_outputs, num_inputs in ((6144, 4096), (4096, 14336), (128256, 2048), (960, 576), (100, 60)):
         for rows in ROW_CLASSES:
             plans = candidates(rows, num_outputs, num_inputs)
