@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from workers.gpu.products.fp8 import to_fp8
 from workers.gpu.products.multiply import multiply
@@ -42,15 +44,44 @@ class Product(nn.Module):
         return result.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
 
-def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
-    """Replace every plain linear layer inside these modules by a Product on the same weights. Those that their
-    checkpoint stores in fp8 are fp8 again. Returns the products."""
+def find_read(modules: Iterable[nn.Module], forward: Callable[[], object]) -> set[nn.Module]:
+    """Run `forward`, a forward of these modules, and return the plain linear layers whose weight other code reads.
+
+    Such code knows nothing of scales: LongCat's router multiplies by its layer's weight in float32.
+    """
+    read: set[nn.Module] = set()
+
+    class Watched(nn.Linear):
+        def __getattr__(self, name: str) -> Any:
+            if name == "weight":
+                read.add(self)
+            return super().__getattr__(name)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            weight = self._parameters["weight"]
+            assert weight is not None
+            return linear(input, weight, self._parameters["bias"])
+
+    layers = [part for module in modules for part in module.modules() if type(part) is nn.Linear]
+    for layer in layers:
+        layer.__class__ = Watched
+    try:
+        forward()
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
+    return read
+
+
+def replace_linears(modules: Iterable[nn.Module], kept: Collection[nn.Module] = ()) -> list[Product]:
+    """Replace every plain linear layer inside these modules, except `kept`, by a Product on the same weights. Those
+    that their checkpoint stores in fp8 are fp8 again. Returns the products."""
     products = []
     # A reference to a linear layer would keep its weight after it has been replaced.
     parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
     for parent in parents:
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child not in kept:
                 products.append(product := Product(child.weight, child.bias))
                 if (scale := stored_scale(child)) is not None:
                     product.to_fp8(scale)
