@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -78,14 +79,17 @@ def replace_linears(modules: Iterable[nn.Module], kept: Collection[nn.Module] = 
     that their checkpoint stores in fp8 are fp8 again. Returns the products."""
     products = []
     # A reference to a linear layer would keep its weight after it has been replaced.
+    made: WeakKeyDictionary[nn.Module, Product] = WeakKeyDictionary()  # of layers that have several places
     parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
     for parent in parents:
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # which has all names of a child
             if type(child) is nn.Linear and child not in kept:
-                products.append(product := Product(child.weight, child.bias))
-                if (scale := stored_scale(child)) is not None:
-                    product.to_fp8(scale)
-                setattr(parent, name, product)
+                if child not in made:
+                    products.append(product := Product(child.weight, child.bias))
+                    if (scale := stored_scale(child)) is not None:
+                        product.to_fp8(scale)
+                    made[child] = product
+                setattr(parent, name, made[child])
     return products
 
 

@@ -82,6 +82,13 @@ def test_rounding_by_the_scale_that_the_values_were_made_with_gives_their_number
     assert torch.equal(values.view(torch.uint8), codes)
 
 
+def test_a_linear_layer_that_a_model_uses_in_several_places_becomes_one_product() -> None:
+    parent, other, shared = nn.Module(), nn.Module(), nn.Linear(32, 320)
+    parent.first = parent.second = other.first = shared
+    (product,) = replace_linears([parent, other])
+    assert all(each is product for each in (parent.first, parent.second, other.first))
+
+
 def test_a_layer_that_its_checkpoint_stores_in_fp8_frees_its_wide_weight_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
