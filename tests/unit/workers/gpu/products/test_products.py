@@ -162,8 +162,8 @@ def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
     plan = Plan("matrix", 64, 32, 4, 3, split=2)
     plans = KeptPlans(tmp_path / "new", CPU)
     assert key not in plans
-    plans[key], plans[other] = plan, None
-    plans.write()
+    plans.keep(key, plan)
+    plans.keep(other, None)
     plans = KeptPlans(tmp_path / "new", CPU)
     assert plans[key] == plan
     assert plans[other] is None
@@ -179,6 +179,20 @@ def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     plans = KeptPlans(tmp_path / "file" / "folder", CPU)
-    plans[key_of(torch.empty(64, 32), torch.bfloat16, 16)] = None
-    plans.write()
-    assert "each start measures them" in caplog.text
+    keys = [key_of(torch.empty(64, 32), torch.bfloat16, rows) for rows in (16, 32)]
+    for key in keys:
+        plans.keep(key, None)
+    assert all(key in plans for key in keys)
+    assert caplog.text.count("each start measures them") == 1
+
+
+def test_processes_that_measure_at_the_same_time_agree_and_lose_nothing(tmp_path: Path) -> None:
+    key, other = (key_of(torch.empty(64, 32), torch.bfloat16, rows) for rows in (16, 32))
+    first, second = KeptPlans(tmp_path, CPU), KeptPlans(tmp_path, CPU)
+    first.keep(key, Plan("matrix", 64, 32, 4, 3))
+    second.keep(key, None)
+    second.keep(other, None)
+    first.keep(other, Plan("matrix", 64, 32, 4, 3))
+    for plans in (first, second, KeptPlans(tmp_path, CPU)):
+        assert plans[key] == Plan("matrix", 64, 32, 4, 3)
+        assert plans[other] is None
