@@ -19,12 +19,13 @@ _ROUTER_OUTPUTS = 256  # at most; layers of so few outputs choose experts by sma
 class Product(nn.Module):
     """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, or in fp8 with `scale` [N] float32.
 
-    It shares the memory of the tensors that it is made of."""
+    It shares the memory of the tensors that it is made of, unless the weight's rows have gaps: kernels read whole rows,
+    one after another."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scale: torch.Tensor | None
         self.register_buffer("scale", None)

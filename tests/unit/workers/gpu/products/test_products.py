@@ -45,6 +45,14 @@ def test_products_take_the_place_of_linear_layers_on_the_same_weights() -> None:
 
 
 @torch.inference_mode()
+def test_the_rows_of_a_products_weight_follow_each_other_as_the_kernels_read_them() -> None:
+    weight, x = torch.randn(48, 96)[:, :64], torch.randn(3, 64)
+    product = Product(weight)
+    assert product.weight.is_contiguous()
+    torch.testing.assert_close(product(x), x @ weight.T)
+
+
+@torch.inference_mode()
 def test_rounding_to_fp8_halves_the_bytes_and_changes_a_product_by_a_few_percent() -> None:
     product, x = Product(torch.randn(300, 256).bfloat16()), torch.randn(5, 256).bfloat16()
     exact = product(x).float()
