@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
-from workers.gpu.products.multiply import can_scale, computing_plainly, key_of, multiply
+from workers.gpu.products.multiply import can_scale, key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
 from workers.gpu.products.tuning import KeptPlans
@@ -65,8 +65,6 @@ def test_rounding_to_fp8_halves_the_bytes_and_changes_a_product_by_a_few_percent
     full = from_fp8(product.weight, product.scale, torch.float32)
     torch.testing.assert_close(result.float(), x.float() @ full.T, rtol=0.02, atol=0.2)
     assert 0.005 < (result.float() - exact).norm() / exact.norm() < 0.04
-    with computing_plainly():
-        assert torch.equal(product(x), result)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
