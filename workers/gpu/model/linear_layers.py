@@ -19,7 +19,7 @@ from workers.gpu.model.head import replace_head
 from workers.gpu.model.weights import Progress
 from workers.gpu.products.multiply import Shape
 from workers.gpu.products.plan import MAX_ROWS
-from workers.gpu.products.product import Product, find_read, quantizable, replace_linears, stored_scale
+from workers.gpu.products.product import ROUTER_OUTPUTS, Product, find_read, quantizable, replace_linears, stored_scale
 from workers.gpu.products.tuning import choose_plans, error_of
 
 _TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to fp8 too, about 0.04
@@ -46,7 +46,8 @@ def use_products(
         rounded = quantizable(products)
         if not rounded:
             raise ConfigError(
-                'model.quantization ("fp8") finds no linear layers in this model\'s decoder layers: leave it out'
+                f'model.quantization ("fp8") finds no linear layers of more than {ROUTER_OUTPUTS} outputs in this '
+                "model's decoder layers, and rounds no smaller ones: leave it out"
             )
         for product in rounded:
             product.to_fp8()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from workers.gpu.products.fp8 import to_fp8
 from workers.gpu.products.multiply import multiply
 
-_ROUTER_OUTPUTS = 256  # at most; layers of so few outputs choose experts by small differences, and have few bytes
+ROUTER_OUTPUTS: Final = 256  # at most; layers of so few outputs choose experts by small differences, and have few bytes
 
 
 class Product(nn.Module):
@@ -103,4 +103,4 @@ def stored_scale(layer: nn.Module) -> torch.Tensor | None:
 
 def quantizable(products: Iterable[Product]) -> list[Product]:
     """The products whose weights fp8 makes smaller without changing what a model decides: all but routers."""
-    return [product for product in products if product.out_features > _ROUTER_OUTPUTS]
+    return [product for product in products if product.out_features > ROUTER_OUTPUTS]

@@ -34,7 +34,7 @@ def load(folder: Path, quantization: Literal["none", "fp8"] = "fp8") -> LoadedMo
 def test_the_decoder_layers_of_a_model_become_fp8_and_the_head_does_not(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.gpu.products.product._ROUTER_OUTPUTS", ROUTER_OUTPUTS)
+    monkeypatch.setattr("workers.gpu.products.product.ROUTER_OUTPUTS", ROUTER_OUTPUTS)
     model = load(make_tiny_model(family, tmp_path)).runner._model
     rounded = [module for module in model.modules() if isinstance(module, Product) and module.scale is not None]
     assert len(rounded) >= 2 * len(decoder_layers(model))
@@ -44,7 +44,7 @@ def test_the_decoder_layers_of_a_model_become_fp8_and_the_head_does_not(
 def test_a_layer_whose_weight_the_models_own_code_reads_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.gpu.products.product._ROUTER_OUTPUTS", ROUTER_OUTPUTS)
+    monkeypatch.setattr("workers.gpu.products.product.ROUTER_OUTPUTS", ROUTER_OUTPUTS)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         gates = torch.nn.functional.linear(x.float(), self.gate_proj.weight.float())  # so reads LongCat's router
@@ -62,7 +62,7 @@ def test_a_layer_whose_weight_the_models_own_code_reads_stays_as_it_is(
 
 
 def test_a_model_whose_rounded_products_are_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.gpu.products.product._ROUTER_OUTPUTS", ROUTER_OUTPUTS)
+    monkeypatch.setattr("workers.gpu.products.product.ROUTER_OUTPUTS", ROUTER_OUTPUTS)
     unscaled = multiply._unscaled
     monkeypatch.setattr(
         multiply, "_unscaled", lambda x, weight, scale, bias, out: unscaled(x, weight, 2 * scale, bias, out)
@@ -72,5 +72,5 @@ def test_a_model_whose_rounded_products_are_wrong_is_refused(tmp_path: Path, mon
 
 
 def test_a_model_without_layers_to_round_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="finds no linear layers"):
+    with pytest.raises(ConfigError, match="finds no linear layers of more than 256 outputs"):
         load(make_tiny_model("llama", tmp_path))
