@@ -21,7 +21,7 @@ from typing import Final
 
 import torch
 
-from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.products.fp8 import FP8, from_fp8
 from workers.gpu.products.multiply import Key, Shape, chosen, key_of, multiply, run_plan, shape_of
 from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
 from workers.gpu.products.product import Product
@@ -46,6 +46,7 @@ def choose_plans(
     gated: Collection[Shape] = (),
 ) -> None:
     """Choose the plan of each shape of these products, for steps of up to `max_rows` rows, and check each product.
+    Products in fp8 take rows of `x_dtype`.
 
     `gated` are the shapes of products that compute gates and values. They get a plan that applies the gates, where it
     is faster than their product and another kernel for the gates.
@@ -65,13 +66,15 @@ def choose_plans(
     ]
     for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
-        key = key_of(group[0].weight, x_dtype, rows, is_gated)
+        weight = group[0].weight
+        dtype = x_dtype if weight.dtype == FP8 else weight.dtype  # some routers stay in float32
+        key = key_of(weight, dtype, rows, is_gated)
         if key not in kept:
-            kept.keep(key, _fastest(group, x_dtype, rows, device, is_gated=is_gated))
+            kept.keep(key, _fastest(group, dtype, rows, device, is_gated=is_gated))
         plan = kept[key]
         if plan is None:
             chosen.pop(key, None)
-        elif (error := max(error_of(plan, each, x_dtype, rows, is_gated=is_gated) for each in group)) < _TOLERANCE:
+        elif (error := max(error_of(plan, each, dtype, rows, is_gated=is_gated) for each in group)) < _TOLERANCE:
             chosen[key] = plan
         else:
             logger.warning("products %s run as the vendor's library computes them: ours differ by %.2g", key, error)

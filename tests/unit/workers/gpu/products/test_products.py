@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
 from workers.gpu.products.multiply import can_scale, key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
-from workers.gpu.products.tuning import KeptPlans
+from workers.gpu.products.tuning import KeptPlans, choose_plans
 
 CPU = torch.device("cpu")
 
@@ -180,6 +181,23 @@ def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
             assert key not in KeptPlans(tmp_path / "new", CPU)
         assert "measured again" in caplog.text
         caplog.clear()
+
+
+def test_layers_that_stay_in_float32_are_measured_with_the_inputs_that_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LongCat's router in a model of float16."""
+    products = [Product(torch.randn(320, 64).to(dtype)) for dtype in (torch.float32, torch.float16, torch.float16)]
+    products[2].to_fp8()
+    measured = {}
+
+    def measure(group: Sequence[Product], x_dtype: torch.dtype, rows: int, *_: object, is_gated: bool) -> None:
+        measured[group[0].weight.dtype] = x_dtype
+        group[0](torch.zeros(rows, 64, dtype=x_dtype))
+
+    monkeypatch.setattr("workers.gpu.products.tuning._fastest", measure)
+    choose_plans(products, torch.float16, 2, CPU, tmp_path)
+    assert measured == {torch.float32: torch.float32, torch.float16: torch.float16, FP8: torch.float16}
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
