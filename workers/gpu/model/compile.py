@@ -48,9 +48,10 @@ def compile_layers(
     if not layers:
         logger.warning("the model runs without torch.compile: cannot find the list of decoder layers in this model")
         return None
-    # Compiled kernels then start while the kernel in front ends, as ours do.
-    device = next(layers[0].parameters()).device
-    torch._inductor.config.triton.enable_pdl = is_dependent_launch_possible(device)
+    if is_dependent_launch_possible(next(layers[0].parameters()).device):
+        from workers.gpu.device.compiled_launch import let_compiled_kernels_start_early  # takes a second
+
+        let_compiled_kernels_start_early()
     set_layer_indices(model)
     epilogues = Epilogues()
     failure = _compile(layers, run, epilogues.before(lookup_backend(backend)))

@@ -104,11 +104,8 @@ def _fuse_residual(product: Node, view: Node) -> bool:
 
 
 def _only_user(node: Node) -> Node | None:
-    """The node that uses this one, if there is one only, and as often as once."""
-    users = list(node.users)
-    if len(users) != 1 or sum(each is node for each in users[0].all_input_nodes) != 1:
-        return None
-    return users[0]
+    """The node that uses this one, if there is one only. It may use it in several arguments."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _example(node: Node) -> Any:

@@ -6,7 +6,7 @@ its own dequantised weights in float32, and so is each plan that is chosen for i
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 import torch
@@ -19,17 +19,20 @@ from workers.gpu.model.head import replace_head
 from workers.gpu.model.weights import Progress
 from workers.gpu.products.multiply import Shape
 from workers.gpu.products.plan import MAX_ROWS
-from workers.gpu.products.product import Product, quantizable, replace_linears, stored_scale
+from workers.gpu.products.product import ROUTER_OUTPUTS, Product, find_read, quantizable, replace_linears, stored_scale
 from workers.gpu.products.tuning import choose_plans, error_of
 
 _TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to fp8 too, about 0.04
 
 
-def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Product]:
+def use_products(
+    model: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device, forward: Callable[[], object]
+) -> list[Product]:
     """Replace the linear layers of a checked model that computes in `dtype`. Returns the products.
 
-    Layers whose checkpoint stores fp8, or groups of 4 bits, compute in this format with the checkpoint's scales. Frees
-    the 16-bit weights layer by layer; until then, all of them are in memory.
+    Layers whose checkpoint stores fp8, or groups of 4 bits, compute in this format with the checkpoint's scales. Layers
+    whose weights `forward`, one forward of the model, reads in another way than by calling the layer stay as they are.
+    Frees the 16-bit weights layer by layer; until then, all of them are in memory.
 
     Raises ConfigError if `quantization` finds nothing to round, and ModelUnsupported if a rounded product is not what
     its weights say.
@@ -39,12 +42,14 @@ def use_products(model: nn.Module, config: ModelConfig, dtype: torch.dtype, devi
     is_stored = any(stored_scale(module) is not None for layer in layers for module in layer.modules())
     if device.type != "cuda" and not is_fp8 and not is_stored:
         return []  # torch's own products serve
-    products = replace_linears(layers)
+    read = find_read(layers, forward) if is_fp8 or is_stored else ()
+    products = replace_linears(layers, read)
     if is_fp8:
         rounded = quantizable(products)
         if not rounded:
             raise ConfigError(
-                'model.quantization ("fp8") finds no linear layers in this model\'s decoder layers: leave it out'
+                f'model.quantization ("fp8") finds no linear layers of more than {ROUTER_OUTPUTS} outputs in this '
+                "model's decoder layers, and rounds no smaller ones: leave it out"
             )
         for product in rounded:
             product.to_fp8()

@@ -86,7 +86,9 @@ def load_model(
     backend.check(facts)
     fuse(model, facts, shape.max_model_len, device)
     progress("checking the model", 1.0)
-    products = use_products(model, config, facts.cache_dtype, device)
+    products = use_products(
+        model, config, facts.cache_dtype, device, lambda: probe_logits(model, shape.max_model_len, device)
+    )
 
     stored = choose_cache_format(facts, cache, config.path, files_to_read(config))
     step = largest_step(model, stored, shape, device, backend)

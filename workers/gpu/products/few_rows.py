@@ -35,7 +35,8 @@ def multiply_few_rows(
     is_gated: bool,
     dependent_launch: bool,
 ) -> None:
-    """Write x [M, K] times `weight` [N, K] to `out` [M, N], both of one 16-bit dtype (or float32) and with whole rows.
+    """Write x [M, K] times `weight` [N, K] to `out` [M, N]. x and `out` have one dtype, of 16 bits or float32. Weights
+    and `out` are contiguous; the rows of x may have gaps between them.
 
     `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output, or is [N, K / 8] in 4 bits with a
     `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs are
@@ -44,8 +45,9 @@ def multiply_few_rows(
     num_rows, num_outputs = out.shape
     num_columns, group = weight.shape[1], group_of(weight, scale)
     assert x.shape == (num_rows, num_columns * (PLANES if group else 1))
-    for rows in (x, weight, out):
-        assert rows.stride(1) == 1, "rows are read and written in runs"
+    assert x.stride(1) == 1, "rows are read in runs"
+    for rows in (weight, out, *(() if scale is None else (scale,))):
+        assert rows.is_contiguous(), "rows follow each other"
     assert plan.fits(num_outputs, num_columns, group), f"{plan} for {num_outputs} x {num_columns}, {group}"
     assert scratch.fits(plan, num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
     assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"

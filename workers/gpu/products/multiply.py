@@ -7,8 +7,6 @@ products of a shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -26,7 +24,6 @@ Key = tuple[Shape, torch.dtype, int, bool]
 
 chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
 _scratch: dict[torch.device, Any] = {}
-_plainly = False
 
 
 def shape_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Shape:
@@ -37,17 +34,6 @@ def key_of(
     weight: torch.Tensor, scale: torch.Tensor | None, x_dtype: torch.dtype, rows: int, is_gated: bool = False
 ) -> Key:
     return shape_of(weight, scale), x_dtype, rows, is_gated
-
-
-@contextmanager
-def computing_plainly() -> Iterator[None]:
-    """Compute the products inside this block from dequantised weights by torch's own product: what ours must equal."""
-    global _plainly
-    outer, _plainly = _plainly, True
-    try:
-        yield
-    finally:
-        _plainly = outer
 
 
 def multiply(
@@ -70,7 +56,7 @@ def multiply(
     """
     rows = row_class(x.shape[0])
     plan = None
-    if rows is not None and x.is_cuda and x.stride(1) == 1 and not _plainly:
+    if rows is not None and x.is_cuda and x.stride(1) == 1:
         plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
     if plan is not None:
         return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
@@ -83,7 +69,7 @@ def multiply(
         return result if out is None else out.copy_(result)
     if scale is None:
         return _plain(x, weight, bias, residual, out)
-    if x.is_cuda and not _plainly and can_scale(x, weight):
+    if x.is_cuda and can_scale(x, weight):
         return _scaled(x, weight, scale, bias, out)
     return _unscaled(x, weight, scale, bias, out)
 
@@ -116,7 +102,7 @@ def run_plan(
 def gated(x: torch.Tensor) -> torch.Tensor:
     """Return silu(x[:, :N]) * x[:, N:] of x [M, 2 N]."""
     gates, values = x.chunk(2, -1)
-    if not x.is_cuda or _plainly:
+    if not x.is_cuda:
         return silu(gates) * values
     from workers.gpu.products.triton_rows import gate
 
@@ -127,7 +113,7 @@ def gated(x: torch.Tensor) -> torch.Tensor:
 
 def _dequantised(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A weight in 4 bits as [N, K] in `dtype`."""
-    if not weight.is_cuda or _plainly:
+    if not weight.is_cuda:
         return from_int4(weight, scale, dtype)
     from workers.gpu.products.triton_int4 import dequantise
 
@@ -164,9 +150,10 @@ def _unscaled(
 
 
 def can_scale(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the vendor's library multiplies these in fp8: by shape, dtype and device (compute capability 8.9)."""
+    """Whether the vendor's library multiplies these in fp8: by shapes, dtype and device (compute capability 8.9)."""
     return (
-        weight.shape[0] % _FP8_UNIT == 0
+        x.shape[0] > 0  # an expert may get no tokens
+        and weight.shape[0] % _FP8_UNIT == 0
         and weight.shape[1] % _FP8_UNIT == 0
         and x.dtype == torch.bfloat16  # the only dtype of results with a scale for each row
         and torch.cuda.get_device_capability(x.device) >= (8, 9)

@@ -84,8 +84,8 @@ _SPLITS: Final = (1, 2, 4, 7, 8, 16)
 
 
 def row_class(num_rows: int) -> int | None:
-    """The rows of the plan that serves a product of `num_rows` rows; None = more than MAX_ROWS."""
-    return next((rows for rows in ROW_CLASSES if num_rows <= rows), None)
+    """The rows of the plan that serves a product of `num_rows` rows; None = more than MAX_ROWS, or no rows."""
+    return next((rows for rows in ROW_CLASSES if 0 < num_rows <= rows), None)
 
 
 def candidates(

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from workers.gpu.products.fp8 import to_fp8
 from workers.gpu.products.int4 import to_int4
 from workers.gpu.products.multiply import multiply
 
-_ROUTER_OUTPUTS = 256  # at most; layers of so few outputs choose experts by small differences, and have few bytes
+ROUTER_OUTPUTS: Final = 256  # at most; layers of so few outputs choose experts by small differences, and have few bytes
 
 
 class Product(nn.Module):
     """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, in fp8 with `scale` [N] float32, or
     in 4 bits, [N, K / 8] with `scale` [1 or 2, N, K / G], see `int4`.
 
-    It shares the memory of the tensors that it is made of."""
+    It shares the memory of the tensors that it is made of, unless the weight's rows have gaps: kernels read whole rows,
+    one after another."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scale: torch.Tensor | None
         self.register_buffer("scale", None)
@@ -50,19 +54,51 @@ class Product(nn.Module):
         return result.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
 
-def replace_linears(modules: Iterable[nn.Module]) -> list[Product]:
-    """Replace every plain linear layer inside these modules by a Product on the same weights. Those that their
-    checkpoint stores in fp8 or in 4 bits are so again. Returns the products."""
+def find_read(modules: Iterable[nn.Module], forward: Callable[[], object]) -> set[nn.Module]:
+    """Run `forward`, a forward of these modules, and return the plain linear layers whose weight other code reads.
+
+    Such code knows nothing of scales: LongCat's router multiplies by its layer's weight in float32.
+    """
+    read: set[nn.Module] = set()
+
+    class Watched(nn.Linear):
+        def __getattr__(self, name: str) -> Any:
+            if name == "weight":
+                read.add(self)
+            return super().__getattr__(name)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            weight = self._parameters["weight"]
+            assert weight is not None
+            return linear(input, weight, self._parameters["bias"])
+
+    layers = [part for module in modules for part in module.modules() if type(part) is nn.Linear]
+    for layer in layers:
+        layer.__class__ = Watched
+    try:
+        forward()
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
+    return read
+
+
+def replace_linears(modules: Iterable[nn.Module], kept: Collection[nn.Module] = ()) -> list[Product]:
+    """Replace every plain linear layer inside these modules, except `kept`, by a Product on the same weights. Those
+    that their checkpoint stores in fp8 or in 4 bits are so again. Returns the products."""
     products = []
     # A reference to a linear layer would keep its weight after it has been replaced.
+    made: WeakKeyDictionary[nn.Module, Product] = WeakKeyDictionary()  # of layers that have several places
     parents = {part for module in modules for part in module.modules() if type(part) is not nn.Linear}
     for parent in parents:
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                products.append(product := Product(child.weight, child.bias))
-                if (scale := stored_scale(child)) is not None:
-                    (product.to_int4 if scale.ndim == 3 else product.to_fp8)(scale)
-                setattr(parent, name, product)
+        for name, child in list(parent._modules.items()):  # which has all names of a child
+            if type(child) is nn.Linear and child not in kept:
+                if child not in made:
+                    products.append(product := Product(child.weight, child.bias))
+                    if (scale := stored_scale(child)) is not None:
+                        (product.to_int4 if scale.ndim == 3 else product.to_fp8)(scale)
+                    made[child] = product
+                setattr(parent, name, made[child])
     return products
 
 
@@ -76,4 +112,4 @@ def stored_scale(layer: nn.Module) -> torch.Tensor | None:
 
 def quantizable(products: Iterable[Product]) -> list[Product]:
     """The products whose weights fp8 makes smaller without changing what a model decides: all but routers."""
-    return [product for product in products if product.out_features > _ROUTER_OUTPUTS]
+    return [product for product in products if product.out_features > ROUTER_OUTPUTS]

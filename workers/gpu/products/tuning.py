@@ -7,12 +7,14 @@ place of one that died reads the same file, so it computes the same bits.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -45,6 +47,7 @@ def choose_plans(
     gated: Collection[Shape] = (),
 ) -> None:
     """Choose the plan of each shape of these products, for steps of up to `max_rows` rows, and check each product.
+    Products in fp8 or 4 bits take rows of `x_dtype`.
 
     `gated` are the shapes of products that compute gates and values. They get a plan that applies the gates, where it
     is faster than their product and another kernel for the gates.
@@ -64,17 +67,18 @@ def choose_plans(
     ]
     for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
-        key = key_of(group[0].weight, group[0].scale, x_dtype, rows, is_gated)
+        weight, scale = group[0].weight, group[0].scale
+        dtype = weight.dtype if scale is None else x_dtype  # some routers stay in float32
+        key = key_of(weight, scale, dtype, rows, is_gated)
         if key not in kept:
-            kept[key] = _fastest(group, x_dtype, rows, device, is_gated=is_gated)
+            kept.keep(key, _fastest(group, dtype, rows, device, is_gated=is_gated))
         plan = kept[key]
         if plan is None:
             chosen.pop(key, None)
-        elif (error := max(error_of(plan, each, x_dtype, rows, is_gated=is_gated) for each in group)) < _TOLERANCE:
+        elif (error := max(error_of(plan, each, dtype, rows, is_gated=is_gated) for each in group)) < _TOLERANCE:
             chosen[key] = plan
         else:
             logger.warning("products %s run as the vendor's library computes them: ours differ by %.2g", key, error)
-    kept.write()
 
 
 def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: int, *, is_gated: bool = False) -> float:
@@ -173,15 +177,8 @@ class KeptPlans:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         known = hashlib.sha256(b"\0".join((name.encode(), torch.__version__.encode(), *sources))).hexdigest()[:16]
         self._path = folder / f"{known}.json"
-        self._plans: dict[str, Plan | None] = {}
-        self._is_new = False
-        try:
-            stored = json.loads(self._path.read_bytes())
-            self._plans = {key: plan and Plan(**plan) for key, plan in stored.items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            logger.warning("cannot read the plans of products in %s, so they are measured again: %s", self._path, error)
+        self._plans = self._read()
+        self._is_writable = True
 
     def __contains__(self, key: Key) -> bool:
         return str(key) in self._plans
@@ -189,21 +186,47 @@ class KeptPlans:
     def __getitem__(self, key: Key) -> Plan | None:
         return self._plans[str(key)]
 
-    def __setitem__(self, key: Key, plan: Plan | None) -> None:
-        self._plans[str(key)] = plan
-        self._is_new = True
-
-    def write(self) -> None:
-        """Put new plans on disk, all at once. If that fails, the next start measures again."""
-        if not self._is_new:
-            return
-        stored = {key: plan and asdict(plan) for key, plan in self._plans.items()}
+    def keep(self, key: Key, plan: Plan | None) -> None:
+        """Add a measured plan, here and in the file. If another process has added one meanwhile, that one counts: then
+        both compute the same bits, and so do their successors. If writing fails, the next start measures again."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            own = self._path.with_suffix(f".{os.getpid()}")
-            own.write_text(json.dumps(stored, indent=1))
-            own.replace(self._path)
+            if self._is_writable:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._locked():
+                    self._plans |= self._read()
+                    self._plans.setdefault(str(key), plan)
+                    self._write()
         except OSError as error:
+            self._is_writable = False
             logger.warning(
                 "cannot keep the plans of products in %s, so each start measures them: %s", self._path, error
             )
+        self._plans.setdefault(str(key), plan)
+
+    def _read(self) -> dict[str, Plan | None]:
+        try:
+            stored = json.loads(self._path.read_bytes())
+            return {key: plan and Plan(**plan) for key, plan in stored.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("cannot read the plans of products in %s, so they are measured again: %s", self._path, error)
+        return {}
+
+    def _write(self) -> None:
+        """Put the plans on disk, all at once."""
+        stored = {key: plan and asdict(plan) for key, plan in self._plans.items()}
+        own = self._path.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps(stored, indent=1))
+        own.replace(self._path)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder. A file system may have no locks; then the last of several processes at once counts."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)

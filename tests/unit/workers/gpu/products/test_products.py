@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,10 @@ from torch import nn
 
 from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
 from workers.gpu.products.int4 import from_int4, join_scales, scale_of, to_int4
-from workers.gpu.products.multiply import computing_plainly, key_of, multiply
+from workers.gpu.products.multiply import can_scale, key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
-from workers.gpu.products.tuning import KeptPlans
+from workers.gpu.products.tuning import KeptPlans, choose_plans
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,14 @@ def test_products_take_the_place_of_linear_layers_on_the_same_weights() -> None:
 
 
 @torch.inference_mode()
+def test_the_rows_of_a_products_weight_follow_each_other_as_the_kernels_read_them() -> None:
+    weight, x = torch.randn(48, 96)[:, :64], torch.randn(3, 64)
+    product = Product(weight)
+    assert product.weight.is_contiguous()
+    torch.testing.assert_close(product(x), x @ weight.T)
+
+
+@torch.inference_mode()
 def test_rounding_to_fp8_halves_the_bytes_and_changes_a_product_by_a_few_percent() -> None:
     product, x = Product(torch.randn(300, 256).bfloat16()), torch.randn(5, 256).bfloat16()
     exact = product(x).float()
@@ -60,8 +68,6 @@ def test_rounding_to_fp8_halves_the_bytes_and_changes_a_product_by_a_few_percent
     full = from_fp8(product.weight, product.scale, torch.float32)
     torch.testing.assert_close(result.float(), x.float() @ full.T, rtol=0.02, atol=0.2)
     assert 0.005 < (result.float() - exact).norm() / exact.norm() < 0.04
-    with computing_plainly():
-        assert torch.equal(product(x), result)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -83,6 +89,13 @@ def test_rounding_by_the_scale_that_the_values_were_made_with_gives_their_number
     values, kept = to_fp8(from_fp8(codes.view(FP8), scale, dtype), scale)
     assert kept is scale
     assert torch.equal(values.view(torch.uint8), codes)
+
+
+def test_a_linear_layer_that_a_model_uses_in_several_places_becomes_one_product() -> None:
+    parent, other, shared = nn.Module(), nn.Module(), nn.Linear(32, 320)
+    parent.first = parent.second = other.first = shared
+    (product,) = replace_linears([parent, other])
+    assert all(each is product for each in (parent.first, parent.second, other.first))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -190,17 +203,17 @@ def test_the_result_can_be_written_where_it_is_wanted() -> None:
         torch.testing.assert_close(out, expected)
 
 
+def test_products_without_rows_have_no_plan_because_a_kernel_would_read_a_row_that_does_not_exist() -> None:
+    assert row_class(0) is None
+    weight, scale = to_fp8(torch.randn(32, 64))
+    x = torch.empty(0, 64, dtype=torch.bfloat16)
+    assert not can_scale(x, weight)
+    assert multiply(x, weight, scale).shape == (0, 32)
+
+
 def test_every_number_of_rows_has_its_class_and_plans_fit_their_shapes() -> None:
-    assert [row_class(rows) for rows in (1, 2, 3, 16, 17, 33, MAX_ROWS, MAX_ROWS + 1)] == [
-        2,
-        2,
-        16,
-        16,
-        32,
-        64,
-        64,
-        None,
-    ]
+    served = {1: 2, 2: 2, 3: 16, 16: 16, 17: 32, 33: 64, MAX_ROWS: 64, MAX_ROWS + 1: None}
+    assert {rows: row_class(rows) for rows in served} == served
     for num_outputs, num_inputs in ((6144, 4096), (4096, 14336), (128256, 2048), (960, 576), (100, 60)):
         for rows, weight_bytes in itertools.product(ROW_CLASSES, (1, 2)):
             plans = candidates(rows, num_outputs, num_inputs, weight_bytes)
@@ -222,8 +235,8 @@ def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
     plan = Plan("matrix", 64, 32, 4, 3, split=2)
     plans = KeptPlans(tmp_path / "new", CPU)
     assert key not in plans
-    plans[key], plans[other] = plan, None
-    plans.write()
+    plans.keep(key, plan)
+    plans.keep(other, None)
     plans = KeptPlans(tmp_path / "new", CPU)
     assert plans[key] == plan
     assert plans[other] is None
@@ -236,9 +249,40 @@ def test_plans_are_kept_for_the_next_start_and_a_damaged_file_is_measured_again(
         caplog.clear()
 
 
+def test_layers_that_stay_in_float32_are_measured_with_the_inputs_that_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LongCat's router in a model of float16."""
+    products = [Product(torch.randn(320, 64).to(dtype)) for dtype in (torch.float32, torch.float16, torch.float16)]
+    products[2].to_fp8()
+    measured = {}
+
+    def measure(group: Sequence[Product], x_dtype: torch.dtype, rows: int, *_: object, is_gated: bool) -> None:
+        measured[group[0].weight.dtype] = x_dtype
+        group[0](torch.zeros(rows, 64, dtype=x_dtype))
+
+    monkeypatch.setattr("workers.gpu.products.tuning._fastest", measure)
+    choose_plans(products, torch.float16, 2, CPU, tmp_path)
+    assert measured == {torch.float32: torch.float32, torch.float16: torch.float16, FP8: torch.float16}
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     plans = KeptPlans(tmp_path / "file" / "folder", CPU)
-    plans[key_of(torch.empty(64, 32), None, torch.bfloat16, 16)] = None
-    plans.write()
-    assert "each start measures them" in caplog.text
+    keys = [key_of(torch.empty(64, 32), None, torch.bfloat16, rows) for rows in (16, 32)]
+    for key in keys:
+        plans.keep(key, None)
+    assert all(key in plans for key in keys)
+    assert caplog.text.count("each start measures them") == 1
+
+
+def test_processes_that_measure_at_the_same_time_agree_and_lose_nothing(tmp_path: Path) -> None:
+    key, other = (key_of(torch.empty(64, 32), None, torch.bfloat16, rows) for rows in (16, 32))
+    first, second = KeptPlans(tmp_path, CPU), KeptPlans(tmp_path, CPU)
+    first.keep(key, Plan("matrix", 64, 32, 4, 3))
+    second.keep(key, None)
+    second.keep(other, None)
+    first.keep(other, Plan("matrix", 64, 32, 4, 3))
+    for plans in (first, second, KeptPlans(tmp_path, CPU)):
+        assert plans[key] == Plan("matrix", 64, 32, 4, 3)
+        assert plans[other] is None
