@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from workers.gpu.products.int4 import join_scales
+from workers.gpu.products.int4 import are_alike, join_scales
 from workers.gpu.products.product import stored_scale
 
 
@@ -69,6 +69,7 @@ def _match(first: nn.Linear, second: nn.Linear) -> bool:
         first.weight.dtype == second.weight.dtype
         and first.weight.device == second.weight.device
         and (first.bias is None) == (second.bias is None)
+        and are_alike(stored_scale(first), stored_scale(second))
     )
 
 
@@ -106,8 +107,8 @@ class FusedProjections(nn.Module):
         bias = None if layers[0].bias is None else _join([layer.bias for layer in layers])
         self.joined = linear_of(_join([layer.weight for layer in layers]), bias)
         scales = [scale for layer in layers if (scale := stored_scale(layer)) is not None]
-        if len(scales) == len(layers) and (scale := join_scales(scales)) is not None:
-            self.joined.weight_scale = scale
+        if scales:
+            self.joined.weight_scale = join_scales(scales)
         self.parts: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -82,10 +82,15 @@ def _of_rows(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
     return scale[0, ..., None], scale[1, ..., None] if len(scale) == 2 else float(MIDDLE)
 
 
-def join_scales(scales: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Join the scales of weights by outputs, in this format or in fp8. Returns None if they are not of one kind."""
-    if len({(each.ndim, each.shape[2:], each.dtype) for each in scales}) > 1:
-        return None
+def are_alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    """Whether two weights with these scales, in this format, in fp8 or in 16 bits (None), can become one by outputs."""
+    if first is None or second is None:
+        return first is second
+    return (first.ndim, first.shape[2:], first.dtype) == (second.ndim, second.shape[2:], second.dtype)
+
+
+def join_scales(scales: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join the scales of weights by outputs; all of them are alike."""
     if scales[0].ndim == 1:
         return torch.cat(list(scales))
     if any(len(each) == 2 for each in scales):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
-from workers.gpu.products.int4 import from_int4, join_scales, scale_of, to_int4
+from workers.gpu.products.int4 import are_alike, from_int4, join_scales, scale_of, to_int4
 from workers.gpu.products.multiply import can_scale, key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
@@ -146,12 +146,13 @@ def test_groups_whose_numbers_would_be_lost_stay_wide(scales: torch.Tensor, valu
 
 def test_scales_are_joined_if_they_are_of_one_kind() -> None:
     plain, zeros = torch.ones(1, 3, 2), torch.stack([torch.ones(5, 2), torch.full((5, 2), 3.0)])
+    assert are_alike(plain, zeros)
     joined = join_scales([plain, zeros])
-    assert joined is not None
     assert joined[0].tolist() == [[1.0, 1.0]] * 8
     assert joined[1].tolist() == [[8.0, 8.0]] * 3 + [[3.0, 3.0]] * 5
-    for other in (torch.ones(1, 5, 4), torch.ones(5), plain.half()):
-        assert join_scales([plain, other]) is None
+    for other in (torch.ones(1, 5, 4), torch.ones(5), plain.half(), None):
+        assert not are_alike(plain, other)
+        assert are_alike(other, other)
 
 
 @pytest.mark.parametrize("scale", [torch.ones(320), torch.ones(2, 320, 1)], ids=["fp8", "4 bits"])

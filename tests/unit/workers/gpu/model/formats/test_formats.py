@@ -148,7 +148,11 @@ def test_layers_of_several_formats_and_ordinary_ones_make_one_model(tmp_path: Pa
     stored, plain = make_pair(tmp_path, pack, declared, num_hidden_layers=1)
     expected = weights(plain)
     assert all(torch.equal(tensor, expected[each]) for each, tensor in weights(stored).items())
-    torch.testing.assert_close(logits(stored), logits(plain), rtol=1e-4, atol=1e-4)
+    loaded = load(stored, "safetensors")
+    torch.testing.assert_close(logits_of(loaded), logits(plain), rtol=1e-4, atol=1e-4)
+    model: Any = loaded.runner._model
+    dtypes = [module.weight.dtype for module in model.modules() if type(module) is Product]
+    assert {FLOAT8, torch.int32} <= set(dtypes)  # what a file stores in one format is not fused with others
 
 
 @pytest.mark.parametrize("name", KEPT)
