@@ -16,7 +16,7 @@ import triton
 from workers.gpu.attention.triton_decode import combine, decode
 from workers.gpu.attention.triton_plan import plan_decodes, plan_tiles
 from workers.gpu.attention.triton_prefill import prefill
-from workers.gpu.device.dependent_launch import is_dependent_launch_possible
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible, launch_options
 from workers.gpu.execution.step_batch import StepBatch
 from workers.gpu.model.probed_model import ProbedModel
 
@@ -136,7 +136,7 @@ class TritonStep:
         dim_v = int(call.meta["DIM_V"])
         num_programs = num_parts * num_kv_heads
         dependent_launch = is_dependent_launch_possible(call.query.device)
-        launch = {"launch_pdl": True} if dependent_launch else {}
+        launch = launch_options(dependent=dependent_launch)
         shape = (num_programs, group, dim_v)
         if shape not in self._shares:
             sums = torch.empty(2, num_programs, 2, group, dtype=torch.float32, device=call.query.device)

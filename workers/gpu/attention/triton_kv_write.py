@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.gpu.device.dependent_launch import is_dependent_launch_possible
+from workers.gpu.device.dependent_launch import is_dependent_launch_possible, launch_options
 
 E4M3_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 
@@ -55,7 +55,7 @@ def write_kv(
         QUANTIZE=key_cache.dtype == torch.float8_e4m3fn,
         DEPENDENT_LAUNCH=dependent_launch,
         num_warps=4,
-        **({"launch_pdl": True} if dependent_launch else {}),
+        **launch_options(dependent=dependent_launch),
     )
 
 

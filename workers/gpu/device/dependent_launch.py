@@ -8,9 +8,17 @@ torch compiles, which read older results without waiting.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
+@cache
 def is_dependent_launch_possible(device: torch.device) -> bool:
     """Whether the device supports it: compute capability 9 and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(*, dependent: bool) -> dict[str, bool]:
+    """The options of a Triton launch that may start early."""
+    return {"launch_pdl": True} if dependent else {}

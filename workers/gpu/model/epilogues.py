@@ -72,7 +72,7 @@ class Epilogues:
         if residual is not None:
             return False
         graph = product.graph
-        with graph.inserting_before(result):
+        with graph.inserting_before(view):  # where the product was: what follows may change its input in place
             gated = graph.call_function(torch.ops.ringfeed.multiply_gated, (x, weight, scale, bias))
             result.replace_all_uses_with(graph.call_method("view", (gated, *view.args[1:-1], sizes[0])))
         assert isinstance(weight, Node)

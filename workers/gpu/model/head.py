@@ -37,7 +37,7 @@ def replace_head(model: nn.Module) -> Head | None:
         return None
     head = Head(own)
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # which has all names of a child
             if child is own:
                 setattr(parent, name, head)
     return head

@@ -6,6 +6,7 @@ its own dequantised weights in float32, and so is each plan that is chosen for i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -17,10 +18,13 @@ from workers.gpu.config import ModelConfig
 from workers.gpu.model.compile import cache_folder, decoder_layers
 from workers.gpu.model.head import replace_head
 from workers.gpu.model.weights import Progress
-from workers.gpu.products.multiply import Shape
+from workers.gpu.products.fp8 import FP8
+from workers.gpu.products.multiply import Shape, can_scale
 from workers.gpu.products.plan import MAX_ROWS
 from workers.gpu.products.product import ROUTER_OUTPUTS, Product, find_read, quantizable, replace_linears, stored_scale
 from workers.gpu.products.tuning import choose_plans, error_of
+
+logger = logging.getLogger(__name__)
 
 _TOLERANCE: Final = 0.1  # of a product in fp8 whose activations are rounded to fp8 too, about 0.04
 
@@ -56,7 +60,19 @@ def use_products(
     for product in products:
         if product.scale is not None:
             _check(product, config, dtype)
+    _tell_of_slow_prompts(products, dtype, device)
     return products
+
+
+def _tell_of_slow_prompts(products: list[Product], dtype: torch.dtype, device: torch.device) -> None:
+    """Log a warning if a GPU has no product in fp8 for products that hold fp8."""
+    held = [product.weight for product in products if product.weight.dtype == FP8]
+    if device.type == "cuda" and not all(can_scale(weight, dtype, device) for weight in held):
+        logger.warning(
+            "weights in fp8 are dequantised in each step of more than %d tokens, which makes prompts slower: products "
+            "in fp8 need a GPU of compute capability 8.9, model.dtype bfloat16, and layers of multiples of 16",
+            MAX_ROWS,
+        )
 
 
 def _check(product: Product, config: ModelConfig, dtype: torch.dtype) -> None:

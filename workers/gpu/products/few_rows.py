@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from workers.gpu.device.dependent_launch import launch_options
 from workers.gpu.products.int4 import PLANES, group_of
 from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
 from workers.gpu.products.triton_few_rows import _matrix, _vector
@@ -58,7 +59,7 @@ def multiply_few_rows(
         "GROUP": group, "ZEROS": scale is not None and group > 0 and len(scale) == 2,
         "DEPENDENT_LAUNCH": dependent_launch,
     }  # fmt: skip
-    options = {"num_warps": plan.warps, "num_stages": plan.stages} | ({"launch_pdl": True} if dependent_launch else {})
+    options = {"num_warps": plan.warps, "num_stages": plan.stages, **launch_options(dependent=dependent_launch)}
     num_tiles = num_outputs // plan.tile_n
     if plan.kernel == "vector":
         assert num_rows <= VECTOR_ROWS

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible
+from workers.gpu.products.fp8 import from_fp8
 from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.plan import Plan, row_class
 
@@ -69,7 +70,7 @@ def multiply(
         return result if out is None else out.copy_(result)
     if scale is None:
         return _plain(x, weight, bias, residual, out)
-    if x.is_cuda and can_scale(x, weight):
+    if x.is_cuda and len(x) > 0 and can_scale(weight, x.dtype, x.device):  # an expert may get no tokens
         return _scaled(x, weight, scale, bias, out)
     return _unscaled(x, weight, scale, bias, out)
 
@@ -140,23 +141,22 @@ def _plain(
 def _unscaled(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """The product with weights as the dtype of x holds them, which is exact, and then with their scales."""
-    # Without its scale, a product can be too large for float16.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    result = (linear(x.to(dtype), weight.to(dtype)).float() * scale).to(x.dtype)
+    """The product in the dtype of x."""
+    if x.dtype == torch.float16:  # without its scale, a product could be too large for it
+        return _plain(x, from_fp8(weight, scale, x.dtype), bias, None, out)
+    result = (linear(x, weight.to(x.dtype)).float() * scale).to(x.dtype)  # a weight without its scale is exact
     if bias is not None:
         result += bias
     return result if out is None else out.copy_(result)
 
 
-def can_scale(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the vendor's library multiplies these in fp8: by shapes, dtype and device (compute capability 8.9)."""
+def can_scale(weight: torch.Tensor, x_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the vendor's library multiplies by this weight [N, K] in fp8 on `device`, a GPU."""
     return (
-        x.shape[0] > 0  # an expert may get no tokens
-        and weight.shape[0] % _FP8_UNIT == 0
+        weight.shape[0] % _FP8_UNIT == 0
         and weight.shape[1] % _FP8_UNIT == 0
-        and x.dtype == torch.bfloat16  # the only dtype of results with a scale for each row
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+        and x_dtype == torch.bfloat16  # the only dtype of results with a scale for each row
+        and torch.cuda.get_device_capability(device) >= (8, 9)
     )
 
 

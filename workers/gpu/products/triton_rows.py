@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from workers.gpu.device.dependent_launch import launch_options
+
 _GATE_BLOCK = 2048
 
 
@@ -19,7 +21,7 @@ def gate(x: torch.Tensor, out: torch.Tensor, *, dependent_launch: bool) -> None:
         assert rows.is_contiguous(), "rows follow each other"
     _gate[(num_rows, triton.cdiv(num_outputs, _GATE_BLOCK))](
         out, x, num_outputs, BLOCK=_GATE_BLOCK, DEPENDENT_LAUNCH=dependent_launch, num_warps=4,
-        **({"launch_pdl": True} if dependent_launch else {}),
+        **launch_options(dependent=dependent_launch),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from tests.reference.tiny_models import make_tiny_model
 from workers.gpu.config import CacheConfig, ModelConfig
 from workers.gpu.model.compile import decoder_layers
 from workers.gpu.model.gate import probe_logits
+from workers.gpu.model.linear_layers import _tell_of_slow_prompts
 from workers.gpu.model.loader import LoadedModel, load_model
 from workers.gpu.products import multiply
 from workers.gpu.products.fp8 import FP8
@@ -74,3 +76,29 @@ def test_a_model_whose_rounded_products_are_wrong_is_refused(tmp_path: Path, mon
 def test_a_model_without_layers_to_round_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="finds no linear layers of more than 256 outputs"):
         load(make_tiny_model("llama", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "outputs", "is_slow"),
+    [
+        ((9, 0), torch.bfloat16, 320, False),
+        ((8, 0), torch.bfloat16, 320, True),
+        ((9, 0), torch.float16, 320, True),
+        ((9, 0), torch.bfloat16, 300, True),
+    ],
+)
+def test_a_gpu_without_products_in_fp8_says_that_prompts_are_slow(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    outputs: int,
+    is_slow: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    layer = Product(torch.randn(outputs, 32))
+    layer.to_fp8()
+    with caplog.at_level(logging.WARNING):
+        _tell_of_slow_prompts([layer, Product(torch.randn(3, 5))], dtype, torch.device("cuda"))
+        _tell_of_slow_prompts([layer], dtype, torch.device("cpu"))
+    assert len(caplog.records) == is_slow
