@@ -72,6 +72,7 @@ class Doorkeeper:
         self._taken: dict[int, int] = {}  # of a TCP connection: the bytes that libzmq had read at its last message
         self.delivered: set[int] = set()
         self._suspects: set[int] = set()
+        self._closed: set[int] = set()  # by us; libzmq has not noticed yet
         self.suspicion = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._has_rung = False
         self._looked_at = 0.0
@@ -100,7 +101,13 @@ class Doorkeeper:
                 self.trim_soon()
 
     def close(self, fd: int, what: str, *, is_new: bool = False) -> None:
-        """Close a connection of this socket, if it is still open. `is_new`: it has sent nothing yet."""
+        """Close a connection of this socket, if it is still open. `is_new`: it has sent nothing yet.
+
+        Until libzmq notices, the same connection may be found at fault again. That changes nothing.
+        """
+        if fd in self._closed:
+            return
+        self._closed.add(fd)
         self._shut_down(fd, is_new)
         self._stats.num_connections_refused[0] += 1
         if time.monotonic() >= self._next_log:
@@ -137,7 +144,7 @@ class Doorkeeper:
             self._of_address[address] -= 1
             if not self._of_address[address]:
                 del self._of_address[address]
-        for each in (self.delivered, self._suspects):
+        for each in (self.delivered, self._suspects, self._closed):
             each.discard(fd)
         self._taken.pop(fd, None)
         if event == zmq.EVENT_ACCEPTED:

@@ -314,3 +314,21 @@ def test_heartbeats_of_an_idle_client_are_no_unfinished_message() -> None:
             keeper._look()
     assert read > connection_limit.MAX_UNFINISHED_BYTES
     assert not keeper._suspects
+
+
+def test_a_connection_is_refused_once_however_often_it_is_found_at_fault_before_it_has_ended() -> None:
+    stats = SimpleNamespace(num_connections=[0], num_connections_refused=[0])
+    keeper = connection_limit.Doorkeeper(("tcp://127.0.0.1:1",), bootstrap().frontend, stats)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as peer:
+        accepted, _ = server.accept()
+        with accepted, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(connection_limit, "_bytes_read", lambda _: connection_limit.MAX_UNFINISHED_BYTES + 1)
+            fd, keeper._looked_at = accepted.fileno(), time.monotonic()
+            for num_refused in (1, 2):  # the second connection gets the number of the first
+                keeper._taken[fd] = 0
+                for _ in range(3):
+                    keeper._look()
+                    keeper.close_suspects()
+                assert stats.num_connections_refused == [num_refused]
+                keeper._take_event(zmq.EVENT_DISCONNECTED, fd)
+        assert is_closed(peer)
