@@ -19,6 +19,7 @@ import torch.fx.experimental._config
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
+from ipc.errors import ConfigError
 from workers.gpu.attention.interface import layer_index, set_layer_indices
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible
 from workers.gpu.model.epilogues import Epilogues
@@ -101,5 +102,13 @@ def neighbours(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
 
 def cache_folder(name: str) -> Path:
     """Return the folder for what one start keeps for the next: "inductor" (TORCHINDUCTOR_CACHE_DIR overrides it), or
-    "products"."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringfeed" / name
+    "products". Raises ConfigError if this user has no home folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:
+            raise ConfigError(
+                "this user has no home folder for what is kept between starts: set HOME or XDG_CACHE_HOME"
+            ) from None
+    return Path(base) / "ringfeed" / name

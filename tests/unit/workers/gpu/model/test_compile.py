@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
+from ipc.errors import ConfigError
 from ipc.records import StepShape
 from tests.reference.packed_steps import run_packed
 from tests.reference.tiny_models import VOCAB_SIZE, generate_greedily, make_tiny_model, reference_model
 from workers.gpu.attention.backend import make_backend
 from workers.gpu.config import CacheConfig, ModelConfig
-from workers.gpu.model.compile import compile_layers, decoder_layers, neighbours
+from workers.gpu.model.compile import cache_folder, compile_layers, decoder_layers, neighbours
 from workers.gpu.model.gate import probe_model
 from workers.gpu.model.loader import LoadedModel, load_model
 from workers.gpu.model.step_memory import largest_step
@@ -148,3 +149,22 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(tmp_path: Path, caplog: p
         assert compile_layers(model, step, backend="aot_eager") is None
     assert "runs without torch.compile" in caplog.text
     assert torch.equal(step(), expected)
+
+
+def test_what_is_kept_between_starts_lies_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("products") == tmp_path / "ringfeed" / "products"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert cache_folder("products") == Path("/somewhere/.cache/ringfeed/products")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(Path, "home", raising(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(ConfigError, match="set HOME or XDG_CACHE_HOME"):
+        cache_folder("products")
+
+
+def raising(error: Exception) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail
