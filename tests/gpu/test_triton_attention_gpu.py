@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 
 from workers.gpu.attention.triton_backend import TritonBackend
 from workers.gpu.attention.triton_kv_write import write_kv
-from workers.gpu.memory.kv_cache import E4M3, quantize
+from workers.gpu.e4m3 import E4M3
+from workers.gpu.memory.kv_cache import quantize
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,8 @@ from typing import Final
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from workers.gpu.e4m3 import E4M3
 from workers.gpu.execution.step_batch import StepBatch
-from workers.gpu.memory.kv_cache import E4M3
 from workers.gpu.model.probed_model import ProbedModel
 
 _MAX_GATHERED: Final = 2048  # most KV positions that a group of decodes gathers: they fit a core's cache

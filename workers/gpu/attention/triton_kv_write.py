@@ -10,8 +10,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible, launch_options
+from workers.gpu.e4m3 import E4M3, E4M3_MAX
 
-E4M3_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
+_LARGEST = tl.constexpr(E4M3_MAX)
 
 
 def write_kv(
@@ -52,7 +53,7 @@ def write_kv(
         BLOCK_HEADS=triton.next_power_of_2(num_heads),
         BLOCK_DIM_K=triton.next_power_of_2(dim_k),
         BLOCK_DIM_V=triton.next_power_of_2(dim_v),
-        QUANTIZE=key_cache.dtype == torch.float8_e4m3fn,
+        QUANTIZE=key_cache.dtype == E4M3,
         DEPENDENT_LAUNCH=dependent_launch,
         num_warps=4,
         **launch_options(dependent=dependent_launch),
@@ -108,5 +109,5 @@ def _write_kv(
 def _quantize(numbers: tl.tensor, factor: tl.tensor) -> tl.tensor:
     """See `quantize` of the KV cache. The GPU's minimum and maximum lose NaN; the difference restores it."""
     numbers = numbers.to(tl.float32)
-    scaled = tl.minimum(tl.maximum(numbers * factor, -E4M3_MAX), E4M3_MAX)
+    scaled = tl.minimum(tl.maximum(numbers * factor, -_LARGEST), _LARGEST)
     return (scaled + (numbers - numbers)).to(tl.float8e4nv)

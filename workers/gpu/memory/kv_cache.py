@@ -16,10 +16,9 @@ import torch
 from ipc.errors import ConfigError
 from ipc.records import StepShape
 from workers.gpu.config import CacheConfig
+from workers.gpu.e4m3 import E4M3, E4M3_MAX
 
 MIB: Final = 1 << 20
-E4M3: Final = torch.float8_e4m3fn
-E4M3_MAX: Final = 448.0  # its largest number; the format has NaN, but no infinity
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.config import CacheConfig
-from workers.gpu.memory.kv_cache import E4M3, KVScales
+from workers.gpu.e4m3 import E4M3
+from workers.gpu.memory.kv_cache import KVScales
 from workers.gpu.model.probed_model import ProbedModel
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from torch import nn
 
 from ipc.errors import ConfigError, ModelUnsupported
 from workers.gpu.config import ModelConfig
+from workers.gpu.e4m3 import E4M3
 from workers.gpu.model.compile import cache_folder, decoder_layers
 from workers.gpu.model.head import replace_head
 from workers.gpu.model.weights import Progress
-from workers.gpu.products.fp8 import FP8
 from workers.gpu.products.multiply import Shape, can_scale
 from workers.gpu.products.plan import MAX_ROWS
 from workers.gpu.products.product import ROUTER_OUTPUTS, Product, find_read, quantizable, replace_linears, stored_scale
@@ -66,7 +66,7 @@ def use_products(
 
 def _tell_of_slow_prompts(products: list[Product], dtype: torch.dtype, device: torch.device) -> None:
     """Log a warning if a GPU has no product in fp8 for products that hold fp8."""
-    held = [product.weight for product in products if product.weight.dtype == FP8]
+    held = [product.weight for product in products if product.weight.dtype == E4M3]
     if device.type == "cuda" and not all(can_scale(weight, dtype, device) for weight in held):
         logger.warning(
             "weights in fp8 are dequantised in each step of more than %d tokens, which makes prompts slower: products "

@@ -18,10 +18,6 @@ class Scratch:
         self.shares = torch.empty(MAX_SHARES, dtype=torch.float32, device=device)
         self.ended = torch.zeros(1 << 14, dtype=torch.int32, device=device)  # programs, by tile of outputs; 0 at rest
 
-    def fits(self, plan: Plan, num_rows: int, num_outputs: int) -> bool:
-        has_shares = plan.split * num_rows * num_outputs <= self.shares.numel()
-        return plan.split == 1 or (has_shares and num_outputs // plan.tile_n <= self.ended.numel())
-
 
 def multiply_few_rows(
     plan: Plan,
@@ -50,7 +46,9 @@ def multiply_few_rows(
     for rows in (weight, out, *(() if scale is None else (scale,))):
         assert rows.is_contiguous(), "rows follow each other"
     assert plan.fits(num_outputs, num_columns, group), f"{plan} for {num_outputs} x {num_columns}, {group}"
-    assert scratch.fits(plan, num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
+    num_tiles = num_outputs // plan.tile_n
+    assert plan.can_share(num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
+    assert plan.split == 1 or num_tiles <= scratch.ended.numel(), f"{plan} for {num_outputs} outputs"
     assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"
     tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
     common = {
@@ -60,7 +58,6 @@ def multiply_few_rows(
         "DEPENDENT_LAUNCH": dependent_launch,
     }  # fmt: skip
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **launch_options(dependent=dependent_launch)}
-    num_tiles = num_outputs // plan.tile_n
     if plan.kernel == "vector":
         assert num_rows <= VECTOR_ROWS
         _vector[(num_tiles,)](

@@ -6,9 +6,9 @@ from typing import Final
 
 import torch
 
-FP8: Final = torch.float8_e4m3fn
-LARGEST: Final = torch.finfo(FP8).max  # 448
-_SMALLEST_SCALE: Final = 2.0**-100  # of a channel of zeros: any positive scale serves
+from workers.gpu.e4m3 import E4M3, E4M3_MAX
+
+SMALLEST_SCALE: Final = 2.0**-100  # of a channel of zeros: any positive scale serves
 
 
 def to_fp8(values: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,8 +22,8 @@ def to_fp8(values: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[tor
     fewer bits.
     """
     if scale is None:
-        scale = (values.abs().amax(1).float() / LARGEST).clamp(min=_SMALLEST_SCALE)
-    return (values.float() / scale[:, None]).to(FP8), scale
+        scale = (values.abs().amax(1).float() / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    return (values.float() / scale[:, None]).to(E4M3), scale
 
 
 def from_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

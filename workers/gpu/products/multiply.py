@@ -55,9 +55,11 @@ def multiply(
 
     Without a plan, a weight in 4 bits is dequantised for this product only.
     """
+    if x.stride(1) != 1:  # kernels read rows in runs
+        x = x.contiguous()
     rows = row_class(x.shape[0])
     plan = None
-    if rows is not None and x.is_cuda and x.stride(1) == 1:
+    if rows is not None and x.is_cuda:
         plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
     if plan is not None:
         return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)

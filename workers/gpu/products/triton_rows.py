@@ -10,8 +10,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.device.dependent_launch import launch_options
+from workers.gpu.e4m3 import E4M3, E4M3_MAX
+from workers.gpu.products.fp8 import SMALLEST_SCALE
 
 _GATE_BLOCK = 2048
+_LARGEST = tl.constexpr(E4M3_MAX)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
 
 def gate(x: torch.Tensor, out: torch.Tensor, *, dependent_launch: bool) -> None:
@@ -43,8 +47,9 @@ def _gate(
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x [M, K] in fp8 and the float32 scale [M, 1] of each row; see `fp8.to_fp8`."""
+    assert x.stride(1) == 1, "rows are read in runs"
     num_rows, num_inputs = x.shape
-    values = torch.empty(num_rows, num_inputs, dtype=torch.float8_e4m3fn, device=x.device)
+    values = torch.empty(num_rows, num_inputs, dtype=E4M3, device=x.device)
     scale = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)
     _rows_to_fp8[(num_rows,)](values, scale, x, x.stride(0), num_inputs, BLOCK=triton.next_power_of_2(num_inputs))
     return values, scale
@@ -57,6 +62,6 @@ def _rows_to_fp8(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     own = tl.load(x + row * x_stride + k, mask=k < num_inputs, other=0.0).to(tl.float32)
-    own_scale = tl.maximum(tl.max(tl.abs(own), 0) / 448.0, 7.888609052210118e-31)
+    own_scale = tl.maximum(tl.max(tl.abs(own), 0) / _LARGEST, _SMALLEST_SCALE)
     tl.store(scale + row, own_scale)
     tl.store(values + row * num_inputs + k, (own / own_scale).to(tl.float8e4nv), mask=k < num_inputs)

@@ -8,8 +8,9 @@ import torch
 from ipc.errors import ConfigError
 from ipc.records import StepShape
 from workers.gpu.config import CacheConfig
+from workers.gpu.e4m3 import E4M3
 from workers.gpu.memory import kv_cache
-from workers.gpu.memory.kv_cache import E4M3, KVCache, KVScales, LayerShape, choose_num_blocks, quantize
+from workers.gpu.memory.kv_cache import KVCache, KVScales, LayerShape, choose_num_blocks, quantize
 
 CPU = torch.device("cpu")
 SHAPE = StepShape(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=50, block_size=8)  # 7 blocks a sequence

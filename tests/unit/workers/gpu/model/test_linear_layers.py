@@ -14,12 +14,12 @@ from ipc.errors import ConfigError, ModelUnsupported
 from ipc.records import StepShape
 from tests.reference.tiny_models import make_tiny_model
 from workers.gpu.config import CacheConfig, ModelConfig
+from workers.gpu.e4m3 import E4M3
 from workers.gpu.model.compile import decoder_layers
 from workers.gpu.model.gate import probe_logits
 from workers.gpu.model.linear_layers import _tell_of_slow_prompts
 from workers.gpu.model.loader import LoadedModel, load_model
 from workers.gpu.products import multiply
-from workers.gpu.products.fp8 import FP8
 from workers.gpu.products.product import Product
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, block_size=4)
@@ -57,7 +57,7 @@ def test_a_layer_whose_weight_the_models_own_code_reads_stays_as_it_is(
     folder = make_tiny_model("llama", tmp_path)
     exact, model = load(folder, "none").runner._model, load(folder).runner._model
     mlp: Any = decoder_layers(model)[0].mlp
-    assert mlp.down_proj.weight.dtype == FP8
+    assert mlp.down_proj.weight.dtype == E4M3
     assert mlp.gate_proj.weight.dtype == torch.float32
     expected, logits = (probe_logits(each, SHAPE.max_model_len, torch.device("cpu")) for each in (exact, model))
     assert (logits - expected).norm() < 0.2 * expected.norm()

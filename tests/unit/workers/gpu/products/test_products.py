@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from workers.gpu.products.fp8 import FP8, LARGEST, from_fp8, to_fp8
+from workers.gpu.e4m3 import E4M3, E4M3_MAX
+from workers.gpu.products.fp8 import from_fp8, to_fp8
 from workers.gpu.products.int4 import are_alike, from_int4, join_scales, scale_of, to_int4
 from workers.gpu.products.multiply import key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
@@ -62,7 +63,7 @@ def test_rounding_to_fp8_halves_the_bytes_and_changes_a_product_by_a_few_percent
     num_bytes = product.weight.nbytes
     product.to_fp8()
     assert product.scale is not None
-    assert product.weight.dtype == FP8
+    assert product.weight.dtype == E4M3
     assert 2 * product.weight.nbytes == num_bytes
     result = product(x)
     full = from_fp8(product.weight, product.scale, torch.float32)
@@ -75,7 +76,7 @@ def test_each_row_in_fp8_keeps_its_largest_number_whatever_its_size(dtype: torch
     rows = torch.randn(4, 64) * torch.tensor([1e-6, 1, 1e4, 0])[:, None]
     rows[1, 0] = 0
     values, scale = to_fp8(rows.to(dtype))
-    assert values.float().abs().amax(1)[:3].tolist() == [LARGEST] * 3
+    assert values.float().abs().amax(1)[:3].tolist() == [E4M3_MAX] * 3
     restored = from_fp8(values, scale, torch.float32)
     assert (restored[3] == 0).all()
     error = (restored - rows.to(dtype).float()).abs().amax(1)
@@ -86,7 +87,7 @@ def test_each_row_in_fp8_keeps_its_largest_number_whatever_its_size(dtype: torch
 def test_rounding_by_the_scale_that_the_values_were_made_with_gives_their_numbers_again(dtype: torch.dtype) -> None:
     codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8).repeat(64, 1)  # no NaN
     scale = torch.rand(64) * torch.logspace(-6, 1, 64) + 1e-9
-    values, kept = to_fp8(from_fp8(codes.view(FP8), scale, dtype), scale)
+    values, kept = to_fp8(from_fp8(codes.view(E4M3), scale, dtype), scale)
     assert kept is scale
     assert torch.equal(values.view(torch.uint8), codes)
 
@@ -175,7 +176,7 @@ def test_a_layer_that_its_checkpoint_stores_in_few_bits_frees_its_wide_weight_at
     for name in ("to_fp8", "to_int4"):
         monkeypatch.setattr(Product, name, count(getattr(Product, name)))
     products = replace_linears(layers)
-    assert all(product.weight.dtype == (FP8 if scale.ndim == 1 else torch.int32) for product in products)
+    assert all(product.weight.dtype == (E4M3 if scale.ndim == 1 else torch.int32) for product in products)
     assert alive == [3, 2, 1]
 
 
@@ -263,7 +264,7 @@ def test_layers_that_stay_in_float32_are_measured_with_the_inputs_that_they_take
 
     monkeypatch.setattr("workers.gpu.products.tuning._fastest", measure)
     choose_plans(products, torch.float16, 2, CPU, tmp_path)
-    assert measured == {torch.float32: torch.float32, torch.float16: torch.float16, FP8: torch.float16}
+    assert measured == {torch.float32: torch.float32, torch.float16: torch.float16, E4M3: torch.float16}
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -286,3 +287,14 @@ def test_processes_that_measure_at_the_same_time_agree_and_lose_nothing(tmp_path
     for plans in (first, second, KeptPlans(tmp_path, CPU)):
         assert plans[key] == Plan("matrix", 64, 32, 4, 3)
         assert plans[other] is None
+
+
+@torch.inference_mode()
+def test_rows_that_lie_across_memory_are_put_in_order_for_the_kernels() -> None:
+    weight, scale = to_fp8(torch.randn(48, 64))
+    x = torch.randn(64, 5).t()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.gpu.products.multiply._unscaled", lambda x, *_: seen.append(x.stride(1)))
+        multiply(x, weight, scale)
+    assert seen == [1]

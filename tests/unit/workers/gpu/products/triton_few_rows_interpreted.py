@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.reference.triton_interpreter import let_scalars_end_ranges
+from workers.gpu.e4m3 import E4M3
 from workers.gpu.products.few_rows import Scratch, multiply_few_rows
-from workers.gpu.products.fp8 import FP8, to_fp8
+from workers.gpu.products.fp8 import to_fp8
 from workers.gpu.products.int4 import from_int4, scale_of, to_int4
 from workers.gpu.products.plan import Plan
 from workers.gpu.products.triton_int4 import dequantise
@@ -161,6 +162,6 @@ def test_rows_become_fp8_as_weights_do() -> None:
     expected, expected_scale = to_fp8(x[:, :40])
     assert scale.shape == (5, 1)
     torch.testing.assert_close(scale[:, 0], expected_scale)
-    assert values.dtype == FP8
+    assert values.dtype == E4M3
     assert (values.float() - expected.float()).abs().max() <= 32  # a tie between two neighbours, at most
     assert (values.float() == expected.float()).float().mean() > 0.98
