@@ -67,10 +67,14 @@ class Faults:
         return pid
 
     async def kill(self, count: int, mean_s: float, *, is_regular: bool = False) -> None:
-        """Kill `count` processes, on average one every `mean_s` seconds, some of them together or as they start."""
-        num_before, draw = len(self.done), self._random
-        while (left := count - (len(self.done) - num_before)) > 0:
+        """Kill `count` processes, on average one every `mean_s` seconds, some of them together or as they start.
+
+        `is_regular`: exactly every `mean_s` seconds, and `count` times, whatever dies together.
+        """
+        num_before, num_rounds, draw = len(self.done), 0, self._random
+        while (left := count - (num_rounds if is_regular else len(self.done) - num_before)) > 0:
             await asyncio.sleep(mean_s if is_regular else draw.expovariate(1 / mean_s))
+            num_rounds += 1
             if (name := self.choose()) is None:
                 continue
             pid = self.hit(name)
