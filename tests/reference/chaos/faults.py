@@ -87,19 +87,20 @@ class Faults:
     async def hang(self, count: int, timeout_s: float, serves: Callable[[], Awaitable[bool]]) -> None:
         """Stop `count` processes, one after the other, each while the engine `serves()`.
 
-        A process that starts may take longer than `timeout_s`, so none is stopped then. Raises TimeoutError if the
-        launcher does not replace a process within `timeout_s` seconds.
+        A process that starts may take longer than `timeout_s`, and so may the first step of a GPU process on the CPU,
+        so none is stopped then. Raises TimeoutError if the launcher does not replace a process within `timeout_s`
+        seconds.
         """
         for _ in range(count):
             while not await serves():
                 await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(1 + self._random.random())
             while (name := self.choose()) is None:
                 await asyncio.sleep(_LOOK_S)
             if (pid := self.hit(name, "hang")) and not await self.replaced(name, pid, timeout_s):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 raise TimeoutError(f"{name} was stopped, and was not replaced within {timeout_s:g} s")
-            await asyncio.sleep(self._random.random() * 2)
 
     async def replaced(self, name: str, pid: int, timeout_s: float) -> bool:
         """Wait until another process has this name."""
