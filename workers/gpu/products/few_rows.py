@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Final
+
 import torch
 import triton
 
 from workers.gpu.device.dependent_launch import launch_options
+from workers.gpu.e4m3 import E4M3
 from workers.gpu.products.int4 import PLANES, group_of
 from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
 from workers.gpu.products.triton_few_rows import _matrix, _vector
+from workers.gpu.products.triton_fp8_vector import _fp8_vector
+
+_LINE: Final = 128  # bytes that the L2 cache reads at once
+_RUN: Final = 16  # bytes that a thread reads at once
 
 
 class Scratch:
@@ -43,6 +51,8 @@ def multiply_few_rows(
     num_columns, group = weight.shape[1], group_of(weight, scale)
     assert x.shape == (num_rows, num_columns * (PLANES if group else 1))
     assert x.stride(1) == 1, "rows are read in runs"
+    if x.data_ptr() % _RUN or (num_rows > 1 and x.stride(0) * x.itemsize % _RUN):
+        x = x.clone(memory_format=torch.contiguous_format)
     for rows in (weight, out, *(() if scale is None else (scale,))):
         assert rows.is_contiguous(), "rows follow each other"
     assert plan.fits(num_outputs, num_columns, group), f"{plan} for {num_outputs} x {num_columns}, {group}"
@@ -53,15 +63,24 @@ def multiply_few_rows(
     tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
     common = {
         "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "GATED": is_gated,
-        "SCALED": scale is not None and not group, "BIAS": bias is not None, "RESIDUAL": residual is not None,
-        "GROUP": group, "ZEROS": scale is not None and group > 0 and len(scale) == 2,
-        "DEPENDENT_LAUNCH": dependent_launch,
+        "BIAS": bias is not None, "RESIDUAL": residual is not None, "DEPENDENT_LAUNCH": dependent_launch,
     }  # fmt: skip
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **launch_options(dependent=dependent_launch)}
+    assert plan.kernel == "matrix" or num_rows <= VECTOR_ROWS
+    if plan.kernel == "vector" and weight.dtype == E4M3:
+        lines = min(plan.tile_k * plan.stages, num_columns) // _LINE
+        _fp8_vector[(num_tiles,)](
+            *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=num_rows == 2, NATIVE=converts_fp8(x.device),
+            LINES=triton.next_power_of_2(lines) if lines > 0 else 0, **common, **options,
+        )  # fmt: skip
+        return
+    common |= {
+        "SCALED": scale is not None and not group, "GROUP": group,
+        "ZEROS": scale is not None and group > 0 and len(scale) == 2,
+    }  # fmt: skip
     if plan.kernel == "vector":
-        assert num_rows <= VECTOR_ROWS
         _vector[(num_tiles,)](
-            *tensors, x.stride(0), num_outputs, num_columns, RUN=min(16 // weight.itemsize, plan.tile_k),
+            *tensors, x.stride(0), num_outputs, num_columns, RUN=min(_RUN // weight.itemsize, plan.tile_k),
             TWO_ROWS=num_rows == 2, **common, **options,
         )  # fmt: skip
         return
@@ -70,3 +89,9 @@ def multiply_few_rows(
         num_columns // plan.split, ROWS=max(16, triton.next_power_of_2(num_rows)), HAS_SPLIT=plan.split > 1,
         **common, **options,
     )  # fmt: skip
+
+
+@cache
+def converts_fp8(device: torch.device) -> bool:
+    """Whether the device has an instruction for it: compute capability 8.9 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

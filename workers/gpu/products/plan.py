@@ -54,14 +54,15 @@ _VECTOR: Final = (
     Plan("vector", 2, 1024, 4, 1),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
-# Weights of one byte: as many bytes under way take larger tiles.
+# Weights of one byte: as many bytes under way take larger tiles. All are read through shared memory.
 _NARROW_VECTOR: Final = (
-    Plan("vector", 4, 2048, 4, 1),
-    Plan("vector", 8, 1024, 4, 1),
-    Plan("vector", 16, 1024, 8, 1),
+    Plan("vector", 4, 1024, 4, 4),
+    Plan("vector", 4, 2048, 4, 3),
     Plan("vector", 8, 1024, 4, 4),
-    Plan("vector", 4, 2048, 4, 4),
-    Plan("vector", 4, 1024, 4, 1),
+    Plan("vector", 8, 2048, 8, 3),
+    Plan("vector", 16, 1024, 8, 3),
+    Plan("vector", 2, 2048, 4, 4),
+    Plan("vector", 4, 512, 4, 6),
 )
 _NARROW_MATRIX: Final = (*_MATRIX, Plan("matrix", 64, 256, 4, 3), Plan("matrix", 128, 128, 8, 3))
 # Of weights in 4 bits, for groups of 32 inputs or more. Not measured yet. A tile has fewer columns than the program has

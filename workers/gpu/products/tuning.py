@@ -34,7 +34,14 @@ _WORTH: Final = 0.98  # of the vendor's time: a plan that gains less is not chos
 _TOLERANCE: Final = 2e-2  # of a product in 16 bits, as the norm of its error over the norm of the result
 _MAX_MEASURED: Final = 16  # layers, whose weights take turns
 _CHECKED_OUTPUTS: Final = 4096  # at a time
-_SOURCES: Final = ("few_rows.py", "plan.py", "triton_few_rows.py", "triton_int4.py", "triton_rows.py")
+_SOURCES: Final = (
+    "few_rows.py",
+    "plan.py",
+    "triton_few_rows.py",
+    "triton_fp8_vector.py",
+    "triton_int4.py",
+    "triton_rows.py",
+)
 
 
 def choose_plans(

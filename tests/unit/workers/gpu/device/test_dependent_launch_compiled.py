@@ -43,13 +43,15 @@ def gate(_: pytest.MonkeyPatch) -> None:
     triton_rows.gate(torch.zeros(4, 128).bfloat16(), torch.zeros(4, 64).bfloat16(), dependent_launch=True)
 
 
-def multiply(plan: Plan, num_rows: int, *, is_gated: bool) -> Callable[[pytest.MonkeyPatch], None]:
-    def launch(_: pytest.MonkeyPatch) -> None:
-        x, (weight, scale) = torch.zeros(num_rows, 512).bfloat16(), to_fp8(torch.zeros(256, 512))
+def multiply(plan: Plan, num_rows: int, *, is_gated: bool, is_fp8: bool = True) -> Callable[[pytest.MonkeyPatch], None]:
+    def launch(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(few_rows, "converts_fp8", lambda _: True)
+        x, weight, bias = torch.zeros(num_rows, 512).bfloat16(), torch.zeros(256, 512).bfloat16(), torch.zeros(256)
+        weight, scale = to_fp8(weight) if is_fp8 else (weight, None)
         out = torch.zeros(num_rows, 128 if is_gated else 256).bfloat16()
         residual, scratch = None if is_gated else out.clone(), few_rows.Scratch(x.device)
         few_rows.multiply_few_rows(
-            plan, x, weight, scale, scale.bfloat16(), residual, out, scratch, is_gated=is_gated, dependent_launch=True
+            plan, x, weight, scale, bias.bfloat16(), residual, out, scratch, is_gated=is_gated, dependent_launch=True
         )
 
     return launch
@@ -62,12 +64,23 @@ def multiply(plan: Plan, num_rows: int, *, is_gated: bool) -> Callable[[pytest.M
         (triton_backend, "combine", attend),
         (triton_kv_write, "_write_kv", write),
         (triton_rows, "_gate", gate),
-        (few_rows, "_vector", multiply(Plan("vector", 4, 512, 4, 1), 2, is_gated=True)),
-        (few_rows, "_vector", multiply(Plan("vector", 4, 128, 4, 4), 1, is_gated=False)),
+        (few_rows, "_vector", multiply(Plan("vector", 4, 512, 4, 1), 2, is_gated=True, is_fp8=False)),
+        (few_rows, "_vector", multiply(Plan("vector", 4, 128, 4, 4), 1, is_gated=False, is_fp8=False)),
+        (few_rows, "_fp8_vector", multiply(Plan("vector", 4, 512, 4, 4), 2, is_gated=True)),
         (few_rows, "_matrix", multiply(Plan("matrix", 64, 64, 4, 3, split=2), 16, is_gated=True)),
         (few_rows, "_matrix", multiply(Plan("matrix", 64, 64, 4, 3), 16, is_gated=False)),
     ],
-    ids=["decode", "combine", "KV", "gate", "vector, gated", "vector", "matrix, gated and split", "matrix"],
+    ids=[
+        "decode",
+        "combine",
+        "KV",
+        "gate",
+        "vector, gated",
+        "vector",
+        "fp8 vector",
+        "matrix, gated and split",
+        "matrix",
+    ],
 )
 def test_a_kernel_waits_before_it_touches_what_others_write_and_lets_the_next_one_start_after_that(
     module: ModuleType,

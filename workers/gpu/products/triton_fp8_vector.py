@@ -1,0 +1,166 @@
+"""Products of one row or two with weights in fp8.
+
+At the memory's rate an H200 brings 19 fp8 weights to each multiprocessor in a clock, and a multiprocessor executes 128
+instructions of single threads in that time. So a weight may take six of them at most. The kernel reads four weights as
+one word: the compiler would else take every byte out of its register and put it back again. Two instructions of the
+device make four float32 numbers of a word's two pairs, in one and a half instructions for a weight.
+
+A program reads its weights through shared memory. Before it waits for the kernel in front, it asks for its first
+weights in the device's L2 cache.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Final
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from workers.gpu.products.triton_few_rows import _finish
+
+_UNPACK: Final = tl.constexpr("""{
+    .reg .b16 low, high, a, b, c, d;
+    .reg .b32 ab, cd;
+    mov.b32 {low, high}, $4;
+    cvt.rn.f16x2.e4m3x2 ab, low;
+    cvt.rn.f16x2.e4m3x2 cd, high;
+    mov.b32 {a, b}, ab;
+    mov.b32 {c, d}, cd;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.f32.f16 $2, c;
+    cvt.f32.f16 $3, d;
+}""")
+
+
+@triton.jit
+def _weight(words: tl.tensor, J: tl.constexpr) -> tl.tensor:
+    """Byte J of each word as float32. As the upper bits of a float32 it is the number times 2^-120, exactly."""
+    byte = words >> (8 * J)
+    bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
+    number = bits.to(tl.float32, bitcast=True) * (2.0**120)
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), number)
+
+
+@triton.jit
+def four_weights(words: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
+    """The four numbers of each word as float32, from the lowest byte on. NATIVE: by the device's own instruction, which
+    compute capability 8.9 and later have."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            _UNPACK, "=f,=f,=f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    return _weight(words, 0), _weight(words, 1), _weight(words, 2), _weight(words, 3)
+
+
+@triton.jit
+def _input(half: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """The lower 16 bits of an int32, a number of `dtype`, as float32."""
+    if dtype == tl.bfloat16:
+        return (half << 16).to(tl.float32, bitcast=True)
+    return half.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def four_inputs(row: tl.tensor, words: tl.tensor) -> tl.tensor:
+    """Numbers 4 w to 4 w + 3 of `row` for each w of `words`, as float32. Four numbers of 16 bits are read at once, so
+    their addresses must be multiples of 8 bytes."""
+    if row.dtype.element_ty.primitive_bitwidth == 32:
+        at = row + words * 4
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    dtype: tl.constexpr = row.dtype.element_ty
+    four = tl.load(row.to(tl.pointer_type(tl.int64)) + words)
+    low = four.to(tl.int32)
+    high = (four >> 32).to(tl.int32)
+    return _input(low, dtype), _input(low >> 16, dtype), _input(high, dtype), _input(high >> 16, dtype)
+
+
+@triton.jit
+def _add_products(
+    total: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
+    x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """Add the products of four planes of weights [N, W] with inputs [W] to total [N, W]."""
+    total += w0 * x0[None, :]
+    total += w1 * x1[None, :]
+    total += w2 * x2[None, :]
+    total += w3 * x3[None, :]
+    return total
+
+
+@triton.jit
+def prefetch(at: tl.tensor) -> None:
+    """Let the L2 cache read the lines at these addresses."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fp8_vector(
+    out: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    x_stride: tl.tensor,
+    num_outputs: tl.tensor,  # of `out`
+    num_inputs: tl.tensor,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    TWO_ROWS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LINES: tl.constexpr,  # of a row of weights, of 128 bytes, that a program prefetches; 0 = none
+    DEPENDENT_LAUNCH: tl.constexpr,
+) -> None:
+    """Grid (outputs / TILE_N). One row of x, or two."""
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    words = tl.arange(0, TILE_K // 4)
+    row_at = weight + n[:, None].to(tl.int64) * num_inputs
+    if DEPENDENT_LAUNCH:
+        if LINES:
+            line = tl.minimum(tl.arange(0, LINES) * 128, num_inputs - 128)
+            prefetch(row_at + line[None, :])
+            if GATED:
+                prefetch(row_at + num_outputs.to(tl.int64) * num_inputs + line[None, :])
+        gdc_wait()
+        gdc_launch_dependents()
+    weight_at = row_at.to(tl.pointer_type(tl.int32)) + words[None, :]
+    values_at = weight_at + num_outputs.to(tl.int64) * (num_inputs // 4)
+    total = tl.zeros([TILE_N, TILE_K // 4], tl.float32)
+    total2 = total
+    values_total = total
+    values_total2 = total
+    for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
+        w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), NATIVE)
+        x0, x1, x2, x3 = four_inputs(x, begin + words)
+        total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3)
+        if TWO_ROWS:
+            y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words)
+            total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3)
+        if GATED:
+            w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), NATIVE)
+            values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3)
+            if TWO_ROWS:
+                values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3)
+    result = _finish(
+        tl.sum(total, 1), tl.sum(values_total, 1), scale, bias, residual + n, n, num_outputs, None,
+        GATED, True, BIAS, RESIDUAL,
+    )  # fmt: skip
+    tl.store(out + n, result.to(out.dtype.element_ty))
+    if TWO_ROWS:
+        at = num_outputs + n
+        result = _finish(
+            tl.sum(total2, 1), tl.sum(values_total2, 1), scale, bias, residual + at, n, num_outputs, None,
+            GATED, True, BIAS, RESIDUAL,
+        )  # fmt: skip
+        tl.store(out + at, result.to(out.dtype.element_ty))
