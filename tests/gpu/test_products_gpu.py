@@ -124,7 +124,7 @@ def test_many_rows_in_fp8_are_near_their_product_in_float32() -> None:
     x[7] *= 1e-4
     assert product.scale is not None
     assert product.bias is not None
-    assert can_scale(product.weight, x.dtype, CUDA)
+    assert can_scale(product.weight, product.scale, x.dtype, CUDA)
     assert multiply(x[:0], product.weight, product.scale).shape == (0, 1024)
     result = multiply(x, product.weight, product.scale, product.bias)
     full = from_fp8(product.weight, product.scale, torch.float32)

@@ -45,18 +45,15 @@ def convert_e4m3_as_gpus_do() -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter.InterpreterBuilder.create_fp_to_fp
+    convert = interpreter._convert_float
     numbers = {tl.float16: torch.float16, tl.float32: torch.float32}
 
-    def convert_e4m3(self: Any, source: Any, to: Any, rounding: Any) -> Any:
-        old, new = source.dtype.scalar, to.scalar
-        data = torch.from_numpy(source.data)
+    def convert_e4m3(source: Any, old: Any, new: Any, rounding: Any) -> Any:
+        old, new = old.scalar, new.scalar
         if old == tl.float8e4nv and new in numbers:
-            data = data.view(torch.float8_e4m3fn).to(numbers[new])
-        elif old in numbers and new == tl.float8e4nv:
-            data = data.to(torch.float8_e4m3fn).view(torch.uint8)
-        else:
-            return convert(self, source, to, rounding)
-        return interpreter.TensorHandle(data.numpy(), new)
+            return torch.from_numpy(source).view(torch.float8_e4m3fn).to(numbers[new]).numpy()
+        if old in numbers and new == tl.float8e4nv:
+            return torch.from_numpy(source).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert(source, old, new, rounding)
 
-    interpreter.InterpreterBuilder.create_fp_to_fp = convert_e4m3
+    interpreter._convert_float = convert_e4m3

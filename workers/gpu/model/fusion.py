@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workers.gpu.products.fp8 import BLOCK, has_blocks
 from workers.gpu.products.int4 import are_alike, join_scales
 from workers.gpu.products.product import stored_scale
 
@@ -70,6 +71,7 @@ def _match(first: nn.Linear, second: nn.Linear) -> bool:
         and first.weight.device == second.weight.device
         and (first.bias is None) == (second.bias is None)
         and are_alike(stored_scale(first), stored_scale(second))
+        and (not has_blocks(stored_scale(first)) or first.weight.shape[0] % BLOCK == 0)  # blocks stay blocks
     )
 
 

@@ -66,8 +66,8 @@ def use_products(
 
 def _tell_of_slow_prompts(products: list[Product], dtype: torch.dtype, device: torch.device) -> None:
     """Log a warning if a GPU has no product in fp8 for products that hold fp8."""
-    held = [product.weight for product in products if product.weight.dtype == E4M3]
-    if device.type == "cuda" and not all(can_scale(weight, dtype, device) for weight in held):
+    held = [(each.weight, each.scale) for each in products if each.scale is not None and each.weight.dtype == E4M3]
+    if device.type == "cuda" and not all(can_scale(weight, scale, dtype, device) for weight, scale in held):
         logger.warning(
             "weights in fp8 are dequantised in each step of more than %d tokens, which makes prompts slower: products "
             "in fp8 need a GPU of compute capability 8.9, model.dtype bfloat16, and layers of multiples of 16",

@@ -10,6 +10,7 @@ import triton
 
 from workers.gpu.device.dependent_launch import launch_options
 from workers.gpu.e4m3 import E4M3
+from workers.gpu.products.fp8 import BLOCK, has_blocks
 from workers.gpu.products.int4 import PLANES, group_of
 from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
 from workers.gpu.products.triton_few_rows import _matrix, _vector
@@ -43,9 +44,9 @@ def multiply_few_rows(
     """Write x [M, K] times `weight` [N, K] to `out` [M, N]. x and `out` have one dtype, of 16 bits or float32. Weights
     and `out` are contiguous; the rows of x may have gaps between them.
 
-    `weight` has the dtype of x, or fp8 with a `scale` [N] float32 for each output, or is [N, K / 8] in 4 bits with a
-    `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs are
-    gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
+    `weight` has the dtype of x, or fp8 with a float32 `scale` of outputs or of blocks, or is [N, K / 8] in 4 bits with
+    a `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs
+    are gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
     """
     num_rows, num_outputs = out.shape
     num_columns, group = weight.shape[1], group_of(weight, scale)
@@ -55,7 +56,8 @@ def multiply_few_rows(
         x = x.clone(memory_format=torch.contiguous_format)
     for rows in (weight, out, *(() if scale is None else (scale,))):
         assert rows.is_contiguous(), "rows follow each other"
-    assert plan.fits(num_outputs, num_columns, group), f"{plan} for {num_outputs} x {num_columns}, {group}"
+    block = BLOCK if has_blocks(scale) else 0
+    assert plan.fits(num_outputs, num_columns, group, block), f"{plan} for {num_outputs} x {num_columns}, {group}"
     num_tiles = num_outputs // plan.tile_n
     assert plan.can_share(num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
     assert plan.split == 1 or num_tiles <= scratch.ended.numel(), f"{plan} for {num_outputs} outputs"
@@ -71,11 +73,11 @@ def multiply_few_rows(
         lines = min(plan.tile_k * plan.stages, num_columns) // _LINE
         _fp8_vector[(num_tiles,)](
             *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=num_rows == 2, NATIVE=converts_fp8(x.device),
-            LINES=triton.next_power_of_2(lines) if lines > 0 else 0, **common, **options,
+            BLOCK=block, LINES=triton.next_power_of_2(lines) if lines > 0 else 0, **common, **options,
         )  # fmt: skip
         return
     common |= {
-        "SCALED": scale is not None and not group, "GROUP": group,
+        "SCALED": scale is not None and scale.ndim == 1, "GROUP": group,
         "ZEROS": scale is not None and group > 0 and len(scale) == 2,
     }  # fmt: skip
     if plan.kernel == "vector":
@@ -87,7 +89,7 @@ def multiply_few_rows(
     _matrix[(num_tiles, plan.split)](
         *tensors, scratch.shares, scratch.ended, num_rows, x.stride(0), num_outputs, num_columns,
         num_columns // plan.split, ROWS=max(16, triton.next_power_of_2(num_rows)), HAS_SPLIT=plan.split > 1,
-        **common, **options,
+        BLOCK=block, **common, **options,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@
             dtype in which the checkpoint stores the scales. Without zero points, they are 8. The scales of an output
             lie together, so that a program finds most of them in its cache.
 
-A product's scale with three dimensions means this format; one with one dimension means fp8.
+A product's scale with three dimensions means this format; one with fewer means fp8.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def are_alike(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
 
 
 def join_scales(scales: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join the scales of weights by outputs; all of them are alike."""
-    if scales[0].ndim == 1:
+    """Join the scales of weights by outputs; all of them are alike, and of blocks only the last may be smaller."""
+    if scales[0].ndim < 3:
         return torch.cat(list(scales))
     if any(len(each) == 2 for each in scales):
         scales = [each if len(each) == 2 else torch.cat([each, torch.full_like(each, MIDDLE)]) for each in scales]

@@ -13,13 +13,15 @@ import torch
 from torch.nn.functional import linear, silu
 
 from workers.gpu.device.dependent_launch import is_dependent_launch_possible
-from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.e4m3 import E4M3
+from workers.gpu.products.fp8 import BLOCK, from_fp8, has_blocks
 from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.plan import Plan, row_class
 
 _FP8_UNIT: Final = 16  # the vendor's product takes multiples of it
 
-Shape = tuple[int, int, torch.dtype, int]  # N, columns and dtype of a weight, and the inputs of a group of 4 bits or 0
+# N, columns and dtype of a weight, and the inputs of a group of 4 bits or of a block of fp8, or 0
+Shape = tuple[int, int, torch.dtype, int]
 # the shape, the dtype of x, one of ROW_CLASSES, whether the outputs are gates and values
 Key = tuple[Shape, torch.dtype, int, bool]
 
@@ -28,7 +30,8 @@ _scratch: dict[torch.device, Any] = {}
 
 
 def shape_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Shape:
-    return weight.shape[0], weight.shape[1], weight.dtype, group_of(weight, scale)
+    group = BLOCK if has_blocks(scale) else group_of(weight, scale)
+    return weight.shape[0], weight.shape[1], weight.dtype, group
 
 
 def key_of(
@@ -49,11 +52,12 @@ def multiply(
 ) -> torch.Tensor:
     """Return x [M, K] times `weight` [N, K] plus `bias` [N] and `residual` [M, N], as [M, N] in the dtype of x.
 
-    `weight` has x's dtype, or is fp8 with a `scale` [N] float32 for each output, or is [N, K / 8] in 4 bits with a
-    `scale` [1 or 2, N, K / G], see `int4`. `is_gated`: the outputs are N / 2 gates and as many values, and the result
-    is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is given.
+    `weight` has x's dtype, or is fp8 with a float32 `scale` of outputs or of blocks, see `fp8`, or is [N, K / 8] in
+    4 bits with a `scale` [1 or 2, N, K / G], see `int4`. `is_gated`: the outputs are N / 2 gates and as many
+    values, and the result is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is given.
 
-    Without a plan, a weight in 4 bits is dequantised for this product only.
+    Without a plan, a weight in 4 bits is dequantised for this product only, and so is one in blocks of fp8 if
+    `can_scale` says that its product cannot be computed in fp8.
     """
     if x.stride(1) != 1:  # kernels read rows in runs
         x = x.contiguous()
@@ -63,7 +67,8 @@ def multiply(
         plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
     if plan is not None:
         return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
-    if scale is not None and group_of(weight, scale):
+    is_scaled = scale is not None and x.is_cuda and can_scale(weight, scale, x.dtype, x.device)
+    if scale is not None and scale.ndim > 1 and not is_scaled:
         weight, scale = _dequantised(weight, scale, x.dtype), None
     if is_gated or (residual is not None and scale is not None):
         result = multiply(x, weight, scale, bias)
@@ -72,7 +77,7 @@ def multiply(
         return result if out is None else out.copy_(result)
     if scale is None:
         return _plain(x, weight, bias, residual, out)
-    if x.is_cuda and len(x) > 0 and can_scale(weight, x.dtype, x.device):  # an expert may get no tokens
+    if is_scaled and len(x) > 0:  # an expert may get no tokens
         return _scaled(x, weight, scale, bias, out)
     return _unscaled(x, weight, scale, bias, out)
 
@@ -115,7 +120,9 @@ def gated(x: torch.Tensor) -> torch.Tensor:
 
 
 def _dequantised(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight in 4 bits as [N, K] in `dtype`."""
+    """A weight in 4 bits, or in blocks of fp8, as [N, K] in `dtype`."""
+    if has_blocks(scale):
+        return from_fp8(weight, scale, dtype)
     if not weight.is_cuda:
         return from_int4(weight, scale, dtype)
     from workers.gpu.products.triton_int4 import dequantise
@@ -152,20 +159,26 @@ def _unscaled(
     return result if out is None else out.copy_(result)
 
 
-def can_scale(weight: torch.Tensor, x_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the vendor's library multiplies by this weight [N, K] in fp8 on `device`, a GPU."""
-    return (
-        weight.shape[0] % _FP8_UNIT == 0
-        and weight.shape[1] % _FP8_UNIT == 0
-        and x_dtype == torch.bfloat16  # the only dtype of results with a scale for each row
-        and torch.cuda.get_device_capability(device) >= (8, 9)
-    )
+def can_scale(weight: torch.Tensor, scale: torch.Tensor, x_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device`, a GPU, multiplies by this weight in fp8: the vendor's library, or our kernel for blocks."""
+    if weight.dtype != E4M3 or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    if has_blocks(scale):
+        return x_dtype.itemsize == 2
+    is_whole = weight.shape[0] % _FP8_UNIT == 0 and weight.shape[1] % _FP8_UNIT == 0
+    return is_whole and x_dtype == torch.bfloat16  # the only dtype of results with a scale for each row
 
 
 def _scaled(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """The product in fp8: x gets a scale for each row, as it comes."""
+    """The product in fp8: x gets a scale for each row, as it comes, and for blocks one for each group of inputs."""
+    if has_blocks(scale):
+        from workers.gpu.products.triton_blocks import multiply_blocks
+
+        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+        multiply_blocks(x, weight, scale, bias, out)
+        return out
     from workers.gpu.products.triton_rows import rows_to_fp8
 
     values, x_scale = rows_to_fp8(x)

@@ -33,11 +33,13 @@ class Plan:
     stages: int
     split: int = 1
 
-    def fits(self, num_outputs: int, num_columns: int, group: int = 0) -> bool:
+    def fits(self, num_outputs: int, num_columns: int, group: int = 0, block: int = 0) -> bool:
         """Whether the tiles divide the weights: the kernels read whole tiles only. Tiles of weights in 4 bits lie in
-        one of their groups of `group` inputs; 0 = another format."""
+        one of their groups of `group` inputs. In fp8 with a scale for each block of `block` outputs and inputs, tiles
+        of outputs lie in one block, and on the matrix units tiles of inputs too. 0 = another format."""
         is_whole = num_outputs % self.tile_n == 0 and num_columns % (self.tile_k * self.split) == 0
-        return is_whole and group % self.tile_k == 0
+        is_scaled = block % self.tile_n == 0 and (self.kernel == "vector" or block % self.tile_k == 0)
+        return is_whole and group % self.tile_k == 0 and is_scaled
 
     def can_share(self, num_rows: int, num_weights: int) -> bool:
         """Whether the shares of a product of `num_rows` rows and a weight of `num_weights` rows have room."""
@@ -94,12 +96,19 @@ def row_class(num_rows: int) -> int | None:
 
 
 def candidates(
-    rows: int, num_outputs: int, num_columns: int, weight_bytes: int, *, is_gated: bool = False, group: int = 0
+    rows: int,
+    num_outputs: int,
+    num_columns: int,
+    weight_bytes: int,
+    *,
+    is_gated: bool = False,
+    group: int = 0,
+    block: int = 0,
 ) -> list[Plan]:
     """The plans that are worth a measurement for products of up to `rows` rows, one of ROW_CLASSES; may be empty.
 
     The weight is [num_outputs, num_columns], of `weight_bytes` each. With gates a program computes pairs of its
-    outputs. `group`: see `Plan.fits`.
+    outputs. `group` and `block`: see `Plan.fits`.
     """
     vector: Sequence[Plan] = _NARROW_VECTOR if weight_bytes == 1 else _VECTOR
     matrix: Sequence[Plan] = _NARROW_MATRIX if weight_bytes == 1 else _MATRIX
@@ -108,14 +117,16 @@ def candidates(
         vector = [plan for plan in _INT4_VECTOR if plan.tile_k >= least]
         matrix = [plan for plan in _INT4_MATRIX if plan.tile_k >= least and plan.tile_k * rows <= _INT4_MAX_X]
     num_results = num_outputs // 2 if is_gated else num_outputs
-    found = [plan for plan in vector if plan.fits(num_results, num_columns, group)] if rows <= VECTOR_ROWS else []
+
+    def fits(plan: Plan) -> bool:
+        return plan.fits(num_results, num_columns, group, block) and plan.can_share(rows, num_outputs)
+
+    found = [plan for plan in vector if fits(plan)] if rows <= VECTOR_ROWS else []
     if rows <= VECTOR_ROWS and not group:  # the matrix units pay for one row only where numbers must be unpacked
         return found
     for base in matrix:
         plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
-        fitting = [
-            plan for plan in plans if plan.fits(num_results, num_columns, group) and plan.can_share(rows, num_outputs)
-        ]
+        fitting = [plan for plan in plans if fits(plan)]
         programs = {plan: num_results // plan.tile_n * plan.split for plan in fitting}
         enough = [plan for plan in fitting if 0.9 * _MULTIPROCESSORS <= programs[plan] <= 5 * _MULTIPROCESSORS]
         found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - _MULTIPROCESSORS))[:1]

@@ -18,8 +18,8 @@ ROUTER_OUTPUTS: Final = 256  # at most; layers of so few outputs choose experts 
 
 
 class Product(nn.Module):
-    """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, in fp8 with `scale` [N] float32, or
-    in 4 bits, [N, K / 8] with `scale` [1 or 2, N, K / G], see `int4`.
+    """A linear layer, y = x weight^T + bias. `weight` [N, K] is in x's dtype, in fp8 with a float32 `scale` of outputs
+    or of blocks, see `fp8`, or in 4 bits, [N, K / 8] with `scale` [1 or 2, N, K / G], see `int4`.
 
     It shares the memory of the tensors that it is made of, unless the weight's rows have gaps: kernels read whole rows,
     one after another."""
@@ -33,7 +33,7 @@ class Product(nn.Module):
         self.register_buffer("scale", None)
 
     def to_fp8(self, scale: torch.Tensor | None = None) -> None:
-        """Round the weight to fp8, by `scale` [N] float32 if it is given. Its memory is free afterwards, unless
+        """Round the weight to fp8, by `scale` if it is given; see `fp8`. Its memory is free afterwards, unless
         something else holds it."""
         values, self.scale = to_fp8(self.weight.data, scale)
         self.weight = nn.Parameter(values, requires_grad=False)
@@ -103,9 +103,8 @@ def replace_linears(modules: Iterable[nn.Module], kept: Collection[nn.Module] = 
 
 
 def stored_scale(layer: nn.Module) -> torch.Tensor | None:
-    """The scale of a linear layer whose checkpoint stores it in fp8, with a scale for each output or one, or in groups
-    of 4 bits: [N] float32 or [1 or 2, N, K / G], see `int4`. Rounding the weight by this scale gives the checkpoint's
-    numbers. None for other layers."""
+    """The scale of a linear layer whose checkpoint stores it in fp8, or in groups of 4 bits; see `fp8` and `int4`.
+    Rounding the weight by this scale gives the checkpoint's numbers. None for other layers."""
     scale: torch.Tensor | None = getattr(layer, "weight_scale", None)
     return scale
 

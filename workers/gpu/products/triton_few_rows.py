@@ -156,6 +156,20 @@ def _vector(
         tl.store(out + at, result.to(out.dtype.element_ty))
 
 
+@triton.jit
+def _add_dot(
+    total: tl.tensor, tile: tl.tensor, x_tile: tl.tensor, factor_at: tl.tensor, SCALED: tl.constexpr
+) -> tl.tensor:
+    """Add weights [TILE_N, TILE_K] times x [TILE_K, ROWS], times a factor, to total. `factor_at` None: no factor."""
+    if SCALED or factor_at is not None:
+        tile = tile.to(tl.float32)  # directly to bfloat16, each weight would take an instruction of its own
+    if factor_at is None:
+        total = tl.dot(tile.to(x_tile.dtype), x_tile, total, input_precision="ieee")
+    else:
+        total += tl.dot(tile.to(x_tile.dtype), x_tile, input_precision="ieee") * tl.load(factor_at)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _matrix(
     out: tl.tensor,
@@ -182,6 +196,7 @@ def _matrix(
     RESIDUAL: tl.constexpr,
     GROUP: tl.constexpr,  # inputs of a group of 4 bits; 0 = another format
     ZEROS: tl.constexpr,  # whether groups have zero points
+    BLOCK: tl.constexpr,  # outputs and inputs of a block of fp8 with one scale, which tiles divide; 0 = another format
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (outputs / TILE_N, splits). Computes tiles of the transposed result: outputs by rows of x."""
@@ -198,6 +213,10 @@ def _matrix(
     x_at = x + m * x_stride + k[:, None]
     num_groups = 8 * num_inputs // GROUP if GROUP else 0
     zeros_after = num_groups * num_outputs * (2 if GATED else 1)
+    if BLOCK:
+        num_blocks = num_inputs // BLOCK
+        block_at = scale + tile_n * TILE_N // BLOCK * num_blocks
+        values_block_at = scale + (num_outputs + tile_n * TILE_N) // BLOCK * num_blocks
     total = tl.zeros([TILE_N, ROWS], tl.float32)
     values = total
     for begin in tl.range(0, own_inputs, TILE_K, num_stages=STAGES):
@@ -216,14 +235,11 @@ def _matrix(
                 )  # fmt: skip
         else:
             x_tile = tl.load(x_at + begin, mask=m < num_rows, other=0.0)
-            if SCALED:
-                tile = tile.to(tl.float32)  # directly to bfloat16, each weight would take an instruction of its own
-            total = tl.dot(tile.to(x.dtype.element_ty), x_tile, total, input_precision="ieee")
+            block = (split * own_inputs + begin) // BLOCK if BLOCK else 0
+            total = _add_dot(total, tile, x_tile, block_at + block if BLOCK else None, SCALED)
             if GATED:
                 tile = tl.load(values_at + begin, eviction_policy="evict_first")
-                if SCALED:
-                    tile = tile.to(tl.float32)
-                values = tl.dot(tile.to(x.dtype.element_ty), x_tile, values, input_precision="ieee")
+                values = _add_dot(values, tile, x_tile, values_block_at + block if BLOCK else None, SCALED)
     is_own = m < num_rows
     at = m * num_outputs + n
     is_last = True

@@ -82,14 +82,30 @@ def four_inputs(row: tl.tensor, words: tl.tensor) -> tl.tensor:
 @triton.jit
 def _add_products(
     total: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
-    x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor,
+    x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, factor: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """Add the products of four planes of weights [N, W] with inputs [W] to total [N, W]."""
-    total += w0 * x0[None, :]
-    total += w1 * x1[None, :]
-    total += w2 * x2[None, :]
-    total += w3 * x3[None, :]
+    """Add the products of four planes of weights [N, W] with inputs [W] to total [N, W]. With a `factor` [W / 4] of
+    runs, total is [N, W / 4]: a thread reads a run of four words at once, and sums its products before it scales them.
+    """
+    sums = total if factor is None else tl.zeros_like(w0)
+    sums += w0 * x0[None, :]
+    sums += w1 * x1[None, :]
+    sums += w2 * x2[None, :]
+    sums += w3 * x3[None, :]
+    if factor is None:
+        total = sums
+    else:
+        total += tl.sum(tl.reshape(sums, [total.shape[0], total.shape[1], 4]), 2) * factor[None, :]
     return total
+
+
+@triton.jit
+def _factor(
+    scale: tl.tensor, n: tl.tensor, num_inputs: tl.tensor, begin: tl.tensor, RUNS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """The scales of RUNS runs of 16 inputs of output n, from word `begin` on, [RUNS]."""
+    block = (begin // 4 + tl.arange(0, RUNS)) // (BLOCK // 16)
+    return tl.load(scale + n // BLOCK * (num_inputs // BLOCK) + block)
 
 
 @triton.jit
@@ -119,6 +135,7 @@ def _fp8_vector(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,  # outputs and inputs of a block with one scale, which TILE_N divides; 0 = a scale per output
     LINES: tl.constexpr,  # of a row of weights, of 128 bytes, that a program prefetches; 0 = none
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
@@ -136,31 +153,35 @@ def _fp8_vector(
         gdc_launch_dependents()
     weight_at = row_at.to(tl.pointer_type(tl.int32)) + words[None, :]
     values_at = weight_at + num_outputs.to(tl.int64) * (num_inputs // 4)
-    total = tl.zeros([TILE_N, TILE_K // 4], tl.float32)
+    RUNS: tl.constexpr = TILE_K // 16
+    first = tl.program_id(0) * TILE_N
+    total = tl.zeros([TILE_N, RUNS if BLOCK else TILE_K // 4], tl.float32)
     total2 = total
     values_total = total
     values_total2 = total
     for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
         w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), NATIVE)
         x0, x1, x2, x3 = four_inputs(x, begin + words)
-        total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3)
+        factor = _factor(scale, first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
+        total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3, factor)
         if TWO_ROWS:
             y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words)
-            total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3)
+            total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3, factor)
         if GATED:
             w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), NATIVE)
-            values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3)
+            factor = _factor(scale, num_outputs + first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
+            values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3, factor)
             if TWO_ROWS:
-                values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3)
+                values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3, factor)
     result = _finish(
         tl.sum(total, 1), tl.sum(values_total, 1), scale, bias, residual + n, n, num_outputs, None,
-        GATED, True, BIAS, RESIDUAL,
+        GATED, BLOCK == 0, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
     if TWO_ROWS:
         at = num_outputs + n
         result = _finish(
             tl.sum(total2, 1), tl.sum(values_total2, 1), scale, bias, residual + at, n, num_outputs, None,
-            GATED, True, BIAS, RESIDUAL,
+            GATED, BLOCK == 0, BIAS, RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty))

@@ -21,7 +21,7 @@ from typing import Final
 
 import torch
 
-from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.products.fp8 import BLOCK, from_fp8, has_blocks
 from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.multiply import Key, Shape, chosen, key_of, multiply, run_plan, shape_of
 from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
@@ -37,6 +37,7 @@ _CHECKED_OUTPUTS: Final = 4096  # at a time
 _SOURCES: Final = (
     "few_rows.py",
     "plan.py",
+    "triton_blocks.py",
     "triton_few_rows.py",
     "triton_fp8_vector.py",
     "triton_int4.py",
@@ -114,9 +115,16 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
 def _in_float32(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """x times the dequantised weight, a part of the outputs at a time: the device may be almost full."""
     parts = torch.split(weight, _CHECKED_OUTPUTS)
-    scales = [None] * len(parts) if scale is None else torch.split(scale, _CHECKED_OUTPUTS, 1 if scale.ndim == 3 else 0)
+    scales = [None] * len(parts) if scale is None else _split(scale)
     full = (_wide(w, s) for w, s in zip(parts, scales, strict=True))
     return torch.cat([torch.nn.functional.linear(x.float(), part) for part in full], dim=1)
+
+
+def _split(scale: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The scales of _CHECKED_OUTPUTS outputs at a time."""
+    if scale.ndim == 3:
+        return torch.split(scale, _CHECKED_OUTPUTS, 1)
+    return torch.split(scale, _CHECKED_OUTPUTS // BLOCK if has_blocks(scale) else _CHECKED_OUTPUTS)
 
 
 def _wide(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -141,8 +149,10 @@ def _fastest(
             multiply(x, each.weight, each.scale, each.bias, is_gated=is_gated)
 
     times: dict[Plan | None, float] = {None: _WORTH * _time_us(otherwise, device)}
-    inputs = group_of(weight, scale)
-    for plan in candidates(rows, num_outputs, num_columns, weight.itemsize, is_gated=is_gated, group=inputs):
+    inputs, block = group_of(weight, scale), BLOCK if has_blocks(scale) else 0
+    for plan in candidates(
+        rows, num_outputs, num_columns, weight.itemsize, is_gated=is_gated, group=inputs, block=block
+    ):
 
         def ours(plan: Plan = plan) -> None:
             for each in measured:

@@ -20,6 +20,7 @@ from typing import Final
 import torch
 
 from workers.gpu.model.formats.stored_format import MalformedWeights, StoredWeight
+from workers.gpu.products.fp8 import BLOCK
 
 _E4M3: Final = "F8_E4M3"  # safetensors' name
 _SCALES: Final = ("_scale", "_scale_inv")
@@ -57,10 +58,16 @@ class Float8:
             raise MalformedWeights(f"{weight.parts['scale']} is stored as {kind}, and not as a float")
         scale = scale.float()
         channels = self._of_channels(stored, scale)
-        factor = self._of_blocks(weight, stored, scale) if channels is None else channels[..., None]
+        blocks = None if channels is not None else self._find_block(weight, stored, scale)
+        if blocks is None:
+            assert channels is not None, "a weight has channels or blocks"
+            factor, kept = channels[..., None], channels
+        else:
+            factor, kept = self._of_blocks(stored, scale, *blocks), scale
         values = (stored.float() * factor).to(dtype)
-        is_kept = channels is not None and stored.ndim == 2 and bool((channels.isfinite() & (channels > 0)).all())
-        return values, channels if is_kept else None
+        is_fitting = blocks is None or (blocks == (BLOCK, BLOCK) and stored.shape[-1] % BLOCK == 0)
+        is_kept = is_fitting and stored.ndim == 2 and bool((kept.isfinite() & (kept > 0)).all())
+        return values, kept if is_kept else None
 
     def _of_channels(self, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
         """Return the scale of each channel, [N] or [E, N]; None if there are several for one."""
@@ -73,15 +80,19 @@ class Float8:
             return scale.reshape(-1, 1).expand(channels)
         return None
 
-    def _of_blocks(self, weight: StoredWeight, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each element, from those of blocks. Blocks at the ends may be smaller."""
+    def _find_block(self, weight: StoredWeight, stored: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
+        """Return the declared rows and columns of a block that fit. Blocks at the ends may be smaller."""
         *outer, num_rows, num_columns = stored.shape
         for rows, columns in self._blocks:
             if scale.shape == (*outer, -(-num_rows // rows), -(-num_columns // columns)):
-                whole = scale.repeat_interleave(rows, -2)[..., :num_rows, :]
-                return whole.repeat_interleave(columns, -1)[..., :num_columns]
+                return rows, columns
         declared = " or ".join(f"{rows} x {columns}" for rows, columns in self._blocks)
         raise MalformedWeights(
             f"{weight.parts['scale']} is {list(scale.shape)}, which does not fit {weight.name} ({list(stored.shape)})"
             + (f" in blocks of {declared}" if declared else "")
         )
+
+    def _of_blocks(self, stored: torch.Tensor, scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Return the scale of each element, from those of blocks."""
+        whole = scale.repeat_interleave(rows, -2)[..., : stored.shape[-2], :]
+        return whole.repeat_interleave(columns, -1)[..., : stored.shape[-1]]

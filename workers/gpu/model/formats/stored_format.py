@@ -45,9 +45,10 @@ class StoredFormat(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight in `dtype`, usually [N, K], computed in float32 on the device of its parts.
 
-        Returns also the scale of the weight, if our products hold it as the file does: [N] float32 for float8 e4m3 with
-        one scale for each row or for all; [1 or 2, N, groups] for 4 bits, see `products.int4`. Rounding the weight by
-        this scale gives the numbers of the file again. Raises MalformedWeights.
+        Returns also the scale of the weight, if our products hold it as the file does: for float8 e4m3, [N] float32
+        with one scale for each row or for all, or [ceil(N / 128), K / 128] for blocks, see `products.fp8`; for 4 bits,
+        [1 or 2, N, groups], see `products.int4`. Rounding the weight by this scale gives the numbers of the file again.
+        Raises MalformedWeights.
         """
         ...
 

@@ -7,23 +7,28 @@ import math
 import pytest
 import torch
 
-from tests.reference.triton_interpreter import let_scalars_end_ranges
+from tests.reference.triton_interpreter import convert_e4m3_as_gpus_do, let_scalars_end_ranges
 from workers.gpu.e4m3 import E4M3
 from workers.gpu.products.few_rows import Scratch, multiply_few_rows
-from workers.gpu.products.fp8 import to_fp8
+from workers.gpu.products.fp8 import BLOCK, to_fp8
 from workers.gpu.products.int4 import from_int4, scale_of, to_int4
 from workers.gpu.products.plan import Plan
+from workers.gpu.products.triton_blocks import groups_to_fp8, multiply_blocks
 from workers.gpu.products.triton_int4 import dequantise
 from workers.gpu.products.triton_rows import gate, rows_to_fp8
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
 let_scalars_end_ranges()
+convert_e4m3_as_gpus_do()
 
 VECTOR = Plan("vector", 4, 16, 4, 1)
 VECTOR_PIPELINED = Plan("vector", 2, 32, 4, 4)
 MATRIX = Plan("matrix", 16, 16, 4, 4)
 SPLIT = Plan("matrix", 32, 16, 4, 2, split=3)
+VECTOR_OF_BLOCKS = Plan("vector", 32, 128, 4, 4)
+MATRIX_OF_BLOCKS = Plan("matrix", 64, 128, 4, 4)
+SPLIT_OF_BLOCKS = Plan("matrix", 64, 64, 4, 2, split=3)
 NUM_OUTPUTS, NUM_COLUMNS = 64, 96
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -42,6 +47,19 @@ def four_bits(
     return to_int4(full, scale), scale, full
 
 
+def fp8_blocks(
+    num_outputs: int, num_inputs: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random weights in fp8, the scales of their blocks, which differ widely, and the same in float64."""
+    weight = torch.randn(num_outputs, num_inputs, generator=generator).to(E4M3)
+    scale = torch.rand(-(-num_outputs // BLOCK), num_inputs // BLOCK, generator=generator) ** 4 + 0.01
+    full = weight.double()
+    for i, row in enumerate(scale.tolist()):
+        for j, factor in enumerate(row):
+            full[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK] *= factor
+    return weight, scale, full
+
+
 def product(
     plan: Plan,
     num_rows: int,
@@ -57,6 +75,8 @@ def product(
     num_outputs, num_inputs = NUM_OUTPUTS, NUM_COLUMNS
     if stored.startswith("4 bits"):  # of which the interpreter takes its time
         num_outputs, num_inputs = 2 * plan.tile_n, 8 * plan.tile_k * plan.split * (1 if plan.split > 1 else 2)
+    if stored == "blocks":
+        num_outputs, num_inputs = 3 * BLOCK // 2, 3 * BLOCK
     num_weights = 2 * num_outputs if is_gated else num_outputs
     x = torch.randn(num_rows, num_inputs + 8, generator=generator).to(dtype)[:, :num_inputs]
     weight = torch.randn(num_weights, num_inputs, generator=generator).to(dtype)
@@ -64,6 +84,8 @@ def product(
     if stored == "fp8":
         weight, scale = to_fp8(weight)
         full = weight.double() * scale.double()[:, None]
+    elif stored == "blocks":
+        weight, scale, full = fp8_blocks(num_weights, num_inputs, generator)
     elif stored != "16 bits":
         weight, scale, full = four_bits(num_weights, num_inputs, 32, "zero" in stored, generator)
     bias = torch.randn(num_weights, generator=generator).to(dtype) if has_bias else None
@@ -129,6 +151,60 @@ def test_products_of_weights_in_4_bits_are_right(
 ) -> None:
     out, expected = product(plan, num_rows, dtype, stored=stored, **options)
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_rows", "dtype", "options"),
+    [
+        (VECTOR_OF_BLOCKS, 1, torch.bfloat16, {"has_residual": True}),
+        (VECTOR_OF_BLOCKS, 2, torch.float32, {"is_gated": True, "has_bias": True}),
+        (MATRIX_OF_BLOCKS, 16, torch.float16, {"is_gated": True}),
+        (SPLIT_OF_BLOCKS, 1, torch.float32, {"has_bias": True, "has_residual": True}),
+        (SPLIT_OF_BLOCKS, 64, torch.float32, {"is_gated": True}),
+    ],
+    ids=lambda value: value.kernel if isinstance(value, Plan) else str(value),
+)
+def test_products_of_few_rows_with_blocks_of_fp8_are_right(
+    plan: Plan, num_rows: int, dtype: torch.dtype, options: dict[str, bool]
+) -> None:
+    """N is no multiple of a block, and values begin inside of one."""
+    out, expected = product(plan, num_rows, dtype, stored="blocks", **options)
+    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 128, 200])
+@pytest.mark.parametrize("num_outputs", [256, 200])
+def test_products_of_many_rows_with_blocks_of_fp8_are_right(num_rows: int, num_outputs: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    weight, scale, full = fp8_blocks(num_outputs, 3 * BLOCK, generator)
+    x = torch.randn(num_rows, 3 * BLOCK + 8, generator=generator)[:, : 3 * BLOCK]
+    x[0, :BLOCK] *= 1e4
+    bias = torch.randn(num_outputs, generator=generator) if num_rows == 16 else None
+    values, x_scale = groups_to_fp8(x)
+    rounded = values.double() * x_scale.double().t().repeat_interleave(BLOCK, 1)
+    assert (rounded - x).norm(dim=1).div(x.norm(dim=1)).max() < 0.03
+    out = torch.full((num_rows, num_outputs), math.nan)
+    multiply_blocks(x, weight, scale, bias, out)
+    expected = rounded @ full.T + (0 if bias is None else bias.double())
+    assert (out.double() - expected).norm() / expected.norm() < 1e-5
+
+
+def test_blocks_keep_what_is_not_a_number_in_its_row_and_output() -> None:
+    weight, scale, _ = fp8_blocks(256, 256, torch.Generator().manual_seed(0))
+    weight.view(torch.uint8)[7, 200] = 0x7F
+    for num_rows, plan in ((2, VECTOR_OF_BLOCKS), (5, MATRIX_OF_BLOCKS), (5, None)):
+        x, out = torch.ones(num_rows, 256), torch.zeros(num_rows, 256)
+        x[1, 5] = math.nan
+        if plan is None:
+            multiply_blocks(x, weight, scale, None, out)
+        else:
+            multiply_few_rows(
+                plan, x, weight, scale, None, None, out, Scratch(x.device), is_gated=False, dependent_launch=False
+            )
+        assert out[1].isnan().all()
+        assert out[:, 7].isnan().all()
+        out[1], out[:, 7] = 0.0, 0.0
+        assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("group", [32, 576], ids=["groups", "channels"])
