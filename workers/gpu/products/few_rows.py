@@ -68,10 +68,9 @@ def multiply_few_rows(
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **launch_options(dependent=dependent_launch)}
     assert plan.kernel == "matrix" or num_rows <= VECTOR_ROWS
     if plan.kernel == "vector" and weight.dtype == E4M3:
-        lines = min(plan.tile_k * plan.stages, num_columns) // _LINE
         _fp8_vector[(num_tiles,)](
             *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=num_rows == 2, NATIVE=converts_fp8(x.device),
-            LINES=triton.next_power_of_2(lines) if lines > 0 else 0, **common, **options,
+            LINES=_lines(plan, num_columns, weight.itemsize), **common, **options,
         )  # fmt: skip
         return
     common |= {
@@ -87,8 +86,15 @@ def multiply_few_rows(
     _matrix[(num_tiles, plan.split)](
         *tensors, scratch.shares, scratch.ended, num_rows, x.stride(0), num_outputs, num_columns,
         num_columns // plan.split, ROWS=max(16, triton.next_power_of_2(num_rows)), HAS_SPLIT=plan.split > 1,
-        **common, **options,
+        LINES=_lines(plan, num_columns // plan.split, weight.itemsize), **common, **options,
     )  # fmt: skip
+
+
+def _lines(plan: Plan, num_columns: int, itemsize: int) -> int:
+    """Lines of the L2 cache that the reads of weights under way at once take of each row of `num_columns`, as a power
+    of 2."""
+    lines = min(plan.tile_k * plan.stages, num_columns) * itemsize // _LINE
+    return triton.next_power_of_2(lines) if lines > 0 else 0
 
 
 @cache
