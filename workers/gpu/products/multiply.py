@@ -7,6 +7,8 @@ products of a shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -25,6 +27,18 @@ Key = tuple[Shape, torch.dtype, int, bool]
 
 chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
 _scratch: dict[torch.device, Any] = {}
+_only_first_row_counts = False  # in the current forward; this process runs one forward at a time
+
+
+@contextmanager
+def only_first_row_counts(is_so: bool) -> Iterator[None]:
+    """Products of two rows inside this block may leave the second one zero, if `is_so`."""
+    global _only_first_row_counts
+    outer, _only_first_row_counts = _only_first_row_counts, is_so
+    try:
+        yield
+    finally:
+        _only_first_row_counts = outer
 
 
 def shape_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Shape:
@@ -95,6 +109,8 @@ def run_plan(
         out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
     if x.device not in _scratch:
         _scratch[x.device] = Scratch(x.device)
+    if _only_first_row_counts and len(x) == 2 and plan.can_pad(weight.dtype):
+        x = x[:1]
     multiply_few_rows(
         plan, x, weight, scale, bias, residual, out, _scratch[x.device], is_gated=is_gated,
         dependent_launch=is_dependent_launch_possible(x.device),

@@ -108,6 +108,7 @@ def _fp8_vector(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     TWO_ROWS: tl.constexpr,
+    PADDING: tl.constexpr,  # whether a second row of results becomes zero
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -149,6 +150,8 @@ def _fp8_vector(
         GATED, True, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
+    if PADDING:
+        tl.store(out + num_outputs + n, tl.zeros([TILE_N], out.dtype.element_ty))
     if TWO_ROWS:
         at = num_outputs + n
         result = _finish(
