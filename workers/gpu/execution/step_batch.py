@@ -6,8 +6,8 @@ captured once and replayed. S and T are the bucket's sizes. Padding beyond the s
 at the trash row and the trash block; a padding sequence has no tokens and length 0.
 
 Where steps are padded, a batch of one token is a batch of two, whose second is always padding: torch.compile would else
-compile the layers once more for one token. `backed_size_oblivious` prevents that, but makes torch 2.11's inductor fail on a GPU: it no
-longer knows that the layers' first dimension is 1.
+compile the layers once more for one token. `backed_size_oblivious` prevents that, but makes torch 2.11's inductor fail
+on a GPU: it no longer knows that the layers' first dimension is 1.
 """
 
 from __future__ import annotations
