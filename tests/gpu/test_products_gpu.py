@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.gpu.products.fp8 import from_fp8
+from workers.gpu.products.fp8 import BLOCK, from_fp8, has_blocks
 from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.multiply import can_scale, chosen, key_of, multiply, run_plan
 from workers.gpu.products.plan import ROW_CLASSES, VECTOR_ROWS, Plan, candidates
@@ -19,17 +19,23 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 SYMMETRIC, ASYMMETRIC, CHANNELS = "4 bits", "4 bits with zero points", "4 bits by channel"
-FORMATS = ["16 bits", "fp8", SYMMETRIC, ASYMMETRIC, CHANNELS]
+BLOCKS = "fp8 in blocks"
+FORMATS = ["16 bits", "fp8", BLOCKS, SYMMETRIC, ASYMMETRIC, CHANNELS]
 SHAPES = [(3072, 2048), (4096, 14336), (960, 576), (1024, 4096)]  # outputs, inputs
 
 
 def make_product(
     num_outputs: int, num_inputs: int, stored: str, *, has_bias: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> Product:
+    if stored == BLOCKS:
+        num_inputs += -num_inputs % BLOCK
     weight = torch.randn(num_outputs, num_inputs, device=CUDA).mul_(num_inputs**-0.5).to(dtype)
     product = Product(weight, torch.randn(num_outputs, device=CUDA).to(dtype) if has_bias else None)
     if stored == "fp8":
         product.to_fp8()
+    elif stored == BLOCKS:
+        shape = -(-num_outputs // BLOCK), num_inputs // BLOCK
+        product.to_fp8((torch.rand(shape, device=CUDA) + 0.5) * num_inputs**-0.5 / 64)
     elif stored != "16 bits":
         group = num_inputs if stored == CHANNELS else 64
         scale = torch.rand(1 if stored == SYMMETRIC else 2, num_outputs, num_inputs // group, device=CUDA).add_(0.5)
@@ -41,7 +47,8 @@ def make_product(
 
 def plans_of(product: Product, rows: int, *, is_gated: bool = False) -> list[Plan]:
     weight, group = product.weight, group_of(product.weight, product.scale)
-    return candidates(rows, *weight.shape, weight.itemsize, is_gated=is_gated, group=group)
+    block = BLOCK if has_blocks(product.scale) else 0
+    return candidates(rows, *weight.shape, weight.itemsize, is_gated=is_gated, group=group, block=block)
 
 
 @pytest.mark.parametrize("stored", FORMATS)
@@ -70,7 +77,7 @@ def test_every_candidate_applies_gates_and_residuals(stored: str) -> None:
             result = run_plan(plan, x, weight, scale, None, residual).float()
             expected = run_plan(plan, x, weight, scale).float() + residual.float()
             assert (result - expected).norm() / expected.norm() < 4e-3, plan
-    assert error_of(None, product, torch.bfloat16, 300, is_gated=True) < (0.05 if stored == "fp8" else 1e-2)
+    assert error_of(None, product, torch.bfloat16, 300, is_gated=True) < (0.05 if "fp8" in stored else 1e-2)
 
 
 @torch.inference_mode()
@@ -117,15 +124,16 @@ def test_weights_in_4_bits_become_wide_as_plain_torch_makes_them() -> None:
         assert torch.equal(dequantise(weight, scale, dtype), from_int4(weight, scale, dtype))
 
 
+@pytest.mark.parametrize("stored", ["fp8", BLOCKS])
 @torch.inference_mode()
-def test_many_rows_in_fp8_are_near_their_product_in_float32() -> None:
-    product = make_product(1024, 2048, "fp8", has_bias=True)
+def test_many_rows_in_fp8_are_near_their_product_in_float32(stored: str) -> None:
+    product = make_product(1024 if stored == "fp8" else 1000, 2048, stored, has_bias=True)
     x = torch.randn(300, 2048, device=CUDA).bfloat16()
     x[7] *= 1e-4
     assert product.scale is not None
     assert product.bias is not None
     assert can_scale(product.weight, product.scale, x.dtype, CUDA)
-    assert multiply(x[:0], product.weight, product.scale).shape == (0, 1024)
+    assert multiply(x[:0], product.weight, product.scale).shape == (0, product.out_features)
     result = multiply(x, product.weight, product.scale, product.bias)
     full = from_fp8(product.weight, product.scale, torch.float32)
     expected = torch.nn.functional.linear(x.float(), full, product.bias.float())

@@ -23,9 +23,12 @@ from workers.gpu.execution.tensor_views import StepTensors
 
 
 class BatchBuilder:
-    """The fixed buffers of every batch and the work that fills them. `step` is the device's step record."""
+    """The fixed buffers of every batch and the work that fills them. `step` is the device's step record.
+    `pads_one_token`: see BatchBuffers."""
 
-    def __init__(self, device: Device[Any, Any], tables: RowTables, step: StepTensors) -> None:
+    def __init__(
+        self, device: Device[Any, Any], tables: RowTables, step: StepTensors, *, pads_one_token: bool = False
+    ) -> None:
         shape = tables.shape
         num_seqs, num_tokens = shape.max_num_seqs, shape.max_num_batched_tokens
         self._tables = tables
@@ -35,6 +38,7 @@ class BatchBuilder:
             lambda num_bytes: device.zeros("batch", (num_bytes,), torch.uint8),
             tables.block_table,
             tables.model_states,
+            pads_one_token=pads_one_token,
         )
         self.buffers = self._batches.memory  # [num_bytes] uint8
         arange = torch.arange(max(num_seqs, num_tokens, shape.max_appends), device=device.torch_device)

@@ -1,8 +1,9 @@
 """The sizes that steps are padded to, so that few graphs serve every step.
 
-A step with one token per sequence (decode) runs as (S, S). A mixed step of up to `MAX_CAPTURED_TOKENS` tokens runs as
-(S, T) with few choices of each. Both kinds are captured. A larger step is launched piece by piece, at about its own
-size: the device then works for longer than the host takes to launch, so that padding would cost more than launches.
+A step with one token per sequence (decode) runs as (S, S); the batch of (1, 1) has a second token, see `StepBatch`. A
+mixed step of up to `MAX_CAPTURED_TOKENS` tokens runs as (S, T) with few choices of each. Both kinds are captured. A
+larger step is launched piece by piece, at about its own size: the device then works for longer than the host takes to
+launch, so that padding would cost more than launches.
 The host takes about 0.8 ms for a decoder layer, as long as an H200 takes for about 1,200 tokens of an 8B model, or for
 several thousand of a 1B model.
 """
@@ -53,10 +54,8 @@ class Buckets:
 
 
 def _decode_sizes(max_size: int) -> list[int]:
-    """2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ... (There is no 1:
-    torch.compile would compile the layers once more for a batch of one token. `backed_size_oblivious`, which prevents
-    that, makes torch 2.11's inductor fail on a GPU: it no longer knows that the layers' first dimension is 1.)"""
-    sizes = [2, 4, 8, 16]
+    """1, 2, 4, 8, 16, and from there on two sizes per power of two: 24, 32, 48, 64, ..."""
+    sizes = [1, 2, 4, 8, 16]
     while sizes[-1] < max_size:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return sizes

@@ -59,7 +59,7 @@ class PromptLogprobs:
             index = index32.to(torch.int64)
             followers = next_tokens(batch, index, self._tables)
             start = 0
-            pieces = self._runner.prompt_logits(batch, index, self._max_rows, out=self._logits[:num_seqs])
+            pieces = self._runner.prompt_logits(batch, index, self._max_rows, out=self._logits[: batch.num_seqs])
             for logits in pieces:
                 end = start + len(logits)
                 write_prompt_logprobs(logits, followers[start:end], self._result, start)

@@ -4,6 +4,10 @@
 Buffers are fixed: all steps of the same bucket have the same addresses and sizes, so that the model call can be
 captured once and replayed. S and T are the bucket's sizes. Padding beyond the step's real sequences and tokens points
 at the trash row and the trash block; a padding sequence has no tokens and length 0.
+
+Where steps are padded, a batch of one token is a batch of two, whose second is always padding: torch.compile would else
+compile the layers once more for one token. `backed_size_oblivious` prevents that, but makes torch 2.11's inductor fail
+on a GPU: it no longer knows that the layers' first dimension is 1.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ class StepBatch:
     logits_index: Annotated[torch.Tensor, int64("num_seqs")]
     block_table: torch.Tensor  # [max_num_seqs + 1, max_blocks_per_seq] int32, of all rows; unused entries: trash block
     block_size: int  # tokens per KV block
+    is_one_token: bool = False  # if so, products may leave out the second row
     # The model's own states by name, [max_num_seqs + 1, ...], of all rows
     row_states: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -70,6 +75,7 @@ class BatchBuffers:
     Args:
         zeros: makes the memory, [num_bytes] uint8.
         block_table, row_states: those of all batches.
+        pads_one_token: whether a batch of one token gets a second one, if that fits.
     """
 
     def __init__(
@@ -78,7 +84,10 @@ class BatchBuffers:
         zeros: Callable[[int], torch.Tensor],
         block_table: torch.Tensor,
         row_states: Mapping[str, torch.Tensor],
+        *,
+        pads_one_token: bool = False,
     ) -> None:
+        self._pads_one_token = pads_one_token and min(shape.max_num_seqs, shape.max_num_batched_tokens) > 1
         layout = BatchSize(shape.max_num_seqs, shape.max_num_batched_tokens).layout()
         self.memory = zeros(layout.num_bytes)
         self._fields = {field.name: tensor_view(field, self.memory) for field in layout.fields.values()}
@@ -88,8 +97,12 @@ class BatchBuffers:
 
     def batch(self, num_seqs: int, num_tokens: int) -> StepBatch:
         """The batch of bucket (S, T): views of the memory."""
+        is_one_token = self._pads_one_token and (num_seqs, num_tokens) == (1, 1)
+        if is_one_token:
+            num_seqs = num_tokens = 2
         sizes = BatchSize(num_seqs, num_tokens).layout().fields
         tensors = {name: tensor[: sizes[name].shape[0]] for name, tensor in self._fields.items()}
         return StepBatch(
-            **tensors, block_table=self._block_table, block_size=self._block_size, row_states=self._row_states
-        )
+            **tensors, block_table=self._block_table, block_size=self._block_size, is_one_token=is_one_token,
+            row_states=self._row_states,
+        )  # fmt: skip

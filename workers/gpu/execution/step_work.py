@@ -51,7 +51,7 @@ class StepWork:
         self.output = result_parts(results, device.zeros("output", (results.num_bytes,), torch.uint8))
         self._step = tensor_views(StepTensors, steps, self.record[-1])
         self.result = tensor_views(ResultTensors, results, self.output[-1])
-        self._builder = BatchBuilder(device, tables, self._step)
+        self._builder = BatchBuilder(device, tables, self._step, pads_one_token=buckets is not None)
         # Between the graphs of a step; at an address of its own, so that one sampler serves all buckets with its S.
         self._logits = device.zeros("logits", (shape.max_num_seqs, runner.vocab_size), runner.logits_dtype)
         records = self._step, self.result
@@ -95,14 +95,14 @@ class StepWork:
 
         def model() -> None:
             fill()
-            self._runner.logits(batch, out=self._logits[:num_seqs])
+            self._runner.logits(batch, out=self._logits[: batch.num_seqs])
 
         return model
 
     def _make_adjust_work(self, num_seqs: int) -> Callable[[], None]:
         """The adjustment of every bucket of `num_seqs` sequences."""
         batch = self._builder.batch(num_seqs, 1)
-        logits, adjusted = self._logits[:num_seqs], self._adjusted[:num_seqs]
+        logits, adjusted = self._logits[: batch.num_seqs], self._adjusted[: batch.num_seqs]
 
         def work() -> None:
             adjust(logits, batch, self._tables, self._step, self.masks, adjusted)
@@ -117,8 +117,8 @@ class StepWork:
         It reads only those parts of the batch that have an entry for each sequence.
         """
         batch = self._builder.batch(num_seqs, 1)
-        flags, logits = self._step.seq_sample[:num_seqs], self._logits[:num_seqs]
-        adjusted = self._adjusted[:num_seqs] if variant == SamplerVariant.ADJUSTED else None
+        flags, logits = self._step.seq_sample[: batch.num_seqs], self._logits[: batch.num_seqs]
+        adjusted = self._adjusted[: batch.num_seqs] if variant == SamplerVariant.ADJUSTED else None
 
         def sampler() -> None:
             sample(variant, want_logprobs, logits, batch, flags, self._tables, self.result, adjusted)

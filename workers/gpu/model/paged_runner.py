@@ -15,6 +15,7 @@ from workers.gpu.memory.kv_cache import KVCache
 from workers.gpu.model.decoder_output import DecoderOutput
 from workers.gpu.model.head import replace_head
 from workers.gpu.model.probed_model import ProbedModel
+from workers.gpu.products.multiply import only_first_row_counts
 
 
 class PagedModelRunner:
@@ -40,7 +41,7 @@ class PagedModelRunner:
         current stream.
         """
         attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
-        with handling_attention(attention), self._head_writes_to(out):
+        with self._step(attention, batch), self._head_writes_to(out):
             logits = self._forward(batch, batch.logits_index)
         if out is None:
             return logits
@@ -60,7 +61,7 @@ class PagedModelRunner:
         kept = self._decoder_output
         if kept is None:
             attention = PagedAttention(self._cache, batch, self._backend.begin_step(batch))
-            with handling_attention(attention):
+            with self._step(attention, batch):
                 logits = self._forward(batch, torch.cat((batch.logits_index, index)))
             if out is not None:
                 out.copy_(logits[: batch.num_seqs])
@@ -83,6 +84,12 @@ class PagedModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    @staticmethod
+    @contextmanager
+    def _step(attention: PagedAttention, batch: StepBatch) -> Iterator[None]:
+        with handling_attention(attention), only_first_row_counts(batch.is_one_token):
+            yield
 
     @contextmanager
     def _head_writes_to(self, out: torch.Tensor | None) -> Iterator[None]:

@@ -47,12 +47,16 @@ def multiply_few_rows(
     `weight` has the dtype of x, or fp8 with a float32 `scale` of outputs or of blocks, or is [N, K / 8] in 4 bits with
     a `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs
     are gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
+
+    With a plan that `can_pad`, x may have one row for two of `out`: the second becomes zero.
     """
     num_rows, num_outputs = out.shape
     num_columns, group = weight.shape[1], group_of(weight, scale)
-    assert x.shape == (num_rows, num_columns * (PLANES if group else 1))
+    num_padding = num_rows - len(x)
+    assert x.shape[1] == num_columns * (PLANES if group else 1)
+    assert num_padding == 0 or (num_rows == 2 and num_padding == 1 and plan.can_pad(weight.dtype))
     assert x.stride(1) == 1, "rows are read in runs"
-    if x.data_ptr() % _RUN or (num_rows > 1 and x.stride(0) * x.itemsize % _RUN):
+    if x.data_ptr() % _RUN or (len(x) > 1 and x.stride(0) * x.itemsize % _RUN):
         x = x.clone(memory_format=torch.contiguous_format)
     for rows in (weight, out, *(() if scale is None else (scale,))):
         assert rows.is_contiguous(), "rows follow each other"
@@ -70,10 +74,10 @@ def multiply_few_rows(
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **launch_options(dependent=dependent_launch)}
     assert plan.kernel == "matrix" or num_rows <= VECTOR_ROWS
     if plan.kernel == "vector" and weight.dtype == E4M3:
-        lines = min(plan.tile_k * plan.stages, num_columns) // _LINE
         _fp8_vector[(num_tiles,)](
-            *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=num_rows == 2, NATIVE=converts_fp8(x.device),
-            BLOCK=block, LINES=triton.next_power_of_2(lines) if lines > 0 else 0, **common, **options,
+            *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=len(x) == 2, PADDING=num_padding == 1,
+            NATIVE=converts_fp8(x.device), BLOCK=block, LINES=_lines(plan, num_columns, weight.itemsize),
+            **common, **options,
         )  # fmt: skip
         return
     common |= {
@@ -89,8 +93,15 @@ def multiply_few_rows(
     _matrix[(num_tiles, plan.split)](
         *tensors, scratch.shares, scratch.ended, num_rows, x.stride(0), num_outputs, num_columns,
         num_columns // plan.split, ROWS=max(16, triton.next_power_of_2(num_rows)), HAS_SPLIT=plan.split > 1,
-        BLOCK=block, **common, **options,
+        BLOCK=block, LINES=_lines(plan, num_columns // plan.split, weight.itemsize), **common, **options,
     )  # fmt: skip
+
+
+def _lines(plan: Plan, num_columns: int, itemsize: int) -> int:
+    """Lines of the L2 cache that the reads of weights under way at once take of each row of `num_columns`, as a power
+    of 2."""
+    lines = min(plan.tile_k * plan.stages, num_columns) * itemsize // _LINE
+    return triton.next_power_of_2(lines) if lines > 0 else 0
 
 
 @cache

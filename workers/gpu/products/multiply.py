@@ -7,6 +7,8 @@ products of a shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -27,6 +29,18 @@ Key = tuple[Shape, torch.dtype, int, bool]
 
 chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
 _scratch: dict[torch.device, Any] = {}
+_only_first_row_counts = False  # in the current forward; this process runs one forward at a time
+
+
+@contextmanager
+def only_first_row_counts(is_so: bool) -> Iterator[None]:
+    """Products of two rows inside this block may leave the second one zero, if `is_so`."""
+    global _only_first_row_counts
+    outer, _only_first_row_counts = _only_first_row_counts, is_so
+    try:
+        yield
+    finally:
+        _only_first_row_counts = outer
 
 
 def shape_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Shape:
@@ -67,7 +81,8 @@ def multiply(
         plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
     if plan is not None:
         return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
-    is_scaled = scale is not None and x.is_cuda and can_scale(weight, scale, x.dtype, x.device)
+    has_rows = x.is_cuda and len(x) > 0  # an expert may get no tokens
+    is_scaled = scale is not None and has_rows and can_scale(weight, scale, x.dtype, x.device)
     if scale is not None and scale.ndim > 1 and not is_scaled:
         weight, scale = _dequantised(weight, scale, x.dtype), None
     if is_gated or (residual is not None and scale is not None):
@@ -77,7 +92,7 @@ def multiply(
         return result if out is None else out.copy_(result)
     if scale is None:
         return _plain(x, weight, bias, residual, out)
-    if is_scaled and len(x) > 0:  # an expert may get no tokens
+    if is_scaled:
         return _scaled(x, weight, scale, bias, out)
     return _unscaled(x, weight, scale, bias, out)
 
@@ -100,6 +115,8 @@ def run_plan(
         out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
     if x.device not in _scratch:
         _scratch[x.device] = Scratch(x.device)
+    if _only_first_row_counts and len(x) == 2 and plan.can_pad(weight.dtype):
+        x = x[:1]
     multiply_few_rows(
         plan, x, weight, scale, bias, residual, out, _scratch[x.device], is_gated=is_gated,
         dependent_launch=is_dependent_launch_possible(x.device),

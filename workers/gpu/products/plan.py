@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import torch
+
+from workers.gpu.e4m3 import E4M3
+
 MAX_ROWS: Final = 64  # of a product that streams its weights; the vendor's library computes larger ones
 VECTOR_ROWS: Final = 2  # up to here without matrix units
 ROW_CLASSES: Final = (VECTOR_ROWS, 16, 32, MAX_ROWS)  # one plan serves all products of more rows than the class before
@@ -40,6 +44,10 @@ class Plan:
         is_whole = num_outputs % self.tile_n == 0 and num_columns % (self.tile_k * self.split) == 0
         is_scaled = block % self.tile_n == 0 and (self.kernel == "vector" or block % self.tile_k == 0)
         return is_whole and group % self.tile_k == 0 and is_scaled
+
+    def can_pad(self, weight_dtype: torch.dtype) -> bool:
+        """Whether the kernel makes zeros of a row of results without a row of x."""
+        return self.kernel == "vector" and weight_dtype == E4M3
 
     def can_share(self, num_rows: int, num_weights: int) -> bool:
         """Whether the shares of a product of `num_rows` rows and a weight of `num_weights` rows have room."""

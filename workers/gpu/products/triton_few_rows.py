@@ -7,7 +7,8 @@ end sums the shares in fixed order, so results do not depend on timing.
 
 Both kernels take part in programmatic dependent launch: they wait for the kernel before to end, and then let the next
 one start. In this order, what the next kernel reads of kernels before this one is complete, even where it does not
-wait. Weights depend on no kernel, so `vector` reads its first tile before it waits.
+wait. Weights depend on no kernel, so `vector` reads its first tile before it waits, and `matrix` asks for its first
+tiles in the device's L2 cache.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -19,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.products.triton_int4 import add_planes, dot_planes
+from workers.gpu.products.triton_prefetch import prefetch_rows
 
 
 @triton.jit
@@ -197,15 +199,21 @@ def _matrix(
     GROUP: tl.constexpr,  # inputs of a group of 4 bits; 0 = another format
     ZEROS: tl.constexpr,  # whether groups have zero points
     BLOCK: tl.constexpr,  # outputs and inputs of a block of fp8 with one scale, which tiles divide; 0 = another format
+    LINES: tl.constexpr,  # of a row of weights that a program prefetches; 0 = none
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (outputs / TILE_N, splits). Computes tiles of the transposed result: outputs by rows of x."""
-    if DEPENDENT_LAUNCH:
-        gdc_wait()
-        gdc_launch_dependents()
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)[:, None]
+    if DEPENDENT_LAUNCH:
+        if LINES:
+            row_at = weight + n.to(tl.int64) * num_inputs + split * own_inputs
+            prefetch_rows(row_at, own_inputs, LINES)
+            if GATED:
+                prefetch_rows(row_at + num_outputs.to(tl.int64) * num_inputs, own_inputs, LINES)
+        gdc_wait()
+        gdc_launch_dependents()
     m = tl.arange(0, ROWS)[None, :]
     k = split * own_inputs + tl.arange(0, TILE_K)
     weight_at = weight + n.to(tl.int64) * num_inputs + k[None, :]

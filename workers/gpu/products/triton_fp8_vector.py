@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.products.triton_few_rows import _finish
+from workers.gpu.products.triton_prefetch import prefetch_rows
 
 _UNPACK: Final = tl.constexpr("""{
     .reg .b16 low, high, a, b, c, d;
@@ -109,14 +110,6 @@ def _factor(
 
 
 @triton.jit
-def prefetch(at: tl.tensor) -> None:
-    """Let the L2 cache read the lines at these addresses."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _fp8_vector(
     out: tl.tensor,
     x: tl.tensor,
@@ -131,12 +124,13 @@ def _fp8_vector(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     TWO_ROWS: tl.constexpr,
+    PADDING: tl.constexpr,  # whether a second row of results becomes zero
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,  # outputs and inputs of a block with one scale, which TILE_N divides; 0 = a scale per output
-    LINES: tl.constexpr,  # of a row of weights, of 128 bytes, that a program prefetches; 0 = none
+    LINES: tl.constexpr,  # of a row of weights that a program prefetches; 0 = none
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (outputs / TILE_N). One row of x, or two."""
@@ -145,10 +139,9 @@ def _fp8_vector(
     row_at = weight + n[:, None].to(tl.int64) * num_inputs
     if DEPENDENT_LAUNCH:
         if LINES:
-            line = tl.minimum(tl.arange(0, LINES) * 128, num_inputs - 128)
-            prefetch(row_at + line[None, :])
+            prefetch_rows(row_at, num_inputs, LINES)
             if GATED:
-                prefetch(row_at + num_outputs.to(tl.int64) * num_inputs + line[None, :])
+                prefetch_rows(row_at + num_outputs.to(tl.int64) * num_inputs, num_inputs, LINES)
         gdc_wait()
         gdc_launch_dependents()
     weight_at = row_at.to(tl.pointer_type(tl.int32)) + words[None, :]
@@ -178,6 +171,8 @@ def _fp8_vector(
         GATED, BLOCK == 0, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
+    if PADDING:
+        tl.store(out + num_outputs + n, tl.zeros([TILE_N], out.dtype.element_ty))
     if TWO_ROWS:
         at = num_outputs + n
         result = _finish(

@@ -58,15 +58,14 @@ class Float8:
             raise MalformedWeights(f"{weight.parts['scale']} is stored as {kind}, and not as a float")
         scale = scale.float()
         channels = self._of_channels(stored, scale)
-        blocks = None if channels is not None else self._find_block(weight, stored, scale)
-        if blocks is None:
-            assert channels is not None, "a weight has channels or blocks"
-            factor, kept = channels[..., None], channels
+        if channels is not None:
+            factor, kept, is_held = channels[..., None], channels, True
         else:
-            factor, kept = self._of_blocks(stored, scale, *blocks), scale
+            rows, columns = self._find_block(weight, stored, scale)
+            factor, kept = self._of_blocks(stored, scale, rows, columns), scale
+            is_held = rows == columns == BLOCK and stored.shape[-1] % BLOCK == 0
         values = (stored.float() * factor).to(dtype)
-        is_fitting = blocks is None or (blocks == (BLOCK, BLOCK) and stored.shape[-1] % BLOCK == 0)
-        is_kept = is_fitting and stored.ndim == 2 and bool((kept.isfinite() & (kept > 0)).all())
+        is_kept = is_held and stored.ndim == 2 and bool((kept.isfinite() & (kept > 0)).all())
         return values, kept if is_kept else None
 
     def _of_channels(self, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ipc.records import StepShape
 from workers.gpu.execution.buckets import MAX_CAPTURED_TOKENS, Buckets
+from workers.gpu.execution.step_batch import BatchBuffers
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 16, 33, 64, 512])
@@ -47,3 +49,14 @@ def test_steps_too_large_to_be_captured_are_padded_by_less_than_a_tile() -> None
     buckets = Buckets(StepShape(max_num_seqs=64, max_num_batched_tokens=8192, max_model_len=64, block_size=16))
     for num_tokens in range(MAX_CAPTURED_TOKENS + 1, 8193, 7):
         assert buckets.choose(33, num_tokens)[1] - num_tokens < 64
+
+
+@pytest.mark.parametrize(("max_num_seqs", "num_tokens"), [(1, 1), (8, 2)])
+def test_a_batch_of_one_token_has_a_second_one_where_there_is_room(max_num_seqs: int, num_tokens: int) -> None:
+    shape = StepShape(max_num_seqs, max_num_batched_tokens=64, max_model_len=64, block_size=16)
+    assert Buckets(shape).choose(1, 1) == (1, 1)
+    table = torch.zeros(max_num_seqs + 1, shape.max_blocks_per_seq, dtype=torch.int32)
+    buffers = BatchBuffers(shape, lambda size: torch.zeros(size, dtype=torch.uint8), table, {}, pads_one_token=True)
+    batch = buffers.batch(1, 1)
+    assert (batch.num_seqs, batch.num_tokens, batch.is_one_token) == (num_tokens, num_tokens, num_tokens == 2)
+    assert not buffers.batch(min(2, max_num_seqs), 2).is_one_token

@@ -23,6 +23,7 @@ from workers.gpu.products import multiply
 from workers.gpu.products.product import Product
 
 SHAPE = StepShape(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, block_size=4)
+BLOCKS = torch.ones(3, 1)  # scales of up to 384 outputs and 128 inputs
 ROUTER_OUTPUTS = 16  # so small are the layers of tiny models
 
 
@@ -79,25 +80,29 @@ def test_a_model_without_layers_to_round_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "outputs", "is_slow"),
+    ("capability", "dtype", "outputs", "scale", "is_slow"),
     [
-        ((9, 0), torch.bfloat16, 320, False),
-        ((8, 0), torch.bfloat16, 320, True),
-        ((9, 0), torch.float16, 320, True),
-        ((9, 0), torch.bfloat16, 300, True),
+        ((9, 0), torch.bfloat16, 320, None, False),
+        ((8, 0), torch.bfloat16, 320, None, True),
+        ((9, 0), torch.float16, 320, None, True),
+        ((9, 0), torch.bfloat16, 300, None, True),
+        ((9, 0), torch.float16, 300, BLOCKS, False),
+        ((9, 0), torch.float32, 300, BLOCKS, True),
+        ((8, 0), torch.bfloat16, 300, BLOCKS, True),
     ],
 )
 def test_a_gpu_without_products_in_fp8_says_that_prompts_are_slow(
     capability: tuple[int, int],
     dtype: torch.dtype,
     outputs: int,
+    scale: torch.Tensor | None,
     is_slow: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    layer = Product(torch.randn(outputs, 32))
-    layer.to_fp8()
+    layer = Product(torch.randn(outputs, 128))
+    layer.to_fp8(scale)
     with caplog.at_level(logging.WARNING):
         _tell_of_slow_prompts([layer, Product(torch.randn(3, 5))], dtype, torch.device("cuda"))
         _tell_of_slow_prompts([layer], dtype, torch.device("cpu"))

@@ -92,6 +92,22 @@ def test_rounding_by_the_scale_that_the_values_were_made_with_gives_their_number
     assert torch.equal(values.view(torch.uint8), codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_by_the_scales_of_blocks_gives_their_numbers_again_and_keeps_what_is_none(dtype: torch.dtype) -> None:
+    """The rows are more than are made wide at a time, and end inside of a block."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(1100, 2)
+    scale = torch.rand(9, 4) * torch.logspace(-6, 1, 9)[:, None] + 1e-9
+    wide = from_fp8(codes.view(E4M3), scale, dtype)
+    for row, column in ((0, 0), (127, 127), (128, 256), (1099, 511)):
+        number = codes[row, column].view(E4M3).float() * scale[row // 128, column // 128]
+        torch.testing.assert_close(wide[row, column], number.to(dtype), equal_nan=True)
+    assert wide.isnan().sum() == 1100 * 4
+    values, kept = to_fp8(wide, scale)
+    assert kept is scale
+    assert torch.equal(values.float().isnan(), wide.isnan())
+    assert torch.equal(values.view(torch.uint8)[~wide.isnan()], codes[~wide.isnan()])
+
+
 def test_a_linear_layer_that_a_model_uses_in_several_places_becomes_one_product() -> None:
     parent, other, shared = nn.Module(), nn.Module(), nn.Linear(32, 320)
     parent.first = parent.second = other.first = shared
@@ -151,16 +167,19 @@ def test_scales_are_joined_if_they_are_of_one_kind() -> None:
     joined = join_scales([plain, zeros])
     assert joined[0].tolist() == [[1.0, 1.0]] * 8
     assert joined[1].tolist() == [[8.0, 8.0]] * 3 + [[3.0, 3.0]] * 5
-    for other in (torch.ones(1, 5, 4), torch.ones(5), plain.half(), None):
+    assert join_scales([torch.zeros(2, 3), torch.ones(1, 3)]).sum(1).tolist() == [0, 0, 3]
+    for other in (torch.ones(1, 5, 4), torch.ones(5), torch.ones(5, 2), plain.half(), None):
         assert not are_alike(plain, other)
         assert are_alike(other, other)
 
 
-@pytest.mark.parametrize("scale", [torch.ones(320), torch.ones(2, 320, 1)], ids=["fp8", "4 bits"])
+@pytest.mark.parametrize(
+    "scale", [torch.ones(320), torch.ones(3, 1), torch.ones(2, 320, 1)], ids=["fp8", "blocks", "4 bits"]
+)
 def test_a_layer_that_its_checkpoint_stores_in_few_bits_frees_its_wide_weight_at_once(
     scale: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layers = [nn.Sequential(nn.Linear(32, 320)) for _ in range(3)]
+    layers = [nn.Sequential(nn.Linear(128, 320)) for _ in range(3)]
     for layer in layers:
         layer[0].weight_scale = scale
     weights = [weakref.ref(layer[0].weight) for layer in layers]
@@ -176,7 +195,7 @@ def test_a_layer_that_its_checkpoint_stores_in_few_bits_frees_its_wide_weight_at
     for name in ("to_fp8", "to_int4"):
         monkeypatch.setattr(Product, name, count(getattr(Product, name)))
     products = replace_linears(layers)
-    assert all(product.weight.dtype == (E4M3 if scale.ndim == 1 else torch.int32) for product in products)
+    assert all(product.weight.dtype == (torch.int32 if scale.ndim == 3 else E4M3) for product in products)
     assert alive == [3, 2, 1]
 
 
@@ -196,9 +215,10 @@ def test_float16_does_not_overflow_before_the_scale() -> None:
 
 @torch.inference_mode()
 def test_the_result_can_be_written_where_it_is_wanted() -> None:
-    x, weight, bias = torch.randn(3, 64), torch.randn(48, 64), torch.randn(48)
-    groups = torch.ones(1, 48, 2)
-    for stored, scale in ((weight, None), to_fp8(weight), (to_int4(weight, groups), groups)):
+    x, weight, bias = torch.randn(3, 128), torch.randn(48, 128), torch.randn(48)
+    groups, blocks = torch.ones(1, 48, 4), torch.tensor([[0.5]])
+    packed = ((to_int4(weight, groups), groups), to_fp8(weight, blocks))
+    for stored, scale in ((weight, None), to_fp8(weight), *packed):
         out = torch.full((3, 48), torch.nan)
         expected = multiply(x, stored, scale, bias)
         assert multiply(x, stored, scale, bias, out=out) is out
@@ -222,6 +242,10 @@ def test_every_number_of_rows_has_its_class_and_plans_fit_their_shapes() -> None
             assert all((plan.kernel == "vector") == (rows <= VECTOR_ROWS) for plan in plans)
             assert plans or num_inputs < 1024
             assert len(set(plans)) == len(plans)
+            plans = candidates(rows, num_outputs, num_inputs, 1, block=128)
+            assert all(plan.fits(num_outputs, num_inputs, block=128) for plan in plans)
+            assert all(plan.tile_k <= 128 for plan in plans if plan.kernel == "matrix")
+            assert plans or num_inputs < 1024
             for group in (32, 64, num_inputs):
                 plans = candidates(rows, num_outputs, num_inputs // 8, 4, group=group)
                 assert all(plan.fits(num_outputs, num_inputs // 8, group) for plan in plans)

@@ -241,3 +241,32 @@ def test_rows_become_fp8_as_weights_do() -> None:
     assert values.dtype == E4M3
     assert (values.float() - expected.float()).abs().max() <= 32  # a tie between two neighbours, at most
     assert (values.float() == expected.float()).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gates"])
+def test_a_row_of_results_without_a_row_of_x_becomes_zero(is_gated: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, NUM_COLUMNS, generator=generator).bfloat16()
+    weight, scale = to_fp8(torch.randn(NUM_OUTPUTS, NUM_COLUMNS, generator=generator))
+    out = torch.full((2, NUM_OUTPUTS // (2 if is_gated else 1)), math.nan, dtype=torch.bfloat16)
+    alone = torch.empty_like(out[:1])
+    scratch = Scratch(torch.device("cpu"))
+    for result in (out, alone):
+        multiply_few_rows(
+            VECTOR, x, weight, scale, None, None, result, scratch, is_gated=is_gated, dependent_launch=False
+        )
+    assert torch.equal(out[:1], alone)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+
+
+def test_rows_that_no_wide_read_may_begin_at_are_copied_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, NUM_COLUMNS + 3, generator=generator).bfloat16()
+    weight, scale = to_fp8(torch.randn(NUM_OUTPUTS, NUM_COLUMNS, generator=generator))
+    expected = wide[:, 1 : NUM_COLUMNS + 1].double() @ (weight.double() * scale.double()[:, None]).T
+    out = torch.empty(2, NUM_OUTPUTS, dtype=torch.bfloat16)
+    multiply_few_rows(
+        VECTOR, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, out, Scratch(torch.device("cpu")),
+        is_gated=False, dependent_launch=False,
+    )  # fmt: skip
+    assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]

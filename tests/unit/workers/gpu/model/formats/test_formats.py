@@ -183,6 +183,30 @@ def test_products_hold_the_numbers_of_the_file_and_fused_ones_those_of_their_par
         assert torch.equal(product.scale, torch.cat([file[f"{each}_scale"] for each in names])[:, 0])
 
 
+def test_products_hold_blocks_of_128_as_the_file_does_and_are_fused_where_blocks_stay_whole(tmp_path: Path) -> None:
+    """Query has one block, key and value have half of one each: key can follow query, and value cannot follow key."""
+    declared = {**DEEPSEEK, "weight_block_size": [128, 128]}
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 1}
+    stored, plain = make_pair(tmp_path, float8("block", (128, 128), "weight_scale_inv"), declared, **sizes)
+    file, expected = load_file(stored / "model.safetensors"), weights(plain)
+    assert all(torch.equal(tensor, expected[each]) for each, tensor in weights(stored).items())
+    loaded = load(stored, "safetensors")
+    model: Any = loaded.runner._model
+    products = {name: each for name, each in model.named_modules() if type(each) is Product}
+    parts = {"q_proj": ("q_proj", "k_proj"), "gate_proj": ("gate_proj", "up_proj")}
+    assert {name.split(".", 3)[3] for name in products} == {
+        "self_attn.q_proj.joined", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj.joined", "mlp.down_proj",
+    }  # fmt: skip
+    for name, product in products.items():
+        parent, _, last = name.removesuffix(".joined").rpartition(".")
+        names = [f"{parent}.{part}.weight" for part in parts.get(last, (last,))]
+        bits = torch.cat([file[each] for each in names]).view(torch.uint8)
+        assert torch.equal(product.weight.view(torch.uint8), bits)
+        assert product.scale is not None
+        assert torch.equal(product.scale, torch.cat([file[f"{each}_scale_inv"] for each in names]))
+    torch.testing.assert_close(logits_of(loaded), logits(plain), rtol=1e-4, atol=1e-4)
+
+
 def without_order(weight: torch.Tensor) -> Any:
     parts, whole = gptq(4, 32, zero_offset=1)(weight)
     return {name: part for name, part in parts.items() if name != "g_idx"}, whole
