@@ -6,10 +6,15 @@ The interpreter runs what a compiler refuses, and does not show what a conversio
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -52,6 +57,17 @@ class Launches:
                     attributes[index,] = [["tt.divisibility", 16]]
         compiled = compile(ASTSource(self._kernel, signature, constants, attributes), target=HOPPER, options=kwargs)
         return str(compiled.asm["ptx"])
+
+
+def spilled_bytes(ptx: str) -> int:
+    """The bytes of registers that one thread of a kernel writes to memory, because a GPU has too few."""
+    with TemporaryDirectory() as folder:
+        (file := Path(folder) / "kernel.ptx").write_text(ptx)
+        done = subprocess.run(
+            [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", file, "-o", file.with_suffix(".cubin")],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    return max(int(count) for count in re.findall(r"(\d+) bytes spill stores", done.stderr))
 
 
 def waits_before_it_lets_others_start(ptx: str) -> bool:

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.reference.compiled_kernels import Launches, waits_before_it_lets_others_start
+from tests.reference.compiled_kernels import Launches, spilled_bytes, waits_before_it_lets_others_start
 from workers.gpu.e4m3 import E4M3
-from workers.gpu.products import few_rows, triton_int4, triton_rows
-from workers.gpu.products.fp8 import to_fp8
+from workers.gpu.products import few_rows, triton_blocks, triton_int4, triton_rows
+from workers.gpu.products.fp8 import BLOCK, to_fp8
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates
 
 pytestmark = pytest.mark.slow
@@ -83,6 +83,37 @@ def test_plans_for_4_bits_compile_and_move_no_numbers_between_threads(is_gated: 
         loop = ptx.partition("griddepcontrol.wait")[2].partition("shfl.sync")[0]  # without the last sums
         assert not re.search(r"cvt\.rn\.\w+\.[su](8|16|32)", loop), f"{plan} converts integers one by one"
         assert not re.search(r"ld\.shared\.[bu](8|16)", loop), f"{plan} reads single numbers of x or weights"
+
+
+@pytest.mark.parametrize("is_gated", [False, True], ids=["residual", "gates"])
+def test_plans_for_blocks_of_fp8_move_no_sums_between_threads_and_spill_no_registers(is_gated: bool) -> None:
+    weight, scale = torch.zeros(4096, 2048, dtype=E4M3), torch.ones(4096 // BLOCK, 2048 // BLOCK)
+    for rows in (VECTOR_ROWS, MAX_ROWS // 2):
+        for plan in candidates(rows, 4096, 2048, 1, is_gated=is_gated, block=BLOCK):
+            if plan.split > 2:
+                continue
+            ptx = ptx_of(plan, rows, weight, scale, is_gated=is_gated)
+            assert spilled_bytes(ptx) == 0, plan
+            assert waits_before_it_lets_others_start(ptx), plan
+            loop = ptx.partition("griddepcontrol.wait")[2].partition("shfl.sync")[0]
+            assert plan.kernel == "matrix" or "st.shared" not in loop, f"{plan} moves sums"
+
+
+@pytest.mark.parametrize(("num_rows", "num_outputs"), [(4096, 4096), (100, 576)], ids=["large tiles", "small tiles"])
+def test_products_of_many_rows_with_blocks_of_fp8_use_the_matrix_units_in_fp8(num_rows: int, num_outputs: int) -> None:
+    weight, scale = torch.empty(num_outputs, 512, dtype=E4M3), torch.empty(-(-num_outputs // BLOCK), 512 // BLOCK)
+    x, out = torch.empty(num_rows, 512).bfloat16(), torch.empty(num_rows, num_outputs).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_blocks, "_groups_to_fp8", rounding := Launches(triton_blocks._groups_to_fp8))
+        patch.setattr(triton_blocks, "_multiply_blocks", product := Launches(triton_blocks._multiply_blocks))
+        triton_blocks.multiply_blocks(x, weight, scale, None, out)
+    assert "e4m3x2" in rounding.ptx()
+    ptx = product.ptx()
+    tile = 128 if num_rows > 128 else 64
+    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.f32\.e4m3\.e4m3", ptx)
+    assert f".reqntid {2 * tile}" in ptx
+    assert "cp.async." in ptx, "does not read ahead"
+    assert spilled_bytes(ptx) == 0
 
 
 def test_kernels_of_many_rows_compile() -> None:
