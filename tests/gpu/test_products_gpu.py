@@ -12,6 +12,7 @@ from workers.gpu.products.int4 import from_int4, group_of
 from workers.gpu.products.multiply import can_scale, chosen, key_of, multiply, run_plan
 from workers.gpu.products.plan import ROW_CLASSES, VECTOR_ROWS, Plan, candidates
 from workers.gpu.products.product import Product
+from workers.gpu.products.triton_blocks import TILES, multiply_blocks
 from workers.gpu.products.triton_int4 import dequantise
 from workers.gpu.products.tuning import KeptPlans, choose_plans, error_of
 
@@ -139,6 +140,18 @@ def test_many_rows_in_fp8_are_near_their_product_in_float32(stored: str) -> None
     expected = torch.nn.functional.linear(x.float(), full, product.bias.float())
     error = (result.float() - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.max() < 0.05
+
+
+@torch.inference_mode()
+def test_all_tiles_of_products_with_blocks_of_fp8_agree() -> None:
+    product = make_product(2000, 2048, BLOCKS)
+    x = torch.randn(700, 2048, device=CUDA).bfloat16()
+    assert product.scale is not None
+    results = [x.new_full((700, 2000), torch.nan) for _ in TILES]
+    for tile, out in zip(TILES, results, strict=True):
+        multiply_blocks(x, product.weight, product.scale, None, out, tile)
+        error = (out.float() - results[0].float()).norm() / results[0].float().norm()
+        assert error < 4e-3, tile
 
 
 @torch.inference_mode()

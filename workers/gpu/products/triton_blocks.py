@@ -20,20 +20,25 @@ from workers.gpu.e4m3 import E4M3, E4M3_MAX
 from workers.gpu.products.fp8 import BLOCK, SMALLEST_SCALE
 
 _GROUPS: Final = 16  # of a row that a program rounds
-_TILE_N: Final = 128
-_TILES_M: Final = (128, 64)  # rows of a tile
-_MANY: Final = 264  # programs: two for each multiprocessor of an H100. Larger tiles that are fewer take longer
+TILES: Final = ((128, 128), (64, 128), (64, 64), (64, 32))  # rows and outputs of a program; outputs divide a block
+_MULTIPROCESSORS: Final = 132  # of an H100 or H200
 _NEIGHBOURS: Final = 8  # tiles of rows that share weights in the L2 cache
 _LARGEST = tl.constexpr(E4M3_MAX)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
 
 def multiply_blocks(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: tuple[int, int] | None = None,
 ) -> None:
     """Write x [M, K] times `weight` [N, K] plus `bias` [N] to `out` [M, N], which has a dtype of 16 bits or float32.
 
-    `weight` is in fp8 with the `scale` [ceil(N / 128), K / 128] of its blocks. x is rounded to fp8.
+    `weight` is in fp8 with the `scale` [ceil(N / 128), K / 128] of its blocks. x is rounded to fp8. Without a `tile`,
+    one of TILES, the largest one serves that gives each multiprocessor a program.
     """
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]
@@ -42,12 +47,12 @@ def multiply_blocks(
     for rows in (weight, scale, out):
         assert rows.is_contiguous(), "rows follow each other"
     values, x_scale = groups_to_fp8(x)
-    tiles_n = triton.cdiv(num_outputs, _TILE_N)
-    tile_m = next((m for m in _TILES_M if triton.cdiv(num_rows, m) * tiles_n >= _MANY), _TILES_M[-1])
-    _multiply_blocks[(triton.cdiv(num_rows, tile_m) * tiles_n,)](
+    programs = {(m, n): triton.cdiv(num_rows, m) * triton.cdiv(num_outputs, n) for m, n in TILES}
+    tile = tile or next((each for each in TILES if programs[each] >= _MULTIPROCESSORS), TILES[-1])
+    _multiply_blocks[(programs[tile],)](
         out, values, x_scale, weight, scale, weight if bias is None else bias, num_rows, num_outputs, num_inputs,
-        TILE_M=tile_m, TILE_N=_TILE_N, BLOCK=BLOCK, NEIGHBOURS=_NEIGHBOURS, BIAS=bias is not None,
-        num_warps=tile_m // 16, num_stages=3,
+        TILE_M=tile[0], TILE_N=tile[1], BLOCK=BLOCK, NEIGHBOURS=_NEIGHBOURS, BIAS=bias is not None,
+        num_warps=tile[0] // 16, num_stages=3,
     )  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def groups_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _groups_to_fp8(
     values: tl.tensor,
     scale: tl.tensor,

@@ -23,7 +23,7 @@ import torch
 
 from workers.gpu.products.fp8 import BLOCK, from_fp8, has_blocks
 from workers.gpu.products.int4 import from_int4, group_of
-from workers.gpu.products.multiply import Key, Shape, chosen, key_of, multiply, run_plan, shape_of
+from workers.gpu.products.multiply import Key, Shape, can_scale, chosen, key_of, multiply, run_plan, shape_of
 from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
 from workers.gpu.products.product import Product
 
@@ -73,6 +73,8 @@ def choose_plans(
         for rows in classes
         for is_gated in ((False, True) if shape in gated else (False,))
     ]
+    for group in groups.values():
+        _compile_blocks(group[0], x_dtype, device)
     for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
         weight, scale = group[0].weight, group[0].scale
@@ -87,6 +89,18 @@ def choose_plans(
             chosen[key] = plan
         else:
             logger.warning("products %s run as the vendor's library computes them: ours differ by %.2g", key, error)
+
+
+def _compile_blocks(product: Product, x_dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels of many rows with blocks of fp8, because compiling would hold up the first such step."""
+    weight, scale = product.weight, product.scale
+    if device.type != "cuda" or scale is None or not has_blocks(scale) or not can_scale(weight, scale, x_dtype, device):
+        return
+    from workers.gpu.products.triton_blocks import TILES, multiply_blocks  # without CUDA there may be no triton
+
+    x = torch.zeros(1, product.in_features, dtype=x_dtype, device=device)
+    for tile in TILES:
+        multiply_blocks(x, weight, scale, product.bias, x.new_empty(1, product.out_features), tile)
 
 
 def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: int, *, is_gated: bool = False) -> float:

@@ -99,8 +99,9 @@ def test_plans_for_blocks_of_fp8_move_no_sums_between_threads_and_spill_no_regis
             assert plan.kernel == "matrix" or "st.shared" not in loop, f"{plan} moves sums"
 
 
-@pytest.mark.parametrize(("num_rows", "num_outputs"), [(4096, 4096), (100, 576)], ids=["large tiles", "small tiles"])
+@pytest.mark.parametrize(("num_rows", "num_outputs"), [(4096, 4096), (300, 4096), (200, 4096), (65, 576)])
 def test_products_of_many_rows_with_blocks_of_fp8_use_the_matrix_units_in_fp8(num_rows: int, num_outputs: int) -> None:
+    """The four take the four tiles."""
     weight, scale = torch.empty(num_outputs, 512, dtype=E4M3), torch.empty(-(-num_outputs // BLOCK), 512 // BLOCK)
     x, out = torch.empty(num_rows, 512).bfloat16(), torch.empty(num_rows, num_outputs).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
@@ -109,9 +110,9 @@ def test_products_of_many_rows_with_blocks_of_fp8_use_the_matrix_units_in_fp8(nu
         triton_blocks.multiply_blocks(x, weight, scale, None, out)
     assert "e4m3x2" in rounding.ptx()
     ptx = product.ptx()
-    tile = 128 if num_rows > 128 else 64
-    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.f32\.e4m3\.e4m3", ptx)
-    assert f".reqntid {2 * tile}" in ptx
+    tile_m, tile_n = {4096: (128, 128), 300: (64, 128), 200: (64, 64), 65: (64, 32)}[num_rows]
+    assert f"wgmma.mma_async.sync.aligned.m64n{tile_n}k32.f32.e4m3.e4m3" in ptx
+    assert f".reqntid {2 * tile_m}" in ptx
     assert "cp.async." in ptx, "does not read ahead"
     assert spilled_bytes(ptx) == 0
 

@@ -13,7 +13,7 @@ from workers.gpu.products.few_rows import Scratch, multiply_few_rows
 from workers.gpu.products.fp8 import BLOCK, to_fp8
 from workers.gpu.products.int4 import from_int4, scale_of, to_int4
 from workers.gpu.products.plan import Plan
-from workers.gpu.products.triton_blocks import groups_to_fp8, multiply_blocks
+from workers.gpu.products.triton_blocks import TILES, groups_to_fp8, multiply_blocks
 from workers.gpu.products.triton_int4 import dequantise
 from workers.gpu.products.triton_rows import gate, rows_to_fp8
 
@@ -172,21 +172,34 @@ def test_products_of_few_rows_with_blocks_of_fp8_are_right(
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 64, 128, 200])
-@pytest.mark.parametrize("num_outputs", [256, 200])
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs"), [(1, 256), (2, 200), (16, 200), (64, 256), (128, 200), (600, 200)]
+)
 def test_products_of_many_rows_with_blocks_of_fp8_are_right(num_rows: int, num_outputs: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
-    weight, scale, full = fp8_blocks(num_outputs, 3 * BLOCK, generator)
-    x = torch.randn(num_rows, 3 * BLOCK + 8, generator=generator)[:, : 3 * BLOCK]
+    num_inputs = BLOCK if num_rows == 600 else 3 * BLOCK
+    weight, scale, full = fp8_blocks(num_outputs, num_inputs, generator)
+    x = torch.randn(num_rows, num_inputs + 8, generator=generator)[:, :num_inputs]
     x[0, :BLOCK] *= 1e4
     bias = torch.randn(num_outputs, generator=generator) if num_rows == 16 else None
     values, x_scale = groups_to_fp8(x)
     rounded = values.double() * x_scale.double().t().repeat_interleave(BLOCK, 1)
     assert (rounded - x).norm(dim=1).div(x.norm(dim=1)).max() < 0.03
     out = torch.full((num_rows, num_outputs), math.nan)
-    multiply_blocks(x, weight, scale, bias, out)
+    multiply_blocks(x, weight, scale, bias, out, (64, 128) if num_rows == 600 else None)
     expected = rounded @ full.T + (0 if bias is None else bias.double())
     assert (out.double() - expected).norm() / expected.norm() < 1e-5
+
+
+def test_tiles_of_products_of_many_rows_give_one_result() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, scale, _ = fp8_blocks(136, 2 * BLOCK, generator)
+    x, results = torch.randn(66, 2 * BLOCK, generator=generator), []
+    for tile in TILES:
+        results.append(out := torch.full((66, 136), math.nan))
+        multiply_blocks(x, weight, scale, None, out, tile)
+    for each in results[1:]:
+        torch.testing.assert_close(each, results[0], rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_keep_what_is_not_a_number_in_its_row_and_output() -> None:
