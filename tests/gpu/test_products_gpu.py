@@ -9,7 +9,15 @@ import torch
 
 from workers.gpu.products.fp8 import BLOCK, from_fp8, has_blocks
 from workers.gpu.products.int4 import from_int4, group_of
-from workers.gpu.products.multiply import can_scale, chosen, key_of, multiply, run_plan
+from workers.gpu.products.multiply import (
+    can_scale,
+    chosen,
+    key_of,
+    multiply,
+    normalized,
+    only_first_row_counts,
+    run_plan,
+)
 from workers.gpu.products.plan import ROW_CLASSES, VECTOR_ROWS, Plan, candidates
 from workers.gpu.products.product import Product
 from workers.gpu.products.triton_blocks import TILES, multiply_blocks
@@ -79,6 +87,37 @@ def test_every_candidate_applies_gates_and_residuals(stored: str) -> None:
             expected = run_plan(plan, x, weight, scale).float() + residual.float()
             assert (result - expected).norm() / expected.norm() < 4e-3, plan
     assert error_of(None, product, torch.bfloat16, 300, is_gated=True) < (0.05 if "fp8" in stored else 1e-2)
+
+
+@pytest.mark.parametrize("stored", ["16 bits", "fp8"])
+@torch.inference_mode()
+def test_every_plan_that_can_norm_applies_the_norm_and_the_others_take_normalized_rows(stored: str) -> None:
+    product = make_product(4096, 2048, stored)
+    weight, scale = product.weight, product.scale
+    norm = torch.rand(2048, device=CUDA).add_(0.5).bfloat16()
+    for rows in (1, VECTOR_ROWS):
+        x = torch.randn(rows, 2048, device=CUDA).mul_(3).bfloat16()
+        for is_gated in (False, True):
+            expected = multiply(normalized(x, norm, 1e-5), weight, scale, is_gated=is_gated).float()
+            for plan in plans_of(product, VECTOR_ROWS, is_gated=is_gated):
+                assert plan.can_norm(0)
+                result = run_plan(plan, x, weight, scale, norm=norm, eps=1e-5, is_gated=is_gated).float()
+                assert (result - expected).norm() / expected.norm() < (4e-2 if stored == "fp8" else 1e-2), plan
+    many = torch.randn(300, 2048, device=CUDA).bfloat16()
+    wide = many.double() * torch.rsqrt(many.double().pow(2).mean(-1, keepdim=True) + 1e-5) * norm.double()
+    assert (normalized(many, norm, 1e-5).double() - wide).norm() / wide.norm() < 4e-3
+
+
+@torch.inference_mode()
+def test_a_second_row_without_x_becomes_zero() -> None:
+    product = make_product(4096, 2048, "fp8")
+    x = torch.randn(2, 2048, device=CUDA).bfloat16()
+    for plan in plans_of(product, VECTOR_ROWS):
+        both = run_plan(plan, x, product.weight, product.scale)
+        with only_first_row_counts(True):
+            first = run_plan(plan, x, product.weight, product.scale, out=torch.full_like(both, torch.nan))
+        assert (first[0].float() - both[0].float()).norm() / both[0].float().norm() < 4e-3
+        assert not first[1].any()
 
 
 @torch.inference_mode()

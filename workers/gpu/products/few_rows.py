@@ -35,6 +35,8 @@ def multiply_few_rows(
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    eps: float,
     out: torch.Tensor,
     scratch: Scratch,
     *,
@@ -48,10 +50,13 @@ def multiply_few_rows(
     a `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs
     are gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
 
+    With `norm` [K] and a plan that `can_norm`, x is multiplied after RMSNorm with this weight.
+
     With a plan that `can_pad`, x may have one row for two of `out`: the second becomes zero.
     """
     num_rows, num_outputs = out.shape
     num_columns, group = weight.shape[1], group_of(weight, scale)
+    assert norm is None or plan.can_norm(group)
     num_padding = num_rows - len(x)
     assert x.shape[1] == num_columns * (PLANES if group else 1)
     assert num_padding == 0 or (num_rows == 2 and num_padding == 1 and plan.can_pad(weight.dtype))
@@ -66,7 +71,10 @@ def multiply_few_rows(
     assert plan.can_share(num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
     assert plan.split == 1 or num_tiles <= scratch.ended.numel(), f"{plan} for {num_outputs} outputs"
     assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"
+    if norm is not None and norm.data_ptr() % _RUN:
+        norm = norm.clone()
     tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
+    normed = [*tensors, x if norm is None else norm, eps]
     common = {
         "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "GATED": is_gated,
         "BIAS": bias is not None, "RESIDUAL": residual is not None, "DEPENDENT_LAUNCH": dependent_launch,
@@ -75,9 +83,9 @@ def multiply_few_rows(
     assert plan.kernel == "matrix" or num_rows <= VECTOR_ROWS
     if plan.kernel == "vector" and weight.dtype == E4M3:
         _fp8_vector[(num_tiles,)](
-            *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=len(x) == 2, PADDING=num_padding == 1,
+            *normed, x.stride(0), num_outputs, num_columns, TWO_ROWS=len(x) == 2, PADDING=num_padding == 1,
             NATIVE=converts_fp8(x.device), BLOCK=block, LINES=_lines(plan, num_columns, weight.itemsize),
-            **common, **options,
+            NORM=norm is not None, **common, **options,
         )  # fmt: skip
         return
     common |= {
@@ -86,8 +94,8 @@ def multiply_few_rows(
     }  # fmt: skip
     if plan.kernel == "vector":
         _vector[(num_tiles,)](
-            *tensors, x.stride(0), num_outputs, num_columns, RUN=min(_RUN // weight.itemsize, plan.tile_k),
-            TWO_ROWS=num_rows == 2, **common, **options,
+            *normed, x.stride(0), num_outputs, num_columns, RUN=min(_RUN // weight.itemsize, plan.tile_k),
+            TWO_ROWS=num_rows == 2, NORM=norm is not None, **common, **options,
         )  # fmt: skip
         return
     _matrix[(num_tiles, plan.split)](

@@ -49,6 +49,10 @@ class Plan:
         """Whether the kernel makes zeros of a row of results without a row of x."""
         return self.kernel == "vector" and weight_dtype == E4M3
 
+    def can_norm(self, group: int) -> bool:
+        """Whether the kernel can apply RMSNorm to x, where the weight has groups of 4 bits, or 0."""
+        return self.kernel == "vector" and group == 0
+
     def can_share(self, num_rows: int, num_weights: int) -> bool:
         """Whether the shares of a product of `num_rows` rows and a weight of `num_weights` rows have room."""
         return self.split == 1 or self.split * num_rows * num_weights <= MAX_SHARES

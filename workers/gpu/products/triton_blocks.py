@@ -3,6 +3,8 @@
 Each row of x is rounded to fp8 with a scale for each group of 128 inputs. So 128 inputs of a tile of results have one
 factor for each row: the matrix units sum their products in fp8, and the sums are added in float32 times this factor.
 
+Few rows have kernels of their own, which keep x in its dtype. `add_dot` serves the one on the matrix units.
+
 Sources of the scheme: DeepSeek-V3's technical report, section 3.3.2, and its inference/kernel.py.
 """
 
@@ -141,3 +143,17 @@ def _multiply_blocks(
         total += tl.load(bias + n, mask=n < num_outputs, other=0.0).to(tl.float32)[None, :]
     out_at = out + m[:, None].to(tl.int64) * num_outputs + n[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=(m[:, None] < num_rows) & (n[None, :] < num_outputs))
+
+
+@triton.jit
+def add_dot(
+    total: tl.tensor, tile: tl.tensor, x_tile: tl.tensor, factor_at: tl.tensor, SCALED: tl.constexpr
+) -> tl.tensor:
+    """Add weights [TILE_N, TILE_K] times x [TILE_K, ROWS], times a factor, to total. `factor_at` None: no factor."""
+    if SCALED or factor_at is not None:
+        tile = tile.to(tl.float32)  # directly to bfloat16, each weight would take an instruction of its own
+    if factor_at is None:
+        total = tl.dot(tile.to(x_tile.dtype), x_tile, total, input_precision="ieee")
+    else:
+        total += tl.dot(tile.to(x_tile.dtype), x_tile, input_precision="ieee") * tl.load(factor_at)
+    return total

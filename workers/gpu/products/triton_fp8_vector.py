@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.gpu.products.triton_few_rows import _finish
+from workers.gpu.products.triton_few_rows import _finish, norm_factor
 from workers.gpu.products.triton_prefetch import prefetch_rows
 
 _UNPACK: Final = tl.constexpr("""{
@@ -101,7 +101,7 @@ def _add_products(
 
 
 @triton.jit
-def _factor(
+def _block_scale(
     scale: tl.tensor, n: tl.tensor, num_inputs: tl.tensor, begin: tl.tensor, RUNS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
     """The scales of RUNS runs of 16 inputs of output n, from word `begin` on, [RUNS]."""
@@ -117,6 +117,8 @@ def _fp8_vector(
     scale: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
+    norm: tl.tensor,  # [inputs], the weight of a norm of x
+    eps: tl.tensor,
     x_stride: tl.tensor,
     num_outputs: tl.tensor,  # of `out`
     num_inputs: tl.tensor,
@@ -128,6 +130,7 @@ def _fp8_vector(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,  # whether x gets the norm first
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,  # outputs and inputs of a block with one scale, which TILE_N divides; 0 = a scale per output
     LINES: tl.constexpr,  # of a row of weights that a program prefetches; 0 = none
@@ -152,22 +155,36 @@ def _fp8_vector(
     total2 = total
     values_total = total
     values_total2 = total
+    squares = tl.zeros([TILE_K // 4], tl.float32)
+    squares2 = squares
     for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
         w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), NATIVE)
         x0, x1, x2, x3 = four_inputs(x, begin + words)
-        factor = _factor(scale, first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
-        total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3, factor)
+        block_scale = _block_scale(scale, first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
+        if NORM:
+            n0, n1, n2, n3 = four_inputs(norm, begin + words)
+            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
+            x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
+        total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
         if TWO_ROWS:
             y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words)
-            total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3, factor)
+            if NORM:
+                squares2 += y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3
+                y0, y1, y2, y3 = y0 * n0, y1 * n1, y2 * n2, y3 * n3
+            total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3, block_scale)
         if GATED:
             w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), NATIVE)
-            factor = _factor(scale, num_outputs + first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
-            values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3, factor)
+            block_scale = _block_scale(scale, num_outputs + first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
+            values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
             if TWO_ROWS:
-                values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3, factor)
+                values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3, block_scale)
+    factor = 1.0
+    factor2 = 1.0
+    if NORM:
+        factor = norm_factor(squares, num_inputs, eps)
+        factor2 = norm_factor(squares2, num_inputs, eps)
     result = _finish(
-        tl.sum(total, 1), tl.sum(values_total, 1), scale, bias, residual + n, n, num_outputs, None,
+        tl.sum(total, 1) * factor, tl.sum(values_total, 1) * factor, scale, bias, residual + n, n, num_outputs, None,
         GATED, BLOCK == 0, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
@@ -176,7 +193,7 @@ def _fp8_vector(
     if TWO_ROWS:
         at = num_outputs + n
         result = _finish(
-            tl.sum(total2, 1), tl.sum(values_total2, 1), scale, bias, residual + at, n, num_outputs, None,
-            GATED, BLOCK == 0, BIAS, RESIDUAL,
+            tl.sum(total2, 1) * factor2, tl.sum(values_total2, 1) * factor2, scale, bias, residual + at, n, num_outputs,
+            None, GATED, BLOCK == 0, BIAS, RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty))

@@ -51,8 +51,9 @@ def multiply(plan: Plan, num_rows: int, *, is_gated: bool, is_fp8: bool = True) 
         out = torch.zeros(num_rows, 128 if is_gated else 256).bfloat16()
         residual, scratch = None if is_gated else out.clone(), few_rows.Scratch(x.device)
         few_rows.multiply_few_rows(
-            plan, x, weight, scale, bias.bfloat16(), residual, out, scratch, is_gated=is_gated, dependent_launch=True
-        )
+            plan, x, weight, scale, bias.bfloat16(), residual, x[0] if plan.kernel == "vector" else None, 1e-5, out,
+            scratch, is_gated=is_gated, dependent_launch=True,
+        )  # fmt: skip
 
     return launch
 

@@ -14,6 +14,7 @@ from tests.reference.compiled_kernels import Launches, spilled_bytes, waits_befo
 from workers.gpu.e4m3 import E4M3
 from workers.gpu.products import few_rows, triton_blocks, triton_int4, triton_rows
 from workers.gpu.products.fp8 import BLOCK, to_fp8
+from workers.gpu.products.int4 import group_of
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates
 
 pytestmark = pytest.mark.slow
@@ -33,11 +34,12 @@ def ptx_of(plan: Plan, num_rows: int, weight: torch.Tensor, scale: torch.Tensor 
     x = torch.empty(num_rows, num_inputs, dtype=torch.bfloat16)
     out = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16)
     residual = None if is_gated else torch.empty_like(out)
+    norm = x[0] if plan.can_norm(group_of(weight, scale)) else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few_rows, name, kernel)
         patch.setattr(few_rows, "converts_fp8", lambda _: True)
         few_rows.multiply_few_rows(
-            plan, x, weight, scale, None, residual, out, few_rows.Scratch(x.device), is_gated=is_gated,
+            plan, x, weight, scale, None, residual, norm, 1e-5, out, few_rows.Scratch(x.device), is_gated=is_gated,
             dependent_launch=True,
         )  # fmt: skip
     return kernel.ptx()
