@@ -67,17 +67,30 @@ def _input(half: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def four_inputs(row: tl.tensor, words: tl.tensor) -> tl.tensor:
-    """Numbers 4 w to 4 w + 3 of `row` for each w of `words`, as float32. Four numbers of 16 bits are read at once, so
-    their addresses must be multiples of 8 bytes."""
+def four_inputs(row: tl.tensor, words: tl.tensor, N: tl.constexpr) -> tl.tensor:
+    """Numbers 4 w to 4 w + 3 of `row` for each w of `words` [W], as float32 [N, W], the same for all N. Four numbers of
+    16 bits are read at once, so their addresses must be multiples of 8 bytes.
+
+    A thread computes them once for all of its N. They get this shape at once, because the compiler moves numbers
+    between threads that are used in two shapes.
+    """
+    SHAPE: tl.constexpr = [N, words.shape[0]]
     if row.dtype.element_ty.primitive_bitwidth == 32:
-        at = row + words * 4
+        at = tl.broadcast_to((row + words * 4)[None, :], SHAPE)
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     dtype: tl.constexpr = row.dtype.element_ty
-    four = tl.load(row.to(tl.pointer_type(tl.int64)) + words)
+    four = tl.broadcast_to(tl.load(row.to(tl.pointer_type(tl.int64)) + words)[None, :], SHAPE)
     low = four.to(tl.int32)
     high = (four >> 32).to(tl.int32)
     return _input(low, dtype), _input(low >> 16, dtype), _input(high, dtype), _input(high >> 16, dtype)
+
+
+@triton.jit
+def _squares(row: tl.tensor, begin: tl.tensor, TILE_K: tl.constexpr) -> tl.tensor:
+    """The squares of TILE_K inputs from word `begin` on, which are read once more for it: they are used in this shape
+    only."""
+    own = tl.load(row + begin * 4 + tl.arange(0, TILE_K)).to(tl.float32)
+    return own * own
 
 
 @triton.jit
@@ -85,14 +98,14 @@ def _add_products(
     total: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
     x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, factor: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """Add the products of four planes of weights [N, W] with inputs [W] to total [N, W]. With a `factor` [W / 4] of
+    """Add the products of four planes of weights and inputs, all [N, W], to total [N, W]. With a `factor` [W / 4] of
     runs, total is [N, W / 4]: a thread reads a run of four words at once, and sums its products before it scales them.
     """
     sums = total if factor is None else tl.zeros_like(w0)
-    sums += w0 * x0[None, :]
-    sums += w1 * x1[None, :]
-    sums += w2 * x2[None, :]
-    sums += w3 * x3[None, :]
+    sums += w0 * x0
+    sums += w1 * x1
+    sums += w2 * x2
+    sums += w3 * x3
     if factor is None:
         total = sums
     else:
@@ -155,21 +168,21 @@ def _fp8_vector(
     total2 = total
     values_total = total
     values_total2 = total
-    squares = tl.zeros([TILE_K // 4], tl.float32)
+    squares = tl.zeros([TILE_K], tl.float32)
     squares2 = squares
     for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
         w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), NATIVE)
-        x0, x1, x2, x3 = four_inputs(x, begin + words)
+        x0, x1, x2, x3 = four_inputs(x, begin + words, TILE_N)
         block_scale = _block_scale(scale, first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
         if NORM:
-            n0, n1, n2, n3 = four_inputs(norm, begin + words)
-            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
+            n0, n1, n2, n3 = four_inputs(norm, begin + words, TILE_N)
+            squares += _squares(x, begin, TILE_K)
             x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
         total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
         if TWO_ROWS:
-            y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words)
+            y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words, TILE_N)
             if NORM:
-                squares2 += y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3
+                squares2 += _squares(x + x_stride, begin, TILE_K)
                 y0, y1, y2, y3 = y0 * n0, y1 * n1, y2 * n2, y3 * n3
             total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3, block_scale)
         if GATED:
