@@ -9,7 +9,7 @@ A product's scale with one or two dimensions means this format; one with three m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -38,14 +38,23 @@ def to_fp8(values: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[tor
     """
     if scale is None:
         scale = (values.abs().amax(1).float() / E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    parts = zip(torch.split(values, _ROWS), _factors(scale, values), strict=True)
-    return torch.cat([(part.float() / factor).to(E4M3) for part, factor in parts]), scale
+    result = torch.empty(values.shape, dtype=E4M3, device=values.device)
+    for rounded, part, factor in zip(*_rows_of(result, values), _factors(scale, values), strict=True):
+        rounded.copy_(part.float() / factor)
+    return result, scale
 
 
 def from_fp8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return weights [N, K] of fp8 and their scales in `dtype`."""
-    parts = zip(torch.split(weight, _ROWS), _factors(scale, weight), strict=True)
-    return torch.cat([(part.float() * factor).to(dtype) for part, factor in parts])
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for wide, part, factor in zip(*_rows_of(result, weight), _factors(scale, weight), strict=True):
+        wide.copy_(part.float() * factor)
+    return result
+
+
+def _rows_of(*tensors: torch.Tensor) -> list[Sequence[torch.Tensor]]:
+    """Views of _ROWS rows of each tensor at a time."""
+    return [torch.split(each, _ROWS) for each in tensors]
 
 
 def _factors(scale: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:

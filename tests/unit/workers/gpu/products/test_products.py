@@ -18,7 +18,7 @@ from workers.gpu.products.int4 import are_alike, from_int4, join_scales, scale_o
 from workers.gpu.products.multiply import key_of, multiply
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates, row_class
 from workers.gpu.products.product import Product, quantizable, replace_linears
-from workers.gpu.products.tuning import KeptPlans, choose_plans
+from workers.gpu.products.tuning import KeptPlans, choose_plans, error_of
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,13 @@ def test_rounding_by_the_scales_of_blocks_gives_their_numbers_again_and_keeps_wh
     assert kept is scale
     assert torch.equal(values.float().isnan(), wide.isnan())
     assert torch.equal(values.view(torch.uint8)[~wide.isnan()], codes[~wide.isnan()])
+
+
+@torch.inference_mode()
+def test_a_product_of_blocks_is_checked_against_its_own_weights_a_part_of_its_outputs_at_a_time() -> None:
+    product = Product(torch.randn(4300, 256))
+    product.to_fp8(torch.rand(34, 2) + 0.5)
+    assert error_of(None, product, torch.float32, 3) < 1e-5
 
 
 def test_a_linear_layer_that_a_model_uses_in_several_places_becomes_one_product() -> None:
