@@ -133,12 +133,17 @@ def _multiply_blocks(
     scale_at = scale + tile_n * TILE_N // BLOCK * num_blocks
     x_scale_at = x_scale + read_m
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
+    x_factor, factor = tl.load(x_scale_at), tl.load(scale_at)
     for block in tl.range(0, num_blocks):
         x_tile = tl.load(x_at + block * BLOCK)
         tile = tl.load(weight_at + block * BLOCK)
-        factor = tl.load(x_scale_at) * tl.load(scale_at + block)
-        total += tl.dot(x_tile, tile) * factor[:, None]
-        x_scale_at += num_rows
+        is_next = block + 1 < num_blocks
+        x_scale_at += tl.where(is_next, num_rows, 0)
+        # The scales of the next step: those of this step were asked for while the one before computed.
+        next_x_factor = tl.load(x_scale_at)
+        next_factor = tl.load(scale_at + block + tl.where(is_next, 1, 0))
+        total += tl.dot(x_tile, tile) * (x_factor * factor)[:, None]
+        x_factor, factor = next_x_factor, next_factor
     if BIAS:
         total += tl.load(bias + n, mask=n < num_outputs, other=0.0).to(tl.float32)[None, :]
     out_at = out + m[:, None].to(tl.int64) * num_outputs + n[None, :]
