@@ -47,15 +47,19 @@ def _weight(words: tl.tensor, J: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def four_weights(words: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
-    """The four numbers of each word as float32, from the lowest byte on. NATIVE: by the device's own instruction, which
-    compute capability 8.9 and later have."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
+def four_weights(words: tl.tensor, dtype: tl.constexpr, NATIVE: tl.constexpr) -> tl.tensor:
+    """The four numbers of `dtype` in each word, int32 or int64, as float32, from the lowest on. NATIVE: fp8 by the
+    device's own instruction, which compute capability 8.9 and later have."""
+    if dtype.primitive_bitwidth == 16:
+        four = _four_halves(words, dtype)
+    elif NATIVE:
+        four = tl.inline_asm_elementwise(
             _UNPACK, "=f,=f,=f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
             pack=1,
         )  # fmt: skip
-    return _weight(words, 0), _weight(words, 1), _weight(words, 2), _weight(words, 3)
+    else:
+        four = _weight(words, 0), _weight(words, 1), _weight(words, 2), _weight(words, 3)
+    return four
 
 
 @triton.jit
@@ -67,17 +71,21 @@ def _input(half: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _four_halves(four: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """The four numbers of `dtype`, of 16 bits, in each int64, as float32."""
+    low = four.to(tl.int32)
+    high = (four >> 32).to(tl.int32)
+    return _input(low, dtype), _input(low >> 16, dtype), _input(high, dtype), _input(high >> 16, dtype)
+
+
+@triton.jit
 def four_inputs(row: tl.tensor, words: tl.tensor) -> tl.tensor:
     """Numbers 4 w to 4 w + 3 of `row` for each w of `words`, as float32. Four numbers of 16 bits are read at once, so
     their addresses must be multiples of 8 bytes."""
     if row.dtype.element_ty.primitive_bitwidth == 32:
         at = row + words * 4
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    dtype: tl.constexpr = row.dtype.element_ty
-    four = tl.load(row.to(tl.pointer_type(tl.int64)) + words)
-    low = four.to(tl.int32)
-    high = (four >> 32).to(tl.int32)
-    return _input(low, dtype), _input(low >> 16, dtype), _input(high, dtype), _input(high >> 16, dtype)
+    return _four_halves(tl.load(row.to(tl.pointer_type(tl.int64)) + words), row.dtype.element_ty)
 
 
 @triton.jit
@@ -85,11 +93,11 @@ def _add_products(
     total: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
     x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """Add the products of four planes of weights [N, W] with inputs [W] to total [N, W]."""
-    total += w0 * x0[None, :]
-    total += w1 * x1[None, :]
-    total += w2 * x2[None, :]
-    total += w3 * x3[None, :]
+    """Add the products of four planes of weights [N, W] with inputs [1, W] to total [N, W]."""
+    total += w0 * x0
+    total += w1 * x1
+    total += w2 * x2
+    total += w3 * x3
     return total
 
 
@@ -112,6 +120,7 @@ def _fp8_vector(
     TWO_ROWS: tl.constexpr,
     PADDING: tl.constexpr,  # whether a second row of results becomes zero
     GATED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,  # whether x gets the norm first
@@ -121,7 +130,7 @@ def _fp8_vector(
 ) -> None:
     """Grid (outputs / TILE_N). One row of x, or two."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    words = tl.arange(0, TILE_K // 4)
+    words = tl.arange(0, TILE_K // 4)[None, :]
     row_at = weight + n[:, None].to(tl.int64) * num_inputs
     if DEPENDENT_LAUNCH:
         if LINES:
@@ -130,16 +139,18 @@ def _fp8_vector(
                 prefetch_rows(row_at + num_outputs.to(tl.int64) * num_inputs, num_inputs, LINES)
         gdc_wait()
         gdc_launch_dependents()
-    weight_at = row_at.to(tl.pointer_type(tl.int32)) + words[None, :]
+    dtype: tl.constexpr = weight.dtype.element_ty
+    WORD: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 8 else tl.int64
+    weight_at = row_at.to(tl.pointer_type(WORD)) + words
     values_at = weight_at + num_outputs.to(tl.int64) * (num_inputs // 4)
     total = tl.zeros([TILE_N, TILE_K // 4], tl.float32)
     total2 = total
     values_total = total
     values_total2 = total
-    squares = tl.zeros([TILE_K // 4], tl.float32)
+    squares = tl.zeros([1, TILE_K // 4], tl.float32)
     squares2 = squares
     for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
-        w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), NATIVE)
+        w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), dtype, NATIVE)
         x0, x1, x2, x3 = four_inputs(x, begin + words)
         if NORM:
             n0, n1, n2, n3 = four_inputs(norm, begin + words)
@@ -153,18 +164,18 @@ def _fp8_vector(
                 y0, y1, y2, y3 = y0 * n0, y1 * n1, y2 * n2, y3 * n3
             total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3)
         if GATED:
-            w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), NATIVE)
+            w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), dtype, NATIVE)
             values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3)
             if TWO_ROWS:
                 values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3)
     factor = 1.0
     factor2 = 1.0
     if NORM:
-        factor = norm_factor(squares, num_inputs, eps)
-        factor2 = norm_factor(squares2, num_inputs, eps)
+        factor = norm_factor(tl.sum(squares, 0), num_inputs, eps)
+        factor2 = norm_factor(tl.sum(squares2, 0), num_inputs, eps)
     result = _finish(
         tl.sum(total, 1) * factor, tl.sum(values_total, 1) * factor, scale, bias, residual + n, n, num_outputs, None,
-        GATED, True, BIAS, RESIDUAL,
+        GATED, SCALED, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
     if PADDING:
@@ -173,6 +184,6 @@ def _fp8_vector(
         at = num_outputs + n
         result = _finish(
             tl.sum(total2, 1) * factor2, tl.sum(values_total2, 1) * factor2, scale, bias, residual + at, n, num_outputs,
-            None, GATED, True, BIAS, RESIDUAL,
+            None, GATED, SCALED, BIAS, RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty))

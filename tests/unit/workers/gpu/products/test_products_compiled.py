@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 
 from tests.reference.compiled_kernels import Launches, waits_before_it_lets_others_start
-from workers.gpu.e4m3 import E4M3
 from workers.gpu.products import few_rows, triton_int4, triton_rows
 from workers.gpu.products.fp8 import to_fp8
 from workers.gpu.products.int4 import group_of
@@ -27,7 +26,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ptx_of(plan: Plan, num_rows: int, weight: torch.Tensor, scale: torch.Tensor | None, *, is_gated: bool) -> str:
     """What the launch of a product would run."""
-    name = "_fp8_vector" if plan.kernel == "vector" and weight.dtype == E4M3 else f"_{plan.kernel}"
+    name = "_fp8_vector" if plan.kernel == "words" else f"_{plan.kernel}"
     kernel = Launches(getattr(few_rows, name))
     num_outputs = weight.shape[0] // 2 if is_gated else weight.shape[0]
     num_inputs = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
@@ -61,10 +60,10 @@ def test_plans_compile_read_in_wide_runs_and_wait_in_the_right_order(is_gated: b
                 assert "evict_first.v4" in ptx or "evict_first.L2::cache_hint.v4" in ptx, f"{plan} reads narrowly"
                 first_weights = ptx.find("evict_first")
                 assert 0 < first_weights < ptx.find("griddepcontrol.wait"), f"{plan} waits before it asks for weights"
-            elif is_fp8:
+            elif plan.kernel == "words":
                 assert 0 < ptx.find("prefetch.global.L2") < ptx.find("griddepcontrol.wait"), plan
                 assert re.search(r"cp\.async\.cg\.shared\.global [^;]*0x10", ptx), f"{plan} reads narrowly"
-                assert "cvt.rn.f16x2.e4m3x2" in ptx
+                assert ("cvt.rn.f16x2.e4m3x2" in ptx) == is_fp8
                 loop = ptx.partition("griddepcontrol.wait")[2].partition("shfl.sync")[0]
                 assert not re.search(r"ld\.shared\.[bu](8|16)", loop), f"{plan} reads single numbers"
 

@@ -23,6 +23,8 @@ let_scalars_end_ranges()
 
 VECTOR = Plan("vector", 4, 16, 4, 1)
 VECTOR_PIPELINED = Plan("vector", 2, 32, 4, 4)
+WORDS = Plan("words", 4, 16, 4, 1)
+WORDS_PIPELINED = Plan("words", 2, 32, 4, 4)
 MATRIX = Plan("matrix", 16, 16, 4, 4)
 SPLIT = Plan("matrix", 32, 16, 4, 2, split=3)
 NUM_OUTPUTS, NUM_COLUMNS = 64, 96
@@ -96,6 +98,8 @@ def product(
     [
         (VECTOR, 1, torch.bfloat16),
         (VECTOR_PIPELINED, 2, torch.float32),
+        (WORDS, 1, torch.bfloat16),
+        (WORDS_PIPELINED, 2, torch.float16),
         (MATRIX, 3, torch.float16),  # the interpreter's product takes the bits of bfloat16 as integers
         (SPLIT, 1, torch.float32),
         (SPLIT, 17, torch.float16),
@@ -110,7 +114,7 @@ def test_products_are_right(plan: Plan, num_rows: int, dtype: torch.dtype, store
 @pytest.mark.parametrize("stored", ["16 bits", "fp8"])
 @pytest.mark.parametrize(
     ("plan", "num_rows"),
-    [(VECTOR, 1), (VECTOR_PIPELINED, 2), (MATRIX, 5), (SPLIT, 17)],
+    [(VECTOR, 1), (WORDS_PIPELINED, 2), (MATRIX, 5), (SPLIT, 17)],
     ids=lambda value: value if isinstance(value, int) else f"{value.kernel} {value.tile_n}",
 )
 def test_gates_and_residuals_are_applied_before_rounding(plan: Plan, num_rows: int, stored: str) -> None:
@@ -179,7 +183,7 @@ def test_rows_become_fp8_as_weights_do() -> None:
 @pytest.mark.parametrize("stored", ["16 bits", "fp8"])
 @pytest.mark.parametrize(
     ("plan", "num_rows", "dtype"),
-    [(VECTOR, 1, torch.bfloat16), (VECTOR, 2, torch.float16), (VECTOR_PIPELINED, 2, torch.float32)],
+    [(WORDS, 1, torch.bfloat16), (WORDS, 2, torch.float16), (VECTOR_PIPELINED, 2, torch.float32)],
     ids=["one row", "two rows", "pipelined"],
 )
 def test_a_norm_is_applied_within_the_product(plan: Plan, num_rows: int, dtype: torch.dtype, stored: str) -> None:
@@ -207,7 +211,7 @@ def test_a_row_of_results_without_a_row_of_x_becomes_zero(is_gated: bool) -> Non
     scratch = Scratch(torch.device("cpu"))
     for result in (out, alone):
         multiply_few_rows(
-            VECTOR, x, weight, scale, None, None, None, 0.0, result, scratch, is_gated=is_gated, dependent_launch=False
+            WORDS, x, weight, scale, None, None, None, 0.0, result, scratch, is_gated=is_gated, dependent_launch=False
         )
     assert torch.equal(out[:1], alone)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
@@ -220,7 +224,7 @@ def test_rows_that_no_wide_read_may_begin_at_are_copied_first() -> None:
     expected = wide[:, 1 : NUM_COLUMNS + 1].double() @ (weight.double() * scale.double()[:, None]).T
     out = torch.empty(2, NUM_OUTPUTS, dtype=torch.bfloat16)
     multiply_few_rows(
-        VECTOR, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, None, 0.0, out, Scratch(torch.device("cpu")),
+        WORDS, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, None, 0.0, out, Scratch(torch.device("cpu")),
         is_gated=False, dependent_launch=False,
     )  # fmt: skip
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]
