@@ -9,7 +9,6 @@ import torch
 import triton
 
 from workers.gpu.device.dependent_launch import launch_options
-from workers.gpu.e4m3 import E4M3
 from workers.gpu.products.fp8 import BLOCK, has_blocks
 from workers.gpu.products.int4 import PLANES, group_of
 from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
@@ -59,7 +58,7 @@ def multiply_few_rows(
     assert norm is None or plan.can_norm(group)
     num_padding = num_rows - len(x)
     assert x.shape[1] == num_columns * (PLANES if group else 1)
-    assert num_padding == 0 or (num_rows == 2 and num_padding == 1 and plan.can_pad(weight.dtype))
+    assert num_padding == 0 or (num_rows == 2 and num_padding == 1 and plan.can_pad())
     assert x.stride(1) == 1, "rows are read in runs"
     if x.data_ptr() % _RUN or (len(x) > 1 and x.stride(0) * x.itemsize % _RUN):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -81,11 +80,13 @@ def multiply_few_rows(
     }  # fmt: skip
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **launch_options(dependent=dependent_launch)}
     assert plan.kernel == "matrix" or num_rows <= VECTOR_ROWS
-    if plan.kernel == "vector" and weight.dtype == E4M3:
+    if plan.kernel == "words":
+        assert weight.itemsize <= 2
+        assert group == 0
         _fp8_vector[(num_tiles,)](
             *normed, x.stride(0), num_outputs, num_columns, TWO_ROWS=len(x) == 2, PADDING=num_padding == 1,
-            NATIVE=converts_fp8(x.device), BLOCK=block, LINES=_lines(plan, num_columns, weight.itemsize),
-            NORM=norm is not None, **common, **options,
+            SCALED=scale is not None and not block, BLOCK=block, NATIVE=converts_fp8(x.device),
+            LINES=_lines(plan, num_columns, weight.itemsize), NORM=norm is not None, **common, **options,
         )  # fmt: skip
         return
     common |= {

@@ -122,7 +122,7 @@ def run_plan(
         out = x.new_empty(x.shape[0], weight.shape[0] // 2 if is_gated else weight.shape[0])
     if x.device not in _scratch:
         _scratch[x.device] = Scratch(x.device)
-    if _only_first_row_counts and len(x) == 2 and plan.can_pad(weight.dtype):
+    if _only_first_row_counts and len(x) == 2 and plan.can_pad():
         x = x[:1]
     multiply_few_rows(
         plan, x, weight, scale, bias, residual, norm, eps, out, _scratch[x.device], is_gated=is_gated,

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import torch
-
-from workers.gpu.e4m3 import E4M3
-
 MAX_ROWS: Final = 64  # of a product that streams its weights; the vendor's library computes larger ones
 VECTOR_ROWS: Final = 2  # up to here without matrix units
 ROW_CLASSES: Final = (VECTOR_ROWS, 16, 32, MAX_ROWS)  # one plan serves all products of more rows than the class before
@@ -22,7 +18,8 @@ class Plan:
     """One way to compute y[M, N] = x[M, K] w[N, K]^T on a device.
 
     Args:
-        kernel: "vector": multiplies and adds in float32, for at most VECTOR_ROWS rows. "matrix": matrix units.
+        kernel: "vector" and "words": multiply and add in float32, for at most VECTOR_ROWS rows; "words" reads four
+            weights as one number, of 16 bits each or in fp8. "matrix": matrix units.
         tile_n: outputs of a program.
         tile_k: columns of the weight that it reads at a time: inputs, or in 4 bits an eighth of the inputs.
         warps: of a program.
@@ -30,7 +27,7 @@ class Plan:
         split: programs that share the inputs of an output.
     """
 
-    kernel: Literal["vector", "matrix"]
+    kernel: Literal["vector", "words", "matrix"]
     tile_n: int
     tile_k: int
     warps: int
@@ -42,16 +39,17 @@ class Plan:
         one of their groups of `group` inputs. In fp8 with a scale for each block of `block` outputs and inputs, tiles
         of outputs lie in one block, and on the matrix units tiles of inputs too. 0 = another format."""
         is_whole = num_outputs % self.tile_n == 0 and num_columns % (self.tile_k * self.split) == 0
-        is_scaled = block % self.tile_n == 0 and (self.kernel == "vector" or block % self.tile_k == 0)
-        return is_whole and group % self.tile_k == 0 and is_scaled
+        is_in_block = block % self.tile_n == 0 and (self.kernel == "words" or block % self.tile_k == 0)
+        knows_blocks = block == 0 or self.kernel != "vector"
+        return is_whole and group % self.tile_k == 0 and is_in_block and knows_blocks
 
-    def can_pad(self, weight_dtype: torch.dtype) -> bool:
+    def can_pad(self) -> bool:
         """Whether the kernel makes zeros of a row of results without a row of x."""
-        return self.kernel == "vector" and weight_dtype == E4M3
+        return self.kernel == "words"
 
     def can_norm(self, group: int) -> bool:
         """Whether the kernel can apply RMSNorm to x, where the weight has groups of 4 bits, or 0."""
-        return self.kernel == "vector" and group == 0
+        return self.kernel != "matrix" and group == 0
 
     def can_share(self, num_rows: int, num_weights: int) -> bool:
         """Whether the shares of a product of `num_rows` rows and a weight of `num_weights` rows have room."""
@@ -63,20 +61,24 @@ _VECTOR: Final = (
     Plan("vector", 4, 1024, 4, 1),
     Plan("vector", 2, 2048, 4, 1),
     Plan("vector", 4, 1024, 4, 4),
-    Plan("vector", 8, 1024, 4, 1),
-    Plan("vector", 4, 512, 4, 4),
     Plan("vector", 2, 1024, 4, 1),
+    Plan("words", 4, 512, 4, 4),
+    Plan("words", 4, 1024, 4, 4),
+    Plan("words", 2, 1024, 4, 4),
+    Plan("words", 8, 512, 4, 4),
+    Plan("words", 8, 1024, 8, 3),
+    Plan("words", 16, 512, 8, 3),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
 # Weights of one byte: as many bytes under way take larger tiles. All are read through shared memory.
 _NARROW_VECTOR: Final = (
-    Plan("vector", 4, 1024, 4, 4),
-    Plan("vector", 4, 2048, 4, 3),
-    Plan("vector", 8, 1024, 4, 4),
-    Plan("vector", 8, 2048, 8, 3),
-    Plan("vector", 16, 1024, 8, 3),
-    Plan("vector", 2, 2048, 4, 4),
-    Plan("vector", 4, 512, 4, 6),
+    Plan("words", 4, 1024, 4, 4),
+    Plan("words", 4, 2048, 4, 3),
+    Plan("words", 8, 1024, 4, 4),
+    Plan("words", 8, 2048, 8, 3),
+    Plan("words", 16, 1024, 8, 3),
+    Plan("words", 2, 2048, 4, 4),
+    Plan("words", 4, 512, 4, 6),
 )
 _NARROW_MATRIX: Final = (*_MATRIX, Plan("matrix", 64, 256, 4, 3), Plan("matrix", 128, 128, 8, 3))
 # Of weights in 4 bits, for groups of 32 inputs or more. Not measured yet. A tile has fewer columns than the program has
@@ -123,6 +125,8 @@ def candidates(
     outputs. `group` and `block`: see `Plan.fits`.
     """
     vector: Sequence[Plan] = _NARROW_VECTOR if weight_bytes == 1 else _VECTOR
+    if weight_bytes > 2:
+        vector = [plan for plan in vector if plan.kernel == "vector"]
     matrix: Sequence[Plan] = _NARROW_MATRIX if weight_bytes == 1 else _MATRIX
     if group:
         least = _INT4_NARROW if num_columns % (2 * _INT4_NARROW) else 2 * _INT4_NARROW

@@ -47,15 +47,19 @@ def _weight(words: tl.tensor, J: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def four_weights(words: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
-    """The four numbers of each word as float32, from the lowest byte on. NATIVE: by the device's own instruction, which
-    compute capability 8.9 and later have."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
+def four_weights(words: tl.tensor, dtype: tl.constexpr, NATIVE: tl.constexpr) -> tl.tensor:
+    """The four numbers of `dtype` in each word, int32 or int64, as float32, from the lowest on. NATIVE: fp8 by the
+    device's own instruction, which compute capability 8.9 and later have."""
+    if dtype.primitive_bitwidth == 16:
+        four = _four_halves(words, dtype)
+    elif NATIVE:
+        four = tl.inline_asm_elementwise(
             _UNPACK, "=f,=f,=f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
             pack=1,
         )  # fmt: skip
-    return _weight(words, 0), _weight(words, 1), _weight(words, 2), _weight(words, 3)
+    else:
+        four = _weight(words, 0), _weight(words, 1), _weight(words, 2), _weight(words, 3)
+    return four
 
 
 @triton.jit
@@ -67,30 +71,21 @@ def _input(half: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def four_inputs(row: tl.tensor, words: tl.tensor, N: tl.constexpr) -> tl.tensor:
-    """Numbers 4 w to 4 w + 3 of `row` for each w of `words` [W], as float32 [N, W], the same for all N. Four numbers of
-    16 bits are read at once, so their addresses must be multiples of 8 bytes.
-
-    A thread computes them once for all of its N. They get this shape at once, because the compiler moves numbers
-    between threads that are used in two shapes.
-    """
-    SHAPE: tl.constexpr = [N, words.shape[0]]
-    if row.dtype.element_ty.primitive_bitwidth == 32:
-        at = tl.broadcast_to((row + words * 4)[None, :], SHAPE)
-        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    dtype: tl.constexpr = row.dtype.element_ty
-    four = tl.broadcast_to(tl.load(row.to(tl.pointer_type(tl.int64)) + words)[None, :], SHAPE)
+def _four_halves(four: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """The four numbers of `dtype`, of 16 bits, in each int64, as float32."""
     low = four.to(tl.int32)
     high = (four >> 32).to(tl.int32)
     return _input(low, dtype), _input(low >> 16, dtype), _input(high, dtype), _input(high >> 16, dtype)
 
 
 @triton.jit
-def _squares(row: tl.tensor, begin: tl.tensor, TILE_K: tl.constexpr) -> tl.tensor:
-    """The squares of TILE_K inputs from word `begin` on, which are read once more for it: they are used in this shape
-    only."""
-    own = tl.load(row + begin * 4 + tl.arange(0, TILE_K)).to(tl.float32)
-    return own * own
+def four_inputs(row: tl.tensor, words: tl.tensor) -> tl.tensor:
+    """Numbers 4 w to 4 w + 3 of `row` for each w of `words`, as float32. Four numbers of 16 bits are read at once, so
+    their addresses must be multiples of 8 bytes."""
+    if row.dtype.element_ty.primitive_bitwidth == 32:
+        at = row + words * 4
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    return _four_halves(tl.load(row.to(tl.pointer_type(tl.int64)) + words), row.dtype.element_ty)
 
 
 @triton.jit
@@ -98,7 +93,7 @@ def _add_products(
     total: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
     x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, factor: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """Add the products of four planes of weights and inputs, all [N, W], to total [N, W]. With a `factor` [W / 4] of
+    """Add the products of four planes of weights [N, W] with inputs [1, W] to total [N, W]. With a `factor` [W / 4] of
     runs, total is [N, W / 4]: a thread reads a run of four words at once, and sums its products before it scales them.
     """
     sums = total if factor is None else tl.zeros_like(w0)
@@ -141,17 +136,18 @@ def _fp8_vector(
     TWO_ROWS: tl.constexpr,
     PADDING: tl.constexpr,  # whether a second row of results becomes zero
     GATED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,  # whether x gets the norm first
     NATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,  # outputs and inputs of a block with one scale, which TILE_N divides; 0 = a scale per output
+    BLOCK: tl.constexpr,  # outputs and inputs of a block with one scale, which TILE_N divides; 0 = another format
     LINES: tl.constexpr,  # of a row of weights that a program prefetches; 0 = none
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
     """Grid (outputs / TILE_N). One row of x, or two."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    words = tl.arange(0, TILE_K // 4)
+    words = tl.arange(0, TILE_K // 4)[None, :]
     row_at = weight + n[:, None].to(tl.int64) * num_inputs
     if DEPENDENT_LAUNCH:
         if LINES:
@@ -160,7 +156,9 @@ def _fp8_vector(
                 prefetch_rows(row_at + num_outputs.to(tl.int64) * num_inputs, num_inputs, LINES)
         gdc_wait()
         gdc_launch_dependents()
-    weight_at = row_at.to(tl.pointer_type(tl.int32)) + words[None, :]
+    dtype: tl.constexpr = weight.dtype.element_ty
+    WORD: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 8 else tl.int64
+    weight_at = row_at.to(tl.pointer_type(WORD)) + words
     values_at = weight_at + num_outputs.to(tl.int64) * (num_inputs // 4)
     RUNS: tl.constexpr = TILE_K // 16
     first = tl.program_id(0) * TILE_N
@@ -168,25 +166,25 @@ def _fp8_vector(
     total2 = total
     values_total = total
     values_total2 = total
-    squares = tl.zeros([TILE_K], tl.float32)
+    squares = tl.zeros([1, TILE_K // 4], tl.float32)
     squares2 = squares
     for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
-        w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), NATIVE)
-        x0, x1, x2, x3 = four_inputs(x, begin + words, TILE_N)
+        w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), dtype, NATIVE)
+        x0, x1, x2, x3 = four_inputs(x, begin + words)
         block_scale = _block_scale(scale, first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
         if NORM:
-            n0, n1, n2, n3 = four_inputs(norm, begin + words, TILE_N)
-            squares += _squares(x, begin, TILE_K)
+            n0, n1, n2, n3 = four_inputs(norm, begin + words)
+            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
             x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
         total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
         if TWO_ROWS:
-            y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words, TILE_N)
+            y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words)
             if NORM:
-                squares2 += _squares(x + x_stride, begin, TILE_K)
+                squares2 += y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3
                 y0, y1, y2, y3 = y0 * n0, y1 * n1, y2 * n2, y3 * n3
             total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3, block_scale)
         if GATED:
-            w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), NATIVE)
+            w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), dtype, NATIVE)
             block_scale = _block_scale(scale, num_outputs + first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
             values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
             if TWO_ROWS:
@@ -194,11 +192,11 @@ def _fp8_vector(
     factor = 1.0
     factor2 = 1.0
     if NORM:
-        factor = norm_factor(squares, num_inputs, eps)
-        factor2 = norm_factor(squares2, num_inputs, eps)
+        factor = norm_factor(tl.sum(squares, 0), num_inputs, eps)
+        factor2 = norm_factor(tl.sum(squares2, 0), num_inputs, eps)
     result = _finish(
         tl.sum(total, 1) * factor, tl.sum(values_total, 1) * factor, scale, bias, residual + n, n, num_outputs, None,
-        GATED, BLOCK == 0, BIAS, RESIDUAL,
+        GATED, SCALED, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
     if PADDING:
@@ -207,6 +205,6 @@ def _fp8_vector(
         at = num_outputs + n
         result = _finish(
             tl.sum(total2, 1) * factor2, tl.sum(values_total2, 1) * factor2, scale, bias, residual + at, n, num_outputs,
-            None, GATED, BLOCK == 0, BIAS, RESIDUAL,
+            None, GATED, SCALED, BIAS, RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty))

@@ -25,9 +25,11 @@ convert_e4m3_as_gpus_do()
 
 VECTOR = Plan("vector", 4, 16, 4, 1)
 VECTOR_PIPELINED = Plan("vector", 2, 32, 4, 4)
+WORDS = Plan("words", 4, 16, 4, 1)
+WORDS_PIPELINED = Plan("words", 2, 32, 4, 4)
 MATRIX = Plan("matrix", 16, 16, 4, 4)
 SPLIT = Plan("matrix", 32, 16, 4, 2, split=3)
-VECTOR_OF_BLOCKS = Plan("vector", 32, 128, 4, 4)
+WORDS_OF_BLOCKS = Plan("words", 32, 128, 4, 4)
 MATRIX_OF_BLOCKS = Plan("matrix", 64, 128, 4, 4)
 SPLIT_OF_BLOCKS = Plan("matrix", 64, 64, 4, 2, split=3)
 NUM_OUTPUTS, NUM_COLUMNS = 64, 96
@@ -118,6 +120,8 @@ def product(
     [
         (VECTOR, 1, torch.bfloat16),
         (VECTOR_PIPELINED, 2, torch.float32),
+        (WORDS, 1, torch.bfloat16),
+        (WORDS_PIPELINED, 2, torch.float16),
         (MATRIX, 3, torch.float16),  # the interpreter's product takes the bits of bfloat16 as integers
         (SPLIT, 1, torch.float32),
         (SPLIT, 17, torch.float16),
@@ -132,7 +136,7 @@ def test_products_are_right(plan: Plan, num_rows: int, dtype: torch.dtype, store
 @pytest.mark.parametrize("stored", ["16 bits", "fp8"])
 @pytest.mark.parametrize(
     ("plan", "num_rows"),
-    [(VECTOR, 1), (VECTOR_PIPELINED, 2), (MATRIX, 5), (SPLIT, 17)],
+    [(VECTOR, 1), (WORDS_PIPELINED, 2), (MATRIX, 5), (SPLIT, 17)],
     ids=lambda value: value if isinstance(value, int) else f"{value.kernel} {value.tile_n}",
 )
 def test_gates_and_residuals_are_applied_before_rounding(plan: Plan, num_rows: int, stored: str) -> None:
@@ -163,8 +167,8 @@ def test_products_of_weights_in_4_bits_are_right(
 @pytest.mark.parametrize(
     ("plan", "num_rows", "dtype", "options"),
     [
-        (VECTOR_OF_BLOCKS, 1, torch.bfloat16, {"has_residual": True}),
-        (VECTOR_OF_BLOCKS, 2, torch.float32, {"is_gated": True, "has_bias": True, "has_norm": True}),
+        (WORDS_OF_BLOCKS, 1, torch.bfloat16, {"has_residual": True}),
+        (WORDS_OF_BLOCKS, 2, torch.float32, {"is_gated": True, "has_bias": True, "has_norm": True}),
         (MATRIX_OF_BLOCKS, 16, torch.float16, {"is_gated": True}),
         (SPLIT_OF_BLOCKS, 1, torch.float32, {"has_bias": True, "has_residual": True}),
         (SPLIT_OF_BLOCKS, 64, torch.float32, {"is_gated": True}),
@@ -212,7 +216,7 @@ def test_tiles_of_products_of_many_rows_give_one_result() -> None:
 def test_blocks_keep_what_is_not_a_number_in_its_row_and_output() -> None:
     weight, scale, _ = fp8_blocks(256, 256, torch.Generator().manual_seed(0))
     weight.view(torch.uint8)[7, 200] = 0x7F
-    for num_rows, plan in ((2, VECTOR_OF_BLOCKS), (5, MATRIX_OF_BLOCKS), (5, None)):
+    for num_rows, plan in ((2, WORDS_OF_BLOCKS), (5, MATRIX_OF_BLOCKS), (5, None)):
         x, out = torch.ones(num_rows, 256), torch.zeros(num_rows, 256)
         x[1, 5] = math.nan
         if plan is None:
@@ -269,7 +273,7 @@ def test_rows_become_fp8_as_weights_do() -> None:
 @pytest.mark.parametrize("stored", ["16 bits", "fp8"])
 @pytest.mark.parametrize(
     ("plan", "num_rows", "dtype"),
-    [(VECTOR, 1, torch.bfloat16), (VECTOR, 2, torch.float16), (VECTOR_PIPELINED, 2, torch.float32)],
+    [(WORDS, 1, torch.bfloat16), (WORDS, 2, torch.float16), (VECTOR_PIPELINED, 2, torch.float32)],
     ids=["one row", "two rows", "pipelined"],
 )
 def test_a_norm_is_applied_within_the_product(plan: Plan, num_rows: int, dtype: torch.dtype, stored: str) -> None:
@@ -297,7 +301,7 @@ def test_a_row_of_results_without_a_row_of_x_becomes_zero(is_gated: bool) -> Non
     scratch = Scratch(torch.device("cpu"))
     for result in (out, alone):
         multiply_few_rows(
-            VECTOR, x, weight, scale, None, None, None, 0.0, result, scratch, is_gated=is_gated, dependent_launch=False
+            WORDS, x, weight, scale, None, None, None, 0.0, result, scratch, is_gated=is_gated, dependent_launch=False
         )
     assert torch.equal(out[:1], alone)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
@@ -310,7 +314,7 @@ def test_rows_that_no_wide_read_may_begin_at_are_copied_first() -> None:
     expected = wide[:, 1 : NUM_COLUMNS + 1].double() @ (weight.double() * scale.double()[:, None]).T
     out = torch.empty(2, NUM_OUTPUTS, dtype=torch.bfloat16)
     multiply_few_rows(
-        VECTOR, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, None, 0.0, out, Scratch(torch.device("cpu")),
+        WORDS, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, None, 0.0, out, Scratch(torch.device("cpu")),
         is_gated=False, dependent_launch=False,
     )  # fmt: skip
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]
