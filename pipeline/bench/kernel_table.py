@@ -22,7 +22,7 @@ HEAD: Final = "head"
 OTHER: Final = "others"
 # Names of cuBLAS, CUTLASS, torch's operators on the CPU, Inductor's templates, and our own kernels.
 _PRODUCT: Final = re.compile(
-    r"nvjet|gemm|gemv|cutlass|_tem_fused|^_(fp8_vector|vector|matrix)$|^aten::(linear|addmm|mm)$", re.IGNORECASE
+    r"nvjet|gemm|gemv|cutlass|_tem_fused|^_(words|vector|matrix)$|^aten::(linear|addmm|mm)$", re.IGNORECASE
 )
 _SUM_OF_PARTS: Final = re.compile(r"split_?k.*reduce|reduce.*split_?k", re.IGNORECASE)  # of cuBLAS's split products
 _ATTENTION: Final = re.compile(r"^(decode|prefill|combine)$|flash|fmha|attention", re.IGNORECASE)

@@ -14,7 +14,6 @@ from workers.gpu.products.multiply import (
     chosen,
     key_of,
     multiply,
-    normalized,
     only_first_row_counts,
     run_plan,
 )
@@ -87,25 +86,6 @@ def test_every_candidate_applies_gates_and_residuals(stored: str) -> None:
             expected = run_plan(plan, x, weight, scale).float() + residual.float()
             assert (result - expected).norm() / expected.norm() < 4e-3, plan
     assert error_of(None, product, torch.bfloat16, 300, is_gated=True) < (0.05 if "fp8" in stored else 1e-2)
-
-
-@pytest.mark.parametrize("stored", ["16 bits", "fp8"])
-@torch.inference_mode()
-def test_every_plan_that_can_norm_applies_the_norm_and_the_others_take_normalized_rows(stored: str) -> None:
-    product = make_product(4096, 2048, stored)
-    weight, scale = product.weight, product.scale
-    norm = torch.rand(2048, device=CUDA).add_(0.5).bfloat16()
-    for rows in (1, VECTOR_ROWS):
-        x = torch.randn(rows, 2048, device=CUDA).mul_(3).bfloat16()
-        for is_gated in (False, True):
-            expected = multiply(normalized(x, norm, 1e-5), weight, scale, is_gated=is_gated).float()
-            for plan in plans_of(product, VECTOR_ROWS, is_gated=is_gated):
-                assert plan.can_norm(0)
-                result = run_plan(plan, x, weight, scale, norm=norm, eps=1e-5, is_gated=is_gated).float()
-                assert (result - expected).norm() / expected.norm() < (4e-2 if stored == "fp8" else 1e-2), plan
-    many = torch.randn(300, 2048, device=CUDA).bfloat16()
-    wide = many.double() * torch.rsqrt(many.double().pow(2).mean(-1, keepdim=True) + 1e-5) * norm.double()
-    assert (normalized(many, norm, 1e-5).double() - wide).norm() / wide.norm() < 4e-3
 
 
 @torch.inference_mode()

@@ -20,7 +20,8 @@ _filter_waits: Any = getattr(TritonKernel, "_filter_pdl", None)  # inductor's ow
 
 
 def let_compiled_kernels_start_early() -> None:
-    """Use dependent launch in all code that inductor writes from now on. The device must support it.
+    """Use dependent launch in all code that inductor writes from now on, and mark it so for torch's cache, after what
+    marks it already. The device must support it.
 
     Changes nothing if this torch writes its waits in another way.
     """
@@ -28,7 +29,7 @@ def let_compiled_kernels_start_early() -> None:
         return
     config.triton.enable_pdl = True
     TritonKernel._filter_pdl = filter_waits  # type: ignore[method-assign, assignment]
-    torch.compiler.config.cache_key_tag = _TAG
+    torch.compiler.config.cache_key_tag += f"; {_TAG}"
 
 
 def filter_waits(kernel: Any, code: Any) -> None:

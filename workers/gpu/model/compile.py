@@ -28,6 +28,7 @@ from workers.gpu.products.multiply import Shape
 
 logger = logging.getLogger(__name__)
 
+_OPS: Final = torch.ops.ringfeed
 _MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer, and more for batches of one token
 
 
@@ -49,6 +50,7 @@ def compile_layers(
     if not layers:
         logger.warning("the model runs without torch.compile: cannot find the list of decoder layers in this model")
         return None
+    torch.compiler.config.cache_key_tag = _operators()
     if is_dependent_launch_possible(next(layers[0].parameters()).device):
         from workers.gpu.device.compiled_launch import let_compiled_kernels_start_early  # takes a second
 
@@ -63,6 +65,12 @@ def compile_layers(
     if failure is not None:
         logger.info("the modules beside the model's layers run without torch.compile, which fails on them: %s", failure)
     return epilogues.gated
+
+
+def _operators() -> str:
+    """The signatures of our operators. Compiled code calls them, and torch's cache on disk would serve it to another
+    version of this engine, whose operators take other arguments."""
+    return " ".join(str(op.default._schema) for op in (_OPS.multiply, _OPS.multiply_gated, _OPS.paged_attention))
 
 
 def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str | None:

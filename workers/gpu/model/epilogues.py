@@ -1,13 +1,11 @@
-"""Lets products do what precedes and follows them: RMSNorm, silu(gate) times value, and the addition of a residual.
+"""Lets products do what follows them: silu(gate) times value, and the addition of a layer's last residual.
 
-They are found by their patterns in the graph that Dynamo traced of a layer, never by a family's names:
+The pairs are found by their pattern in the graph that Dynamo traced of a layer, never by a family's names:
 
     multiply > view > split in two halves > silu(first) * second      becomes  multiply_gated > view
-    RMSNorm > reshape > multiply                                      see `norm_pattern`
-    multiply > view > + another tensor                                becomes  multiply with a residual > view
+    multiply > view > + another tensor, which ends the layer          becomes  multiply with a residual > view
 
-A sum stays if something else than products uses it within the layer: torch adds in the kernel that uses the sum. Each
-pattern saves a kernel, and a border between two, in every layer.
+Each saves a kernel, and a border between two, in every layer.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ from typing import Any, Final
 import torch
 from torch.fx import GraphModule, Node
 
-from workers.gpu.model.norm_pattern import MULTIPLY, PRODUCT, changes_in_place, fuse_norm, is_view
 from workers.gpu.products.multiply import Shape, shape_of
 
+_MULTIPLY: Final = (torch.ops.ringfeed.multiply, torch.ops.ringfeed.multiply.default)
 _SPLITS: Final = (torch.split, torch.functional.split, "split")
 _PRODUCTS: Final = (operator.mul, torch.mul, "mul")
 _SUMS: Final = (operator.add, torch.add, "add")
@@ -47,16 +45,14 @@ class Epilogues:
         for node in graph.graph.nodes:
             if node.target is torch.nn.functional.dropout and node.args[2:3] == (False,):  # outside of training
                 node.replace_all_uses_with(node.args[0])
-        for node, view in _products(graph):
-            self._fuse_gate(node, view)
         graph.graph.eliminate_dead_code()
-        if not changes_in_place(graph):
-            for node in list(graph.graph.nodes):
-                if node.target in PRODUCT:
-                    fuse_norm(node)
-            graph.graph.eliminate_dead_code()
-        for node, view in reversed(_products(graph)):  # a sum may go into the product that uses it as a residual
-            _fuse_residual(node, view)
+        for node in list(graph.graph.nodes):
+            if node.target not in _MULTIPLY:
+                continue
+            view = _only_user(node)
+            if view is None or view.target != "view":
+                continue
+            self._fuse_gate(node, view) or _fuse_residual(node, view)
         graph.graph.eliminate_dead_code()
         graph.recompile()
 
@@ -92,7 +88,7 @@ def _fuse_residual(product: Node, view: Node) -> bool:
     result = _only_user(view)
     if result is None or result.target not in _SUMS or len(result.args) != 2 or result.kwargs:
         return False
-    if not all(user.op == "output" or _feeds_products(user) for user in result.users):
+    if any(user.op != "output" for user in result.users):  # torch adds in the kernel that uses the sum
         return False
     others = [each for each in result.args if each is not view]
     if len(others) != 1 or not isinstance(others[0], Node):
@@ -100,31 +96,15 @@ def _fuse_residual(product: Node, view: Node) -> bool:
     other, own = _example(others[0]), _example(view)
     if not isinstance(other, torch.Tensor) or other.dtype != own.dtype or tuple(other.shape) != tuple(own.shape):
         return False
-    x, weight, scale, bias, residual, *norm = product.args
+    x, weight, scale, bias, residual = product.args
     if residual is not None:
         return False
     graph = product.graph
     with graph.inserting_before(result):
         rows = graph.call_method("reshape", (others[0], -1, own.shape[-1]))
-        total = graph.call_function(torch.ops.ringfeed.multiply, (x, weight, scale, bias, rows, *norm))
+        total = graph.call_function(torch.ops.ringfeed.multiply, (x, weight, scale, bias, rows))
         result.replace_all_uses_with(graph.call_method("view", (total, *view.args[1:])))
-    for node in (result, view, product):  # else they would still count as users of what they used
-        graph.erase_node(node)
     return True
-
-
-def _products(graph: GraphModule) -> list[tuple[Node, Node]]:
-    """The `multiply` nodes with the view that alone uses each."""
-    products = [node for node in graph.graph.nodes if node.target in MULTIPLY]
-    views = [_only_user(node) for node in products]
-    return [
-        (node, view) for node, view in zip(products, views, strict=True) if view is not None and view.target == "view"
-    ]
-
-
-def _feeds_products(view: Node) -> bool:
-    """Whether only products use this node, as rows of one kind or the other."""
-    return is_view(view) and all(user.target in PRODUCT for user in view.users)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -13,7 +13,7 @@ from workers.gpu.products.fp8 import BLOCK, has_blocks
 from workers.gpu.products.int4 import PLANES, group_of
 from workers.gpu.products.plan import MAX_SHARES, VECTOR_ROWS, Plan
 from workers.gpu.products.triton_few_rows import _matrix, _vector
-from workers.gpu.products.triton_fp8_vector import _fp8_vector
+from workers.gpu.products.triton_words import _words
 
 _LINE: Final = 128  # bytes that the L2 cache reads at once
 _RUN: Final = 16  # bytes that a thread reads at once
@@ -34,8 +34,6 @@ def multiply_few_rows(
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    norm: torch.Tensor | None,
-    eps: float,
     out: torch.Tensor,
     scratch: Scratch,
     *,
@@ -49,13 +47,10 @@ def multiply_few_rows(
     a `scale` [1 or 2, N, K / G]. `bias` [N] and `residual` [M, N] are added before rounding. `is_gated`: the outputs
     are gates and as many values, and `out` [M, N / 2] gets silu(gate) times value.
 
-    With `norm` [K] and a plan that `can_norm`, x is multiplied after RMSNorm with this weight.
-
     With a plan that `can_pad`, x may have one row for two of `out`: the second becomes zero.
     """
     num_rows, num_outputs = out.shape
     num_columns, group = weight.shape[1], group_of(weight, scale)
-    assert norm is None or plan.can_norm(group)
     num_padding = num_rows - len(x)
     assert x.shape[1] == num_columns * (PLANES if group else 1)
     assert num_padding == 0 or (num_rows == 2 and num_padding == 1 and plan.can_pad())
@@ -70,10 +65,7 @@ def multiply_few_rows(
     assert plan.can_share(num_rows, weight.shape[0]), f"{plan} for {num_rows} rows of {weight.shape[0]}"
     assert plan.split == 1 or num_tiles <= scratch.ended.numel(), f"{plan} for {num_outputs} outputs"
     assert residual is None or residual.is_contiguous(), "a residual is read as the result is written"
-    if norm is not None and norm.data_ptr() % _RUN:
-        norm = norm.clone()
     tensors = [out, x, weight, *(weight if each is None else each for each in (scale, bias, residual))]
-    normed = [*tensors, x if norm is None else norm, eps]
     common = {
         "TILE_N": plan.tile_n, "TILE_K": plan.tile_k, "STAGES": plan.stages, "GATED": is_gated,
         "BIAS": bias is not None, "RESIDUAL": residual is not None, "DEPENDENT_LAUNCH": dependent_launch,
@@ -83,10 +75,10 @@ def multiply_few_rows(
     if plan.kernel == "words":
         assert weight.itemsize <= 2
         assert group == 0
-        _fp8_vector[(num_tiles,)](
-            *normed, x.stride(0), num_outputs, num_columns, TWO_ROWS=len(x) == 2, PADDING=num_padding == 1,
+        _words[(num_tiles,)](
+            *tensors, x.stride(0), num_outputs, num_columns, TWO_ROWS=len(x) == 2, PADDING=num_padding == 1,
             SCALED=scale is not None and not block, BLOCK=block, NATIVE=converts_fp8(x.device),
-            LINES=_lines(plan, num_columns, weight.itemsize), NORM=norm is not None, **common, **options,
+            LINES=_lines(plan, num_columns, weight.itemsize), **common, **options,
         )  # fmt: skip
         return
     common |= {
@@ -95,8 +87,8 @@ def multiply_few_rows(
     }  # fmt: skip
     if plan.kernel == "vector":
         _vector[(num_tiles,)](
-            *normed, x.stride(0), num_outputs, num_columns, RUN=min(_RUN // weight.itemsize, plan.tile_k),
-            TWO_ROWS=num_rows == 2, NORM=norm is not None, **common, **options,
+            *tensors, x.stride(0), num_outputs, num_columns, RUN=min(_RUN // weight.itemsize, plan.tile_k),
+            TWO_ROWS=num_rows == 2, **common, **options,
         )  # fmt: skip
         return
     _matrix[(num_tiles, plan.split)](

@@ -60,8 +60,6 @@ def multiply(
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
     *,
     is_gated: bool = False,
     out: torch.Tensor | None = None,
@@ -70,7 +68,7 @@ def multiply(
 
     `weight` has x's dtype, or is fp8 with a float32 `scale` of outputs or of blocks, see `fp8`, or is [N, K / 8] in
     4 bits with a `scale` [1 or 2, N, K / G], see `int4`. `is_gated`: the outputs are N / 2 gates and as many
-    values, and the result is silu(gate) times value, [M, N / 2]. With `norm` [K] and `eps`, x is `normalized` first.
+    values, and the result is silu(gate) times value, [M, N / 2].
     The result is in `out`, if that is given.
 
     Without a plan, a weight in 4 bits is dequantised for this product only, and so is one in blocks of fp8 if
@@ -82,10 +80,8 @@ def multiply(
     plan = None
     if rows is not None and x.is_cuda:
         plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
-    if norm is not None and (plan is None or not plan.can_norm(group_of(weight, scale))):
-        x, norm = normalized(x, norm, eps), None
     if plan is not None:
-        return run_plan(plan, x, weight, scale, bias, residual, norm, eps, is_gated=is_gated, out=out)
+        return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
     has_rows = x.is_cuda and len(x) > 0  # an expert may get no tokens
     is_scaled = scale is not None and has_rows and can_scale(weight, scale, x.dtype, x.device)
     if scale is not None and scale.ndim > 1 and not is_scaled:
@@ -109,8 +105,6 @@ def run_plan(
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
     *,
     is_gated: bool = False,
     out: torch.Tensor | None = None,
@@ -125,7 +119,7 @@ def run_plan(
     if _only_first_row_counts and len(x) == 2 and plan.can_pad():
         x = x[:1]
     multiply_few_rows(
-        plan, x, weight, scale, bias, residual, norm, eps, out, _scratch[x.device], is_gated=is_gated,
+        plan, x, weight, scale, bias, residual, out, _scratch[x.device], is_gated=is_gated,
         dependent_launch=is_dependent_launch_possible(x.device),
     )  # fmt: skip
     return out
@@ -140,20 +134,6 @@ def gated(x: torch.Tensor) -> torch.Tensor:
 
     out = torch.empty_like(gates, memory_format=torch.contiguous_format)
     gate(x, out, dependent_launch=is_dependent_launch_possible(x.device))
-    return out
-
-
-def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return RMSNorm of the rows of x [M, K], in their dtype, with the roundings of transformers' models: the row over
-    the root of the mean of its squares is rounded, and then multiplied by `weight` [K]."""
-    if not x.is_cuda:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * wide.to(x.dtype)
-    from workers.gpu.products.triton_rows import rms_norm
-
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rms_norm(x, weight, eps, out, dependent_launch=is_dependent_launch_possible(x.device))
     return out
 
 
@@ -233,10 +213,8 @@ def _multiply(
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
 ) -> torch.Tensor:
-    return multiply(x, weight, scale, bias, None if residual is None else residual.contiguous(), norm, eps)
+    return multiply(x, weight, scale, bias, None if residual is None else residual.contiguous())
 
 
 @_multiply.register_fake
@@ -250,10 +228,8 @@ def _multiply_gated(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
 ) -> torch.Tensor:
-    return multiply(x, weight, scale, bias, None, norm, eps, is_gated=True)
+    return multiply(x, weight, scale, bias, is_gated=True)
 
 
 @_multiply_gated.register_fake

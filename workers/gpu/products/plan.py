@@ -47,10 +47,6 @@ class Plan:
         """Whether the kernel makes zeros of a row of results without a row of x."""
         return self.kernel == "words"
 
-    def can_norm(self, group: int) -> bool:
-        """Whether the kernel can apply RMSNorm to x, where the weight has groups of 4 bits, or 0."""
-        return self.kernel != "matrix" and group == 0
-
     def can_share(self, num_rows: int, num_weights: int) -> bool:
         """Whether the shares of a product of `num_rows` rows and a weight of `num_weights` rows have room."""
         return self.split == 1 or self.split * num_rows * num_weights <= MAX_SHARES
@@ -62,12 +58,8 @@ _VECTOR: Final = (
     Plan("vector", 2, 2048, 4, 1),
     Plan("vector", 4, 1024, 4, 4),
     Plan("vector", 2, 1024, 4, 1),
-    Plan("words", 4, 512, 4, 4),
     Plan("words", 4, 1024, 4, 4),
-    Plan("words", 2, 1024, 4, 4),
     Plan("words", 8, 512, 4, 4),
-    Plan("words", 8, 1024, 8, 3),
-    Plan("words", 16, 512, 8, 3),
 )
 _MATRIX: Final = (Plan("matrix", 64, 128, 4, 4), Plan("matrix", 64, 64, 4, 5), Plan("matrix", 128, 64, 4, 4))
 # Weights of one byte: as many bytes under way take larger tiles. All are read through shared memory.

@@ -33,18 +33,6 @@ def _add_products(
 
 
 @triton.jit
-def squares_of(x: tl.tensor, RUN: tl.constexpr) -> tl.tensor:
-    """The sums of the squares of RUN neighbours of x [K], [K / RUN]."""
-    return tl.sum(tl.reshape(x * x, [x.shape[0] // RUN, RUN]), 1)
-
-
-@triton.jit
-def norm_factor(squares: tl.tensor, num_inputs: tl.tensor, eps: tl.tensor) -> tl.tensor:
-    """What RMSNorm multiplies a row by whose squares have these sums."""
-    return tl.rsqrt(tl.sum(squares, 0) / num_inputs + eps)
-
-
-@triton.jit
 def _finish(
     total: tl.tensor,  # of outputs n, or of gates
     values: tl.tensor,  # of outputs n + num_outputs, if GATED
@@ -83,8 +71,6 @@ def _vector(
     scale: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
-    norm: tl.tensor,  # [inputs], the weight of a norm of x
-    eps: tl.tensor,
     x_stride: tl.tensor,
     num_outputs: tl.tensor,  # of `out`
     num_inputs: tl.tensor,  # columns of the weight; in 4 bits an eighth of the inputs, and so for tiles
@@ -97,15 +83,11 @@ def _vector(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,  # whether x gets the norm first; not in 4 bits
     GROUP: tl.constexpr,  # inputs of a group of 4 bits; 0 = another format
     ZEROS: tl.constexpr,  # whether groups have zero points
     DEPENDENT_LAUNCH: tl.constexpr,
 ) -> None:
-    """Grid (outputs / TILE_N). One row of x, or two.
-
-    A norm needs no pass of its own: its factor of a row is known when the row's products are, and is one for all.
-    """
+    """Grid (outputs / TILE_N). One row of x, or two."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     k = tl.arange(0, TILE_K)
     weight_at = weight + n[:, None].to(tl.int64) * num_inputs + k[None, :]
@@ -125,8 +107,6 @@ def _vector(
     total2 = total
     values_total = total
     values_total2 = total
-    squares = tl.zeros([TILE_K // RUN], tl.float32)
-    squares2 = squares
     for begin in tl.range(0, num_inputs, TILE_K, num_stages=STAGES):
         next_tile = tile
         next_values = values
@@ -153,16 +133,9 @@ def _vector(
         else:
             own = tile.to(tl.float32)
             row = tl.load(x + begin + k).to(tl.float32)
-            if NORM:
-                own_norm = tl.load(norm + begin + k).to(tl.float32)
-                squares += squares_of(row, RUN)
-                row *= own_norm
             total = _add_products(total, own, row, TILE_N, TILE_K, RUN)
             if TWO_ROWS:
                 row2 = tl.load(x + x_stride + begin + k).to(tl.float32)
-                if NORM:
-                    squares2 += squares_of(row2, RUN)
-                    row2 *= own_norm
                 total2 = _add_products(total2, own, row2, TILE_N, TILE_K, RUN)
             if GATED:
                 own_values = values.to(tl.float32)
@@ -172,20 +145,15 @@ def _vector(
         if STAGES == 1:
             tile = next_tile
             values = next_values
-    factor = 1.0
-    factor2 = 1.0
-    if NORM:
-        factor = norm_factor(squares, num_inputs, eps)
-        factor2 = norm_factor(squares2, num_inputs, eps)
     result = _finish(
-        tl.sum(total, 1) * factor, tl.sum(values_total, 1) * factor, scale, bias, residual + n, n, num_outputs, None,
+        tl.sum(total, 1), tl.sum(values_total, 1), scale, bias, residual + n, n, num_outputs, None,
         GATED, SCALED, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
     if TWO_ROWS:
         at = num_outputs + n
         result = _finish(
-            tl.sum(total2, 1) * factor2, tl.sum(values_total2, 1) * factor2, scale, bias, residual + at, n, num_outputs,
+            tl.sum(total2, 1), tl.sum(values_total2, 1), scale, bias, residual + at, n, num_outputs,
             None, GATED, SCALED, BIAS, RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty))

@@ -1,4 +1,4 @@
-"""Kernels before and after products of many rows: RMSNorm, rows in fp8, and gates times values."""
+"""Kernels before and after products of many rows: rows in fp8, and gates times values."""
 
 # mypy: disable-error-code="untyped-decorator"
 
@@ -43,41 +43,6 @@ def _gate(
     value = tl.load(x + row * 2 * num_outputs + num_outputs + n, mask=is_own, other=0.0).to(tl.float32)
     result = own_gate / (1.0 + tl.exp(-own_gate)) * value
     tl.store(out + row * num_outputs + n, result.to(out.dtype.element_ty), mask=is_own)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, *, dependent_launch: bool) -> None:
-    """Write RMSNorm of the rows of x [M, K] to `out` [M, K], which has whole rows; see `multiply.normalized`."""
-    num_rows, num_inputs = x.shape
-    assert x.stride(1) == 1, "rows are read in runs"
-    assert out.is_contiguous(), "rows follow each other"
-    block = triton.next_power_of_2(num_inputs)
-    _rms_norm[(num_rows,)](
-        out, x, weight, eps, x.stride(0), num_inputs, BLOCK=block, DEPENDENT_LAUNCH=dependent_launch,
-        num_warps=min(max(block // 512, 1), 8), **launch_options(dependent=dependent_launch),
-    )  # fmt: skip
-
-
-@triton.jit
-def _rms_norm(
-    out: tl.tensor,
-    x: tl.tensor,
-    weight: tl.tensor,
-    eps: tl.tensor,
-    x_stride: tl.tensor,
-    num_inputs: tl.tensor,
-    BLOCK: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    factors = tl.load(weight + k, mask=k < num_inputs, other=0.0).to(tl.float32)
-    if DEPENDENT_LAUNCH:
-        gdc_wait()
-        gdc_launch_dependents()
-    own = tl.load(x + row * x_stride + k, mask=k < num_inputs, other=0.0).to(tl.float32)
-    own = own * tl.rsqrt(tl.sum(own * own, 0) / num_inputs + eps)
-    own = own.to(out.dtype.element_ty).to(tl.float32) * factors
-    tl.store(out + row * num_inputs + k, own.to(out.dtype.element_ty), mask=k < num_inputs)
 
 
 def rows_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

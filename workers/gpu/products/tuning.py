@@ -39,7 +39,7 @@ _SOURCES: Final = (
     "plan.py",
     "triton_blocks.py",
     "triton_few_rows.py",
-    "triton_fp8_vector.py",
+    "triton_words.py",
     "triton_int4.py",
     "triton_rows.py",
 )

@@ -65,7 +65,7 @@ def test_products_are_told_apart_by_their_place_and_have_the_bytes_of_their_weig
         ("attention/triton_decode", ["decode", "combine"]),
         ("attention/triton_prefill", ["prefill"]),
         ("products/triton_few_rows", ["_vector", "_matrix"]),
-        ("products/triton_fp8_vector", ["_fp8_vector"]),
+        ("products/triton_words", ["_words"]),
     ],
 )
 def test_our_own_kernels_still_have_the_names_that_the_table_knows(module: str, kernels: list[str]) -> None:

@@ -38,8 +38,8 @@ def test_a_kernel_waits_before_its_first_write(body: list[str], expected: list[s
 def test_inductor_writes_kernels_in_this_way_and_uses_none_that_it_kept_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonKernel, "_filter_pdl", TritonKernel._filter_pdl)
     monkeypatch.setattr(torch._inductor.config.triton, "enable_pdl", False)
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
-    let_compiled_kernels_start_early()
-    assert TritonKernel._filter_pdl is filter_waits
-    assert torch._inductor.config.triton.enable_pdl
-    assert torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag="of this model"):
+        let_compiled_kernels_start_early()
+        assert TritonKernel._filter_pdl is filter_waits
+        assert torch._inductor.config.triton.enable_pdl
+        assert torch.compiler.config.cache_key_tag.startswith("of this model; ")

@@ -51,7 +51,7 @@ def multiply(plan: Plan, num_rows: int, *, is_gated: bool, is_fp8: bool = True) 
         out = torch.zeros(num_rows, 128 if is_gated else 256).bfloat16()
         residual, scratch = None if is_gated else out.clone(), few_rows.Scratch(x.device)
         few_rows.multiply_few_rows(
-            plan, x, weight, scale, bias.bfloat16(), residual, x[0] if plan.can_norm(0) else None, 1e-5, out,
+            plan, x, weight, scale, bias.bfloat16(), residual, out,
             scratch, is_gated=is_gated, dependent_launch=True,
         )  # fmt: skip
 
@@ -67,7 +67,7 @@ def multiply(plan: Plan, num_rows: int, *, is_gated: bool, is_fp8: bool = True) 
         (triton_rows, "_gate", gate),
         (few_rows, "_vector", multiply(Plan("vector", 4, 512, 4, 1), 2, is_gated=True, is_fp8=False)),
         (few_rows, "_vector", multiply(Plan("vector", 4, 128, 4, 4), 1, is_gated=False, is_fp8=False)),
-        (few_rows, "_fp8_vector", multiply(Plan("words", 4, 512, 4, 4), 2, is_gated=True)),
+        (few_rows, "_words", multiply(Plan("words", 4, 512, 4, 4), 2, is_gated=True)),
         (few_rows, "_matrix", multiply(Plan("matrix", 64, 64, 4, 3, split=2), 16, is_gated=True)),
         (few_rows, "_matrix", multiply(Plan("matrix", 64, 64, 4, 3), 16, is_gated=False)),
     ],

@@ -168,3 +168,12 @@ def raising(error: Exception) -> Any:
         raise error
 
     return fail
+
+
+def test_code_kept_on_disk_is_marked_with_the_signatures_of_the_operators_that_it_calls(tmp_path: Path) -> None:
+    model, step = step_of(load(make_tiny_model("llama", tmp_path)))
+    with torch.compiler.config.patch(cache_key_tag="of another model"):
+        for _ in range(2):
+            compile_layers(model, step, backend="eager")
+            assert torch.compiler.config.cache_key_tag.count("ringfeed::multiply(Tensor x,") == 1
+            assert "another" not in torch.compiler.config.cache_key_tag

@@ -14,7 +14,6 @@ from tests.reference.compiled_kernels import Launches, spilled_bytes, waits_befo
 from workers.gpu.e4m3 import E4M3
 from workers.gpu.products import few_rows, triton_blocks, triton_int4, triton_rows
 from workers.gpu.products.fp8 import BLOCK, to_fp8
-from workers.gpu.products.int4 import group_of
 from workers.gpu.products.plan import MAX_ROWS, ROW_CLASSES, VECTOR_ROWS, Plan, candidates
 
 pytestmark = pytest.mark.slow
@@ -27,19 +26,18 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ptx_of(plan: Plan, num_rows: int, weight: torch.Tensor, scale: torch.Tensor | None, *, is_gated: bool) -> str:
     """What the launch of a product would run."""
-    name = "_fp8_vector" if plan.kernel == "words" else f"_{plan.kernel}"
+    name = "_words" if plan.kernel == "words" else f"_{plan.kernel}"
     kernel = Launches(getattr(few_rows, name))
     num_outputs = weight.shape[0] // 2 if is_gated else weight.shape[0]
     num_inputs = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
     x = torch.empty(num_rows, num_inputs, dtype=torch.bfloat16)
     out = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16)
     residual = None if is_gated else torch.empty_like(out)
-    norm = x[0] if plan.can_norm(group_of(weight, scale)) else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few_rows, name, kernel)
         patch.setattr(few_rows, "converts_fp8", lambda _: True)
         few_rows.multiply_few_rows(
-            plan, x, weight, scale, None, residual, norm, 1e-5, out, few_rows.Scratch(x.device), is_gated=is_gated,
+            plan, x, weight, scale, None, residual, out, few_rows.Scratch(x.device), is_gated=is_gated,
             dependent_launch=True,
         )  # fmt: skip
     return kernel.ptx()
@@ -91,7 +89,6 @@ def test_plans_for_4_bits_compile_and_move_no_numbers_between_threads(is_gated: 
 def test_plans_for_blocks_of_fp8_move_no_sums_between_threads_and_hardly_spill_registers(
     is_gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Plan, "can_norm", lambda *_: False)
     weight, scale = torch.zeros(4096, 2048, dtype=E4M3), torch.ones(4096 // BLOCK, 2048 // BLOCK)
     for rows in (VECTOR_ROWS, MAX_ROWS // 2):
         for plan in candidates(rows, 4096, 2048, 1, is_gated=is_gated, block=BLOCK):

@@ -12,11 +12,10 @@ from workers.gpu.e4m3 import E4M3
 from workers.gpu.products.few_rows import Scratch, multiply_few_rows
 from workers.gpu.products.fp8 import BLOCK, to_fp8
 from workers.gpu.products.int4 import from_int4, scale_of, to_int4
-from workers.gpu.products.multiply import normalized
 from workers.gpu.products.plan import Plan
 from workers.gpu.products.triton_blocks import TILES, groups_to_fp8, multiply_blocks
 from workers.gpu.products.triton_int4 import dequantise
-from workers.gpu.products.triton_rows import gate, rms_norm, rows_to_fp8
+from workers.gpu.products.triton_rows import gate, rows_to_fp8
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # imported for its effect: unwritten memory holds NaN
@@ -33,7 +32,6 @@ WORDS_OF_BLOCKS = Plan("words", 32, 128, 4, 4)
 MATRIX_OF_BLOCKS = Plan("matrix", 64, 128, 4, 4)
 SPLIT_OF_BLOCKS = Plan("matrix", 64, 64, 4, 2, split=3)
 NUM_OUTPUTS, NUM_COLUMNS = 64, 96
-EPS = 0.3
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -73,7 +71,6 @@ def product(
     has_bias: bool = False,
     has_residual: bool = False,
     is_gated: bool = False,
-    has_norm: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a kernel computes of random rows, which lie in a wider tensor, and the same in float64."""
     generator = torch.Generator().manual_seed(num_rows)
@@ -95,19 +92,15 @@ def product(
         weight, scale, full = four_bits(num_weights, num_inputs, 32, "zero" in stored, generator)
     bias = torch.randn(num_weights, generator=generator).to(dtype) if has_bias else None
     residual = torch.randn(num_rows, num_outputs, generator=generator).to(dtype) if has_residual else None
-    norm = torch.randn(num_inputs, generator=generator).to(dtype) if has_norm else None
     out = torch.empty(num_rows, num_outputs, dtype=dtype)
     scratch = Scratch(torch.device("cpu"))
     for _ in range(2):  # the second finds what the first left of its shares
         out.fill_(math.nan)
         multiply_few_rows(
-            plan, x, weight, scale, bias, residual, norm, EPS, out, scratch, is_gated=is_gated, dependent_launch=False
+            plan, x, weight, scale, bias, residual, out, scratch, is_gated=is_gated, dependent_launch=False
         )
         assert not scratch.ended.any()
-    wide = x.double()
-    if norm is not None:
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * norm.double()
-    expected = wide @ full.T + (0 if bias is None else bias.double())
+    expected = x.double() @ full.T + (0 if bias is None else bias.double())
     if is_gated:
         gates, values = expected.chunk(2, -1)
         expected = gates * torch.sigmoid(gates) * values
@@ -168,7 +161,7 @@ def test_products_of_weights_in_4_bits_are_right(
     ("plan", "num_rows", "dtype", "options"),
     [
         (WORDS_OF_BLOCKS, 1, torch.bfloat16, {"has_residual": True}),
-        (WORDS_OF_BLOCKS, 2, torch.float32, {"is_gated": True, "has_bias": True, "has_norm": True}),
+        (WORDS_OF_BLOCKS, 2, torch.float32, {"is_gated": True, "has_bias": True}),
         (MATRIX_OF_BLOCKS, 16, torch.float16, {"is_gated": True}),
         (SPLIT_OF_BLOCKS, 1, torch.float32, {"has_bias": True, "has_residual": True}),
         (SPLIT_OF_BLOCKS, 64, torch.float32, {"is_gated": True}),
@@ -223,7 +216,7 @@ def test_blocks_keep_what_is_not_a_number_in_its_row_and_output() -> None:
             multiply_blocks(x, weight, scale, None, out)
         else:
             multiply_few_rows(
-                plan, x, weight, scale, None, None, None, 0.0, out, Scratch(x.device), is_gated=False,
+                plan, x, weight, scale, None, None, out, Scratch(x.device), is_gated=False,
                 dependent_launch=False,
             )  # fmt: skip
         assert out[1].isnan().all()
@@ -251,9 +244,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_output(plan: Plan, nu
     x, weight = torch.ones(num_rows, NUM_COLUMNS), torch.ones(NUM_OUTPUTS, NUM_COLUMNS)
     x[1, 5], weight[7, 90] = math.nan, math.inf
     out = torch.empty(num_rows, NUM_OUTPUTS)
-    multiply_few_rows(
-        plan, x, weight, None, None, None, None, 0.0, out, Scratch(x.device), is_gated=False, dependent_launch=False
-    )
+    multiply_few_rows(plan, x, weight, None, None, None, out, Scratch(x.device), is_gated=False, dependent_launch=False)
     assert out[1].isnan().all()
     assert out[0, 7] == math.inf
     assert (out[0, torch.arange(NUM_OUTPUTS) != 7] == NUM_COLUMNS).all()
@@ -270,27 +261,6 @@ def test_rows_become_fp8_as_weights_do() -> None:
     assert (values.float() == expected.float()).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("stored", ["16 bits", "fp8"])
-@pytest.mark.parametrize(
-    ("plan", "num_rows", "dtype"),
-    [(WORDS, 1, torch.bfloat16), (WORDS, 2, torch.float16), (VECTOR_PIPELINED, 2, torch.float32)],
-    ids=["one row", "two rows", "pipelined"],
-)
-def test_a_norm_is_applied_within_the_product(plan: Plan, num_rows: int, dtype: torch.dtype, stored: str) -> None:
-    for options in ({"is_gated": True, "has_bias": True}, {"has_residual": True}):
-        out, expected = product(plan, num_rows, dtype, stored=stored, has_norm=True, **options)
-        assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # the interpreter cuts bfloat16 off
-def test_a_norm_alone_rounds_as_transformers_models_do(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(3, 70).to(dtype), torch.randn(60).to(dtype)
-    out = torch.empty(3, 60, dtype=dtype)
-    rms_norm(x[:, :60], weight, EPS, out, dependent_launch=False)
-    tolerance = 1e-6 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(out, normalized(x[:, :60], weight, EPS), rtol=tolerance, atol=1e-6)
-
-
 @pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gates"])
 def test_a_row_of_results_without_a_row_of_x_becomes_zero(is_gated: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -301,7 +271,7 @@ def test_a_row_of_results_without_a_row_of_x_becomes_zero(is_gated: bool) -> Non
     scratch = Scratch(torch.device("cpu"))
     for result in (out, alone):
         multiply_few_rows(
-            WORDS, x, weight, scale, None, None, None, 0.0, result, scratch, is_gated=is_gated, dependent_launch=False
+            WORDS, x, weight, scale, None, None, result, scratch, is_gated=is_gated, dependent_launch=False
         )
     assert torch.equal(out[:1], alone)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
@@ -314,7 +284,7 @@ def test_rows_that_no_wide_read_may_begin_at_are_copied_first() -> None:
     expected = wide[:, 1 : NUM_COLUMNS + 1].double() @ (weight.double() * scale.double()[:, None]).T
     out = torch.empty(2, NUM_OUTPUTS, dtype=torch.bfloat16)
     multiply_few_rows(
-        WORDS, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, None, 0.0, out, Scratch(torch.device("cpu")),
+        WORDS, wide[:, 1 : NUM_COLUMNS + 1], weight, scale, None, None, out, Scratch(torch.device("cpu")),
         is_gated=False, dependent_launch=False,
     )  # fmt: skip
     assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]

@@ -1,9 +1,9 @@
-"""Products of one row or two with weights in fp8.
+"""Products of one row or two with weights of 8 or 16 bits, which are read four at a time, as words.
 
 At the memory's rate an H200 brings 19 fp8 weights to each multiprocessor in a clock, and a multiprocessor executes 128
-instructions of single threads in that time. So a weight may take six of them at most. The kernel reads four weights as
-one word: the compiler would else take every byte out of its register and put it back again. Two instructions of the
-device make four float32 numbers of a word's two pairs, in one and a half instructions for a weight.
+instructions of single threads in that time. So a weight may take six of them at most. Of fp8 tiles, the compiler would
+take every byte out of its register and put it back again. Of a word, two instructions of the device make two pairs of
+numbers, which is one and a half instructions for a weight, and one more for each row.
 
 A program reads its weights through shared memory. Before it waits for the kernel in front, it asks for its first
 weights in the device's L2 cache.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.gpu.products.triton_few_rows import _finish, norm_factor
+from workers.gpu.products.triton_few_rows import _finish
 from workers.gpu.products.triton_prefetch import prefetch_rows
 
 _UNPACK: Final = tl.constexpr("""{
@@ -118,15 +118,13 @@ def _block_scale(
 
 
 @triton.jit
-def _fp8_vector(
+def _words(
     out: tl.tensor,
     x: tl.tensor,
     weight: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
-    norm: tl.tensor,  # [inputs], the weight of a norm of x
-    eps: tl.tensor,
     x_stride: tl.tensor,
     num_outputs: tl.tensor,  # of `out`
     num_inputs: tl.tensor,
@@ -139,7 +137,6 @@ def _fp8_vector(
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,  # whether x gets the norm first
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,  # outputs and inputs of a block with one scale, which TILE_N divides; 0 = another format
     LINES: tl.constexpr,  # of a row of weights that a program prefetches; 0 = none
@@ -166,22 +163,13 @@ def _fp8_vector(
     total2 = total
     values_total = total
     values_total2 = total
-    squares = tl.zeros([1, TILE_K // 4], tl.float32)
-    squares2 = squares
     for begin in tl.range(0, num_inputs // 4, TILE_K // 4, num_stages=STAGES):
         w0, w1, w2, w3 = four_weights(tl.load(weight_at + begin, eviction_policy="evict_first"), dtype, NATIVE)
         x0, x1, x2, x3 = four_inputs(x, begin + words)
         block_scale = _block_scale(scale, first, num_inputs, begin, RUNS, BLOCK) if BLOCK else None
-        if NORM:
-            n0, n1, n2, n3 = four_inputs(norm, begin + words)
-            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
-            x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
         total = _add_products(total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
         if TWO_ROWS:
             y0, y1, y2, y3 = four_inputs(x + x_stride, begin + words)
-            if NORM:
-                squares2 += y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3
-                y0, y1, y2, y3 = y0 * n0, y1 * n1, y2 * n2, y3 * n3
             total2 = _add_products(total2, w0, w1, w2, w3, y0, y1, y2, y3, block_scale)
         if GATED:
             w0, w1, w2, w3 = four_weights(tl.load(values_at + begin, eviction_policy="evict_first"), dtype, NATIVE)
@@ -189,13 +177,8 @@ def _fp8_vector(
             values_total = _add_products(values_total, w0, w1, w2, w3, x0, x1, x2, x3, block_scale)
             if TWO_ROWS:
                 values_total2 = _add_products(values_total2, w0, w1, w2, w3, y0, y1, y2, y3, block_scale)
-    factor = 1.0
-    factor2 = 1.0
-    if NORM:
-        factor = norm_factor(tl.sum(squares, 0), num_inputs, eps)
-        factor2 = norm_factor(tl.sum(squares2, 0), num_inputs, eps)
     result = _finish(
-        tl.sum(total, 1) * factor, tl.sum(values_total, 1) * factor, scale, bias, residual + n, n, num_outputs, None,
+        tl.sum(total, 1), tl.sum(values_total, 1), scale, bias, residual + n, n, num_outputs, None,
         GATED, SCALED, BIAS, RESIDUAL,
     )  # fmt: skip
     tl.store(out + n, result.to(out.dtype.element_ty))
@@ -204,7 +187,7 @@ def _fp8_vector(
     if TWO_ROWS:
         at = num_outputs + n
         result = _finish(
-            tl.sum(total2, 1) * factor2, tl.sum(values_total2, 1) * factor2, scale, bias, residual + at, n, num_outputs,
+            tl.sum(total2, 1), tl.sum(values_total2, 1), scale, bias, residual + at, n, num_outputs,
             None, GATED, SCALED, BIAS, RESIDUAL,
         )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty))
