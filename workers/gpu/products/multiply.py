@@ -28,6 +28,7 @@ Shape = tuple[int, int, torch.dtype, int]
 Key = tuple[Shape, torch.dtype, int, bool]
 
 chosen: dict[Key, Plan] = {}  # of this process; products without an entry are the vendor's
+dequantised: set[Shape] = set()  # in blocks of fp8, whose kernel for many rows does not work on this device
 _scratch: dict[torch.device, Any] = {}
 _only_first_row_counts = False  # in the current forward; this process runs one forward at a time
 
@@ -82,7 +83,7 @@ def multiply(
         plan = chosen.get(key_of(weight, scale, x.dtype, rows, is_gated))
     if plan is not None:
         return run_plan(plan, x, weight, scale, bias, residual, is_gated=is_gated, out=out)
-    has_rows = x.is_cuda and len(x) > 0  # an expert may get no tokens
+    has_rows = len(x) > 0  # an expert may get no tokens
     is_scaled = scale is not None and has_rows and can_scale(weight, scale, x.dtype, x.device)
     if scale is not None and scale.ndim > 1 and not is_scaled:
         weight, scale = _dequantised(weight, scale, x.dtype), None
@@ -178,11 +179,11 @@ def _unscaled(
 
 
 def can_scale(weight: torch.Tensor, scale: torch.Tensor, x_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `device`, a GPU, multiplies by this weight in fp8: the vendor's library, or our kernel for blocks."""
-    if weight.dtype != E4M3 or torch.cuda.get_device_capability(device) < (8, 9):
+    """Whether `device` multiplies by this weight in fp8, by the vendor's library, or by our kernel for blocks."""
+    if device.type != "cuda" or weight.dtype != E4M3 or torch.cuda.get_device_capability(device) < (8, 9):
         return False
     if has_blocks(scale):
-        return x_dtype.itemsize == 2
+        return x_dtype.itemsize == 2 and shape_of(weight, scale) not in dequantised
     is_whole = weight.shape[0] % _FP8_UNIT == 0 and weight.shape[1] % _FP8_UNIT == 0
     return is_whole and x_dtype == torch.bfloat16  # the only dtype of results with a scale for each row
 

@@ -23,7 +23,17 @@ import torch
 
 from workers.gpu.products.fp8 import BLOCK, from_fp8, has_blocks
 from workers.gpu.products.int4 import from_int4, group_of
-from workers.gpu.products.multiply import Key, Shape, can_scale, chosen, key_of, multiply, run_plan, shape_of
+from workers.gpu.products.multiply import (
+    Key,
+    Shape,
+    can_scale,
+    chosen,
+    dequantised,
+    key_of,
+    multiply,
+    run_plan,
+    shape_of,
+)
 from workers.gpu.products.plan import ROW_CLASSES, Plan, candidates
 from workers.gpu.products.product import Product
 
@@ -34,15 +44,8 @@ _WORTH: Final = 0.98  # of the vendor's time: a plan that gains less is not chos
 _TOLERANCE: Final = 2e-2  # of a product in 16 bits, as the norm of its error over the norm of the result
 _MAX_MEASURED: Final = 16  # layers, whose weights take turns
 _CHECKED_OUTPUTS: Final = 4096  # at a time
-_SOURCES: Final = (
-    "few_rows.py",
-    "plan.py",
-    "triton_blocks.py",
-    "triton_few_rows.py",
-    "triton_words.py",
-    "triton_int4.py",
-    "triton_rows.py",
-)
+_CHECKED_ROWS: Final = 160  # of a product in blocks of fp8: whole tiles and a part of one
+_FP8_TOLERANCE: Final = 0.08  # of such a product, whose rows are rounded to fp8
 
 
 def choose_plans(
@@ -73,8 +76,9 @@ def choose_plans(
         for rows in classes
         for is_gated in ((False, True) if shape in gated else (False,))
     ]
-    for group in groups.values():
-        _compile_blocks(group[0], x_dtype, device)
+    for shape, group in groups.items():
+        if not _can_multiply_blocks(group[0], x_dtype, device):
+            dequantised.add(shape)
     for i, (group, rows, is_gated) in enumerate(works):
         progress(i / len(works))
         weight, scale = group[0].weight, group[0].scale
@@ -91,16 +95,32 @@ def choose_plans(
             logger.warning("products %s run as the vendor's library computes them: ours differ by %.2g", key, error)
 
 
-def _compile_blocks(product: Product, x_dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the kernels of many rows with blocks of fp8, because compiling would hold up the first such step."""
+def _can_multiply_blocks(product: Product, x_dtype: torch.dtype, device: torch.device) -> bool:
+    """Compile the kernels of many rows with blocks of fp8, because compiling would hold up the first such step, and
+    check them. False = one fails or is wrong. True for all other products."""
     weight, scale = product.weight, product.scale
-    if device.type != "cuda" or scale is None or not has_blocks(scale) or not can_scale(weight, scale, x_dtype, device):
-        return
+    if scale is None or not has_blocks(scale) or not can_scale(weight, scale, x_dtype, device):
+        return True
     from workers.gpu.products.triton_blocks import TILES, multiply_blocks  # without CUDA there may be no triton
 
-    x = torch.zeros(1, product.in_features, dtype=x_dtype, device=device)
-    for tile in TILES:
-        multiply_blocks(x, weight, scale, product.bias, x.new_empty(1, product.out_features), tile)
+    x = torch.randn(_CHECKED_ROWS, product.in_features, device=device).to(x_dtype)
+    expected = _in_float32(x, weight, scale)
+    try:
+        for tile in TILES:
+            out = torch.full_like(expected, torch.nan, dtype=x_dtype)
+            multiply_blocks(x, weight, scale, None, out, tile)
+            error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+            if not error < _FP8_TOLERANCE:
+                raise ArithmeticError(f"the product in tiles of {tile} differs by {error:.2g}")
+    except Exception as failure:
+        if isinstance(failure, torch.AcceleratorError):
+            raise
+        logger.warning(
+            "products of %d x %d weights in blocks of fp8 are dequantised each time in steps of more than 64 tokens, "
+            "because their kernel does not work here: %s", *weight.shape, failure,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: int, *, is_gated: bool = False) -> float:
@@ -204,7 +224,7 @@ class KeptPlans:
     """The plans in a file: one for each kind of device, version of torch, and state of these kernels' code."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        sources = [(Path(__file__).parent / name).read_bytes() for name in _SOURCES]
+        sources = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         known = hashlib.sha256(b"\0".join((name.encode(), torch.__version__.encode(), *sources))).hexdigest()[:16]
         self._path = folder / f"{known}.json"

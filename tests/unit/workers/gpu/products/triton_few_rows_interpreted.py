@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from tests.reference.triton_interpreter import convert_e4m3_as_gpus_do, let_scalars_end_ranges
 from workers.gpu.e4m3 import E4M3
+from workers.gpu.products import triton_blocks, tuning
 from workers.gpu.products.few_rows import Scratch, multiply_few_rows
 from workers.gpu.products.fp8 import BLOCK, to_fp8
 from workers.gpu.products.int4 import from_int4, scale_of, to_int4
 from workers.gpu.products.plan import Plan
+from workers.gpu.products.product import Product
 from workers.gpu.products.triton_blocks import TILES, groups_to_fp8, multiply_blocks
 from workers.gpu.products.triton_int4 import dequantise
 from workers.gpu.products.triton_rows import gate, rows_to_fp8
@@ -204,6 +207,30 @@ def test_tiles_of_products_of_many_rows_give_one_result() -> None:
         multiply_blocks(x, weight, scale, None, out, tile)
     for each in results[1:]:
         torch.testing.assert_close(each, results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["none", "wrong", "no memory"])
+def test_the_start_finds_out_whether_products_of_many_rows_with_blocks_of_fp8_work(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Product(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).bfloat16())
+    made.to_fp8(torch.full((1, 1), 0.01))
+
+    def faulty(*arguments: Any) -> None:
+        if fault == "no memory":
+            raise RuntimeError("out of shared memory")
+        arguments[4].fill_(1.0)
+
+    if fault != "none":
+        monkeypatch.setattr(triton_blocks, "multiply_blocks", faulty)
+    monkeypatch.setattr(triton_blocks, "TILES", triton_blocks.TILES[-1:])
+    monkeypatch.setattr(tuning, "can_scale", lambda *_: True)
+    monkeypatch.setattr(tuning, "_CHECKED_ROWS", 5)
+    works = tuning._can_multiply_blocks(made, torch.bfloat16, torch.device("cpu"))
+    assert works == (fault == "none")
+    expected = {"none": "", "wrong": "differs by", "no memory": "out of shared memory"}[fault]
+    assert expected in caplog.text
+    assert works or "128 x 128 weights in blocks of fp8 are dequantised" in caplog.text
 
 
 def test_blocks_keep_what_is_not_a_number_in_its_row_and_output() -> None:
