@@ -28,7 +28,6 @@ from workers.gpu.products.multiply import Shape
 
 logger = logging.getLogger(__name__)
 
-_OPS: Final = torch.ops.ringfeed
 _MAX_GRAPHS: Final = 16  # graphs of one layer's code: one per kind of layer, and more for batches of one token
 
 
@@ -70,7 +69,8 @@ def compile_layers(
 def _operators() -> str:
     """The signatures of our operators. Compiled code calls them, and torch's cache on disk would serve it to another
     version of this engine, whose operators take other arguments."""
-    return " ".join(str(op.default._schema) for op in (_OPS.multiply, _OPS.multiply_gated, _OPS.paged_attention))
+    schemas = torch._C._jit_get_all_schemas()
+    return " ".join(sorted(str(schema) for schema in schemas if schema.name.startswith("ringfeed::")))
 
 
 def _compile(modules: Sequence[nn.Module], run: Callable[[], object], backend: Any) -> str | None:

@@ -68,9 +68,8 @@ def multiply(
     """Return x [M, K] times `weight` [N, K] plus `bias` [N] and `residual` [M, N], as [M, N] in the dtype of x.
 
     `weight` has x's dtype, or is fp8 with a float32 `scale` of outputs or of blocks, see `fp8`, or is [N, K / 8] in
-    4 bits with a `scale` [1 or 2, N, K / G], see `int4`. `is_gated`: the outputs are N / 2 gates and as many
-    values, and the result is silu(gate) times value, [M, N / 2].
-    The result is in `out`, if that is given.
+    4 bits with a `scale` [1 or 2, N, K / G], see `int4`. `is_gated`: the outputs are N / 2 gates and as many values,
+    and the result is silu(gate) times value, [M, N / 2]. The result is in `out`, if that is given.
 
     Without a plan, a weight in 4 bits is dequantised for this product only, and so is one in blocks of fp8 if
     `can_scale` says that its product cannot be computed in fp8.
@@ -225,10 +224,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
 
 @torch.library.custom_op("ringfeed::multiply_gated", mutates_args=())
 def _multiply_gated(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return multiply(x, weight, scale, bias, is_gated=True)
 

@@ -175,5 +175,6 @@ def test_code_kept_on_disk_is_marked_with_the_signatures_of_the_operators_that_i
     with torch.compiler.config.patch(cache_key_tag="of another model"):
         for _ in range(2):
             compile_layers(model, step, backend="eager")
-            assert torch.compiler.config.cache_key_tag.count("ringfeed::multiply(Tensor x,") == 1
+            for operator in ("multiply", "multiply_gated", "paged_attention"):
+                assert torch.compiler.config.cache_key_tag.count(f"ringfeed::{operator}(Tensor") == 1
             assert "another" not in torch.compiler.config.cache_key_tag
