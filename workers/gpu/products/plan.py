@@ -10,7 +10,7 @@ MAX_ROWS: Final = 64  # of a product that streams its weights; the vendor's libr
 VECTOR_ROWS: Final = 2  # up to here without matrix units
 ROW_CLASSES: Final = (VECTOR_ROWS, 16, 32, MAX_ROWS)  # one plan serves all products of more rows than the class before
 MAX_SHARES: Final = 1 << 22  # float32 values that the programs of one product share, if it is split
-_MULTIPROCESSORS: Final = 132  # of an H100 or H200: splits give about one to five programs for each
+MULTIPROCESSORS: Final = 132  # of an H100 or H200: splits give about one to five programs for each
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,6 @@ def candidates(
         plans = [Plan(base.kernel, base.tile_n, base.tile_k, base.warps, base.stages, split) for split in _SPLITS]
         fitting = [plan for plan in plans if fits(plan)]
         programs = {plan: num_results // plan.tile_n * plan.split for plan in fitting}
-        enough = [plan for plan in fitting if 0.9 * _MULTIPROCESSORS <= programs[plan] <= 5 * _MULTIPROCESSORS]
-        found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - _MULTIPROCESSORS))[:1]
+        enough = [plan for plan in fitting if 0.9 * MULTIPROCESSORS <= programs[plan] <= 5 * MULTIPROCESSORS]
+        found += enough[:3] or sorted(fitting, key=lambda plan: abs(programs[plan] - MULTIPROCESSORS))[:1]
     return found

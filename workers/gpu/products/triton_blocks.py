@@ -20,10 +20,10 @@ import triton.language as tl
 
 from workers.gpu.e4m3 import E4M3, E4M3_MAX
 from workers.gpu.products.fp8 import BLOCK, SMALLEST_SCALE
+from workers.gpu.products.plan import MULTIPROCESSORS
 
 _GROUPS: Final = 16  # of a row that a program rounds
 TILES: Final = ((128, 128), (64, 128), (64, 64), (64, 32))  # rows and outputs of a program; outputs divide a block
-_MULTIPROCESSORS: Final = 132  # of an H100 or H200
 _NEIGHBOURS: Final = 8  # tiles of rows that share weights in the L2 cache
 _LARGEST = tl.constexpr(E4M3_MAX)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
@@ -50,7 +50,7 @@ def multiply_blocks(
         assert rows.is_contiguous(), "rows follow each other"
     values, x_scale = groups_to_fp8(x)
     programs = {(m, n): triton.cdiv(num_rows, m) * triton.cdiv(num_outputs, n) for m, n in TILES}
-    tile = tile or next((each for each in TILES if programs[each] >= _MULTIPROCESSORS), TILES[-1])
+    tile = tile or next((each for each in TILES if programs[each] >= MULTIPROCESSORS), TILES[-1])
     _multiply_blocks[(programs[tile],)](
         out, values, x_scale, weight, scale, weight if bias is None else bias, num_rows, num_outputs, num_inputs,
         TILE_M=tile[0], TILE_N=tile[1], BLOCK=BLOCK, NEIGHBOURS=_NEIGHBOURS, BIAS=bias is not None,

@@ -109,8 +109,8 @@ def _can_multiply_blocks(product: Product, x_dtype: torch.dtype, device: torch.d
         for tile in TILES:
             out = torch.full_like(expected, torch.nan, dtype=x_dtype)
             multiply_blocks(x, weight, scale, None, out, tile)
-            error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-30))
-            if not error < _FP8_TOLERANCE:
+            error = _relative_error(out, expected)
+            if error >= _FP8_TOLERANCE:
                 raise ArithmeticError(f"the product in tiles of {tile} differs by {error:.2g}")
     except Exception as failure:
         if isinstance(failure, torch.AcceleratorError):
@@ -142,7 +142,12 @@ def error_of(plan: Plan | None, product: Product, x_dtype: torch.dtype, rows: in
         multiply(x, weight, scale, bias, is_gated=is_gated, out=out)
     else:
         run_plan(plan, x, weight, scale, bias, is_gated=is_gated, out=out)
-    error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+    return _relative_error(out, expected)
+
+
+def _relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the error over the norm of what is expected; NaN counts as infinite."""
+    error = float((result.float() - expected).norm() / expected.norm().clamp(min=1e-30))
     return error if error == error else float("inf")
 
 
